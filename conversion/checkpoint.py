@@ -1,0 +1,147 @@
+"""Published checkpoint files, read tensor by tensor: `.safetensors` and `.npz` with NumPy alone, `.pth`, `.pt` and `.bin` by torch.
+
+Nothing here runs code that a file holds: torch unpickles tensors only, NumPy unpickles nothing.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+import contextlib
+import os
+from pathlib import Path
+import pickle
+import re
+from typing import Any, NamedTuple
+import zipfile
+import zlib
+
+import ml_dtypes  # noqa: F401  its import teaches NumPy, and so safetensors, the type bfloat16
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from jaxdg import weights
+
+TORCH = (".pth", ".pt", ".bin")
+SUFFIXES = (".safetensors", ".npz", *TORCH)
+BROKEN = (SafetensorError, zipfile.BadZipFile, zlib.error, EOFError, OSError, KeyError, ValueError)
+
+
+class Checkpoint(NamedTuple):
+    """An open file: the names of its tensors, and a function that reads the one of a name."""
+
+    names: list[str]
+    read: Callable[[str], np.ndarray]
+
+
+@contextlib.contextmanager
+def opened(path: str | Path) -> Iterator[Checkpoint]:
+    """Opens a checkpoint for reading.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: a kind of file that is not read, a damaged file, or one that would run code of its own; also while reading.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"no checkpoint at {path}; give the file that was downloaded")
+    if path.suffix in TORCH:
+        tensors = _torch_tensors(path)
+        yield Checkpoint(list(tensors), lambda name: _from_torch(tensors[name]))
+        return
+    if path.suffix not in SUFFIXES:
+        raise ValueError(f"{path} is of no kind that is read ({' '.join(SUFFIXES)}); convert or rename it")
+    with contextlib.ExitStack() as stack:
+        try:
+            if path.suffix == ".npz":
+                archive = stack.enter_context(np.load(path, allow_pickle=False))
+                names, get = list(archive.files), archive.__getitem__
+            else:
+                file = stack.enter_context(safe_open(path, framework="numpy"))
+                names, get = list(file.keys()), file.get_tensor
+        except BROKEN as error:
+            raise _broken(path, error) from error
+
+        def read(name: str) -> np.ndarray:
+            try:
+                return get(name)
+            except BROKEN as error:
+                raise _broken(path, error, name) from error
+
+        yield Checkpoint(names, read)
+
+
+def save(tensors: Mapping[str, np.ndarray], path: str | Path, about: Mapping[str, Any]) -> None:
+    """Writes tensors in the kind of file that the suffix of `path` says, whole or not at all; only `.safetensors` holds `about`.
+
+    Raises:
+        OSError: it cannot be written; what was there before is untouched.
+        ValueError: the file needs torch, which is not installed.
+    """
+    path = Path(path)
+    if path.suffix == ".safetensors":
+        return weights.save(tensors, path, {**about, "format": "pt"})  # "pt" is what readers in torch look for
+    torch = import_torch(path) if path.suffix in TORCH else None
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    try:
+        with partial.open("wb") as file:
+            if torch is None:
+                np.savez(file, **tensors)
+            else:
+                torch.save({name: torch.from_numpy(tensor) for name, tensor in tensors.items()}, file)
+        os.replace(partial, path)
+    except (OSError, RuntimeError) as error:  # torch raises RuntimeError on a full disk
+        raise OSError(f"cannot write {path} ({error}); free some space or choose another folder") from error
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def import_torch(path: Path):
+    """The module torch, or one line on how to get it."""
+    try:
+        import torch
+    except ImportError as error:
+        raise ValueError(
+            f'{path.name} needs torch, which is not installed: pip install -e ".[convert]", or use a .safetensors file'
+        ) from error
+    return torch
+
+
+def _torch_tensors(path: Path) -> dict[str, Any]:
+    """The state dict of a torch file, also one level down under "model" or "state_dict"."""
+    torch = import_torch(path)
+    # A legacy (non-zip) file cannot be mapped into memory and is read whole.
+    kw = dict(map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    try:
+        content = torch.load(path, **kw)
+    except pickle.UnpicklingError as error:
+        code = re.search(r"GLOBAL (\S+) was not an allowed|Unsupported (?:class|global)[^`]*`?(\S+)", str(error))
+        if code:
+            raise ValueError(
+                f"{path} is refused: it holds pickled code ({code[1] or code[2]}) beside its tensors, and loading it could run "
+                "anything on this machine; save its state dict alone where you trust it, then convert that"
+            ) from error
+        raise _broken(path, error) from error
+    except (RuntimeError, *BROKEN) as error:
+        raise _broken(path, error) from error
+    if isinstance(content, dict):
+        content = next((content[key] for key in ("model", "state_dict") if isinstance(content.get(key), dict)), content)
+    odd = (
+        [str(key) for key, value in content.items() if not isinstance(value, torch.Tensor)]
+        if isinstance(content, dict)
+        else ["its content"]
+    )
+    if odd or not content:
+        raise ValueError(f"{path} holds no plain state dict, also not under model or state_dict: no tensor is {', '.join(odd) or 'in it'}")
+    return content
+
+
+def _from_torch(tensor: Any) -> np.ndarray:
+    tensor = tensor.detach()
+    return (tensor.float() if tensor.is_floating_point() else tensor).numpy()
+
+
+def _broken(path: Path, error: Exception, name: str = "") -> ValueError:
+    at = f" at {name}" if name else ""
+    reason = " ".join(str(error).split())[:200] or type(error).__name__
+    if "allow_pickle" in reason:
+        return ValueError(f"{path} is refused: it holds pickled code{at}, and loading it could run anything on this machine")
+    return ValueError(f"{path} is damaged or cut short{at} ({reason}); download it again")

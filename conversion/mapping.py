@@ -1,0 +1,172 @@
+"""The strict engine of conversion: tensors of a foreign checkpoint to the names and shapes of a jaxdg module, and back.
+
+A checkpoint family is one file beside this one that states `Layout`s; a layout is an ordered table of `Row`s plus the names it
+leaves out on purpose. Work starts from the module: each of its tensors names, through its row, the source tensors it is made of.
+So every target is filled, every source tensor is used once or left out for a stated reason, and all that does not fit is told at once.
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+import re
+from typing import Any, NamedTuple
+
+from flax import nnx
+import jax.numpy as jnp
+import numpy as np
+
+from jaxdg import weights
+
+
+class Transform(NamedTuple):
+    """How the source tensors of a row become its target, and how the target becomes them again."""
+
+    forward: Callable[..., np.ndarray]
+    inverse: Callable[[np.ndarray], tuple[np.ndarray, ...]]
+
+
+class Row(NamedTuple):
+    """One line of a table; in names, `*` stands for a number that is the same on both sides.
+
+    Attributes:
+        source: names of the source tensors, in the order in which the transform takes them.
+        target: name in jaxdg.
+        transform: between them.
+        resized: the module's `adapt` fits this tensor to its own size at load, so whatever it accepts is stored as it is.
+    """
+
+    source: tuple[str, ...]
+    target: str
+    transform: Transform
+    resized: bool = False
+
+
+class Layout(NamedTuple):
+    """How one publisher names the tensors of an architecture.
+
+    Attributes:
+        name: for reports and errors.
+        rows: a row for every tensor of the module.
+        left_out: regex that matches the whole of a source name, and the reason why it is not needed.
+    """
+
+    name: str
+    rows: tuple[Row, ...]
+    left_out: tuple[tuple[str, str], ...]
+
+
+class Converted(NamedTuple):
+    """What `to_flax` made: tensors by per-block name, the layout that was found, and each name left out with its reason."""
+
+    tensors: dict[str, np.ndarray]
+    layout: Layout
+    left_out: dict[str, str]
+
+
+SAME = Transform(lambda a: a, lambda a: (a,))
+LINEAR = Transform(lambda w: w.T, lambda k: (k.T,))  # torch [out, in], flax [in, out]
+CONV = Transform(lambda w: w.transpose(2, 3, 1, 0), lambda k: (k.transpose(3, 2, 0, 1),))  # torch OIHW, flax HWIO
+
+
+def to_flax(module: nnx.Module, layouts: Iterable[Layout], names: list[str], read: Callable[[str], np.ndarray]) -> Converted:
+    """Converts a checkpoint for `module`, tensor by tensor, in the layout that knows most of its names.
+
+    Args:
+        module: may be abstract (`nnx.eval_shape`); of the checkpoint's full depth.
+        layouts: those in which the module's checkpoints are published.
+        names: of all source tensors.
+        read: gives the source tensor of a name.
+
+    Returns:
+        Float32 tensors for every name of `weights.shapes(module)`.
+
+    Raises:
+        ValueError: tensors that are unknown, missing, there twice or of another shape, or no floats; all of them are named.
+    """
+    wanted = weights.shapes(module)
+    given = set(names)
+    plans = [(layout, _plan(layout, wanted)) for layout in layouts]
+    layout, plan = max(plans, key=lambda p: sum(name in given for _, sources in p[1].values() for name in sources))
+    used = [name for _, sources in plan.values() for name in sources]
+    reasons = {name: reason for name in names for pattern, reason in layout.left_out if re.fullmatch(pattern, name)}
+
+    problems = _listed("there more than once", {n for n in given if names.count(n) > 1})
+    problems += _listed(f"used more than once or both used and left out by the table {layout.name}", _claimed_twice(used, given, reasons))
+    problems += _listed("unknown", given - set(used) - reasons.keys())
+    problems += _listed("missing", set(used) - given)
+    tensors, misfits = {}, []
+    for target, (row, sources) in plan.items():
+        if given.issuperset(sources):
+            parts = [read(name) for name in sources]
+            offences = _misfits(module, row, target, sources, parts, wanted[target])
+            misfits += offences
+            if not offences:
+                tensors[target] = np.ascontiguousarray(row.transform.forward(*(part.astype(np.float32) for part in parts)))
+    problems += _listed("of another shape or type", misfits)
+    if problems:
+        hint = "" if given & set(used) else "no tensor has a name that this model's checkpoints use, so this is another model's file: "
+        raise ValueError(f"{hint}{'; '.join(problems)} (layout: {layout.name})")
+    return Converted(tensors, layout, reasons)
+
+
+def from_flax(module: nnx.Module, layout: Layout, tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The inverse of `to_flax`: the source tensors that `layout` maps, in the publisher's names and axes.
+
+    Raises:
+        ValueError: tensors that are missing, unexpected or of another shape for `module`; all of them are named.
+    """
+    wanted = weights.shapes(module)
+    plan = _plan(layout, wanted)
+    given = {name: wanted[name] if name in plan and plan[name][0].resized and _fits(module, name, tensor, wanted[name]) else tensor.shape
+             for name, tensor in tensors.items()}  # fmt: skip
+    problems = weights.mismatches(wanted, given)
+    if problems:
+        raise ValueError("; ".join(problems))
+    converted: dict[str, np.ndarray] = {}
+    for target, (row, sources) in plan.items():
+        parts = row.transform.inverse(tensors[target])
+        converted |= {name: np.ascontiguousarray(part) for name, part in zip(sources, parts, strict=True)}
+    return converted
+
+
+def _plan(layout: Layout, wanted: Iterable[str]) -> dict[str, tuple[Row, list[str]]]:
+    """The row and the source names of every target."""
+    patterns = [(re.compile(re.escape(row.target).replace(r"\*", r"(\d+)")), row) for row in layout.rows]
+    plan: dict[str, tuple[Row, list[str]]] = {}
+    for target in wanted:
+        found = [(row, match) for pattern, row in patterns if (match := pattern.fullmatch(target))]
+        if len(found) != 1:
+            raise ValueError(f"{len(found)} rows of the table {layout.name} make {target}; there must be one")
+        row, match = found[0]
+        plan[target] = row, [source.replace("*", "{}").format(*match.groups()) for source in row.source]
+    return plan
+
+
+def _claimed_twice(used: list[str], given: set[str], reasons: Mapping[str, str]) -> set[str]:
+    return {name for name in given if used.count(name) + (name in reasons) > 1}
+
+
+def _listed(kind: str, offenders: Iterable[str]) -> list[str]:
+    """One phrase naming all offenders, block numbers in counting order; none if there are none."""
+    ordered = sorted(offenders, key=lambda name: [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)])
+    return [f"{len(ordered)} {kind} ({', '.join(ordered)})"] if ordered else []
+
+
+def _misfits(module: Any, row: Row, target: str, sources: list[str], parts: list[np.ndarray], wanted: tuple[int, ...]) -> list[str]:
+    """What is wrong with the source tensors of one target, in the source's own names and shapes."""
+    kinds = [f"{n} holds {part.dtype}" for n, part in zip(sources, parts, strict=True) if not jnp.issubdtype(part.dtype, jnp.floating)]
+    expected = [part.shape for part in row.transform.inverse(np.broadcast_to(np.float32(0), wanted))]
+    # Exact source shapes are compared: a transform that reshapes heads would let a wrong number of heads pass.
+    if [part.shape for part in parts] == expected or (row.resized and _fits(module, target, parts[0], wanted)):
+        return kinds
+    return kinds + [
+        f"{name} is {part.shape}, not {shape}" for name, part, shape in zip(sources, parts, expected, strict=True) if part.shape != shape
+    ]
+
+
+def _fits(module: Any, target: str, tensor: np.ndarray, wanted: tuple[int, ...]) -> bool:
+    """Whether the module can fit a stored tensor to its own size at load."""
+    if tensor.ndim != len(wanted):
+        return False
+    try:
+        return module.adapt(target, tensor).shape == wanted
+    except ValueError:
+        return False

@@ -1,0 +1,167 @@
+"""The plain vision transformer (Dosovitskiy et al. 2021) as AugReg trained it (Steiner et al. 2022) and timm names it.
+
+Pre-norm blocks, a class token, learned positions, GELU by its exact formula. Dense perception reads the patch tokens after some
+blocks (`taps`) without the final norm, so neither that norm nor the classifier exists here. Attribute names are timm's.
+"""
+
+import dataclasses
+
+from flax import nnx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Key
+import numpy as np
+
+from jaxdg.backbones import layers
+
+
+@dataclasses.dataclass(frozen=True)
+class VitConfig:
+    """A plain vision transformer.
+
+    Attributes:
+        image_size: height and width in pixels; a remainder the patch does not divide is dropped at the bottom and right.
+        patch_size: side of a square patch in pixels.
+        width: channels of a token.
+        depth: number of blocks.
+        heads: attention heads; `width` must divide by it.
+        taps: blocks whose outputs are returned, counted from 0, ascending.
+        boundaries: further blocks after which a stacked segment must end (where freezing changes).
+        drop_path: probability of skipping the last block's branches; grows linearly from 0.
+        remat: recompute blocks in the backward pass (less memory, a third more time).
+        dtype: compute dtype; parameters, norms and softmax stay float32.
+        mean: of the RGB input in 0..1, that the weights were trained with.
+        std: of the RGB input in 0..1, likewise.
+    """
+
+    image_size: tuple[int, int] = (224, 224)
+    patch_size: int = 16
+    width: int = 192
+    depth: int = 12
+    heads: int = 3
+    taps: tuple[int, ...] = (2, 5, 8, 11)
+    boundaries: tuple[int, ...] = ()
+    drop_path: float = 0.0
+    remat: bool = False
+    dtype: str = "float32"
+    mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
+    std: tuple[float, float, float] = (0.5, 0.5, 0.5)
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of patch tokens."""
+        return self.image_size[0] // self.patch_size, self.image_size[1] // self.patch_size
+
+
+class Attention(nnx.Module):
+    """Multi-head self-attention with one fused projection."""
+
+    def __init__(self, config: VitConfig, *, rngs: nnx.Rngs):
+        c, kw = config.width, dict(dtype=jnp.dtype(config.dtype), rngs=rngs)
+        self.heads = config.heads
+        self.qkv = nnx.Linear(c, 3 * c, **kw)
+        self.proj = nnx.Linear(c, c, **kw)
+
+    def __call__(self, x: Float[Array, "b n c"]) -> Float[Array, "b n c"]:
+        b, n, c = x.shape
+        q, k, v = jnp.moveaxis(self.qkv(x).reshape(b, n, 3, self.heads, -1), 2, 0)
+        return self.proj(jax.nn.dot_product_attention(q, k, v).reshape(b, n, c))
+
+
+class Mlp(nnx.Module):
+    """Two linear layers with GELU between."""
+
+    def __init__(self, config: VitConfig, *, rngs: nnx.Rngs):
+        c, kw = config.width, dict(dtype=jnp.dtype(config.dtype), rngs=rngs)
+        self.fc1 = nnx.Linear(c, 4 * c, **kw)
+        self.fc2 = nnx.Linear(4 * c, c, **kw)
+
+    def __call__(self, x: Float[Array, "b n c"]) -> Float[Array, "b n c"]:
+        return self.fc2(jax.nn.gelu(self.fc1(x), approximate=False))
+
+
+class Block(nnx.Module):
+    """Attention and MLP, each behind a LayerNorm and a residual."""
+
+    def __init__(self, config: VitConfig, *, rngs: nnx.Rngs):
+        self.norm1 = nnx.LayerNorm(config.width, epsilon=1e-6, rngs=rngs)
+        self.attn = Attention(config, rngs=rngs)
+        self.norm2 = nnx.LayerNorm(config.width, epsilon=1e-6, rngs=rngs)
+        self.mlp = Mlp(config, rngs=rngs)
+
+    def __call__(self, x: Float[Array, "b n c"], keep: Float[Array, "2 b 1 1"]) -> Float[Array, "b n c"]:
+        """`keep` scales the two branches (drop path)."""
+        x = x + keep[0].astype(x.dtype) * self.attn(self.norm1(x))
+        return x + keep[1].astype(x.dtype) * self.mlp(self.norm2(x))
+
+
+class PatchEmbed(nnx.Module):
+    """Non-overlapping patches, each projected to a token."""
+
+    def __init__(self, config: VitConfig, *, rngs: nnx.Rngs):
+        patch = (config.patch_size, config.patch_size)
+        self.proj = nnx.Conv(3, config.width, patch, strides=patch, padding="VALID", dtype=jnp.dtype(config.dtype), rngs=rngs)
+
+    def __call__(self, images: Float[Array, "b h w 3"]) -> Float[Array, "b n c"]:
+        x = self.proj(images)
+        return x.reshape(x.shape[0], -1, x.shape[-1])
+
+
+class Vit(nnx.Module):
+    """Image to features at the taps."""
+
+    def __init__(self, config: VitConfig, *, rngs: nnx.Rngs):
+        """Builds the encoder with random parameters; see `jaxdg.backbones.create` for named variants with weights."""
+        self.config = config
+        rows, columns = config.grid
+        init = nnx.initializers.normal(0.02)
+        self.cls_token = nnx.Param(init(rngs.params(), (1, 1, config.width)))
+        self.pos_embed = nnx.Param(init(rngs.params(), (1, 1 + rows * columns, config.width)))
+        self.patch_embed = PatchEmbed(config, rngs=rngs)
+        ends = (*config.taps, *config.boundaries)
+        depth = config.taps[-1] + 1  # blocks past the last tap feed nothing
+        self.blocks = layers.Stack(
+            lambda rngs: Block(config, rngs=rngs), depth, [e for e in ends if e < depth], remat=config.remat, rngs=rngs
+        )
+
+    @property
+    def channels(self) -> tuple[int, ...]:
+        """Channels of each tap's features."""
+        return (self.config.width,) * len(self.config.taps)
+
+    def __call__(self, images: Float[Array, "b h w 3"], key: Key[Array, ""] | None = None) -> tuple[Float[Array, "b gh gw c"], ...]:
+        """Features of the patch tokens.
+
+        Args:
+            images: [b, h, w, 3] normalised with `config.mean` and `config.std`, of `config.image_size`.
+            key: random key that turns drop path on (training).
+
+        Returns:
+            One [b, h / p, w / p, c] for each tap, shallow to deep.
+        """
+        rows, columns = self.config.grid
+        return tuple(t[:, 1:].reshape(t.shape[0], rows, columns, -1) for t in self.tokens(images, key))
+
+    def tokens(self, images: Float[Array, "b h w 3"], key: Key[Array, ""] | None = None) -> tuple[Float[Array, "b n c"], ...]:
+        """All tokens at the taps, the class token first: [b, 1 + rows * columns, c] each."""
+        c = self.config
+        if images.shape[1:3] != c.image_size:
+            h, w = images.shape[1:3]
+            raise ValueError(
+                f"the encoder was built for {c.image_size[0]}x{c.image_size[1]} images and got {h}x{w}; "
+                f"create it with image_size=({h}, {w}) or resize the images"
+            )
+        x = self.patch_embed(images)
+        cls = jnp.broadcast_to(self.cls_token[...], (x.shape[0], 1, c.width))
+        x = jnp.concatenate([cls.astype(x.dtype), x], axis=1) + self.pos_embed[...].astype(x.dtype)
+        keep = layers.drop_path_scales(key, c.drop_path, c.depth, x.shape[0])[: c.taps[-1] + 1]
+        outputs = self.blocks(x, keep)
+        return tuple(outputs[tap] for tap in c.taps)
+
+    def adapt(self, name: str, tensor: np.ndarray) -> np.ndarray | None:
+        """Fits a stored tensor to this encoder: positions are resized to its grid, blocks past the last tap are not needed (None)."""
+        if name == "pos_embed":
+            return layers.resize_positions(tensor, self.config.grid, prefix=1)
+        if name.startswith("blocks.") and int(name.split(".")[1]) > self.config.taps[-1]:
+            return None
+        return tensor

@@ -1,0 +1,79 @@
+"""What the commands share: flags that end in a configuration, errors of one line, multi-host start."""
+
+from collections.abc import Callable
+import os
+import signal
+import sys
+
+from absl import app, flags, logging
+from ml_collections import config_flags
+
+from jaxdg import config as config_lib
+
+_DEBUG = flags.DEFINE_bool("debug", False, "Show the traceback of errors.")
+
+
+def define_config() -> flags.FlagHolder:
+    """The flag --config FILE, with --config.FIELD=VALUE overrides."""
+    return config_flags.DEFINE_config_file("config", None, "Experiment file below configs/; override any field with --config.FIELD=VALUE.")
+
+
+def run(main: Callable[[list[str]], None]) -> None:
+    """Parses flags, runs `main` and exits; an error a person can mend is one line and exit code 1."""
+    logging.set_verbosity(logging.WARNING)
+    logging.set_stderrthreshold("warning")
+
+    def parse(arguments: list[str]) -> list[str]:
+        config_lib.check_overrides(arguments)
+        for name in ("--config", "-config"):
+            for i, argument in enumerate(arguments):
+                path = argument.removeprefix(name + "=") if argument.startswith(name + "=") else None
+                path = arguments[i + 1] if argument == name and i + 1 < len(arguments) else path
+                if path is not None and not os.path.isfile(path):
+                    raise FileNotFoundError(f"no config file {path}; see configs/ for those that exist")
+        return flags.FLAGS(arguments)
+
+    def guarded(arguments: list[str]) -> None:
+        try:
+            main(arguments)
+        except (ValueError, OSError) as error:
+            _fail(error)
+
+    try:
+        positional = parse(sys.argv)
+    except flags.Error as error:
+        _fail(error)
+    except (ValueError, OSError) as error:
+        _fail(error)
+    else:
+        app.run(guarded, argv=sys.argv, flags_parser=lambda _: positional)
+
+
+def _fail(error: Exception) -> None:
+    if flags.FLAGS.is_parsed() and _DEBUG.value:
+        raise error
+    print("error: " + " ".join(str(error).split()), file=sys.stderr, flush=True)
+    sys.exit(1)
+
+
+class Stop(Exception):
+    """The run was asked to stop (SIGTERM or Ctrl-C)."""
+
+
+class Interrupt:
+    """Notes SIGTERM and the first Ctrl-C; a second Ctrl-C ends the program at once."""
+
+    def __init__(self):
+        self.asked = False
+        signal.signal(signal.SIGTERM, self._note)
+        signal.signal(signal.SIGINT, self._note)
+
+    def _note(self, number: int, _) -> None:
+        if self.asked and number == signal.SIGINT:
+            sys.exit(130)
+        self.asked = True
+
+    def check(self) -> None:
+        """Raises `Stop` if the run was asked to stop."""
+        if self.asked:
+            raise Stop

@@ -1,0 +1,414 @@
+"""The configuration of a run: mutable dataclasses of JSON types, overridden on the command line, validated after parsing.
+
+A file below `configs/` defines `get_config() -> Config`. Every field is documented here with its unit and default.
+"""
+
+import dataclasses
+import difflib
+import importlib.util
+import json
+import os
+from pathlib import Path
+import types
+import typing
+from typing import Any, Literal
+
+from jaxdg.data.datasets import FolderOptions, StreetsOptions
+
+
+@dataclasses.dataclass
+class MeshConfig:
+    """How devices are arranged; the product must be the number of devices, -1 meaning "the rest".
+
+    Attributes:
+        data: copies of the model, each with its own part of the batch. Default -1.
+        fsdp: devices among which one copy's parameters, gradients and optimiser state are divided. Default 1.
+    """
+
+    data: int = -1
+    fsdp: int = 1
+
+
+@dataclasses.dataclass
+class DataConfig:
+    """What is trained on, and how samples are made from it.
+
+    Attributes:
+        source: the domain trained on: `clear` (generated streets), `camvid`, or a domain described by `folder`. Default clear.
+        root: folder that holds the datasets as downloaded. Default: $JAXDG_DATA, else `data`.
+        workers: processes that read and augment; 0 does it in threads of the main process. Default 0.
+        crop: height and width in pixels of training crops and of the model's windows. Default 128x128.
+        scale: smallest and largest factor of the random resize before the crop. Default 0.75 to 1.5.
+        flip: probability of a horizontal flip. Default 0.5.
+        max_class_share: a crop is redrawn (at most 10 times) while one class covers more than this; 1 turns it off. Default 1.
+        brightness: largest random shift of all pixel values, in units of 0..255. Default 24.
+        contrast: largest random relative change of contrast. Default 0.25.
+        streets: the generated dataset.
+        folder: any other dataset as pairs of image and label folders; None if unused.
+    """
+
+    source: str = "clear"
+    root: str = dataclasses.field(default_factory=lambda: os.environ.get("JAXDG_DATA", "data"))
+    workers: int = 0
+    crop: tuple[int, int] = (128, 128)
+    scale: tuple[float, float] = (0.75, 1.5)
+    flip: float = 0.5
+    max_class_share: float = 1.0
+    brightness: float = 24.0
+    contrast: float = 0.25
+    streets: StreetsOptions = dataclasses.field(default_factory=StreetsOptions)
+    folder: FolderOptions | None = None
+
+
+@dataclasses.dataclass
+class ModelConfig:
+    """What is trained.
+
+    Attributes:
+        encoder: a name of the zoo (`jaxdg.backbones.ZOO`). Default scratch_ti8.
+        weights: converted weights of the encoder; None trains from scratch. Default None.
+        taps: blocks whose features are read, from 0; () for the last block of each quarter. Default ().
+        pyramid: none, or four levels with layer or batch normalisation. Default layer.
+        decoder: linear. Default linear.
+        freeze: what stays as loaded: none, all (the encoder), `first N` (embeddings and first N blocks), `last N` (last N blocks),
+            or a regular expression searched in parameter names such as `backbone.blocks.3.attn.qkv.kernel`. Default none.
+        drop_path: probability of skipping the branches of the encoder's last block. Default 0.
+        remat: recompute encoder blocks in the backward pass: less memory, a third more time. Default False.
+        dtype: compute type, float32 or bfloat16; parameters stay float32. Default float32.
+    """
+
+    encoder: str = "scratch_ti8"
+    weights: str | None = None
+    taps: tuple[int, ...] = ()
+    pyramid: Literal["none", "layer", "batch"] = "layer"
+    decoder: Literal["linear"] = "linear"
+    freeze: str = "none"
+    drop_path: float = 0.0
+    remat: bool = False
+    dtype: Literal["float32", "bfloat16"] = "float32"
+
+
+@dataclasses.dataclass
+class OptimizerConfig:
+    """AdamW with a polynomial schedule.
+
+    Attributes:
+        learning_rate: peak. Default 1e-4.
+        encoder_factor: of the encoder's learning rate when it starts from `model.weights`; from scratch it is 1. Default 0.1.
+        warmup_steps: steps of linear warm-up from 0. Default 0.
+        power: of the polynomial decay to 0 at the last step; 0 keeps the rate constant. Default 0.9.
+        betas: decay of AdamW's moments. Default 0.9, 0.999.
+        epsilon: of AdamW. Default 1e-8.
+        weight_decay: decoupled, multiplied by the learning rate. Default 0.05.
+        clip: largest global L2 norm of the gradient; 0 turns clipping off. Default 0.01.
+        accumulate: parts a batch is computed in, one after another, for less memory; the result is that of the whole. Default 1.
+        learning_rate_factors: (regex, factor) pairs; the first regex found in a parameter's name counts. Default ().
+        weight_decay_factors: likewise. Default: no decay on biases, norms, class token and position embeddings.
+    """
+
+    learning_rate: float = 1e-4
+    encoder_factor: float = 0.1
+    warmup_steps: int = 0
+    power: float = 0.9
+    betas: tuple[float, float] = (0.9, 0.999)
+    epsilon: float = 1e-8
+    weight_decay: float = 0.05
+    clip: float = 0.01
+    accumulate: int = 1
+    learning_rate_factors: tuple[tuple[str, float], ...] = ()
+    weight_decay_factors: tuple[tuple[str, float], ...] = ((r"bias$|norm|cls_token$|pos_embed$", 0.0),)
+
+
+@dataclasses.dataclass
+class EvaluationConfig:
+    """Zero-shot evaluation.
+
+    Attributes:
+        domains: evaluated in this order; the source among them is marked as seen.
+        protocol: native: images at their own size, labels never resized. Default native.
+        stride: rows and columns in pixels between windows of the size of `data.crop`. Default 64x64.
+        batch_size: images a step, over all devices. Default 4.
+        windows_per_call: windows computed at once; bounds memory. Default 8.
+    """
+
+    domains: tuple[str, ...] = ("clear", "night", "rain", "fog", "dusk_rain")
+    protocol: Literal["native"] = "native"
+    stride: tuple[int, int] = (64, 64)
+    batch_size: int = 4
+    windows_per_call: int = 8
+
+
+@dataclasses.dataclass
+class Config:
+    """One experiment.
+
+    Attributes:
+        steps: optimiser steps of the run.
+        batch_size: crops a step, over all devices and hosts.
+        seed: of initialisation, sampling and augmentation.
+        log_every: steps between rows of metrics.jsonl.
+        eval_every: steps between evaluations; 0: no evaluation at all, otherwise also at the end.
+        checkpoint_every: steps between checkpoints; one is always written at the end.
+        keep_checkpoints: newest checkpoints kept, besides the best on the source domain.
+        task: segmentation.
+        mesh: devices.
+        data: what is trained on.
+        model: what is trained.
+        optimizer: how.
+        evaluation: on what it is judged.
+    """
+
+    steps: int = 1000
+    batch_size: int = 8
+    seed: int = 0
+    log_every: int = 10
+    eval_every: int = 500
+    checkpoint_every: int = 100
+    keep_checkpoints: int = 2
+    task: Literal["segmentation"] = "segmentation"
+    mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
+    data: DataConfig = dataclasses.field(default_factory=DataConfig)
+    model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
+    optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
+    evaluation: EvaluationConfig = dataclasses.field(default_factory=EvaluationConfig)
+
+
+# Changing these leaves the run the same, so a resumed run may differ in them.
+FREE_FIELDS = ("mesh.", "data.workers", "data.root", "log_every", "eval_every", "checkpoint_every")
+
+# (field, what is allowed, test); types and choices are checked from the annotations.
+_RULES: tuple[tuple[str, str, Any], ...] = (
+    ("steps", "at least 1", lambda v: v >= 1),
+    ("batch_size", "at least 1", lambda v: v >= 1),
+    ("seed", "0 to 2^31 - 1", lambda v: 0 <= v < 2**31),
+    ("log_every", "at least 1", lambda v: v >= 1),
+    ("eval_every", "0 (never) or more", lambda v: v >= 0),
+    ("checkpoint_every", "at least 1", lambda v: v >= 1),
+    ("keep_checkpoints", "at least 1", lambda v: v >= 1),
+    ("mesh.data", "-1 (the rest) or at least 1", lambda v: v == -1 or v >= 1),
+    ("mesh.fsdp", "-1 (the rest) or at least 1", lambda v: v == -1 or v >= 1),
+    ("data.workers", "0 or more", lambda v: v >= 0),
+    ("data.crop", "two sides of at least 1 pixel", lambda v: min(v) >= 1),
+    ("data.scale", "two positive factors, smallest first", lambda v: 0 < v[0] <= v[1]),
+    ("data.flip", "0 to 1", lambda v: 0 <= v <= 1),
+    ("data.max_class_share", "above 0 up to 1", lambda v: 0 < v <= 1),
+    ("data.brightness", "0 to 255", lambda v: 0 <= v <= 255),
+    ("data.contrast", "0 to 1", lambda v: 0 <= v <= 1),
+    ("data.streets.size", "two sides of at least 32 pixels", lambda v: min(v) >= 32),
+    ("model.drop_path", "0 to below 1", lambda v: 0 <= v < 1),
+    ("optimizer.learning_rate", "above 0", lambda v: v > 0),
+    ("optimizer.warmup_steps", "0 or more", lambda v: v >= 0),
+    ("optimizer.power", "0 or more", lambda v: v >= 0),
+    ("optimizer.betas", "two numbers of 0 to below 1", lambda v: all(0 <= x < 1 for x in v)),
+    ("optimizer.weight_decay", "0 or more", lambda v: v >= 0),
+    ("optimizer.clip", "0 (off) or more", lambda v: v >= 0),
+    ("optimizer.accumulate", "at least 1", lambda v: v >= 1),
+    ("evaluation.stride", "two steps of at least 1 pixel", lambda v: min(v) >= 1),
+    ("evaluation.batch_size", "at least 1", lambda v: v >= 1),
+    ("evaluation.windows_per_call", "at least 1", lambda v: v >= 1),
+)
+
+
+def validated(config: Config) -> Config:
+    """A checked copy of `config` with every value of its declared type.
+
+    Raises:
+        ValueError: a wrong value or combination; the message says which field and what is allowed.
+    """
+    config = _coerce(config, Config, "")
+    for field, allowed, test in _RULES:
+        value = get(config, field)
+        if not test(value):
+            raise ValueError(f"{field} is {value}; allowed: {allowed}")
+    if config.batch_size % config.optimizer.accumulate:
+        raise ValueError(f"optimizer.accumulate is {config.optimizer.accumulate}; allowed: a divisor of batch_size {config.batch_size}")
+    if config.optimizer.warmup_steps >= config.steps:
+        raise ValueError(f"optimizer.warmup_steps is {config.optimizer.warmup_steps}; allowed: less than steps {config.steps}")
+    crop, stride = config.data.crop, config.evaluation.stride
+    if stride[0] > crop[0] or stride[1] > crop[1]:
+        raise ValueError(f"evaluation.stride is {stride}; allowed: at most data.crop {crop}, or windows would leave gaps")
+    return config
+
+
+def get(config: Any, field: str) -> Any:
+    """The value at a dotted `field` such as "optimizer.clip"."""
+    for part in field.split("."):
+        config = getattr(config, part)
+    return config
+
+
+def _coerce(value: Any, annotation: Any, where: str) -> Any:
+    """`value` as `annotation` says, from dataclasses, JSON or the command line; ValueError names the field and what is allowed."""
+    origin, args = typing.get_origin(annotation), typing.get_args(annotation)
+    fail = ValueError(f"{where} is {value!r}; allowed: {_describe(annotation)}")
+    if origin in (typing.Union, types.UnionType):
+        if value is None or value == "None":
+            return None
+        return _coerce(value, next(a for a in args if a is not types.NoneType), where)
+    if dataclasses.is_dataclass(annotation):
+        if dataclasses.is_dataclass(value) and not isinstance(value, type):
+            value = {f.name: getattr(value, f.name) for f in dataclasses.fields(value)} | vars(value)
+        if not isinstance(value, dict):
+            raise fail
+        hints = typing.get_type_hints(annotation)
+        prefix = where + "." if where else ""
+        for key in value.keys() - hints.keys():
+            raise ValueError(unknown_field(prefix + key, key, hints))
+        return annotation(**{key: _coerce(v, hints[key], prefix + key) for key, v in value.items()})
+    if origin is Literal:
+        if value not in args:
+            raise fail
+        return value
+    if origin is tuple:
+        if isinstance(value, str):
+            value = [part.strip() for part in value.split(",") if part.strip()]
+        if not isinstance(value, (list, tuple)):
+            raise fail
+        if len(args) == 2 and args[1] is Ellipsis:
+            # The command line hands a,b to a tuple of strings as one string.
+            items = [p.strip() for v in value for p in v.split(",") if p.strip()] if args[0] is str and where_is_list(value) else value
+            return tuple(_coerce(v, args[0], f"{where}[{i}]") for i, v in enumerate(items))
+        if len(value) != len(args):
+            raise fail
+        return tuple(_coerce(v, a, f"{where}[{i}]") for i, (v, a) in enumerate(zip(value, args, strict=True)))
+    if origin is dict:
+        if not isinstance(value, dict):
+            raise fail
+        return {_coerce(k, args[0], where): _coerce(v, args[1], f"{where}[{k!r}]") for k, v in value.items()}
+    try:
+        if annotation is bool:
+            if not isinstance(value, bool):
+                raise fail
+            return value
+        if annotation is int:
+            if isinstance(value, bool) or (isinstance(value, float) and value != int(value)):
+                raise fail
+            return int(value)
+        if annotation is float:
+            if isinstance(value, bool):
+                raise fail
+            number = float(value)
+            if number != number:
+                raise fail
+            return number
+    except (TypeError, ValueError):
+        raise fail from None
+    if annotation is str and not isinstance(value, str):
+        raise fail
+    return value
+
+
+def where_is_list(value: Any) -> bool:
+    """Whether all elements are strings, so that commas in them can be taken for separators."""
+    return all(isinstance(v, str) for v in value)
+
+
+def _describe(annotation: Any) -> str:
+    origin, args = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin is Literal:
+        return " or ".join(map(str, args))
+    if origin in (typing.Union, types.UnionType):
+        return " or ".join("None" if a is types.NoneType else _describe(a) for a in args)
+    if origin is tuple:
+        return f"any number of {_describe(args[0])}" if args[-1] is Ellipsis else f"{len(args)} of {_describe(args[0])}"
+    if origin is dict:
+        return f"a dict from {_describe(args[0])} to {_describe(args[1])}"
+    names = {int: "an integer", float: "a number", bool: "True or False", str: "text"}
+    return names.get(annotation, getattr(annotation, "__name__", str(annotation)))
+
+
+def unknown_field(field: str, key: str, known: Any) -> str:
+    """The message for a misspelt field."""
+    close = difflib.get_close_matches(key, list(known), n=1, cutoff=0.5)
+    prefix = field[: len(field) - len(key)]
+    return f"unknown field {field}; " + (f"did you mean {prefix}{close[0]}?" if close else f"allowed: {' '.join(prefix + k for k in sorted(known))}")
+
+
+def check_overrides(arguments: list[str]) -> None:
+    """Finds misspelt `--config.X` arguments before the flag parser does, whose message would not name the right one.
+
+    Raises:
+        ValueError: an unknown field, with the closest known one.
+    """
+    for argument in arguments:
+        if not argument.startswith(("--config.", "-config.", "--noconfig.")):
+            continue
+        field = argument.lstrip("-").removeprefix("no").removeprefix("config.").split("=")[0]
+        holder: Any = Config
+        for part in field.split("."):
+            hints = typing.get_type_hints(holder) if dataclasses.is_dataclass(holder) else {}
+            if not hints:
+                break
+            if part not in hints:
+                raise ValueError(unknown_field(field, part, hints) if field.endswith(part) else unknown_field(field[: field.index(part) + len(part)], part, hints))
+            holder = next((a for a in typing.get_args(hints[part]) if dataclasses.is_dataclass(a)), hints[part])
+
+
+def from_file(path: str | Path) -> Config:
+    """The validated `get_config()` of a file below configs/."""
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"no config file {path}; see configs/ for those that exist")
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None and spec.loader is not None, path
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return validated(module.get_config())
+
+
+def save(config: Config, workdir: str | Path) -> None:
+    """Writes `config.json` into the workdir, whole or not at all."""
+    path = Path(workdir) / "config.json"
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(dataclasses.asdict(config), indent=2) + "\n")
+    os.replace(partial, path)
+
+
+def load(workdir: str | Path) -> Config:
+    """The configuration stored in a workdir.
+
+    Raises:
+        FileNotFoundError: the folder holds no config.json.
+        ValueError: it is no valid configuration.
+    """
+    path = Path(workdir) / "config.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist; give the workdir of a training run (the folder given to --workdir)")
+    try:
+        return validated(_coerce(json.loads(path.read_text()), Config, ""))
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def claim(config: Config, workdir: str | Path) -> None:
+    """Makes `workdir` the folder of this run, or checks that it is.
+
+    Raises:
+        ValueError: it holds a run of another configuration; the message lists the differences.
+    """
+    workdir = Path(workdir)
+    if (workdir / "config.json").is_file():
+        changed = differences(load(workdir), config)
+        if changed:
+            raise ValueError(f"{workdir} holds another run: {'; '.join(changed)}; give another --workdir or the same settings")
+    workdir.mkdir(parents=True, exist_ok=True)
+    save(config, workdir)
+
+
+def read_json(path: Path) -> Any:
+    """The contents of a JSON file, None if there is none."""
+    return json.loads(path.read_text()) if path.is_file() else None
+
+
+def differences(old: Config, new: Config) -> list[str]:
+    """Fields that differ between two configurations and would make them different runs, one phrase each."""
+    a, b = _flat(dataclasses.asdict(old)), _flat(dataclasses.asdict(new))
+    changed = [key for key in sorted(a.keys() | b.keys()) if a.get(key) != b.get(key)]
+    return [f"{key}: {a.get(key)!r} -> {b.get(key)!r}" for key in changed if not key.startswith(FREE_FIELDS)]
+
+
+def _flat(tree: dict, prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat

@@ -1,0 +1,122 @@
+"""Class lists, their colours, and the tables that turn the ids of label files into train ids.
+
+Train ids count the classes of a `LabelSet` from 0; 255 marks pixels that neither the loss nor a score sees. The 19 Cityscapes classes and
+their colours are those of `cityscapesscripts` (Cordts et al. 2016); CamVid's 11 classes are those of the SegNet release.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+import colorsys
+import dataclasses
+
+from jaxtyping import Int16, Integer, UInt8
+import numpy as np
+
+IGNORE = 255
+
+
+@dataclasses.dataclass(frozen=True)
+class LabelSet:
+    """Class names and display colours, in the order of the train ids.
+
+    Attributes:
+        names: one a class.
+        colors: RGB, 0-255, one a class.
+    """
+
+    names: tuple[str, ...]
+    colors: tuple[tuple[int, int, int], ...]
+
+    def __post_init__(self):
+        if len(self.names) != len(self.colors):
+            raise ValueError(f"{len(self.names)} class names but {len(self.colors)} colours; give one colour a class")
+        if not 1 <= len(self.names) <= IGNORE:
+            raise ValueError(f"{len(self.names)} classes; label maps are 8-bit and hold between 1 and {IGNORE}")
+
+
+CITYSCAPES = LabelSet(
+    names=(
+        "road", "sidewalk", "building", "wall", "fence", "pole", "traffic light", "traffic sign", "vegetation", "terrain",
+        "sky", "person", "rider", "car", "truck", "bus", "train", "motorcycle", "bicycle",
+    ),
+    colors=(
+        (128, 64, 128), (244, 35, 232), (70, 70, 70), (102, 102, 156), (190, 153, 153), (153, 153, 153), (250, 170, 30), (220, 220, 0),
+        (107, 142, 35), (152, 251, 152), (70, 130, 180), (220, 20, 60), (255, 0, 0), (0, 0, 142), (0, 0, 70), (0, 60, 100), (0, 80, 100),
+        (0, 0, 230), (119, 11, 32),
+    ),
+)  # fmt: skip
+
+CAMVID = LabelSet(
+    names=("sky", "building", "pole", "road", "pavement", "tree", "sign", "fence", "car", "pedestrian", "bicyclist"),
+    colors=(
+        (128, 128, 128), (128, 0, 0), (192, 192, 128), (128, 64, 128), (60, 40, 222), (128, 128, 0), (192, 128, 128), (64, 64, 128),
+        (64, 0, 128), (64, 64, 0), (0, 128, 192),
+    ),
+)  # fmt: skip
+
+
+def palette(count: int) -> tuple[tuple[int, int, int], ...]:
+    """Distinct colours for classes that come without: hues by the golden ratio, three alternating brightnesses.
+
+    Args:
+        count: number of classes.
+
+    Returns:
+        RGB, 0-255, one a class; the first colours do not change with `count`.
+    """
+    hsv = ((i * 0.618034 % 1.0, 0.85 - 0.3 * (i % 2), (0.95, 0.75, 0.55)[i % 3]) for i in range(count))
+    return tuple((round(255 * r), round(255 * g), round(255 * b)) for r, g, b in (colorsys.hsv_to_rgb(*c) for c in hsv))
+
+
+def id_table(id_map: Mapping[int, int], ignore: Iterable[int] = ()) -> Int16[np.ndarray, "65536"]:
+    """A look-up table from the ids of label files to train ids.
+
+    Args:
+        id_map: label file id (0-65535) to train id (0-254, or 255 to ignore).
+        ignore: further label file ids to ignore.
+
+    Returns:
+        The train id of each label file id; 255 where ignored, -1 where the id is outside the table.
+
+    Raises:
+        ValueError: an id is out of range, or both mapped and ignored.
+    """
+    table = np.full(65536, -1, np.int16)
+    for source, target in [*id_map.items(), *((i, IGNORE) for i in ignore)]:
+        if not (0 <= source < 65536 and 0 <= target <= IGNORE):
+            raise ValueError(f"id map entry {source}: {target} is out of range; file ids are 0 to 65535, train ids 0 to {IGNORE}")
+        if table[source] not in (-1, target):
+            raise ValueError(f"label id {source} is in the id map (as {table[source]}) and in the ignore list; keep one of the two")
+        table[source] = target
+    return table
+
+
+def apply_table(label: Integer[np.ndarray, "h w"], table: Int16[np.ndarray, "65536"], path: str) -> UInt8[np.ndarray, "h w"]:
+    """Maps a label image to train ids.
+
+    Args:
+        label: ids as the file holds them.
+        table: made by `id_table`.
+        path: the file, for the error message.
+
+    Returns:
+        Train ids, 255 where ignored.
+
+    Raises:
+        ValueError: the image holds ids outside the table.
+    """
+    inside = label if label.dtype == np.uint8 or label.dtype == np.uint16 else np.clip(label, 0, 65535)
+    train = table[inside]
+    unknown = train < 0
+    if inside is not label:
+        unknown |= inside != label
+    if unknown.any():
+        ids, counts = np.unique(label[unknown], return_counts=True)
+        raise ValueError(
+            f"{path}: {counts.sum()} pixels have label ids outside the id map: {_some(ids.tolist())}; "
+            "add them to the id map or to the ignore list (data.folder.id_map, data.folder.ignore)"
+        )
+    return train.astype(np.uint8)
+
+
+def _some(ids: Sequence[int], limit: int = 10) -> str:
+    return ", ".join(map(str, ids[:limit])) + (f" and {len(ids) - limit} more" if len(ids) > limit else "")

@@ -1,0 +1,146 @@
+"""Zero-shot evaluation of a checkpoint on domains it never saw.
+
+    python -m jaxdg.evaluate --checkpoint runs/streets --domains night,fog
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+import dataclasses
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from absl import flags
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from jaxdg import config as config_lib
+from jaxdg.config import Config
+from jaxdg.data.datasets import Dataset, open_domain
+from jaxdg.tasks import DomainResult, Task, locate, make_task, restore_model
+from jaxdg.training import sharding
+
+
+def open_domains(config: Config) -> dict[str, Dataset]:
+    """The validation images of every domain in `config.evaluation.domains`, checked."""
+    d = config.data
+    open_one = lambda name: open_domain(name, root=d.root, train=False, streets=d.streets, folder=d.folder)
+    return {name: open_one(name) for name in config.evaluation.domains}
+
+
+def evaluate_domains(
+    evaluator: Callable[..., DomainResult], state: Any, datasets: Mapping[str, Dataset], config: Config, tick: Callable[[str, int], None]
+) -> dict[str, DomainResult]:
+    """Judges a model on each domain; `tick(domain, batch)` is called after every batch and may raise to stop."""
+    results = {}
+    for name, dataset in datasets.items():
+        done = iter(range(1, len(dataset) + 1))
+        results[name] = evaluator(state, dataset, lambda name=name, done=done: tick(name, next(done)))
+        results[name].metrics |= {"seen": name == config.data.source, "part_of": None, "subsets": {}}
+    return results
+
+
+def summary(task: Task, config: Config, step: int, results: Mapping[str, DomainResult]) -> dict[str, Any]:
+    """The contents of results.json: every domain, the mean of those never seen, and rPD (that mean in percent of the seen one's)."""
+    whole = {name: r for name, r in results.items() if r.metrics["part_of"] is None}
+    unseen = [r.score for r in whole.values() if not r.metrics["seen"]]
+    seen = [r.score for r in whole.values() if r.metrics["seen"]]
+    mean_unseen = float(np.mean(unseen)) if unseen else None
+    return {
+        "task": config.task,
+        "source": config.data.source,
+        "protocol": config.evaluation.protocol,
+        "step": step,
+        "domains": {name: r.metrics for name, r in results.items()},
+        "mean_unseen": mean_unseen,
+        "rPD": 100 * mean_unseen / float(np.mean(seen)) if mean_unseen is not None and seen and np.mean(seen) > 0 else None,
+    }
+
+
+def write_results(results: dict[str, Any], folder: Path) -> None:
+    """Writes results.json, whole or not at all."""
+    folder.mkdir(parents=True, exist_ok=True)
+    partial = folder / "results.partial"
+    partial.write_text(json.dumps(results, indent=2) + "\n")
+    os.replace(partial, folder / "results.json")
+
+
+def print_results(results: dict[str, Any], console: Console) -> None:
+    """A table of every class on every domain, then the means."""
+    domains = results["domains"]
+    table = Table(
+        title=f"IoU in % at step {results['step']}, trained on {results['source']}, protocol {results['protocol']}", title_justify="left"
+    )
+    table.add_column("class")
+    for name, entry in domains.items():
+        table.add_column(name + (" (source)" if entry["seen"] else ""), justify="right")
+    cell = lambda value: "-" if value is None else f"{value:.1f}"
+    for label in next(iter(domains.values()))["IoU"]:
+        table.add_row(label, *(cell(entry["IoU"][label]) for entry in domains.values()))
+    table.add_section()
+    table.add_row("mIoU", *(cell(entry["mIoU"]) for entry in domains.values()), style="bold")
+    console.print(table)
+    if results["mean_unseen"] is not None:
+        rpd = "" if results["rPD"] is None else f"   rPD {results['rPD']:.1f} %"
+        console.print(f"mean of unseen domains {results['mean_unseen']:.1f}{rpd}")
+
+
+def save_pictures(results: Mapping[str, DomainResult], folder: Path) -> None:
+    """Writes the panels of every domain as `pictures/DOMAIN_I.jpg`."""
+    from PIL import Image
+
+    for name, result in results.items():
+        for i, picture in enumerate(result.pictures):
+            path = folder / "pictures" / f"{name.replace('/', '_')}_{i}.jpg"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(picture).save(path, quality=92)
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Evaluates the checkpoint that the flags name."""
+    if len(arguments) > 1:
+        raise ValueError(f"unexpected argument {arguments[1]!r}; see --help")
+    workdir, step = locate(_CHECKPOINT.value)
+    config = config_lib.load(workdir)
+    e, d = config.evaluation, config.data
+    config.evaluation = dataclasses.replace(
+        e,
+        domains=tuple(_DOMAINS.value or e.domains),
+        protocol=_PROTOCOL.value or e.protocol,
+        batch_size=_BATCH_SIZE.value or e.batch_size,
+    )
+    # The data root of this machine, not the one the run was trained on.
+    root = _DATA_ROOT.value or os.environ.get("JAXDG_DATA") or d.root
+    config.data = dataclasses.replace(d, root=root, workers=d.workers if _WORKERS.value is None else _WORKERS.value)
+    config.mesh = config_lib.MeshConfig()
+    config = config_lib.validated(config)
+    datasets = open_domains(config)
+    task, mesh, console = make_task(config), sharding.make_mesh(config.mesh), Console(width=None)
+    plan, state, at = restore_model(workdir, step, config, task, mesh)
+    total = {name: -(-len(dataset) // config.evaluation.batch_size) for name, dataset in datasets.items()}
+
+    def tick(name: str, batch: int) -> None:
+        if console.is_terminal:
+            console.print(f"{name} {batch}/{total[name]}", end="\r")
+
+    results = evaluate_domains(task.evaluator(plan.graph, mesh), state, datasets, config, tick)
+    out = Path(_OUT.value) if _OUT.value else workdir / f"evaluation_{at}"
+    everything = summary(task, config, at, results)
+    write_results(everything, out)
+    save_pictures(results, out)
+    print_results(everything, console)
+    console.print(f"written to {out}/results.json and {out}/pictures")
+
+
+if __name__ == "__main__":
+    from jaxdg import cli
+
+    _CHECKPOINT = flags.DEFINE_string("checkpoint", None, "A workdir, or one step in it such as DIR/checkpoints/500.", required=True)
+    _DOMAINS = flags.DEFINE_list("domains", None, "Domains to evaluate, by comma; those of the run's configuration if left out.")
+    _PROTOCOL = flags.DEFINE_enum("protocol", None, ["native"], "Image size and windows; the run's own if left out.")
+    _DATA_ROOT = flags.DEFINE_string("data_root", None, "Folder of the datasets; $JAXDG_DATA, else the run's, if left out.")
+    _BATCH_SIZE = flags.DEFINE_integer("batch_size", None, "Images a step, over all devices.", lower_bound=1)
+    _WORKERS = flags.DEFINE_integer("workers", None, "Processes that read images.", lower_bound=0)
+    _OUT = flags.DEFINE_string("out", None, "Folder for results.json and pictures; WORKDIR/evaluation_STEP if left out.")
+    cli.run(main)

@@ -1,0 +1,56 @@
+"""The simplest decoder: every feature map normalised, read by a 1x1 linear layer, and the class scores of all maps added.
+
+Adding the readings is the same as one 1x1 layer on the concatenated maps, but each is computed at its own resolution and only
+the k class scores are enlarged. A probe of what the encoder knows rather than a model of its own.
+"""
+
+from collections.abc import Sequence
+
+from flax import nnx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, UInt8
+
+from jaxdg.segmentation.sliding_window import resize_scores
+
+IGNORE = 255
+
+
+class LinearHead(nnx.Module):
+    """Feature maps to class scores at the finest map's resolution."""
+
+    def __init__(self, num_classes: int, channels: Sequence[int], *, dtype: str = "float32", rngs: nnx.Rngs):
+        """Args:
+        num_classes: k.
+        channels: of each feature map, finest map first.
+        dtype: compute dtype of the linear layers; scores are float32.
+        rngs: initialises the parameters.
+        """
+        self.norms = nnx.List([nnx.LayerNorm(c, epsilon=1e-6, rngs=rngs) for c in channels])
+        self.classifiers = nnx.List([nnx.Linear(c, num_classes, dtype=jnp.dtype(dtype), rngs=rngs) for c in channels])
+
+    def __call__(self, features: tuple[Float[Array, "b _ _ _"], ...]) -> Float[Array, "b h w k"]:
+        """Class scores (logits) at the size of the finest map, float32."""
+        size = features[0].shape[1:3]
+        readings = [read(norm(x)) for norm, read, x in zip(self.norms, self.classifiers, features, strict=True)]
+        return sum((resize_scores(r.astype(jnp.float32), size) for r in readings), start=jnp.zeros((), jnp.float32))
+
+    def scores(self, output: Float[Array, "b h w k"], size: tuple[int, int]) -> Float[Array, "b H W k"]:
+        """Class scores of `output` at an image size."""
+        return resize_scores(output, size)
+
+    def normalizer(self, label: UInt8[Array, "b H W"]) -> Float[Array, ""]:
+        """What the loss is divided by: the labelled pixels of the global batch (at least 1)."""
+        return jnp.maximum(jnp.sum(label != IGNORE), 1).astype(jnp.float32)
+
+    def loss(self, output: Float[Array, "b h w k"], label: UInt8[Array, "b H W"], normalizer: Float[Array, ""]) -> dict[str, Float[Array, ""]]:
+        """Cross entropy at the label's resolution, summed over labelled pixels and divided by `normalizer`.
+
+        A batch's loss is thus the sum of the losses of its parts, whatever their sizes.
+        """
+        logits = resize_scores(output, label.shape[1:3])
+        valid = label != IGNORE
+        log_p = jax.nn.log_softmax(logits)
+        # A one-hot product instead of a gather: its gradient needs no scatter.
+        picked = jnp.sum(log_p * jax.nn.one_hot(label, logits.shape[-1], dtype=log_p.dtype), axis=-1)
+        return {"cross_entropy": -jnp.sum(jnp.where(valid, picked, 0.0)) / normalizer}

@@ -1,0 +1,78 @@
+"""Encoder, optional pyramid and decoder put together: normalised images in, class scores out."""
+
+import dataclasses
+from typing import Literal
+
+from flax import nnx
+from jaxtyping import Array, Float, Key
+
+from jaxdg import backbones
+from jaxdg.segmentation.linear import LinearHead
+
+
+@dataclasses.dataclass(frozen=True)
+class SegmenterConfig:
+    """A semantic segmentation model.
+
+    Attributes:
+        num_classes: k.
+        encoder: name in the zoo.
+        image_size: height and width in pixels of the crops it is trained on and the windows it predicts.
+        taps: blocks whose features are read, from 0; () for the last block of each quarter.
+        pyramid: "none" reads the taps as they are; "layer" or "batch" builds four levels with that normalisation.
+        decoder: "linear".
+        boundaries: further blocks after which stacked segments end.
+        drop_path: of the encoder's last block in training.
+        remat: recompute encoder blocks in the backward pass.
+        dtype: compute dtype.
+    """
+
+    num_classes: int
+    encoder: str
+    image_size: tuple[int, int]
+    taps: tuple[int, ...] = ()
+    pyramid: Literal["none", "layer", "batch"] = "none"
+    decoder: Literal["linear"] = "linear"
+    boundaries: tuple[int, ...] = ()
+    drop_path: float = 0.0
+    remat: bool = False
+    dtype: str = "float32"
+
+
+class Segmenter(nnx.Module):
+    """Images to the decoder's output; `head` turns that into class scores or a loss."""
+
+    def __init__(self, config: SegmenterConfig, *, rngs: nnx.Rngs):
+        """Builds the model with random parameters; encoder weights are loaded into `backbone` afterwards."""
+        c = config
+        self.config = config
+        self.backbone = backbones.create(
+            c.encoder,
+            image_size=c.image_size,
+            taps=c.taps,
+            boundaries=c.boundaries,
+            drop_path=c.drop_path,
+            remat=c.remat,
+            dtype=c.dtype,
+            rngs=rngs,
+        )
+        channels = self.backbone.channels
+        self.pyramid = None if c.pyramid == "none" else backbones.Pyramid(channels[0], c.pyramid, dtype=c.dtype, rngs=rngs)
+        self.head = LinearHead(c.num_classes, channels, dtype=c.dtype, rngs=rngs)
+
+    def __call__(self, images: Float[Array, "b h w 3"], key: Key[Array, ""] | None = None, train: bool = False) -> Array:
+        """The decoder's output.
+
+        Args:
+            images: [b, h, w, 3] normalised for the encoder, of `config.image_size`.
+            key: random key that turns drop path on.
+            train: use (and update) the batch's own statistics where there are any.
+        """
+        features = self.backbone(images, key)
+        if self.pyramid is not None:
+            features = self.pyramid(features, train)
+        return self.head(features)
+
+    def scores(self, images: Float[Array, "b h w 3"]) -> Float[Array, "b h w k"]:
+        """Class scores at the images' own size; the highest is the predicted class."""
+        return self.head.scores(self(images), images.shape[1:3])

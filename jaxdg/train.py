@@ -1,0 +1,290 @@
+"""The main job: configuration -> batches -> steps -> checkpoints and evaluation.
+
+    python -m jaxdg.train --config configs/streets_tiny.py --workdir runs/streets
+
+Run it again on the same workdir and it goes on where it stopped. Order of what a state comes from: the newest readable checkpoint
+of the workdir; else random parameters with the encoder's converted weights put in.
+"""
+
+from collections.abc import Sequence
+import math
+from pathlib import Path
+import time
+from typing import Any
+
+from absl import flags
+from flax import nnx
+import jax
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from jaxdg import config as config_lib
+from jaxdg import weights
+from jaxdg.cli import Interrupt, Stop
+from jaxdg.config import Config
+from jaxdg.data.datasets import Dataset, open_domain
+from jaxdg.data.pipeline import batch_files, train_batches
+from jaxdg.evaluate import evaluate_domains, open_domains, print_results, summary, write_results
+from jaxdg.tasks import Plan, Task, abstract_state, make_task
+from jaxdg.training import optimizer as optimizer_lib
+from jaxdg.training import sharding
+from jaxdg.training.checkpoint import Checkpoints
+from jaxdg.training.step import TrainState, make_step
+from jaxdg.training.writer import Writer, read_metrics
+
+
+def train(config: Config, workdir: Path, console: Console, interrupt: Interrupt) -> None:
+    """Trains to the end, or until interrupted, in which case `cli.Stop` is raised after a checkpoint."""
+    # --- Workdir: a new run, one to go on with, or one that is finished ---------------------------------------------------
+    config_lib.claim(config, workdir)
+    checkpoints = Checkpoints(workdir, config.keep_checkpoints)
+    if finished(config, workdir, checkpoints, console):
+        return
+
+    # --- Data: everything is opened and checked before the first step -----------------------------------------------------
+    d = config.data
+    source = open_domain(d.source, root=d.root, train=True, streets=d.streets, folder=d.folder)
+    domains = open_domains(config) if config.eval_every else {}
+
+    # --- Model and state ---------------------------------------------------------------------------------------------------
+    mesh, task = sharding.make_mesh(config.mesh), make_task(config)
+    if config.batch_size // config.optimizer.accumulate % mesh.size:
+        raise ValueError(
+            f"batch_size {config.batch_size} in {config.optimizer.accumulate} parts is not divisible by {mesh.size} devices; "
+            f"allowed: a multiple of {mesh.size * config.optimizer.accumulate}"
+        )
+    plan = Plan.of(task, config.model.freeze)
+    like, optimizer = abstract_state(plan, config, mesh)
+    if config.model.weights is not None and not checkpoints.steps():
+        weights.metadata(config.model.weights)  # fails early where there is no such file
+    state = checkpoints.restore(like, say=console.print)
+    if state is None:
+        state = initial_state(plan, like, optimizer, config)
+    else:
+        console.print(f"resuming from step {int(state.step)}")
+    describe(config, plan, source, mesh, console)
+
+    # --- Loop --------------------------------------------------------------------------------------------------------------
+    start = int(state.step)
+    writer = Writer(workdir, start)
+    step_fn = make_step(
+        plan.graph, optimizer, task.normalizer, task.losses, jax.random.key(config.seed), config.optimizer.accumulate
+    )
+    evaluator = task.evaluator(plan.graph, mesh)
+    log = Log(config, source, writer, console, start)
+
+    def evaluate(state: TrainState) -> None:
+        """Judges the state on every domain; its checkpoint is on its way to disk already, so stopping here loses nothing."""
+        step = int(state.step)
+        log.say(f"evaluating step {step} on {', '.join(domains)}")
+        model_state = (state.trained, state.frozen, state.statistics)
+        results = evaluate_domains(evaluator, model_state, domains, config, lambda *_: interrupt.check())
+        everything = summary(task, config, step, results)
+        for name, result in results.items():
+            for i, picture in enumerate(result.pictures):
+                writer.picture(f"{name}/{i}", picture, step)
+            writer.row({"step": step, "domain": name, task.score_name: result.score, "images": result.metrics["images"]})
+        write_results(everything, workdir)
+        # Choosing a checkpoint by unseen domains would be cheating: the best one is the best on the source domain.
+        seen = [result.score for result in results.values() if result.metrics["seen"]]
+        if seen:
+            checkpoints.scored(step, sum(seen) / len(seen))
+        log.say("  ".join(f"{name} {result.score:.1f}" for name, result in results.items()) + f"  {task.score_name}")
+
+    try:
+        with log:
+            if start and due(start, config.eval_every, config.steps) and missing_rows(workdir, start, domains):
+                evaluate(state)  # the run died between this step's checkpoint and the end of its evaluation
+            shard = (jax.process_index(), jax.process_count())
+            batches = train_batches(
+                source,
+                seed=config.seed,
+                batch_size=config.batch_size,
+                crop=d.crop,
+                scale=d.scale,
+                flip=d.flip,
+                max_class_share=d.max_class_share,
+                start=start,
+                stop=config.steps,
+                workers=d.workers,
+                shard=shard,
+            )
+            for step, batch in enumerate(batches, start + 1):
+                state, metrics = step_fn(state, sharding.to_devices(batch, mesh))
+                log.step(step, metrics)
+                evaluates = due(step, config.eval_every, config.steps)
+                if interrupt.asked or evaluates or due(step, config.checkpoint_every, config.steps):
+                    with log.pause():
+                        log.flush()  # a non-finite loss must stop the run before it is saved
+                        checkpoints.save(state)
+                        interrupt.check()
+                        if evaluates:
+                            evaluate(state)
+        checkpoints.wait()
+    except Stop:
+        checkpoints.wait()
+        console.print(f"stopped at step {int(state.step)}; run the same command to go on")
+        return
+    finally:
+        writer.close()
+        checkpoints.close()
+    finished(config, workdir, None, console)
+
+
+def due(step: int, every: int, last: int) -> bool:
+    """Whether something done every so many steps, and at the last one, is done after `step`; 0 means never."""
+    return every > 0 and (step % every == 0 or step == last)
+
+
+def missing_rows(workdir: Path, step: int, domains: dict[str, Dataset]) -> bool:
+    """Whether the evaluation of `step` has not been written for every domain."""
+    return {row["domain"] for row in read_metrics(workdir) if row["step"] == step and "domain" in row} != set(domains)
+
+
+def finished(config: Config, workdir: Path, checkpoints: Checkpoints | None, console: Console) -> bool:
+    """Prints the results of a run that has come to its end; False if it has not."""
+    if checkpoints is not None and config.steps not in checkpoints.steps():
+        return False
+    if not config.eval_every:
+        console.print(f"finished: {config.steps} steps in {workdir}, without evaluation (eval_every=0)")
+        return True
+    results = config_lib.read_json(workdir / "results.json")
+    if results is None or results["step"] != config.steps:
+        return False
+    print_results(results, console)
+    console.print(f"finished: {workdir}/results.json")
+    return True
+
+
+def initial_state(plan: Plan, like: TrainState, optimizer: Any, config: Config) -> TrainState:
+    """Random parameters, made where they belong, with the encoder's converted weights put in."""
+
+    def init(key):
+        trained, frozen, statistics = plan.split(plan.make(key))
+        return TrainState(jax.numpy.zeros((), jax.numpy.int32), trained, frozen, statistics, optimizer.init(trained))
+
+    # Stream 1 of the seed; stream 0 is the steps'.
+    key = jax.random.fold_in(jax.random.key(config.seed), 2**31)
+    state = jax.jit(init, out_shardings=jax.tree.map(lambda leaf: leaf.sharding, like))(key)
+    if config.model.weights is not None:
+        model: Any = nnx.merge(plan.graph, state.trained, state.frozen, state.statistics)
+        weights.load(model.backbone, config.model.weights)
+        state.trained, state.frozen, state.statistics = plan.split(model)
+    return state
+
+
+def describe(config: Config, plan: Plan, source: Dataset, mesh: Any, console: Console) -> None:
+    """One line on what is about to happen."""
+    count = lambda state: sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(state)) / 1e6
+    trained, frozen, _ = plan.abstract
+    kept = f", {count(frozen):.2f} M frozen" if plan.frozen else ""
+    console.print(
+        f"{config.model.encoder} ({config.model.weights or 'from scratch'}) + {config.model.decoder}: {count(trained):.2f} M parameters trained"
+        f"{kept}; {len(source)} images of {config.data.source}; {mesh.size} x {jax.devices()[0].device_kind}, "
+        f"mesh data={mesh.shape['data']} fsdp={mesh.shape['fsdp']}"
+    )
+
+
+class Log:
+    """Rows of metrics.jsonl, the progress bar, and the watch for a non-finite loss, without making the devices wait.
+
+    The numbers of a step are fetched after the next step has been handed to the devices.
+    """
+
+    def __init__(self, config: Config, source: Dataset, writer: Writer, console: Console, start: int):
+        self.config, self.source, self.writer, self.console = config, source, writer, console
+        self.rate = optimizer_lib.learning_rate(config.optimizer, config.steps)
+        self.waiting: list[tuple[int, dict[str, jax.Array]]] = []
+        self.last, self.clock = start, time.perf_counter()
+        self.compiled = False
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[note]}"), TimeRemainingColumn())
+        self.bar = Progress(*columns, console=console, disable=not console.is_terminal)
+        self.task = self.bar.add_task("training", total=config.steps, completed=start, note="")
+
+    def __enter__(self) -> "Log":
+        self.bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.bar.stop()
+
+    def say(self, line: str) -> None:
+        """Prints a line above the bar."""
+        self.console.print(line, highlight=False)
+
+    def step(self, step: int, metrics: dict[str, jax.Array]) -> None:
+        """Takes the metrics of the step just handed to the devices."""
+        if not self.compiled:
+            jax.block_until_ready(metrics)
+            self.compiled, self.clock, self.last = True, time.perf_counter(), step
+        if self.waiting and due(self.waiting[-1][0], self.config.log_every, self.config.steps):
+            self.flush()
+        self.waiting.append((step, metrics))
+        self.bar.update(self.task, completed=step)
+
+    def flush(self) -> None:
+        """Fetches what is waiting: checks every loss and writes the rows that are due.
+
+        Raises:
+            FloatingPointError: a loss is not finite; the message names the step and the files of its batch.
+        """
+        waiting, self.waiting = jax.device_get(self.waiting), []
+        for step, metrics in waiting:
+            if not math.isfinite(metrics["loss"]):
+                c = self.config
+                files = batch_files(self.source, seed=c.seed, batch_size=c.batch_size, step=step - 1)
+                raise ValueError(
+                    f"the loss of step {step} is {float(metrics['loss'])}; its batch: {', '.join(files)}; "
+                    "lower optimizer.learning_rate or look at these files; checkpoints before this step are untouched"
+                )
+            if due(step, self.config.log_every, self.config.steps):
+                self._row(step, {key: float(value) for key, value in metrics.items()})
+
+    def _row(self, step: int, metrics: dict[str, float]) -> None:
+        seconds = (time.perf_counter() - self.clock) / (step - self.last) if step > self.last else None
+        self.clock, self.last = time.perf_counter(), step
+        speed = {} if seconds is None else {"seconds_per_step": seconds, "images_per_second": self.config.batch_size / seconds}
+        # The rate that made this step: schedules count from 0.
+        self.writer.row({"step": step, "loss": metrics.pop("loss"), "learning_rate": float(self.rate(step - 1)), **speed, **metrics})
+        row_loss = self.writer.last["loss"]
+        note = f"loss {row_loss:.3f}" + ("" if seconds is None else f"  {self.config.batch_size / seconds:.1f} images/s")
+        self.bar.update(self.task, note=note)
+        if not self.console.is_terminal:
+            left = "" if seconds is None else f"  ETA {seconds * (self.config.steps - step) / 60:.1f} min"
+            self.say(f"step {step}/{self.config.steps}  {note}{left}")
+
+    def pause(self) -> "Pause":
+        """Time spent inside is no training time."""
+        return Pause(self)
+
+
+class Pause:
+    """Stops the log's clock while checkpoints and evaluations run."""
+
+    def __init__(self, log: Log):
+        self.log = log
+
+    def __enter__(self) -> None:
+        if self.log.waiting:
+            jax.block_until_ready(self.log.waiting[-1][1])
+        self.since = time.perf_counter()
+
+    def __exit__(self, *_: object) -> None:
+        self.log.clock += time.perf_counter() - self.since
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Trains as the flags say."""
+    if len(arguments) > 1:
+        raise ValueError(f"unexpected argument {arguments[1]!r}; see --help")
+    if _CONFIG.value is None or _WORKDIR.value is None:
+        raise ValueError("--config FILE and --workdir DIR are needed, such as --config configs/streets_tiny.py --workdir runs/streets")
+    train(config_lib.validated(_CONFIG.value), Path(_WORKDIR.value), Console(width=None, soft_wrap=True), Interrupt())
+
+
+if __name__ == "__main__":
+    from jaxdg import cli
+
+    _CONFIG = cli.define_config()
+    _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run: made if needed, gone on with if it holds a run.")
+    cli.run(main)

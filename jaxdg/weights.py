@@ -1,0 +1,189 @@
+"""Converted `.safetensors` files to parameter trees and back, strictly, and the names by which everything speaks of parameters.
+
+A module holds equal blocks as stacked segments (`blocks.segments.6.norm1.scale`: the segment that starts at
+block 6, leading axis = its blocks). Files and
+all regular expressions (freezing, weight decay, learning rates, sharding) see one name a block (`blocks.7.norm1.scale`), so they do
+not depend on where segments end. This module knows no model: a module with a method `adapt(name, tensor) -> tensor or None`
+says how its own stored tensors are fitted to it (positions resized) or that it has no use for one.
+"""
+
+from collections.abc import Callable, Mapping
+import json
+import os
+from pathlib import Path
+import re
+from typing import Any, NamedTuple
+
+from flax import nnx
+import jax
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+STORED = (nnx.Param, nnx.BatchStat)  # what a weights file holds: parameters and running statistics
+
+
+class Slot(NamedTuple):
+    """Where a named tensor lives: the leaf's path in the state and, for stacked blocks, the layer in its leading axis."""
+
+    path: tuple[Any, ...]
+    layer: int | None
+
+
+def slots(state: nnx.State) -> dict[str, Slot]:
+    """The per-block name of every tensor in `state`, with its place.
+
+    Args:
+        state: of a module, or a part of one; may be abstract.
+
+    Returns:
+        {"blocks.3.norm1.scale": Slot(("blocks", "segments", "0", "norm1", "scale"), 3), ...}, sorted by path.
+    """
+    named: dict[str, Slot] = {}
+    for path, leaf in nnx.to_flat_state(state):
+        if "segments" not in path:
+            named[".".join(map(str, path))] = Slot(path, None)
+            continue
+        at = path.index("segments")  # a segment is called by its first block
+        for layer in range(leaf.shape[0]):
+            named[".".join(map(str, (*path[:at], int(path[at + 1]) + layer, *path[at + 2 :])))] = Slot(path, layer)
+    return named
+
+
+def tree_by_name(state: nnx.State, value: Callable[[str], float]) -> Any:
+    """A tree like `state` with one float32 factor a parameter, given by its per-block name.
+
+    Args:
+        state: parameters, may be abstract.
+        value: name to number.
+
+    Returns:
+        The structure of `state`; leaves are scalars, or [layers, 1, ...] for stacked blocks, ready to be multiplied with it.
+    """
+    flat = {path: leaf for path, leaf in nnx.to_flat_state(state)}
+    factors: dict[tuple, np.ndarray] = {}
+    for name, (path, layer) in slots(state).items():
+        if layer is None:
+            factors[path] = np.float32(value(name))
+        else:
+            shape = (flat[path].shape[0],) + (1,) * (len(flat[path].shape) - 1)
+            factors.setdefault(path, np.ones(shape, np.float32))[layer] = value(name)
+    return unflatten_like(state, factors)
+
+
+def unflatten_like(state: nnx.State, leaves: Mapping[tuple[Any, ...], Any]) -> Any:
+    """A tree of the structure of `state` with the given leaf at every path."""
+    return jax.tree.unflatten(jax.tree.structure(state), [leaves[path] for path, _ in nnx.to_flat_state(state)])
+
+
+def tensors(module: nnx.Module) -> dict[str, np.ndarray]:
+    """All parameters and running statistics of `module` as float32 (or their own type) host arrays by per-block name."""
+    state = nnx.state(module, nnx.Any(*STORED))
+    flat = {path: np.asarray(leaf[...]) for path, leaf in nnx.to_flat_state(state)}
+    return {name: flat[path] if layer is None else flat[path][layer] for name, (path, layer) in slots(state).items()}
+
+
+def shapes(module: nnx.Module) -> dict[str, tuple[int, ...]]:
+    """The shape of every tensor a weights file of `module` must hold, by per-block name; works on abstract modules as well."""
+    state = nnx.state(module, nnx.Any(*STORED))
+    flat = {path: tuple(leaf.shape) for path, leaf in nnx.to_flat_state(state)}
+    return {name: flat[path] if layer is None else flat[path][1:] for name, (path, layer) in slots(state).items()}
+
+
+def load(module: nnx.Module, path: str | Path) -> None:
+    """Fills every parameter and running statistic of `module` from a converted file, keeping each array's placement.
+
+    Args:
+        module: to be filled in place; its optional `adapt` method fits stored tensors to it.
+        path: a `.safetensors` file written by `save` or `conversion/torch_to_flax.py`.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: not a safetensors file, or tensors that are missing, left over or of another shape, all of them named.
+    """
+    stored = read(path)
+    adapt = getattr(module, "adapt", None)
+    if adapt is not None:
+        stored = {name: fitted for name, tensor in stored.items() if (fitted := adapt(name, tensor)) is not None}
+    state = nnx.state(module, nnx.Any(*STORED))
+    wanted = shapes(module)
+    problems = mismatches(wanted, {name: tensor.shape for name, tensor in stored.items()})
+    if problems:
+        raise ValueError(f"{path} does not fit this {type(module).__name__}: " + "; ".join(problems))
+    filled: dict[tuple, Any] = {}
+    for name, (at, layer) in slots(state).items():
+        filled[at] = stored[name] if layer is None else [*filled.get(at, []), stored[name]]
+    for at, variable in nnx.to_flat_state(state):
+        old = variable.get_value()  # of an abstract module a shape alone, without a placement
+        value = np.asarray(np.stack(filled[at]) if isinstance(filled[at], list) else filled[at], old.dtype)
+        variable.set_value(jax.device_put(value, old.sharding))
+    nnx.update(module, state)
+
+
+def mismatches(wanted: Mapping[str, tuple[int, ...]], given: Mapping[str, tuple[int, ...]]) -> list[str]:
+    """What keeps `given` tensors from filling `wanted` ones exactly, one phrase for each kind of offence; empty if nothing."""
+    missing = sorted(wanted.keys() - given.keys())
+    extra = sorted(given.keys() - wanted.keys())
+    misshapen = [f"{n} is {given[n]}, not {wanted[n]}" for n in sorted(wanted.keys() & given.keys()) if tuple(given[n]) != tuple(wanted[n])]
+    return [
+        f"{len(names)} {kind} ({', '.join(names)})"
+        for kind, names in (("missing", missing), ("unexpected", extra), ("of another shape", misshapen))
+        if names
+    ]
+
+
+def read(path: str | Path) -> dict[str, np.ndarray]:
+    """All tensors of a `.safetensors` file by name."""
+    with _open(path) as file:
+        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  not a dict
+
+
+def metadata(path: str | Path) -> dict[str, str]:
+    """What a converted file says of itself: model, source file, its sha256, what was left out."""
+    with _open(path) as file:
+        return dict(file.metadata() or {})
+
+
+def _open(path: str | Path):
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"no weights at {path}; convert a checkpoint with conversion/torch_to_flax.py --out {path}")
+    try:
+        return safe_open(path, framework="numpy")
+    except SafetensorError as error:
+        raise ValueError(f"{path} is no readable safetensors file ({error}); convert the checkpoint again") from error
+
+
+def save(tensors: Mapping[str, np.ndarray], path: str | Path, about: Mapping[str, Any]) -> None:
+    """Writes tensors and what is known of them to a `.safetensors` file, whole or not at all.
+
+    Args:
+        tensors: host arrays by per-block name.
+        path: the file; its folder is created.
+        about: metadata; values that are no strings are written as JSON.
+
+    Raises:
+        OSError: it cannot be written; what was there before is untouched.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    try:
+        partial.touch()
+        mode = partial.stat().st_mode  # as the umask wants it; safetensors makes files that nobody else can read
+        save_file(
+            {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()},
+            partial,
+            {key: value if isinstance(value, str) else json.dumps(value) for key, value in about.items()},
+        )
+        partial.chmod(mode)
+        os.replace(partial, path)
+    except SafetensorError as error:
+        raise OSError(f"cannot write {path} ({error}); free some space or choose another folder") from error
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def first_match(name: str, rules: Any, default: float = 1.0) -> float:
+    """The value of the first (regex, value) rule whose regex is found in `name`; `default` if none is."""
+    return next((value for pattern, value in rules if re.search(pattern, name)), default)

@@ -1,0 +1,46 @@
+"""Set-up of every test: eight emulated devices, runtime shape checks, and where the shared real files are."""
+
+import os
+from pathlib import Path
+
+# XLA reads its flags once, before the first import of jax. Two cores drive eight devices slowly, so collectives need patience.
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + (
+    " --xla_force_host_platform_device_count=8"
+    " --xla_cpu_collective_call_warn_stuck_timeout_seconds=300"
+    " --xla_cpu_collective_call_terminate_timeout_seconds=600"
+)
+os.environ["JAX_PLATFORMS"] = "cpu"
+
+from jaxtyping import install_import_hook  # noqa: E402
+import pytest  # noqa: E402
+
+install_import_hook("jaxdg", "beartype.beartype")
+
+ROOT = Path(__file__).resolve().parent.parent
+GOLDEN = ROOT / "tests" / "golden"
+
+
+def shared(variable: str, default: str, relative: str) -> Path:
+    """A file or folder of the shared real data; skips the test, saying why, where it is absent."""
+    path = Path(os.environ.get(variable, ROOT.parent / "shared" / default)) / relative
+    if not path.exists():
+        pytest.skip(f"{path} is absent; set {variable} to the folder that holds {relative}")
+    return path
+
+
+@pytest.fixture(scope="session")
+def data_path():
+    """`data_path("camvid")`: real data below `JAXDG_DATA`."""
+    return lambda relative="": shared("JAXDG_DATA", "data", relative)
+
+
+@pytest.fixture(scope="session")
+def weights_path():
+    """`weights_path("vit_tiny_patch16_224.safetensors")`: real weights below `JAXDG_WEIGHTS`."""
+    return lambda relative="": shared("JAXDG_WEIGHTS", "weights", relative)
+
+
+@pytest.fixture(scope="session")
+def golden():
+    """The folder of small reference outputs."""
+    return GOLDEN

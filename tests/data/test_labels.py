@@ -1,0 +1,67 @@
+"""Label tables and class lists."""
+
+import numpy as np
+import pytest
+
+from jaxdg.data.labels import CAMVID, CITYSCAPES, LabelSet, apply_table, id_table, palette
+
+
+def test_cityscapes_classes_and_colors_are_the_official_ones():
+    """Names, order and colours equal those of cityscapesscripts, where it is installed."""
+    helpers = pytest.importorskip("cityscapesscripts.helpers.labels")
+    official = sorted((label for label in helpers.labels if 0 <= label.trainId < 255), key=lambda label: label.trainId)
+    assert CITYSCAPES.names == tuple(label.name for label in official)
+    assert CITYSCAPES.colors == tuple(label.color for label in official)
+
+
+def test_every_class_list_has_one_distinct_color_a_class():
+    """An overlay can be read back: no two classes share a colour."""
+    assert (len(CITYSCAPES.names), len(CAMVID.names)) == (19, 11)
+    for colors in (CITYSCAPES.colors, CAMVID.colors, palette(60)):
+        assert len(set(colors)) == len(colors)
+        assert np.array(colors).min() >= 0
+        assert np.array(colors).max() <= 255
+    assert palette(60)[:5] == palette(5)
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.int32, np.dtype(">u2")])
+def test_table_maps_like_a_dictionary(dtype):
+    """The table gives what a look-up of each pixel in the dictionary gives, for every way a file stores its ids."""
+    id_map = {7: 0, 8: 1, 33: 18, 200: 2}
+    label = np.random.default_rng(0).choice([7, 8, 33, 200, 0, 255], (20, 30)).astype(dtype)
+    expected = np.array([[{**id_map, 0: 255, 255: 255}[int(i)] for i in row] for row in label], np.uint8)
+    got = apply_table(label, id_table(id_map, ignore=(0, 255)), "a.png")
+    assert got.dtype == np.uint8
+    np.testing.assert_array_equal(got, expected)
+
+
+def test_sixteen_bit_ids_are_not_folded():
+    """Ids above 255 stay apart from their low bytes."""
+    table = id_table({65535: 3, 256: 1, 0: 0})
+    np.testing.assert_array_equal(apply_table(np.array([[65535, 256, 0]], np.uint16), table, "a.png"), [[3, 1, 0]])
+
+
+@pytest.mark.parametrize("bad", [9, -1, 65536 + 7, -65529])
+def test_an_id_outside_the_table_is_named_with_file_and_remedy(bad):
+    """No id slips through, not even one that wraps round to a known one."""
+    with pytest.raises(ValueError, match=rf"town/a\.png: 2 pixels .* {bad}; add .*data\.folder\.id_map.*data\.folder\.ignore") as error:
+        apply_table(np.array([[7, bad], [bad, 7]], np.int32), id_table({7: 0}), "town/a.png")
+    assert "\n" not in str(error.value)
+
+
+def test_tables_that_contradict_themselves_are_refused():
+    """An id is either mapped or ignored, and ids and train ids are within range."""
+    with pytest.raises(ValueError, match="label id 7 is in the id map .* ignore list"):
+        id_table({7: 0}, ignore=(7,))
+    for bad in ({-1: 0}, {65536: 0}, {7: -1}, {7: 256}):
+        with pytest.raises(ValueError, match="out of range"):
+            id_table(bad)
+    assert id_table({7: 255}, ignore=(7,))[7] == 255
+
+
+def test_label_sets_need_one_color_a_class():
+    """Names and colours of different lengths, and more classes than a label map holds, are refused."""
+    with pytest.raises(ValueError, match="2 class names but 1 colours"):
+        LabelSet(("a", "b"), ((0, 0, 0),))
+    with pytest.raises(ValueError, match="256 classes"):
+        LabelSet(("a",) * 256, ((0, 0, 0),) * 256)

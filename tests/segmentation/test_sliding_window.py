@@ -1,0 +1,175 @@
+"""Sliding windows against a slow NumPy version, and resizing against torch and `jax.image.resize`."""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+import numpy as np
+import pytest
+
+from jaxdg.segmentation.sliding_window import resize_scores, sliding_window, window_starts
+
+
+def scores_of(windows, xp=jnp):
+    """Scores that depend on the place in the window, on neighbours and on the whole window, so any misplacement shows."""
+    wh, ww = windows.shape[1:3]
+    place = xp.sin(xp.arange(wh) * 0.7)[:, None] + xp.cos(xp.arange(ww) * 0.3)[None]
+    mean = windows.mean((1, 2, 3))[:, None, None]
+    first = windows[..., 0]
+    return xp.stack([first * place, first - mean, place + 0 * first, windows[:, ::-1, ::-1, 1]], axis=-1)
+
+
+def slow(images, window, stride):
+    """Windows one by one, by stepping along each side until the border is reached."""
+    b, h, w, c = images.shape
+    big = np.zeros((b, max(h, window[0]), max(w, window[1]), c))
+    big[:, :h, :w] = images
+
+    def starts(size, window, stride):
+        at = [0]
+        while at[-1] + window < size:
+            at.append(min(at[-1] + stride, size - window))
+        return at
+
+    total, seen = np.zeros((*big.shape[:3], 4)), np.zeros(big.shape[:3])
+    for image in range(b):
+        for y in starts(big.shape[1], window[0], stride[0]):
+            for x in starts(big.shape[2], window[1], stride[1]):
+                here = (slice(image, image + 1), slice(y, y + window[0]), slice(x, x + window[1]))
+                total[here] += scores_of(big[here], np)
+                seen[here] += 1
+    assert seen.min() > 0
+    return (total / seen[..., None])[:, :h, :w]
+
+
+@pytest.mark.parametrize(
+    ("size", "window", "stride", "expected"),
+    [
+        (360, 256, 112, (0, 104)),
+        (480, 256, 112, (0, 112, 224)),
+        (1024, 512, 426, (0, 426, 512)),
+        (2048, 1024, 768, (0, 768, 1024)),
+        (512, 512, 426, (0,)),
+        (300, 512, 426, (0,)),
+        (9, 3, 3, (0, 3, 6)),
+        (10, 3, 3, (0, 3, 6, 7)),
+    ],
+)
+def test_window_starts(size, window, stride, expected):
+    """Starts are mmsegmentation's, written out by hand for the sizes of the benchmarks and for the borders."""
+    assert window_starts(size, window, stride) == expected
+
+
+def test_windows_cover_every_pixel_and_stay_inside():
+    """For all small sizes, windows and strides: no pixel is missed, no window leaves the image or comes twice."""
+    for size in range(1, 20):
+        for window in range(1, size + 1):
+            for stride in range(1, window + 1):
+                starts = window_starts(size, window, stride)
+                covered = {start + i for start in starts for i in range(window)}
+                assert covered == set(range(size))
+                assert len(set(starts)) == len(starts)
+                assert all(second - first <= stride for first, second in itertools.pairwise(starts))
+
+
+@pytest.mark.parametrize(
+    ("shape", "window", "stride", "windows_per_call"),
+    [
+        ((2, 30, 41, 3), (16, 16), (7, 7), None),
+        ((2, 30, 41, 3), (16, 16), (7, 7), 8),  # 4 places a call do not divide the 15 places
+        ((3, 20, 33, 2), (16, 8), (16, 5), 1),  # fewer than the batch: one place a call
+        ((3, 20, 33, 2), (16, 8), (16, 5), 1000),  # more than there are
+        ((1, 24, 24, 2), (24, 24), (10, 10), 2),  # the window is the image
+        ((2, 10, 40, 2), (16, 16), (12, 12), 4),  # smaller on one side
+        ((2, 10, 9, 2), (16, 16), (12, 12), None),  # smaller on both
+        ((1, 32, 48, 2), (16, 16), (16, 16), 3),  # no overlap
+    ],
+)
+def test_equals_a_slow_numpy_version(shape, window, stride, windows_per_call):
+    """Averaged scores equal a loop over images and windows, traced once, whatever the number of windows a call."""
+    images = np.random.default_rng(0).normal(size=shape).astype(np.float32)
+    run = jax.jit(lambda images: sliding_window(scores_of, images, window, stride, windows_per_call))
+    np.testing.assert_allclose(run(images), slow(images.astype(np.float64), window, stride), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("windows_per_call", "expected"), [(None, 12), (1, 2), (2, 2), (5, 4), (6, 6), (100, 12)])
+def test_calls_are_no_larger_than_asked(windows_per_call, expected):
+    """Every call has one shape: a multiple of the batch of 2, at most the number asked for and the 12 windows there are."""
+    seen = set()
+
+    def predict(windows):
+        seen.add(windows.shape)
+        return windows
+
+    sliding_window(predict, jnp.zeros((2, 20, 30, 3)), (10, 10), (10, 10), windows_per_call)
+    assert seen == {(expected, 10, 10, 3)}
+
+
+def test_nan_stays_in_its_window():
+    """Scores are finite where windows are finite, and a NaN in one window stays in the pixels it covers."""
+    images = jnp.zeros((1, 10, 30, 1)).at[0, 5, 25, 0].set(jnp.nan)
+    scores = np.asarray(sliding_window(lambda x: x + x.mean((1, 2, 3), keepdims=True), images, (10, 10), (10, 10), 2))
+    assert np.isfinite(scores[:, :, :20]).all()
+    assert np.isnan(scores[:, :, 20:]).all()
+
+
+def test_a_sharded_batch_stays_sharded_and_equal():
+    """A batch over eight devices: same scores, and each device pushes only its own image's windows through the model."""
+    images = np.random.default_rng(1).normal(size=(8, 20, 24, 2)).astype(np.float32)
+    sharding = NamedSharding(Mesh(np.array(jax.devices()), ("data",)), PartitionSpec("data"))
+    kernel = np.random.default_rng(2).normal(size=(3, 3, 2, 4)).astype(np.float32)
+
+    def predict(windows):
+        return jax.lax.conv_general_dilated(windows, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+
+    run = jax.jit(lambda images: sliding_window(predict, images, (12, 12), (8, 8), 16))
+    sharded = jax.device_put(images, sharding)
+    result = run(sharded)
+    np.testing.assert_allclose(result, run(images), rtol=1e-5, atol=1e-5)
+    assert {shard.data.shape for shard in result.addressable_shards} == {(1, 20, 24, 4)}
+    program = run.lower(sharded).compile().as_text()
+    assert "all-gather" not in program
+    assert "all-to-all" not in program
+
+
+def test_mistakes_are_said():
+    """A stride that leaves pixels out, no windows a call, and scores of another size are refused, each with its reason."""
+    images = jnp.zeros((1, 20, 20, 3))
+    with pytest.raises(ValueError, match="stride 11"):
+        sliding_window(lambda x: x, images, (10, 10), (11, 11))
+    with pytest.raises(ValueError, match="windows_per_call is 0"):
+        sliding_window(lambda x: x, images, (10, 10), (10, 10), 0)
+    with pytest.raises(ValueError, match="sizes must agree"):
+        sliding_window(lambda x: x[:, ::2, ::2], images, (10, 10), (10, 10))
+    with pytest.raises(ValueError, match="cannot resize"):
+        resize_scores(images, (0, 10))
+
+
+SIZES = [(13, 17), (40, 61), (13, 61), (5, 3), (1, 1), (26, 34), (7, 40)]
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_resize_equals_jax_image_resize_without_antialiasing(size):
+    """Gathering two neighbours a side gives what jax computes with dense weights, when enlarging, shrinking and mixing both."""
+    scores = np.random.default_rng(3).normal(size=(2, 13, 17, 5)).astype(np.float32)
+    expected = jax.image.resize(scores, (2, *size, 5), "bilinear", antialias=False)
+    np.testing.assert_allclose(resize_scores(jnp.asarray(scores), size), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_resize_equals_torch(size):
+    """The same scores through torch's `interpolate`, where torch is installed."""
+    torch = pytest.importorskip("torch")
+    scores = np.random.default_rng(4).normal(size=(2, 13, 17, 5)).astype(np.float32)
+    moved = torch.from_numpy(np.ascontiguousarray(scores.transpose(0, 3, 1, 2)))
+    expected = torch.nn.functional.interpolate(moved, size, mode="bilinear", align_corners=False).numpy().transpose(0, 2, 3, 1)
+    np.testing.assert_allclose(resize_scores(jnp.asarray(scores), size), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_resize_returns_float32():
+    """Logits in bfloat16 are interpolated in float32: a ramp is resized without bfloat16's steps."""
+    ramp = jnp.arange(16, dtype=jnp.bfloat16).reshape(1, 1, 16, 1)
+    resized = resize_scores(ramp, (1, 160))
+    assert resized.dtype == jnp.float32
+    np.testing.assert_allclose(resized[0, 0, 5:-5, 0], (np.arange(160) + 0.5)[5:-5] / 10 - 0.5, atol=1e-5)
