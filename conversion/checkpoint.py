@@ -21,7 +21,7 @@ from jaxdg import weights
 
 TORCH = (".pth", ".pt", ".bin")
 SUFFIXES = (".safetensors", ".npz", *TORCH)
-BROKEN = (SafetensorError, zipfile.BadZipFile, zlib.error, EOFError, OSError, KeyError, ValueError)
+BROKEN = (SafetensorError, zipfile.BadZipFile, zlib.error, EOFError, OSError, KeyError, TypeError, ValueError)
 
 
 class Checkpoint(NamedTuple):
@@ -84,7 +84,7 @@ def save(tensors: Mapping[str, np.ndarray], path: str | Path, about: Mapping[str
     try:
         with partial.open("wb") as file:
             if torch is None:
-                np.savez(file, **tensors)
+                np.savez(file, allow_pickle=False, **tensors)
             else:
                 torch.save({name: torch.from_numpy(tensor) for name, tensor in tensors.items()}, file)
         os.replace(partial, path)
@@ -108,29 +108,24 @@ def import_torch(path: Path):
 def _torch_tensors(path: Path) -> dict[str, Any]:
     """The state dict of a torch file, also one level down under "model" or "state_dict"."""
     torch = import_torch(path)
-    # A legacy (non-zip) file cannot be mapped into memory and is read whole.
-    kw = dict(map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     try:
-        content = torch.load(path, **kw)
-    except pickle.UnpicklingError as error:
-        code = re.search(r"GLOBAL (\S+) was not an allowed|Unsupported (?:class|global)[^`]*`?(\S+)", str(error))
+        # Tensors stay in the file until they are read; the legacy format, no zip archive, cannot do that.
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except (pickle.UnpicklingError, RuntimeError, *BROKEN) as error:
+        code = re.search(r"GLOBAL (\S+)", str(error))
         if code:
             raise ValueError(
-                f"{path} is refused: it holds pickled code ({code[1] or code[2]}) beside its tensors, and loading it could run "
-                "anything on this machine; save its state dict alone where you trust it, then convert that"
+                f"{path} is refused: it holds pickled code ({code[1]}) beside its tensors, and loading it could run anything on this "
+                "machine; save its state_dict() alone where you trust it, then convert that"
             ) from error
-        raise _broken(path, error) from error
-    except (RuntimeError, *BROKEN) as error:
         raise _broken(path, error) from error
     if isinstance(content, dict):
         content = next((content[key] for key in ("model", "state_dict") if isinstance(content.get(key), dict)), content)
-    odd = (
-        [str(key) for key, value in content.items() if not isinstance(value, torch.Tensor)]
-        if isinstance(content, dict)
-        else ["its content"]
-    )
-    if odd or not content:
-        raise ValueError(f"{path} holds no plain state dict, also not under model or state_dict: no tensor is {', '.join(odd) or 'in it'}")
+    if not isinstance(content, dict) or not content:
+        raise ValueError(f"{path} holds a {type(content).__name__}, no state dict; save the model's state_dict() and convert that")
+    odd = [str(key) for key, value in content.items() if not (isinstance(key, str) and isinstance(value, torch.Tensor))]
+    if odd:
+        raise ValueError(f"{path} holds no plain state dict, also not under model or state_dict: no tensors are {', '.join(odd)}")
     return content
 
 
@@ -141,7 +136,9 @@ def _from_torch(tensor: Any) -> np.ndarray:
 
 def _broken(path: Path, error: Exception, name: str = "") -> ValueError:
     at = f" at {name}" if name else ""
-    reason = " ".join(str(error).split())[:200] or type(error).__name__
+    reason = " ".join(str(error).split()) or type(error).__name__
     if "allow_pickle" in reason:
         return ValueError(f"{path} is refused: it holds pickled code{at}, and loading it could run anything on this machine")
-    return ValueError(f"{path} is damaged or cut short{at} ({reason}); download it again")
+    # torch surrounds its reason with advice to unpickle all the same, which is no advice to pass on.
+    reason = re.sub(r"Weights only load failed.*?error: | (passed to \W*torch|Check the documentation).*", "", reason)[:200]
+    return ValueError(f"{path} cannot be read{at} ({reason}): damaged, cut short or another kind of file; download it again")

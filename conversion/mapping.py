@@ -61,6 +61,10 @@ class Converted(NamedTuple):
     left_out: dict[str, str]
 
 
+class Misfit(ValueError):
+    """A file whose tensors are not exactly those of the model."""
+
+
 SAME = Transform(lambda a: a, lambda a: (a,))
 LINEAR = Transform(lambda w: w.T, lambda k: (k.T,))  # torch [out, in], flax [in, out]
 CONV = Transform(lambda w: w.transpose(2, 3, 1, 0), lambda k: (k.transpose(3, 2, 0, 1),))  # torch OIHW, flax HWIO
@@ -79,31 +83,32 @@ def to_flax(module: nnx.Module, layouts: Iterable[Layout], names: list[str], rea
         Float32 tensors for every name of `weights.shapes(module)`.
 
     Raises:
-        ValueError: tensors that are unknown, missing, there twice or of another shape, or no floats; all of them are named.
+        Misfit: tensors that are unknown, missing, there twice or of another shape, or no floats; all of them are named.
     """
-    wanted = weights.shapes(module)
-    given = set(names)
-    plans = [(layout, _plan(layout, wanted)) for layout in layouts]
-    layout, plan = max(plans, key=lambda p: sum(name in given for _, sources in p[1].values() for name in sources))
-    used = [name for _, sources in plan.values() for name in sources]
+    wanted, given = weights.shapes(module), set(names)
+    layout = max(layouts, key=lambda layout: len(given & source_shapes(module, layout).keys()))
+    expected, plan = source_shapes(module, layout), _plan(layout, wanted)
     reasons = {name: reason for name in names for pattern, reason in layout.left_out if re.fullmatch(pattern, name)}
 
-    problems = _listed("there more than once", {n for n in given if names.count(n) > 1})
-    problems += _listed(f"used more than once or both used and left out by the table {layout.name}", _claimed_twice(used, given, reasons))
-    problems += _listed("unknown", given - set(used) - reasons.keys())
-    problems += _listed("missing", set(used) - given)
+    problems = _listed("there more than once", {name for name in given if names.count(name) > 1})
+    problems += _listed(f"both used and left out by the table {layout.name}", expected.keys() & reasons.keys())
+    problems += _listed("unknown", given - expected.keys() - reasons.keys())
+    problems += _listed("missing", expected.keys() - given)
     tensors, misfits = {}, []
     for target, (row, sources) in plan.items():
         if given.issuperset(sources):
-            parts = [read(name) for name in sources]
-            offences = _misfits(module, row, target, sources, parts, wanted[target])
-            misfits += offences
-            if not offences:
-                tensors[target] = np.ascontiguousarray(row.transform.forward(*(part.astype(np.float32) for part in parts)))
+            parts = {name: read(name) for name in sources}
+            misfits += [f"{name} holds {part.dtype}" for name, part in parts.items() if not jnp.issubdtype(part.dtype, jnp.floating)]
+            # Source shapes are compared, not the target's: a transform that joins heads would let a wrong number of them pass.
+            wrong = [f"{name} is {part.shape}, not {expected[name]}" for name, part in parts.items() if part.shape != expected[name]]
+            if wrong and not (row.resized and _fits(module, target, parts[sources[0]], wanted[target])):
+                misfits += wrong
+            elif not misfits:
+                tensors[target] = np.ascontiguousarray(row.transform.forward(*(part.astype(np.float32) for part in parts.values())))
     problems += _listed("of another shape or type", misfits)
     if problems:
-        hint = "" if given & set(used) else "no tensor has a name that this model's checkpoints use, so this is another model's file: "
-        raise ValueError(f"{hint}{'; '.join(problems)} (layout: {layout.name})")
+        hint = "" if given & expected.keys() else "not one name is that of this model's checkpoints, so this is another model's file: "
+        raise Misfit(f"{hint}{'; '.join(problems)} (layout: {layout.name})")
     return Converted(tensors, layout, reasons)
 
 
@@ -111,15 +116,17 @@ def from_flax(module: nnx.Module, layout: Layout, tensors: Mapping[str, np.ndarr
     """The inverse of `to_flax`: the source tensors that `layout` maps, in the publisher's names and axes.
 
     Raises:
-        ValueError: tensors that are missing, unexpected or of another shape for `module`; all of them are named.
+        Misfit: tensors that are missing, unexpected or of another shape for `module`; all of them are named.
     """
     wanted = weights.shapes(module)
     plan = _plan(layout, wanted)
-    given = {name: wanted[name] if name in plan and plan[name][0].resized and _fits(module, name, tensor, wanted[name]) else tensor.shape
-             for name, tensor in tensors.items()}  # fmt: skip
-    problems = weights.mismatches(wanted, given)
+    shapes = {name: tensor.shape for name, tensor in tensors.items()}
+    for name, (row, _) in plan.items():
+        if row.resized and name in tensors and _fits(module, name, tensors[name], wanted[name]):
+            shapes[name] = wanted[name]
+    problems = weights.mismatches(wanted, shapes)
     if problems:
-        raise ValueError("; ".join(problems))
+        raise Misfit("; ".join(problems))
     converted: dict[str, np.ndarray] = {}
     for target, (row, sources) in plan.items():
         parts = row.transform.inverse(tensors[target])
@@ -127,39 +134,37 @@ def from_flax(module: nnx.Module, layout: Layout, tensors: Mapping[str, np.ndarr
     return converted
 
 
+def source_shapes(module: nnx.Module, layout: Layout) -> dict[str, tuple[int, ...]]:
+    """The shape of every tensor that a checkpoint of `module` in this layout must hold, by its name there."""
+    wanted = weights.shapes(module)
+    shapes: dict[str, tuple[int, ...]] = {}
+    for target, (row, sources) in _plan(layout, wanted).items():
+        parts = row.transform.inverse(np.broadcast_to(np.float32(0), wanted[target]))
+        shapes |= {name: part.shape for name, part in zip(sources, parts, strict=True)}
+    return shapes
+
+
 def _plan(layout: Layout, wanted: Iterable[str]) -> dict[str, tuple[Row, list[str]]]:
     """The row and the source names of every target."""
     patterns = [(re.compile(re.escape(row.target).replace(r"\*", r"(\d+)")), row) for row in layout.rows]
     plan: dict[str, tuple[Row, list[str]]] = {}
+    users: dict[str, str] = {}  # target by source
     for target in wanted:
         found = [(row, match) for pattern, row in patterns if (match := pattern.fullmatch(target))]
         if len(found) != 1:
             raise ValueError(f"{len(found)} rows of the table {layout.name} make {target}; there must be one")
         row, match = found[0]
         plan[target] = row, [source.replace("*", "{}").format(*match.groups()) for source in row.source]
+        for source in plan[target][1]:
+            if users.setdefault(source, target) != target:
+                raise ValueError(f"the table {layout.name} uses {source} for both {users[source]} and {target}")
     return plan
-
-
-def _claimed_twice(used: list[str], given: set[str], reasons: Mapping[str, str]) -> set[str]:
-    return {name for name in given if used.count(name) + (name in reasons) > 1}
 
 
 def _listed(kind: str, offenders: Iterable[str]) -> list[str]:
     """One phrase naming all offenders, block numbers in counting order; none if there are none."""
     ordered = sorted(offenders, key=lambda name: [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)])
     return [f"{len(ordered)} {kind} ({', '.join(ordered)})"] if ordered else []
-
-
-def _misfits(module: Any, row: Row, target: str, sources: list[str], parts: list[np.ndarray], wanted: tuple[int, ...]) -> list[str]:
-    """What is wrong with the source tensors of one target, in the source's own names and shapes."""
-    kinds = [f"{n} holds {part.dtype}" for n, part in zip(sources, parts, strict=True) if not jnp.issubdtype(part.dtype, jnp.floating)]
-    expected = [part.shape for part in row.transform.inverse(np.broadcast_to(np.float32(0), wanted))]
-    # Exact source shapes are compared: a transform that reshapes heads would let a wrong number of heads pass.
-    if [part.shape for part in parts] == expected or (row.resized and _fits(module, target, parts[0], wanted)):
-        return kinds
-    return kinds + [
-        f"{name} is {part.shape}, not {shape}" for name, part, shape in zip(sources, parts, expected, strict=True) if part.shape != shape
-    ]
 
 
 def _fits(module: Any, target: str, tensor: np.ndarray, wanted: tuple[int, ...]) -> bool:

@@ -54,9 +54,9 @@ def convert(name: str, source: Path, out: Path) -> str:
         raise ValueError(f"--out {out} must end in .safetensors")
     with checkpoint.opened(source) as file:
         try:
-            converted = mapping.to_flax(_abstract(name), known, file.names, file.read)
-        except ValueError as error:
-            raise error if str(source) in str(error) else ValueError(f"{source} is no checkpoint of {name}: {error}") from error
+            converted = mapping.to_flax(abstract(name), known, file.names, file.read)
+        except mapping.Misfit as error:
+            raise ValueError(f"{source} is no checkpoint of {name}: {error}") from error
         total = len(file.names)
     with source.open("rb") as stream:
         digest = hashlib.file_digest(stream, "sha256").hexdigest()
@@ -100,14 +100,15 @@ def reverse(name: str, source: Path, out: Path) -> str:
         raise ValueError(f"{source} holds the weights of {about['model']}, not of {name}")
     layout = known[-1] if out.suffix == ".npz" else known[0]
     try:
-        tensors = mapping.from_flax(_abstract(name), layout, weights.read(source))
-    except ValueError as error:
+        tensors = mapping.from_flax(abstract(name), layout, weights.read(source))
+    except mapping.Misfit as error:
         raise ValueError(f"{source} is no file of {name}: {error}") from error
     checkpoint.save(tensors, out, {"model": name, "source": source.name, "jaxdg": jaxdg.__version__})
     return f"{name} to {out}: {len(tensors)} tensors, {out.stat().st_size} bytes (layout: {layout.name})"
 
 
-def _abstract(name: str) -> nnx.Module:
+def abstract(name: str) -> nnx.Module:
+    """The encoder called `name` at full depth, shapes without numbers."""
     return nnx.eval_shape(lambda: backbones.create(name))
 
 

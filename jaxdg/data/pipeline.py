@@ -12,6 +12,7 @@ from collections.abc import Generator, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 import contextlib
+import dataclasses
 import functools
 import multiprocessing
 import os
@@ -75,14 +76,8 @@ def train_batches(
     if not len(dataset):
         raise ValueError(f"domain {dataset.domain!r} has no images to train on")
     rows = _rows(batch_size, shard)
-    first = start * batch_size + shard[0] * rows
-
-    def example(i: int) -> dict[str, np.ndarray]:
-        p = first + i // rows * batch_size + i % rows
-        rng = np.random.default_rng((seed, EXAMPLE, p))
-        sample = dataset[_example_at(seed, len(dataset), p)]
-        return augment(sample, rng=rng, crop=crop, scale=scale, flip=flip, max_class_share=max_class_share)
-
+    augmentation = {"crop": crop, "scale": scale, "flip": flip, "max_class_share": max_class_share}
+    example = _TrainExample(dataset, seed, augmentation, start * batch_size + shard[0] * rows, rows, batch_size)
     return _iterate(grain.MapDataset.range((stop - start) * rows).map(example).batch(rows), workers)
 
 
@@ -126,18 +121,44 @@ def eval_batches(
         raise ValueError(f"domain {dataset.domain!r} has no images to evaluate on")
     rows = _rows(batch_size, shard)
     order, sizes = _eval_order(np.array([dataset.size(i) for i in range(len(dataset))], np.int32), batch_size)
-    order = order.reshape(-1, batch_size)[:, shard[0] * rows : (shard[0] + 1) * rows].ravel()
+    mine = order.reshape(-1, batch_size)[:, shard[0] * rows : (shard[0] + 1) * rows].ravel()
+    return _iterate(grain.MapDataset.range(len(mine)).map(_EvalExample(dataset, mine, sizes, rows)).batch(rows), workers)
 
-    def example(i: int) -> dict[str, Any]:
-        at = int(order[i])
+
+@dataclasses.dataclass
+class _TrainExample:
+    """Number i of a host's rows, read and augmented; a class and not a closure, so that it reaches worker processes by name."""
+
+    dataset: Dataset
+    seed: int
+    augmentation: dict[str, Any]
+    first: int
+    rows: int
+    batch_size: int
+
+    def __call__(self, i: int) -> dict[str, np.ndarray]:
+        p = self.first + i // self.rows * self.batch_size + i % self.rows
+        sample = self.dataset[_example_at(self.seed, len(self.dataset), p)]
+        return augment(sample, rng=np.random.default_rng((self.seed, EXAMPLE, p)), **self.augmentation)
+
+
+@dataclasses.dataclass
+class _EvalExample:
+    """Number i of a host's rows, an image or padding."""
+
+    dataset: Dataset
+    order: Int64[np.ndarray, " m"]
+    sizes: Int32[np.ndarray, "batches 2"]
+    rows: int
+
+    def __call__(self, i: int) -> dict[str, Any]:
+        at = int(self.order[i])
         if at < 0:
-            h, w = sizes[i // rows].tolist()
+            h, w = self.sizes[i // self.rows].tolist()
             sample = {"image": np.zeros((h, w, 3), np.uint8), "label": np.full((h, w), IGNORE, np.uint8)}
         else:
-            sample = dataset[at]
+            sample = self.dataset[at]
         return {**sample, "mask": np.bool_(at >= 0), "index": np.int32(at)}
-
-    return _iterate(grain.MapDataset.range(len(order)).map(example).batch(rows), workers)
 
 
 def _rows(batch_size: int, shard: tuple[int, int]) -> int:
@@ -206,39 +227,45 @@ def _from_processes(batches: grain.MapDataset, workers: int) -> Generator[dict[s
     pending = collections.deque()
     try:
         for i in range(len(batches)):
-            with _main_module_hidden():
+            with _inherited():
                 pending.append(pool.submit(_read, i))
             if len(pending) == 2 * workers:
                 yield pending.popleft().result()
         while pending:
             yield pending.popleft().result()
     except BrokenProcessPool as error:
+        for process in (pool._processes or {}).values():
+            process.kill()  # the pool only asks the others to end, by the signal that they leave to the main process
         raise RuntimeError("a data worker was killed, perhaps for want of memory; run again with a lower --config.data.workers") from error
     finally:
         pool.shutdown(cancel_futures=True)
 
 
 @contextlib.contextmanager
-def _main_module_hidden():
-    """Keeps new processes from importing the main module, and with it flax and all of a training run: they need the datasets alone."""
+def _inherited():
+    """What processes started here inherit: SIGINT and SIGTERM blocked, and no main module.
+
+    Ctrl-C and schedulers signal every process of a run, and the main process still needs its workers to finish the step. And a worker
+    would otherwise import the main module, with flax and all of a training run, though it needs the datasets alone.
+    """
     main = sys.modules["__main__"]
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
     sys.modules["__main__"] = types.ModuleType("__main__")
     try:
         yield
     finally:
         sys.modules["__main__"] = main
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _start_worker(dataset: bytes) -> None:
-    """Leaves Ctrl-C and SIGTERM, which reach the whole process group, to the main process; ends when that ends, however it ends."""
     global _batches
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     _batches = cloudpickle.loads(dataset)
 
 
 def _end_with_parent() -> None:
+    """Ends a worker with the main process, however that ends."""
     parent = multiprocessing.parent_process()
     if parent is not None:
         parent.join()

@@ -7,12 +7,13 @@ in front of a pinhole camera, so any picture size shows the same street.
 
 from dataclasses import dataclass
 from functools import lru_cache
+import math
 
 import numpy as np
 
 from jaxdg.data import streets_draw as draw
 from jaxdg.data import streets_shapes as shapes
-from jaxdg.data.streets_draw import BARS, BRICK, CULLED, FACADE, FOLIAGE, GROUND, Camera, Mesh
+from jaxdg.data.streets_draw import BARS, BRICK, CULLED, FACADE, FOLIAGE, GROUND, PAVING, Camera, Mesh
 
 APPEARANCES = ("clear", "night", "rain", "fog", "dusk_rain")
 ROAD, SIDEWALK, BUILDING, WALL, FENCE, POLE, LIGHT, SIGN, VEGETATION, TERRAIN, SKY = range(11)  # Cityscapes train ids
@@ -56,10 +57,10 @@ def render(seed: int, index: int, appearance: str = "clear", size: tuple[int, in
     """
     if appearance not in APPEARANCES:
         raise ValueError(f"unknown appearance {appearance!r}; allowed are {', '.join(APPEARANCES)}")
-    street = _Street(np.random.default_rng((seed, index, 0)), size)
+    street = _Street(_Dice(np.random.default_rng((seed, index, 0))), size)
     raster = draw.rasterize(street.mesh, street.camera)
-    label = raster.kinds[:, 0].astype(np.uint8).take(raster.ids)
-    boxes, box_labels = _boxes(raster.kinds[:, 1].take(raster.ids), street.mesh.objects)
+    label = raster.label.astype(np.uint8).take(raster.ids)
+    boxes, box_labels = _boxes(raster.object.take(raster.ids), street.mesh.objects)
     rng = np.random.default_rng((seed, index, 1 + APPEARANCES.index(appearance)))
     look = draw.look(appearance, street.sun, rng)
     image = draw.develop(draw.paint(raster, street.camera), raster, street.mesh, street.camera, look, rng)
@@ -78,6 +79,32 @@ def _boxes(objects: np.ndarray, labels: list[int]) -> tuple[np.ndarray, np.ndarr
     kept = np.flatnonzero(np.bincount(owner, minlength=n) >= SMALLEST_BOX)
     boxes = np.concatenate([low, high + 1], 1)[kept].astype(np.float32)
     return boxes, np.array(labels, np.int32)[kept - 1]
+
+
+class _Dice:
+    """Draws of a generator, taken in blocks: single draws of plain floats are many times cheaper so."""
+
+    def __init__(self, rng: np.random.Generator):
+        self.random = _blocks(rng.random).__next__
+        self.bell = _blocks(rng.standard_normal).__next__
+
+    def uniform(self, low: float, high: float) -> float:
+        return low + (high - low) * self.random()
+
+    def normal(self, mean: float, deviation: float) -> float:
+        return mean + deviation * self.bell()
+
+    def exponential(self, mean: float) -> float:
+        return -mean * math.log(1 - self.random())
+
+    def integer(self, low: int, high: int) -> int:
+        """From low to high - 1."""
+        return low + int(self.random() * (high - low))
+
+
+def _blocks(draw_block):
+    while True:
+        yield from draw_block(512).tolist()
 
 
 class _Road:
@@ -105,11 +132,12 @@ class _Road:
         rest = s + self.BACK - i * self.STEP
         return x + rest * sin + t * cos, y + rest * cos - t * sin
 
-    def strip(self, t0: float, t1: float, s0: float, s1: float) -> np.ndarray:
+    def strip(self, t0: float, t1: float, s0: float, s1: float) -> list[tuple[float, float, float]]:
         """Outline [k, 3] of the ground between two distances to the centre line."""
         n = max(2, int((s1 - s0) / 6) + 1)
-        left, right = ([self.at(s, t) for s in np.linspace(s0, s1, n).tolist()] for t in (t0, t1))
-        return np.array([(x, y, 0.0) for x, y in [*right, *left[::-1]]], np.float32)
+        step = (s1 - s0) / (n - 1)
+        right, left = [self.at(s0 + i * step, t1) for i in range(n)], [self.at(s1 - i * step, t0) for i in range(n)]
+        return [(x, y, 0.0) for x, y in right + left]
 
 
 @lru_cache(1)
@@ -136,26 +164,27 @@ def _models() -> dict[str, list]:
     }  # fmt: skip
 
 
-CAR_PAINT = np.array([[0.86, 0.86, 0.86], [0.62, 0.64, 0.66], [0.36, 0.37, 0.39], [0.09, 0.09, 0.10], [0.10, 0.18, 0.40], [0.58, 0.07, 0.07],
-                      [0.22, 0.36, 0.56], [0.12, 0.28, 0.20], [0.70, 0.58, 0.36], [0.45, 0.28, 0.16], [0.85, 0.72, 0.15]])  # fmt: skip
-BUS_PAINT = np.array([[0.80, 0.10, 0.08], [0.93, 0.74, 0.10], [0.15, 0.38, 0.66], [0.16, 0.52, 0.32], [0.88, 0.46, 0.10]])
-TRAIN_PAINT = np.array([  # body, stripe
+CAR_PAINT = [[0.86, 0.86, 0.86], [0.62, 0.64, 0.66], [0.36, 0.37, 0.39], [0.09, 0.09, 0.10], [0.10, 0.18, 0.40], [0.58, 0.07, 0.07],
+                      [0.22, 0.36, 0.56], [0.12, 0.28, 0.20], [0.70, 0.58, 0.36], [0.45, 0.28, 0.16], [0.85, 0.72, 0.15]]  # fmt: skip
+BUS_PAINT = [[0.80, 0.10, 0.08], [0.93, 0.74, 0.10], [0.15, 0.38, 0.66], [0.16, 0.52, 0.32], [0.88, 0.46, 0.10]]
+TRAIN_PAINT = [  # body, stripe
     [[0.90, 0.89, 0.84], [0.78, 0.10, 0.10]], [[0.95, 0.83, 0.30], [0.90, 0.88, 0.80]], [[0.88, 0.89, 0.90], [0.13, 0.32, 0.62]],
-    [[0.83, 0.86, 0.80], [0.12, 0.46, 0.30]], [[0.68, 0.70, 0.72], [0.75, 0.14, 0.12]]])  # fmt: skip
-LOAD_PAINT = np.array([[0.90, 0.90, 0.89], [0.76, 0.77, 0.78], [0.82, 0.80, 0.70], [0.30, 0.42, 0.60], [0.55, 0.60, 0.40], [0.70, 0.36, 0.20]])
-HOUSE_PAINT = np.array([[0.80, 0.72, 0.58], [0.70, 0.46, 0.34], [0.62, 0.34, 0.27], [0.82, 0.80, 0.76], [0.66, 0.64, 0.62], [0.74, 0.62, 0.44],
-                        [0.56, 0.52, 0.48], [0.62, 0.66, 0.68], [0.84, 0.74, 0.66], [0.50, 0.40, 0.34]])  # fmt: skip
-WEAR = np.array([[0.12, 0.12, 0.14], [0.16, 0.20, 0.34], [0.62, 0.12, 0.12], [0.80, 0.80, 0.78], [0.32, 0.36, 0.30], [0.52, 0.42, 0.30],
-                 [0.20, 0.42, 0.52], [0.86, 0.62, 0.16], [0.50, 0.24, 0.42], [0.42, 0.44, 0.48], [0.16, 0.36, 0.24]])  # fmt: skip
-SKINS = np.array([[0.90, 0.72, 0.60], [0.80, 0.60, 0.46], [0.60, 0.42, 0.30], [0.40, 0.27, 0.19]])
+    [[0.83, 0.86, 0.80], [0.12, 0.46, 0.30]], [[0.68, 0.70, 0.72], [0.75, 0.14, 0.12]]]  # fmt: skip
+LOAD_PAINT = [[0.90, 0.90, 0.89], [0.76, 0.77, 0.78], [0.82, 0.80, 0.70], [0.30, 0.42, 0.60], [0.55, 0.60, 0.40], [0.70, 0.36, 0.20]]
+HOUSE_PAINT = [[0.80, 0.72, 0.58], [0.70, 0.46, 0.34], [0.62, 0.34, 0.27], [0.82, 0.80, 0.76], [0.66, 0.64, 0.62], [0.74, 0.62, 0.44],
+                        [0.56, 0.52, 0.48], [0.62, 0.66, 0.68], [0.84, 0.74, 0.66], [0.50, 0.40, 0.34]]  # fmt: skip
+WEAR = [[0.12, 0.12, 0.14], [0.16, 0.20, 0.34], [0.62, 0.12, 0.12], [0.80, 0.80, 0.78], [0.32, 0.36, 0.30], [0.52, 0.42, 0.30],
+                 [0.20, 0.42, 0.52], [0.86, 0.62, 0.16], [0.50, 0.24, 0.42], [0.42, 0.44, 0.48], [0.16, 0.36, 0.24]]  # fmt: skip
+SKINS = [[0.90, 0.72, 0.60], [0.80, 0.60, 0.46], [0.60, 0.42, 0.30], [0.40, 0.27, 0.19]]
 
 
 class _Street:
     """Draws a world from `rng` into `mesh`. Distances s run ahead along the road, t to the right of its centre line, in metres."""
 
-    def __init__(self, rng: np.random.Generator, size: tuple[int, int]):
+    def __init__(self, rng: _Dice, size: tuple[int, int]):
         self.rng, self.mesh, self.models = rng, Mesh(), _models()
-        self.sun = draw.sun_direction(rng)
+        self.sun = draw.sun_direction(rng.random(), rng.random())
+        self.slant = (-float(self.sun[0] / self.sun[2]), -float(self.sun[1] / self.sun[2]))  # shadow's shift a metre of height
         bend = rng.uniform(0.004, 0.03) * (1 if rng.random() < 0.5 else -1) if rng.random() < 0.6 else rng.normal(0, 0.002)
         self.road = _Road(bend, rng.uniform(-5, 30))
         self.drive = 1 if rng.random() < 0.8 else -1  # traffic keeps right or left
@@ -163,7 +192,7 @@ class _Street:
         own = [t for t, ahead in self.lanes if ahead]
         t = self.pick(own) + rng.normal(0, 0.4)
         yaw = rng.normal(0, 0.07) if rng.random() < 0.75 else rng.uniform(-0.5, 0.5)
-        focal = rng.uniform(0.85, 1.5) * np.sqrt(size[0] * size[1] / 2)
+        focal = rng.uniform(0.85, 1.5) * math.sqrt(size[0] * size[1] / 2)
         self.camera = Camera(size, float(focal), (float(t), 0.0, rng.uniform(1.2, 2.2)), float(yaw), rng.uniform(-0.12, 0.09))
         self.crossing = (c := rng.uniform(9, 40), c + rng.uniform(7, 15)) if rng.random() < 0.42 else None
         self.end = rng.uniform(28, 70) if self.crossing is None and rng.random() < 0.22 else None
@@ -188,8 +217,10 @@ class _Street:
     def chance(self, p: float) -> bool:
         return self.rng.random() < p
 
-    def tint(self, color, spread=0.05) -> np.ndarray:
-        return np.clip(np.asarray(color) * (1 + self.rng.normal(0, spread)) + self.rng.normal(0, spread * 0.4, 3), 0.03, 0.97)
+    def tint(self, color, spread=0.05, shade=1.0) -> list[float]:
+        """A colour near the given one, brighter or darker and of slightly different hue."""
+        bell, shade = self.rng.bell, shade * (1 + spread * self.rng.bell())
+        return [min(max(c * shade + 0.3 * spread * bell(), 0.03), 0.97) for c in color]
 
     def palette(self, **colors) -> np.ndarray:
         palette = shapes.PALETTE.copy()
@@ -197,36 +228,34 @@ class _Street:
             palette[getattr(shapes, name)] = color
         return palette
 
-    def ground(self, outline, color, label, layer, noise=(0.10, 14.0)):
-        self.mesh.polygon(outline, color, label, GROUND_KEY - layer, GROUND, noise)
+    def ground(self, outline, color, label, layer, noise=(0.10, 14.0), material=GROUND):
+        self.mesh.polygon(outline, color, label, GROUND_KEY - layer, material, noise, (self.slab_size, 0, 0, 0))
 
     def wall(self, p, q, z0, z1, color, label, key, material, params=(0, 0, 0, 0), noise=(0.10, 9.0), flags=0):
         """An upright quad over the ground line p to q."""
         quad = [(*p, z0), (*q, z0), (*q, z1), (*p, z1)]
         self.mesh.polygon(quad, color, label, key, material, noise, params, flags=flags)
 
-    def cast(self, points, height, hanging=0.0):
-        """The sun's shadow of an upright thing over ground points [k, 2]."""
-        shift = -self.sun[:2] / self.sun[2]
-        base = np.asarray(points, np.float32)
-        both = np.concatenate([base + shift * hanging, base + shift * height])
-        hull = both[[0, 1, 3, 2]] if len(base) == 2 else _hull(both)
-        self.mesh.shadows.append(np.concatenate([hull, np.zeros((len(hull), 1), np.float32)], 1))
+    def cast(self, p, q, height, hanging=0.0):
+        """The sun's shadow of an upright thing over the ground line p to q that begins `hanging` metres above the ground."""
+        (px, py), (qx, qy), (dx, dy) = p, q, self.slant
+        a, b = hanging, height
+        self.mesh.shadows.append([(px + a * dx, py + a * dy, 0), (qx + a * dx, qy + a * dy, 0), (qx + b * dx, qy + b * dy, 0), (px + b * dx, py + b * dy, 0)])
 
     def solid_shadow(self, x, y, heading, half, length, height):
         """Cast and contact shadow of a box on the ground."""
-        s, c = np.sin(heading), np.cos(heading)
-        corners = np.array([[-half, -1], [half, -1], [half, 1], [-half, 1]]) * [1, length / 2]
-        ring = corners @ np.array([[c, -s], [s, c]]) + [x, y]
-        self.cast(ring, height)
-        self.mesh.contacts.append(np.concatenate([ring, np.zeros((4, 1))], 1).astype(np.float32))
+        s, c, k = math.sin(heading), math.cos(heading), length / 2
+        ring = [(x + i * half * c + j * k * s, y - i * half * s + j * k * c) for i, j in ((-1, -1), (1, -1), (1, 1), (-1, 1))]
+        across = [px * self.slant[1] - py * self.slant[0] for px, py in ring]  # the two corners that bound the shadow's width
+        self.cast(ring[across.index(min(across))], ring[across.index(max(across))], height)
+        self.mesh.contacts.append([(px, py, 0) for px, py in ring])
 
     # -- ground -------------------------------------------------------------------------------------------------------------------------
 
     def _lanes(self):
         rng = self.rng
         one_way, lane = self.chance(0.22), rng.uniform(2.8, 3.6)
-        ahead = int(rng.integers(1, 4)) if self.chance(0.5) else 1
+        ahead = rng.integer(1, 4) if self.chance(0.5) else 1
         against = 0 if one_way else (ahead if self.chance(0.75) else 1)
         self.median = rng.uniform(1.5, 4.0) if ahead > 1 and against and self.chance(0.35) else 0.0
         width = (ahead + against) * lane + self.median
@@ -248,33 +277,31 @@ class _Street:
 
     def _ground(self):
         rng, road = self.rng, self.road
-        asphalt = self.tint(np.ones(3) * rng.uniform(0.24, 0.44) * [1, 1, 1.03], 0.03)
+        asphalt = self.tint([1, 1, 1.03], 0.03, rng.uniform(0.26, 0.44))
         slab = self.tint(self.pick([[0.62, 0.60, 0.58], [0.56, 0.55, 0.55], [0.66, 0.60, 0.52], [0.60, 0.48, 0.42]]), 0.08)
         self.grass = self.tint(self.pick([[0.30, 0.42, 0.16], [0.38, 0.46, 0.20], [0.46, 0.44, 0.24], [0.50, 0.40, 0.27]]), 0.1)
-        self.slab, self.asphalt = slab, asphalt
+        self.slab, self.slab_size = slab, rng.uniform(0.6, 1.8)
         x, y = self.camera.position[:2]
         self.ground([(x - 250, y - 20, 0), (x + 250, y - 20, 0), (x + 250, y + 300, 0), (x - 250, y + 300, 0)], self.grass, TERRAIN, 0)
         far = END if self.end is None else self.end
         for side in (-1, 1):
             a, b = self.edge(side), self.edge(side) + self.verge[side]
             if self.pavement[side]:
-                self.ground(road.strip(side * b, side * (b + self.pavement[side]), -8, far), slab, SIDEWALK, 2, (0.12, 6.0))
-                for s in np.arange(-2, 30, rng.uniform(1.2, 2.4)).tolist():  # joints
-                    self.ground(road.strip(side * b, side * (b + self.pavement[side]), s, s + 0.06), slab * 0.82, SIDEWALK, 2.1)
+                self.ground(road.strip(side * b, side * (b + self.pavement[side]), -8, far), slab, SIDEWALK, 2, (0.12, 6.0), PAVING)
             if self.verge[side]:
                 self.ground(road.strip(side * a, side * b, -8, far), self.tint(self.grass), TERRAIN, 2, (0.24, 12.0))
         self.ground(road.strip(-self.edge(-1), self.edge(1), -8, far), asphalt, ROAD, 3, (0.10, 18.0))
         for side in (-1, 1):
-            self.ground(road.strip(side * self.edge(side), side * (self.edge(side) + 0.18), -8, far), slab * 1.12, SIDEWALK, 3.5)
+            self.ground(road.strip(side * self.edge(side), side * (self.edge(side) + 0.18), -8, far), self.tint(slab, 0.0, 1.12), SIDEWALK, 3.5)
         if self.crossing:
             s0, s1 = self.crossing
             self.ground(self._across(s0, s1, -70, 70), self.tint(asphalt, 0.02), ROAD, 4, (0.10, 18.0))
         if self.end is not None:
             self.ground(self._across(self.end, self.end + 9, -70, 70), asphalt, ROAD, 4, (0.10, 18.0))
             self.ground(self._across(self.end + 9, self.end + 13, -70, 70), slab, SIDEWALK, 4)
-        for _ in range(int(rng.integers(0, 4))):  # repairs
+        for _ in range(rng.integer(0, 4)):  # repairs
             s, t = rng.uniform(4, 25), rng.uniform(-self.half, self.half - 1)
-            self.ground(road.strip(t, t + rng.uniform(0.8, 2.5), s, s + rng.uniform(1, 6)), asphalt * rng.uniform(0.75, 0.92), ROAD, 4.5)
+            self.ground(road.strip(t, t + rng.uniform(0.8, 2.5), s, s + rng.uniform(1, 6)), self.tint(asphalt, 0.02, rng.uniform(0.75, 0.92)), ROAD, 4.5)
         if self.median:
             kind = self.grass if self.chance(0.6) else slab
             label = TERRAIN if kind is self.grass else SIDEWALK
@@ -293,7 +320,7 @@ class _Street:
         return [(a, b) for a, b in ((s0, self.crossing[0]), (self.crossing[1], s1)) if b > a]
 
     def _markings(self, far):
-        rng, road, white = self.rng, self.road, np.ones(3) * self.rng.uniform(0.72, 0.92)
+        rng, road, white = self.rng, self.road, [self.rng.uniform(0.72, 0.92)] * 3
         if self.chance(0.85):
             borders = sorted({round((a[0] + b[0]) / 2, 2) for a, b in zip(self.lanes[:-1], self.lanes[1:], strict=True)})
             dash, gap = rng.uniform(1.5, 4), rng.uniform(2, 5)
@@ -361,10 +388,10 @@ class _Street:
     def _facade(self, p, q, key, floors=None, color=None):
         """A house front from p (its left end as seen) to q."""
         rng = self.rng
-        length = float(np.hypot(q[0] - p[0], q[1] - p[1]))
+        length = math.hypot(q[0] - p[0], q[1] - p[1])
         pitch = length / max(1, round(length / rng.uniform(2.0, 3.8)))
         floor = self.floor * rng.uniform(0.9, 1.1)
-        floors = floors or int(rng.integers(2, 8))
+        floors = floors or rng.integer(2, 8)
         height = floors * floor + 0.5
         color = self.tint(self.pick(HOUSE_PAINT), 0.08) if color is None else color
         style = rng.random() + (1 if self.chance(0.45) else 0)
@@ -372,18 +399,18 @@ class _Street:
         return height, color
 
     def _house_row(self, side, s0, s1):
-        rng, t = self.rng, self.front(side) + rng_setback(self.rng)
-        self.ground(self.road.strip(side * self.front(side), side * 40, s0, s1), self.slab * 0.95, SIDEWALK, 1)
+        rng = self.rng
+        t = self.front(side) + (0.0 if self.chance(0.75) else rng.uniform(0.5, 3))
+        self.ground(self.road.strip(side * self.front(side), side * 40, s0, s1), self.slab, SIDEWALK, 1, (0.12, 6.0), PAVING)
         p, q = self.road.at(s0, side * t), self.road.at(s1, side * t)
-        key = s1 + 0.02
         color = self.row if self.chance(0.3) else self.tint(self.pick(HOUSE_PAINT), 0.08)
-        height, color = self._facade(*((q, p) if side < 0 else (p, q))[::1 if side > 0 else 1], key, color=color) if False else self._front(side, p, q, key, color)
+        height, color = self._front(side, p, q, s1 + 0.02, color)
         deep = self.road.at(s0, side * (t + 12))
         a, b = (p, deep) if side > 0 else (deep, p)
-        self.wall(a, b, 0, height, color * 0.92, BUILDING, s0 + 0.01, draw.PLAIN, flags=CULLED)
+        self.wall(a, b, 0, height, self.tint(color, 0.02, 0.92), BUILDING, s0 + 0.03, draw.PLAIN, flags=CULLED)  # behind the nearer neighbour
         if self.chance(0.5):
-            self._roof(side, s0, s1, t, height, key)
-        self.cast([p, q], height)
+            self._roof(side, s0, s1, t, height, s1 + 0.02)
+        self.cast(p, q, height)
         if self.pavement[side] and self.chance(0.3):  # an awning
             z, d = rng.uniform(2.6, 3.1), rng.uniform(0.8, 1.5)
             m, n = s0 + 0.5, min(s0 + rng.uniform(3, 7), s1)
@@ -400,7 +427,7 @@ class _Street:
         color = self.tint(self.pick([[0.50, 0.24, 0.17], [0.32, 0.27, 0.26], [0.42, 0.36, 0.32]]), 0.1)
         self.mesh.polygon([(*a, height), (*b, height), (*c, ridge), (*d, ridge)], color, BUILDING, key, BRICK)
         gable = [(*self.road.at(s0, side * t), height), (*d, ridge), (*self.road.at(s0, side * (t + 10)), height)]
-        self.mesh.polygon(gable, self.row * 0.9, BUILDING, s0 + 0.01)
+        self.mesh.polygon(gable, self.tint(self.row, 0.05, 0.9), BUILDING, s0 + 0.03)
 
     def _garden(self, side, s0, s1):
         """A detached house behind its front garden."""
@@ -408,9 +435,9 @@ class _Street:
         self.ground(self.road.strip(side * f, side * 50, s0, s1), self.tint(self.grass), TERRAIN, 1, (0.24, 12.0))
         back, gap = f + rng.uniform(3, 8), rng.uniform(1, 3)
         p, q = self.road.at(s0 + gap, side * back), self.road.at(s1 - gap, side * back)
-        height, color = self._front(side, p, q, s1 + 0.5, self.tint(self.pick(HOUSE_PAINT)), int(rng.integers(1, 4)))
+        height, color = self._front(side, p, q, s1 + 0.5, self.tint(self.pick(HOUSE_PAINT)), rng.integer(1, 4))
         deep = self.road.at(s0 + gap, side * (back + 9))
-        self.wall(*((p, deep) if side > 0 else (deep, p)), 0, height, color * 0.92, BUILDING, s0 + gap + 0.1, FACADE, (3.0, self.floor, rng.random(), 0.3), flags=CULLED)
+        self.wall(*((p, deep) if side > 0 else (deep, p)), 0, height, self.tint(color, 0.02, 0.92), BUILDING, s0 + gap + 0.1, FACADE, (3.0, self.floor, rng.random(), 0.3), flags=CULLED)
         self._roof(side, s0 + gap, s1 - gap, back, height, s1 + 0.4)
         edge = rng.random()
         if edge < 0.4:
@@ -419,7 +446,7 @@ class _Street:
             self._hedge(side, s0, s1 - rng.uniform(0, 4), f + 0.3)
         elif edge < 0.85:
             self._wall(side, s0, s1, f, rng.uniform(0.7, 1.3))
-        for _ in range(int(rng.integers(0, 3))):
+        for _ in range(rng.integer(0, 3)):
             self._tree(rng.uniform(s0, s1), side * rng.uniform(f + 1, back), rng.uniform(2, 6))
 
     def _park(self, side, s0, s1):
@@ -440,14 +467,14 @@ class _Street:
         if self.chance(0.5):
             p, q = self.road.at(s0, side * (f + 9)), self.road.at(s1, side * (f + 9))
             self._front(side, p, q, s1 + 1, None)
-        for _ in range(int(rng.integers(1, 5))):
+        for _ in range(rng.integer(1, 5)):
             self._tree(rng.uniform(s0, s1), side * (f + rng.uniform(2, 7)), key=s1 + 0.5)
 
     def _fenced(self, side, s0, s1):
         rng, f = self.rng, self.front(side)
         self.ground(self.road.strip(side * f, side * 75, s0, s1), self.tint(self.grass), TERRAIN, 1, (0.26, 10.0))
         self._fence(side, s0, s1, f + 0.2)
-        for _ in range(int(rng.integers(0, 4))):
+        for _ in range(rng.integer(0, 4)):
             self._tree(rng.uniform(s0, s1), side * (f + rng.uniform(3, 14)), key=s1 + 0.5)
         if self.chance(0.35):
             t = f + rng.uniform(8, 20)
@@ -472,8 +499,8 @@ class _Street:
         for a, b in zip(edges[:-1], edges[1:], strict=True):
             p, q = self.road.at(a, side * t), self.road.at(b, side * t)
             self.wall(p, q, 0, height, color, WALL, b + 0.01, BRICK if brick else draw.PLAIN, noise=(0.22, 4.0))
-            self.wall(p, q, height - 0.12, height, color * 1.2, WALL, b + 0.005, draw.PLAIN)
-            self.cast([p, q], height)
+            self.wall(p, q, height - 0.12, height, self.tint(color, 0, 1.2), WALL, b + 0.005, draw.PLAIN)
+            self.cast(p, q, height)
 
     def _fence(self, side, s0, s1, t):
         rng = self.rng
@@ -498,11 +525,11 @@ class _Street:
         leaf = self.tint(self.pick([[0.22, 0.36, 0.12], [0.28, 0.42, 0.16], [0.18, 0.30, 0.14], [0.36, 0.40, 0.14], [0.46, 0.36, 0.12]]), 0.12)
         width = height * rng.uniform(0.75, 1.15) * (1.6 if bush else 1)
         x, y = self.road.at(s, t)
-        palette = self.palette(LEAF=leaf, TOP=leaf * 0.78, TRIM=self.tint([0.26, 0.20, 0.15]))
+        palette = self.palette(LEAF=leaf, TOP=self.tint(leaf, 0, 0.78), TRIM=self.tint([0.26, 0.20, 0.15]))
         model = self.pick(self.models["bush" if bush else "tree"])
         self.mesh.place(model, palette, (x, y), self.camera.yaw, VEGETATION, s if key is None else key, scale=(width, 1, height))
-        across = np.array([np.cos(self.camera.yaw), -np.sin(self.camera.yaw)]) * width * 0.28
-        self.cast([np.array([x, y]) - across, np.array([x, y]) + across], height * 0.95, height * 0.35)
+        dx, dy = width * 0.28 * math.cos(self.camera.yaw), -width * 0.28 * math.sin(self.camera.yaw)
+        self.cast((x - dx, y - dy), (x + dx, y + dy), height * 0.95, height * 0.35)
 
     def _skyline(self):
         """Far houses and woods close the view."""
@@ -510,7 +537,7 @@ class _Street:
         x, y = self.camera.position[:2]
         while angle < self.camera.yaw + 1.25:
             step, r = rng.uniform(0.05, 0.16), rng.uniform(118, 150)
-            p, q = ((x + r * np.sin(a), y + r * np.cos(a)) for a in (angle, angle + step))
+            p, q = ((x + r * math.sin(a), y + r * math.cos(a)) for a in (angle, angle + step))
             if self.chance(0.5):
                 self.wall(p, q, -1, rng.uniform(7, 26), self.tint(self.pick(HOUSE_PAINT)), BUILDING, 9e5, FACADE, (4.0, 3.4, rng.random(), 0.4))
             elif self.chance(0.85):
@@ -531,7 +558,7 @@ class _Street:
         for i in range(count):
             middle = s + length * (i + 0.5)
             x, y = self.road.at(middle, t)
-            heading = self.road.heading(middle) + (0 if ahead else np.pi)
+            heading = self.road.heading(middle) + (0 if ahead else math.pi)
             model, scale = models(i if ahead else count - 1 - i)
             self.mesh.place(model, palette, (x, y), heading, label, middle, obj, scale)
             self.solid_shadow(x, y, heading, 1.25, length, height)
@@ -544,7 +571,7 @@ class _Street:
             return False
         if kind == "car":
             x, y = self.road.at(s + length / 2, t)
-            heading = self.road.heading(s + length / 2) + (0 if ahead else np.pi) + rng.normal(0, 0.02)
+            heading = self.road.heading(s + length / 2) + (0 if ahead else math.pi) + rng.normal(0, 0.02)
             self._car(x, y, heading, s + length / 2)
         elif kind == "bus":
             obj, k = self.mesh.object(BUS), rng.uniform(0.95, 1.06)
@@ -553,14 +580,14 @@ class _Street:
             choose = lambda i: (models["bus"][1 if i in (1, 3) else 2 if i in (0, 4) and door > 0 else 0], (1, 1, k))
             self._pieces(choose, palette, s, t, 2.4, 5, ahead, BUS, obj, 3.0)
         elif kind == "truck":
-            obj, style = self.mesh.object(TRUCK), int(rng.integers(0, 3))
+            obj, style = self.mesh.object(TRUCK), rng.integer(0, 3)
             palette = self.palette(BODY=self.tint(self.pick(CAR_PAINT)), TRIM=self.tint(self.pick(LOAD_PAINT)))
             load = models["load"][style]
             choose = lambda i: (models["cab"][0], (1, 1, 1)) if i == 3 else (load, (1, 2.3 / 2.6, height))
             height = rng.uniform(0.85, 1.05)
             self._pieces(choose, palette, s, t, 2.3, 4, ahead, TRUCK, obj, 3.5)
         else:
-            self._two_wheeler(kind, s + length / 2, t, self.road.heading(s) + (0 if ahead else np.pi), rider=True)
+            self._two_wheeler(kind, s + length / 2, t, self.road.heading(s) + (0 if ahead else math.pi), rider=True)
         return True
 
     def _car(self, x, y, heading, key):
@@ -575,14 +602,14 @@ class _Street:
         rng = self.rng
         x, y = self.road.at(s, t)
         label = BICYCLE if kind == "bicycle" else MOTORCYCLE
-        sight = heading - np.arctan2(x - self.camera.position[0], y - self.camera.position[1])
-        view = 0 if abs(np.sin(sight)) > 0.5 else (2 if np.cos(sight) > 0 else 1)
+        sight = heading - math.atan2(x - self.camera.position[0], y - self.camera.position[1])
+        view = 0 if abs(math.sin(sight)) > 0.5 else (2 if math.cos(sight) > 0 else 1)
         turn = heading if view == 0 else self.camera.yaw
         palette = self.palette(BODY=self.tint(self.pick(WEAR if kind == "bicycle" else CAR_PAINT), 0.1), HUB=[0.5, 0.5, 0.5] if kind != "bicycle" else [0.3, 0.3, 0.3])
         self.mesh.place(self.models[kind][view], palette, (x, y), turn, label, s, self.mesh.object(label), scale=(1.1, 1.05, 1.05))
         if rider:
             hair = self.tint(self.pick([[0.15, 0.1, 0.08], [0.85, 0.85, 0.85], [0.7, 0.1, 0.1], [0.1, 0.1, 0.12], [0.1, 0.3, 0.6]]))
-            wear = self.palette(TOP=self.tint(self.pick(WEAR), 0.1), LEGS=self.tint(self.pick(WEAR) * 0.7), SKIN=self.pick(SKINS), HAIR=hair)
+            wear = self.palette(TOP=self.tint(self.pick(WEAR), 0.1), LEGS=self.tint(self.pick(WEAR), 0.05, 0.7), SKIN=self.pick(SKINS), HAIR=hair)
             model = self.models["rider"][view if view else (0 if kind == "bicycle" else 3)]
             self.mesh.place(model, wear, (x, y), turn, RIDER, s - 0.01, self.mesh.object(RIDER), scale=(1.15, 1, rng.uniform(1.0, 1.1)))
         self.solid_shadow(x, y, heading, 0.25, 1.8, 1.6 if rider else 0.9)
@@ -626,17 +653,17 @@ class _Street:
         rng, (s0, s1) = self.rng, self.crossing
         for s, toward in ((s0 + (s1 - s0) * 0.3, 1), (s0 + (s1 - s0) * 0.72, -1)):
             t = rng.uniform(-16, 6)
-            for _ in range(int(rng.integers(0, 3))):
+            for _ in range(rng.integer(0, 3)):
                 kind = self.pick(["car", "car", "bus", "truck", "truck"])
                 if not self.free(s - 1.3, s + 1.3, 999 + s):
                     break
-                heading = self.road.heading(s) + toward * np.pi / 2
+                heading = self.road.heading(s) + toward * math.pi / 2
                 if kind == "car":
                     self._car(*self.road.at(s, t), heading, s)
                     t += 9
                     continue
                 label, n, length = (BUS, 5, 2.4) if kind == "bus" else (TRUCK, 4, 2.3)
-                obj, style = self.mesh.object(label), int(rng.integers(0, 3))
+                obj, style = self.mesh.object(label), rng.integer(0, 3)
                 paint = BUS_PAINT if kind == "bus" else CAR_PAINT
                 palette = self.palette(BODY=self.tint(self.pick(paint)), TRIM=self.tint(self.pick(LOAD_PAINT)))
                 for i in range(n):
@@ -656,7 +683,7 @@ class _Street:
         palette = self.palette(BODY=self.tint(body, 0.04), TRIM=self.tint(stripe, 0.04))
         choose = lambda i: (self.models["train"][i % 3 == 1], (1, 1, 1))
         if self.rails:
-            t, count = self.rails * (self.front(self.rails) + 2.7), int(rng.integers(6, 13))
+            t, count = self.rails * (self.front(self.rails) + 2.7), rng.integer(6, 13)
             if self.chance(0.85):
                 s = rng.uniform(1, 14)
                 stop = (self.crossing[0] if self.crossing else (self.end or END)) - 1
@@ -669,17 +696,16 @@ class _Street:
             for k in (-0.75, 0.70):
                 self.ground(self.road.strip(t + k, t + k + 0.09, -8, far), [0.55, 0.55, 0.56], ROAD, 6.5)
             s = rng.uniform(7, 22)
-            count = int(rng.integers(4, 10))
+            count = rng.integer(4, 10)
             if self.free(s, s + 3 * count, t, 2):
                 self._pieces(choose, palette, s, t, 3.0, count, ahead, TRAIN, self.mesh.object(TRAIN), 3.6)
         elif self.crossing and self.chance(0.35):
             s = (self.crossing[0] + self.crossing[1]) / 2
-            heading, obj, start = self.road.heading(s) + np.pi / 2, self.mesh.object(TRAIN), rng.uniform(-30, -4)
+            heading, obj, start = self.road.heading(s) + math.pi / 2, self.mesh.object(TRAIN), rng.uniform(-30, -4)
             self.taken.append((s - 2, s + 2, 999 + s))
-            self.crossing = (self.crossing[0], self.crossing[1])
             for k in (-0.75, 0.70):
                 self.ground(self._across(s + k, s + k + 0.1, -70, 70), [0.55, 0.55, 0.56], ROAD, 6.5)
-            for i in range(int(rng.integers(7, 13))):
+            for i in range(rng.integer(7, 13)):
                 x, y = self.road.at(s, start + 3.0 * i)
                 self.mesh.place(choose(i)[0], palette, (x, y), heading, TRAIN, s + 0.002 * abs(start + 3 * i), obj)
                 self.solid_shadow(x, y, heading, 1.35, 3.0, 3.6)
@@ -690,7 +716,7 @@ class _Street:
         x, y = self.road.at(s, t)
         color = self.tint(self.pick([[0.42, 0.43, 0.44], [0.20, 0.21, 0.21], [0.56, 0.57, 0.57], [0.34, 0.25, 0.17], [0.22, 0.32, 0.26]]), 0.06)
         self.mesh.place(shapes.bar([(0, 0), (0, height)], width), self.palette(METAL=color), (x, y), self.camera.yaw, POLE, s if key is None else key)
-        self.cast([(x - width / 2, y), (x + width / 2, y)], height)
+        self.cast((x - width / 2, y), (x + width / 2, y), height)
         return x, y, color
 
     def _furniture(self, side):
@@ -712,7 +738,7 @@ class _Street:
                     self._tree(s + rng.normal(0, 0.5), t + side * 0.5, rng.uniform(4, 9))
         if self.chance(0.55 if self.crossing else 0.35):
             self._signals(side, t)
-        for _ in range(int(rng.integers(0, 4))):
+        for _ in range(rng.integer(0, 4)):
             self._sign(rng.uniform(4, 22), t + side * rng.uniform(-0.1, 0.4))
         if self.pavement[side] > 2 and self.chance(0.2):  # railings at the kerb
             s = rng.uniform(1, 15)
@@ -722,7 +748,7 @@ class _Street:
         rng = self.rng
         s = (self.crossing[0] if self.crossing else rng.uniform(7, 22)) - 1.0
         s = min(max(s, 6.0), 24.0)
-        lit, height = int(rng.integers(0, 3)), rng.uniform(2.3, 3.2)
+        lit, height = rng.integer(0, 3), rng.uniform(2.3, 3.2)
         model, size = self.models["light"][lit * 2 + int(self.chance(0.5))], rng.uniform(1.0, 1.35)
         palette = self.palette(TRIM=self.tint(self.pick([[0.10, 0.11, 0.11], [0.13, 0.20, 0.16], [0.72, 0.58, 0.12]]), 0.05))
         x, y, color = self.pole(s, t, height + 0.3, 0.18)
@@ -731,7 +757,7 @@ class _Street:
             reach, top = -side * rng.uniform(2.5, 5.5), rng.uniform(5.0, 6.0)
             self.mesh.place(shapes.bar([(0, 0), (0, top), (reach, top + 0.15)], 0.2), self.palette(METAL=color), (x, y), self.camera.yaw, POLE, s)
             heads.append((reach, top - 0.75))
-        c, n = np.cos(self.camera.yaw), np.sin(self.camera.yaw)
+        c, n = math.cos(self.camera.yaw), math.sin(self.camera.yaw)
         for dx, z in heads:
             at = (x + dx * c, y - dx * n)
             self.mesh.place(model, palette, at, self.camera.yaw, LIGHT, s - 0.02, self.mesh.object(LIGHT), (size, 1, size), z)
@@ -739,26 +765,26 @@ class _Street:
     def _sign(self, s, t):
         rng = self.rng
         wide = self.chance(0.22)
-        kind = 6 if wide else int(rng.integers(0, 6))
+        kind = 6 if wide else rng.integer(0, 6)
         z, size = (rng.uniform(3.0, 4.5), rng.uniform(0.8, 1.25)) if wide else (rng.uniform(2.2, 2.9), rng.uniform(1.0, 1.4))
         x, y, _ = self.pole(s, t, z + 0.3, 0.14 if not wide else 0.2)
         palette = self.palette(TOP=self.tint([0.08, 0.26, 0.62] if self.chance(0.65) or not wide else [0.06, 0.40, 0.26]), RED=[0.80, 0.08, 0.10])
         self.mesh.place(self.models["sign"][kind], palette, (x, y), self.camera.yaw, SIGN, s - 0.02, self.mesh.object(SIGN), (size, 1, size), z)
         if not wide and self.chance(0.3):
-            self.mesh.place(self.models["sign"][int(rng.integers(0, 6))], palette, (x, y), self.camera.yaw, SIGN, s - 0.02, self.mesh.object(SIGN), (size, 1, size), z - 0.95 * size)
+            self.mesh.place(self.models["sign"][rng.integer(0, 6)], palette, (x, y), self.camera.yaw, SIGN, s - 0.02, self.mesh.object(SIGN), (size, 1, size), z - 0.95 * size)
 
     def _person(self, s, t, heading=0.0):
         rng = self.rng
         child = self.chance(0.1)
         tall = rng.uniform(0.62, 0.8) if child else rng.uniform(0.93, 1.08)
         palette = self.palette(
-            TOP=self.tint(self.pick(WEAR), 0.1), LEGS=self.tint(self.pick(WEAR) * 0.65, 0.1), SKIN=self.pick(SKINS), TRIM=self.tint(self.pick(WEAR)),
+            TOP=self.tint(self.pick(WEAR), 0.1), LEGS=self.tint(self.pick(WEAR), 0.1, 0.65), SKIN=self.pick(SKINS), TRIM=self.tint(self.pick(WEAR)),
             HAIR=self.tint(self.pick([[0.12, 0.09, 0.07], [0.32, 0.20, 0.10], [0.68, 0.54, 0.30], [0.60, 0.60, 0.60], [0.5, 0.15, 0.12]])))  # fmt: skip
         x, y = self.road.at(s, t)
         wide = tall * rng.uniform(0.9, 1.15) * (1 if self.chance(0.5) else -1)
         self.mesh.place(self.pick(self.models["person"]), palette, (x, y), self.camera.yaw, PERSON, s, self.mesh.object(PERSON), (wide, 1, tall))
-        self.cast([(x - 0.2, y), (x + 0.2, y)], 1.7 * tall)
-        self.mesh.contacts.append(np.array([(x - 0.3, y - 0.2, 0), (x + 0.3, y - 0.2, 0), (x + 0.3, y + 0.2, 0), (x - 0.3, y + 0.2, 0)], np.float32))
+        self.cast((x - 0.2, y), (x + 0.2, y), 1.7 * tall)
+        self.mesh.contacts.append([(x - 0.3, y - 0.2, 0), (x + 0.3, y - 0.2, 0), (x + 0.3, y + 0.2, 0), (x - 0.3, y + 0.2, 0)])
 
     def _pavement_life(self, side):
         rng = self.rng
@@ -766,38 +792,32 @@ class _Street:
         if width < 1:
             return
         inner, outer = self.edge(side) + 0.5, self.edge(side) + width - 0.3
-        for _ in range(int(rng.poisson(rng.choice([0.5, 3, 7])))):
+        for _ in range(self.pick([0, 0, 1, 1, 2, 3, 4, 6, 8])):
             self._person(4 + rng.exponential(14), side * rng.uniform(inner, outer))
         if self.chance(0.15):  # a crowd waits
             s, t = rng.uniform(5, 16), rng.uniform(inner, outer)
-            for _ in range(int(rng.integers(5, 12))):
-                self._person(s + rng.normal(0, 1.2), side * float(np.clip(t + rng.normal(0, 0.8), inner, outer)))
+            for _ in range(rng.integer(5, 12)):
+                self._person(s + rng.normal(0, 1.2), side * min(max(t + rng.normal(0, 0.8), inner), outer))
         for kind, p in (("bicycle", 0.36), ("motorcycle", 0.28)):
             if self.chance(p):
                 s, across, step = rng.uniform(3.5, 13), self.chance(0.5), rng.uniform(0.6, 1.1)
-                for i in range(int(rng.integers(1, 5))):
-                    turn = rng.normal(0, 0.1) + (np.pi / 2 if across else 0) + (np.pi if self.chance(0.5) else 0)
+                for i in range(rng.integer(1, 5)):
+                    turn = rng.normal(0, 0.1) + (math.pi / 2 if across else 0) + (math.pi if self.chance(0.5) else 0)
                     self._two_wheeler(kind, s + i * (step if across else 2.0), side * (inner + (0.5 if across else 0)), self.road.heading(s) + turn, rider=self.chance(0.1))
 
     def _crossers(self):
         rng = self.rng
         if self.zebra or self.chance(0.2):
             s = self.zebra or rng.uniform(6, 18)
-            for _ in range(int(rng.integers(0, 6))):
+            for _ in range(rng.integer(0, 6)):
                 self._person(s + rng.uniform(0.3, 2.7), rng.uniform(-self.half, self.half))
         for _ in range(int(self.chance(0.35)) + int(self.chance(0.15))):
             s, t = rng.uniform(6, 13), rng.uniform(-self.half, self.half)
             if self.free(s - 1, s + 1, t, 0.3):
-                self._two_wheeler(self.pick(["bicycle", "bicycle", "motorcycle"]), s, t, self.road.heading(s) + (np.pi / 2 if self.chance(0.5) else -np.pi / 2) + rng.normal(0, 0.3), rider=True)
+                self._two_wheeler(self.pick(["bicycle", "bicycle", "motorcycle"]), s, t, self.road.heading(s) + (math.pi / 2 if self.chance(0.5) else -math.pi / 2) + rng.normal(0, 0.3), rider=True)
 
 
-def rng_setback(rng: np.random.Generator) -> float:
+def _setback(rng: _Dice) -> float:
     """How far a town house stands back: mostly not at all."""
     return 0.0 if rng.random() < 0.75 else rng.uniform(0.5, 3)
 
-
-def _hull(points: np.ndarray) -> np.ndarray:
-    """Convex hull of ground points [k, 2]."""
-    import cv2
-
-    return cv2.convexHull(points.astype(np.float32))[:, 0]

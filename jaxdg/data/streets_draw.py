@@ -7,13 +7,15 @@ Units are metres and radians; world axes are x right, y ahead, z up with the gro
 
 from dataclasses import dataclass, field
 from functools import lru_cache
+import math
 from typing import NamedTuple
 
 import cv2
 import numpy as np
 
-PLAIN, GROUND, FOLIAGE, FACADE, BRICK, BARS = range(6)  # materials
+PLAIN, GROUND, PAVING, FOLIAGE, FACADE, BRICK, BARS = range(7)  # materials; GROUND and PAVING lie flat
 NO_GLOW, SIGNAL, VEHICLE, LAMP = range(4)  # what shines: traffic lights always, vehicles in bad light, street lamps and windows in the dark
+SKY = 10  # train id of what no polygon covers
 NEAR = 0.3  # polygons are cut at this depth
 CULLED = 1  # flag of a polygon seen from its front only (counter-clockwise)
 
@@ -63,19 +65,23 @@ class Shape(NamedTuple):
     vertices: np.ndarray  # float32 [v, 3]
     sizes: np.ndarray  # int [p] vertices a polygon
     slots: np.ndarray  # int [p]
-    glow: np.ndarray  # int [p]
-    material: np.ndarray  # int [p]
-    flags: np.ndarray  # int [p]
+    table: np.ndarray  # float32 [p, 9]: colour 3 (from the palette), noise amplitude, noise scale in texels a metre, parameters 4
+    kinds: np.ndarray  # int32 [p, 3]: material, glow, flags
 
 
 class Group(NamedTuple):
-    """Polygons that are painted together; all but `key` as in `Mesh.add`."""
+    """Polygons that are painted together; larger keys are painted earlier, equal keys in order of addition."""
 
     key: float
+    label: int
+    object: int  # number of the object they belong to, 0 for none
     vertices: np.ndarray
     sizes: np.ndarray
-    table: np.ndarray  # float32 [p, 9]: colour 3, noise amplitude, noise scale, parameters 4
-    kinds: np.ndarray  # int [p, 5]: label, object, material, glow, flags
+    table: np.ndarray
+    kinds: np.ndarray
+
+
+ONE = [np.array([k]) for k in range(100)]  # sizes of groups of one polygon
 
 
 @dataclass
@@ -83,8 +89,8 @@ class Mesh:
     """All polygons of one world, and the shadows on its ground."""
 
     groups: list[Group] = field(default_factory=list)
-    shadows: list[np.ndarray] = field(default_factory=list)  # cast by the sun, float [k, 3]
-    contacts: list[np.ndarray] = field(default_factory=list)  # below objects, in any light
+    shadows: list[list] = field(default_factory=list)  # cast by the sun: ground outlines of four corners (x, y, 0)
+    contacts: list[list] = field(default_factory=list)  # below objects, in any light
     lamps: list[tuple[float, float, float]] = field(default_factory=list)  # street lamps that light the night
     objects: list[int] = field(default_factory=list)  # label of object i + 1
 
@@ -93,24 +99,21 @@ class Mesh:
         self.objects.append(label)
         return len(self.objects)
 
-    def polygon(self, vertices, color, label: int, key: float, material=PLAIN, noise=(0.06, 8.0), params=(0, 0, 0, 0), glow=0, flags=0, obj=0):
-        """Adds one polygon [k, 3]; groups with larger keys are painted earlier, equal keys in order of addition."""
-        table, kinds = np.array([[*color, *noise, *params]], np.float32), np.array([[label, obj, material, glow, flags]])
-        self.groups.append(Group(key, np.asarray(vertices, np.float32), np.array([len(vertices)]), table, kinds))
+    def polygon(self, vertices, color, label: int, key: float, material=PLAIN, noise=(0.06, 8.0), params=(0, 0, 0, 0), flags=0):
+        """Adds one polygon [k, 3] of its own colour."""
+        table, kinds = np.array([[*color, *noise, *params]], np.float32), np.array([[material, NO_GLOW, flags]], np.int32)
+        vertices = np.array(vertices, np.float32)
+        self.groups.append(Group(key, label, 0, vertices, ONE[len(vertices)], table, kinds))
 
-    def place(self, shape: Shape, palette, at, heading: float, label: int, key: float, obj=0, scale=(1, 1, 1), z=0.0):
+    def place(self, shape: Shape, palette: np.ndarray, at, heading: float, label: int, key: float, obj=0, scale=(1.0, 1.0, 1.0), z=0.0):
         """Adds a shape at ground position `at`, turned clockwise from +y by `heading`, painted with `palette` [slots, 3]."""
-        s, c = np.sin(heading), np.cos(heading)
+        s, c = math.sin(heading), math.cos(heading)
         turn = np.array([[c * scale[0], -s * scale[0], 0], [s * scale[1], c * scale[1], 0], [0, 0, scale[2]]], np.float32)
-        table = np.zeros((len(shape.sizes), 9), np.float32)
-        table[:, :3] = palette[shape.slots]
-        leafy = shape.material == FOLIAGE
-        table[:, 3], table[:, 4] = np.where(leafy, 0.42, 0.05), np.where(leafy, 22.0, 30.0)
-        table[:, 5:9] = 0.045, 0.22, 9.0, 0.0  # spokes, where the material is BARS
-        kinds = np.empty((len(shape.sizes), 5), int)
-        kinds[:, 0], kinds[:, 1], kinds[:, 2], kinds[:, 3], kinds[:, 4] = label, obj, shape.material, shape.glow, shape.flags
-        vertices = shape.vertices @ turn + np.array([at[0], at[1], z], np.float32)
-        self.groups.append(Group(key, vertices, shape.sizes, table, kinds))
+        vertices = shape.vertices @ turn
+        vertices += np.array([at[0], at[1], z], np.float32)
+        table = shape.table.copy()
+        table[:, :3] = palette.take(shape.slots, 0)
+        self.groups.append(Group(key, label, obj, vertices, shape.sizes, table, shape.kinds))
 
 
 @dataclass(frozen=True)
@@ -122,8 +125,10 @@ class Raster:
     plane: np.ndarray  # float32 [n, 3]: inverse depth = plane . (x, y, 1) of a ray
     normal: np.ndarray  # float32 [n, 3] world, towards the camera
     along: np.ndarray  # float32 [n, 3]: horizontal texture axis x, y and its origin
-    table: np.ndarray  # as Group
-    kinds: np.ndarray  # as Group
+    label: np.ndarray  # int32 [n]
+    object: np.ndarray  # int32 [n]
+    table: np.ndarray  # as Shape
+    kinds: np.ndarray  # as Shape
 
 
 def rasterize(mesh: Mesh, camera: Camera) -> Raster:
@@ -131,7 +136,10 @@ def rasterize(mesh: Mesh, camera: Camera) -> Raster:
     groups = sorted(mesh.groups, key=lambda g: -g.key)  # stable, so the order inside equal keys holds
     vertices, sizes = np.concatenate([g.vertices for g in groups]), np.concatenate([g.sizes for g in groups])
     table = np.concatenate([np.zeros((1, 9), np.float32), *(g.table for g in groups)])
-    kinds = np.concatenate([np.array([[10, 0, 0, 0, 0]]), *(g.kinds for g in groups)])
+    kinds = np.concatenate([np.zeros((1, 3), np.int32), *(g.kinds for g in groups)])
+    counts = [1, *(len(g.sizes) for g in groups)]
+    label = np.repeat(np.array([SKY, *(g.label for g in groups)], np.int32), counts)
+    owner = np.repeat(np.array([0, *(g.object for g in groups)], np.int32), counts)
     ends = np.cumsum(sizes)
     starts = ends - sizes
     view = camera.view(vertices)
@@ -148,10 +156,11 @@ def rasterize(mesh: Mesh, camera: Camera) -> Raster:
     h, w = camera.size
     cut = depth_min < NEAR
     outside = (low > [w, h]).any(1) | (high < -1).any(1)
-    skip = (depth_max < NEAR) | (~cut & outside) | ((kinds[1:, 4] == CULLED) & (offset > 0))
+    speck = (high - low < 1).all(1)
+    skip = (depth_max < NEAR) | (~cut & (outside | speck)) | ((kinds[1:, 2] == CULLED) & (offset > 0))
     fixed = np.round(pixels * 16).astype(np.int32)
     ids, under = np.zeros((h, w), np.int32), np.zeros((h, w), np.int32)
-    sheer = (kinds[1:, 2] == BARS).tolist()
+    sheer = (kinds[1:, 0] == BARS).tolist()
     first, last, cut = starts.tolist(), ends.tolist(), cut.tolist()
     for i in np.flatnonzero(~skip).tolist():
         outline = fixed[first[i] : last[i]]
@@ -172,7 +181,7 @@ def rasterize(mesh: Mesh, camera: Camera) -> Raster:
     edge = edge / (np.linalg.norm(edge, axis=1, keepdims=True) + 1e-9)
     along = np.concatenate([edge, (edge * vertices[starts, :2]).sum(1, keepdims=True)], 1)
     pad = lambda x: np.concatenate([np.zeros((1, 3), np.float32), x]).astype(np.float32)
-    return Raster(ids, under, pad(plane), pad(world_normal), pad(along), table, kinds)
+    return Raster(ids, under, pad(plane), pad(world_normal), pad(along), label, owner, table, kinds)
 
 
 def _cut(polygon: np.ndarray) -> np.ndarray:
@@ -188,19 +197,31 @@ def _cut(polygon: np.ndarray) -> np.ndarray:
 
 @lru_cache(1)
 def tiles() -> tuple[np.ndarray, np.ndarray]:
-    """Fixed noise: a periodic 256 x 256 cloud of several octaves (about -1..1), and a long line of white noise."""
+    """Fixed noise: two periodic 256 x 256 clouds of several octaves (about -1..1), a soft and a crisp one, and a long line of white noise."""
     rng = np.random.default_rng(19)
-    cloud = np.zeros((256, 256), np.float32)
-    for n in (4, 8, 16, 32, 64, 128, 256):
-        coarse = np.pad(rng.standard_normal((n, n)).astype(np.float32), 2, mode="wrap")
-        k = 256 // n
-        cloud += cv2.resize(coarse, None, fx=k, fy=k, interpolation=cv2.INTER_CUBIC)[2 * k : -2 * k, 2 * k : -2 * k] * n**-0.45
-    return (cloud / cloud.std() * 0.5).ravel(), rng.standard_normal(1 << 20).astype(np.float32)
+    clouds = []
+    for fall in (0.45, 0.12):
+        cloud = np.zeros((256, 256), np.float32)
+        for n in (4, 8, 16, 32, 64, 128, 256):
+            coarse = np.pad(rng.standard_normal((n, n)).astype(np.float32), 2, mode="wrap")
+            k = 256 // n
+            cloud += cv2.resize(coarse, None, fx=k, fy=k, interpolation=cv2.INTER_CUBIC)[2 * k : -2 * k, 2 * k : -2 * k] * n**-fall
+        clouds.append(cloud.ravel() / cloud.std() * 0.5)
+    return np.concatenate(clouds), rng.standard_normal(1 << 20).astype(np.float32)
 
 
-def _noise(u: np.ndarray, v: np.ndarray) -> np.ndarray:
+def _noise(u: np.ndarray, v: np.ndarray, crisp=False) -> np.ndarray:
     """The periodic cloud at texture coordinates in texels."""
-    return tiles()[0].take(((v.astype(np.int32) & 255) << 8) | (u.astype(np.int32) & 255))
+    at = ((v.astype(np.int32) & 255) << 8) | (u.astype(np.int32) & 255)
+    return tiles()[0].take(at + 65536 * np.asarray(crisp, np.int32))
+
+
+def _smooth_noise(u: np.ndarray, v: np.ndarray) -> np.ndarray:
+    """As `_noise`, interpolated between texels; for what is seen from near or grown large."""
+    n = len(u)
+    u, v = (np.resize(np.mod(c, 256), (n + 511) // 512 * 512).reshape(-1, 512) for c in (u, v))
+    tile = tiles()[0][:65536].reshape(256, 256)
+    return cv2.remap(tile, u, v, cv2.INTER_LINEAR, borderMode=cv2.BORDER_WRAP).ravel()[:n] if n else u.ravel()
 
 
 def _hash(*values: np.ndarray) -> np.ndarray:
@@ -227,7 +248,7 @@ def paint(raster: Raster, camera: Camera) -> Pixels:
     rx, ry = camera.rays()
     axes = camera.axes()
     ids = raster.ids.ravel()
-    sheer = np.flatnonzero(raster.kinds[:, 2].take(ids) == BARS)
+    sheer = np.flatnonzero(raster.kinds[:, 0].take(ids) == BARS)
     if len(sheer):
         ids = ids.copy()
         u, v, _, p = _texture(raster, camera, axes, ids[sheer], rx[sheer], ry[sheer])[:4]
@@ -235,14 +256,17 @@ def paint(raster: Raster, camera: Camera) -> Pixels:
         ids[sheer] = np.where(bars, ids[sheer], raster.under.ravel()[sheer])
     u, v, depth, params, x, y, z = _texture(raster, camera, axes, ids, rx, ry)
     table, kinds = raster.table, raster.kinds
-    material = kinds[:, 2].take(ids)
-    flat = material == GROUND
+    material = kinds[:, 0].take(ids)
+    flat, leafy = (material == GROUND) | (material == PAVING), material == FOLIAGE
     amplitude, scale = table[:, 3].take(ids), table[:, 4].take(ids)
-    fine = np.clip(2.2 - depth * scale / camera.focal * 0.6, 0.15, 1)  # texels smaller than a pixel fade into their mean
-    grain = _noise(np.where(flat, x, u + ids * 0.37) * scale, np.where(flat, y, z) * scale)
-    color = table[:, :3].take(ids, 0) * (1 + amplitude * grain * np.where(material == FOLIAGE, 1, fine))[:, None]
-    shine = np.where((kinds[:, 3] > 0).take(ids)[:, None], color, 0)
+    fine = np.clip(2.2 - depth * scale * (0.6 / camera.focal), 0.15, 1)  # texels smaller than a pixel fade into their mean
+    grain = _noise(np.where(flat, x, u + ids * np.float32(0.37)) * scale, np.where(flat, y, z) * scale, leafy)
+    color = table[:, :3].take(ids, 0) * (1 + amplitude * grain * np.where(leafy, 1, fine))[:, None]
+    shine = np.where((kinds[:, 1] > 0).take(ids)[:, None], color, np.float32(0))
     _facades(np.flatnonzero(material == FACADE), u, v, params, depth, camera, color, shine)
+    paved = np.flatnonzero(material == PAVING)
+    joint = (np.mod(x[paved] / params[paved, 0], 1) < 0.07) | (np.mod(y[paved] / params[paved, 0], 1) < 0.07)
+    color[paved] *= (1 - 0.2 * joint * np.clip(1.5 - depth[paved] * (10 / camera.focal), 0, 1))[:, None]
     brick = np.flatnonzero(material == BRICK)
     row = v[brick] / 0.25
     joint = (np.mod(row, 1) < 0.16) | (np.mod(u[brick] / 0.5 + np.floor(row) * 0.5, 1) < 0.08)
@@ -274,7 +298,7 @@ def _facades(at, u, v, params, depth, camera, color, shine):
     inside = (np.abs(fu - 0.5) < half) & (fv > bottom) & (fv < top) & (level >= 0)
     border = 0.045 + 0.25 * depth[at] / camera.focal
     frame = inside & ((np.abs(np.abs(fu - 0.5) - half) < border) | (np.abs(fv - top) < border * 0.7) | (np.abs(fu - 0.5) < border * 0.3))
-    glass = 0.10 + 0.26 * pick[:, None] ** 2 * np.array([1, 1.08, 1.15], np.float32) + 0.22 * (fv * pick)[:, None]
+    glass = (0.10 + 0.26 * pick**2 + 0.22 * fv * pick)[:, None] * np.array([0.95, 1.0, 1.08], np.float32)
     glass = np.where((pick > 0.86)[:, None], np.array([0.62, 0.58, 0.5], np.float32), glass)  # blinds
     wall = color[at] * (1 - 0.10 * (fv < 0.05) - 0.06 * (fv > 0.97) - 0.10 * (front & ~inside))[:, None]
     light_frame = np.where(np.mod(seed, 3) == 0, 0.25, 0.8)[:, None] * np.ones(3, np.float32)
@@ -287,21 +311,19 @@ def _facades(at, u, v, params, depth, camera, color, shine):
     shine[at] = np.where(lit[:, None], tone * (0.45 + 0.5 * np.mod(pick * 91, 1))[:, None], 0)
 
 
-def shadow_masks(mesh: Mesh, camera: Camera) -> tuple[np.ndarray, np.ndarray]:
-    """Cast and contact shadows on the ground, float32 [h * w] in 0..1."""
-    masks = []
-    for outlines, blur in ((mesh.shadows, 0.004), (mesh.contacts, 0.008)):
-        mask = np.zeros(camera.size, np.uint8)
-        if outlines:
-            sizes = [len(o) for o in outlines]
-            view = camera.view(np.concatenate(outlines).astype(np.float32))
-            for part in np.split(view, np.cumsum(sizes)[:-1]):
-                if part[:, 2].max() > NEAR:
-                    part = part if part[:, 2].min() > NEAR else _cut(part)
-                    cv2.fillPoly(mask, [np.round(camera.pixels(part).clip(-20000, 20000) * 16).astype(np.int32)], 255, shift=4)
-        mask = cv2.GaussianBlur(mask, (0, 0), max(0.6, blur * camera.size[0]))
-        masks.append(mask.ravel().astype(np.float32) / 255)
-    return masks[0], masks[1]
+def shadow_mask(outlines: list[list], camera: Camera, blur: float) -> np.ndarray:
+    """Four-cornered shadows on the ground, float32 [h * w] in 0..1; `blur` in shares of the picture's height."""
+    mask = np.zeros(camera.size, np.uint8)
+    if outlines:
+        view = camera.view(np.array(outlines, np.float32).reshape(-1, 3)).reshape(-1, 4, 3)
+        low, high = view[..., 2].min(1), view[..., 2].max(1)
+        pixels = camera.pixels(np.maximum(view, [-1e9, -1e9, NEAR]).reshape(-1, 3)).clip(-20000, 20000)
+        fixed = np.round(pixels * 16).astype(np.int32).reshape(-1, 4, 2)
+        for i in np.flatnonzero(low >= NEAR).tolist():
+            cv2.fillConvexPoly(mask, fixed[i], 255, shift=4)
+        for i in np.flatnonzero((low < NEAR) & (high > NEAR)).tolist():
+            cv2.fillPoly(mask, [np.round(camera.pixels(_cut(view[i])).clip(-20000, 20000) * 16).astype(np.int32)], 255, shift=4)
+    return cv2.GaussianBlur(mask, (0, 0), max(0.6, blur * camera.size[0])).ravel() * np.float32(1 / 255)
 
 
 class Look(NamedTuple):
@@ -324,9 +346,9 @@ class Look(NamedTuple):
     exposure: float = 1.0
 
 
-def sun_direction(rng: np.random.Generator) -> np.ndarray:
-    """Towards the sun of a world, which all its appearances share."""
-    azimuth, height = rng.uniform(0, 2 * np.pi), rng.uniform(0.3, 1.15)
+def sun_direction(a: float, b: float) -> np.ndarray:
+    """Towards the sun, anywhere between 17 and 66 degrees above the horizon, from two numbers in 0..1."""
+    azimuth, height = 2 * np.pi * a, 0.3 + 0.85 * b
     return np.array([np.sin(azimuth) * np.cos(height), np.cos(azimuth) * np.cos(height), np.sin(height)], np.float32)
 
 
@@ -340,7 +362,7 @@ def look(appearance: str, direction: np.ndarray, rng: np.random.Generator) -> Lo
         horizon = rgb(0.70 + 0.22 * low, 0.79, 0.90 - 0.22 * low) * (1 - veil) + rgb(0.84, 0.85, 0.86) * veil
         ambient = rgb(0.50, 0.53, 0.60) * (1 + 0.45 * veil)
         return Look(ambient, sun, direction, zenith, horizon, r(0, 0.9), rgb(0.95, 0.95, 0.97) - 0.1 * low, r(0.0008, 0.004), (0, 0.9, 0.05, 0),
-                    bloom=0.1, noise=r(0.008, 0.02), exposure=r(0.85, 1.18))  # fmt: skip
+                    bloom=0.1, noise=r(0.008, 0.02), exposure=r(0.92, 1.3))  # fmt: skip
     if appearance == "night":
         moon, warm = r(0.6, 1.3), r(0, 1)
         return Look(rgb(0.055, 0.065, 0.115) * moon, rgb(0, 0, 0), direction, rgb(0.010, 0.014, 0.040) * moon, rgb(0.12, 0.085, 0.07) * (0.4 + warm),
@@ -362,16 +384,16 @@ def look(appearance: str, direction: np.ndarray, rng: np.random.Generator) -> Lo
 def develop(pixels: Pixels, raster: Raster, mesh: Mesh, camera: Camera, look: Look, rng: np.random.Generator) -> np.ndarray:
     """Lights the painted pixels, adds the weather and exposes the picture, uint8 [h, w, 3]."""
     h, w = camera.size
-    flat = (raster.kinds[:, 2] == GROUND).take(pixels.ids)
+    flat = np.isin(raster.kinds[:, 0], (GROUND, PAVING)).take(pixels.ids)
     sky = np.flatnonzero(pixels.ids == 0)
     image = pixels.color * _light(pixels, raster, mesh, camera, look, flat)
-    shine = pixels.shine * np.array(look.glow, np.float32)[raster.kinds[:, 3]].take(pixels.ids)[:, None]
+    shine = pixels.shine * np.array(look.glow, np.float32)[raster.kinds[:, 1]].take(pixels.ids)[:, None]
     image += shine
     image[sky] = _sky(pixels, camera, look, sky)
     clear = np.exp(-look.haze * pixels.depth)  # Koschmieder: what is left of a colour at this distance
     if look.haze < 0.03:
         clear[sky] = 1  # thin haze is part of the sky's own colour
-    image = (image * clear[:, None] + look.horizon * (1 - clear)[:, None]).reshape(h, w, 3)
+    image = ((image - look.horizon) * clear[:, None] + look.horizon).reshape(h, w, 3)
     if look.wet:
         image = _reflect(image, pixels, flat.reshape(h, w), look.wet)
     if look.bloom:
@@ -389,13 +411,13 @@ def _light(pixels, raster, mesh, camera, look, flat):
     """Light that falls on each pixel, [n, 3]."""
     facing = raster.normal @ look.direction
     upright = np.abs(raster.normal[:, 2]) < 0.99
-    facing = np.where(upright & (raster.kinds[:, 4] != CULLED) & (raster.kinds[:, 2] != FACADE), 0.35 + 0.35 * facing, facing)  # rounded things
+    facing = np.where(upright & (raster.kinds[:, 2] != CULLED) & (raster.kinds[:, 0] != FACADE), 0.35 + 0.35 * facing, facing)  # rounded things
     light = look.ambient * (0.8 + 0.2 * raster.normal[:, 2:])
-    cast, contact = shadow_masks(mesh, camera)
     light = light.take(pixels.ids, 0)
     if look.sun.any():
+        cast = shadow_mask(mesh.shadows, camera, 0.004)
         light += np.maximum(facing, 0).take(pixels.ids)[:, None] * (1 - cast * flat)[:, None] * look.sun
-    light *= (1 - 0.6 * contact * flat)[:, None]
+    light *= (1 - 0.6 * flat * shadow_mask(mesh.contacts, camera, 0.008))[:, None]
     if look.beam:
         rx, ry = camera.rays()
         beam = look.beam * np.exp(-((rx / 0.5) ** 2) - ((ry - 0.12) / 0.22) ** 2) * 22 / (pixels.depth + 8)
@@ -416,7 +438,7 @@ def _sky(pixels, camera, look, at):
     grade = np.clip(up * 1.7, 0, 1)[:, None] ** 0.65
     color = look.horizon * (1 - grade) + look.zenith * grade
     drift = 200 * (look.direction[0] + 1)
-    noise = _noise(dx / (dz + 0.16 * length) * 24 + drift, dy / (dz + 0.16 * length) * 24 + drift)
+    noise = _smooth_noise(dx / (dz + 0.16 * length) * 24 + drift, dy / (dz + 0.16 * length) * 24 + drift)
     cover = np.clip((noise + look.clouds * 1.1 - 0.75) * 1.6, 0, 0.92)[:, None] * np.clip(up * 9, 0, 1)[:, None]
     color = color * (1 - cover) + look.cloud * cover
     if look.sun.any():
@@ -428,14 +450,18 @@ def _sky(pixels, camera, look, at):
 def _reflect(image, pixels, flat, wet):
     """Wet ground mirrors, column by column, what stands above it."""
     h, w = flat.shape
-    row = np.arange(h)[:, None]
-    foot = np.maximum.accumulate(np.where(flat, -1, row), 0)
-    ripple = _noise(pixels.x * 40, pixels.y * 40).reshape(h, w)
-    source = np.clip(2 * foot - row + (ripple * h * 0.012).astype(int), 0, h - 1)
-    mirror = cv2.blur(image[source, np.arange(w)], (1, max(1, h // 24)))
-    puddle = np.clip(_noise(pixels.x * 6, pixels.y * 6) * 0.9 + 0.55, 0.15, 1)
-    share = (wet * flat.ravel() * puddle * np.clip(0.25 + pixels.depth / 45, 0, 0.85)).reshape(h, w, 1)
-    return image * (1 - share) * (1 - 0.3 * wet * flat[..., None]) + mirror * share
+    row = np.arange(h, dtype=np.float32)[:, None]
+    foot = np.maximum.accumulate(np.where(flat, np.float32(-1), row), 0)
+    at = np.flatnonzero(flat)
+    x, y, source = pixels.x[at], pixels.y[at], 2 * foot - row
+    source.ravel()[at] += _noise(x * 40, y * 40) * (h * 0.012)
+    columns = np.repeat(np.arange(w, dtype=np.float32)[None], h, 0)
+    mirror = cv2.remap(image, columns, source, cv2.INTER_NEAREST, borderMode=cv2.BORDER_REPLICATE)
+    mirror = cv2.blur(mirror, (1, max(1, h // 24))).reshape(-1, 3)[at]
+    puddle = np.clip(_noise(x * 6, y * 6) * 0.9 + 0.55, 0.15, 1)
+    share = (wet * puddle * np.clip(0.25 + pixels.depth[at] / 45, 0, 0.85))[:, None]
+    image.reshape(-1, 3)[at] = image.reshape(-1, 3)[at] * ((1 - 0.3 * wet) * (1 - share)) + mirror * share
+    return image
 
 
 def _bloom(shine, strength):
@@ -450,11 +476,11 @@ def _rain(image, look, rng):
     """Falling streaks and a few drops on the lens, each showing the scene upside down."""
     h, w = image.shape[:2]
     length, slant = max(5, h // 11), rng.uniform(-0.3, 0.3)
-    kernel = np.zeros((length, length), np.float32)
-    cv2.line(kernel, (round(length / 2 - slant * length / 2), 0), (round(length / 2 + slant * length / 2), length - 1), 1.0)
     seeds = (rng.random((h, w), np.float32) > 1 - 0.010 * look.rain).astype(np.float32)
-    streaks = np.minimum(cv2.filter2D(seeds, -1, kernel), 1.0)[..., None] * (0.10 + 0.16 * look.rain)
-    image = image * (1 - streaks) + (look.horizon * 0.8 + 0.25) * streaks
+    shear = np.array([[1, slant, -slant * h / 2], [0, 1, 0]], np.float32)
+    streaks = cv2.warpAffine(cv2.blur(seeds, (1, length)) * length, shear, (w, h), flags=cv2.INTER_LINEAR, borderMode=cv2.BORDER_REFLECT)
+    streaks = np.minimum(streaks, 1)[..., None] * (0.10 + 0.16 * look.rain)
+    image += ((look.horizon * 0.8 + 0.25) - image) * streaks
     for x, y, radius in rng.random((int(4 + 7 * look.rain), 3)) * [w, h, 0.028 * h] + [0, 0, 0.014 * h]:
         x0, x1, y0, y1 = max(0, int(x - radius)), min(w, int(x + radius) + 1), max(0, int(y - radius)), min(h, int(y + radius) + 1)
         if x1 - x0 > 2 and y1 - y0 > 2:

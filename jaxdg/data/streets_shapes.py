@@ -74,8 +74,12 @@ class Sketch:
         self.add(_flat(points[:, 0], points[:, 1], plane), slot, glow, material)
 
     def shape(self) -> Shape:
-        slots, glow, material, flags = np.array(self.rows, int).T
-        return Shape(np.concatenate(self.polygons), np.array([len(p) for p in self.polygons]), slots, glow, material, flags)
+        slots, glow, material, flags = np.array(self.rows, np.int32).T
+        table = np.zeros((len(slots), 9), np.float32)
+        leafy = material == FOLIAGE
+        table[:, 3], table[:, 4] = np.where(leafy, 0.36, 0.05), np.where(leafy, 14.0, 30.0)
+        table[:, 5:9] = 0.045, 0.22, 9.0, 0.0  # spokes, where the material is BARS
+        return Shape(np.concatenate(self.polygons), np.array([len(p) for p in self.polygons]), slots, table, np.stack([material, glow, flags], 1))
 
 
 def _flat(a, z, plane):
@@ -330,9 +334,9 @@ def tree(rng: np.random.Generator, kind: int) -> Shape:
         3: [(-0.2, 0.34, 0.30, 0.36), (0.22, 0.36, 0.28, 0.38), (0, 0.55, 0.32, 0.42)],
     }[kind]
     for i, (x, z, rx, rz) in enumerate(blobs):
-        n = 22
+        n = 48
         angle = np.arange(n) * (2 * np.pi / n)
-        r = 1 + 0.16 * rng.standard_normal(n)
+        r = 1 + 0.09 * np.repeat(rng.standard_normal(n // 4), 4) + 0.07 * rng.standard_normal(n)
         points = np.stack([x + rx * r * np.cos(angle), np.maximum(z + rz * r * np.sin(angle), 0.0)], 1)
         s.outline(points, LEAF if i % 2 == 0 else TOP, material=FOLIAGE)
     return s.shape()

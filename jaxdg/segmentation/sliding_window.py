@@ -121,7 +121,7 @@ def resize_scores(scores: Float[Array, "b h w k"], size: tuple[int, int]) -> Flo
         n = scores.shape[axis]
         if n == length:
             continue
-        centre = np.clip((np.arange(length) + 0.5) * n / length - 0.5, 0, n - 1)
+        centre = np.maximum((np.arange(length) + 0.5) * n / length - 0.5, 0)
         low = np.floor(centre).astype(np.int32)
         high = np.minimum(low + 1, n - 1)
         share = (centre - low).astype(np.float32).reshape(-1, *[1] * (3 - axis))

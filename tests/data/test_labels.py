@@ -51,7 +51,7 @@ def test_an_id_outside_the_table_is_named_with_file_and_remedy(bad):
 
 def test_tables_that_contradict_themselves_are_refused():
     """An id is either mapped or ignored, and ids and train ids are within range."""
-    with pytest.raises(ValueError, match="label id 7 is in the id map .* ignore list"):
+    with pytest.raises(ValueError, match=r"label id 7 is in the id map .* ignore list"):
         id_table({7: 0}, ignore=(7,))
     for bad in ({-1: 0}, {65536: 0}, {7: -1}, {7: 256}):
         with pytest.raises(ValueError, match="out of range"):

@@ -1,0 +1,243 @@
+"""Batches: the same whatever reads them, every example once an epoch, and processes that end."""
+
+import dataclasses
+import multiprocessing
+import os
+from pathlib import Path
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+
+import numpy as np
+from PIL import Image
+import pytest
+
+from jaxdg.data.datasets import FolderOptions, StreetsOptions, open_domain
+from jaxdg.data.labels import CITYSCAPES, LabelSet
+from jaxdg.data.pipeline import batch_files, eval_batches, train_batches
+
+TRAIN = {"seed": 3, "batch_size": 4, "crop": (12, 16), "scale": (0.5, 2.0), "flip": 0.5}
+AS_IS = {"crop": (12, 16), "scale": (1.0, 1.0), "flip": 0.0}
+
+
+@dataclasses.dataclass
+class Numbered:
+    """Example i is an image of the number i; sizes cycle through `sizes`."""
+
+    count: int = 10
+    sizes: tuple[tuple[int, int], ...] = ((12, 16),)
+    domain: str = "numbered"
+    labels: LabelSet = CITYSCAPES
+
+    def __len__(self) -> int:
+        return self.count
+
+    def size(self, i: int) -> tuple[int, int]:
+        return self.sizes[i % len(self.sizes)]
+
+    def name(self, i: int) -> str:
+        return f"numbered/{i}"
+
+    def __getitem__(self, i: int) -> dict[str, np.ndarray]:
+        h, w = self.size(i)
+        return {"image": np.full((h, w, 3), i, np.uint8), "label": np.full((h, w), i, np.uint8)}
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """Six noisy images of 20 x 24 pixels with noisy labels, as a dataset of files."""
+    monkeypatch.setenv("JAXDG_CACHE", str(tmp_path / "cache"))
+    rng = np.random.default_rng(0)
+    for i in range(6):
+        for kind, array in (("images", rng.integers(0, 256, (20, 24, 3))), ("labels", rng.integers(0, 19, (20, 24)))):
+            path = tmp_path / kind / "town" / f"{i}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(array.astype(np.uint8)).save(path)
+    return open_domain("town", root=str(tmp_path), train=True, streets=StreetsOptions(), folder=FolderOptions())
+
+
+def assert_same(got: list[dict], expected: list[dict]) -> None:
+    assert len(got) == len(expected) > 0
+    for a, b in zip(got, expected, strict=True):
+        assert a.keys() == b.keys()
+        for key in a:
+            assert a[key].dtype == b[key].dtype
+            np.testing.assert_array_equal(a[key], b[key])
+
+
+def test_batches_are_the_same_with_0_and_2_workers(folder):
+    """Worker processes change nothing, in training and in evaluation; their batches are plain writable arrays."""
+    expected = list(train_batches(folder, **TRAIN, start=0, stop=7))
+    got = list(train_batches(folder, **TRAIN, start=0, stop=7, workers=2))
+    assert_same(got, expected)
+    assert expected[0]["image"].shape == (4, 12, 16, 3)
+    assert expected[0]["label"].shape == (4, 12, 16)
+    assert type(got[0]["image"]) is np.ndarray
+    assert (expected[0]["image"] != expected[1]["image"]).any()
+    assert_same(list(eval_batches(folder, batch_size=4, workers=2)), list(eval_batches(folder, batch_size=4)))
+
+
+@pytest.mark.parametrize("start", [1, 5, 9])
+def test_a_run_resumes_anywhere(folder, start):
+    """Batches from step k on are the tail of the run from 0."""
+    whole = list(train_batches(folder, **TRAIN, start=0, stop=10))
+    assert_same(list(train_batches(folder, **TRAIN, start=start, stop=10)), whole[start:])
+
+
+def test_hosts_share_the_batches_of_one(folder):
+    """The rows of 4 hosts, put together, are the batches of 1 host."""
+    whole = list(train_batches(folder, **TRAIN, start=2, stop=6))
+    parts = [list(train_batches(folder, **TRAIN, start=2, stop=6, shard=(h, 4))) for h in range(4)]
+    assert_same([{k: np.concatenate([b[k] for b in step]) for k in whole[0]} for step in zip(*parts, strict=True)], whole)
+
+
+def test_every_epoch_shows_each_example_once_in_another_order():
+    """Counted over the image values of 3 epochs whose ends fall inside batches; names agree with the batches."""
+    dataset, options = Numbered(10), {"seed": 1, "batch_size": 4}
+    steps = list(train_batches(dataset, **options, **AS_IS, start=0, stop=8))
+    shown = np.concatenate([b["image"][:, 0, 0, 0] for b in steps])[:30].reshape(3, 10)
+    np.testing.assert_array_equal(np.sort(shown, axis=1), np.tile(np.arange(10), (3, 1)))
+    assert len({tuple(epoch) for epoch in shown.tolist()}) == 3
+    for step, batch in enumerate(steps):
+        np.testing.assert_array_equal(batch["image"], batch["label"][..., None].repeat(3, -1))
+        assert batch_files(dataset, **options, step=step) == [f"numbered/{i}" for i in batch["label"][:, 0, 0]]
+
+
+def test_seeds_change_order_and_augmentation(folder):
+    """Another seed shows other examples, or the same ones otherwise; the same seed shows the same."""
+    run = lambda seed: next(train_batches(folder, **{**TRAIN, "seed": seed}, start=0, stop=1))["image"]
+    np.testing.assert_array_equal(run(5), run(5))
+    assert (run(5) != run(6)).any()
+
+
+def test_an_example_is_augmented_anew_each_epoch(folder):
+    """The same image never comes back as the same crop."""
+    crops = np.concatenate([b["image"] for b in train_batches(folder, **{**TRAIN, "batch_size": 6}, start=0, stop=5)])
+    assert len({crop.tobytes() for crop in crops}) == 30
+
+
+def test_evaluation_shows_every_image_once_in_batches_of_one_size():
+    """Two sizes, interleaved: batches of one size, fixed shape, padding masked, and hosts that agree on the number of batches."""
+    dataset = Numbered(11, sizes=((6, 8), (4, 10), (6, 8)))
+    whole = list(eval_batches(dataset, batch_size=4))
+    shown = np.concatenate([b["index"][b["mask"]] for b in whole])
+    np.testing.assert_array_equal(np.sort(shown), np.arange(11))
+    for batch in whole:
+        assert (batch["image"].dtype, batch["label"].dtype) == (np.uint8, np.uint8)
+        assert (batch["mask"].dtype, batch["index"].dtype) == (np.bool_, np.int32)
+        assert batch["mask"].shape == batch["index"].shape == (4,)
+        assert (batch["index"][~batch["mask"]] == -1).all()
+        assert (batch["label"][~batch["mask"]] == 255).all()
+        for i, image, label in zip(batch["index"], batch["image"], batch["label"], strict=True):
+            if i >= 0:
+                assert label.shape == dataset.size(int(i))
+                assert (image == i).all()
+                assert (label == i).all()
+    assert [b["index"].tolist() for b in whole] == [[1, 4, 7, 10], [0, 2, 3, 5], [6, 8, 9, -1]]  # small first, in order within a size
+    parts = [list(eval_batches(dataset, batch_size=4, shard=(h, 2))) for h in range(2)]
+    assert_same([{k: np.concatenate([b[k] for b in step]) for k in whole[0]} for step in zip(*parts, strict=True)], whole)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_damaged_file_stops_the_run_with_its_name(folder, workers):
+    """The error of a thread or process arrives as it was raised, and no process stays behind."""
+    path = Path(folder.name(2))
+    path.write_bytes(path.read_bytes()[:-30])
+    for batches in (train_batches(folder, **TRAIN, start=0, stop=5, workers=workers), eval_batches(folder, batch_size=4, workers=workers)):
+        with pytest.raises(ValueError, match="truncated") as error:
+            list(batches)
+        assert str(error.value) == f"{path}: truncated (no PNG end chunk); fetch the file again or remove it with its partner"
+    assert not multiprocessing.active_children()
+
+
+@pytest.mark.parametrize("end", ["close", "drop", "before"])
+def test_workers_end_with_their_iterator(folder, end):
+    """Closed or dropped, early or never started: within seconds no process is left."""
+    batches = train_batches(folder, **TRAIN, start=0, stop=1000, workers=2)
+    if end != "before":
+        next(batches)
+        assert multiprocessing.active_children()
+    began = time.monotonic()
+    if end == "close":
+        batches.close()
+    del batches
+    assert time.monotonic() - began < 10
+    assert not multiprocessing.active_children()
+
+
+SCRIPT = """
+    import multiprocessing, os, signal, sys
+    open(sys.argv[1], "a").write("imported\\n")   # no guard: workers must not import the main module
+    from jaxdg.data.datasets import StreetsOptions, open_domain, FolderOptions
+    from jaxdg.data.pipeline import train_batches
+    dataset = open_domain("town", root=sys.argv[2], train=True, streets=StreetsOptions(), folder=FolderOptions())
+    batches = train_batches(dataset, seed=0, batch_size=2, crop=(8, 8), scale=(1.0, 1.0), flip=0.0, start=0, stop=1000, workers=2)
+    next(batches)
+    print(*(child.pid for child in multiprocessing.active_children()), flush=True)
+    if sys.argv[3] == "killed":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if sys.argv[3] == "terminated":
+        signal.signal(signal.SIGTERM, lambda *_: print("saving", flush=True))
+        os.killpg(0, signal.SIGTERM)
+        for _ in range(20):
+            next(batches)
+        print("went on", flush=True)
+"""
+
+
+@pytest.mark.parametrize("end", ["left", "killed", "terminated"])
+def test_a_run_leaves_no_process_behind(folder, tmp_path, end):
+    """A run that ends with its iterator open, or by kill -9, takes its workers along, silently; a SIGTERM to all spares the workers."""
+    script, log = tmp_path / "run.py", tmp_path / "log"
+    script.write_text(textwrap.dedent(SCRIPT))
+    root = Path(folder.name(0)).parent.parent.parent
+    command = [sys.executable, str(script), str(log), str(root), end]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True) as run:
+        out, errors = run.communicate(timeout=60)
+    assert run.returncode == (-signal.SIGKILL if end == "killed" else 0), errors
+    if end != "killed":
+        assert errors == ""
+    if end == "terminated":
+        assert out.splitlines()[1:] == ["saving", "went on"]
+    assert log.read_text() == "imported\n"
+    workers = [int(pid) for pid in out.splitlines()[0].split()]
+    assert len(workers) == 2
+    deadline = time.monotonic() + 10
+    while any(os.path.exists(f"/proc/{pid}/cmdline") and Path(f"/proc/{pid}/cmdline").read_text() for pid in workers):
+        assert time.monotonic() < deadline, "worker processes outlive the run"
+        time.sleep(0.05)
+
+
+def test_a_killed_worker_stops_the_run(folder):
+    """A worker that the system kills for want of memory is an error with a remedy, at once, and takes the others along."""
+    batches = train_batches(folder, **TRAIN, start=0, stop=1000, workers=2)
+    next(batches)
+    os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
+    began = time.monotonic()
+    with pytest.raises(RuntimeError, match=r"a data worker was killed.*--config\.data\.workers"):
+        list(batches)
+    assert time.monotonic() - began < 10
+    assert not multiprocessing.active_children()
+
+
+def test_bad_arguments_are_refused_before_the_first_batch():
+    """A batch that does not split over the hosts, and an empty dataset, by name."""
+    with pytest.raises(ValueError, match="batch_size 4 does not split evenly over 3 hosts"):
+        train_batches(Numbered(), **TRAIN, start=0, stop=1, shard=(0, 3))
+    with pytest.raises(ValueError, match="batch_size 4 does not split evenly over 3 hosts"):
+        eval_batches(Numbered(), batch_size=4, shard=(0, 3))
+    with pytest.raises(ValueError, match="domain 'numbered' has no images"):
+        train_batches(Numbered(0), **TRAIN, start=0, stop=1)
+    with pytest.raises(ValueError, match="domain 'numbered' has no images"):
+        eval_batches(Numbered(0), batch_size=4)
+
+
+def test_a_real_scene_trains_end_to_end(data_path):
+    """CamVid crops show CamVid's classes, in register with the picture: sky is brighter than road."""
+    dataset = open_domain("camvid", root=str(data_path("camvid").parent), train=True, streets=StreetsOptions(), folder=None)
+    batch = next(train_batches(dataset, seed=0, batch_size=8, crop=(128, 128), scale=(0.5, 1.0), flip=0.5, start=0, stop=1))
+    grey, label = batch["image"].mean(-1), batch["label"]
+    assert set(np.unique(label)) <= {*range(11), 255}
+    assert grey[label == 0].mean() > grey[label == 3].mean() + 20
