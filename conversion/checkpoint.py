@@ -51,6 +51,8 @@ def opened(path: str | Path) -> Iterator[Checkpoint]:
     with contextlib.ExitStack() as stack:
         try:
             if path.suffix == ".npz":
+                if not zipfile.is_zipfile(path):  # NumPy would take it for a pickle
+                    raise zipfile.BadZipFile("no zip archive")
                 archive = stack.enter_context(np.load(path, allow_pickle=False))
                 names, get = list(archive.files), archive.__getitem__
             else:

@@ -7,10 +7,9 @@ import sys
 
 from absl import app, flags, logging
 from ml_collections import config_flags
+from rich.console import Console
 
 from jaxdg import config as config_lib
-
-_DEBUG = flags.DEFINE_bool("debug", False, "Show the traceback of errors.")
 
 
 def define_config() -> flags.FlagHolder:
@@ -20,8 +19,11 @@ def define_config() -> flags.FlagHolder:
 
 def run(main: Callable[[list[str]], None]) -> None:
     """Parses flags, runs `main` and exits; an error a person can mend is one line and exit code 1."""
+    debug = flags.DEFINE_bool("debug", False, "Show the traceback of errors.", module_name=sys.argv[0])
     logging.set_verbosity(logging.WARNING)
     logging.set_stderrthreshold("warning")
+
+    app.define_help_flags()
 
     def parse(arguments: list[str]) -> list[str]:
         config_lib.check_overrides(arguments)
@@ -37,23 +39,26 @@ def run(main: Callable[[list[str]], None]) -> None:
         try:
             main(arguments)
         except (ValueError, OSError) as error:
+            if debug.value:
+                raise
             _fail(error)
 
     try:
         positional = parse(sys.argv)
-    except flags.Error as error:
-        _fail(error)
-    except (ValueError, OSError) as error:
+    except (flags.Error, ValueError, OSError) as error:
         _fail(error)
     else:
         app.run(guarded, argv=sys.argv, flags_parser=lambda _: positional)
 
 
 def _fail(error: Exception) -> None:
-    if flags.FLAGS.is_parsed() and _DEBUG.value:
-        raise error
     print("error: " + " ".join(str(error).split()), file=sys.stderr, flush=True)
     sys.exit(1)
+
+
+def console() -> Console:
+    """Where commands print: lines are never wrapped, so that paths can be copied."""
+    return Console(soft_wrap=True, highlight=False)
 
 
 class Stop(Exception):

@@ -11,7 +11,7 @@ import os
 from pathlib import Path
 import types
 import typing
-from typing import Any, Literal
+from typing import Any
 
 from jaxdg.data.datasets import FolderOptions, StreetsOptions
 
@@ -80,12 +80,12 @@ class ModelConfig:
     encoder: str = "scratch_ti8"
     weights: str | None = None
     taps: tuple[int, ...] = ()
-    pyramid: Literal["none", "layer", "batch"] = "layer"
-    decoder: Literal["linear"] = "linear"
+    pyramid: str = "layer"
+    decoder: str = "linear"
     freeze: str = "none"
     drop_path: float = 0.0
     remat: bool = False
-    dtype: Literal["float32", "bfloat16"] = "float32"
+    dtype: str = "float32"
 
 
 @dataclasses.dataclass
@@ -132,7 +132,7 @@ class EvaluationConfig:
     """
 
     domains: tuple[str, ...] = ("clear", "night", "rain", "fog", "dusk_rain")
-    protocol: Literal["native"] = "native"
+    protocol: str = "native"
     stride: tuple[int, int] = (64, 64)
     batch_size: int = 4
     windows_per_call: int = 8
@@ -165,7 +165,7 @@ class Config:
     eval_every: int = 500
     checkpoint_every: int = 100
     keep_checkpoints: int = 2
-    task: Literal["segmentation"] = "segmentation"
+    task: str = "segmentation"
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
@@ -176,7 +176,7 @@ class Config:
 # Changing these leaves the run the same, so a resumed run may differ in them.
 FREE_FIELDS = ("mesh.", "data.workers", "data.root", "log_every", "eval_every", "checkpoint_every")
 
-# (field, what is allowed, test); types and choices are checked from the annotations.
+# (field, what is allowed, test); types are checked from the annotations. Choices stand here because flags cannot parse Literal.
 _RULES: tuple[tuple[str, str, Any], ...] = (
     ("steps", "at least 1", lambda v: v >= 1),
     ("batch_size", "at least 1", lambda v: v >= 1),
@@ -185,6 +185,11 @@ _RULES: tuple[tuple[str, str, Any], ...] = (
     ("eval_every", "0 (never) or more", lambda v: v >= 0),
     ("checkpoint_every", "at least 1", lambda v: v >= 1),
     ("keep_checkpoints", "at least 1", lambda v: v >= 1),
+    ("task", "segmentation", lambda v: v == "segmentation"),
+    ("model.pyramid", "none, layer or batch", lambda v: v in ("none", "layer", "batch")),
+    ("model.decoder", "linear", lambda v: v == "linear"),
+    ("model.dtype", "float32 or bfloat16", lambda v: v in ("float32", "bfloat16")),
+    ("evaluation.protocol", "native", lambda v: v == "native"),
     ("mesh.data", "-1 (the rest) or at least 1", lambda v: v == -1 or v >= 1),
     ("mesh.fsdp", "-1 (the rest) or at least 1", lambda v: v == -1 or v >= 1),
     ("data.workers", "0 or more", lambda v: v >= 0),
@@ -255,10 +260,6 @@ def _coerce(value: Any, annotation: Any, where: str) -> Any:
         for key in value.keys() - hints.keys():
             raise ValueError(unknown_field(prefix + key, key, hints))
         return annotation(**{key: _coerce(v, hints[key], prefix + key) for key, v in value.items()})
-    if origin is Literal:
-        if value not in args:
-            raise fail
-        return value
     if origin is tuple:
         if isinstance(value, str):
             value = [part.strip() for part in value.split(",") if part.strip()]
@@ -266,7 +267,8 @@ def _coerce(value: Any, annotation: Any, where: str) -> Any:
             raise fail
         if len(args) == 2 and args[1] is Ellipsis:
             # The command line hands a,b to a tuple of strings as one string.
-            items = [p.strip() for v in value for p in v.split(",") if p.strip()] if args[0] is str and where_is_list(value) else value
+            split = args[0] is str and all(isinstance(v, str) for v in value)
+            items = [part.strip() for v in value for part in v.split(",") if part.strip()] if split else value
             return tuple(_coerce(v, args[0], f"{where}[{i}]") for i, v in enumerate(items))
         if len(value) != len(args):
             raise fail
@@ -298,15 +300,8 @@ def _coerce(value: Any, annotation: Any, where: str) -> Any:
     return value
 
 
-def where_is_list(value: Any) -> bool:
-    """Whether all elements are strings, so that commas in them can be taken for separators."""
-    return all(isinstance(v, str) for v in value)
-
-
 def _describe(annotation: Any) -> str:
     origin, args = typing.get_origin(annotation), typing.get_args(annotation)
-    if origin is Literal:
-        return " or ".join(map(str, args))
     if origin in (typing.Union, types.UnionType):
         return " or ".join("None" if a is types.NoneType else _describe(a) for a in args)
     if origin is tuple:
@@ -321,7 +316,9 @@ def unknown_field(field: str, key: str, known: Any) -> str:
     """The message for a misspelt field."""
     close = difflib.get_close_matches(key, list(known), n=1, cutoff=0.5)
     prefix = field[: len(field) - len(key)]
-    return f"unknown field {field}; " + (f"did you mean {prefix}{close[0]}?" if close else f"allowed: {' '.join(prefix + k for k in sorted(known))}")
+    return f"unknown field {field}; " + (
+        f"did you mean {prefix}{close[0]}?" if close else f"allowed: {' '.join(prefix + k for k in sorted(known))}"
+    )
 
 
 def check_overrides(arguments: list[str]) -> None:
@@ -340,7 +337,11 @@ def check_overrides(arguments: list[str]) -> None:
             if not hints:
                 break
             if part not in hints:
-                raise ValueError(unknown_field(field, part, hints) if field.endswith(part) else unknown_field(field[: field.index(part) + len(part)], part, hints))
+                raise ValueError(
+                    unknown_field(field, part, hints)
+                    if field.endswith(part)
+                    else unknown_field(field[: field.index(part) + len(part)], part, hints)
+                )
             holder = next((a for a in typing.get_args(hints[part]) if dataclasses.is_dataclass(a)), hints[part])
 
 

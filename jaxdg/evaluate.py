@@ -1,6 +1,6 @@
 """Zero-shot evaluation of a checkpoint on domains it never saw.
 
-    python -m jaxdg.evaluate --checkpoint runs/streets --domains night,fog
+python -m jaxdg.evaluate --checkpoint runs/streets --domains night,fog
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -15,6 +15,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from jaxdg import cli
 from jaxdg import config as config_lib
 from jaxdg.config import Config
 from jaxdg.data.datasets import Dataset, open_domain
@@ -116,7 +117,7 @@ def main(arguments: Sequence[str]) -> None:
     config.mesh = config_lib.MeshConfig()
     config = config_lib.validated(config)
     datasets = open_domains(config)
-    task, mesh, console = make_task(config), sharding.make_mesh(config.mesh), Console(width=None)
+    task, mesh, console = make_task(config), sharding.make_mesh(config.mesh), cli.console()
     plan, state, at = restore_model(workdir, step, config, task, mesh)
     total = {name: -(-len(dataset) // config.evaluation.batch_size) for name, dataset in datasets.items()}
 
@@ -134,8 +135,6 @@ def main(arguments: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    from jaxdg import cli
-
     _CHECKPOINT = flags.DEFINE_string("checkpoint", None, "A workdir, or one step in it such as DIR/checkpoints/500.", required=True)
     _DOMAINS = flags.DEFINE_list("domains", None, "Domains to evaluate, by comma; those of the run's configuration if left out.")
     _PROTOCOL = flags.DEFINE_enum("protocol", None, ["native"], "Image size and windows; the run's own if left out.")

@@ -1,6 +1,6 @@
 """Images in, label maps and overlays out.
 
-    python -m jaxdg.predict --checkpoint runs/streets --out predictions IMAGE_OR_FOLDER...
+python -m jaxdg.predict --checkpoint runs/streets --out predictions IMAGE_OR_FOLDER...
 """
 
 from collections.abc import Iterable, Sequence
@@ -10,7 +10,7 @@ from absl import flags
 import numpy as np
 from PIL import Image
 
-from jaxdg import visualize
+from jaxdg import cli, visualize
 from jaxdg.data.datasets import read_image
 from jaxdg.tasks import Model, load
 
@@ -69,8 +69,6 @@ def main(arguments: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    from jaxdg import cli
-
     _CHECKPOINT = flags.DEFINE_string("checkpoint", None, "A workdir, or one step in it such as DIR/checkpoints/500.", required=True)
     _OUT = flags.DEFINE_string("out", None, "Folder for NAME.png (class ids) and NAME_overlay.jpg.", required=True)
     cli.run(main)

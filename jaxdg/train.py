@@ -18,6 +18,7 @@ import jax
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from jaxdg import cli
 from jaxdg import config as config_lib
 from jaxdg import weights
 from jaxdg.cli import Interrupt, Stop
@@ -67,9 +68,7 @@ def train(config: Config, workdir: Path, console: Console, interrupt: Interrupt)
     # --- Loop --------------------------------------------------------------------------------------------------------------
     start = int(state.step)
     writer = Writer(workdir, start)
-    step_fn = make_step(
-        plan.graph, optimizer, task.normalizer, task.losses, jax.random.key(config.seed), config.optimizer.accumulate
-    )
+    step_fn = make_step(plan.graph, optimizer, task.normalizer, task.losses, jax.random.key(config.seed), config.optimizer.accumulate)
     evaluator = task.evaluator(plan.graph, mesh)
     log = Log(config, source, writer, console, start)
 
@@ -197,7 +196,13 @@ class Log:
         self.waiting: list[tuple[int, dict[str, jax.Array]]] = []
         self.last, self.clock = start, time.perf_counter()
         self.compiled = False
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[note]}"), TimeRemainingColumn())
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[note]}"),
+            TimeRemainingColumn(),
+        )
         self.bar = Progress(*columns, console=console, disable=not console.is_terminal)
         self.task = self.bar.add_task("training", total=config.steps, completed=start, note="")
 
@@ -279,12 +284,11 @@ def main(arguments: Sequence[str]) -> None:
         raise ValueError(f"unexpected argument {arguments[1]!r}; see --help")
     if _CONFIG.value is None or _WORKDIR.value is None:
         raise ValueError("--config FILE and --workdir DIR are needed, such as --config configs/streets_tiny.py --workdir runs/streets")
-    train(config_lib.validated(_CONFIG.value), Path(_WORKDIR.value), Console(width=None, soft_wrap=True), Interrupt())
+    train(config_lib.validated(_CONFIG.value), Path(_WORKDIR.value), cli.console(), Interrupt())
 
 
 if __name__ == "__main__":
-    from jaxdg import cli
-
     _CONFIG = cli.define_config()
+    flags.declare_key_flag("config")
     _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run: made if needed, gone on with if it holds a run.")
     cli.run(main)

@@ -28,10 +28,12 @@ class Stack(nnx.Module):
         self.remat = remat
         starts = (0, *(end + 1 for end in self.ends[:-1]))
         # A segment is called by its first block, so that any part of the parameters tells which blocks it holds.
-        self.segments = nnx.Dict({
-            str(start): nnx.split_rngs(splits=end + 1 - start)(nnx.vmap(make_block, axis_size=end + 1 - start))(rngs)
-            for start, end in zip(starts, self.ends, strict=True)
-        })
+        self.segments = nnx.Dict(
+            {
+                str(start): nnx.split_rngs(splits=end + 1 - start)(nnx.vmap(make_block, axis_size=end + 1 - start))(rngs)
+                for start, end in zip(starts, self.ends, strict=True)
+            }
+        )
 
     def __call__(self, x: Array, scales: Array, *shared) -> dict[int, Array]:
         """Runs all blocks as `block(x, scale, *shared)`, `scales` having one row a block; returns each segment's output by its last block."""
@@ -92,7 +94,9 @@ def resize_positions(positions: np.ndarray, grid: tuple[int, int], prefix: int) 
     if (side, side) == grid or (side * side != len(patches) and len(patches) == rows * columns):
         return positions.astype(np.float32)
     if side * side != len(patches):
-        raise ValueError(f"{len(patches)} patch positions are no square grid and do not fit {rows}x{columns}; give the image size they were made for")
+        raise ValueError(
+            f"{len(patches)} patch positions are no square grid and do not fit {rows}x{columns}; give the image size they were made for"
+        )
     square = patches.reshape(side, side, -1)
     resized = np.einsum("iy,jx,yxc->ijc", cubic_matrix(side, rows), cubic_matrix(side, columns), square, optimize=True)
     return np.concatenate([positions[0, :prefix].astype(np.float32), resized.reshape(rows * columns, -1)], dtype=np.float32)[None]

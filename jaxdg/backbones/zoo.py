@@ -35,7 +35,9 @@ def _vit(width: int, depth: int, heads: int, patch_size: int = 16) -> VitConfig:
 
 
 ZOO: dict[str, Entry] = {
-    "augreg_ti16": Entry(_vit(192, 12, 3), "timm vit_tiny_patch16_224.augreg_in21k(_ft_in1k); AugReg Ti_16-i21k-300ep-*.npz", "Apache-2.0", 23),
+    "augreg_ti16": Entry(
+        _vit(192, 12, 3), "timm vit_tiny_patch16_224.augreg_in21k(_ft_in1k); AugReg Ti_16-i21k-300ep-*.npz", "Apache-2.0", 23
+    ),
     "augreg_b16": Entry(_vit(768, 12, 12), "timm vit_base_patch16_224.augreg_in21k; AugReg B_16-i21k-300ep-*.npz", "Apache-2.0", 346),
     "augreg_l16": Entry(_vit(1024, 24, 16), "timm vit_large_patch16_224.augreg_in21k; AugReg L_16-i21k-300ep-*.npz", "Apache-2.0", 1217),
     # Small enough to learn from scratch on two CPU cores; patch 8 keeps poles and signs visible in small pictures.

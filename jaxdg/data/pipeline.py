@@ -8,7 +8,7 @@ device, because worker processes are spawned and import it again.
 
 import atexit
 import collections
-from collections.abc import Generator, Iterator
+from collections.abc import Generator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 import contextlib
@@ -24,6 +24,7 @@ from typing import Any
 import weakref
 
 import cloudpickle
+import cv2
 import grain
 from jaxtyping import Int32, Int64
 import numpy as np
@@ -33,7 +34,8 @@ from jaxdg.data.labels import IGNORE
 from jaxdg.data.transforms import augment
 
 EXAMPLE, EPOCH = 0, 1  # keep the random streams of positions and epochs apart
-_open: weakref.WeakSet[Generator] = weakref.WeakSet()  # iterators not yet closed
+Batches = Generator[dict[str, np.ndarray], None, None]
+_open: weakref.WeakSet[Batches] = weakref.WeakSet()  # iterators not yet closed
 _batches: grain.MapDataset  # in a worker process: what it reads from
 
 
@@ -50,7 +52,7 @@ def train_batches(
     stop: int,
     workers: int = 0,
     shard: tuple[int, int] = (0, 1),
-) -> Iterator[dict[str, np.ndarray]]:
+) -> Batches:
     """The rows of this host in the global batches `start` to `stop - 1`.
 
     Args:
@@ -96,9 +98,7 @@ def batch_files(dataset: Dataset, *, seed: int, batch_size: int, step: int) -> l
     return [dataset.name(_example_at(seed, len(dataset), step * batch_size + row)) for row in range(batch_size)]
 
 
-def eval_batches(
-    dataset: Dataset, *, batch_size: int, workers: int = 0, shard: tuple[int, int] = (0, 1)
-) -> Iterator[dict[str, np.ndarray]]:
+def eval_batches(dataset: Dataset, *, batch_size: int, workers: int = 0, shard: tuple[int, int] = (0, 1)) -> Batches:
     """The rows of this host in batches that show every image once, at its own size.
 
     A batch holds images of one size. The last batch of a size is padded, so that shapes stay fixed and all hosts get as many batches.
@@ -190,7 +190,7 @@ def _eval_order(sizes: Int32[np.ndarray, "n 2"], batch_size: int) -> tuple[Int64
     return np.concatenate(order), np.stack(batch_sizes)
 
 
-def _iterate(batches: grain.MapDataset, workers: int) -> Iterator[dict[str, np.ndarray]]:
+def _iterate(batches: grain.MapDataset, workers: int) -> Batches:
     if workers:
         iterator = _from_processes(batches, workers)
     else:
@@ -208,7 +208,7 @@ def _close_all() -> None:
             iterator.close()
 
 
-def _from_threads(batches: grain.IterDataset) -> Generator[dict[str, np.ndarray], None, None]:
+def _from_threads(batches: grain.IterDataset) -> Batches:
     iterator = iter(batches)
     try:
         yield from iterator
@@ -216,11 +216,11 @@ def _from_threads(batches: grain.IterDataset) -> Generator[dict[str, np.ndarray]
         iterator.close()
 
 
-def _from_processes(batches: grain.MapDataset, workers: int) -> Generator[dict[str, np.ndarray], None, None]:
+def _from_processes(batches: grain.MapDataset, workers: int) -> Batches:
     """Batches in order from a pool of processes, two a process ahead.
 
-    A pool in place of grain's `mp_prefetch`, which, in grain 0.2.18, waits 25 seconds for its processes where a run ends early and leaves
-    them behind where it is killed, and whose shared memory outgrows the 64 MB of a container by default. The batches are the same.
+    A pool in place of grain's `mp_prefetch`, which, in grain 0.2.18, waits 25 seconds for its processes where a run ends early, and whose
+    shared memory outgrows the 64 MB of a container by default. The batches are the same.
     """
     spawn, dataset = multiprocessing.get_context("spawn"), cloudpickle.dumps(batches)
     pool = ProcessPoolExecutor(workers, mp_context=spawn, initializer=_start_worker, initargs=(dataset,))
@@ -236,7 +236,9 @@ def _from_processes(batches: grain.MapDataset, workers: int) -> Generator[dict[s
     except BrokenProcessPool as error:
         for process in (pool._processes or {}).values():
             process.kill()  # the pool only asks the others to end, by the signal that they leave to the main process
-        raise RuntimeError("a data worker was killed, perhaps for want of memory; run again with a lower --config.data.workers") from error
+        raise ChildProcessError(
+            "a data worker was killed, perhaps for want of memory; run again with a lower --config.data.workers"
+        ) from error
     finally:
         pool.shutdown(cancel_futures=True)
 
@@ -261,6 +263,7 @@ def _inherited():
 def _start_worker(dataset: bytes) -> None:
     global _batches
     threading.Thread(target=_end_with_parent, daemon=True).start()
+    cv2.setNumThreads(1)  # the processes are the parallelism
     _batches = cloudpickle.loads(dataset)
 
 

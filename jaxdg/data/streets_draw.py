@@ -146,7 +146,9 @@ def rasterize(mesh: Mesh, camera: Camera) -> Raster:
     following = np.arange(1, len(vertices) + 1)
     following[ends - 1] = starts
     a, b = view - np.repeat(view[starts], sizes, 0), view[following] - np.repeat(view[starts], sizes, 0)
-    newell = np.stack([a[:, 1] * b[:, 2] - a[:, 2] * b[:, 1], a[:, 2] * b[:, 0] - a[:, 0] * b[:, 2], a[:, 0] * b[:, 1] - a[:, 1] * b[:, 0]], 1)
+    newell = np.stack(
+        [a[:, 1] * b[:, 2] - a[:, 2] * b[:, 1], a[:, 2] * b[:, 0] - a[:, 0] * b[:, 2], a[:, 0] * b[:, 1] - a[:, 1] * b[:, 0]], 1
+    )
     normal = np.add.reduceat(newell, starts)
     normal /= np.linalg.norm(normal, axis=1, keepdims=True) + 1e-9
     offset = (normal * view[starts]).sum(1)
@@ -224,6 +226,10 @@ def _smooth_noise(u: np.ndarray, v: np.ndarray) -> np.ndarray:
     return cv2.remap(tile, u, v, cv2.INTER_LINEAR, borderMode=cv2.BORDER_WRAP).ravel()[:n] if n else u.ravel()
 
 
+def _fraction(x: np.ndarray) -> np.ndarray:
+    return x - np.floor(x)
+
+
 def _hash(*values: np.ndarray) -> np.ndarray:
     """Uniform 0..1 from whole-numbered arrays, the same for equal values."""
     x = sum(v.astype(np.uint32) * np.uint32(k) for v, k in zip(values, (0x9E3779B1, 0x85EBCA77, 0xC2B2AE3D), strict=False))
@@ -252,7 +258,7 @@ def paint(raster: Raster, camera: Camera) -> Pixels:
     if len(sheer):
         ids = ids.copy()
         u, v, _, p = _texture(raster, camera, axes, ids[sheer], rx[sheer], ry[sheer])[:4]
-        bars = (np.mod(u / p[:, 0], 1) < p[:, 1]) | (np.mod(v / p[:, 2] + 0.5, 1) < p[:, 3])
+        bars = (_fraction(u / p[:, 0]) < p[:, 1]) | (_fraction(v / p[:, 2] + 0.5) < p[:, 3])
         ids[sheer] = np.where(bars, ids[sheer], raster.under.ravel()[sheer])
     u, v, depth, params, x, y, z = _texture(raster, camera, axes, ids, rx, ry)
     table, kinds = raster.table, raster.kinds
@@ -265,11 +271,11 @@ def paint(raster: Raster, camera: Camera) -> Pixels:
     shine = np.where((kinds[:, 1] > 0).take(ids)[:, None], color, np.float32(0))
     _facades(np.flatnonzero(material == FACADE), u, v, params, depth, camera, color, shine)
     paved = np.flatnonzero(material == PAVING)
-    joint = (np.mod(x[paved] / params[paved, 0], 1) < 0.07) | (np.mod(y[paved] / params[paved, 0], 1) < 0.07)
+    joint = (_fraction(x[paved] / params[paved, 0]) < 0.07) | (_fraction(y[paved] / params[paved, 0]) < 0.07)
     color[paved] *= (1 - 0.2 * joint * np.clip(1.5 - depth[paved] * (10 / camera.focal), 0, 1))[:, None]
     brick = np.flatnonzero(material == BRICK)
     row = v[brick] / 0.25
-    joint = (np.mod(row, 1) < 0.16) | (np.mod(u[brick] / 0.5 + np.floor(row) * 0.5, 1) < 0.08)
+    joint = (_fraction(row) < 0.16) | (_fraction(u[brick] / 0.5 + np.floor(row) * 0.5) < 0.08)
     color[brick] *= (1 - 0.28 * (joint & (depth[brick] < 0.08 * camera.focal)))[:, None]
     return Pixels(ids, depth, x, y, z, color, shine)
 
@@ -290,9 +296,9 @@ def _facades(at, u, v, params, depth, camera, color, shine):
     column, level = np.floor(u / p[:, 0]), np.floor(v / p[:, 1])
     fu, fv = u / p[:, 0] - column, v / p[:, 1] - level
     pick = _hash(column + 64, level + 64, seed)
-    half = 0.20 + 0.22 * np.mod(p[:, 2] * 7, 1)  # half a window's share of the pitch
-    top = 0.78 + 0.12 * np.mod(p[:, 2] * 13, 1)
-    bottom = np.where(np.mod(p[:, 3], 1) > 0.7, 0.08, 0.30)  # some have French windows
+    half = 0.20 + 0.22 * _fraction(p[:, 2] * 7)  # half a window's share of the pitch
+    top = 0.78 + 0.12 * _fraction(p[:, 2] * 13)
+    bottom = np.where(_fraction(p[:, 3]) > 0.7, 0.08, 0.30)  # some have French windows
     front = shop & (level == 0)
     half, bottom, top = np.where(front, 0.44, half), np.where(front, 0.10, bottom), np.where(front, 0.72, top)
     inside = (np.abs(fu - 0.5) < half) & (fv > bottom) & (fv < top) & (level >= 0)
@@ -307,8 +313,8 @@ def _facades(at, u, v, params, depth, camera, color, shine):
     wall = np.where(board[:, None], 0.42 + 0.32 * np.sin(hue), wall)
     color[at] = np.where(frame[:, None], light_frame, np.where(inside[:, None], glass, wall))
     lit = (inside & ~frame & (pick < np.where(front, 0.75, 0.30))) | (board & (pick < 0.5))
-    tone = np.stack([np.ones_like(pick), 0.72 + 0.25 * np.mod(pick * 31, 1), 0.40 + 0.5 * np.mod(pick * 57, 1)], 1)
-    shine[at] = np.where(lit[:, None], tone * (0.45 + 0.5 * np.mod(pick * 91, 1))[:, None], 0)
+    tone = np.stack([np.ones_like(pick), 0.72 + 0.25 * _fraction(pick * 31), 0.40 + 0.5 * _fraction(pick * 57)], 1)
+    shine[at] = np.where(lit[:, None], tone * (0.45 + 0.5 * _fraction(pick * 91))[:, None], 0)
 
 
 def shadow_mask(outlines: list[list], camera: Camera, blur: float) -> np.ndarray:
@@ -356,7 +362,10 @@ def look(appearance: str, direction: np.ndarray, rng: np.random.Generator) -> Lo
     """Draws the light and weather of an appearance."""
     r, rgb = rng.uniform, lambda *c: np.array(c, np.float32)
     if appearance == "clear":
-        low, veil = float(np.clip(1.2 - direction[2] * 1.5, 0, 1)), float(r(0, 1) ** 3)  # a low sun is warm, a veiled one casts weak shadows
+        low, veil = (
+            float(np.clip(1.2 - direction[2] * 1.5, 0, 1)),
+            float(r(0, 1) ** 3),
+        )  # a low sun is warm, a veiled one casts weak shadows
         sun = rgb(1.0, 0.94 - 0.2 * low, 0.84 - 0.42 * low) * (1 - 0.8 * veil) * r(0.62, 0.82)
         zenith = rgb(0.22, 0.43, 0.80) * (1 - veil) + rgb(0.66, 0.69, 0.74) * veil
         horizon = rgb(0.70 + 0.22 * low, 0.79, 0.90 - 0.22 * low) * (1 - veil) + rgb(0.84, 0.85, 0.86) * veil
@@ -411,7 +420,9 @@ def _light(pixels, raster, mesh, camera, look, flat):
     """Light that falls on each pixel, [n, 3]."""
     facing = raster.normal @ look.direction
     upright = np.abs(raster.normal[:, 2]) < 0.99
-    facing = np.where(upright & (raster.kinds[:, 2] != CULLED) & (raster.kinds[:, 0] != FACADE), 0.35 + 0.35 * facing, facing)  # rounded things
+    facing = np.where(
+        upright & (raster.kinds[:, 2] != CULLED) & (raster.kinds[:, 0] != FACADE), 0.35 + 0.35 * facing, facing
+    )  # rounded things
     light = look.ambient * (0.8 + 0.2 * raster.normal[:, 2:])
     light = light.take(pixels.ids, 0)
     if look.sun.any():

@@ -4,6 +4,9 @@ Vehicles are solids whose faces are counter-clockwise from outside; people, bicy
 lie in the plane x = 0 and face +y, front and rear views in the plane y = 0.
 """
 
+from functools import lru_cache
+from itertools import pairwise
+
 import numpy as np
 
 from jaxdg.data.streets_draw import BARS, CULLED, FOLIAGE, LAMP, NO_GLOW, PLAIN, SIGNAL, VEHICLE, Shape
@@ -79,7 +82,9 @@ class Sketch:
         leafy = material == FOLIAGE
         table[:, 3], table[:, 4] = np.where(leafy, 0.36, 0.05), np.where(leafy, 14.0, 30.0)
         table[:, 5:9] = 0.045, 0.22, 9.0, 0.0  # spokes, where the material is BARS
-        return Shape(np.concatenate(self.polygons), np.array([len(p) for p in self.polygons]), slots, table, np.stack([material, glow, flags], 1))
+        return Shape(
+            np.concatenate(self.polygons), np.array([len(p) for p in self.polygons]), slots, table, np.stack([material, glow, flags], 1)
+        )
 
 
 def _flat(a, z, plane):
@@ -258,7 +263,9 @@ def cyclist_side(upright=0.3) -> Shape:
     s.limb((-0.18, 0.95), (0.14, 0.72), 0.20, 0.16, LEGS, p)
     s.limb((0.14, 0.72), (-0.02, 0.28), 0.16, 0.11, LEGS, p)
     s.limb((-0.10, 0.22), (0.14, 0.24), 0.10, 0.08, SHOE, p)
-    s.outline([(-0.32, 0.90), (-0.05, 0.88), (shoulder[0] + 0.16, shoulder[1] - 0.06), (shoulder[0], shoulder[1] + 0.08), (-0.24, 1.25)], TOP, p)
+    s.outline(
+        [(-0.32, 0.90), (-0.05, 0.88), (shoulder[0] + 0.16, shoulder[1] - 0.06), (shoulder[0], shoulder[1] + 0.08), (-0.24, 1.25)], TOP, p
+    )
     s.limb(shoulder, (0.30, 1.16), 0.14, 0.11, TOP, p)
     s.limb((0.30, 1.16), (0.44, 1.04), 0.11, 0.08, SKIN, p)
     s.disc(shoulder[0] + 0.13, 1.63, 0.11, 0.13, SKIN, 10, p)
@@ -334,7 +341,7 @@ def tree(rng: np.random.Generator, kind: int) -> Shape:
         3: [(-0.2, 0.34, 0.30, 0.36), (0.22, 0.36, 0.28, 0.38), (0, 0.55, 0.32, 0.42)],
     }[kind]
     for i, (x, z, rx, rz) in enumerate(blobs):
-        n = 48
+        n = 28
         angle = np.arange(n) * (2 * np.pi / n)
         r = 1 + 0.09 * np.repeat(rng.standard_normal(n // 4), 4) + 0.07 * rng.standard_normal(n)
         points = np.stack([x + rx * r * np.cos(angle), np.maximum(z + rz * r * np.sin(angle), 0.0)], 1)
@@ -347,15 +354,21 @@ def lamp_head(reach: float, height: float) -> Shape:
     s = Sketch()
     s.limb((0, height - 0.25), (reach * 0.5, height + 0.12), 0.13, 0.11, METAL)
     s.limb((reach * 0.5, height + 0.12), (reach, height + 0.15), 0.11, 0.10, METAL)
-    s.outline([(reach * 0.72, height + 0.10), (reach * 1.15, height + 0.10), (reach * 1.12, height + 0.26), (reach * 0.75, height + 0.26)], METAL)
-    s.outline([(reach * 0.76, height + 0.06), (reach * 1.10, height + 0.06), (reach * 1.10, height + 0.13), (reach * 0.76, height + 0.13)], HEAD, glow=LAMP)
+    s.outline(
+        [(reach * 0.72, height + 0.10), (reach * 1.15, height + 0.10), (reach * 1.12, height + 0.26), (reach * 0.75, height + 0.26)], METAL
+    )
+    s.outline(
+        [(reach * 0.76, height + 0.06), (reach * 1.10, height + 0.06), (reach * 1.10, height + 0.13), (reach * 0.76, height + 0.13)],
+        HEAD,
+        glow=LAMP,
+    )
     return s.shape()
 
 
 def bar(points, width: float, slot=METAL) -> Shape:
     """A bent bar through points (x, z): poles, masts and their arms."""
     s = Sketch()
-    for a, b in zip(points[:-1], points[1:], strict=True):
+    for a, b in pairwise(points):
         s.limb(a, b, width, width * 0.85, slot)
     return s.shape()
 
@@ -409,3 +422,27 @@ def sign(kind: int) -> Shape:
         s.limb((0.95, -0.40), (0.95, 0.2), 0.12, 0.12, WHITE)
         s.outline([(0.75, 0.15), (1.15, 0.15), (0.95, 0.45)], WHITE)
     return s.shape()
+
+
+@lru_cache(1)
+def models() -> dict[str, list]:
+    """All shapes by kind, made once; several of a kind for variety."""
+    rng = np.random.default_rng(7)
+    return {
+        "car": [car(), car(3.9, 1.70, 1.50, 0.22, 0.02), car(4.6, 1.82, 1.44, 0.27, 0.20), car(4.5, 1.88, 1.72, 0.23, 0.02, 0.58),
+                car(4.7, 1.80, 1.46, 0.25, 0.0, 0.60), car(4.9, 1.95, 2.0, 0.14, 0.0, 0.52)],
+        "person": [person(k, a, skirt, bag, back) for k, a, skirt, bag, back in (
+            (0.1, 0.05, False, False, False), (0.5, 0.2, False, False, False), (0.35, 0.1, False, True, True), (0.2, 0.1, True, False, False),
+            (0.6, 0.25, False, False, True), (0.3, 0.15, True, False, True), (0.05, 0.0, False, True, True), (0.45, 0.1, False, False, True))],
+        "tree": [tree(rng, 0) for _ in range(6)] + [tree(rng, 1) for _ in range(2)] + [tree(rng, 2) for _ in range(2)],
+        "bush": [tree(rng, 3) for _ in range(4)],
+        "sign": [sign(k) for k in range(7)],
+        "light": [traffic_light(k, board) for k in range(3) for board in (False, True)],
+        "cab": [lorry_cab()],
+        "load": [lorry_load(style=k) for k in range(3)],
+        "bus": [bus_piece(), bus_piece(wheel=True), bus_piece(door=True)],
+        "train": [train_piece(), train_piece(door=True)],
+        "bicycle": [bicycle_side(), bicycle_end(True), bicycle_end(False)],
+        "motorcycle": [motorcycle_side(), motorcycle_end(True), motorcycle_end(False)],
+        "rider": [cyclist_side(0.2), cyclist_end(True), cyclist_end(False), cyclist_side(1.0)],
+    }  # fmt: skip

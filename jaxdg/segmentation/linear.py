@@ -43,7 +43,9 @@ class LinearHead(nnx.Module):
         """What the loss is divided by: the labelled pixels of the global batch (at least 1)."""
         return jnp.maximum(jnp.sum(label != IGNORE), 1).astype(jnp.float32)
 
-    def loss(self, output: Float[Array, "b h w k"], label: UInt8[Array, "b H W"], normalizer: Float[Array, ""]) -> dict[str, Float[Array, ""]]:
+    def loss(
+        self, output: Float[Array, "b h w k"], label: UInt8[Array, "b H W"], normalizer: Float[Array, ""]
+    ) -> dict[str, Float[Array, ""]]:
         """Cross entropy at the label's resolution, summed over labelled pixels and divided by `normalizer`.
 
         A batch's loss is thus the sum of the losses of its parts, whatever their sizes.

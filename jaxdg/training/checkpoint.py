@@ -101,7 +101,9 @@ class Checkpoints:
             return self._pass_over(step, error, lambda: self.restore(like, None, say), say)
         return TrainState(opt_state=stored["state"], **model)
 
-    def restore_model(self, like: TrainState, step: int | None = None, say: Callable[[str], None] = logging.warning) -> dict[str, Any] | None:
+    def restore_model(
+        self, like: TrainState, step: int | None = None, say: Callable[[str], None] = logging.warning
+    ) -> dict[str, Any] | None:
         """As `restore`, without the optimiser: {"step", "trained", "frozen", "statistics"}."""
         steps = self.steps()
         if step is not None and step not in steps:

@@ -5,7 +5,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
 
-def brightness_contrast(images: Float[Array, "b h w 3"], key: Key[Array, ""], brightness: float, contrast: float) -> Float[Array, "b h w 3"]:
+def brightness_contrast(
+    images: Float[Array, "b h w 3"], key: Key[Array, ""], brightness: float, contrast: float
+) -> Float[Array, "b h w 3"]:
     """Multiplies by 1 +- contrast, then adds +- brightness, one draw of each an image, clipped to the range of pixels.
 
     Args:
@@ -21,6 +23,8 @@ def brightness_contrast(images: Float[Array, "b h w 3"], key: Key[Array, ""], br
     return jnp.clip(images * gain + shift, 0.0, 255.0)
 
 
-def normalize(images: Float[Array, "b h w 3"], mean: tuple[float, float, float], std: tuple[float, float, float]) -> Float[Array, "b h w 3"]:
+def normalize(
+    images: Float[Array, "b h w 3"], mean: tuple[float, float, float], std: tuple[float, float, float]
+) -> Float[Array, "b h w 3"]:
     """RGB in 0..255 to the encoder's range: `mean` and `std` are those of RGB in 0..1."""
     return (images - 255.0 * jnp.asarray(mean)) / (255.0 * jnp.asarray(std))

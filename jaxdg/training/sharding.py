@@ -42,7 +42,9 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     data = count // fsdp if data == -1 else data
     fsdp = count // data if fsdp == -1 else fsdp
     if data * fsdp != count:
-        raise ValueError(f"mesh is data={config.data}, fsdp={config.fsdp}; allowed: a product equal to the number of devices, {count} (-1 = the rest)")
+        raise ValueError(
+            f"mesh is data={config.data}, fsdp={config.fsdp}; allowed: a product equal to the number of devices, {count} (-1 = the rest)"
+        )
     return Mesh(np.asarray(devices).reshape(data, fsdp), ("data", "fsdp"))
 
 
@@ -73,9 +75,7 @@ def parameter_shardings(mesh: Mesh, state: nnx.State, rules: Rules = RULES) -> A
 def optimizer_shardings(mesh: Mesh, optimizer: optax.GradientTransformation, params: nnx.State, shardings: Any) -> Any:
     """Shardings of the optimiser's state: its moments lie where their parameters lie, everything else on all devices."""
     state = jax.eval_shape(optimizer.init, params)
-    return optax.tree_map_params(
-        optimizer, lambda _, s: s, state, shardings, transform_non_params=lambda _: replicated(mesh)
-    )
+    return optax.tree_map_params(optimizer, lambda _, s: s, state, shardings, transform_non_params=lambda _: replicated(mesh))
 
 
 def to_devices(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:

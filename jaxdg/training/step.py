@@ -15,9 +15,7 @@ Batch = dict[str, Array]
 Losses = Callable[[Any, Batch, Array, Key[Array, ""]], dict[str, Float[Array, ""]]]
 
 
-@partial(
-    jax.tree_util.register_dataclass, data_fields=["step", "trained", "frozen", "statistics", "opt_state"], meta_fields=[]
-)
+@partial(jax.tree_util.register_dataclass, data_fields=["step", "trained", "frozen", "statistics", "opt_state"], meta_fields=[])
 @dataclasses.dataclass
 class TrainState:
     """All that a checkpoint holds. The data state is `step`: batch i depends on (seed, i) alone.
