@@ -259,7 +259,8 @@ def _coerce(value: Any, annotation: Any, where: str) -> Any:
         prefix = where + "." if where else ""
         for key in value.keys() - hints.keys():
             raise ValueError(unknown_field(prefix + key, key, hints))
-        return annotation(**{key: _coerce(v, hints[key], prefix + key) for key, v in value.items()})
+        make: Any = annotation
+        return make(**{key: _coerce(v, hints[key], prefix + key) for key, v in value.items()})
     if origin is tuple:
         if isinstance(value, str):
             value = [part.strip() for part in value.split(",") if part.strip()]
@@ -351,7 +352,8 @@ def from_file(path: str | Path) -> Config:
     if not path.is_file():
         raise FileNotFoundError(f"no config file {path}; see configs/ for those that exist")
     spec = importlib.util.spec_from_file_location(path.stem, path)
-    assert spec is not None and spec.loader is not None, path
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return validated(module.get_config())

@@ -94,7 +94,6 @@ class Segmentation:
                 image_size=self.config.data.crop,
                 taps=m.taps,
                 pyramid=m.pyramid,
-                decoder=m.decoder,
                 boundaries=tuple(boundaries),
                 drop_path=m.drop_path,
                 remat=m.remat,
@@ -217,7 +216,8 @@ def abstract_state(plan: Plan, config: Config, mesh: Mesh) -> tuple[TrainState, 
     optimizer = optimizer_lib.make_optimizer(config.optimizer, config.steps, trained, factor)
     whole = sharding.replicated(mesh)
     trained_at = sharding.parameter_shardings(mesh, trained)
-    shapes = TrainState(jax.ShapeDtypeStruct((), jnp.int32), trained, frozen, statistics, jax.eval_shape(optimizer.init, trained))
+    zero: Any = jax.ShapeDtypeStruct((), jnp.int32)
+    shapes = TrainState(zero, trained, frozen, statistics, jax.eval_shape(optimizer.init, trained))
     places = TrainState(
         whole,  # pyright: ignore[reportArgumentType]
         trained_at,
@@ -248,7 +248,7 @@ class Model:
         image = np.asarray(image)
         if image.ndim != 3 or image.shape[-1] != 3 or image.dtype != np.uint8:
             raise ValueError(f"predict takes an RGB image uint8 [h, w, 3]; got {image.dtype} {list(image.shape)}")
-        return np.asarray(self._predict(self._state, image[None]))[0]
+        return np.asarray(self._predict(self._state, jnp.asarray(image[None])))[0]
 
 
 def load(checkpoint: str | Path) -> Model:

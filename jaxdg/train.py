@@ -18,15 +18,14 @@ import jax
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from jaxdg import cli
+from jaxdg import cli, weights
 from jaxdg import config as config_lib
-from jaxdg import weights
 from jaxdg.cli import Interrupt, Stop
 from jaxdg.config import Config
 from jaxdg.data.datasets import Dataset, open_domain
 from jaxdg.data.pipeline import batch_files, train_batches
 from jaxdg.evaluate import evaluate_domains, open_domains, print_results, summary, write_results
-from jaxdg.tasks import Plan, Task, abstract_state, make_task
+from jaxdg.tasks import Plan, abstract_state, make_task
 from jaxdg.training import optimizer as optimizer_lib
 from jaxdg.training import sharding
 from jaxdg.training.checkpoint import Checkpoints
@@ -177,9 +176,10 @@ def describe(config: Config, plan: Plan, source: Dataset, mesh: Any, console: Co
     count = lambda state: sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(state)) / 1e6
     trained, frozen, _ = plan.abstract
     kept = f", {count(frozen):.2f} M frozen" if plan.frozen else ""
+    encoder = f"{config.model.encoder} ({config.model.weights or 'from scratch'})"
     console.print(
-        f"{config.model.encoder} ({config.model.weights or 'from scratch'}) + {config.model.decoder}: {count(trained):.2f} M parameters trained"
-        f"{kept}; {len(source)} images of {config.data.source}; {mesh.size} x {jax.devices()[0].device_kind}, "
+        f"{encoder} + {config.model.decoder}: {count(trained):.2f} M parameters trained{kept}; "
+        f"{len(source)} images of {config.data.source}; {mesh.size} x {jax.devices()[0].device_kind}, "
         f"mesh data={mesh.shape['data']} fsdp={mesh.shape['fsdp']}"
     )
 
@@ -192,7 +192,7 @@ class Log:
 
     def __init__(self, config: Config, source: Dataset, writer: Writer, console: Console, start: int):
         self.config, self.source, self.writer, self.console = config, source, writer, console
-        self.rate = optimizer_lib.learning_rate(config.optimizer, config.steps)
+        self.rate: Any = optimizer_lib.learning_rate(config.optimizer, config.steps)
         self.waiting: list[tuple[int, dict[str, jax.Array]]] = []
         self.last, self.clock = start, time.perf_counter()
         self.compiled = False

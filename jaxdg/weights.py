@@ -7,18 +7,20 @@ not depend on where segments end. This module knows no model: a module with a me
 says how its own stored tensors are fitted to it (positions resized) or that it has no use for one.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 import json
 import os
 from pathlib import Path
 import re
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from flax import nnx
 import jax
 import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
+
+T = TypeVar("T")
 
 STORED = (nnx.Param, nnx.BatchStat)  # what a weights file holds: parameters and running statistics
 
@@ -46,7 +48,7 @@ def slots(state: nnx.State) -> dict[str, Slot]:
             continue
         at = path.index("segments")  # a segment is called by its first block
         for layer in range(leaf.shape[0]):
-            named[".".join(map(str, (*path[:at], int(path[at + 1]) + layer, *path[at + 2 :])))] = Slot(path, layer)
+            named[".".join(map(str, (*path[:at], int(str(path[at + 1])) + layer, *path[at + 2 :])))] = Slot(path, layer)
     return named
 
 
@@ -60,11 +62,11 @@ def tree_by_name(state: nnx.State, value: Callable[[str], float]) -> Any:
     Returns:
         The structure of `state`; leaves are scalars, or [layers, 1, ...] for stacked blocks, ready to be multiplied with it.
     """
-    flat = {path: leaf for path, leaf in nnx.to_flat_state(state)}
+    flat = dict(nnx.to_flat_state(state))
     factors: dict[tuple, np.ndarray] = {}
     for name, (path, layer) in slots(state).items():
         if layer is None:
-            factors[path] = np.float32(value(name))
+            factors[path] = np.asarray(value(name), np.float32)
         else:
             shape = (flat[path].shape[0],) + (1,) * (len(flat[path].shape) - 1)
             factors.setdefault(path, np.ones(shape, np.float32))[layer] = value(name)
@@ -184,6 +186,6 @@ def save(tensors: Mapping[str, np.ndarray], path: str | Path, about: Mapping[str
         partial.unlink(missing_ok=True)
 
 
-def first_match(name: str, rules: Any, default: float = 1.0) -> float:
+def first_match(name: str, rules: Iterable[tuple[str, T]], default: T) -> T:
     """The value of the first (regex, value) rule whose regex is found in `name`; `default` if none is."""
     return next((value for pattern, value in rules if re.search(pattern, name)), default)

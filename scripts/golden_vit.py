@@ -34,9 +34,10 @@ from timm.models.vision_transformer import VisionTransformer  # noqa: E402  # py
 
 GOLDEN = Path(__file__).resolve().parent.parent / "tests" / "golden"
 TRAINED = 5  # rows and columns of the random encoder's own grid
+# Also 28x7: as many positions as 14x14 has, and yet others.
+GRIDS = ((14, 14), (32, 32), (7, 7), (9, 20), (28, 14), (28, 7), (1, 3), (15, 13))
 # Image sizes: as trained, enlarged, shrunk, not square, and sides that the patch does not divide.
 SIZES = ((80, 80), (128, 128), (48, 48), (48, 112), (70, 100))
-GRIDS = ((14, 14), (32, 32), (7, 7), (9, 20), (28, 14), (1, 3), (15, 13))
 
 
 def wave(height: int, width: int) -> np.ndarray:
@@ -61,7 +62,7 @@ def timm_tokens(weights: dict[str, np.ndarray], images: np.ndarray, blocks: tupl
     weights = weights | {"pos_embed": bicubic(weights["pos_embed"], model.patch_embed.grid_size)}
     model.load_state_dict({name: torch.from_numpy(tensor) for name, tensor in weights.items()}, strict=True)
     seen: list[np.ndarray] = []
-    chosen = list(model.blocks)
+    chosen = list(model.blocks.children())
     for block in blocks:
         chosen[block].register_forward_hook(lambda module, inputs, output: seen.append(output.numpy()))
     output = model(torch.from_numpy(images).permute(0, 3, 1, 2))
@@ -130,7 +131,7 @@ def make_pyramid() -> dict[str, np.ndarray]:
     norms = {"batch": torch.nn.BatchNorm2d(c), "layer": torch.nn.LayerNorm(c, eps=1e-6)}
     arrays: dict[str, np.ndarray] = {}
     for name, layer in (("fpn1_up1", up1), ("fpn1_up2", up2), ("fpn2", fpn2)):
-        arrays |= {f"{name}.weight": layer.weight.numpy(), f"{name}.bias": layer.bias.numpy()}
+        arrays |= {f"{name}.weight": layer.state_dict()["weight"].numpy(), f"{name}.bias": layer.state_dict()["bias"].numpy()}
     scale, bias, mean, var = 1 + 0.3 * torch.randn(c), torch.randn(c), torch.randn(c), 0.5 + torch.rand(c)
     for norm in norms.values():
         norm.load_state_dict({"weight": scale, "bias": bias}, strict=False)

@@ -11,8 +11,8 @@ os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + (
 )
 os.environ["JAX_PLATFORMS"] = "cpu"
 
-from jaxtyping import install_import_hook  # noqa: E402
-import pytest  # noqa: E402
+from jaxtyping import install_import_hook
+import pytest
 
 install_import_hook("jaxdg", "beartype.beartype")
 

@@ -36,7 +36,7 @@ class Stack(nnx.Module):
         )
 
     def __call__(self, x: Array, scales: Array, *shared) -> dict[int, Array]:
-        """Runs all blocks as `block(x, scale, *shared)`, `scales` having one row a block; returns each segment's output by its last block."""
+        """Runs all blocks as `block(x, scale, *shared)`, one row of `scales` each; returns each segment's output by its last block."""
         outputs, start = {}, 0
         for end in self.ends:
             graph, layers = nnx.split(self.segments[str(start)])

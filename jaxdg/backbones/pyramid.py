@@ -4,8 +4,6 @@ The shallowest tap is enlarged four times, the next twice, the third stays, the 
 normalises with BatchNorm over the global batch; LayerNorm is the default for new runs, being free of batch statistics.
 """
 
-from typing import Literal
-
 from flax import nnx
 import jax
 import jax.numpy as jnp
@@ -35,7 +33,7 @@ class Double(nnx.Module):
 class Pyramid(nnx.Module):
     """Taps at one stride p to levels at strides p/4, p/2, p and 2p, with unchanged channels."""
 
-    def __init__(self, channels: int, norm: Literal["layer", "batch"] = "layer", *, dtype: str = "float32", rngs: nnx.Rngs):
+    def __init__(self, channels: int, norm: str = "layer", *, dtype: str = "float32", rngs: nnx.Rngs):
         """Args:
         channels: of each tap and each level.
         norm: "layer", or "batch" for statistics over the global batch (checkpoints of the re-implementation).

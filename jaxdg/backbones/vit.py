@@ -57,10 +57,10 @@ class Attention(nnx.Module):
     """Multi-head self-attention with one fused projection."""
 
     def __init__(self, config: VitConfig, *, rngs: nnx.Rngs):
-        c, kw = config.width, dict(dtype=jnp.dtype(config.dtype), rngs=rngs)
+        c, dtype = config.width, jnp.dtype(config.dtype)
         self.heads = config.heads
-        self.qkv = nnx.Linear(c, 3 * c, **kw)
-        self.proj = nnx.Linear(c, c, **kw)
+        self.qkv = nnx.Linear(c, 3 * c, dtype=dtype, rngs=rngs)
+        self.proj = nnx.Linear(c, c, dtype=dtype, rngs=rngs)
 
     def __call__(self, x: Float[Array, "b n c"]) -> Float[Array, "b n c"]:
         b, n, c = x.shape
@@ -72,9 +72,9 @@ class Mlp(nnx.Module):
     """Two linear layers with GELU between."""
 
     def __init__(self, config: VitConfig, *, rngs: nnx.Rngs):
-        c, kw = config.width, dict(dtype=jnp.dtype(config.dtype), rngs=rngs)
-        self.fc1 = nnx.Linear(c, 4 * c, **kw)
-        self.fc2 = nnx.Linear(4 * c, c, **kw)
+        c, dtype = config.width, jnp.dtype(config.dtype)
+        self.fc1 = nnx.Linear(c, 4 * c, dtype=dtype, rngs=rngs)
+        self.fc2 = nnx.Linear(4 * c, c, dtype=dtype, rngs=rngs)
 
     def __call__(self, x: Float[Array, "b n c"]) -> Float[Array, "b n c"]:
         return self.fc2(jax.nn.gelu(self.fc1(x), approximate=False))

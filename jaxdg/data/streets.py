@@ -1,15 +1,18 @@
 """Generated street scenes with the 19 Cityscapes classes: the dataset that needs no download.
 
-A world (streets, houses, traffic, people) depends on (seed, index) alone; its five appearances differ in light and weather, so label map and
-boxes are the same for all. `clear` is the source domain; `night`, `rain`, `fog` and `dusk_rain` are the unseen ones. The geometry is in metres
-in front of a pinhole camera, so any picture size shows the same street.
+A world (street, houses, traffic, people) depends on (seed, index) alone; its five appearances differ in light and weather, so label map
+and boxes are the same for all. `clear` is the source domain; `night`, `rain`, `fog` and `dusk_rain` are the unseen ones. The geometry is
+in metres in front of a pinhole camera, so every picture size shows the same street.
+
+`streets_place` and `streets_traffic` make the worlds, `streets_shapes` the things in them, `streets_draw` and `streets_light` the pictures.
 """
 
 from dataclasses import dataclass
 
 import numpy as np
 
-from jaxdg.data import streets_draw as draw
+from jaxdg.data.streets_draw import paint, rasterize
+from jaxdg.data.streets_light import develop, look
 from jaxdg.data.streets_traffic import Street
 
 APPEARANCES = ("clear", "night", "rain", "fog", "dusk_rain")
@@ -51,12 +54,12 @@ def render(seed: int, index: int, appearance: str = "clear", size: tuple[int, in
     if appearance not in APPEARANCES:
         raise ValueError(f"unknown appearance {appearance!r}; allowed are {', '.join(APPEARANCES)}")
     street = Street(np.random.default_rng((seed, index, 0)), size)
-    raster = draw.rasterize(street.mesh, street.camera)
+    raster = rasterize(street.mesh, street.camera)
     label = raster.label.astype(np.uint8).take(raster.ids)
     boxes, box_labels = _boxes(raster.object.take(raster.ids), street.mesh.objects)
     rng = np.random.default_rng((seed, index, 1 + APPEARANCES.index(appearance)))
-    look = draw.look(appearance, street.sun, rng)
-    image = draw.develop(draw.paint(raster, street.camera), raster, street.mesh, street.camera, look, rng)
+    light = look(appearance, street.sun, rng)
+    image = develop(paint(raster, street.camera), raster, street.mesh, street.camera, light, rng)
     return Scene(image, label, boxes, box_labels)
 
 

@@ -1,4 +1,4 @@
-"""The place of a generated street: the road, what lies beside it, what lines it, and the camera in it (`streets_traffic.py` fills it with life).
+"""The place of a generated street: the road, what lies beside it and lines it, and the camera (`streets_traffic.py` fills it with life).
 
 Positions are (s, t): s metres ahead along the centre line of the road, which may bend, and t metres to the right of it.
 """
@@ -9,7 +9,7 @@ import math
 import numpy as np
 
 from jaxdg.data import streets_shapes as shapes
-from jaxdg.data.streets_draw import BARS, BRICK, CULLED, FACADE, FOLIAGE, GROUND, PAVING, PLAIN, SKY, Camera, Mesh, sun_direction
+from jaxdg.data.streets_draw import BARS, BRICK, CULLED, FACADE, FOLIAGE, GROUND, PAVING, PLAIN, SKY, Camera, Mesh
 
 ROAD, SIDEWALK, BUILDING, WALL, FENCE, POLE, LIGHT, SIGN, VEGETATION, TERRAIN = range(SKY)  # Cityscapes train ids
 END = 110.0  # the street is built up to this many metres ahead
@@ -35,16 +35,16 @@ class Dice:
         self.random = _endless(rng.random).__next__
         self.bell = _endless(rng.standard_normal).__next__
 
-    def uniform(self, low: float, high: float) -> float:
+    def uniform(self, low, high):
         return low + (high - low) * self.random()
 
-    def normal(self, mean: float, deviation: float) -> float:
+    def normal(self, mean, deviation):
         return mean + deviation * self.bell()
 
-    def exponential(self, mean: float) -> float:
+    def exponential(self, mean):
         return -mean * math.log(1 - self.random())
 
-    def integer(self, low: int, high: int) -> int:
+    def integer(self, low, high):
         """From low to high - 1."""
         return low + int(self.random() * (high - low))
 
@@ -60,7 +60,7 @@ class Road:
 
     STEP, BACK = 0.5, 20.0
 
-    def __init__(self, curvature: float, start: float):
+    def __init__(self, curvature, start):
         s = np.arange(-self.BACK, END + 30, self.STEP)
         heading = np.clip(curvature * np.maximum(s - start, 0), -1.3, 1.3)
         x, y = np.cumsum(np.sin(heading)) * self.STEP, np.cumsum(np.cos(heading)) * self.STEP
@@ -68,24 +68,30 @@ class Road:
         self.table = np.stack([x - x[origin], y - y[origin], np.sin(heading), np.cos(heading)], 1)
         self.rows, self.headings = self.table.tolist(), heading.tolist()
 
-    def _index(self, s: float) -> int:
+    def _index(self, s) -> int:
         return min(max(int((s + self.BACK) / self.STEP), 0), len(self.rows) - 1)
 
-    def heading(self, s: float) -> float:
+    def heading(self, s):
         return self.headings[self._index(s)]
 
-    def at(self, s: float, t: float) -> tuple[float, float]:
+    def at(self, s, t):
         i = self._index(s)
         x, y, sin, cos = self.rows[i]
         rest = s + self.BACK - i * self.STEP
         return x + rest * sin + t * cos, y + rest * cos - t * sin
 
-    def strip(self, t0: float, t1: float, s0: float, s1: float) -> list[tuple[float, float, float]]:
+    def strip(self, t0, t1, s0, s1) -> list:
         """Outline [k, 3] of the ground between two distances to the centre line."""
         n = max(2, int((s1 - s0) / 6) + 1)
         step = (s1 - s0) / (n - 1)
         right, left = [self.at(s0 + i * step, t1) for i in range(n)], [self.at(s1 - i * step, t0) for i in range(n)]
         return [(x, y, 0.0) for x, y in right + left]
+
+
+def sun_direction(a: float, b: float) -> np.ndarray:
+    """Towards the sun, anywhere between 17 and 66 degrees above the horizon, from two numbers in 0..1."""
+    azimuth, height = 2 * np.pi * a, 0.3 + 0.85 * b
+    return np.array([np.sin(azimuth) * np.cos(height), np.cos(azimuth) * np.cos(height), np.sin(height)], np.float32)
 
 
 class Place:
@@ -136,7 +142,7 @@ class Place:
         """One of a sequence, all equally likely."""
         return options[int(self.rng.random() * len(options))]
 
-    def chance(self, p: float) -> bool:
+    def chance(self, p) -> bool:
         """True with probability p."""
         return self.rng.random() < p
 
@@ -212,7 +218,7 @@ class Place:
 
     def _ground(self):
         rng, road = self.rng, self.road
-        asphalt = self.tint([1, 1, 1.03], 0.03, rng.uniform(0.26, 0.44))
+        self.asphalt = asphalt = self.tint([1, 1, 1.03], 0.03, rng.uniform(0.26, 0.44))
         slab = self.tint(self.pick(SLAB_PAINT), 0.08)
         self.grass = self.tint(self.pick(SOIL_PAINT), 0.1)
         self.slab, self.slab_size = slab, rng.uniform(0.6, 1.8)
@@ -276,6 +282,7 @@ class Place:
                 for s0, s1 in self._blocks(-8, far):
                     self.ground(road.strip(side * self.half - 0.06, side * self.half + 0.06, s0, s1), white, ROAD, 6)
         if self.zebra:
+            self.ground(road.strip(-self.half, self.half, self.zebra - 1.5, self.zebra + 3.5), self.asphalt, ROAD, 6.9, ASPHALT)
             for t in np.arange(-self.half + 0.3, self.half - 0.4, 1.0).tolist():
                 self.ground(road.strip(t, t + 0.5, self.zebra, self.zebra + 3), white, ROAD, 7)
             self.ground(road.strip(-self.half, self.half, self.zebra - 1.2, self.zebra - 0.8), white, ROAD, 7)

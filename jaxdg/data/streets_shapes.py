@@ -42,7 +42,9 @@ class Sketch:
         return self.face([at(u0, v0), at(u1, v0), at(u1, v1), at(u0, v1)], slot, glow)
 
     def prism(self, low, high, z0, z1, slot, top=None):
-        """A tapered box from rectangle `low` at z0 to `high` at z1, each (half width, y rear, y front); returns rear, right, front, left faces."""
+        """A tapered box from rectangle `low` at z0 to `high` at z1, each (half width, y rear, y front); returns its four sides
+        in the order rear, right, front, left.
+        """
         corners = [np.array([[-k, r, z], [k, r, z], [k, f, z], [-k, f, z]], np.float32) for (k, r, f), z in ((low, z0), (high, z1))]
         (a, b, c, d), (e, g, i, j) = corners
         faces = [self.face(q, slot) for q in ((a, b, g, e), (b, c, i, g), (c, d, j, i), (d, a, e, j))]
@@ -236,8 +238,8 @@ def bicycle_side() -> Shape:
         s.disc(y, 0.36, 0.36, 0.36, TYRE, 16, p)
         s.disc(y, 0.36, 0.29, 0.29, HUB, 14, p, material=BARS)
     s.outline([(-0.52, 0.36), (-0.02, 0.30), (-0.20, 0.82)], TYRE, p, material=BARS)
-    for a, b in (((-0.52, 0.36), (-0.02, 0.32)), ((-0.02, 0.32), (-0.20, 0.88)), ((-0.52, 0.36), (-0.17, 0.78)), ((-0.02, 0.32), (0.40, 0.80)),
-                 ((-0.17, 0.78), (0.40, 0.84)), ((0.54, 0.36), (0.38, 0.98))):  # fmt: skip
+    for a, b in (((-0.52, 0.36), (-0.02, 0.32)), ((-0.02, 0.32), (-0.20, 0.88)), ((-0.52, 0.36), (-0.17, 0.78)),
+                 ((-0.02, 0.32), (0.40, 0.80)), ((-0.17, 0.78), (0.40, 0.84)), ((0.54, 0.36), (0.38, 0.98))):  # fmt: skip
         s.limb(a, b, 0.075, 0.075, BODY, p)
     s.limb((0.28, 1.02), (0.50, 1.02), 0.07, 0.07, TYRE, p)
     s.limb((-0.34, 0.92), (-0.06, 0.92), 0.10, 0.06, TYRE, p)
@@ -432,8 +434,9 @@ def models() -> dict[str, list]:
         "car": [car(), car(3.9, 1.70, 1.50, 0.22, 0.02), car(4.6, 1.82, 1.44, 0.27, 0.20), car(4.5, 1.88, 1.72, 0.23, 0.02, 0.58),
                 car(4.7, 1.80, 1.46, 0.25, 0.0, 0.60), car(4.9, 1.95, 2.0, 0.14, 0.0, 0.52)],
         "person": [person(k, a, skirt, bag, back) for k, a, skirt, bag, back in (
-            (0.1, 0.05, False, False, False), (0.5, 0.2, False, False, False), (0.35, 0.1, False, True, True), (0.2, 0.1, True, False, False),
-            (0.6, 0.25, False, False, True), (0.3, 0.15, True, False, True), (0.05, 0.0, False, True, True), (0.45, 0.1, False, False, True))],
+            (0.1, 0.05, False, False, False), (0.5, 0.2, False, False, False), (0.35, 0.1, False, True, True),
+            (0.2, 0.1, True, False, False), (0.6, 0.25, False, False, True), (0.3, 0.15, True, False, True), (0.05, 0.0, False, True, True),
+            (0.45, 0.1, False, False, True))],
         "tree": [tree(rng, 0) for _ in range(6)] + [tree(rng, 1) for _ in range(2)] + [tree(rng, 2) for _ in range(2)],
         "bush": [tree(rng, 3) for _ in range(4)],
         "sign": [sign(k) for k in range(7)],

@@ -1,7 +1,7 @@
 """The life of a generated street: vehicles that drive, wait, cross and park, trains and trams, lamps, signs and lights, and people.
 
-Vehicles longer than a car are laid in slices, each with its own place in the painter's order, so that they bend with the road and what stands
-beside them is neither hidden by nor hides the wrong half.
+Vehicles longer than a car are laid in slices, each with its own place in the painter's order: they bend with the road, and what
+stands beside them neither hides nor is hidden by the wrong half.
 """
 
 import math

@@ -31,9 +31,9 @@ class LinearHead(nnx.Module):
 
     def __call__(self, features: tuple[Float[Array, "b _ _ _"], ...]) -> Float[Array, "b h w k"]:
         """Class scores (logits) at the size of the finest map, float32."""
-        size = features[0].shape[1:3]
+        _, h, w, _ = features[0].shape
         readings = [read(norm(x)) for norm, read, x in zip(self.norms, self.classifiers, features, strict=True)]
-        return sum((resize_scores(r.astype(jnp.float32), size) for r in readings), start=jnp.zeros((), jnp.float32))
+        return sum((resize_scores(r.astype(jnp.float32), (h, w)) for r in readings), start=jnp.zeros((), jnp.float32))
 
     def scores(self, output: Float[Array, "b h w k"], size: tuple[int, int]) -> Float[Array, "b H W k"]:
         """Class scores of `output` at an image size."""
@@ -50,7 +50,8 @@ class LinearHead(nnx.Module):
 
         A batch's loss is thus the sum of the losses of its parts, whatever their sizes.
         """
-        logits = resize_scores(output, label.shape[1:3])
+        _, h, w = label.shape
+        logits = resize_scores(output, (h, w))
         valid = label != IGNORE
         log_p = jax.nn.log_softmax(logits)
         # A one-hot product instead of a gather: its gradient needs no scatter.

@@ -1,7 +1,6 @@
 """Encoder, optional pyramid and decoder put together: normalised images in, class scores out."""
 
 import dataclasses
-from typing import Literal
 
 from flax import nnx
 from jaxtyping import Array, Float, Key
@@ -20,7 +19,6 @@ class SegmenterConfig:
         image_size: height and width in pixels of the crops it is trained on and the windows it predicts.
         taps: blocks whose features are read, from 0; () for the last block of each quarter.
         pyramid: "none" reads the taps as they are; "layer" or "batch" builds four levels with that normalisation.
-        decoder: "linear".
         boundaries: further blocks after which stacked segments end.
         drop_path: of the encoder's last block in training.
         remat: recompute encoder blocks in the backward pass.
@@ -31,8 +29,7 @@ class SegmenterConfig:
     encoder: str
     image_size: tuple[int, int]
     taps: tuple[int, ...] = ()
-    pyramid: Literal["none", "layer", "batch"] = "none"
-    decoder: Literal["linear"] = "linear"
+    pyramid: str = "none"
     boundaries: tuple[int, ...] = ()
     drop_path: float = 0.0
     remat: bool = False
@@ -75,4 +72,5 @@ class Segmenter(nnx.Module):
 
     def scores(self, images: Float[Array, "b h w 3"]) -> Float[Array, "b h w k"]:
         """Class scores at the images' own size; the highest is the predicted class."""
-        return self.head.scores(self(images), images.shape[1:3])
+        _, h, w, _ = images.shape
+        return self.head.scores(self(images), (h, w))

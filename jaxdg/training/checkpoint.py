@@ -143,7 +143,8 @@ class Checkpoints:
 
 class _Best(policies.PreservationPolicy):
     """Keeps the best-scored checkpoint. Orbax's own policy wants the score when saving, but a run that dies while it is
-    evaluated should not have to train to that step again."""
+    evaluated should not have to train to that step again.
+    """
 
     def __init__(self, checkpoints: Checkpoints):
         self._checkpoints = checkpoints

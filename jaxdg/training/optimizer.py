@@ -39,10 +39,10 @@ def make_optimizer(config: OptimizerConfig, steps: int, params: nnx.State, encod
     """
 
     def rate(name: str) -> float:
-        return weights.first_match(name, config.learning_rate_factors) * (encoder_factor if name.startswith(ENCODER) else 1.0)
+        return weights.first_match(name, config.learning_rate_factors, 1.0) * (encoder_factor if name.startswith(ENCODER) else 1.0)
 
     rates = weights.tree_by_name(params, rate)
-    decays = weights.tree_by_name(params, lambda name: config.weight_decay * weights.first_match(name, config.weight_decay_factors))
+    decays = weights.tree_by_name(params, lambda name: config.weight_decay * weights.first_match(name, config.weight_decay_factors, 1.0))
 
     def decay_and_scale(updates, state, params):
         return jax.tree.map(lambda u, p, d, r: r * (u + d * p), updates, params, decays, rates), state

@@ -5,7 +5,7 @@ layer axis of stacked blocks is never divided. An axis that the devices do not d
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 from flax import nnx
 import jax
@@ -16,7 +16,7 @@ import optax
 from jaxdg import weights
 from jaxdg.config import MeshConfig
 
-Rules = Sequence[tuple[str, tuple[str | None, ...]]]
+Rules: TypeAlias = Sequence[tuple[str, tuple[str | None, ...]]]
 
 RULES: Rules = (
     (r"kernel$", (None, "fsdp")),

@@ -61,7 +61,7 @@ def make_step(
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
         grads, statistics, terms = gradients(graph, state, batch, normalizer, losses, jax.random.fold_in(key, state.step), accumulate)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.trained)
-        trained = optax.apply_updates(state.trained, updates)
+        trained: Any = optax.apply_updates(state.trained, updates)
         metrics = {"loss": sum(terms.values()), "gradient_norm": optax.global_norm(grads), **terms}
         following = TrainState(state.step + 1, trained, state.frozen, statistics, opt_state)
         return following, metrics

@@ -1,0 +1,268 @@
+"""The plain ViT against timm's outputs (golden files made by scripts/golden_vit.py), and the laws of its stacked blocks."""
+
+from flax import nnx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from PIL import Image
+import pytest
+from safetensors.numpy import load_file
+
+from conversion import mapping, torch_to_flax, vit
+from jaxdg import backbones, weights
+from jaxdg.backbones import Vit, VitConfig, layers
+
+SIZES = ((80, 80), (128, 128), (48, 48), (48, 112), (70, 100))  # as trained, enlarged, shrunk, not square, not divided by the patch
+TRAINED = VitConfig(image_size=(80, 80), patch_size=16, width=24, depth=4, heads=2, taps=(0, 1, 2, 3))
+
+
+def wave(height, width):
+    """The golden files' picture by its formula, [2, h, w, 3]."""
+    b, y, x, c = np.ogrid[0:2, 0:height, 0:width, 0:3]
+    return (np.sin(0.11 * y * (1 + b) + 0.5 * c) * np.cos(0.07 * x - 0.9 * c) + 0.3 * np.sin(0.9 * x + 1.7 * y + b)).astype(np.float32)
+
+
+def changed(config=TRAINED, **fields):
+    return VitConfig(**{**vars(config), **fields})
+
+
+def run(encoder, images, key=None, method="tokens"):
+    """The encoder's outputs, compiled as the training code does it: pure state in, arrays out."""
+    graph, state = nnx.split(encoder)
+    return jax.jit(lambda state, images: getattr(nnx.merge(graph, state), method)(images, key))(state, jnp.asarray(images))
+
+
+@pytest.fixture(scope="module")
+def random_file(golden, tmp_path_factory):
+    """The golden random encoder of timm, through the conversion, as a jaxdg file."""
+    with np.load(golden / "vit_random.npz") as archive:
+        source = {name.removeprefix("weights/"): archive[name] for name in archive.files if name.startswith("weights/")}
+    module = nnx.eval_shape(lambda: Vit(TRAINED, rngs=nnx.Rngs(0)))
+    converted = mapping.to_flax(module, vit.layouts(TRAINED), list(source), source.__getitem__)
+    assert converted.layout.name == "timm"
+    path = tmp_path_factory.mktemp("vit") / "random.safetensors"
+    weights.save(converted.tensors, path, {})
+    return path
+
+
+@pytest.fixture(scope="module")
+def build(random_file):
+    """`build(taps=.., ..)`: an encoder that differs from the trained one in these fields, with the golden weights."""
+
+    def make(**fields):
+        encoder = Vit(changed(**fields), rngs=nnx.Rngs(0))
+        weights.load(encoder, random_file)
+        return encoder
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def reference(build):
+    """The trained encoder with its tokens after each block on the golden picture."""
+    return np.stack(run(build(), wave(80, 80)))
+
+
+@pytest.mark.parametrize("size", SIZES, ids=lambda size: "{}x{}".format(*size))
+def test_tokens_equal_timm(build, golden, size):
+    """Every block's tokens, class token included, equal timm's at native, enlarged, shrunk, oblong and undivided sizes."""
+    with np.load(golden / "vit_random.npz") as archive:
+        expected = archive["tokens/{}x{}".format(*size)]
+    encoder = build(image_size=size)
+    tokens = run(encoder, wave(*size)[: expected.shape[1]])
+    np.testing.assert_allclose(np.stack(tokens), expected, rtol=0, atol=1e-4)
+
+
+def test_features_are_the_patch_tokens_as_a_map(build, golden):
+    """Calling the encoder gives the tokens without the class token, row by row."""
+    with np.load(golden / "vit_random.npz") as archive:
+        expected = archive["tokens/48x112"]
+    encoder = build(image_size=(48, 112), taps=(1, 3))
+    features = run(encoder, wave(48, 112)[:1], method="__call__")
+    assert encoder.channels == (24, 24)
+    assert [f.shape for f in features] == [(1, 3, 7, 24)] * 2
+    np.testing.assert_allclose(features[0][0, 2, 5], expected[1, 0, 1 + 2 * 7 + 5], atol=1e-4)
+    np.testing.assert_allclose(features[1][0].reshape(21, 24), expected[3, 0, 1:], atol=1e-4)
+
+
+def test_positions_equal_torch_bicubic(golden):
+    """Resized positions equal `F.interpolate(mode="bicubic", align_corners=False)`, enlarged, shrunk and oblong; the class row stays."""
+    with np.load(golden / "vit_positions.npz") as archive:
+        positions = archive["positions"]
+        grids = [name for name in archive.files if "x" in name]
+        assert {"32x32", "7x7", "28x7"} <= set(grids)
+        for grid in grids:
+            rows, columns = map(int, grid.split("x"))
+            got = layers.resize_positions(positions, (rows, columns), prefix=1)
+            assert got.dtype == np.float32
+            np.testing.assert_allclose(got, archive[grid], atol=1e-5, err_msg=grid)
+            np.testing.assert_array_equal(got[:, 0], positions[:, 0])
+
+
+def test_positions_of_no_square_grid_must_fit():
+    """Positions that are no square grid are taken as they are where they fit, and refused where they do not."""
+    oblong = np.arange(13, dtype=np.float32).reshape(1, 13, 1)
+    np.testing.assert_array_equal(layers.resize_positions(oblong, (3, 4), prefix=1), oblong)
+    with pytest.raises(ValueError, match="12 patch positions are no square grid and do not fit 5x5"):
+        layers.resize_positions(oblong, (5, 5), prefix=1)
+
+
+def test_pretrained_features_and_logits_equal_timm(golden, weights_path, data_path, tmp_path):
+    """The real ViT-Ti on a real street: tokens of five blocks and the ImageNet logits are timm's."""
+    source = weights_path("vit_tiny_patch16_224.safetensors")
+    pixels = np.asarray(Image.open(data_path("camvid") / "test" / "Seq05VD_f00000.jpg"))[68:292, 128:352]
+    assert torch_to_flax.main(["--model", "augreg_ti16", "--checkpoint", str(source), "--out", str(tmp_path / "ti.safetensors")]) == 0
+    with np.load(golden / "vit_tiny_logits.npz") as archive:
+        expected = dict(archive)
+    encoder = backbones.create("augreg_ti16", weights=tmp_path / "ti.safetensors", taps=expected["blocks"].tolist())
+    images = (pixels[None] / np.float32(255) - np.float32(encoder.config.mean)) / np.float32(encoder.config.std)
+    tokens = np.concatenate(run(encoder, images))
+    np.testing.assert_allclose(tokens[:, expected["some"]], expected["tokens"], rtol=0, atol=1e-4)
+    np.testing.assert_allclose(np.linalg.norm(tokens, axis=-1), expected["norms"], rtol=1e-5)
+    # The classifier that conversion leaves out, in NumPy.
+    theirs = load_file(source)
+    x = tokens[-1, 0].astype(np.float64)
+    x = (x - x.mean()) / np.sqrt(x.var() + 1e-6) * theirs["norm.weight"] + theirs["norm.bias"]
+    logits = theirs["head.weight"] @ x + theirs["head.bias"]
+    np.testing.assert_allclose(logits, expected["logits"], rtol=0, atol=1e-4)
+    assert logits.argmax() == expected["logits"].argmax()
+
+
+@pytest.mark.parametrize(
+    "segments", [dict(taps=(3,)), dict(taps=(1, 3), boundaries=(0, 2)), dict(taps=(0, 2)), dict(taps=(2,), boundaries=(3,))]
+)
+def test_where_segments_end_changes_no_value(build, reference, segments):
+    """Taps and freeze boundaries cut the stack differently, and shared blocks give the same tokens."""
+    encoder = build(**segments)
+    assert len(encoder.blocks.segments) == len({e for ends in segments.values() for e in ends if e <= segments["taps"][-1]})
+    for tap, tokens in zip(segments["taps"], run(encoder, wave(80, 80)), strict=True):
+        np.testing.assert_allclose(tokens, reference[tap], rtol=1e-5, atol=1e-5)
+
+
+def test_blocks_past_the_last_tap_are_not_built(build):
+    """An encoder read after block 1 holds two blocks, though the file has four."""
+    names = weights.tensors(build(taps=(0, 1)))
+    assert {name.split(".")[1] for name in names if name.startswith("blocks.")} == {"0", "1"}
+
+
+def test_remat_changes_neither_outputs_nor_gradients(build):
+    """Recomputing blocks in the backward pass is a matter of memory alone."""
+
+    def loss_and_gradients(remat):
+        graph, state = nnx.split(build(taps=(1, 3), remat=remat))
+
+        def loss(state):
+            return sum(jnp.sum(jnp.sin(tokens)) for tokens in nnx.merge(graph, state).tokens(jnp.asarray(wave(80, 80))))
+
+        return jax.jit(jax.value_and_grad(loss))(state)
+
+    (value, gradients), (value2, gradients2) = loss_and_gradients(False), loss_and_gradients(True)
+    np.testing.assert_allclose(value, value2, rtol=1e-5)
+    compared = 0
+    for a, b in zip(jax.tree.leaves(gradients), jax.tree.leaves(gradients2), strict=True):
+        scale = np.abs(a).max()
+        assert scale > 0
+        np.testing.assert_allclose(a / scale, b / scale, atol=1e-4)
+        compared += 1
+    assert compared == 28  # 2 segments of 12 and 4 before them
+
+
+def test_drop_path_scales_follow_their_law():
+    """Scales are 0 or 1/(1-p) with p growing linearly from 0 to the rate, so a branch keeps its mean; no key or rate turns it off."""
+    off = layers.drop_path_scales(None, 0.4, 5, 3)
+    assert off.shape == (5, 2, 3, 1, 1)
+    np.testing.assert_array_equal(off, 1)
+    np.testing.assert_array_equal(layers.drop_path_scales(jax.random.key(0), 0.0, 5, 3), 1)
+    scales = np.asarray(layers.drop_path_scales(jax.random.key(0), 0.4, 5, 20_000))[..., 0, 0]
+    np.testing.assert_array_equal(scales[0], 1)
+    for i, p in enumerate((0.0, 0.1, 0.2, 0.3, 0.4)):
+        kept = scales[i] > 0
+        np.testing.assert_allclose(scales[i][kept], 1 / (1 - p), rtol=1e-6)
+        np.testing.assert_allclose(kept.mean(axis=-1), 1 - p, atol=0.02)  # more than five standard deviations
+        np.testing.assert_allclose(scales[i].mean(axis=-1), 1, atol=0.03)
+    assert np.abs(np.corrcoef(scales[4])[0, 1]) < 0.05, "attention and MLP draw apart"
+
+
+def test_drop_path_in_the_encoder(build, reference):
+    """Without a key nothing is dropped; with one, samples differ from that, the first block never; the same key gives the same."""
+    encoder = build(drop_path=0.6)
+    np.testing.assert_allclose(np.stack(run(encoder, wave(80, 80))), reference, rtol=1e-5, atol=1e-5)
+    same_image = np.repeat(wave(80, 80)[:1], 8, axis=0)
+    first, again = (np.stack(run(encoder, same_image, jax.random.key(3))) for _ in range(2))
+    np.testing.assert_array_equal(first, again)
+    np.testing.assert_allclose(first[0], np.repeat(reference[0, :1], 8, axis=0), rtol=1e-5, atol=1e-5)
+    assert len(np.unique(first[3].sum((1, 2)).round(3))) > 2, "samples draw apart"
+    x = jnp.asarray(reference[0])
+    np.testing.assert_array_equal(encoder.blocks(x, jnp.zeros((4, 2, 2, 1, 1)))[3], x)  # a dropped branch adds nothing
+
+
+def test_bfloat16_compute_is_close(build, reference):
+    """Half precision in the matrix products, float32 parameters: within 2 % of the float32 tokens."""
+    encoder = build(dtype="bfloat16")
+    assert {tensor.dtype for tensor in weights.tensors(encoder).values()} == {np.dtype(np.float32)}
+    tokens = np.stack([np.asarray(t, np.float32) for t in run(encoder, wave(80, 80))])
+    error = np.linalg.norm(tokens - reference) / np.linalg.norm(reference)
+    assert 0 < error < 2e-2, error
+
+
+def test_a_file_knows_no_taps(build, random_file, tmp_path):
+    """Tensors saved from one cut of the stack are bit-identical to the file and load into any other cut."""
+    stored = load_file(random_file)
+    for fields in (dict(taps=(1, 3)), dict(taps=(3,), boundaries=(0, 1)), dict(taps=(0, 1, 2, 3))):
+        tensors = weights.tensors(build(**fields))
+        assert tensors.keys() == stored.keys()
+        weights.save(tensors, tmp_path / "again.safetensors", {"model": "x", "left_out": {"a": "b"}})
+        again = load_file(tmp_path / "again.safetensors")
+        for name, tensor in stored.items():
+            np.testing.assert_array_equal(again[name], tensor, err_msg=name)
+    assert weights.metadata(tmp_path / "again.safetensors") == {"model": "x", "left_out": '{"a": "b"}'}
+
+
+def test_load_is_strict(random_file, tmp_path):
+    """Missing, unexpected and misshapen tensors are all named at once, and the encoder is left as it was."""
+    tensors = load_file(random_file)
+    tensors["blocks.2.mlp.fc3.bias"] = tensors.pop("blocks.2.mlp.fc1.bias")
+    tensors["blocks.0.norm1.scale"] = np.ones(23, np.float32)
+    tensors["pos_embed"] = tensors["pos_embed"][..., :5]
+    weights.save(tensors, tmp_path / "bad.safetensors", {})
+    encoder = Vit(TRAINED, rngs=nnx.Rngs(0))
+    before = weights.tensors(encoder)
+    with pytest.raises(ValueError, match=r"bad.safetensors does not fit this Vit") as caught:
+        weights.load(encoder, tmp_path / "bad.safetensors")
+    message = str(caught.value)
+    for offence in (
+        "1 missing (blocks.2.mlp.fc1.bias)",
+        "1 unexpected (blocks.2.mlp.fc3.bias)",
+        "2 of another shape (blocks.0.norm1.scale is (23,), not (24,), pos_embed is (1, 26, 5), not (1, 26, 24))",
+    ):
+        assert offence in message
+    for name, tensor in weights.tensors(encoder).items():
+        np.testing.assert_array_equal(tensor, before[name])
+
+
+def test_images_of_another_size_are_refused(build):
+    """The message names both sizes and the remedy."""
+    with pytest.raises(ValueError, match=r"built for 80x80 images and got 80x96; create it with image_size=\(80, 96\)"):
+        build()(jnp.zeros((1, 80, 96, 3)))
+
+
+def test_create_refuses_what_cannot_be():
+    """Unknown names, taps outside the encoder or twice, and images smaller than a patch."""
+    with pytest.raises(ValueError, match=r"unknown encoder 'augreg_l61'; did you mean augreg_l16\?"):
+        backbones.create("augreg_l61")
+    for taps in ((3, 12), (-1, 3), (3, 3)):
+        with pytest.raises(ValueError, match=r"must be different blocks in 0\.\.11"):
+            backbones.create("augreg_ti16", taps=taps)
+    with pytest.raises(ValueError, match="smaller than one 16-pixel patch"):
+        backbones.create("augreg_ti16", image_size=(224, 15))
+
+
+def test_create_with_weights_is_create_then_load(build, random_file, monkeypatch):
+    """The short way through abstract shapes, and the long one through random parameters, end in the same encoder."""
+    monkeypatch.setitem(backbones.ZOO, "golden", backbones.zoo.Entry(TRAINED))
+    long = weights.tensors(backbones.create("golden", weights=random_file, rngs=nnx.Rngs(5)))
+    for name, tensor in weights.tensors(backbones.create("golden", weights=random_file)).items():
+        np.testing.assert_array_equal(tensor, long[name], err_msg=name)
+    scratch = weights.tensors(backbones.create("golden"))
+    assert all(np.isfinite(tensor).all() for tensor in scratch.values())
+    assert np.abs(scratch["blocks.1.attn.qkv.kernel"] - scratch["blocks.2.attn.qkv.kernel"]).max() > 0, "blocks start apart"
