@@ -1,6 +1,7 @@
 """Published checkpoint files, read tensor by tensor: `.safetensors` and `.npz` with NumPy alone, `.pth`, `.pt` and `.bin` by torch.
 
-Nothing here runs code that a file holds: torch unpickles tensors only, NumPy unpickles nothing.
+Nothing here runs code that a file holds: torch unpickles tensors only, NumPy unpickles nothing, and of a TorchScript archive (OpenAI's
+CLIP) only the tensors are read, without torch.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -17,6 +18,7 @@ import ml_dtypes  # noqa: F401  its import teaches NumPy, and so safetensors, th
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
+from conversion import torchscript
 from jaxdg import weights
 
 TORCH = (".pth", ".pt", ".bin")
@@ -42,6 +44,10 @@ def opened(path: str | Path) -> Iterator[Checkpoint]:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"no checkpoint at {path}; give the file that was downloaded")
+    if path.suffix in TORCH and torchscript.recognised(path):
+        with _torchscript(path) as file:
+            yield file
+        return
     if path.suffix in TORCH:
         tensors = _torch_tensors(path)
         yield Checkpoint(list(tensors), lambda name: _from_torch(tensors[name]))
@@ -107,8 +113,28 @@ def import_torch(path: Path):
     return torch
 
 
+@contextlib.contextmanager
+def _torchscript(path: Path) -> Iterator[Checkpoint]:
+    """The tensors of a TorchScript archive, whose program is not run."""
+    with zipfile.ZipFile(path) as archive:
+        try:
+            tensors = torchscript.tensors(archive)
+        except torchscript.ForeignCode as error:
+            raise _pickled_code(path, str(error)) from error
+        except Exception as error:  # an unpickler fails in every way on damaged bytes
+            raise _broken(path, error) from error
+
+        def read(name: str) -> np.ndarray:
+            try:
+                return tensors[name]()
+            except BROKEN as error:
+                raise _broken(path, error, name) from error
+
+        yield Checkpoint(list(tensors), read)
+
+
 def _torch_tensors(path: Path) -> dict[str, Any]:
-    """The state dict of a torch file, also one level down under "model" or "state_dict"."""
+    """The state dict of a torch file, also one level down under "model", "module" or "state_dict"."""
     torch = import_torch(path)
     try:
         # Tensors stay in the file until they are read; the legacy format, no zip archive, cannot do that.
@@ -116,24 +142,28 @@ def _torch_tensors(path: Path) -> dict[str, Any]:
     except (pickle.UnpicklingError, RuntimeError, *BROKEN) as error:
         code = re.search(r"GLOBAL (\S+)", str(error))
         if code:
-            raise ValueError(
-                f"{path} is refused: it holds pickled code ({code[1]}) beside its tensors, and loading it could run anything on this "
-                "machine; save its state_dict() alone where you trust it, then convert that"
-            ) from error
+            raise _pickled_code(path, code[1]) from error
         raise _broken(path, error) from error
     if isinstance(content, dict):
-        content = next((content[key] for key in ("model", "state_dict") if isinstance(content.get(key), dict)), content)
+        content = next((content[key] for key in ("model", "module", "state_dict") if isinstance(content.get(key), dict)), content)
     if not isinstance(content, dict) or not content:
         raise ValueError(f"{path} holds a {type(content).__name__}, no state dict; save the model's state_dict() and convert that")
     odd = [str(key) for key, value in content.items() if not (isinstance(key, str) and isinstance(value, torch.Tensor))]
     if odd:
-        raise ValueError(f"{path} holds no plain state dict, also not under model or state_dict: no tensors are {', '.join(odd)}")
+        raise ValueError(f"{path} holds no plain state dict, also not under model, module or state_dict: no tensors are {', '.join(odd)}")
     return content
 
 
 def _from_torch(tensor: Any) -> np.ndarray:
     tensor = tensor.detach()
     return (tensor.float() if tensor.is_floating_point() else tensor).numpy()
+
+
+def _pickled_code(path: Path, name: str) -> ValueError:
+    return ValueError(
+        f"{path} is refused: it holds pickled code ({name}) beside its tensors, and loading it could run anything on this "
+        "machine; save its state_dict() alone where you trust it, then convert that"
+    )
 
 
 def _broken(path: Path, error: Exception, name: str = "") -> ValueError:

@@ -101,7 +101,7 @@ def to_flax(module: nnx.Module, layouts: Iterable[Layout], names: list[str], rea
             misfits += [f"{name} holds {part.dtype}" for name, part in parts.items() if not jnp.issubdtype(part.dtype, jnp.floating)]
             # Source shapes are compared, not the target's: a transform that joins heads would let a wrong number of them pass.
             wrong = [f"{name} is {part.shape}, not {expected[name]}" for name, part in parts.items() if part.shape != expected[name]]
-            if wrong and not (row.resized and _fits(module, target, parts[sources[0]], wanted[target])):
+            if wrong and not (row.resized and _fits(module, target, row.transform.forward(*parts.values()), wanted[target])):
                 misfits += wrong
             elif not misfits:
                 tensors[target] = np.ascontiguousarray(row.transform.forward(*(part.astype(np.float32) for part in parts.values())))

@@ -22,7 +22,7 @@ if not __package__:  # run as a script: the repository is not on the path yet, a
 from flax import nnx
 import numpy as np
 
-from conversion import checkpoint, mapping, vit
+from conversion import checkpoint, clip, eva02, mapping, vit
 import jaxdg
 from jaxdg import backbones, weights
 
@@ -36,6 +36,11 @@ def layouts(name: str) -> tuple[mapping.Layout, ...]:
     entry = backbones.entry(name)
     if not entry.source:
         raise ValueError(f"{name} is trained from scratch and has no published weights; --list shows the encoders that have")
+    match entry.config:
+        case backbones.Eva02Config():
+            return eva02.layouts(entry.config)
+        case backbones.ClipVitConfig():
+            return clip.layouts()
     return vit.layouts(entry.config)
 
 
@@ -68,12 +73,17 @@ def convert(name: str, source: Path, out: Path) -> str:
         "left_out": converted.left_out,
         "jaxdg": jaxdg.__version__,
     }
+    config = backbones.entry(name).config
+    if isinstance(config, backbones.ClipVitConfig):
+        about["activation"] = config.activation  # no tensor tells it; loading checks it
     weights.save(converted.tensors, out, about)
 
     lines = [f"{name} from {source.name}: {total - len(converted.left_out)} of {total} tensors mapped (layout: {converted.layout.name})"]
     for reason in dict.fromkeys(converted.left_out.values()):
         lines.append(f"  left out: {', '.join(key for key, why in converted.left_out.items() if why == reason)} ({reason})")
     lines += [f"  {key}: {_grid(tensor)}" for key, tensor in converted.tensors.items() if key.endswith("pos_embed")]
+    if "activation" in about:
+        lines.append(f"  activation: {about['activation']}, as {name} says; the file itself does not tell (--list shows which encoder is for which)")
     return "\n".join([*lines, f"  wrote {out}: {len(converted.tensors)} tensors, {out.stat().st_size} bytes"])
 
 

@@ -7,8 +7,10 @@ import dataclasses
 import difflib
 import importlib.util
 import json
+import math
 import os
 from pathlib import Path
+import re
 import types
 import typing
 from typing import Any
@@ -176,6 +178,14 @@ class Config:
 # Changing these leaves the run the same, so a resumed run may differ in them.
 FREE_FIELDS = ("mesh.", "data.workers", "data.root", "log_every", "eval_every", "checkpoint_every")
 
+
+def _are_factors(pairs: tuple[tuple[str, float], ...]) -> bool:
+    try:
+        return all(re.compile(pattern) and factor >= 0 for pattern, factor in pairs)
+    except re.error:
+        return False
+
+
 # (field, what is allowed, test); types are checked from the annotations. Choices stand here because flags cannot parse Literal.
 _RULES: tuple[tuple[str, str, Any], ...] = (
     ("steps", "at least 1", lambda v: v >= 1),
@@ -200,14 +210,22 @@ _RULES: tuple[tuple[str, str, Any], ...] = (
     ("data.brightness", "0 to 255", lambda v: 0 <= v <= 255),
     ("data.contrast", "0 to 1", lambda v: 0 <= v <= 1),
     ("data.streets.size", "two sides of at least 32 pixels", lambda v: min(v) >= 32),
+    ("data.streets.images", "at least 1", lambda v: v >= 1),
+    ("data.streets.val_images", "at least 1", lambda v: v >= 1),
+    ("data.streets.seed", "0 or more", lambda v: v >= 0),
     ("model.drop_path", "0 to below 1", lambda v: 0 <= v < 1),
     ("optimizer.learning_rate", "above 0", lambda v: v > 0),
+    ("optimizer.encoder_factor", "0 or more", lambda v: v >= 0),
     ("optimizer.warmup_steps", "0 or more", lambda v: v >= 0),
     ("optimizer.power", "0 or more", lambda v: v >= 0),
     ("optimizer.betas", "two numbers of 0 to below 1", lambda v: all(0 <= x < 1 for x in v)),
+    ("optimizer.epsilon", "above 0", lambda v: v > 0),
     ("optimizer.weight_decay", "0 or more", lambda v: v >= 0),
     ("optimizer.clip", "0 (off) or more", lambda v: v >= 0),
     ("optimizer.accumulate", "at least 1", lambda v: v >= 1),
+    ("optimizer.learning_rate_factors", "(regular expression, factor of 0 or more) pairs", _are_factors),
+    ("optimizer.weight_decay_factors", "(regular expression, factor of 0 or more) pairs", _are_factors),
+    ("evaluation.domains", "at least one", lambda v: len(v) >= 1),
     ("evaluation.stride", "two steps of at least 1 pixel", lambda v: min(v) >= 1),
     ("evaluation.batch_size", "at least 1", lambda v: v >= 1),
     ("evaluation.windows_per_call", "at least 1", lambda v: v >= 1),
@@ -245,7 +263,7 @@ def get(config: Any, field: str) -> Any:
 def _coerce(value: Any, annotation: Any, where: str) -> Any:
     """`value` as `annotation` says, from dataclasses, JSON or the command line; ValueError names the field and what is allowed."""
     origin, args = typing.get_origin(annotation), typing.get_args(annotation)
-    fail = ValueError(f"{where} is {value!r}; allowed: {_describe(annotation)}")
+    fail = ValueError(f"{where or 'the configuration'} is {value!r}; allowed: {_describe(annotation)}")
     if origin in (typing.Union, types.UnionType):
         if value is None or value == "None":
             return None
@@ -257,8 +275,9 @@ def _coerce(value: Any, annotation: Any, where: str) -> Any:
             raise fail
         hints = typing.get_type_hints(annotation)
         prefix = where + "." if where else ""
-        for key in value.keys() - hints.keys():
-            raise ValueError(unknown_field(prefix + key, key, hints))
+        for key in value:
+            if key not in hints:
+                raise ValueError(unknown_field(prefix + key, key, hints))
         make: Any = annotation
         return make(**{key: _coerce(v, hints[key], prefix + key) for key, v in value.items()})
     if origin is tuple:
@@ -291,10 +310,10 @@ def _coerce(value: Any, annotation: Any, where: str) -> Any:
             if isinstance(value, bool):
                 raise fail
             number = float(value)
-            if number != number:
+            if not math.isfinite(number):
                 raise fail
             return number
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         raise fail from None
     if annotation is str and not isinstance(value, str):
         raise fail
@@ -331,18 +350,15 @@ def check_overrides(arguments: list[str]) -> None:
     for argument in arguments:
         if not argument.startswith(("--config.", "-config.", "--noconfig.")):
             continue
-        field = argument.lstrip("-").removeprefix("no").removeprefix("config.").split("=")[0]
+        parts = argument.lstrip("-").removeprefix("no").removeprefix("config.").split("=")[0].split(".")
         holder: Any = Config
-        for part in field.split("."):
-            hints = typing.get_type_hints(holder) if dataclasses.is_dataclass(holder) else {}
-            if not hints:
-                break
+        for i, part in enumerate(parts):
+            if not dataclasses.is_dataclass(holder):
+                owner = ".".join(parts[:i])
+                raise ValueError(f"unknown field {'.'.join(parts)}; {owner} has no parts, give --config.{owner}=VALUE")
+            hints = typing.get_type_hints(holder)
             if part not in hints:
-                raise ValueError(
-                    unknown_field(field, part, hints)
-                    if field.endswith(part)
-                    else unknown_field(field[: field.index(part) + len(part)], part, hints)
-                )
+                raise ValueError(unknown_field(".".join(parts[: i + 1]), part, hints))
             holder = next((a for a in typing.get_args(hints[part]) if dataclasses.is_dataclass(a)), hints[part])
 
 

@@ -4,7 +4,8 @@ A module holds equal blocks as stacked segments (`blocks.segments.6.norm1.scale`
 block 6, leading axis = its blocks). Files and
 all regular expressions (freezing, weight decay, learning rates, sharding) see one name a block (`blocks.7.norm1.scale`), so they do
 not depend on where segments end. This module knows no model: a module with a method `adapt(name, tensor) -> tensor or None`
-says how its own stored tensors are fitted to it (positions resized) or that it has no use for one.
+says how its own stored tensors are fitted to it (positions resized) or that it has no use for one; a method `check(metadata)` raises
+ValueError where a file was made for another module of the same shapes.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -104,6 +105,12 @@ def load(module: nnx.Module, path: str | Path) -> None:
         ValueError: not a safetensors file, or tensors that are missing, left over or of another shape, all of them named.
     """
     stored = read(path)
+    check = getattr(module, "check", None)
+    if check is not None:
+        try:
+            check(metadata(path))
+        except ValueError as error:
+            raise ValueError(f"{path} does not fit this {type(module).__name__}: {error}") from error
     adapt = getattr(module, "adapt", None)
     if adapt is not None:
         stored = {name: fitted for name, tensor in stored.items() if (fitted := adapt(name, tensor)) is not None}

@@ -69,9 +69,9 @@ def timm_tokens(weights: dict[str, np.ndarray], images: np.ndarray, blocks: tupl
     return seen, output.numpy()
 
 
-def random_weights(width: int, depth: int, patch: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
+def random_weights(width: int, depth: int, patch: int, grid: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
     """A random encoder whose attention is far from uniform; numbers that float16 holds, so that the file packs well."""
-    shapes = {"cls_token": (1, 1, width), "pos_embed": (1, 1 + TRAINED**2, width), "patch_embed.proj.weight": (width, 3, patch, patch)}
+    shapes = {"cls_token": (1, 1, width), "pos_embed": (1, 1 + grid**2, width), "patch_embed.proj.weight": (width, 3, patch, patch)}
     shapes |= {"patch_embed.proj.bias": (width,)}
     for i in range(depth):
         for name, inputs, outputs in (("attn.qkv", 1, 3), ("attn.proj", 1, 1), ("mlp.fc1", 1, 4), ("mlp.fc2", 4, 1)):
@@ -88,7 +88,7 @@ def random_weights(width: int, depth: int, patch: int, rng: np.random.Generator)
 
 def make_random() -> dict[str, np.ndarray]:
     """The random encoder and its tokens."""
-    weights = random_weights(width=24, depth=4, patch=16, rng=np.random.default_rng(0))
+    weights = random_weights(width=24, depth=4, patch=16, grid=TRAINED, rng=np.random.default_rng(0))
     unused = {"norm.weight": np.ones(24, np.float32), "norm.bias": np.zeros(24, np.float32)}
     arrays = {f"weights/{name}": tensor for name, tensor in weights.items()}
     for height, width in SIZES:

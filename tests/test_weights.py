@@ -11,23 +11,23 @@ from jaxdg import weights
 from jaxdg.backbones import Pyramid, Vit, VitConfig
 
 
-def encoder(taps, boundaries=(), abstract=True, depth=13):
-    """A small encoder of 13 blocks: past ten, the order of names and of numbers part."""
-    config = VitConfig(image_size=(8, 8), patch_size=4, width=8, depth=depth, heads=2, taps=taps, boundaries=boundaries)
-    make = lambda: Vit(config, rngs=nnx.Rngs(0))
-    return nnx.eval_shape(make) if abstract else make()
+def encoder(taps, boundaries=()):
+    """A small abstract encoder of 13 blocks: past ten, the order of names and of numbers part."""
+    config = VitConfig(image_size=(8, 8), patch_size=4, width=8, depth=13, heads=2, taps=taps, boundaries=boundaries)
+    return nnx.eval_shape(lambda: Vit(config, rngs=nnx.Rngs(0)))
 
 
-def numbered(module):
-    """Fills a module with a different constant for each block and parameter, block number first: 7.03 is block 7, parameter 3."""
+def numbered(taps, boundaries):
+    """An encoder each of whose blocks holds its own number everywhere, plus a hundredth for each kind of parameter: 7.03 is block 7."""
+    module = encoder(taps, boundaries)
     kinds = sorted({path[-2:] for path, _ in nnx.to_flat_state(nnx.state(module, nnx.Param))})
-    start = dict(zip(range(99), np.cumsum([0, *np.diff((-1, *module.blocks.ends))]), strict=False))
     for path, variable in nnx.to_flat_state(nnx.state(module, nnx.Param)):
-        number = kinds.index(path[-2:]) / 100
+        value = np.full(variable.shape, kinds.index(path[-2:]) / 100, np.float32)
         if "segments" in path:
-            layers = start[path[path.index("segments") + 1]] + np.arange(variable.shape[0])
-            number = number + layers.reshape(-1, *[1] * (len(variable.shape) - 1))
-        variable[...] = jnp.broadcast_to(jnp.asarray(number, jnp.float32), variable.shape)
+            first = int(path[path.index("segments") + 1])
+            assert first in (0, *(end + 1 for end in module.blocks.ends)), "a segment is called by its first block"
+            value += first + np.arange(len(value), dtype=np.float32).reshape(-1, *[1] * (value.ndim - 1))
+        variable.set_value(jnp.asarray(value))
     return module
 
 
@@ -48,7 +48,7 @@ def test_names_and_shapes_do_not_depend_on_segments(taps, boundaries):
 @pytest.mark.parametrize(("taps", "boundaries"), CUTS)
 def test_slots_point_at_the_right_layer(taps, boundaries):
     """Following a slot by hand finds the numbers that were put into that block."""
-    module = numbered(encoder(taps, boundaries, abstract=False))
+    module = numbered(taps, boundaries)
     flat = dict(nnx.to_flat_state(nnx.state(module, nnx.Param)))
     found = weights.tensors(module)
     slots = weights.slots(nnx.state(module, nnx.Param))
@@ -64,7 +64,7 @@ def test_slots_point_at_the_right_layer(taps, boundaries):
 @pytest.mark.parametrize(("taps", "boundaries"), CUTS)
 def test_factors_land_on_their_layer(taps, boundaries):
     """A factor tree times the parameters scales each named tensor by its own factor, whatever the cut."""
-    module = numbered(encoder(taps, boundaries, abstract=False))
+    module = numbered(taps, boundaries)
     before = {name: tensor.copy() for name, tensor in weights.tensors(module).items()}
 
     def factor(name):
@@ -130,9 +130,5 @@ def test_unreadable_files_are_named(tmp_path):
 def test_rules_are_first_match():
     """The first regex that is found decides; none leaves the default."""
     rules = (("norm", 0.0), (r"^blocks\.1\.", 0.5))
-    assert [weights.first_match(name, rules) for name in ("blocks.1.norm1.scale", "blocks.1.mlp.fc1.bias", "blocks.11.mlp.fc1.bias")] == [
-        0,
-        0.5,
-        1,
-    ]
-    assert weights.first_match("x", rules, default=3.0) == 3.0
+    names = ("blocks.1.norm1.scale", "blocks.1.mlp.fc1.bias", "blocks.11.mlp.fc1.bias")
+    assert [weights.first_match(name, rules, 1.0) for name in names] == [0.0, 0.5, 1.0]

@@ -129,7 +129,7 @@ class Vit(nnx.Module):
         """Channels of each tap's features."""
         return (self.config.width,) * len(self.config.taps)
 
-    def __call__(self, images: Float[Array, "b h w 3"], key: Key[Array, ""] | None = None) -> tuple[Float[Array, "b gh gw c"], ...]:
+    def __call__(self, images: Float[Array | np.ndarray, "b h w 3"], key: Key[Array, ""] | None = None) -> tuple[Float[Array, "b gh gw c"], ...]:
         """Features of the patch tokens.
 
         Args:
@@ -142,7 +142,7 @@ class Vit(nnx.Module):
         rows, columns = self.config.grid
         return tuple(t[:, 1:].reshape(t.shape[0], rows, columns, -1) for t in self.tokens(images, key))
 
-    def tokens(self, images: Float[Array, "b h w 3"], key: Key[Array, ""] | None = None) -> tuple[Float[Array, "b n c"], ...]:
+    def tokens(self, images: Float[Array | np.ndarray, "b h w 3"], key: Key[Array, ""] | None = None) -> tuple[Float[Array, "b n c"], ...]:
         """All tokens at the taps, the class token first: [b, 1 + rows * columns, c] each."""
         c = self.config
         if images.shape[1:3] != c.image_size:
@@ -151,7 +151,7 @@ class Vit(nnx.Module):
                 f"the encoder was built for {c.image_size[0]}x{c.image_size[1]} images and got {h}x{w}; "
                 f"create it with image_size=({h}, {w}) or resize the images"
             )
-        x = self.patch_embed(images)
+        x = self.patch_embed(jnp.asarray(images))
         cls = jnp.broadcast_to(self.cls_token[...], (x.shape[0], 1, c.width))
         x = jnp.concatenate([cls.astype(x.dtype), x], axis=1) + self.pos_embed[...].astype(x.dtype)
         keep = layers.drop_path_scales(key, c.drop_path, c.depth, x.shape[0])[: c.taps[-1] + 1]

@@ -64,7 +64,7 @@ class FolderOptions:
     image_suffix: str = ""
     label_suffix: str = ".png"
     classes: tuple[str, ...] = CITYSCAPES.names
-    id_map: dict = dataclasses.field(default_factory=dict)
+    id_map: dict[int, int] = dataclasses.field(default_factory=dict)
     ignore: tuple[int, ...] = (255,)
     colors: tuple[tuple[int, int, int], ...] = ()
 
@@ -129,7 +129,12 @@ class Files:
 
 
 class Streets:
-    """Generated street scenes; scene `i` of every domain shows the same world."""
+    """Generated street scenes; scene `i` of every domain shows the same world.
+
+    A scene is drawn once and then kept while the kept ones fit into `CACHE_BYTES`, because drawing takes longer than reading a file.
+    """
+
+    CACHE_BYTES = 256 << 20
 
     def __init__(self, domain: str, options: StreetsOptions, train: bool):
         self.domain = domain
@@ -138,6 +143,10 @@ class Streets:
         self.count = options.images if train else options.val_images
         # Even seeds train, odd seeds validate: no two runs, whatever their seeds, ever train on another's validation scenes.
         self.seed = 2 * options.seed + (0 if train else 1)
+        self._drawn: dict[int, dict[str, np.ndarray]] = {}
+
+    def __getstate__(self) -> dict:
+        return {**self.__dict__, "_drawn": {}}  # worker processes draw their own
 
     def __len__(self) -> int:
         return self.count
@@ -151,8 +160,15 @@ class Streets:
     def __getitem__(self, i: int) -> dict[str, np.ndarray]:
         from jaxdg.data import streets
 
+        if i in self._drawn:
+            return self._drawn[i]
         scene = streets.render(self.seed, i, self.domain, size=self.image_size)
-        return {"image": scene.image, "label": scene.label}
+        sample = {"image": scene.image, "label": scene.label}
+        for array in sample.values():
+            array.flags.writeable = False  # it is handed out again
+        if (len(self._drawn) + 1) * sum(a.nbytes for a in sample.values()) <= self.CACHE_BYTES:
+            self._drawn[i] = sample
+        return sample
 
 
 def open_domain(domain: str, *, root: str, train: bool, streets: StreetsOptions, folder: FolderOptions | None) -> Dataset:
@@ -230,8 +246,7 @@ def _folder(domain: str, root: str, train: bool, options: FolderOptions, labels:
     folders = [(os.path.join(root, fill(options.images)), os.path.join(root, fill(options.labels)))]
     pairs = index.index_pairs(folders, image_suffix=options.image_suffix, label_suffix=options.label_suffix)
     names = labels.names
-    # JSON has string keys only, so a saved configuration brings the ids back as strings.
-    id_map = {int(source): int(target) for source, target in options.id_map.items()} or {i: i for i in range(len(names))}
+    id_map = options.id_map or {i: i for i in range(len(names))}
     outside = sorted({target for target in id_map.values() if target >= len(names) and target != IGNORE})
     if outside:
         raise ValueError(f"data.folder.id_map maps to train ids {outside}, but data.folder.classes has {len(names)} classes")

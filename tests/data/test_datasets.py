@@ -1,7 +1,6 @@
 """Opening domains: layouts, label tables, the start-up check and what a damaged file says."""
 
 import dataclasses
-import json
 import os
 from pathlib import Path
 import pickle
@@ -130,13 +129,6 @@ def test_folder_layout(root):
     raw = np.array(Image.open(root / "gt/town/b/c.png"))
     np.testing.assert_array_equal(dataset[1]["label"], np.select([raw == 7, raw == 23], [0, 1], 255))
     assert dataset[1]["image"].shape == (24, 16, 3)
-
-
-def test_folder_options_survive_json(root):
-    """The id map read back from a saved configuration, where keys are strings, opens the same dataset."""
-    again = dataclasses.replace(CLASSES, id_map=json.loads(json.dumps(CLASSES.id_map)))
-    assert set(again.id_map) == {"7", "23"}
-    np.testing.assert_array_equal(open_town(root, again)[0]["label"], open_town(root)[0]["label"])
 
 
 def test_domain_names_may_be_paths_and_suffixes_trim_names(tmp_path):

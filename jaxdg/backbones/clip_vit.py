@@ -1,0 +1,123 @@
+"""CLIP's vision transformer (Radford et al. 2021), as OpenAI and open_clip publish it.
+
+A plain vision transformer with a LayerNorm before the first block, patches without bias, and epsilon 1e-5. OpenAI trained with the
+activation x * sigmoid(1.702 x), "QuickGELU", most of open_clip's own models with GELU by its exact formula. No tensor tells which, so a
+converted file records it, and one made for the other activation is refused at load. Attribute names are those of timm's ViT.
+"""
+
+from collections.abc import Mapping
+import dataclasses
+from typing import Literal
+
+from flax import nnx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Key
+
+from jaxdg.backbones import layers
+from jaxdg.backbones.vit import Attention, Vit, VitConfig
+
+EPSILON = 1e-5
+
+
+@dataclasses.dataclass(frozen=True)
+class ClipVitConfig(VitConfig):
+    """A CLIP image tower; fields of `VitConfig`, and one that belongs to the weights.
+
+    Attributes:
+        activation: of the MLP, "quick_gelu" or "gelu".
+    """
+
+    activation: Literal["quick_gelu", "gelu"] = "quick_gelu"
+
+
+class Mlp(nnx.Module):
+    """Two linear layers with the activation between."""
+
+    def __init__(self, config: ClipVitConfig, *, rngs: nnx.Rngs):
+        c, dtype = config.width, jnp.dtype(config.dtype)
+        self.activation = config.activation
+        self.fc1 = nnx.Linear(c, 4 * c, dtype=dtype, rngs=rngs)
+        self.fc2 = nnx.Linear(4 * c, c, dtype=dtype, rngs=rngs)
+
+    def __call__(self, x: Float[Array, "b n c"]) -> Float[Array, "b n c"]:
+        y = self.fc1(x)
+        return self.fc2(y * jax.nn.sigmoid(1.702 * y) if self.activation == "quick_gelu" else jax.nn.gelu(y, approximate=False))
+
+
+class Block(nnx.Module):
+    """Attention and MLP, each behind a LayerNorm and a residual."""
+
+    def __init__(self, config: ClipVitConfig, *, rngs: nnx.Rngs):
+        self.norm1 = nnx.LayerNorm(config.width, epsilon=EPSILON, rngs=rngs)
+        self.attn = Attention(config, rngs=rngs)
+        self.norm2 = nnx.LayerNorm(config.width, epsilon=EPSILON, rngs=rngs)
+        self.mlp = Mlp(config, rngs=rngs)
+
+    def __call__(self, x: Float[Array, "b n c"], keep: Float[Array, "2 b 1 1"]) -> Float[Array, "b n c"]:
+        """`keep` scales the two branches (drop path)."""
+        x = x + keep[0].astype(x.dtype) * self.attn(self.norm1(x))
+        return x + keep[1].astype(x.dtype) * self.mlp(self.norm2(x))
+
+
+class PatchEmbed(nnx.Module):
+    """Non-overlapping patches, each projected to a token without a bias."""
+
+    def __init__(self, config: ClipVitConfig, *, rngs: nnx.Rngs):
+        patch, dtype = (config.patch_size, config.patch_size), jnp.dtype(config.dtype)
+        self.proj = nnx.Conv(3, config.width, patch, strides=patch, padding="VALID", use_bias=False, dtype=dtype, rngs=rngs)
+
+    def __call__(self, images: Float[Array, "b h w 3"]) -> Float[Array, "b n c"]:
+        x = self.proj(images)
+        return x.reshape(x.shape[0], -1, x.shape[-1])
+
+
+class ClipVit(Vit):
+    """Image to features at the taps; called as `Vit` is."""
+
+    config: ClipVitConfig
+
+    def __init__(self, config: ClipVitConfig, *, rngs: nnx.Rngs):
+        """Builds the encoder with random parameters; see `jaxdg.backbones.create` for named variants with weights."""
+        self.config = config
+        rows, columns = config.grid
+        init = nnx.initializers.normal(config.width**-0.5)
+        self.cls_token = nnx.Param(init(rngs.params(), (1, 1, config.width)))
+        self.pos_embed = nnx.Param(init(rngs.params(), (1, 1 + rows * columns, config.width)))
+        self.patch_embed = PatchEmbed(config, rngs=rngs)
+        self.norm_pre = nnx.LayerNorm(config.width, epsilon=EPSILON, rngs=rngs)
+        depth = config.taps[-1] + 1  # blocks past the last tap feed nothing
+        ends = [end for end in (*config.taps, *config.boundaries) if end < depth]
+        self.blocks = layers.Stack(lambda rngs: Block(config, rngs=rngs), depth, ends, remat=config.remat, rngs=rngs)
+
+    def tokens(self, images: Float[Array, "b h w 3"], key: Key[Array, ""] | None = None) -> tuple[Float[Array, "b n c"], ...]:
+        """All tokens at the taps, the class token first: [b, 1 + rows * columns, c] each."""
+        c = self.config
+        if images.shape[1:3] != c.image_size:
+            h, w = images.shape[1:3]
+            raise ValueError(
+                f"the encoder was built for {c.image_size[0]}x{c.image_size[1]} images and got {h}x{w}; "
+                f"create it with image_size=({h}, {w}) or resize the images"
+            )
+        x = self.patch_embed(images)
+        cls = jnp.broadcast_to(self.cls_token[...], (x.shape[0], 1, c.width))
+        x = jnp.concatenate([cls.astype(x.dtype), x], axis=1) + self.pos_embed[...].astype(x.dtype)
+        keep = layers.drop_path_scales(key, c.drop_path, c.depth, x.shape[0])[: c.taps[-1] + 1]
+        outputs = self.blocks(self.norm_pre(x).astype(x.dtype), keep)
+        return tuple(outputs[tap] for tap in c.taps)
+
+    def check(self, about: Mapping[str, str]) -> None:
+        """Refuses weights that were trained with another activation.
+
+        Args:
+            about: what the file says of itself.
+
+        Raises:
+            ValueError: its conversion recorded another activation, or none.
+        """
+        mine, theirs = self.config.activation, about.get("activation")
+        if theirs != mine:
+            raise ValueError(
+                f"these weights were converted as {about.get('model', 'no known encoder')} for the activation {theirs or 'nobody knows'}, "
+                f"and this encoder computes {mine}; create the encoder that they were converted for"
+            )

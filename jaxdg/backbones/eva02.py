@@ -1,0 +1,164 @@
+"""EVA-02 (Fang et al. 2023) and its CLIP-trained form EVA-02-CLIP (Sun et al. 2023), the encoder of VLTSeg.
+
+A plain vision transformer with rotary positions beside the learned ones, a gated MLP (SwiGLU) and extra LayerNorms ("sub-LN") before
+the attention's output projection and inside the MLP. Attribute names are those of baaivision/EVA. Rotary tables are computed for any
+grid of tokens, never loaded; learned positions are resized as EVA's own code does it, by plain bicubic interpolation.
+"""
+
+import dataclasses
+
+from flax import nnx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+import numpy as np
+
+from jaxdg.backbones import layers
+from jaxdg.backbones.vit import PatchEmbed, Vit, VitConfig
+
+PRETRAINED_GRID = 16  # rows and columns on which rotary positions count in whole steps, whatever the grid of the run
+THETA = 10_000.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Eva02Config(VitConfig):
+    """An EVA-02 encoder; fields of `VitConfig`, and what its published variants differ in.
+
+    Attributes:
+        subln: separate projections and a LayerNorm in the MLP (MIM-L, CLIP), or fused ones without (MIM-Ti, MIM-S).
+        inner_attn_ln: LayerNorm on the joined heads before the output projection (CLIP).
+        random_positions: as the public VLTSeg re-implementation loads weights, kept to reproduce its results: learned positions of
+            another grid than the run's are drawn anew instead of being resized, and a stored `inner_attn_ln` is left unused.
+    """
+
+    subln: bool = True
+    inner_attn_ln: bool = True
+    random_positions: bool = False
+
+    @property
+    def hidden(self) -> int:
+        """Channels inside the MLP."""
+        return 8 * self.width // 3  # theirs is int(2.6667 * width)
+
+
+def rotary_tables(grid: tuple[int, int], dim: int) -> tuple[Float[Array, "n d"], Float[Array, "n d"]]:
+    """Cosines and sines by which pairs of a head's channels are turned.
+
+    Args:
+        grid: rows and columns of tokens; mapped on the pre-training's 16x16, so that positions are `arange(rows) / rows * 16`.
+        dim: channels of a head; a quarter of them are frequencies for y, a quarter for x, and each turns one pair.
+
+    Returns:
+        Two of [rows * columns, dim / 2], y before x.
+    """
+    frequencies = THETA ** -(jnp.arange(dim // 4, dtype=jnp.float32) / (dim // 4))
+    angles = [jnp.arange(side, dtype=jnp.float32)[:, None] / side * PRETRAINED_GRID * frequencies for side in grid]
+    y, x = jnp.broadcast_to(angles[0][:, None], (*grid, dim // 4)), jnp.broadcast_to(angles[1], (*grid, dim // 4))
+    both = jnp.concatenate([y, x], axis=-1).reshape(-1, dim // 2)
+    return jnp.cos(both), jnp.sin(both)
+
+
+def rotate(x: Float[Array, "b n heads c"], cos: Float[Array, "p d"], sin: Float[Array, "p d"]) -> Float[Array, "b n heads c"]:
+    """Turns channels (0, 1), (2, 3), .. of the patch tokens, which follow the class token, by their positions' angles."""
+    pairs = x[:, 1:].astype(jnp.float32).reshape(x.shape[0], -1, x.shape[2], cos.shape[1], 2)
+    even, odd, cos, sin = pairs[..., 0], pairs[..., 1], cos[:, None], sin[:, None]
+    turned = jnp.stack([even * cos - odd * sin, odd * cos + even * sin], axis=-1)
+    return jnp.concatenate([x[:, :1], turned.reshape(x[:, 1:].shape).astype(x.dtype)], axis=1)
+
+
+class Attention(nnx.Module):
+    """Multi-head self-attention with rotary positions and a bias on queries and values, none on keys."""
+
+    def __init__(self, config: Eva02Config, *, rngs: nnx.Rngs):
+        c, kw = config.width, dict(dtype=jnp.dtype(config.dtype), rngs=rngs)
+        self.heads, self.subln = config.heads, config.subln
+        if config.subln:
+            self.q_proj, self.k_proj, self.v_proj = (nnx.Linear(c, c, use_bias=False, **kw) for _ in range(3))
+        else:
+            self.qkv = nnx.Linear(c, 3 * c, use_bias=False, **kw)
+        self.q_bias, self.v_bias = nnx.Param(jnp.zeros(c)), nnx.Param(jnp.zeros(c))
+        self.inner_attn_ln = nnx.LayerNorm(c, epsilon=1e-6, rngs=rngs) if config.inner_attn_ln else None
+        self.proj = nnx.Linear(c, c, **kw)
+
+    def __call__(self, x: Float[Array, "b n c"], cos: Float[Array, "p d"], sin: Float[Array, "p d"]) -> Float[Array, "b n c"]:
+        q, k, v = (self.q_proj(x), self.k_proj(x), self.v_proj(x)) if self.subln else jnp.split(self.qkv(x), 3, axis=-1)
+        q, v = q + self.q_bias[...].astype(q.dtype), v + self.v_bias[...].astype(v.dtype)
+        q, k, v = (t.reshape(*t.shape[:2], self.heads, -1) for t in (q, k, v))
+        y = jax.nn.dot_product_attention(rotate(q, cos, sin), rotate(k, cos, sin), v).reshape(x.shape)
+        return self.proj(y if self.inner_attn_ln is None else self.inner_attn_ln(y))
+
+
+class SwiGlu(nnx.Module):
+    """The gated MLP: `w3(LayerNorm(silu(w1 x) * (w2 x)))`, or w1 and w2 fused and no norm."""
+
+    def __init__(self, config: Eva02Config, *, rngs: nnx.Rngs):
+        c, hidden, kw = config.width, config.hidden, dict(dtype=jnp.dtype(config.dtype), rngs=rngs)
+        self.subln = config.subln
+        if config.subln:
+            self.w1, self.w2 = nnx.Linear(c, hidden, **kw), nnx.Linear(c, hidden, **kw)
+            self.ffn_ln = nnx.LayerNorm(hidden, epsilon=1e-6, rngs=rngs)
+        else:
+            self.w12 = nnx.Linear(c, 2 * hidden, **kw)
+        self.w3 = nnx.Linear(hidden, c, **kw)
+
+    def __call__(self, x: Float[Array, "b n c"]) -> Float[Array, "b n c"]:
+        gate, value = (self.w1(x), self.w2(x)) if self.subln else jnp.split(self.w12(x), 2, axis=-1)
+        y = jax.nn.silu(gate) * value
+        return self.w3(self.ffn_ln(y) if self.subln else y)
+
+
+class Block(nnx.Module):
+    """Attention and MLP, each behind a LayerNorm and a residual."""
+
+    def __init__(self, config: Eva02Config, *, rngs: nnx.Rngs):
+        self.norm1 = nnx.LayerNorm(config.width, epsilon=1e-6, rngs=rngs)
+        self.attn = Attention(config, rngs=rngs)
+        self.norm2 = nnx.LayerNorm(config.width, epsilon=1e-6, rngs=rngs)
+        self.mlp = SwiGlu(config, rngs=rngs)
+
+    def __call__(
+        self, x: Float[Array, "b n c"], keep: Float[Array, "2 b 1 1"], cos: Float[Array, "p d"], sin: Float[Array, "p d"]
+    ) -> Float[Array, "b n c"]:
+        """`keep` scales the two branches (drop path); `cos` and `sin` are the rotary tables."""
+        x = x + keep[0].astype(x.dtype) * self.attn(self.norm1(x), cos, sin)
+        return x + keep[1].astype(x.dtype) * self.mlp(self.norm2(x))
+
+
+class Blocks(layers.Stack):
+    """The stacked blocks, every one of which gets the rotary tables of the encoder's grid."""
+
+    def __init__(self, config: Eva02Config, *, rngs: nnx.Rngs):
+        depth = config.taps[-1] + 1  # blocks past the last tap feed nothing
+        ends = [end for end in (*config.taps, *config.boundaries) if end < depth]
+        super().__init__(lambda rngs: Block(config, rngs=rngs), depth, ends, remat=config.remat, rngs=rngs)
+        self.grid, self.head_dim = config.grid, config.width // config.heads
+
+    def __call__(self, x: Float[Array, "b n c"], scales: Float[Array, "depth 2 b 1 1"]) -> dict[int, Array]:
+        return super().__call__(x, scales, *rotary_tables(self.grid, self.head_dim))
+
+
+class Eva02(Vit):
+    """Image to features at the taps; called as `Vit` is."""
+
+    config: Eva02Config
+
+    def __init__(self, config: Eva02Config, *, rngs: nnx.Rngs):
+        """Builds the encoder with random parameters; see `jaxdg.backbones.create` for named variants with weights."""
+        self.config = config
+        init = nnx.initializers.truncated_normal(0.02)
+        self.cls_token = nnx.Param(init(rngs.params(), (1, 1, config.width)))
+        self.pos_embed = nnx.Param(init(rngs.params(), (1, 1 + config.grid[0] * config.grid[1], config.width)))
+        self.patch_embed = PatchEmbed(config, rngs=rngs)
+        self.blocks = Blocks(config, rngs=rngs)
+
+    def adapt(self, name: str, tensor: np.ndarray) -> np.ndarray | None:
+        """Fits a stored tensor to this encoder as `Vit.adapt` does, but for the two deviations of `random_positions`."""
+        fitted = super().adapt(name, tensor)
+        if not self.config.random_positions or fitted is None:
+            return fitted
+        if ".inner_attn_ln." in name:
+            return None
+        if name == "pos_embed" and fitted.shape != tensor.shape:
+            # As after mmengine's load, which warns of another shape and goes on. One fixed draw: the same file, the same encoder.
+            return np.random.default_rng(0).normal(0.0, 0.02, fitted.shape).astype(np.float32)
+        return fitted

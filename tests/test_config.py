@@ -1,0 +1,339 @@
+"""Configurations: every value of its declared type or an error that names the field, and files that give back what was saved."""
+
+import ast
+import dataclasses
+import json
+from pathlib import Path
+import re
+
+import pytest
+
+from jaxdg import config as config_lib
+from jaxdg.config import Config
+from jaxdg.data.datasets import FolderOptions, StreetsOptions
+
+CONFIGS = sorted((Path(__file__).resolve().parent.parent / "configs").glob("*.py"))
+ALL = [
+    Config,
+    config_lib.MeshConfig,
+    config_lib.DataConfig,
+    config_lib.ModelConfig,
+    config_lib.OptimizerConfig,
+    config_lib.EvaluationConfig,
+    StreetsOptions,
+    FolderOptions,
+]
+
+
+def with_field(field, value):
+    """A default configuration with one dotted field set, past the type annotations as flags and JSON do it."""
+    tree = dataclasses.asdict(Config())
+    *path, last = field.split(".")
+    part = tree
+    for name in path:
+        part = part[name]
+    part[last] = value
+    return tree
+
+
+def read(tree, tmp_path):
+    """The configuration of a workdir whose config.json holds `tree`."""
+    (tmp_path / "config.json").write_text(json.dumps(tree))
+    return config_lib.load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("field", "given", "expected"),
+    [
+        ("steps", 7.0, 7),
+        ("steps", "7", 7),
+        ("optimizer.clip", 1, 1.0),
+        ("optimizer.clip", "1e-2", 0.01),
+        ("model.remat", True, True),
+        ("model.weights", None, None),
+        ("model.weights", "None", None),
+        ("model.weights", "a.safetensors", "a.safetensors"),
+        ("data.crop", [64, 96], (64, 96)),
+        ("data.crop", "64, 96", (64, 96)),
+        ("data.scale", [1, 2], (1.0, 2.0)),
+        ("model.taps", [], ()),
+        ("model.taps", "1,3", (1, 3)),
+        ("evaluation.domains", "night,fog", ("night", "fog")),
+        ("evaluation.domains", ["night, fog"], ("night", "fog")),  # what the flag parser makes of night,fog
+        ("evaluation.domains", ["night", "acdc/fog"], ("night", "acdc/fog")),
+        ("optimizer.learning_rate_factors", [["norm", 1]], (("norm", 1.0),)),
+        ("optimizer.learning_rate_factors", [["a{1,2}", 0.5], ["b", 2]], (("a{1,2}", 0.5), ("b", 2.0))),
+        ("data.folder", {"id_map": {"7": 0, "23": 1.0}}, FolderOptions(id_map={7: 0, 23: 1})),
+        ("data.folder", "None", None),
+    ],
+)
+def test_values_take_their_declared_type(field, given, expected, tmp_path):
+    """What JSON and the command line write is the declared value, down to the type of each part (written out by hand)."""
+    found = config_lib.get(read(with_field(field, given), tmp_path), field)
+    assert found == expected
+    assert repr(found) == repr(expected)  # 1 == 1.0 == True
+
+
+def test_a_dataclass_is_coerced_like_json():
+    """A config file may assign lists and integers as flags do; the caller's object stays as it was."""
+    mutable = Config()
+    mutable.data.crop = [64, 96]  # pyright: ignore[reportAttributeAccessIssue]
+    mutable.optimizer.clip = 1
+    config = config_lib.validated(mutable)
+    assert (config.data.crop, repr(config.optimizer.clip)) == ((64, 96), "1.0")
+    assert mutable.data.crop == [64, 96]
+    assert config_lib.validated(config) == config
+
+
+@pytest.mark.parametrize(
+    ("field", "given", "allowed"),
+    [
+        ("steps", 1.5, "an integer"),
+        ("steps", True, "an integer"),
+        ("steps", "many", "an integer"),
+        ("steps", None, "an integer"),
+        ("steps", float("inf"), "an integer"),
+        ("steps", [1], "an integer"),
+        ("optimizer.clip", "much", "a number"),
+        ("optimizer.clip", False, "a number"),
+        ("optimizer.clip", None, "a number"),
+        ("optimizer.clip", float("nan"), "a number"),
+        ("optimizer.learning_rate", float("inf"), "a number"),
+        ("model.remat", 1, "True or False"),
+        ("model.remat", "yes", "True or False"),
+        ("model.encoder", 3, "text"),
+        ("model.encoder", None, "text"),
+        ("model.weights", 3, "text"),
+        ("data.crop", 64, "2 of an integer"),
+        ("data.crop", [64], "2 of an integer"),
+        ("data.crop", "1,2,3", "2 of an integer"),
+        ("data.crop", [64, "x"], "an integer"),
+        ("model.taps", {"a": 1}, "any number of an integer"),
+        ("evaluation.domains", ["night", 3], "text"),
+        ("optimizer.learning_rate_factors", [["norm"]], "2 of "),
+        ("optimizer.learning_rate_factors", ["norm", 2], "2 of "),
+        ("data", [], "DataConfig"),
+        ("data.folder", [1], "FolderOptions"),
+        ("data.folder", {"id_map": [7, 0]}, "a dict from an integer to an integer"),
+        ("data.folder", {"id_map": {"x": 0}}, "an integer"),
+    ],
+)
+def test_a_wrong_type_names_field_and_what_is_allowed(field, given, allowed, tmp_path):
+    """One line with the field (or the part of it), the value, and what would be right."""
+    with pytest.raises(ValueError, match=rf"config\.json: {re.escape(field)}\S* is .*; allowed: .*{re.escape(allowed)}") as error:
+        read(with_field(field, given), tmp_path)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("field", "given"),
+    [
+        *[(f, 0) for f in ("steps", "batch_size", "log_every", "checkpoint_every", "keep_checkpoints", "mesh.data", "mesh.fsdp")],
+        *[(f, 0) for f in ("data.streets.images", "data.streets.val_images", "data.max_class_share", "optimizer.learning_rate")],
+        *[(f, 0) for f in ("optimizer.epsilon", "optimizer.accumulate", "evaluation.batch_size", "evaluation.windows_per_call")],
+        *[(f, -1) for f in ("seed", "eval_every", "data.workers", "data.flip", "data.brightness", "data.contrast", "model.drop_path")],
+        *[(f, -1) for f in ("data.streets.seed", "optimizer.encoder_factor", "optimizer.warmup_steps", "optimizer.power")],
+        *[(f, -1) for f in ("optimizer.weight_decay", "optimizer.clip")],
+        *[("mesh.fsdp", -2), ("seed", 2**31), ("data.flip", 1.1), ("data.max_class_share", 1.1), ("data.brightness", 256)],
+        *[("data.contrast", 1.1), ("model.drop_path", 1), ("optimizer.betas", (0.9, 1)), ("optimizer.betas", (-0.1, 0.9))],
+        *[("data.crop", (0, 8)), ("data.scale", (0, 1)), ("data.scale", (2, 1)), ("data.streets.size", (31, 64))],
+        *[("evaluation.stride", (0, 1)), ("evaluation.stride", (64, 129)), ("evaluation.domains", ())],
+        *[("task", "x"), ("model.pyramid", "x"), ("model.decoder", "x"), ("model.dtype", "float16"), ("evaluation.protocol", "x")],
+        *[("optimizer.accumulate", 3), ("optimizer.warmup_steps", 1000)],  # do not go with the defaults of batch_size and steps
+        *[("optimizer.learning_rate_factors", (("(", 1.0),)), ("optimizer.weight_decay_factors", (("norm", -1.0),))],
+    ],
+)
+def test_a_wrong_value_names_field_and_what_is_allowed(field, given, tmp_path):
+    """Every bound of every field refuses the value just outside, in one line that says the field, the value and the bound."""
+    with pytest.raises(ValueError, match=rf"config\.json: {re.escape(field)} is .*; allowed: \S") as error:
+        read(with_field(field, given), tmp_path)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("field", "given"),
+    [
+        *[("eval_every", 0), ("seed", 2**31 - 1), ("mesh.fsdp", -1), ("data.flip", 1), ("data.flip", 0), ("data.max_class_share", 1)],
+        *[("data.brightness", 0), ("data.contrast", 1), ("optimizer.power", 0), ("optimizer.clip", 0), ("optimizer.betas", (0, 0))],
+        *[("evaluation.stride", (128, 128)), ("optimizer.accumulate", 8), ("optimizer.warmup_steps", 999), ("data.scale", (1, 1))],
+    ],
+)
+def test_the_bounds_themselves_are_allowed(field, given, tmp_path):
+    """The last value inside each bound is taken."""
+    assert config_lib.get(read(with_field(field, given), tmp_path), field) == given
+
+
+@pytest.mark.parametrize(
+    ("field", "message"),
+    [
+        ("stpes", r"unknown field stpes; did you mean steps\?"),
+        ("model.encodr", r"unknown field model\.encodr; did you mean model\.encoder\?"),
+        ("data.streets.sizes", r"unknown field data\.streets\.sizes; did you mean data\.streets\.size\?"),
+        ("data.folder.id_mpa", r"unknown field data\.folder\.id_mpa; did you mean data\.folder\.id_map\?"),
+        ("optimiser.clip", r"unknown field optimiser; did you mean optimizer\?"),
+        ("dat.at.crop", r"unknown field dat; did you mean data\?"),
+        ("data.at.size", r"unknown field data\.at; .*"),
+        ("mesh.zzz", r"unknown field mesh\.zzz; allowed: mesh\.data mesh\.fsdp"),
+        ("data.crop[0]", r"unknown field data\.crop\[0\]; did you mean data\.crop\?"),
+        ("steps.x", r"unknown field steps\.x; steps has no parts, give --config\.steps=VALUE"),
+    ],
+)
+def test_a_misspelt_flag_is_named_with_the_right_one(field, message):
+    """Whichever part of a dotted flag is wrong, the message names it from the top and offers the nearest."""
+    for arguments in ([f"--config.{field}=1"], ["x", f"-config.{field}", "1"], [f"--noconfig.{field}"]):
+        with pytest.raises(ValueError, match=message + "$"):
+            config_lib.check_overrides(arguments)
+
+
+def test_right_flags_pass():
+    """Every field of the default configuration may be overridden, and what is no override is left alone."""
+    fields = [
+        f"{prefix}{field.name}"
+        for prefix, cls in (("", Config), ("data.", config_lib.DataConfig), ("data.folder.", FolderOptions), ("mesh.", config_lib.MeshConfig))
+        for field in dataclasses.fields(cls)
+    ]
+    config_lib.check_overrides([f"--config.{field}=1" for field in fields] + ["--config", "x.y", "--workdir=--config.a", "config.a=1"])
+
+
+def test_a_misspelt_field_of_json_or_of_an_object_is_named(tmp_path):
+    """The same message for a wrong key in config.json and for an attribute that a config file makes up."""
+    with pytest.raises(ValueError, match=r"config\.json: unknown field model\.encodr; did you mean model\.encoder\?$"):
+        read(with_field("model.encodr", "x"), tmp_path)
+    config = Config()
+    config.model.encodr = "x"  # pyright: ignore[reportAttributeAccessIssue]
+    with pytest.raises(ValueError, match=r"^unknown field model\.encodr; did you mean model\.encoder\?$"):
+        config_lib.validated(config)
+
+
+def test_saved_configurations_come_back_the_same(tmp_path):
+    """config.json holds all of a configuration, integers as keys and tuples in tuples included, and saving it again changes no byte."""
+    config = Config(steps=3, seed=5)
+    config.data.folder = FolderOptions(classes=("a", "b"), id_map={7: 0, 23: 1}, ignore=(0, 255), colors=((1, 2, 3), (4, 5, 6)))
+    config.model.weights = "w.safetensors"
+    config.optimizer.learning_rate_factors = ((r"blocks\.[0-3]\.", 0.1), ("head", 2.0))
+    config = config_lib.validated(config)
+    config_lib.save(config, tmp_path)
+    saved = (tmp_path / "config.json").read_bytes()
+    loaded = config_lib.load(tmp_path)
+    assert loaded == config
+    assert repr(loaded) == repr(config)
+    config_lib.save(loaded, tmp_path)
+    assert (tmp_path / "config.json").read_bytes() == saved
+    assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
+
+
+def test_no_or_damaged_config_says_where(tmp_path):
+    """A folder that is no workdir, and a config.json that is no JSON or no object, each give one line with the path."""
+    with pytest.raises(FileNotFoundError, match=r"config\.json does not exist; give the workdir"):
+        config_lib.load(tmp_path)
+    for text in ("{", "[1]", "\x00"):
+        (tmp_path / "config.json").write_text(text)
+        with pytest.raises(ValueError, match=r"config\.json: \S") as error:
+            config_lib.load(tmp_path)
+        assert "\n" not in str(error.value)
+
+
+def other(value):
+    """A value of the same kind that differs, for any field of the default configuration."""
+    if isinstance(value, bool):
+        return not value
+    if isinstance(value, (int, float)):
+        return value + 1
+    if isinstance(value, str):
+        return value + "x"
+    if isinstance(value, tuple):
+        return (*value[:-1], other(value[-1])) if value else (1,)
+    return "x"
+
+
+def leaves(tree, prefix=""):
+    """Dotted names of all fields that hold no dataclass."""
+    for field in dataclasses.fields(tree):
+        value = getattr(tree, field.name)
+        if dataclasses.is_dataclass(value):
+            yield from leaves(value, f"{prefix}{field.name}.")
+        else:
+            yield f"{prefix}{field.name}"
+
+
+def test_exactly_the_free_fields_may_change():
+    """Each field is changed alone: every change makes another run, but for where it runs and what it writes down."""
+    free, old = set(), Config()
+    for field in leaves(old):
+        new = Config()
+        holder = config_lib.get(new, field.rpartition(".")[0]) if "." in field else new
+        setattr(holder, field.rpartition(".")[2], FolderOptions() if field == "data.folder" else other(config_lib.get(new, field)))
+        changed = config_lib.differences(old, new)
+        assert len(changed) <= 1 or field == "data.folder", changed
+        assert all(phrase.startswith(field) and " -> " in phrase for phrase in changed)
+        if not changed:
+            free.add(field)
+    assert free == {"mesh.data", "mesh.fsdp", "data.workers", "data.root", "log_every", "eval_every", "checkpoint_every"}
+
+
+def test_a_workdir_keeps_its_run(tmp_path):
+    """A changed configuration is refused with the differences and the stored one kept; free fields are taken over."""
+    workdir = tmp_path / "new" / "run"
+    config = config_lib.validated(Config())
+    config_lib.claim(config, workdir)
+    assert config_lib.load(workdir) == config
+
+    changed = config_lib.validated(Config(seed=1, optimizer=config_lib.OptimizerConfig(clip=2.0)))
+    with pytest.raises(ValueError, match=r"run holds another run: optimizer\.clip: 0\.01 -> 2\.0; seed: 0 -> 1; give another --workdir"):
+        config_lib.claim(changed, workdir)
+    assert config_lib.load(workdir) == config
+
+    moved = config_lib.validated(Config(log_every=1, mesh=config_lib.MeshConfig(1, 1)))
+    config_lib.claim(moved, workdir)
+    assert config_lib.load(workdir) == moved
+
+
+def test_a_folder_that_appears_in_the_configuration_is_a_difference():
+    """From no folder to one, and from no id map to one, are other runs."""
+    old, new = Config(), Config()
+    new.data.folder = FolderOptions()
+    assert any(phrase.startswith("data.folder.") for phrase in config_lib.differences(old, new))
+    mapped = Config()
+    mapped.data.folder = FolderOptions(id_map={7: 0})
+    assert config_lib.differences(new, mapped) == ["data.folder.id_map.7: None -> 0"]
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=[path.stem for path in CONFIGS])
+def test_shipped_experiments_are_valid(path):
+    """Every file of configs/ loads, and validates to itself, so what is written there is what runs."""
+    config = config_lib.from_file(path)
+    assert isinstance(config, Config)
+    assert config_lib.validated(config) == config
+
+
+def test_experiments_are_found():
+    """The parametrisation above is not empty, and a missing file says where those that exist are."""
+    assert {"streets_tiny", "camvid_vit_tiny"} <= {path.stem for path in CONFIGS}
+    with pytest.raises(FileNotFoundError, match=r"no config file configs/none\.py; see configs/"):
+        config_lib.from_file("configs/none.py")
+
+
+@pytest.mark.parametrize("cls", ALL, ids=[cls.__name__ for cls in ALL])
+def test_every_field_is_documented(cls):
+    """The Attributes of each class are its fields, in their order, each with a description."""
+    section = (cls.__doc__ or "").split("Attributes:")[1]
+    documented = re.findall(r"^        (\w+): \S", section, re.MULTILINE)
+    assert documented == [field.name for field in dataclasses.fields(cls)]
+
+
+def test_documented_defaults_are_the_defaults():
+    """Where a description ends in "Default X." and X reads as Python or as a plain word, X is the field's default."""
+    checked = 0
+    for cls in ALL[1:]:
+        section = (cls.__doc__ or "").split("Attributes:")[1]
+        made = cls()
+        for name, text in re.findall(r"^        (\w+): (.*?)(?=^        \w+: |\Z)", section, re.MULTILINE | re.DOTALL):
+            found = re.search(r"Default ([^ :,][^:]*?)\.\s*$", text)
+            if found is None:
+                continue
+            written, value = found[1], getattr(made, name)
+            parts = re.split(r", |x(?=\d)| to ", written)
+            parsed = [ast.literal_eval(p) if re.fullmatch(r"[-\d.e()]+|None|True|False", p) else p for p in parts]
+            assert (tuple(parsed) if isinstance(value, tuple) and parsed != [()] else parsed[0]) == value, (cls.__name__, name, written)
+            checked += 1
+    assert checked >= 30
