@@ -5,7 +5,7 @@ leaves out on purpose. Work starts from the module: each of its tensors names, t
 So every target is filled, every source tensor is used once or left out for a stated reason, and all that does not fit is told at once.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 import re
 from typing import Any, NamedTuple
 
@@ -53,10 +53,26 @@ class Layout(NamedTuple):
     left_out: tuple[tuple[str, str], ...]
 
 
+class Lazy(Mapping[str, np.ndarray]):
+    """Tensors that are made when they are asked for, so that a file is converted without being held in memory."""
+
+    def __init__(self, makers: Mapping[str, Callable[[], np.ndarray]]):
+        self.makers = makers
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        return self.makers[name]()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.makers)
+
+    def __len__(self) -> int:
+        return len(self.makers)
+
+
 class Converted(NamedTuple):
     """What `to_flax` made: tensors by per-block name, the layout that was found, and each name left out with its reason."""
 
-    tensors: dict[str, np.ndarray]
+    tensors: Mapping[str, np.ndarray]
     layout: Layout
     left_out: dict[str, str]
 
@@ -77,7 +93,7 @@ def to_flax(module: nnx.Module, layouts: Iterable[Layout], names: list[str], rea
         module: may be abstract (`nnx.eval_shape`); of the checkpoint's full depth.
         layouts: those in which the module's checkpoints are published.
         names: of all source tensors.
-        read: gives the source tensor of a name.
+        read: gives the source tensor of a name; also called whenever a converted tensor is asked for.
 
     Returns:
         Float32 tensors for every name of `weights.shapes(module)`.
@@ -94,7 +110,7 @@ def to_flax(module: nnx.Module, layouts: Iterable[Layout], names: list[str], rea
     problems += _listed(f"both used and left out by the table {layout.name}", expected.keys() & reasons.keys())
     problems += _listed("unknown", given - expected.keys() - reasons.keys())
     problems += _listed("missing", expected.keys() - given)
-    tensors, misfits = {}, []
+    makers, misfits = {}, []
     for target, (row, sources) in plan.items():
         if given.issuperset(sources):
             parts = {name: read(name) for name in sources}
@@ -103,13 +119,14 @@ def to_flax(module: nnx.Module, layouts: Iterable[Layout], names: list[str], rea
             wrong = [f"{name} is {part.shape}, not {expected[name]}" for name, part in parts.items() if part.shape != expected[name]]
             if wrong and not (row.resized and _fits(module, target, row.transform.forward(*parts.values()), wanted[target])):
                 misfits += wrong
-            elif not misfits:
-                tensors[target] = np.ascontiguousarray(row.transform.forward(*(part.astype(np.float32) for part in parts.values())))
+            makers[target] = lambda row=row, sources=sources: np.ascontiguousarray(
+                row.transform.forward(*(read(name).astype(np.float32) for name in sources))
+            )
     problems += _listed("of another shape or type", misfits)
     if problems:
         hint = "" if given & expected.keys() else "not one name is that of this model's checkpoints, so this is another model's file: "
         raise Misfit(f"{hint}{'; '.join(problems)} (layout: {layout.name})")
-    return Converted(tensors, layout, reasons)
+    return Converted(Lazy(makers), layout, reasons)
 
 
 def from_flax(module: nnx.Module, layout: Layout, tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:

@@ -13,6 +13,7 @@ import hashlib
 import math
 import os
 from pathlib import Path
+import re
 import sys
 
 if not __package__:  # run as a script: the repository is not on the path yet, and this folder's module names must not be
@@ -22,7 +23,7 @@ if not __package__:  # run as a script: the repository is not on the path yet, a
 from flax import nnx
 import numpy as np
 
-from conversion import checkpoint, clip, eva02, mapping, vit
+from conversion import checkpoint, clip, eva02, mapping, torchscript, vit
 import jaxdg
 from jaxdg import backbones, weights
 
@@ -57,33 +58,40 @@ def convert(name: str, source: Path, out: Path) -> str:
     known = layouts(name)
     if out.suffix != ".safetensors":
         raise ValueError(f"--out {out} must end in .safetensors")
+    config = backbones.entry(name).config
+    activation = config.activation if isinstance(config, backbones.ClipVitConfig) else None
     with checkpoint.opened(source) as file:
+        if activation == "gelu" and torchscript.recognised(source):
+            raise ValueError(f"{source} is an archive as OpenAI publishes, trained with quick_gelu; --list shows the encoders for it")
         try:
             converted = mapping.to_flax(abstract(name), known, file.names, file.read)
         except mapping.Misfit as error:
             raise ValueError(f"{source} is no checkpoint of {name}: {error}") from error
         total = len(file.names)
-    with source.open("rb") as stream:
-        digest = hashlib.file_digest(stream, "sha256").hexdigest()
-    about = {
-        "model": name,
-        "source": source.name,
-        "sha256": digest,
-        "layout": converted.layout.name,
-        "left_out": converted.left_out,
-        "jaxdg": jaxdg.__version__,
-    }
-    config = backbones.entry(name).config
-    if isinstance(config, backbones.ClipVitConfig):
-        about["activation"] = config.activation  # no tensor tells it; loading checks it
-    weights.save(converted.tensors, out, about)
+        with source.open("rb") as stream:
+            digest = hashlib.file_digest(stream, "sha256").hexdigest()
+        about = {
+            "model": name,
+            "source": source.name,
+            "sha256": digest,
+            "layout": converted.layout.name,
+            "left_out": converted.left_out,
+            "jaxdg": jaxdg.__version__,
+        }
+        if activation:  # no tensor tells it, so the file does, and loading compares
+            about["activation"] = activation
+        weights.save(converted.tensors, out, about)
+        grids = [f"  {key}: {_grid(converted.tensors[key])}" for key in converted.tensors if key.endswith("pos_embed")]
 
     lines = [f"{name} from {source.name}: {total - len(converted.left_out)} of {total} tensors mapped (layout: {converted.layout.name})"]
     for reason in dict.fromkeys(converted.left_out.values()):
-        lines.append(f"  left out: {', '.join(key for key, why in converted.left_out.items() if why == reason)} ({reason})")
-    lines += [f"  {key}: {_grid(tensor)}" for key, tensor in converted.tensors.items() if key.endswith("pos_embed")]
-    if "activation" in about:
-        lines.append(f"  activation: {about['activation']}, as {name} says; the file itself does not tell (--list shows which encoder is for which)")
+        kinds = dict.fromkeys(re.sub(r"(?<=\.)\d+(?=\.)", "*", key) for key, why in converted.left_out.items() if why == reason)
+        lines.append(f"  left out: {', '.join(kinds)} ({reason})")
+    lines += grids
+    if activation:
+        lines.append(
+            f"  activation: {activation}, because {name} has it; the tensors do not tell, so see --list that the source is for {name}"
+        )
     return "\n".join([*lines, f"  wrote {out}: {len(converted.tensors)} tensors, {out.stat().st_size} bytes"])
 
 

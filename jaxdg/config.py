@@ -145,14 +145,14 @@ class Config:
     """One experiment.
 
     Attributes:
-        steps: optimiser steps of the run.
-        batch_size: crops a step, over all devices and hosts.
-        seed: of initialisation, sampling and augmentation.
-        log_every: steps between rows of metrics.jsonl.
-        eval_every: steps between evaluations; 0: no evaluation at all, otherwise also at the end.
-        checkpoint_every: steps between checkpoints; one is always written at the end.
-        keep_checkpoints: newest checkpoints kept, besides the best on the source domain.
-        task: segmentation.
+        steps: optimiser steps of the run. Default 1000.
+        batch_size: crops a step, over all devices and hosts. Default 8.
+        seed: of initialisation, sampling and augmentation. Default 0.
+        log_every: steps between rows of metrics.jsonl. Default 10.
+        eval_every: steps between evaluations; 0: no evaluation at all, otherwise also at the end. Default 500.
+        checkpoint_every: steps between checkpoints; one is always written at the end. Default 100.
+        keep_checkpoints: newest checkpoints kept, besides the best on the source domain. Default 2.
+        task: segmentation. Default segmentation.
         mesh: devices.
         data: what is trained on.
         model: what is trained.

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import dataclasses
 import functools
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from flax import nnx
 import jax
@@ -46,6 +46,7 @@ class DomainResult:
     pictures: list[np.ndarray]
 
 
+@runtime_checkable
 class Task(Protocol):
     """What training and evaluation need of a task."""
 
@@ -146,14 +147,14 @@ class Segmentation:
                     f"domain {dataset.domain} has the classes {', '.join(dataset.labels.names)}, but the model was trained on "
                     f"{', '.join(self.labels.names)}; evaluate it on domains with the same classes"
                 )
-            total, images, pictures, waiting = np.zeros((k, k), np.int64), 0, [], None
+            total, pictures, waiting = np.zeros((k, k), np.int64), [], None
             shard = (jax.process_index(), jax.process_count())
             for batch in eval_batches(dataset, batch_size=batch_size, workers=self.config.data.workers, shard=shard):
                 fields = {key: batch[key] for key in ("image", "label", "mask")}
                 counts, prediction = count(state, sharding.to_devices(fields, mesh))
                 if waiting is not None:  # the sum goes to the host while the devices work on the next batch
                     total += np.asarray(waiting, np.int64)
-                waiting, images = counts, images + int(batch["mask"].sum())
+                waiting = counts
                 if len(pictures) < 2 and batch["mask"][0]:
                     own = np.asarray(prediction.addressable_shards[0].data)[0]
                     pictures.append(visualize.panel(batch["image"][0], batch["label"][0], own, self.labels.colors, self.labels.names))
@@ -236,17 +237,20 @@ class Model:
         self.task, self.step, self.labels = task, step, task.labels
         self._state, self._predict = state, task.predictor(graph)
 
-    def predict(self, image: UInt8[np.ndarray, "h w 3"]) -> UInt8[np.ndarray, "h w"]:
+    def predict(self, image: np.ndarray | Array) -> UInt8[np.ndarray, "h w"]:
         """Class ids of every pixel.
 
         Args:
-            image: RGB in 0..255, of any size; each new size compiles once.
+            image: RGB, uint8 [h, w, 3], of any size; each new size compiles once.
 
         Returns:
             Ids into `labels.names`, of the image's size.
+
+        Raises:
+            ValueError: no such image.
         """
         image = np.asarray(image)
-        if image.ndim != 3 or image.shape[-1] != 3 or image.dtype != np.uint8:
+        if image.ndim != 3 or image.shape[-1] != 3 or image.dtype != np.uint8 or not image.size:
             raise ValueError(f"predict takes an RGB image uint8 [h, w, 3]; got {image.dtype} {list(image.shape)}")
         return np.asarray(self._predict(self._state, jnp.asarray(image[None])))[0]
 

@@ -67,7 +67,9 @@ def train(config: Config, workdir: Path, console: Console, interrupt: Interrupt)
     # --- Loop --------------------------------------------------------------------------------------------------------------
     start = int(state.step)
     writer = Writer(workdir, start)
-    step_fn = make_step(plan.graph, optimizer, task.normalizer, task.losses, jax.random.key(config.seed), config.optimizer.accumulate)
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, like)
+    key, parts = jax.random.key(config.seed), config.optimizer.accumulate
+    step_fn = make_step(plan.graph, optimizer, task.normalizer, task.losses, key, shardings, parts)
     evaluator = task.evaluator(plan.graph, mesh)
     log = Log(config, source, writer, console, start)
 
@@ -81,7 +83,8 @@ def train(config: Config, workdir: Path, console: Console, interrupt: Interrupt)
         for name, result in results.items():
             for i, picture in enumerate(result.pictures):
                 writer.picture(f"{name}/{i}", picture, step)
-            writer.row({"step": step, "domain": name, task.score_name: result.score, "images": result.metrics["images"]})
+        entry = lambda name, r: {"step": step, "domain": name, task.score_name: r.score, "images": r.metrics["images"]}
+        writer.rows(*(entry(name, result) for name, result in results.items()))
         write_results(everything, workdir)
         # Choosing a checkpoint by unseen domains would be cheating: the best one is the best on the source domain.
         seen = [result.score for result in results.values() if result.metrics["seen"]]
@@ -91,7 +94,7 @@ def train(config: Config, workdir: Path, console: Console, interrupt: Interrupt)
 
     try:
         with log:
-            if start and due(start, config.eval_every, config.steps) and missing_rows(workdir, start, domains):
+            if start and due(start, config.eval_every, config.steps) and not evaluated(workdir, start):
                 evaluate(state)  # the run died between this step's checkpoint and the end of its evaluation
             shard = (jax.process_index(), jax.process_count())
             batches = train_batches(
@@ -134,9 +137,9 @@ def due(step: int, every: int, last: int) -> bool:
     return every > 0 and (step % every == 0 or step == last)
 
 
-def missing_rows(workdir: Path, step: int, domains: dict[str, Dataset]) -> bool:
-    """Whether the evaluation of `step` has not been written for every domain."""
-    return {row["domain"] for row in read_metrics(workdir) if row["step"] == step and "domain" in row} != set(domains)
+def evaluated(workdir: Path, step: int) -> bool:
+    """Whether the evaluation of `step` has been written (all its rows are written at once)."""
+    return any(row["step"] == step and "domain" in row for row in read_metrics(workdir))
 
 
 def finished(config: Config, workdir: Path, checkpoints: Checkpoints | None, console: Console) -> bool:
@@ -250,7 +253,7 @@ class Log:
         self.clock, self.last = time.perf_counter(), step
         speed = {} if seconds is None else {"seconds_per_step": seconds, "images_per_second": self.config.batch_size / seconds}
         # The rate that made this step: schedules count from 0.
-        self.writer.row({"step": step, "loss": metrics.pop("loss"), "learning_rate": float(self.rate(step - 1)), **speed, **metrics})
+        self.writer.rows({"step": step, "loss": metrics.pop("loss"), "learning_rate": float(self.rate(step - 1)), **speed, **metrics})
         row_loss = self.writer.last["loss"]
         note = f"loss {row_loss:.3f}" + ("" if seconds is None else f"  {self.config.batch_size / seconds:.1f} images/s")
         self.bar.update(self.task, note=note)

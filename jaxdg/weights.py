@@ -19,10 +19,19 @@ from flax import nnx
 import jax
 import numpy as np
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
 T = TypeVar("T")
 
+CODES = {
+    "float64": "F64",
+    "float32": "F32",
+    "float16": "F16",
+    "bfloat16": "BF16",
+    "int64": "I64",
+    "int32": "I32",
+    "uint8": "U8",
+    "bool": "BOOL",
+}
 STORED = (nnx.Param, nnx.BatchStat)  # what a weights file holds: parameters and running statistics
 
 
@@ -124,8 +133,9 @@ def load(module: nnx.Module, path: str | Path) -> None:
         filled[at] = stored[name] if layer is None else [*filled.get(at, []), stored[name]]
     for at, variable in nnx.to_flat_state(state):
         old = variable.get_value()  # of an abstract module a shape alone, without a placement
-        value = np.asarray(np.stack(filled[at]) if isinstance(filled[at], list) else filled[at], old.dtype)
-        variable.set_value(jax.device_put(value, old.sharding))
+        # Copied in either case: no parameter may live in the mapped file.
+        value = np.stack(filled[at]) if isinstance(filled[at], list) else np.array(filled[at])
+        variable.set_value(jax.device_put(value.astype(old.dtype, copy=False), old.sharding))
     nnx.update(module, state)
 
 
@@ -142,9 +152,15 @@ def mismatches(wanted: Mapping[str, tuple[int, ...]], given: Mapping[str, tuple[
 
 
 def read(path: str | Path) -> dict[str, np.ndarray]:
-    """All tensors of a `.safetensors` file by name."""
-    with _open(path) as file:
-        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  not a dict
+    """All tensors of a `.safetensors` file by name: views of the file, which stays mapped while one of them lives; writing copies."""
+    with _open(path):  # the library checks the file, but would copy every tensor
+        raw = np.asarray(np.memmap(path, np.uint8, "c"))
+    start = 8 + int.from_bytes(raw[:8].tobytes(), "little")
+    header = json.loads(raw[8:start].tobytes())
+    header.pop("__metadata__", None)
+    types = {code: np.dtype(name) for name, code in CODES.items()}
+    data = raw[start:]
+    return {name: data[slice(*at["data_offsets"])].view(types[at["dtype"]]).reshape(at["shape"]) for name, at in header.items()}
 
 
 def metadata(path: str | Path) -> dict[str, str]:
@@ -167,7 +183,7 @@ def save(tensors: Mapping[str, np.ndarray], path: str | Path, about: Mapping[str
     """Writes tensors and what is known of them to a `.safetensors` file, whole or not at all.
 
     Args:
-        tensors: host arrays by per-block name.
+        tensors: host arrays by per-block name; taken one by one, twice, so a mapping may make each when it is asked for.
         path: the file; its folder is created.
         about: metadata; values that are no strings are written as JSON.
 
@@ -177,17 +193,21 @@ def save(tensors: Mapping[str, np.ndarray], path: str | Path, about: Mapping[str
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
+    header: dict[str, Any] = {"__metadata__": {key: value if isinstance(value, str) else json.dumps(value) for key, value in about.items()}}
+    end = 0
+    for name, tensor in tensors.items():
+        start, end = end, end + tensor.nbytes
+        header[name] = {"dtype": CODES[str(tensor.dtype)], "shape": tensor.shape, "data_offsets": (start, end)}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
     try:
-        partial.touch()
-        mode = partial.stat().st_mode  # as the umask wants it; safetensors makes files that nobody else can read
-        save_file(
-            {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()},
-            partial,
-            {key: value if isinstance(value, str) else json.dumps(value) for key, value in about.items()},
-        )
-        partial.chmod(mode)
+        # The library's own writer wants all tensors at once, and makes files that nobody else can read.
+        with partial.open("wb") as file:
+            file.write(len(text).to_bytes(8, "little") + text)
+            for tensor in tensors.values():
+                file.write(tensor.tobytes())
         os.replace(partial, path)
-    except SafetensorError as error:
+    except OSError as error:
         raise OSError(f"cannot write {path} ({error}); free some space or choose another folder") from error
     finally:
         partial.unlink(missing_ok=True)

@@ -8,6 +8,7 @@ Positions are resized with torch's plain bicubic before they reach open_clip, wh
 
 import contextlib
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch  # pyright: ignore[reportMissingImports]
@@ -36,18 +37,11 @@ def wave(height: int, width: int) -> np.ndarray:
     return (np.sin(0.33 * y + 0.5 * c) * np.cos(0.21 * x - 0.9 * c) + 0.3 * np.sin(0.9 * x + 1.7 * y)).astype(np.float32)[None]
 
 
-def encoder(image_size: tuple[int, int], activation: type) -> VisionTransformer:
-    """A random encoder of open_clip for images of this size."""
-    return VisionTransformer(
-        image_size=image_size,  # pyright: ignore[reportArgumentType]
-        patch_size=PATCH,
-        width=WIDTH,
-        layers=4,
-        heads=2,
-        mlp_ratio=4.0,
-        output_dim=8,
-        act_layer=activation,
-    ).eval()
+def encoder(image_size: tuple[int, int], activation: type, **architecture: Any) -> VisionTransformer:
+    """A random encoder of open_clip for images of this size; a small one unless `architecture` says otherwise."""
+    small = dict(patch_size=PATCH, width=WIDTH, layers=4, heads=2)
+    fixed = dict(mlp_ratio=4.0, output_dim=8, act_layer=activation)
+    return VisionTransformer(image_size=image_size, **(small | fixed | architecture)).eval()  # pyright: ignore[reportArgumentType]
 
 
 def random_weights(model: VisionTransformer, rng: np.random.Generator) -> dict[str, np.ndarray]:
@@ -70,10 +64,10 @@ def bicubic(positions: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
 
 
 @torch.inference_mode()
-def tokens(weights: dict[str, np.ndarray], images: np.ndarray, activation: type) -> np.ndarray:
+def tokens(weights: dict[str, np.ndarray], images: np.ndarray, activation: type, **architecture: Any) -> np.ndarray:
     """All tokens after every block, [blocks, b, n, c], of open_clip's encoder built for the images' size."""
     height, width = images.shape[1:3]
-    model = encoder((height, width), activation)
+    model = encoder((height, width), activation, **architecture)
     weights = weights | {"positional_embedding": bicubic(weights["positional_embedding"], model.grid_size)}
     model.load_state_dict({name: torch.from_numpy(tensor) for name, tensor in weights.items()}, strict=True)
     seen: list[np.ndarray] = []
@@ -85,7 +79,7 @@ def tokens(weights: dict[str, np.ndarray], images: np.ndarray, activation: type)
 
 def main() -> None:
     """Writes the file."""
-    weights = random_weights(encoder((PATCH * TRAINED,) * 2, QuickGELU), np.random.default_rng(0))
+    weights = random_weights(encoder((PATCH * TRAINED, PATCH * TRAINED), QuickGELU), np.random.default_rng(0))
     arrays = {f"weights/visual.{name}": tensor for name, tensor in weights.items()}
     arrays |= {f"quick_gelu/{h}x{w}": tokens(weights, wave(h, w), QuickGELU) for h, w in SIZES}
     arrays |= {f"gelu/{h}x{w}": tokens(weights, wave(h, w), torch.nn.GELU) for h, w in SIZES[:1]}

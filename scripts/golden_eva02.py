@@ -48,17 +48,8 @@ def wave(height: int, width: int) -> np.ndarray:
 
 def encoder(image_size: tuple[int, int], **family: Any) -> Eva:
     """A random encoder of timm for images of this size; rotary positions count on the 16x16 grid of EVA's pre-training."""
-    return Eva(
-        img_size=image_size,
-        patch_size=PATCH,
-        depth=4,
-        mlp_ratio=8 / 3,
-        swiglu_mlp=True,
-        use_rot_pos_emb=True,
-        ref_feat_shape=(16, 16),
-        num_classes=0,
-        **family,
-    ).eval()
+    fixed = dict(mlp_ratio=8 / 3, swiglu_mlp=True, use_rot_pos_emb=True, ref_feat_shape=(16, 16), num_classes=0)
+    return Eva(img_size=image_size, **(dict(patch_size=PATCH, depth=4) | fixed | family)).eval()  # pyright: ignore[reportArgumentType]
 
 
 def random_weights(model: Eva, rng: np.random.Generator) -> dict[str, np.ndarray]:
@@ -97,7 +88,7 @@ def tokens(weights: dict[str, np.ndarray], images: np.ndarray, **family: Any) ->
 def main() -> None:
     """Writes the three files."""
     for seed, (name, (sizes, family)) in enumerate(FAMILIES.items()):
-        weights = random_weights(encoder((PATCH * TRAINED,) * 2, **family), np.random.default_rng(seed))
+        weights = random_weights(encoder((PATCH * TRAINED, PATCH * TRAINED), **family), np.random.default_rng(seed))
         arrays = {f"weights/{key}": tensor for key, tensor in weights.items()}
         arrays |= {f"tokens/{h}x{w}": tokens(weights, wave(h, w), **family) for h, w in sizes}
         path = GOLDEN / f"eva02_{name}.npz"

@@ -13,6 +13,7 @@ from flax import nnx
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
+import numpy as np
 
 from jaxdg.backbones import layers
 from jaxdg.backbones.vit import Attention, Vit, VitConfig
@@ -90,7 +91,7 @@ class ClipVit(Vit):
         ends = [end for end in (*config.taps, *config.boundaries) if end < depth]
         self.blocks = layers.Stack(lambda rngs: Block(config, rngs=rngs), depth, ends, remat=config.remat, rngs=rngs)
 
-    def tokens(self, images: Float[Array, "b h w 3"], key: Key[Array, ""] | None = None) -> tuple[Float[Array, "b n c"], ...]:
+    def tokens(self, images: Float[Array | np.ndarray, "b h w 3"], key: Key[Array, ""] | None = None) -> tuple[Float[Array, "b n c"], ...]:
         """All tokens at the taps, the class token first: [b, 1 + rows * columns, c] each."""
         c = self.config
         if images.shape[1:3] != c.image_size:
@@ -99,7 +100,7 @@ class ClipVit(Vit):
                 f"the encoder was built for {c.image_size[0]}x{c.image_size[1]} images and got {h}x{w}; "
                 f"create it with image_size=({h}, {w}) or resize the images"
             )
-        x = self.patch_embed(images)
+        x = self.patch_embed(jnp.asarray(images))
         cls = jnp.broadcast_to(self.cls_token[...], (x.shape[0], 1, c.width))
         x = jnp.concatenate([cls.astype(x.dtype), x], axis=1) + self.pos_embed[...].astype(x.dtype)
         keep = layers.drop_path_scales(key, c.drop_path, c.depth, x.shape[0])[: c.taps[-1] + 1]

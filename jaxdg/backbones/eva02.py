@@ -6,6 +6,7 @@ grid of tokens, never loaded; learned positions are resized as EVA's own code do
 """
 
 import dataclasses
+from functools import partial
 
 from flax import nnx
 import jax
@@ -70,15 +71,15 @@ class Attention(nnx.Module):
     """Multi-head self-attention with rotary positions and a bias on queries and values, none on keys."""
 
     def __init__(self, config: Eva02Config, *, rngs: nnx.Rngs):
-        c, kw = config.width, dict(dtype=jnp.dtype(config.dtype), rngs=rngs)
+        c, linear = config.width, partial(nnx.Linear, dtype=jnp.dtype(config.dtype), rngs=rngs)
         self.heads, self.subln = config.heads, config.subln
         if config.subln:
-            self.q_proj, self.k_proj, self.v_proj = (nnx.Linear(c, c, use_bias=False, **kw) for _ in range(3))
+            self.q_proj, self.k_proj, self.v_proj = (linear(c, c, use_bias=False) for _ in range(3))
         else:
-            self.qkv = nnx.Linear(c, 3 * c, use_bias=False, **kw)
+            self.qkv = linear(c, 3 * c, use_bias=False)
         self.q_bias, self.v_bias = nnx.Param(jnp.zeros(c)), nnx.Param(jnp.zeros(c))
         self.inner_attn_ln = nnx.LayerNorm(c, epsilon=1e-6, rngs=rngs) if config.inner_attn_ln else None
-        self.proj = nnx.Linear(c, c, **kw)
+        self.proj = linear(c, c)
 
     def __call__(self, x: Float[Array, "b n c"], cos: Float[Array, "p d"], sin: Float[Array, "p d"]) -> Float[Array, "b n c"]:
         q, k, v = (self.q_proj(x), self.k_proj(x), self.v_proj(x)) if self.subln else jnp.split(self.qkv(x), 3, axis=-1)
@@ -92,14 +93,14 @@ class SwiGlu(nnx.Module):
     """The gated MLP: `w3(LayerNorm(silu(w1 x) * (w2 x)))`, or w1 and w2 fused and no norm."""
 
     def __init__(self, config: Eva02Config, *, rngs: nnx.Rngs):
-        c, hidden, kw = config.width, config.hidden, dict(dtype=jnp.dtype(config.dtype), rngs=rngs)
+        c, hidden, linear = config.width, config.hidden, partial(nnx.Linear, dtype=jnp.dtype(config.dtype), rngs=rngs)
         self.subln = config.subln
         if config.subln:
-            self.w1, self.w2 = nnx.Linear(c, hidden, **kw), nnx.Linear(c, hidden, **kw)
+            self.w1, self.w2 = linear(c, hidden), linear(c, hidden)
             self.ffn_ln = nnx.LayerNorm(hidden, epsilon=1e-6, rngs=rngs)
         else:
-            self.w12 = nnx.Linear(c, 2 * hidden, **kw)
-        self.w3 = nnx.Linear(hidden, c, **kw)
+            self.w12 = linear(c, 2 * hidden)
+        self.w3 = linear(hidden, c)
 
     def __call__(self, x: Float[Array, "b n c"]) -> Float[Array, "b n c"]:
         gate, value = (self.w1(x), self.w2(x)) if self.subln else jnp.split(self.w12(x), 2, axis=-1)

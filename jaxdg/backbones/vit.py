@@ -129,7 +129,9 @@ class Vit(nnx.Module):
         """Channels of each tap's features."""
         return (self.config.width,) * len(self.config.taps)
 
-    def __call__(self, images: Float[Array | np.ndarray, "b h w 3"], key: Key[Array, ""] | None = None) -> tuple[Float[Array, "b gh gw c"], ...]:
+    def __call__(
+        self, images: Float[Array | np.ndarray, "b h w 3"], key: Key[Array, ""] | None = None
+    ) -> tuple[Float[Array, "b gh gw c"], ...]:
         """Features of the patch tokens.
 
         Args:

@@ -141,7 +141,7 @@ def create(
         variant: "vltseg_repro" of "eva02_clip_l14" is the zoo's "eva02_clip_l14_vltseg_repro"; None is the encoder as its authors run it.
         image_size: height and width in pixels; the pre-training's size if None. Learned positions are resized to it at load.
         weights: a file made by `conversion/torch_to_flax.py`; None leaves random parameters.
-        taps: blocks whose outputs are returned, from 0; the last block of each quarter if None.
+        taps: blocks whose outputs are returned, from 0; the zoo's choice if None: the last block of each quarter, or what VLTSeg reads.
         boundaries: further blocks after which a stacked segment ends (where freezing changes).
         drop_path: probability of skipping the last block's branches in training.
         remat: recompute blocks in the backward pass.

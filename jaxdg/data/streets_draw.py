@@ -232,9 +232,11 @@ def _fraction(x: np.ndarray) -> np.ndarray:
 
 def _hash(*values: np.ndarray) -> np.ndarray:
     """Uniform 0..1 from whole-numbered arrays, the same for equal values."""
-    x = sum(v.astype(np.uint32) * np.uint32(k) for v, k in zip(values, (0x9E3779B1, 0x85EBCA77, 0xC2B2AE3D), strict=False))
-    x = (x ^ (x >> np.uint32(15))) * np.uint32(0x2C1B3C6D)  # type: ignore[operator]
-    return ((x ^ (x >> np.uint32(12))) & np.uint32(0xFFFF)).astype(np.float32) * np.float32(1 / 65536)
+    x = np.zeros(values[0].shape, np.uint32)
+    for v, k in zip(values, (0x9E3779B1, 0x85EBCA77, 0xC2B2AE3D), strict=False):
+        x += v.astype(np.uint32) * np.uint32(k)
+    x = (x ^ (x >> np.uint32(15))) * np.uint32(0x2C1B3C6D)
+    return ((x ^ (x >> np.uint32(12))) & np.uint32(0xFFFF)).astype(np.float32) / np.float32(65536)
 
 
 class Pixels(NamedTuple):

@@ -40,7 +40,11 @@ class Segmenter(nnx.Module):
     """Images to the decoder's output; `head` turns that into class scores or a loss."""
 
     def __init__(self, config: SegmenterConfig, *, rngs: nnx.Rngs):
-        """Builds the model with random parameters; encoder weights are loaded into `backbone` afterwards."""
+        """Builds the model with random parameters; encoder weights are loaded into `backbone` afterwards.
+
+        Raises:
+            ValueError: a pyramid that the taps or the image size do not allow.
+        """
         c = config
         self.config = config
         self.backbone = backbones.create(
@@ -54,6 +58,15 @@ class Segmenter(nnx.Module):
             rngs=rngs,
         )
         channels = self.backbone.channels
+        if c.pyramid != "none":
+            if len(channels) != 4:
+                raise ValueError(f"model.pyramid is {c.pyramid!r}, which reads four taps; model.taps is {c.taps}")
+            if min(self.backbone.config.grid) < 2:
+                (h, w), side = c.image_size, 2 * self.backbone.config.patch_size
+                raise ValueError(
+                    f"model.pyramid is {c.pyramid!r}, which halves the deepest map; data.crop {h}x{w} is too small for it, "
+                    f"it must be at least {side}x{side}"
+                )
         self.pyramid = None if c.pyramid == "none" else backbones.Pyramid(channels[0], c.pyramid, dtype=c.dtype, rngs=rngs)
         self.head = LinearHead(c.num_classes, channels, dtype=c.dtype, rngs=rngs)
 

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 import json
 import os
 from pathlib import Path
+import shutil
 from typing import Any
 
 from absl import logging
@@ -29,7 +30,11 @@ class Checkpoints:
         """
         self.folder = Path(workdir).resolve() / "checkpoints"
         kept = policies.AnyPreservationPolicy([policies.LatestN(keep), _Best(self)])
-        self._manager = ocp.CheckpointManager(self.folder, options=ocp.CheckpointManagerOptions(preservation_policy=kept))
+        self._manager = ocp.CheckpointManager(
+            self.folder,
+            item_handlers={"model": ocp.StandardCheckpointHandler(), "optimizer": ocp.StandardCheckpointHandler()},
+            options=ocp.CheckpointManagerOptions(preservation_policy=kept),
+        )
 
     def steps(self) -> list[int]:
         """Steps that have a finished checkpoint, oldest first."""
@@ -53,18 +58,23 @@ class Checkpoints:
 
         Args:
             state: may be donated to the next step right after this returns.
+
+        Raises:
+            OSError: the disk has no room for it.
         """
         step = int(state.step)
         if step in self._manager.all_steps():
             return
-        model = _model_part(state)
-        self._manager.save(
-            step,
-            args=ocp.args.Composite(
-                model=ocp.args.StandardSave({"fingerprint": fingerprint(model), **model}),
-                optimizer=ocp.args.StandardSave({"fingerprint": fingerprint(state.opt_state), "state": state.opt_state}),
-            ),
-        )
+        self.wait()
+        # Looked at before, because the storage library meets a full disk with hundreds of lines and half a checkpoint.
+        needed, free = sum(leaf.nbytes for leaf in jax.tree.leaves(state)), shutil.disk_usage(self.folder).free
+        if free < 1.25 * needed:
+            raise OSError(
+                f"disk full: the checkpoint of step {step} needs {needed / 1e6:.0f} MB and {self.folder} has {free / 1e6:.0f} MB free; "
+                f"the checkpoints before it are whole ({', '.join(map(str, self.steps())) or 'none'}); free some space and run the same command"
+            )
+        stored = {name: ocp.args.StandardSave({"fingerprint": fingerprint(part), **part}) for name, part in _items(state).items()}
+        self._manager.save(step, args=ocp.args.Composite(**stored))
 
     def wait(self) -> None:
         """Returns once everything saved is on disk.
@@ -79,66 +89,77 @@ class Checkpoints:
         self._manager.close()
 
     def restore(self, like: TrainState, step: int | None = None, say: Callable[[str], None] = logging.warning) -> TrainState | None:
-        """The newest readable state, passing over corrupted ones and saying so; None if there is none at all.
+        """The newest readable state, passing over corrupted ones; None if there is no checkpoint at all.
+
+        Corrupted checkpoints newer than it are moved out of the folder, since training will write their steps again. If none can
+        be read, none is moved.
 
         Args:
             like: abstract state with shardings, giving structure and placement.
             step: this one only, with an error if it cannot be read.
-            say: receives a line for every checkpoint that was passed over.
+            say: receives a line for every checkpoint that was passed over or moved.
 
         Raises:
             ValueError: every checkpoint is corrupted, or the one asked for, or it belongs to another model.
         """
-        model = self.restore_model(like, step, say)
-        if model is None:
-            return None
-        step = int(model["step"])
-        like_optimizer = {"fingerprint": _abstract_fingerprint(like), "state": like.opt_state}
-        try:
-            stored = self._restore(step, optimizer=like_optimizer)["optimizer"]
-            _verify(stored["state"], stored["fingerprint"])
-        except Exception as error:
-            return self._pass_over(step, error, lambda: self.restore(like, None, say), say)
-        return TrainState(opt_state=stored["state"], **model)
+
+        def read(at: int) -> TrainState:
+            return TrainState(**self._read(at, "model", like), **self._read(at, "optimizer", like))
+
+        state, corrupted = self._newest_readable(read, step, say)
+        for at in corrupted:
+            aside = self.folder.parent / f"corrupted_checkpoint_{at}"
+            while aside.exists():
+                aside = aside.with_name(aside.name + "_")
+            (self.folder / str(at)).rename(aside)
+            say(f"corrupted checkpoint moved to {aside}")
+        if corrupted:
+            self._manager.reload()
+        return state
 
     def restore_model(
         self, like: TrainState, step: int | None = None, say: Callable[[str], None] = logging.warning
     ) -> dict[str, Any] | None:
-        """As `restore`, without the optimiser: {"step", "trained", "frozen", "statistics"}."""
+        """As `restore`, without the optimiser and moving nothing: {"step", "trained", "frozen", "statistics"}."""
+        return self._newest_readable(lambda at: self._read(at, "model", like), step, say)[0]
+
+    def _newest_readable(self, read: Callable[[int], Any], step: int | None, say: Callable[[str], None]) -> tuple[Any, list[int]]:
+        """What `read` makes of the newest checkpoint it can read, and the newer ones that it cannot."""
         steps = self.steps()
         if step is not None and step not in steps:
             raise ValueError(f"{self.folder} has no checkpoint of step {step}; it has {', '.join(map(str, steps)) or 'none'}")
-        if not steps:
-            return None
-        chosen = steps[-1] if step is None else step
-        like_model = {"fingerprint": _abstract_fingerprint(like), **_model_part(like)}
-        try:
-            stored = dict(self._restore(chosen, model=like_model)["model"])
-            _verify(stored, stored.pop("fingerprint"))
-        except Exception as error:
-            if step is not None:
-                raise ValueError(f"checkpoint {self.folder / str(step)} cannot be read: {_short(error)}") from error
-            return self._pass_over(chosen, error, lambda: self.restore_model(like, None, say), say)
+        failed: dict[int, Exception] = {}
+        for at in steps[::-1] if step is None else [step]:
+            try:
+                found = read(at)
+            except Exception as error:  # the storage library raises whatever a damaged file leads to
+                failed[at] = error
+                continue
+            for bad, error in failed.items():
+                say(f"checkpoint {self.folder / str(bad)} is corrupted ({_short(error)}); falling back to step {at}")
+            return found, list(failed)
+        if not failed:
+            return None, []
+        at, error = next(iter(failed.items()))
+        remedy = "start again in a new workdir" if step is None else "choose another step"
+        raise ValueError(
+            f"no readable checkpoint: {self.folder / str(at)} is corrupted or belongs to another model ({_short(error)}); {remedy}"
+        ) from error
+
+    def _read(self, step: int, item: str, like: TrainState) -> dict[str, Any]:
+        """An item of a checkpoint, placed as `like` says; an error unless it is what was saved."""
+        checksum = jax.ShapeDtypeStruct((), jnp.uint32, sharding=like.step.sharding)
+        wanted = {"fingerprint": checksum, **_items(like)[item]}
+        if item == "model":  # the storage library's own message would not name the parameter
+            there, here = _shapes(self._manager.item_metadata(step)[item].tree), _shapes(wanted)
+            for name in sorted(there.keys() | here.keys()):
+                if there.get(name) != here.get(name):
+                    raise ValueError(f"{name} is {there.get(name, 'absent')} there and {here.get(name, 'absent')} in this model")
+        stored = dict(self._manager.restore(step, args=ocp.args.Composite(**{item: ocp.args.StandardRestore(wanted)}))[item])
+        expected, found = int(stored.pop("fingerprint")), int(fingerprint(stored))
+        if found != expected:
+            raise ValueError(f"its {item} arrays do not add up to their fingerprint: {found:08x}, not {expected:08x}")
         return stored
-
-    def _restore(self, step: int, **items: Any) -> Any:
-        return self._manager.restore(step, args=ocp.args.Composite(**{k: ocp.args.StandardRestore(v) for k, v in items.items()}))
-
-    def _pass_over(self, step: int, error: Exception, retry: Callable[[], Any], say: Callable[[str], None]) -> Any:
-        """Moves a bad checkpoint aside (its step will be written again) and tries the one before."""
-        older = [s for s in self.steps() if s < step]
-        if not older:
-            raise ValueError(
-                f"no readable checkpoint in {self.folder}: step {step} failed with {_short(error)}; "
-                "it is corrupted or belongs to another model; start again in a new workdir"
-            ) from error
-        aside = self.folder.parent / f"corrupted_checkpoint_{step}"
-        say(f"checkpoint {self.folder / str(step)} is corrupted ({_short(error)}); moved to {aside}, falling back to step {older[-1]}")
-        while aside.exists():
-            aside = aside.with_name(aside.name + "_")
-        (self.folder / str(step)).rename(aside)
-        self._manager.reload()
-        return retry()
 
 
 class _Best(policies.PreservationPolicy):
@@ -149,37 +170,38 @@ class _Best(policies.PreservationPolicy):
     def __init__(self, checkpoints: Checkpoints):
         self._checkpoints = checkpoints
 
-    def should_preserve(self, checkpoints: Sequence[policies.PolicyCheckpointInfo], *, context: Any) -> Sequence[bool]:
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> Sequence[bool]:
         best = self._checkpoints.best()
         return [best is not None and info.step == best[0] for info in checkpoints]
 
 
-def fingerprint(tree: Any) -> jax.Array:
-    """A checksum of the bits of all arrays in `tree`, uint32; independent of how they are divided over devices."""
-    return _fingerprint(tree)
-
-
 @jax.jit
-def _fingerprint(tree: Any) -> jax.Array:
+def fingerprint(tree: Any) -> jax.Array:
+    """A checksum of the bits of all arrays in `tree` and of their order, uint32; independent of how devices divide them.
+
+    Every word counts an odd number of times, so one changed word always changes the sum.
+    """
     total = jnp.zeros((), jnp.uint32)
     for i, leaf in enumerate(jax.tree.leaves(tree)):
-        bits = jax.lax.bitcast_convert_type(leaf, {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32, 8: jnp.uint32}[leaf.dtype.itemsize])
-        total += jnp.uint32(2 * i + 1) * jnp.sum(bits, dtype=jnp.uint32)
+        bits = jax.lax.bitcast_convert_type(leaf, {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[leaf.dtype.itemsize])
+        place = jnp.zeros(leaf.shape, jnp.uint32)
+        for axis, size in enumerate(leaf.shape):
+            place = place * size + jax.lax.broadcasted_iota(jnp.uint32, leaf.shape, axis)
+        total += jnp.uint32(2 * i + 1) * jnp.sum((2 * place + 1) * bits.astype(jnp.uint32), dtype=jnp.uint32)
     return total
 
 
-def _verify(tree: Any, expected: jax.Array) -> None:
-    found = int(fingerprint(tree))
-    if found != int(expected):
-        raise ValueError(f"its arrays do not add up to their fingerprint ({found:08x}, not {int(expected):08x})")
+def _items(state: TrainState) -> dict[str, dict[str, Any]]:
+    """What is stored apart, with the fields of a state that each holds."""
+    fields = dict(vars(state))
+    optimizer = {"opt_state": fields.pop("opt_state")}
+    return {"model": fields, "optimizer": optimizer}
 
 
-def _model_part(state: TrainState) -> dict[str, Any]:
-    return {"step": state.step, "trained": state.trained, "frozen": state.frozen, "statistics": state.statistics}
-
-
-def _abstract_fingerprint(like: TrainState) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct((), jnp.uint32, sharding=like.step.sharding)
+def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
+    """Shapes by dotted name, of an abstract state or of a checkpoint's metadata, which spells attributes as keys."""
+    name = lambda path: ".".join(str(getattr(key, "key", getattr(key, "name", key))) for key in path)
+    return {name(path): tuple(leaf.shape) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
 
 
 def _short(error: Exception) -> str:

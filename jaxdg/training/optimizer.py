@@ -64,7 +64,7 @@ def frozen_names(freeze: str, names: Iterable[str]) -> set[str]:
         names: all parameters, by per-block name.
 
     Raises:
-        ValueError: nothing matches, more blocks than there are, or no regular expression.
+        ValueError: nothing or everything matches, more blocks than there are, or no regular expression.
     """
     names = list(names)
     block = {name: int(found[1]) for name in names if (found := re.match(r"backbone\.blocks\.(\d+)\.", name))}
@@ -86,6 +86,8 @@ def frozen_names(freeze: str, names: Iterable[str]) -> set[str]:
         raise ValueError(f"model.freeze is {freeze!r}; allowed: none, all, first N, last N or a regular expression ({error})") from None
     if not chosen:
         raise ValueError(f"model.freeze {freeze!r} matches no parameter; names look like {names[0]}")
+    if len(chosen) == len(names):
+        raise ValueError(f"model.freeze {freeze!r} matches every parameter; leave some to be trained")
     return chosen
 
 

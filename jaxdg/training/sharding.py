@@ -24,7 +24,7 @@ RULES: Rules = (
 )
 
 
-def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
+def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     """Devices as (data, fsdp).
 
     Args:

@@ -20,15 +20,17 @@ Losses = Callable[[Any, Batch, Array, Key[Array, ""]], dict[str, Float[Array, ""
 class TrainState:
     """All that a checkpoint holds. The data state is `step`: batch i depends on (seed, i) alone.
 
+    It may hold the shapes of arrays, or their shardings, in the arrays' place.
+
     Attributes:
-        step: optimiser steps done, int32.
+        step: optimiser steps done, int32 [].
         trained: parameters the optimiser moves.
         frozen: parameters loaded and left alone; the optimiser holds nothing for them.
         statistics: everything that is no parameter, such as BatchNorm's running means.
         opt_state: of the optimiser.
     """
 
-    step: Array
+    step: Any
     trained: nnx.State
     frozen: nnx.State
     statistics: nnx.State
@@ -41,6 +43,7 @@ def make_step(
     normalizer: Callable[[Any, Batch], Array],
     losses: Losses,
     key: Key[Array, ""],
+    shardings: Any,
     accumulate: int = 1,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, Array]]]:
     """Builds the jitted, donating training step.
@@ -51,18 +54,20 @@ def make_step(
         normalizer: (model, batch) to what the losses of the whole batch are divided by.
         losses: (model, part of the batch, normalizer, key) to named loss terms; those of a batch are the sums over its parts.
         key: all randomness is `fold_in(key, step)`.
+        shardings: where the parts of the state lie, a tree like it. The next state lies there too; left to itself, the compiler
+            would divide some parameters otherwise after the first step and compile the second one anew.
         accumulate: parts of equal size that the batch is computed in, one after another.
 
     Returns:
         (state, batch) -> (next state, {"loss", "gradient_norm", terms..}); the given state is consumed.
     """
 
-    @partial(jax.jit, donate_argnums=0)
+    @partial(jax.jit, donate_argnums=0, out_shardings=(shardings, None))
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
         grads, statistics, terms = gradients(graph, state, batch, normalizer, losses, jax.random.fold_in(key, state.step), accumulate)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.trained)
         trained: Any = optax.apply_updates(state.trained, updates)
-        metrics = {"loss": sum(terms.values()), "gradient_norm": optax.global_norm(grads), **terms}
+        metrics = {"loss": sum(terms.values()), "gradient_norm": optax.tree.norm(grads), **terms}
         following = TrainState(state.step + 1, trained, state.frozen, statistics, opt_state)
         return following, metrics
 
@@ -76,7 +81,7 @@ def gradients(
     total = normalizer(nnx.merge(graph, state.trained, state.frozen, state.statistics), batch)
 
     def loss(trained, statistics, part, key):
-        model = nnx.merge(graph, trained, state.frozen, statistics)
+        model = nnx.merge(graph, trained, state.frozen, statistics, copy=True)  # or statistics could not be updated in here
         terms = losses(model, part, total, key)
         return sum(terms.values()), (nnx.state(model, nnx.Not(nnx.Param)), terms)
 

@@ -27,15 +27,16 @@ class Writer:
         # purge_step hides events past it from earlier, killed runs.
         self._events = SummaryWriter(str(Path(workdir) / "tensorboard"), purge_step=resume_step + 1, flush_secs=10)
 
-    def row(self, row: dict[str, Any]) -> None:
-        """Writes one row; `row["step"]` places it, `row["domain"]`, where present, groups it."""
-        self.last = row
-        self._file.write(json.dumps(row) + "\n")
+    def rows(self, *rows: dict[str, Any]) -> None:
+        """Writes rows, all or none of them; `row["step"]` places one, `row["domain"]`, where present, groups it."""
+        self.last = rows[-1]
+        self._file.write("".join(json.dumps(row) + "\n" for row in rows))
         self._file.flush()
-        group = f"evaluation/{row['domain']}" if "domain" in row else "training"
-        for key, value in row.items():
-            if key != "step" and isinstance(value, (int, float)):
-                self._events.add_scalar(f"{group}/{key}", value, row["step"])
+        for row in rows:
+            group = f"evaluation/{row['domain']}" if "domain" in row else "training"
+            for key, value in row.items():
+                if key != "step" and isinstance(value, (int, float)):
+                    self._events.add_scalar(f"{group}/{key}", value, row["step"])
 
     def picture(self, name: str, image: np.ndarray, step: int) -> None:
         """Shows an RGB picture [h, w, 3] uint8 in TensorBoard."""

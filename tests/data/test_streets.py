@@ -206,31 +206,29 @@ def test_night_and_dusk_are_dark(pictures):
 
 
 def test_fog_follows_koschmieder(pictures):
-    """The road's difference to the colour of the air falls exponentially with its depth, at the rate of 46 to 87 m of visibility."""
+    """The road's difference to the colour of the air falls exponentially with depth, at about the rate drawn (0.045 to 0.085 a metre)."""
     images, label, depth = pictures
-    rates = []
+    starts, rates, fits = np.array([6, 8, 10, 12.5, 16, 20]), [], []
     for image, kind, away in zip(images["fog"].mean(-1), label, depth, strict=True):
-        air = np.percentile(image[kind == SKY], 90) if (kind == SKY).sum() > 500 else None
-        bins = [image[(kind == 0) & (away > d) & (away < 1.25 * d)] for d in (6, 8, 10, 12.5, 16, 20)]
-        if air is None or min(map(len, bins)) < 40:
-            continue
-        gap = np.log(np.maximum([air - np.median(pixels) for pixels in bins], 1))
-        middle = 1.12 * np.array([6, 8, 10, 12.5, 16, 20])
-        assert np.corrcoef(middle, gap)[0, 1] < -0.9
-        rates.append(-np.polyfit(middle, gap, 1)[0])
+        bins = [image[(kind == 0) & (away > d) & (away < 1.25 * d)] for d in starts]
+        if (kind == SKY).sum() > 500 and min(map(len, bins)) >= 40:
+            gap = np.log(np.maximum([np.median(image[kind == SKY]) - np.median(pixels) for pixels in bins], 1))
+            fits.append(np.corrcoef(starts, gap)[0, 1])
+            rates.append(-np.polyfit(1.12 * starts, gap, 1)[0])
     assert len(rates) >= 5
-    assert 0.03 < np.median(rates) < 0.1, rates
+    assert np.median(fits) < -0.97, fits
+    assert 0.04 < np.median(rates) < 0.11, rates
 
 
 def test_rain_streaks_and_wet_ground(pictures):
-    """Rain draws upright streaks on a grey sky, and a wet road shows, unlike a dry one in the same soft light, what stands above it."""
+    """Rain draws upright streaks and greys the sky, and a wet road shows, unlike a dry one in the same soft light, what stands above it."""
     images, label, _ = pictures
     upright = {}
-    for name in APPEARANCES:
+    for name in APPEARANCES:  # how much more alike pixels are 2 rows apart than 2 columns apart, on roads and trees
         fine = [grey - cv2.blur(grey, (9, 9)) for grey in images[name].mean(-1)]
-        sky = [cv2.erode((kind == SKY).astype(np.uint8), np.ones((11, 11))) > 0 for kind in label]
-        down = np.concatenate([np.stack([g[:-2][m[:-2]], g[2:][m[:-2]]]) for g, m in zip(fine, sky, strict=True)], 1)
-        across = np.concatenate([np.stack([g[:, :-2][m[:, :-2]], g[:, 2:][m[:, :-2]]]) for g, m in zip(fine, sky, strict=True)], 1)
+        seen = [cv2.erode(np.isin(kind, (0, 8)).astype(np.uint8), np.ones((7, 7))) > 0 for kind in label]
+        down = np.concatenate([np.stack([g[:-2][m[:-2]], g[2:][m[:-2]]]) for g, m in zip(fine, seen, strict=True)], 1)
+        across = np.concatenate([np.stack([g[:, :-2][m[:, :-2]], g[:, 2:][m[:, :-2]]]) for g, m in zip(fine, seen, strict=True)], 1)
         upright[name] = np.corrcoef(down)[0, 1] - np.corrcoef(across)[0, 1]
     assert min(upright["rain"], upright["dusk_rain"]) > 0.15 + max(upright["clear"], upright["night"], upright["fog"]), upright
     color = {name: np.ptp(images[name], axis=-1)[label == SKY].mean() for name in APPEARANCES}

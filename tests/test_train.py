@@ -1,0 +1,343 @@
+"""A run as a whole: interrupted at any moment and gone on with, it is the run that was never interrupted; what goes wrong is said in one line."""
+
+import json
+import os
+from pathlib import Path
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+from PIL import Image
+import pytest
+
+import jaxdg
+from jaxdg import cli, config, segmentation, tasks, train
+from jaxdg.config import Config, DataConfig, EvaluationConfig, MeshConfig, ModelConfig, OptimizerConfig
+from jaxdg.data.datasets import FolderOptions, StreetsOptions, open_domain
+from jaxdg.training import sharding
+from jaxdg.training.checkpoint import Checkpoints
+from jaxdg.training.writer import read_metrics
+
+CONFIG = """
+from jaxdg.config import Config
+def get_config():
+    c = Config(steps=16, batch_size=2, log_every=1, eval_every=8, checkpoint_every=3)
+    c.data.crop = (32, 32)
+    c.data.streets.size = (48, 96)
+    c.data.streets.images = 12
+    c.data.streets.val_images = 3
+    c.model.pyramid = "batch"
+    c.model.drop_path = 0.2
+    c.optimizer.learning_rate = 1e-3
+    c.evaluation.domains = ("clear", "fog")
+    c.evaluation.stride = (32, 32)
+    return c
+"""
+
+
+class Runs:
+    """Starts `python -m jaxdg.*` as a user does, on one device."""
+
+    def __init__(self, folder: Path):
+        self.folder, self.config = folder, folder / "tiny.py"
+        self.config.write_text(CONFIG)
+        # Every process compiles the same programs; the cache makes all but the first start in a second.
+        self.environment = os.environ | {
+            "JAX_PLATFORMS": "cpu",
+            "XLA_FLAGS": "",
+            "JAX_COMPILATION_CACHE_DIR": str(folder / "cache"),
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        }
+
+    def start(self, workdir: str, *overrides: str) -> subprocess.Popen:
+        command = [sys.executable, "-m", "jaxdg.train", "--config", str(self.config), "--workdir", str(self.folder / workdir), *overrides]
+        return subprocess.Popen(command, env=self.environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+    def run(self, workdir: str, *overrides: str) -> subprocess.CompletedProcess:
+        process = self.start(workdir, *overrides)
+        out, err = process.communicate(timeout=300)
+        return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+
+    def wait_for(self, workdir: str, process: subprocess.Popen, ready) -> None:
+        """Returns as soon as `ready(rows)` holds for the run's metrics, or the process has ended."""
+        path = self.folder / workdir / "metrics.jsonl"
+        while process.poll() is None and not (path.exists() and ready(read_metrics(path.parent))):
+            time.sleep(0.002)
+
+    def rows(self, workdir: str) -> list[dict]:
+        """Its metrics without what depends on the clock."""
+        clock = ("seconds_per_step", "images_per_second")
+        return [{k: v for k, v in row.items() if k not in clock} for row in read_metrics(self.folder / workdir)]
+
+    def state(self, workdir: str) -> list[np.ndarray]:
+        """Every array of the last checkpoint."""
+        c = config.load(self.folder / workdir)
+        task, mesh = tasks.make_task(c), sharding.make_mesh(MeshConfig(1, 1), jax.devices()[:1])
+        like, _ = tasks.abstract_state(tasks.Plan.of(task, c.model.freeze), c, mesh)
+        checkpoints = Checkpoints(self.folder / workdir)
+        state = checkpoints.restore(like, c.steps)
+        checkpoints.close()
+        return [np.asarray(leaf) for leaf in jax.tree.leaves(state)]
+
+    def assert_same(self, one: str, other: str) -> None:
+        """Both runs logged the same numbers and ended in the same bits."""
+        assert self.rows(one) == self.rows(other)
+        for a, b in zip(self.state(one), self.state(other), strict=True):
+            np.testing.assert_array_equal(a, b)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """A finished, uninterrupted run in `whole`, and the means to make others."""
+    runs = Runs(tmp_path_factory.mktemp("runs"))
+    done = runs.run("whole")
+    assert done.returncode == 0, done.stderr
+    assert [row["step"] for row in runs.rows("whole") if "loss" in row] == list(range(1, 17))
+    return runs
+
+
+def test_killed_at_any_moment_a_run_goes_on_to_the_same_bits(runs):
+    """kill -9 before the first checkpoint, between checkpoints, while one is written and while evaluating: the same losses, the same end."""
+    moments = (
+        lambda rows: len(rows) >= 2,
+        lambda rows: any(row["step"] >= 5 for row in rows),
+        lambda rows: any(row["step"] >= 8 for row in rows),  # step 8 is saved and evaluated
+        lambda rows: any(row.get("domain") == "clear" for row in rows),  # and has been judged on one domain
+        lambda rows: any(row["step"] >= 12 for row in rows),
+    )
+    killed = 0
+    for ready in moments:
+        process = runs.start("killed")
+        runs.wait_for("killed", process, ready)
+        killed += process.poll() is None
+        process.kill()
+        process.communicate()
+    assert killed >= 4
+    done = runs.run("killed")
+    assert done.returncode == 0, done.stderr
+    assert "resuming from step" in done.stdout
+    runs.assert_same("killed", "whole")
+
+
+def test_sigterm_saves_and_exits_0(runs):
+    """A scheduler's signal costs nothing: the state is saved at once, and the same command goes on to the same end."""
+    process = runs.start("stopped")
+    runs.wait_for("stopped", process, lambda rows: any(row["step"] >= 4 for row in rows))
+    process.send_signal(signal.SIGTERM)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    assert "stopped at step" in out
+    saved = Checkpoints(runs.folder / "stopped")
+    assert f"stopped at step {saved.steps()[-1]};" in out
+    saved.close()
+    assert runs.run("stopped").returncode == 0
+    runs.assert_same("stopped", "whole")
+
+
+def test_worker_processes_change_nothing(runs):
+    """Two workers feed the batches that none fed."""
+    assert runs.run("workers", "--config.data.workers=2").returncode == 0
+    runs.assert_same("workers", "whole")
+
+
+def test_corrupted_last_checkpoint_falls_back_to_the_one_before(runs):
+    """A cut file in the newest checkpoint is noticed and named; the run goes on from the one before, to the same end."""
+    shutil.copytree(runs.folder / "whole", runs.folder / "corrupted")
+    (runs.folder / "corrupted" / "results.json").unlink()
+    files = [f for f in (runs.folder / "corrupted" / "checkpoints" / "16" / "model").rglob("*") if f.is_file()]
+    biggest = max(files, key=lambda f: f.stat().st_size)
+    biggest.write_bytes(biggest.read_bytes()[: biggest.stat().st_size // 2])
+    done = runs.run("corrupted")
+    assert done.returncode == 0, done.stderr
+    assert "checkpoints/16 is corrupted" in done.stdout
+    assert "falling back to step 15" in done.stdout
+    runs.assert_same("corrupted", "whole")
+
+
+def test_finished_run_prints_its_results_and_trains_no_more(runs):
+    """The same command on a finished workdir shows the table and exits 0, changing nothing."""
+    before = {f: f.stat().st_mtime_ns for f in (runs.folder / "whole" / "checkpoints").rglob("*")}
+    done = runs.run("whole", "--config.log_every=5", "--config.data.root=elsewhere")
+    assert done.returncode == 0, done.stderr
+    assert "mIoU" in done.stdout
+    assert "finished" in done.stdout
+    assert before == {f: f.stat().st_mtime_ns for f in (runs.folder / "whole" / "checkpoints").rglob("*")}
+
+
+def test_changed_configuration_is_refused_with_the_differences(runs):
+    """Another learning rate in the same workdir would make the run unreadable."""
+    done = runs.run("whole", "--config.optimizer.learning_rate=0.5")
+    assert done.returncode == 1
+    assert done.stderr.count("\n") == 1
+    assert "optimizer.learning_rate: 0.001 -> 0.5" in done.stderr
+
+
+def test_misspelt_and_wrong_fields_on_the_command_line(runs):
+    """One line says which field, and what was meant or is allowed."""
+    done = runs.run("never", "--config.optimiser.clip=1")
+    assert (done.returncode, done.stderr) == (1, "error: unknown field optimiser; did you mean optimizer?\n")
+    done = runs.run("never", "--config.model.dtype=int8")
+    assert (done.returncode, done.stderr) == (1, "error: model.dtype is int8; allowed: float32 or bfloat16\n")
+    assert not (runs.folder / "never").exists()
+
+
+def test_full_disk_is_one_line_and_costs_nothing_saved(runs):
+    """A real disk with room for two checkpoints: the run stops saying so, keeps them, and goes on from the last once there is room."""
+    (runs.folder / "full").mkdir()
+    mount = lambda *arguments: subprocess.run(["mount", *arguments, str(runs.folder / "full")], capture_output=True, text=True)
+    made = mount("-t", "tmpfs", "-o", "size=30m", "tmpfs")
+    if made.returncode:
+        pytest.skip(f"a small disk cannot be mounted here: {made.stderr.strip()}")
+    try:
+        done = runs.run("full")
+        assert done.returncode == 1, done.stdout + done.stderr
+        assert done.stderr.startswith("error: disk full: the checkpoint of step 8 needs "), done.stderr
+        assert "the checkpoints before it are whole (3, 6)" in done.stderr
+        assert done.stderr.count("\n") == 1, done.stderr
+        assert mount("-o", "remount,size=200m").returncode == 0
+        again = runs.run("full")
+        assert again.returncode == 0, again.stderr
+        assert "resuming from step 6" in again.stdout
+        runs.assert_same("full", "whole")
+    finally:
+        subprocess.run(["umount", str(runs.folder / "full")], check=True)
+
+
+def test_results_are_what_the_loaded_model_predicts(runs):
+    """results.json equals IoUs counted here from `jaxdg.load(workdir).predict`, an image at a time."""
+    results = json.loads((runs.folder / "whole" / "results.json").read_text())
+    c = config.load(runs.folder / "whole")
+    model = jaxdg.load(runs.folder / "whole")
+    for domain in ("clear", "fog"):
+        dataset = open_domain(domain, root="", train=False, streets=c.data.streets, folder=None)
+        total = np.zeros((19, 19), np.int64)
+        for i in range(len(dataset)):
+            prediction = model.predict(dataset[i]["image"])
+            assert prediction.shape == dataset.size(i)
+            valid = dataset[i]["label"] != 255
+            np.add.at(total, (dataset[i]["label"][valid], prediction[valid]), 1)
+        expected = 100 * segmentation.iou(total)
+        entry = results["domains"][domain]
+        np.testing.assert_allclose([np.nan if v is None else v for v in entry["IoU"].values()], expected, rtol=1e-9)
+        assert entry["mIoU"] == pytest.approx(np.nanmean(expected))
+        assert entry["images"] == 3
+        assert entry["seen"] == (domain == "clear")
+    unseen = results["domains"]["fog"]["mIoU"]
+    assert results["mean_unseen"] == pytest.approx(unseen)
+    assert results["rPD"] == pytest.approx(100 * unseen / results["domains"]["clear"]["mIoU"])
+    assert (results["task"], results["source"], results["protocol"], results["step"]) == ("segmentation", "clear", "native", 16)
+
+
+def test_evaluate_and_predict_commands(runs):
+    """`evaluate` on one step of a workdir repeats its numbers; `predict` writes ids of the image's own size and an overlay."""
+    module = lambda name, *rest: subprocess.run(
+        [sys.executable, "-m", f"jaxdg.{name}", "--checkpoint", str(runs.folder / "whole" / "checkpoints" / "16"), *rest],
+        env=runs.environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    out = runs.folder / "evaluated"
+    done = module("evaluate", "--domains", "fog", "--out", str(out), "--batch_size", "2")
+    assert done.returncode == 0, done.stderr
+    results = [json.loads((folder / "results.json").read_text()) for folder in (out, runs.folder / "whole")]
+    assert results[0]["domains"]["fog"] == results[1]["domains"]["fog"]
+    assert (out / "pictures" / "fog_0.jpg").exists()
+
+    image = np.random.default_rng(0).integers(0, 255, (37, 61, 3), np.uint8)
+    (runs.folder / "images").mkdir()
+    Image.fromarray(image).save(runs.folder / "images" / "odd.png")
+    done = module("predict", "--out", str(runs.folder / "predicted"), str(runs.folder / "images"))
+    assert done.returncode == 0, done.stderr
+    ids = np.asarray(Image.open(runs.folder / "predicted" / "odd.png"))
+    assert (ids.dtype, ids.shape) == (np.uint8, (37, 61))
+    np.testing.assert_array_equal(ids, jaxdg.load(runs.folder / "whole").predict(image))
+    assert (runs.folder / "predicted" / "odd_overlay.jpg").exists()
+
+    done = module("predict", "--out", str(runs.folder / "predicted"), str(runs.folder / "nowhere.jpg"))
+    assert done.returncode == 1
+    assert "nowhere.jpg does not exist" in done.stderr
+
+
+def tiny(root: Path | str = "", **data) -> Config:
+    """A configuration that fails early or finishes in a second."""
+    return config.validated(
+        Config(
+            steps=2,
+            batch_size=8,
+            log_every=1,
+            eval_every=0,
+            data=DataConfig(root=str(root), crop=(32, 32), streets=StreetsOptions(size=(48, 96), images=3, val_images=1), **data),
+            model=ModelConfig(pyramid="none"),
+            optimizer=OptimizerConfig(),
+            evaluation=EvaluationConfig(domains=("clear",), stride=(32, 32)),
+        )
+    )
+
+
+def start(c: Config, workdir: Path) -> None:
+    """Trains in this process."""
+    train.train(c, workdir, cli.console(), cli.Interrupt())
+
+
+def folder_config(root: Path, image: bytes | None = None, label: np.ndarray | None = None) -> Config:
+    """A dataset of one pair of files below `root`, good unless another image or label is given."""
+    for name in ("images/town", "labels/town"):
+        (root / name).mkdir(parents=True, exist_ok=True)
+    good = np.random.default_rng(0).integers(0, 255, (40, 40, 3), np.uint8)
+    Image.fromarray(good).save(root / "images/town/a.jpg")
+    if image is not None:
+        (root / "images/town/a.jpg").write_bytes(image)
+    Image.fromarray(np.zeros((40, 40), np.uint8) if label is None else label).save(root / "labels/town/a.png")
+    return tiny(root, source="town", folder=FolderOptions(classes=("one", "two")))
+
+
+def test_bad_files_are_named(tmp_path):
+    """Truncated image, label of another size, id outside the table, empty folder, missing root: each error names the file or folder."""
+    c = folder_config(tmp_path / "cut")
+    whole = (tmp_path / "cut/images/town/a.jpg").read_bytes()
+    folder_config(tmp_path / "cut", image=whole[: len(whole) // 2])
+    with pytest.raises(ValueError, match=r"images/town/a\.jpg: truncated"):
+        start(c, tmp_path / "run1")
+    with pytest.raises(ValueError, match=r"labels/town/a\.png is 20x30 but its image is 40x40"):
+        start(folder_config(tmp_path / "size", label=np.zeros((30, 20), np.uint8)), tmp_path / "run2")
+    with pytest.raises(ValueError, match=r"labels/town/a\.png: .*7"):
+        start(folder_config(tmp_path / "id", label=np.full((40, 40), 7, np.uint8)), tmp_path / "run3")
+    empty = folder_config(tmp_path / "empty")
+    (tmp_path / "empty/images/town/a.jpg").unlink()
+    with pytest.raises((ValueError, FileNotFoundError), match="images/town"):
+        start(empty, tmp_path / "run4")
+    with pytest.raises(FileNotFoundError, match=r"nowhere does not exist; set JAXDG_DATA or --config\.data\.root"):
+        start(tiny(tmp_path / "nowhere", source="camvid"), tmp_path / "run5")
+
+
+def test_non_finite_loss_names_step_and_files(tmp_path):
+    """A learning rate that blows up stops the run at the step, names its images, and saves nothing of it."""
+    c = tiny()
+    c.steps, c.optimizer.learning_rate, c.optimizer.clip, c.checkpoint_every = 8, 1e30, 0.0, 1
+    with pytest.raises(ValueError, match=r"the loss of step \d+ is (nan|inf); its batch: streets/clear/\d") as error:
+        start(c, tmp_path)
+    step = int(str(error.value).split("step ")[1].split()[0])
+    checkpoints = Checkpoints(tmp_path)
+    assert max(checkpoints.steps(), default=0) < step
+    checkpoints.close()
+
+
+def test_batch_that_devices_do_not_divide_is_refused(tmp_path):
+    """Eight emulated devices cannot share six crops."""
+    c = tiny()
+    c.batch_size = 6
+    with pytest.raises(ValueError, match="batch_size 6 .* not divisible by 8 devices; allowed: a multiple of 8"):
+        start(c, tmp_path)
+
+
+def test_missing_weights_are_refused_before_training(tmp_path):
+    """The message says how to make the file."""
+    c = tiny()
+    c.model.weights = str(tmp_path / "absent.safetensors")
+    with pytest.raises(FileNotFoundError, match=r"absent\.safetensors; convert a checkpoint with conversion/torch_to_flax\.py"):
+        start(c, tmp_path / "run")

@@ -1,0 +1,130 @@
+"""One program on four meshes: the same gradients and losses, with parameters and moments really divided."""
+
+from flax import nnx
+import jax
+import numpy as np
+import optax
+import pytest
+
+from jaxdg.config import MeshConfig
+from jaxdg.training import sharding
+
+MESHES = {"1": MeshConfig(1, 1), "data=8": MeshConfig(8, 1), "fsdp=8": MeshConfig(1, 8), "4x2": MeshConfig(4, 2)}
+
+
+def adam(state):
+    (found,) = [s for s in state.opt_state if isinstance(s, optax.ScaleByAdamState)]
+    return found
+
+
+@pytest.fixture(scope="module")
+def runs(make_run):
+    """Per mesh: the losses of three steps, the gradients of the first, the last state, and how often the step was compiled."""
+    results = {}
+    for name, mesh in MESHES.items():
+        run = make_run(mesh, optimizer={"clip": 0.0, "learning_rate": 1e-2})
+        step, state, losses, gradients = run.step(), run.state(), [], {}
+        for i in range(3):
+            state, metrics = step(state, run.batch(i))
+            losses.append(float(metrics["loss"]))
+            if i == 0:  # nothing is clipped, so the first moments are a tenth of the gradients
+                gradients = {path: 10 * np.asarray(leaf, np.float64) for path, leaf in nnx.to_flat_state(adam(state).mu)}
+        results[name] = {"losses": losses, "gradients": gradients, "state": state, "compiled": step._cache_size()}
+    return results
+
+
+@pytest.mark.parametrize("name", list(MESHES)[1:])
+def test_gradients_and_losses_agree(runs, name):
+    """Gradients at equal parameters agree with one device's to 1e-5 of each array's norm, the losses of three steps to 1e-4."""
+    one, other = runs["1"], runs[name]
+    np.testing.assert_allclose(other["losses"], one["losses"], rtol=1e-4)
+    assert one["losses"][2] != one["losses"][0]
+    assert other["gradients"].keys() == one["gradients"].keys()
+    for path, expected in one["gradients"].items():
+        norm = np.linalg.norm(expected)
+        if path[-2:] == ("qkv", "bias"):  # the gradient of a key's bias is 0 but for rounding: it shifts all scores of a query alike
+            keys = slice(16, 32)
+            assert np.linalg.norm(other["gradients"][path][..., keys]) < 1e-5 * norm
+        assert norm > 0, path
+        assert np.linalg.norm(other["gradients"][path] - expected) <= 1e-5 * norm, path
+
+
+@pytest.mark.parametrize("name", list(MESHES))
+def test_one_program(runs, name):
+    """Three steps compile once: the state a step returns lies as the one it was given."""
+    assert runs[name]["compiled"] == 1
+
+
+@pytest.mark.parametrize(("name", "parts"), [("1", 1), ("data=8", 1), ("fsdp=8", 8), ("4x2", 2)])
+def test_parameters_and_moments_are_divided(runs, name, parts):
+    """Kernels and position embeddings lie in `fsdp` parts of their last axis, moments with them; the layer axis stays whole.
+
+    The eight blocks are one segment, whose layer axis eight devices would divide as well.
+    """
+    state = runs[name]["state"]
+    divided = 0
+    for tree in (state.trained, adam(state).mu, adam(state).nu):
+        for path, leaf in nnx.to_flat_state(tree):
+            array = leaf[...]
+            last = str(path[-1])
+            split = last.endswith(("kernel", "pos_embed")) and array.shape[-1] % parts == 0
+            expected = (*array.shape[:-1], array.shape[-1] // parts) if split else array.shape
+            assert {shard.data.shape for shard in array.addressable_shards} == {expected}, path
+            divided += split
+            if split and "segments" in path:
+                assert array.shape[0] == 8
+    # Patch embedding, positions, four kernels of the blocks; the classifier's 19 columns only where there is one part.
+    assert divided == 3 * (1 + 1 + 4 + (parts == 1))
+
+
+def test_what_does_not_divide_stays_whole(make_run):
+    """The classifier's 19 columns lie whole on every device of the mesh."""
+    run = make_run(MeshConfig(1, 8))
+    kernels = {path: leaf for path, leaf in nnx.to_flat_state(run.like.trained) if path[0] == "head" and path[-1] == "kernel"}
+    assert kernels
+    assert all(leaf.sharding.is_fully_replicated for leaf in kernels.values())
+
+
+def test_first_rule_counts_and_names_trailing_axes():
+    """Rules are tried in order on per-block names; a spec is laid on the last axes and cut to those there are."""
+    mesh = sharding.make_mesh(MeshConfig(4, 2))
+    state = nnx.state(nnx.Linear(4, 6, rngs=nnx.Rngs(0)), nnx.Param)
+    spec = lambda rules: {path[-1]: at.spec for path, at in nnx.to_flat_state(sharding.parameter_shardings(mesh, state, rules))}
+    P = jax.sharding.PartitionSpec
+    assert spec(()) == {"kernel": P(None, None), "bias": P(None)}
+    assert spec(((r"kernel$", ("data", "fsdp")), (r".", ("fsdp",)))) == {"kernel": P("data", "fsdp"), "bias": P("fsdp")}
+    assert spec(((r".", (None, "fsdp")),)) == {"kernel": P(None, "fsdp"), "bias": P("fsdp")}
+    assert spec(((r".", ("fsdp", "data")),)) == {"kernel": P("fsdp", None), "bias": P(None)}  # 4 does not divide 6
+
+
+@pytest.mark.parametrize(
+    ("config", "shape"),
+    [((-1, 1), (8, 1)), ((1, -1), (1, 8)), ((-1, 2), (4, 2)), ((2, -1), (2, 4)), ((8, 1), (8, 1)), ((2, 4), (2, 4)), ((-1, -1), (8, 1))],
+)
+def test_meshes(config, shape):
+    """-1 is the rest of the eight devices; every device is used once."""
+    mesh = sharding.make_mesh(MeshConfig(*config))
+    assert (mesh.shape["data"], mesh.shape["fsdp"]) == shape
+    assert sorted(d.id for d in mesh.devices.reshape(-1)) == list(range(8))
+
+
+@pytest.mark.parametrize("config", [(3, -1), (-1, 3), (1, 1), (4, 4), (16, -1), (-1, 16)])
+def test_meshes_that_cannot_be(config):
+    """A product other than the number of devices is refused with both and what -1 means."""
+    message = rf"mesh is data={config[0]}, fsdp={config[1]}; allowed: a product equal to the number of devices, 8 \(-1 = the rest\)"
+    with pytest.raises(ValueError, match=message):
+        sharding.make_mesh(MeshConfig(*config))
+
+
+@pytest.mark.parametrize("mesh", MESHES.values(), ids=MESHES)
+def test_rows_are_reassembled(mesh):
+    """A batch on the devices is the batch on the host, one block of rows a device, in the order of the mesh."""
+    rows = np.arange(16 * 3 * 2, dtype=np.float32).reshape(16, 3, 2)
+    devices = sharding.make_mesh(mesh, jax.devices()[: mesh.data * mesh.fsdp])
+    batch = sharding.to_devices({"x": rows, "y": rows[:, 0, 0].astype(np.uint8)}, devices)
+    np.testing.assert_array_equal(batch["x"], rows)
+    np.testing.assert_array_equal(batch["y"], rows[:, 0, 0])
+    each = 16 // devices.size
+    for i, device in enumerate(devices.devices.reshape(-1)):
+        (shard,) = [s for s in batch["x"].addressable_shards if s.device == device]
+        np.testing.assert_array_equal(shard.data, rows[i * each : (i + 1) * each])
