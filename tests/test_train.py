@@ -1,4 +1,4 @@
-"""A run as a whole: interrupted at any moment and gone on with, it is the run that was never interrupted; what goes wrong is said in one line."""
+"""A run as a whole: interrupted at any moment it goes on to the same end, and what goes wrong is said in one line."""
 
 import json
 import os
@@ -101,7 +101,7 @@ def runs(tmp_path_factory):
 
 
 def test_killed_at_any_moment_a_run_goes_on_to_the_same_bits(runs):
-    """kill -9 before the first checkpoint, between checkpoints, while one is written and while evaluating: the same losses, the same end."""
+    """By kill -9, before the first checkpoint, between two, while one is written, while evaluating: the same losses, the same end."""
     moments = (
         lambda rows: len(rows) >= 2,
         lambda rows: any(row["step"] >= 5 for row in rows),
@@ -331,7 +331,7 @@ def test_batch_that_devices_do_not_divide_is_refused(tmp_path):
     """Eight emulated devices cannot share six crops."""
     c = tiny()
     c.batch_size = 6
-    with pytest.raises(ValueError, match="batch_size 6 .* not divisible by 8 devices; allowed: a multiple of 8"):
+    with pytest.raises(ValueError, match=r"batch_size 6 .* not divisible by 8 devices; allowed: a multiple of 8"):
         start(c, tmp_path)
 
 

@@ -69,9 +69,10 @@ class Checkpoints:
         # Looked at before, because the storage library meets a full disk with hundreds of lines and half a checkpoint.
         needed, free = sum(leaf.nbytes for leaf in jax.tree.leaves(state)), shutil.disk_usage(self.folder).free
         if free < 1.25 * needed:
+            kept = ", ".join(map(str, self.steps())) or "none"
             raise OSError(
                 f"disk full: the checkpoint of step {step} needs {needed / 1e6:.0f} MB and {self.folder} has {free / 1e6:.0f} MB free; "
-                f"the checkpoints before it are whole ({', '.join(map(str, self.steps())) or 'none'}); free some space and run the same command"
+                f"the checkpoints before it are whole ({kept}); free some space and run the same command"
             )
         stored = {name: ocp.args.StandardSave({"fingerprint": fingerprint(part), **part}) for name, part in _items(state).items()}
         self._manager.save(step, args=ocp.args.Composite(**stored))
