@@ -45,8 +45,6 @@ def get_config() -> Config:
     c.model.taps = (9, 14, 19, 23)
     c.model.pyramid = "batch"
     c.model.drop_path = 0.2
-    # The defaults, and EVA-02's further norms, which are called inner_attn_ln and ffn_ln.
-    c.optimizer.weight_decay_factors = ((r"bias$|norm|_ln\.|cls_token$|pos_embed$", 0.0),)
     c.evaluation.domains = ("gta5",)
     c.evaluation.stride = (426, 426)
     return c

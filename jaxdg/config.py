@@ -69,7 +69,7 @@ class ModelConfig:
     Attributes:
         encoder: a name of the zoo (`jaxdg.backbones.ZOO`). Default scratch_ti8.
         weights: converted weights of the encoder; None trains from scratch. Default None.
-        taps: blocks whose features are read, from 0; () for the last block of each quarter. Default ().
+        taps: blocks whose features are read, from 0; () for the zoo's choice. Default ().
         pyramid: none, or four levels with layer or batch normalisation. Default layer.
         decoder: linear. Default linear.
         freeze: what stays as loaded: none, all (the encoder), `first N` (embeddings and first N blocks), `last N` (last N blocks),
@@ -118,7 +118,7 @@ class OptimizerConfig:
     clip: float = 0.01
     accumulate: int = 1
     learning_rate_factors: tuple[tuple[str, float], ...] = ()
-    weight_decay_factors: tuple[tuple[str, float], ...] = ((r"bias$|norm|cls_token$|pos_embed$", 0.0),)
+    weight_decay_factors: tuple[tuple[str, float], ...] = ((r"bias$|norm|_ln\.|cls_token$|pos_embed$", 0.0),)
 
 
 @dataclasses.dataclass

@@ -12,7 +12,7 @@ from typing import Literal
 from flax import nnx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Key
+from jaxtyping import Array, Float
 import numpy as np
 
 from jaxdg.backbones import layers
@@ -87,25 +87,12 @@ class ClipVit(Vit):
         self.pos_embed = nnx.Param(init(rngs.params(), (1, 1 + rows * columns, config.width)))
         self.patch_embed = PatchEmbed(config, rngs=rngs)
         self.norm_pre = nnx.LayerNorm(config.width, epsilon=EPSILON, rngs=rngs)
-        depth = config.taps[-1] + 1  # blocks past the last tap feed nothing
-        ends = [end for end in (*config.taps, *config.boundaries) if end < depth]
-        self.blocks = layers.Stack(lambda rngs: Block(config, rngs=rngs), depth, ends, remat=config.remat, rngs=rngs)
+        self.blocks = layers.Stack(lambda rngs: Block(config, rngs=rngs), config.used, config.ends, remat=config.remat, rngs=rngs)
 
-    def tokens(self, images: Float[Array | np.ndarray, "b h w 3"], key: Key[Array, ""] | None = None) -> tuple[Float[Array, "b n c"], ...]:
-        """All tokens at the taps, the class token first: [b, 1 + rows * columns, c] each."""
-        c = self.config
-        if images.shape[1:3] != c.image_size:
-            h, w = images.shape[1:3]
-            raise ValueError(
-                f"the encoder was built for {c.image_size[0]}x{c.image_size[1]} images and got {h}x{w}; "
-                f"create it with image_size=({h}, {w}) or resize the images"
-            )
-        x = self.patch_embed(jnp.asarray(images))
-        cls = jnp.broadcast_to(self.cls_token[...], (x.shape[0], 1, c.width))
-        x = jnp.concatenate([cls.astype(x.dtype), x], axis=1) + self.pos_embed[...].astype(x.dtype)
-        keep = layers.drop_path_scales(key, c.drop_path, c.depth, x.shape[0])[: c.taps[-1] + 1]
-        outputs = self.blocks(self.norm_pre(x).astype(x.dtype), keep)
-        return tuple(outputs[tap] for tap in c.taps)
+    def embed(self, images: Float[Array | np.ndarray, "b h w 3"]) -> Float[Array, "b n c"]:
+        """As `Vit.embed`, with a LayerNorm before the first block."""
+        x = super().embed(images)
+        return self.norm_pre(x).astype(x.dtype)
 
     def check(self, about: Mapping[str, str]) -> None:
         """Refuses weights that were trained with another activation.

@@ -129,9 +129,7 @@ class Blocks(layers.Stack):
     """The stacked blocks, every one of which gets the rotary tables of the encoder's grid."""
 
     def __init__(self, config: Eva02Config, *, rngs: nnx.Rngs):
-        depth = config.taps[-1] + 1  # blocks past the last tap feed nothing
-        ends = [end for end in (*config.taps, *config.boundaries) if end < depth]
-        super().__init__(lambda rngs: Block(config, rngs=rngs), depth, ends, remat=config.remat, rngs=rngs)
+        super().__init__(lambda rngs: Block(config, rngs=rngs), config.used, config.ends, remat=config.remat, rngs=rngs)
         self.grid, self.head_dim = config.grid, config.width // config.heads
 
     def __call__(self, x: Float[Array, "b n c"], scales: Float[Array, "depth 2 b 1 1"]) -> dict[int, Array]:

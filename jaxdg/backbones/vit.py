@@ -52,6 +52,16 @@ class VitConfig:
         """Rows and columns of patch tokens."""
         return self.image_size[0] // self.patch_size, self.image_size[1] // self.patch_size
 
+    @property
+    def used(self) -> int:
+        """Blocks that are built; those past the last tap feed nothing."""
+        return self.taps[-1] + 1
+
+    @property
+    def ends(self) -> tuple[int, ...]:
+        """Blocks after which stacked segments end."""
+        return tuple(end for end in (*self.taps, *self.boundaries) if end < self.used)
+
 
 class Attention(nnx.Module):
     """Multi-head self-attention with one fused projection."""
@@ -118,11 +128,7 @@ class Vit(nnx.Module):
         self.cls_token = nnx.Param(init(rngs.params(), (1, 1, config.width)))
         self.pos_embed = nnx.Param(init(rngs.params(), (1, 1 + rows * columns, config.width)))
         self.patch_embed = PatchEmbed(config, rngs=rngs)
-        ends = (*config.taps, *config.boundaries)
-        depth = config.taps[-1] + 1  # blocks past the last tap feed nothing
-        self.blocks = layers.Stack(
-            lambda rngs: Block(config, rngs=rngs), depth, [e for e in ends if e < depth], remat=config.remat, rngs=rngs
-        )
+        self.blocks = layers.Stack(lambda rngs: Block(config, rngs=rngs), config.used, config.ends, remat=config.remat, rngs=rngs)
 
     @property
     def channels(self) -> tuple[int, ...]:
@@ -153,12 +159,16 @@ class Vit(nnx.Module):
                 f"the encoder was built for {c.image_size[0]}x{c.image_size[1]} images and got {h}x{w}; "
                 f"create it with image_size=({h}, {w}) or resize the images"
             )
-        x = self.patch_embed(jnp.asarray(images))
-        cls = jnp.broadcast_to(self.cls_token[...], (x.shape[0], 1, c.width))
-        x = jnp.concatenate([cls.astype(x.dtype), x], axis=1) + self.pos_embed[...].astype(x.dtype)
-        keep = layers.drop_path_scales(key, c.drop_path, c.depth, x.shape[0])[: c.taps[-1] + 1]
+        x = self.embed(images)
+        keep = layers.drop_path_scales(key, c.drop_path, c.depth, x.shape[0])[: c.used]
         outputs = self.blocks(x, keep)
         return tuple(outputs[tap] for tap in c.taps)
+
+    def embed(self, images: Float[Array | np.ndarray, "b h w 3"]) -> Float[Array, "b n c"]:
+        """The tokens that enter the first block: class token and patches, with their positions."""
+        x = self.patch_embed(jnp.asarray(images))
+        cls = jnp.broadcast_to(self.cls_token[...], (x.shape[0], 1, self.config.width))
+        return jnp.concatenate([cls.astype(x.dtype), x], axis=1) + self.pos_embed[...].astype(x.dtype)
 
     def adapt(self, name: str, tensor: np.ndarray) -> np.ndarray | None:
         """Fits a stored tensor to this encoder: positions are resized to its grid, blocks past the last tap are not needed (None)."""
