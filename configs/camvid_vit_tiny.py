@@ -11,6 +11,7 @@ def get_config() -> Config:
     c.data.scale = (0.75, 1.5)
     c.model.encoder = "augreg_ti16"
     c.model.weights = "weights/augreg_ti16.safetensors"
+    c.model.pyramid = "none"
     c.optimizer.learning_rate = 1e-3
     c.optimizer.clip = 1.0
     c.evaluation.domains = ("camvid", "day", "dusk")

@@ -1,14 +1,22 @@
-"""Generated streets, a tiny vision transformer from scratch, a linear decoder: the whole path in minutes on two CPU cores."""
+"""Generated streets, a tiny vision transformer from scratch, a linear decoder: the whole path in minutes on two CPU cores.
+
+Reproduces no published figure; it shows the question of the paper in small: how much of what is learned in clear weather is left at night,
+in rain, in fog and at dusk. The five domains show the same worlds, so every point lost is lost to appearance.
+
+Expected, mIoU %: @STREETS@
+"""
 
 from jaxdg.config import Config
 
 
 def get_config() -> Config:
     """The experiment."""
-    c = Config(steps=650, batch_size=8, log_every=25, eval_every=650, checkpoint_every=130)
+    c = Config(steps=1400, batch_size=4, log_every=50, eval_every=1400, checkpoint_every=350)
     c.data.crop = (128, 128)
     c.data.scale = (0.8, 1.25)
-    c.optimizer.learning_rate = 2e-3
-    c.optimizer.clip = 1.0
+    c.model.encoder = "scratch_ti8"
+    c.model.pyramid = "layer"
+    c.optimizer.learning_rate = 1.5e-3
     c.optimizer.warmup_steps = 50
+    c.optimizer.clip = 1.0
     return c

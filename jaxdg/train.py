@@ -115,8 +115,8 @@ def train(config: Config, workdir: Path, console: Console, interrupt: Interrupt)
                 log.step(step, metrics)
                 evaluates = due(step, config.eval_every, config.steps)
                 if interrupt.asked or evaluates or due(step, config.checkpoint_every, config.steps):
+                    log.flush()  # a non-finite loss must stop the run before it is saved
                     with log.pause():
-                        log.flush()  # a non-finite loss must stop the run before it is saved
                         checkpoints.save(state)
                         interrupt.check()
                         if evaluates:
@@ -267,14 +267,12 @@ class Log:
 
 
 class Pause:
-    """Stops the log's clock while checkpoints and evaluations run."""
+    """Stops the log's clock while checkpoints and evaluations run; nothing may be waiting in the log."""
 
     def __init__(self, log: Log):
         self.log = log
 
     def __enter__(self) -> None:
-        if self.log.waiting:
-            jax.block_until_ready(self.log.waiting[-1][1])
         self.since = time.perf_counter()
 
     def __exit__(self, *_: object) -> None:
