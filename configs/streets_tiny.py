@@ -3,7 +3,10 @@
 Reproduces no published figure; it shows the question of the paper in small: how much of what is learned in clear weather is left at night,
 in rain, in fog and at dusk. The five domains show the same worlds, so every point lost is lost to appearance.
 
-Expected, mIoU %: @STREETS@
+Expected, mIoU %: clear 38.0; unseen: night 13.0, rain 23.8, fog 19.1, dusk_rain 11.3, their mean 16.8.
+Hardware and time: 2 cores of an x86 CPU, 5:38 minutes, 6:10 with `pip install` into a bare virtual environment (one run, 2026-11-22).
+
+    python -m jaxdg.train --config configs/streets_tiny.py --workdir runs/streets
 """
 
 from jaxdg.config import Config
