@@ -1,4 +1,4 @@
-"""CamVid by day in one town -> another place by day, and dusk: a real pre-trained ViT-Ti/16 and a linear decoder.
+r"""CamVid by day in one town -> another place by day, and dusk: a real pre-trained ViT-Ti/16 and a linear decoder.
 
 Reproduces no published figure; it shows on real images what pre-training is worth on domains never seen.
 
@@ -7,7 +7,8 @@ Expected, mIoU % (11 classes): camvid (validation of the source) 67.4, day 57.1,
 Hardware and time: 2 cores of an x86 CPU, about 9 minutes of 0.9 s a step (one run each, 2026-11-22).
 Data and weights: CamVid in SegNet's layout below the data root; vit_tiny_patch16_224.augreg_in21k_ft_in1k of timm.
 
-    python conversion/torch_to_flax.py --model augreg_ti16 --checkpoint vit_tiny_patch16_224.safetensors --out weights/augreg_ti16.safetensors
+    python conversion/torch_to_flax.py --model augreg_ti16 --checkpoint vit_tiny_patch16_224.safetensors \
+        --out weights/augreg_ti16.safetensors
     python -m jaxdg.train --config configs/camvid_vit_tiny.py --workdir runs/camvid --config.data.root=DATA
 """
 
