@@ -105,7 +105,7 @@ def save(tensors: Mapping[str, np.ndarray], path: str | Path, about: Mapping[str
 def import_torch(path: Path):
     """The module torch, or one line on how to get it."""
     try:
-        import torch
+        import torch  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         raise ValueError(
             f'{path.name} needs torch, which is not installed: pip install -e ".[convert]", or use a .safetensors file'

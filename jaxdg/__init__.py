@@ -1,6 +1,11 @@
 """Domain-generalised dense perception in JAX: encoder -> decoder -> one source domain -> zero-shot on unseen domains."""
 
 import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from jaxdg import backbones, segmentation, weights
+    from jaxdg.tasks import load
 
 __version__ = "0.1.0"
 __all__ = ["backbones", "load", "segmentation", "weights"]
