@@ -234,7 +234,7 @@ class Log:
         """Fetches what is waiting: checks every loss and writes the rows that are due.
 
         Raises:
-            FloatingPointError: a loss is not finite; the message names the step and the files of its batch.
+            ValueError: a loss is not finite; the message names the step and the files of its batch.
         """
         waiting, self.waiting = jax.device_get(self.waiting), []
         for step, metrics in waiting:
