@@ -4,7 +4,7 @@ Reproduces no published figure; it shows on real images what pre-training is wor
 
 Expected, mIoU % (11 classes): camvid (validation of the source) 67.4, day 57.1, dusk 48.0; from scratch, with
 --config.model.weights=None: 27.3, 25.1, 11.4.
-Hardware and time: 2 cores of an x86 CPU, about 9 minutes of 0.9 s a step (one run each, 2026-11-22).
+Hardware and time: 2 cores of an x86 CPU shared with other work, 11:14 and 11:27 minutes (one run each, 2026-11-22).
 Data and weights: CamVid in SegNet's layout below the data root; vit_tiny_patch16_224.augreg_in21k_ft_in1k of timm.
 
     python conversion/torch_to_flax.py --model augreg_ti16 --checkpoint vit_tiny_patch16_224.safetensors \

@@ -14,7 +14,8 @@ class Double(nnx.Module):
     """Transposed convolution with kernel 2 and stride 2, that is, one linear layer whose outputs are laid out as 2x2 pixels.
 
     `kernel[i, j]` makes the pixel in row i, column j: torch's ConvTranspose2d weight with the axes (in, out, i, j) moved to
-    (i, j, in, out). As a matrix product it trains ten times faster on CPU than XLA's dilated convolution.
+    (i, j, in, out). As a matrix product instead of XLA's dilated convolution it cut a whole training step
+    of 8 crops 128x128 on 2 CPU cores from 1.12 to 0.39 s (2026-11-22).
     """
 
     def __init__(self, channels: int, *, dtype: str, rngs: nnx.Rngs):

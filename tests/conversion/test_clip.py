@@ -8,7 +8,7 @@ import zipfile
 import ml_dtypes
 import numpy as np
 import pytest
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file
 
 from conversion import checkpoint, clip, mapping, torch_to_flax
 from jaxdg import backbones, weights
@@ -52,21 +52,6 @@ def tiny(monkeypatch):
     gelu = ClipVitConfig(**{**vars(TINY), "activation": "gelu"})
     for name, config in (("tiny", TINY), ("tiny_gelu", gelu)):
         monkeypatch.setitem(backbones.ZOO, name, backbones.zoo.Entry(config, "made by a test", "none", 1))
-
-
-@pytest.fixture
-def command(tmp_path, capsys):
-    """Runs the command on tensors (or on a file); returns exit code, stdout, stderr and the path of the output."""
-
-    def run(source, *more, model="tiny", out="out.safetensors"):
-        if isinstance(source, dict):
-            save_file(source, tmp_path / "source.safetensors")
-            source = tmp_path / "source.safetensors"
-        code = torch_to_flax.main(["--model", model, "--checkpoint", str(source), "--out", str(tmp_path / out), *more])
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err, tmp_path / out
-
-    return run
 
 
 def refused(result, *offenders):

@@ -1,5 +1,6 @@
 """Conversion of EVA-02: the real key lists, every publisher's names, what is refused, and the way back."""
 
+import functools
 import json
 import os
 import pickle
@@ -68,18 +69,9 @@ def tiny(monkeypatch):
 
 
 @pytest.fixture
-def command(tmp_path, capsys):
-    """Runs the command on tensors (or on a file); returns exit code, stdout, stderr and the path of the output."""
-
-    def run(source, *more, model="clip", out="out.safetensors"):
-        if isinstance(source, dict):
-            save_file(source, tmp_path / "source.safetensors")
-            source = tmp_path / "source.safetensors"
-        code = torch_to_flax.main(["--model", model, "--checkpoint", str(source), "--out", str(tmp_path / out), *more])
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err, tmp_path / out
-
-    return run
+def command(command):
+    """The conversion command, for the CLIP-trained layout unless a test names another."""
+    return functools.partial(command, model="clip")
 
 
 def refused(result, *offenders):

@@ -59,21 +59,6 @@ def tiny(monkeypatch):
     monkeypatch.setitem(backbones.ZOO, "tiny", backbones.zoo.Entry(config, "made by a test", "none", 1))
 
 
-@pytest.fixture
-def command(tmp_path, capsys):
-    """Runs the command on tensors (or on a file); returns exit code, stdout, stderr and the path of the output."""
-
-    def run(source, *more, model="tiny", out="out.safetensors"):
-        if isinstance(source, dict):
-            save_file(source, tmp_path / "source.safetensors")
-            source = tmp_path / "source.safetensors"
-        code = torch_to_flax.main(["--model", model, "--checkpoint", str(source), "--out", str(tmp_path / out), *more])
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err, tmp_path / out
-
-    return run
-
-
 def refused(result, *offenders):
     """One line on stderr that names every offender, exit code 1, no file, also no partial one."""
     code, out, err, path = result

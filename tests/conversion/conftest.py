@@ -1,0 +1,21 @@
+"""The conversion command, run in this process."""
+
+import pytest
+from safetensors.numpy import save_file
+
+from conversion import torch_to_flax
+
+
+@pytest.fixture
+def command(tmp_path, capsys):
+    """Runs the command on tensors (or on a file); returns exit code, stdout, stderr and the path of the output."""
+
+    def run(source, *more, model="tiny", out="out.safetensors"):
+        if isinstance(source, dict):
+            save_file(source, tmp_path / "source.safetensors")
+            source = tmp_path / "source.safetensors"
+        code = torch_to_flax.main(["--model", model, "--checkpoint", str(source), "--out", str(tmp_path / out), *more])
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err, tmp_path / out
+
+    return run
