@@ -252,10 +252,10 @@ class Log:
         seconds = (time.perf_counter() - self.clock) / (step - self.last) if step > self.last else None
         self.clock, self.last = time.perf_counter(), step
         speed = {} if seconds is None else {"seconds_per_step": seconds, "images_per_second": self.config.batch_size / seconds}
+        loss = metrics.pop("loss")
         # The rate that made this step: schedules count from 0.
-        self.writer.rows({"step": step, "loss": metrics.pop("loss"), "learning_rate": float(self.rate(step - 1)), **speed, **metrics})
-        row_loss = self.writer.last["loss"]
-        note = f"loss {row_loss:.3f}" + ("" if seconds is None else f"  {self.config.batch_size / seconds:.1f} images/s")
+        self.writer.rows({"step": step, "loss": loss, "learning_rate": float(self.rate(step - 1)), **speed, **metrics})
+        note = f"loss {loss:.3f}" + ("" if seconds is None else f"  {self.config.batch_size / seconds:.1f} images/s")
         self.bar.update(self.task, note=note)
         if not self.console.is_terminal:
             left = "" if seconds is None else f"  ETA {seconds * (self.config.steps - step) / 60:.1f} min"

@@ -23,13 +23,11 @@ class Writer:
         partial.write_text("".join(json.dumps(row) + "\n" for row in kept))
         os.replace(partial, self.path)
         self._file = self.path.open("a")
-        self.last: dict[str, Any] = {}
         # purge_step hides events past it from earlier, killed runs.
         self._events = SummaryWriter(str(Path(workdir) / "tensorboard"), purge_step=resume_step + 1, flush_secs=10)
 
     def rows(self, *rows: dict[str, Any]) -> None:
         """Writes rows, all or none of them; `row["step"]` places one, `row["domain"]`, where present, groups it."""
-        self.last = rows[-1]
         self._file.write("".join(json.dumps(row) + "\n" for row in rows))
         self._file.flush()
         for row in rows:
