@@ -23,9 +23,11 @@ def get_config() -> Config:
     c.data.scale = (0.75, 1.5)
     c.model.encoder = "augreg_ti16"
     c.model.weights = "weights/augreg_ti16.safetensors"
-    c.model.pyramid = "none"
-    c.optimizer.learning_rate = 1e-3
-    c.optimizer.clip = 1.0
+    c.model.pyramid = "layer"
+    c.model.decoder = "mask2former"
+    head = c.model.mask2former
+    head.hidden, head.queries, head.points = 128, 50, 4096
+    head.pixel_layers, head.pixel_ffn, head.layers, head.ffn = 3, 512, 3, 512
     c.evaluation.domains = ("camvid", "day", "dusk")
     c.evaluation.stride = (112, 112)
     return c

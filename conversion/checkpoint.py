@@ -1,9 +1,11 @@
-"""Published checkpoint files, read tensor by tensor: `.safetensors` and `.npz` with NumPy alone, `.pth`, `.pt` and `.bin` by torch.
+"""Published checkpoint files, read tensor by tensor: `.safetensors`, `.npz` and `.pkl` with NumPy alone, `.pth`, `.pt` and `.bin` by torch.
 
-Nothing here runs code that a file holds: torch unpickles tensors only, NumPy unpickles nothing, and of a TorchScript archive (OpenAI's
-CLIP) only the tensors are read, without torch.
+Nothing here runs code that a file holds: torch unpickles tensors only, beside stand-ins for the logs that mmengine saves with them, NumPy
+unpickles nothing, of a TorchScript archive (OpenAI's CLIP) only the tensors are read, without torch, and of a pickle (detectron2's model
+zoo) only arrays of numbers.
 """
 
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 import contextlib
 import os
@@ -18,11 +20,13 @@ import ml_dtypes  # noqa: F401  its import teaches NumPy, and so safetensors, th
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from conversion import torchscript
+from conversion import pickled, torchscript
 from jaxdg import weights
 
 TORCH = (".pth", ".pt", ".bin")
 SUFFIXES = (".safetensors", ".npz", *TORCH)
+# Of what mmengine saves of a run beside its tensors (logs, seeds, settings), replaced by stand-ins; other names refuse a file.
+PASSED_OVER = r"(mmengine|numpy)\.|builtins\.getattr$"
 BROKEN = (SafetensorError, zipfile.BadZipFile, zlib.error, EOFError, OSError, KeyError, TypeError, ValueError)
 
 
@@ -52,8 +56,12 @@ def opened(path: str | Path) -> Iterator[Checkpoint]:
         tensors = _torch_tensors(path)
         yield Checkpoint(list(tensors), lambda name: _from_torch(tensors[name]))
         return
+    if path.suffix == ".pkl":
+        arrays = _pickled_arrays(path)
+        yield Checkpoint(list(arrays), lambda name: _from_pickle(path, name, arrays[name]))
+        return
     if path.suffix not in SUFFIXES:
-        raise ValueError(f"{path} is of no kind that is read ({' '.join(SUFFIXES)}); convert or rename it")
+        raise ValueError(f"{path} is of no kind that is read ({' '.join(SUFFIXES)} .pkl); convert or rename it")
     with contextlib.ExitStack() as stack:
         try:
             if path.suffix == ".npz":
@@ -76,8 +84,14 @@ def opened(path: str | Path) -> Iterator[Checkpoint]:
         yield Checkpoint(names, read)
 
 
-def save(tensors: Mapping[str, np.ndarray], path: str | Path, about: Mapping[str, Any]) -> None:
+def save(tensors: Mapping[str, np.ndarray], path: str | Path, about: Mapping[str, Any], versions: Mapping[str, int] | None = None) -> None:
     """Writes tensors in the kind of file that the suffix of `path` says, whole or not at all; only `.safetensors` holds `about`.
+
+    Args:
+        tensors: by the publisher's names.
+        path: the file.
+        about: metadata.
+        versions: of modules, as torch's `state_dict` notes them beside its tensors; only torch's files hold them.
 
     Raises:
         OSError: it cannot be written; what was there before is untouched.
@@ -94,7 +108,10 @@ def save(tensors: Mapping[str, np.ndarray], path: str | Path, about: Mapping[str
             if torch is None:
                 np.savez(file, allow_pickle=False, **tensors)
             else:
-                torch.save({name: torch.from_numpy(tensor) for name, tensor in tensors.items()}, file)
+                state = OrderedDict((name, torch.from_numpy(tensor)) for name, tensor in tensors.items())
+                if versions:
+                    state.__dict__["_metadata"] = OrderedDict((module, {"version": number}) for module, number in versions.items())
+                torch.save(state, file)
         os.replace(partial, path)
     except (OSError, RuntimeError) as error:  # torch raises RuntimeError on a full disk
         raise OSError(f"cannot write {path} ({error}); free some space or choose another folder") from error
@@ -133,22 +150,66 @@ def _torchscript(path: Path) -> Iterator[Checkpoint]:
         yield Checkpoint(list(tensors), read)
 
 
+class Passed:
+    """Stands for a foreign object beside the tensors; takes whatever it is given and does nothing."""
+
+    def __new__(cls, *_: Any) -> "Passed":
+        return super().__new__(cls)
+
+    def __init__(self, *_: Any):
+        pass
+
+    def __setstate__(self, state: Any) -> None:
+        pass
+
+
 def _torch_tensors(path: Path) -> dict[str, Any]:
-    """The state dict of a torch file, also one level down under "model", "module" or "state_dict"."""
+    """The state dict of a torch file, also one level down."""
     torch = import_torch(path)
+    passed: list[Any] = []  # stand-ins with the names they are for
+    while True:
+        try:
+            # Tensors stay in the file until they are read; the legacy format, no zip archive, cannot do that.
+            with torch.serialization.safe_globals(passed):
+                content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+        except (pickle.UnpicklingError, RuntimeError, *BROKEN) as error:
+            code = re.search(r"GLOBAL (\S+)", str(error))
+            if not code:
+                raise _broken(path, error) from error
+            name = code[1] if "." in code[1] else f"builtins.{code[1]}"  # torch tells the first name that it does not know
+            if not re.match(PASSED_OVER, name) or (Passed, name) in passed:
+                raise _pickled_code(path, code[1]) from error
+            passed.append((Passed, name))
+        else:
+            return _state_dict(path, content, torch.Tensor)
+
+
+def _pickled_arrays(path: Path) -> dict[str, pickled.Array]:
+    """The arrays of a pickle, also one level down."""
     try:
-        # Tensors stay in the file until they are read; the legacy format, no zip archive, cannot do that.
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except (pickle.UnpicklingError, RuntimeError, *BROKEN) as error:
-        code = re.search(r"GLOBAL (\S+)", str(error))
-        if code:
-            raise _pickled_code(path, code[1]) from error
+        with path.open("rb") as file:
+            content = pickled.content(file)
+    except pickled.ForeignCode as error:
+        raise _pickled_code(path, str(error)) from error
+    except Exception as error:  # an unpickler fails in every way on damaged bytes
         raise _broken(path, error) from error
+    return _state_dict(path, content, pickled.Array)
+
+
+def _from_pickle(path: Path, name: str, array: pickled.Array) -> np.ndarray:
+    try:
+        return array.numpy()
+    except Exception as error:  # its state is whatever the file says
+        raise _broken(path, error, name) from error
+
+
+def _state_dict(path: Path, content: Any, kind: type) -> dict[str, Any]:
+    """The tensors by name in `content` or one level down under "model", "module" or "state_dict"."""
     if isinstance(content, dict):
         content = next((content[key] for key in ("model", "module", "state_dict") if isinstance(content.get(key), dict)), content)
     if not isinstance(content, dict) or not content:
         raise ValueError(f"{path} holds a {type(content).__name__}, no state dict; save the model's state_dict() and convert that")
-    odd = [str(key) for key, value in content.items() if not (isinstance(key, str) and isinstance(value, torch.Tensor))]
+    odd = [str(key) for key, value in content.items() if not (isinstance(key, str) and isinstance(value, kind))]
     if odd:
         raise ValueError(f"{path} holds no plain state dict, also not under model, module or state_dict: no tensors are {', '.join(odd)}")
     return content

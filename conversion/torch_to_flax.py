@@ -3,9 +3,12 @@
     python conversion/torch_to_flax.py --list
     python conversion/torch_to_flax.py --model augreg_ti16 --checkpoint vit_tiny.safetensors --out augreg_ti16.safetensors
     python conversion/torch_to_flax.py --model augreg_ti16 --checkpoint augreg_ti16.safetensors --out back.pth --reverse
+    python conversion/torch_to_flax.py --model mask2former --checkpoint model_final.pkl --out head.safetensors
+    python conversion/torch_to_flax.py --model vltseg --checkpoint vltseg_checkpoint_gta_1.pth --out runs/vltseg_gta
 
-The source file may be `.safetensors` or `.npz`, or with torch installed `.pth`, `.pt` or `.bin`. Every tensor of it is converted or
-left out for a stated reason, every parameter of the model is filled, or nothing is written and all offenders are named.
+The source file may be `.safetensors`, `.npz` or `.pkl`, or with torch installed `.pth`, `.pt` or `.bin`. Every tensor of it is converted
+or left out for a stated reason, every parameter of the model is filled, or nothing is written and all offenders are named. A model is an
+encoder, or `mask2former` for the decoder alone, of the sizes that its file has. `vltseg` is a whole model: `--out` is then a workdir.
 """
 
 import argparse
@@ -23,17 +26,19 @@ if not __package__:  # run as a script: the repository is not on the path yet, a
 from flax import nnx
 import numpy as np
 
-from conversion import checkpoint, clip, eva02, mapping, torchscript, vit
+from conversion import checkpoint, clip, eva02, mapping, mask2former, torchscript, vit, vltseg
 import jaxdg
 from jaxdg import backbones, weights
 
 
 def layouts(name: str) -> tuple[mapping.Layout, ...]:
-    """The layouts in which checkpoints of the encoder called `name` are published; the first is the one torch users have.
+    """The layouts in which checkpoints of the model called `name` are published; the first is the one torch users have.
 
     Raises:
         ValueError: an unknown name, or an encoder without published weights.
     """
+    if name == mask2former.NAME:
+        return mask2former.layouts()
     entry = backbones.entry(name)
     if not entry.source:
         raise ValueError(f"{name} is trained from scratch and has no published weights; --list shows the encoders that have")
@@ -46,7 +51,7 @@ def layouts(name: str) -> tuple[mapping.Layout, ...]:
 
 
 def convert(name: str, source: Path, out: Path) -> str:
-    """Converts the published checkpoint `source` of the encoder called `name` to `out`.
+    """Converts the published checkpoint `source` of the model called `name` to `out`.
 
     Returns:
         A report for a person: what was mapped, what was left out and why.
@@ -58,13 +63,15 @@ def convert(name: str, source: Path, out: Path) -> str:
     known = layouts(name)
     if out.suffix != ".safetensors":
         raise ValueError(f"--out {out} must end in .safetensors")
-    config = backbones.entry(name).config
+    config = None if name == mask2former.NAME else backbones.entry(name).config
     activation = config.activation if isinstance(config, backbones.ClipVitConfig) else None
     with checkpoint.opened(source) as file:
         if activation == "gelu" and torchscript.recognised(source):
             raise ValueError(f"{source} is an archive as OpenAI publishes, trained with quick_gelu; --list shows the encoders for it")
+        sizes = mask2former.of_checkpoint(file.names, file.read) if name == mask2former.NAME else None
         try:
-            converted = mapping.to_flax(abstract(name), known, file.names, file.read)
+            module = mask2former.abstract(*sizes) if sizes else abstract(name)
+            converted = mapping.to_flax(module, known, file.names, file.read)
         except mapping.Misfit as error:
             raise ValueError(f"{source} is no checkpoint of {name}: {error}") from error
         total = len(file.names)
@@ -80,14 +87,14 @@ def convert(name: str, source: Path, out: Path) -> str:
         }
         if activation:  # no tensor tells it, so the file does, and loading compares
             about["activation"] = activation
+        if sizes:
+            about |= mask2former.about(*sizes)
         weights.save(converted.tensors, out, about)
         grids = [f"  {key}: {_grid(converted.tensors[key])}" for key in converted.tensors if key.endswith("pos_embed")]
 
-    lines = [f"{name} from {source.name}: {total - len(converted.left_out)} of {total} tensors mapped (layout: {converted.layout.name})"]
-    for reason in dict.fromkeys(converted.left_out.values()):
-        kinds = dict.fromkeys(re.sub(r"(?<=\.)\d+(?=\.)", "*", key) for key, why in converted.left_out.items() if why == reason)
-        lines.append(f"  left out: {', '.join(kinds)} ({reason})")
-    lines += grids
+    lines = _mapped(name, source, total, converted) + grids
+    if sizes:
+        lines.append(f"  sizes, by its tensors: {mask2former.described(*sizes)}")
     if activation:
         lines.append(
             f"  activation: {activation}, because {name} has it; the tensors do not tell, so see --list that the source is for {name}"
@@ -95,13 +102,39 @@ def convert(name: str, source: Path, out: Path) -> str:
     return "\n".join([*lines, f"  wrote {out}: {len(converted.tensors)} tensors, {out.stat().st_size} bytes"])
 
 
-def reverse(name: str, source: Path, out: Path) -> str:
-    """Converts the jaxdg file `source` of the encoder called `name` back to its publisher's names and axes.
+def convert_whole(source: Path, out: Path) -> str:
+    """Converts the published checkpoint `source` of a whole VLTSeg model to the workdir `out`; returns and raises as `convert`."""
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        raise ValueError(f"--out {out} is there already; {vltseg.NAME} is written to a new folder, the workdir of a finished run")
+    with checkpoint.opened(source) as file:
+        try:
+            config = vltseg.of_checkpoint(file)
+            model = vltseg.abstract(config)
+            converted = mapping.to_flax(model, (vltseg.layout(),), file.names, file.read)
+        except mapping.Misfit as error:
+            raise ValueError(f"{source} is no checkpoint of {vltseg.NAME}: {error}") from error
+        vltseg.write(config, model, converted.tensors, out)
+        lines = _mapped(vltseg.NAME, source, len(file.names), converted)
+    return "\n".join([*lines, f"  {vltseg.described(config)}", f"  wrote {out}: {len(converted.tensors)} tensors, step {config.steps}"])
+
+
+def _mapped(name: str, source: Path, total: int, converted: mapping.Converted) -> list[str]:
+    """How many tensors of a file were mapped, and which were left out for what reason."""
+    lines = [f"{name} from {source.name}: {total - len(converted.left_out)} of {total} tensors mapped (layout: {converted.layout.name})"]
+    for reason in dict.fromkeys(converted.left_out.values()):
+        kinds = dict.fromkeys(re.sub(r"(?<=\.)\d+(?=\.)", "*", key) for key, why in converted.left_out.items() if why == reason)
+        lines.append(f"  left out: {', '.join(kinds)} ({reason})")
+    return lines
+
+
+def reverse(name: str, source: Path, out: Path, chosen: str | None = None) -> str:
+    """Converts the jaxdg file `source` of the model called `name` back to its publisher's names and axes.
 
     Args:
-        name: of the zoo.
+        name: of the zoo, or `mask2former`.
         source: a `.safetensors` file of jaxdg.
-        out: `.npz` for the AugReg layout, `.safetensors`, `.pth`, `.pt` or `.bin` for timm's.
+        out: `.npz`, `.safetensors`, `.pth`, `.pt` or `.bin`.
+        chosen: name of a layout; None for the one torch users have, of plain ViTs in `.npz` AugReg's.
 
     Returns:
         A report for a person.
@@ -116,12 +149,19 @@ def reverse(name: str, source: Path, out: Path) -> str:
     about = weights.metadata(source)
     if about.get("model", name) != name:
         raise ValueError(f"{source} holds the weights of {about['model']}, not of {name}")
-    layout = known[-1] if out.suffix == ".npz" else known[0]
+    names = [layout.name for layout in known]
+    if chosen is not None and chosen not in names:
+        raise ValueError(f"--layout {chosen} is none of {name}; allowed: {', '.join(names)}")
+    head = name == mask2former.NAME
+    layout = known[names.index(chosen)] if chosen else known[-1] if out.suffix == ".npz" and not head else known[0]
+    stored = weights.read(source)
     try:
-        tensors = mapping.from_flax(abstract(name), layout, weights.read(source))
+        module = mask2former.abstract(*mask2former.of_tensors(stored)) if head else abstract(name)
+        tensors = mapping.from_flax(module, layout, stored)
     except mapping.Misfit as error:
         raise ValueError(f"{source} is no file of {name}: {error}") from error
-    checkpoint.save(tensors, out, {"model": name, "source": source.name, "jaxdg": jaxdg.__version__})
+    versions = mask2former.VERSIONS if head else None
+    checkpoint.save(tensors, out, {"model": name, "source": source.name, "jaxdg": jaxdg.__version__}, versions)
     return f"{name} to {out}: {len(tensors)} tensors, {out.stat().st_size} bytes (layout: {layout.name})"
 
 
@@ -137,8 +177,9 @@ def _grid(positions: np.ndarray) -> str:
 
 
 def listing() -> str:
-    """Every encoder with published weights: name, megabytes, licence, where to get it."""
+    """Every model with published weights: name, megabytes, licence, where to get it."""
     rows = [(name, f"{entry.megabytes} MB", entry.licence, entry.source) for name, entry in backbones.ZOO.items() if entry.source]
+    rows += [(mask2former.NAME, *mask2former.LISTED), (vltseg.NAME, *vltseg.LISTED)]
     widths = [max(len(row[i]) for row in rows) for i in range(3)]
     return "\n".join("  ".join([*(cell.ljust(width) for cell, width in zip(row, widths, strict=False)), row[3]]) for row in rows)
 
@@ -146,19 +187,28 @@ def listing() -> str:
 def main(arguments: list[str] | None = None) -> int:
     """The command; returns its exit code."""
     parser = argparse.ArgumentParser(prog="torch_to_flax.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", metavar="NAME", help="encoder, a name that --list shows")
+    parser.add_argument("--model", metavar="NAME", help="encoder, mask2former or vltseg, a name that --list shows")
     parser.add_argument("--checkpoint", metavar="FILE", type=Path, help="file to convert")
-    parser.add_argument("--out", metavar="FILE", type=Path, help="file to write; .safetensors unless --reverse")
+    parser.add_argument("--out", metavar="FILE", type=Path, help="file to write; .safetensors unless --reverse; a folder for vltseg")
     parser.add_argument("--reverse", action="store_true", help="from jaxdg's names back to the publisher's; --out chooses the kind of file")
-    parser.add_argument("--list", action="store_true", help="show the encoders, where their weights are, licence and size")
+    parser.add_argument("--layout", metavar="NAME", help="with --reverse, whose names to write; a wrong one lists those there are")
+    parser.add_argument("--list", action="store_true", help="show the models, where their weights are, licence and size")
     args = parser.parse_args(arguments)
     if args.list:
         print(listing())
         return 0
     if not (args.model and args.checkpoint and args.out):
         parser.error("--model, --checkpoint and --out are all needed (or --list)")
+    if args.layout and not args.reverse:
+        parser.error("--layout is for --reverse; the layout of a published file is recognised by its names")
+    if args.model == vltseg.NAME and args.reverse:
+        parser.error("--reverse writes encoders and mask2former, not whole models")
     try:
-        print((reverse if args.reverse else convert)(args.model, args.checkpoint, args.out))
+        files = args.checkpoint, args.out
+        if args.reverse:
+            print(reverse(args.model, *files, args.layout))
+        else:
+            print(convert_whole(*files) if args.model == vltseg.NAME else convert(args.model, *files))
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

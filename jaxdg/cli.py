@@ -31,8 +31,11 @@ def run(main: Callable[[list[str]], None]) -> None:
             for i, argument in enumerate(arguments):
                 path = argument.removeprefix(name + "=") if argument.startswith(name + "=") else None
                 path = arguments[i + 1] if argument == name and i + 1 < len(arguments) else path
-                if path is not None and not os.path.isfile(path):
+                if path is None:
+                    continue
+                if not os.path.isfile(path):
                     raise FileNotFoundError(f"no config file {path}; see configs/ for those that exist")
+                config_lib.let_import(path)
         return flags.FLAGS(arguments)
 
     def guarded(arguments: list[str]) -> None:

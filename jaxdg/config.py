@@ -11,6 +11,7 @@ import math
 import os
 from pathlib import Path
 import re
+import sys
 import types
 import typing
 from typing import Any
@@ -63,15 +64,44 @@ class DataConfig:
 
 
 @dataclasses.dataclass
+class Mask2FormerOptions:
+    """Sizes of the Mask2Former decoder; the defaults are VLTSeg's.
+
+    Attributes:
+        hidden: channels of everything inside; a multiple of 32 and of `heads`. Default 256.
+        queries: masks predicted for an image; at least the number of classes. Default 100.
+        heads: of all attention. Default 8.
+        pixel_layers: of deformable attention in the pixel decoder. Default 6.
+        pixel_ffn: channels inside their MLPs. Default 1024.
+        layers: of the transformer decoder. Default 9.
+        ffn: channels inside their MLPs. Default 2048.
+        sampling_points: read by a head of the deformable attention on each level. Default 4.
+        points: at which matching and losses compare masks. Default 12544.
+    """
+
+    hidden: int = 256
+    queries: int = 100
+    heads: int = 8
+    pixel_layers: int = 6
+    pixel_ffn: int = 1024
+    layers: int = 9
+    ffn: int = 2048
+    sampling_points: int = 4
+    points: int = 12544
+
+
+@dataclasses.dataclass
 class ModelConfig:
     """What is trained.
 
     Attributes:
         encoder: a name of the zoo (`jaxdg.backbones.ZOO`). Default scratch_ti8.
         weights: converted weights of the encoder; None trains from scratch. Default None.
+        start: workdir of another run, or one step in it, whose whole model this one starts from instead of `weights`. Default None.
         taps: blocks whose features are read, from 0; () for the zoo's choice. Default ().
         pyramid: none, or four levels with layer or batch normalisation. Default layer.
-        decoder: linear. Default linear.
+        decoder: linear or mask2former, which needs a pyramid. Default linear.
+        mask2former: sizes of that decoder.
         freeze: what stays as loaded: none, all (the encoder), `first N` (embeddings and first N blocks), `last N` (last N blocks),
             or a regular expression searched in parameter names such as `backbone.blocks.3.attn.qkv.kernel`. Default none.
         drop_path: probability of skipping the branches of the encoder's last block. Default 0.
@@ -81,9 +111,11 @@ class ModelConfig:
 
     encoder: str = "scratch_ti8"
     weights: str | None = None
+    start: str | None = None
     taps: tuple[int, ...] = ()
     pyramid: str = "layer"
     decoder: str = "linear"
+    mask2former: Mask2FormerOptions = dataclasses.field(default_factory=Mask2FormerOptions)
     freeze: str = "none"
     drop_path: float = 0.0
     remat: bool = False
@@ -98,6 +130,7 @@ class OptimizerConfig:
         learning_rate: peak. Default 1e-4.
         encoder_factor: of the encoder's learning rate when it starts from `model.weights`; from scratch it is 1. Default 0.1.
         warmup_steps: steps of linear warm-up from 0. Default 0.
+        hold_steps: steps at the peak after that, before the decay begins. Default 0.
         power: of the polynomial decay to 0 at the last step; 0 keeps the rate constant. Default 0.9.
         betas: decay of AdamW's moments. Default 0.9, 0.999.
         epsilon: of AdamW. Default 1e-8.
@@ -105,12 +138,13 @@ class OptimizerConfig:
         clip: largest global L2 norm of the gradient; 0 turns clipping off. Default 0.01.
         accumulate: parts a batch is computed in, one after another, for less memory; the result is that of the whole. Default 1.
         learning_rate_factors: (regex, factor) pairs; the first regex found in a parameter's name counts. Default ().
-        weight_decay_factors: likewise. Default: no decay on biases, norms, class token and position embeddings.
+        weight_decay_factors: likewise. Default: no decay on norms, the class token and embeddings of positions, queries and levels.
     """
 
     learning_rate: float = 1e-4
     encoder_factor: float = 0.1
     warmup_steps: int = 0
+    hold_steps: int = 0
     power: float = 0.9
     betas: tuple[float, float] = (0.9, 0.999)
     epsilon: float = 1e-8
@@ -118,7 +152,7 @@ class OptimizerConfig:
     clip: float = 0.01
     accumulate: int = 1
     learning_rate_factors: tuple[tuple[str, float], ...] = ()
-    weight_decay_factors: tuple[tuple[str, float], ...] = ((r"bias$|norm|_ln\.|cls_token$|pos_embed$", 0.0),)
+    weight_decay_factors: tuple[tuple[str, float], ...] = ((r"norm|_ln\.|cls_token$|(pos|query|level)_embed$|query_feat$", 0.0),)
 
 
 @dataclasses.dataclass
@@ -197,7 +231,16 @@ _RULES: tuple[tuple[str, str, Any], ...] = (
     ("keep_checkpoints", "at least 1", lambda v: v >= 1),
     ("task", "segmentation", lambda v: v == "segmentation"),
     ("model.pyramid", "none, layer or batch", lambda v: v in ("none", "layer", "batch")),
-    ("model.decoder", "linear", lambda v: v == "linear"),
+    ("model.decoder", "linear or mask2former", lambda v: v in ("linear", "mask2former")),
+    ("model.mask2former.hidden", "at least 1", lambda v: v >= 1),
+    ("model.mask2former.queries", "at least 1", lambda v: v >= 1),
+    ("model.mask2former.heads", "at least 1", lambda v: v >= 1),
+    ("model.mask2former.pixel_layers", "at least 1", lambda v: v >= 1),
+    ("model.mask2former.pixel_ffn", "at least 1", lambda v: v >= 1),
+    ("model.mask2former.layers", "at least 1", lambda v: v >= 1),
+    ("model.mask2former.ffn", "at least 1", lambda v: v >= 1),
+    ("model.mask2former.sampling_points", "at least 1", lambda v: v >= 1),
+    ("model.mask2former.points", "at least 1", lambda v: v >= 1),
     ("model.dtype", "float32 or bfloat16", lambda v: v in ("float32", "bfloat16")),
     ("evaluation.protocol", "native", lambda v: v == "native"),
     ("mesh.data", "-1 (the rest) or at least 1", lambda v: v == -1 or v >= 1),
@@ -217,6 +260,7 @@ _RULES: tuple[tuple[str, str, Any], ...] = (
     ("optimizer.learning_rate", "above 0", lambda v: v > 0),
     ("optimizer.encoder_factor", "0 or more", lambda v: v >= 0),
     ("optimizer.warmup_steps", "0 or more", lambda v: v >= 0),
+    ("optimizer.hold_steps", "0 or more", lambda v: v >= 0),
     ("optimizer.power", "0 or more", lambda v: v >= 0),
     ("optimizer.betas", "two numbers of 0 to below 1", lambda v: all(0 <= x < 1 for x in v)),
     ("optimizer.epsilon", "above 0", lambda v: v > 0),
@@ -245,8 +289,10 @@ def validated(config: Config) -> Config:
             raise ValueError(f"{field} is {value}; allowed: {allowed}")
     if config.batch_size % config.optimizer.accumulate:
         raise ValueError(f"optimizer.accumulate is {config.optimizer.accumulate}; allowed: a divisor of batch_size {config.batch_size}")
-    if config.optimizer.warmup_steps >= config.steps:
-        raise ValueError(f"optimizer.warmup_steps is {config.optimizer.warmup_steps}; allowed: less than steps {config.steps}")
+    o = config.optimizer
+    if o.warmup_steps + o.hold_steps >= config.steps:
+        before = f"optimizer.warmup_steps is {o.warmup_steps} and hold_steps is {o.hold_steps}"
+        raise ValueError(f"{before}; allowed: together less than steps {config.steps}")
     crop, stride = config.data.crop, config.evaluation.stride
     if stride[0] > crop[0] or stride[1] > crop[1]:
         raise ValueError(f"evaluation.stride is {stride}; allowed: at most data.crop {crop}, or windows would leave gaps")
@@ -362,11 +408,19 @@ def check_overrides(arguments: list[str]) -> None:
             holder = next((a for a in typing.get_args(hints[part]) if dataclasses.is_dataclass(a)), hints[part])
 
 
+def let_import(path: str | Path) -> None:
+    """Lets an experiment file import others beside it as `from configs.other import get_config`, wherever the command is run."""
+    folder = str(Path(path).resolve().parent.parent)
+    if folder not in sys.path:
+        sys.path.append(folder)
+
+
 def from_file(path: str | Path) -> Config:
     """The validated `get_config()` of a file below configs/."""
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"no config file {path}; see configs/ for those that exist")
+    let_import(path)
     spec = importlib.util.spec_from_file_location(path.stem, path)
     assert spec is not None
     assert spec.loader is not None

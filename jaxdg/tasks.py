@@ -57,11 +57,11 @@ class Task(Protocol):
         """The model with random parameters; segments also end after the encoder blocks in `boundaries`."""
         ...
 
-    def normalizer(self, model: Any, batch: Batch) -> Array:
-        """What the losses of a global batch are divided by."""
+    def normalizer(self, model: Any, batch: Batch) -> Any:
+        """What the losses of a global batch are divided by: a tree of scalars."""
         ...
 
-    def losses(self, model: Any, batch: Batch, normalizer: Array, key: Key[Array, ""]) -> dict[str, Float[Array, ""]]:
+    def losses(self, model: Any, batch: Batch, normalizer: Any, key: Key[Array, ""]) -> dict[str, Float[Array, ""]]:
         """Named loss terms of a part of a batch; they add up to the loss."""
         ...
 
@@ -87,12 +87,18 @@ class Segmentation:
 
     def model(self, rngs: nnx.Rngs, boundaries: Sequence[int] = ()) -> segmentation.Segmenter:
         """See `Task.model`."""
-        m = self.config.model
+        m, k = self.config.model, len(self.labels.names)
+        decoder = None
+        if m.decoder == "mask2former":
+            if m.mask2former.queries < k:
+                raise ValueError(f"model.mask2former.queries is {m.mask2former.queries}; allowed: at least one for each of the {k} classes")
+            decoder = segmentation.Mask2FormerConfig(num_classes=k, dtype=m.dtype, **dataclasses.asdict(m.mask2former))
         return segmentation.Segmenter(
             segmentation.SegmenterConfig(
-                num_classes=len(self.labels.names),
+                num_classes=k,
                 encoder=m.encoder,
                 image_size=self.config.data.crop,
+                mask2former=decoder,
                 taps=m.taps,
                 pyramid=m.pyramid,
                 boundaries=tuple(boundaries),
@@ -103,17 +109,17 @@ class Segmentation:
             rngs=rngs,
         )
 
-    def normalizer(self, model: segmentation.Segmenter, batch: Batch) -> Array:
+    def normalizer(self, model: segmentation.Segmenter, batch: Batch) -> Any:
         """See `Task.normalizer`; batch: `label` uint8 [b, h, w]."""
         return model.head.normalizer(batch["label"])
 
-    def losses(self, model: segmentation.Segmenter, batch: Batch, normalizer: Array, key: Key[Array, ""]) -> dict[str, Float[Array, ""]]:
+    def losses(self, model: segmentation.Segmenter, batch: Batch, normalizer: Any, key: Key[Array, ""]) -> dict[str, Float[Array, ""]]:
         """See `Task.losses`; batch: `image` uint8 [b, h, w, 3], `label` uint8 [b, h, w]."""
-        pixel_key, drop_key = jax.random.split(key)
+        pixel_key, drop_key, point_key = jax.random.split(key, 3)
         data = self.config.data
         images = photometric.brightness_contrast(batch["image"].astype(jnp.float32), pixel_key, data.brightness, data.contrast)
         output = model(self._normalize(images), drop_key, train=True)
-        return model.head.loss(output, batch["label"], normalizer)
+        return model.head.loss(output, batch["label"], normalizer, point_key)
 
     def predictor(self, graph: nnx.GraphDef) -> Callable[[ModelState, UInt8[Array, "b h w 3"]], UInt8[Array, "b h w"]]:
         """A function of (model state, images) to label maps at the images' own size, by sliding windows; compiles once a size."""
@@ -213,7 +219,8 @@ class Plan:
 def abstract_state(plan: Plan, config: Config, mesh: Mesh) -> tuple[TrainState, Any]:
     """The run's train state as shapes with shardings, and its optimiser."""
     trained, frozen, statistics = plan.abstract
-    factor = 1.0 if config.model.weights is None else config.optimizer.encoder_factor
+    scratch = config.model.weights is None and config.model.start is None
+    factor = 1.0 if scratch else config.optimizer.encoder_factor
     optimizer = optimizer_lib.make_optimizer(config.optimizer, config.steps, trained, factor)
     whole = sharding.replicated(mesh)
     trained_at = sharding.parameter_shardings(mesh, trained)
@@ -283,6 +290,14 @@ def locate(checkpoint: str | Path) -> tuple[Path, int | None]:
     if path.name.isdigit() and (path.parent.parent / "config.json").is_file():
         return path.parent.parent, int(path.name)
     return path, None
+
+
+def stored_tensors(checkpoint: str | Path) -> dict[str, np.ndarray]:
+    """All parameters and running statistics of a trained model by per-block name; errors as `load`."""
+    workdir, step = locate(checkpoint)
+    config = config_lib.load(workdir)
+    plan, state, _ = restore_model(workdir, step, config, make_task(config), sharding.make_mesh(MeshConfig(1, 1), jax.local_devices()[:1]))
+    return weights.tensors(nnx.merge(plan.graph, *state))
 
 
 def restore_model(workdir: Path, step: int | None, config: Config, task: Task, mesh: Mesh) -> tuple[Plan, ModelState, int]:

@@ -3,7 +3,7 @@
     python -m jaxdg.train --config configs/streets_tiny.py --workdir runs/streets
 
 Run it again on the same workdir and it goes on where it stopped. Order of what a state comes from: the newest readable checkpoint
-of the workdir; else random parameters with the encoder's converted weights put in.
+of the workdir; else the whole model of another run (`model.start`); else random parameters with the encoder's converted weights put in.
 """
 
 from collections.abc import Sequence
@@ -25,7 +25,7 @@ from jaxdg.config import Config
 from jaxdg.data.datasets import Dataset, open_domain
 from jaxdg.data.pipeline import batch_files, train_batches
 from jaxdg.evaluate import evaluate_domains, open_domains, print_results, summary, write_results
-from jaxdg.tasks import Plan, abstract_state, make_task
+from jaxdg.tasks import Plan, abstract_state, make_task, stored_tensors
 from jaxdg.training import optimizer as optimizer_lib
 from jaxdg.training import sharding
 from jaxdg.training.checkpoint import Checkpoints
@@ -55,7 +55,7 @@ def train(config: Config, workdir: Path, console: Console, interrupt: Interrupt)
         )
     plan = Plan.of(task, config.model.freeze)
     like, optimizer = abstract_state(plan, config, mesh)
-    if config.model.weights is not None and not checkpoints.steps():
+    if config.model.weights is not None and config.model.start is None and not checkpoints.steps():
         weights.metadata(config.model.weights)  # fails early where there is no such file
     state = checkpoints.restore(like, say=console.print)
     if state is None:
@@ -158,7 +158,7 @@ def finished(config: Config, workdir: Path, checkpoints: Checkpoints | None, con
 
 
 def initial_state(plan: Plan, like: TrainState, optimizer: Any, config: Config) -> TrainState:
-    """Random parameters, made where they belong, with the encoder's converted weights put in."""
+    """Random parameters, made where they belong, with another run's model or the encoder's converted weights put in."""
 
     def init(key):
         trained, frozen, statistics = plan.split(plan.make(key))
@@ -167,9 +167,13 @@ def initial_state(plan: Plan, like: TrainState, optimizer: Any, config: Config) 
     # Stream 1 of the seed; stream 0 is the steps'.
     key = jax.random.fold_in(jax.random.key(config.seed), 2**31)
     state = jax.jit(init, out_shardings=jax.tree.map(lambda leaf: leaf.sharding, like))(key)
-    if config.model.weights is not None:
+    start, encoder = config.model.start, config.model.weights
+    if start is not None or encoder is not None:
         model: Any = nnx.merge(plan.graph, state.trained, state.frozen, state.statistics)
-        weights.load(model.backbone, config.model.weights)
+        if start is not None:
+            weights.fill(model, stored_tensors(start), start)
+        else:
+            weights.load(model.backbone, encoder)
         state.trained, state.frozen, state.statistics = plan.split(model)
     return state
 
@@ -179,7 +183,7 @@ def describe(config: Config, plan: Plan, source: Dataset, mesh: Any, console: Co
     count = lambda state: sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(state)) / 1e6
     trained, frozen, _ = plan.abstract
     kept = f", {count(frozen):.2f} M frozen" if plan.frozen else ""
-    encoder = f"{config.model.encoder} ({config.model.weights or 'from scratch'})"
+    encoder = f"{config.model.encoder} ({config.model.start or config.model.weights or 'from scratch'})"
     console.print(
         f"{encoder} + {config.model.decoder}: {count(trained):.2f} M parameters trained{kept}; "
         f"{len(source)} images of {config.data.source}; {mesh.size} x {jax.devices()[0].device_kind}, "

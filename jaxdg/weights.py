@@ -120,6 +120,20 @@ def load(module: nnx.Module, path: str | Path) -> None:
             check(metadata(path))
         except ValueError as error:
             raise ValueError(f"{path} does not fit this {type(module).__name__}: {error}") from error
+    fill(module, stored, path)
+
+
+def fill(module: nnx.Module, stored: Mapping[str, np.ndarray], source: str | Path) -> None:
+    """Fills every parameter and running statistic of `module`, keeping each array's placement.
+
+    Args:
+        module: to be filled in place; its optional `adapt` method fits stored tensors to it.
+        stored: tensors by per-block name.
+        source: where they come from, for the error.
+
+    Raises:
+        ValueError: tensors that are missing, left over or of another shape, all of them named.
+    """
     adapt = getattr(module, "adapt", None)
     if adapt is not None:
         stored = {name: fitted for name, tensor in stored.items() if (fitted := adapt(name, tensor)) is not None}
@@ -127,7 +141,7 @@ def load(module: nnx.Module, path: str | Path) -> None:
     wanted = shapes(module)
     problems = mismatches(wanted, {name: tensor.shape for name, tensor in stored.items()})
     if problems:
-        raise ValueError(f"{path} does not fit this {type(module).__name__}: " + "; ".join(problems))
+        raise ValueError(f"{source} does not fit this {type(module).__name__}: " + "; ".join(problems))
     filled: dict[tuple, Any] = {}
     for name, (at, layer) in slots(state).items():
         filled[at] = stored[name] if layer is None else [*filled.get(at, []), stored[name]]

@@ -3,19 +3,21 @@
 import json
 import os
 from pathlib import Path
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
 
+from flax import nnx
 import jax
 import numpy as np
 from PIL import Image
 import pytest
 
 import jaxdg
-from jaxdg import cli, config, segmentation, tasks, train
+from jaxdg import backbones, cli, config, segmentation, tasks, train, weights
 from jaxdg.config import Config, DataConfig, EvaluationConfig, MeshConfig, ModelConfig, OptimizerConfig
 from jaxdg.data.datasets import FolderOptions, StreetsOptions, open_domain
 from jaxdg.training import sharding
@@ -98,6 +100,28 @@ def runs(tmp_path_factory):
     assert done.returncode == 0, done.stderr
     assert [row["step"] for row in runs.rows("whole") if "loss" in row] == list(range(1, 17))
     return runs
+
+
+def test_a_run_starts_from_another_runs_model(runs):
+    """`model.start`: every parameter and statistic is the other run's, for other crops and freezing; a model of other parts is refused."""
+    c = config.load(runs.folder / "whole")
+    c.model.start, c.model.freeze, c.data.crop = str(runs.folder / "whole"), "first 2", (48, 48)
+    task, mesh = tasks.make_task(c), sharding.make_mesh(MeshConfig(1, 1), jax.devices()[:1])
+    plan = tasks.Plan.of(task, c.model.freeze)
+    like, optimizer = tasks.abstract_state(plan, c, mesh)
+    state = train.initial_state(plan, like, optimizer, c)
+    found = weights.tensors(nnx.merge(plan.graph, state.trained, state.frozen, state.statistics))
+    stored = tasks.stored_tensors(runs.folder / "whole")
+    assert found.keys() == stored.keys()
+    assert "pyramid.fpn1_norm.mean" in found
+    for name in found.keys() - {"backbone.pos_embed"}:
+        np.testing.assert_array_equal(found[name], stored[name])
+    np.testing.assert_allclose(
+        found["backbone.pos_embed"], backbones.layers.resize_positions(stored["backbone.pos_embed"], (6, 6), 1), rtol=1e-5, atol=1e-6
+    )
+    done = runs.run("other", f"--config.model.start={runs.folder / 'whole'}", "--config.model.pyramid=layer")
+    assert done.returncode == 1
+    assert re.search(r"error: .*whole does not fit this Segmenter: .*unexpected \(pyramid\.fpn1_norm\.mean", done.stderr)
 
 
 def test_killed_at_any_moment_a_run_goes_on_to_the_same_bits(runs):

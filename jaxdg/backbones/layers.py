@@ -35,19 +35,22 @@ class Stack(nnx.Module):
             }
         )
 
-    def __call__(self, x: Array, scales: Array, *shared) -> dict[int, Array]:
-        """Runs all blocks as `block(x, scale, *shared)`, one row of `scales` each; returns each segment's output by its last block."""
+    def __call__(self, x: Array, scales: Array | None, *shared) -> dict[int, Array]:
+        """Runs all blocks as `block(x, scale, *shared)`, one row of `scales` each; returns each segment's output by its last block.
+
+        Without `scales`, as `block(x, *shared)`.
+        """
         outputs, start = {}, 0
         for end in self.ends:
             graph, layers = nnx.split(self.segments[str(start)])
 
             def layer(x, inputs, graph=graph):
-                state, scale = inputs
-                return nnx.merge(graph, state)(x, scale, *shared), None
+                state, *scale = inputs
+                return nnx.merge(graph, state)(x, *scale, *shared), None
 
             # Inside a scan the usual guard against common-subexpression elimination only costs time.
             body = jax.checkpoint(layer, prevent_cse=False) if self.remat else layer
-            x, _ = jax.lax.scan(body, x, (layers, scales[start : end + 1]))
+            x, _ = jax.lax.scan(body, x, (layers,) if scales is None else (layers, scales[start : end + 1]))
             outputs[end], start = x, end + 1
         return outputs
 

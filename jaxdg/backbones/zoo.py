@@ -105,6 +105,7 @@ ZOO: dict[str, Entry] = {
     ),
     # Small enough to learn from scratch on two CPU cores; patch 8 keeps poles and signs visible in small pictures.
     "scratch_ti8": Entry(_vit(128, 4, 4, patch_size=8)),
+    "scratch_eva02_ti8": Entry(Eva02Config(patch_size=8, width=128, depth=4, heads=4, taps=(0, 1, 2, 3))),
 }
 
 

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from flax import nnx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, UInt8
+from jaxtyping import Array, Float, Key, UInt8
 
 from jaxdg.segmentation.sliding_window import resize_scores
 
@@ -44,11 +44,15 @@ class LinearHead(nnx.Module):
         return jnp.maximum(jnp.sum(label != IGNORE), 1).astype(jnp.float32)
 
     def loss(
-        self, output: Float[Array, "b h w k"], label: UInt8[Array, "b H W"], normalizer: Float[Array, ""]
+        self,
+        output: Float[Array, "b h w k"],
+        label: UInt8[Array, "b H W"],
+        normalizer: Float[Array, ""],
+        key: Key[Array, ""] | None = None,
     ) -> dict[str, Float[Array, ""]]:
         """Cross entropy at the label's resolution, summed over labelled pixels and divided by `normalizer`.
 
-        A batch's loss is thus the sum of the losses of its parts, whatever their sizes.
+        A batch's loss is thus the sum of the losses of its parts, whatever their sizes. Nothing is drawn, so `key` is not used.
         """
         _, h, w = label.shape
         logits = resize_scores(output, (h, w))

@@ -1,12 +1,15 @@
 """Encoder, optional pyramid and decoder put together: normalised images in, class scores out."""
 
 import dataclasses
+from typing import Any
 
 from flax import nnx
 from jaxtyping import Array, Float, Key
+import numpy as np
 
 from jaxdg import backbones
 from jaxdg.segmentation.linear import LinearHead
+from jaxdg.segmentation.mask2former import Mask2Former, Mask2FormerConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,6 +21,7 @@ class SegmenterConfig:
         encoder: name in the zoo.
         image_size: height and width in pixels of the crops it is trained on and the windows it predicts.
         taps: blocks whose features are read, from 0; () for the last block of each quarter.
+        mask2former: the decoder; None for the linear one.
         pyramid: "none" reads the taps as they are; "layer" or "batch" builds four levels with that normalisation.
         boundaries: further blocks after which stacked segments end.
         drop_path: of the encoder's last block in training.
@@ -28,6 +32,7 @@ class SegmenterConfig:
     num_classes: int
     encoder: str
     image_size: tuple[int, int]
+    mask2former: Mask2FormerConfig | None = None
     taps: tuple[int, ...] = ()
     pyramid: str = "none"
     boundaries: tuple[int, ...] = ()
@@ -43,7 +48,7 @@ class Segmenter(nnx.Module):
         """Builds the model with random parameters; encoder weights are loaded into `backbone` afterwards.
 
         Raises:
-            ValueError: a pyramid that the taps or the image size do not allow.
+            ValueError: a pyramid that the taps or the image size do not allow, or a decoder without the pyramid it needs.
         """
         c = config
         self.config = config
@@ -68,10 +73,15 @@ class Segmenter(nnx.Module):
                     f"it must be at least {side}x{side}"
                 )
         self.pyramid = None if c.pyramid == "none" else backbones.Pyramid(channels[0], c.pyramid, dtype=c.dtype, rngs=rngs)
-        self.head = LinearHead(c.num_classes, channels, dtype=c.dtype, rngs=rngs)
+        if c.mask2former is None:
+            self.head = LinearHead(c.num_classes, channels, dtype=c.dtype, rngs=rngs)
+        elif self.pyramid is None:
+            raise ValueError("model.decoder mask2former reads four levels of different sizes; set model.pyramid to layer or batch")
+        else:
+            self.head = Mask2Former(c.mask2former, channels, rngs=rngs)
 
-    def __call__(self, images: Float[Array, "b h w 3"], key: Key[Array, ""] | None = None, train: bool = False) -> Array:
-        """The decoder's output.
+    def __call__(self, images: Float[Array, "b h w 3"], key: Key[Array, ""] | None = None, train: bool = False) -> Any:
+        """The decoder's output, which `head.scores` and `head.loss` take.
 
         Args:
             images: [b, h, w, 3] normalised for the encoder, of `config.image_size`.
@@ -82,6 +92,11 @@ class Segmenter(nnx.Module):
         if self.pyramid is not None:
             features = self.pyramid(features, train)
         return self.head(features)
+
+    def adapt(self, name: str, tensor: np.ndarray) -> np.ndarray | None:
+        """Fits a tensor stored by a segmenter for another image size to this one, as the encoder does."""
+        part, _, rest = name.partition(".")
+        return self.backbone.adapt(rest, tensor) if part == "backbone" else tensor
 
     def scores(self, images: Float[Array, "b h w 3"]) -> Float[Array, "b h w k"]:
         """Class scores at the images' own size; the highest is the predicted class."""

@@ -18,8 +18,9 @@ ENCODER = "backbone."
 
 
 def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:
-    """Step to rate: linear warm-up, then polynomial decay that reaches 0 after the last step."""
-    decay = optax.polynomial_schedule(config.learning_rate, 0.0, config.power, steps - config.warmup_steps)
+    """Step to rate: linear warm-up, constant, then polynomial decay that reaches 0 after the last step."""
+    before = config.warmup_steps + config.hold_steps
+    decay = optax.polynomial_schedule(config.learning_rate, 0.0, config.power, steps - before, config.hold_steps)
     if config.power == 0:
         decay = optax.constant_schedule(config.learning_rate)
     if not config.warmup_steps:

@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Key
 import optax
 
 Batch = dict[str, Array]
-Losses = Callable[[Any, Batch, Array, Key[Array, ""]], dict[str, Float[Array, ""]]]
+Losses = Callable[[Any, Batch, Any, Key[Array, ""]], dict[str, Float[Array, ""]]]
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=["step", "trained", "frozen", "statistics", "opt_state"], meta_fields=[])
@@ -40,7 +40,7 @@ class TrainState:
 def make_step(
     graph: nnx.GraphDef,
     optimizer: optax.GradientTransformation,
-    normalizer: Callable[[Any, Batch], Array],
+    normalizer: Callable[[Any, Batch], Any],
     losses: Losses,
     key: Key[Array, ""],
     shardings: Any,

@@ -1,4 +1,4 @@
-"""The linear head as one matrix product, the segmenter's shapes, and a task's verdict against a slow evaluation in NumPy."""
+"""The linear head as one matrix product, the segmenter with both decoders, and a task's verdict against a slow one in NumPy."""
 
 import dataclasses
 
@@ -8,11 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxdg import tasks
-from jaxdg.backbones import VitConfig, zoo
+from jaxdg import tasks, weights
+from jaxdg.backbones import VitConfig, layers, zoo
 from jaxdg.config import Config, MeshConfig, validated
 from jaxdg.data.labels import CAMVID, CITYSCAPES, LabelSet
-from jaxdg.segmentation import LinearHead, Segmenter, SegmenterConfig
+from jaxdg.segmentation import LinearHead, Mask2FormerConfig, Segmenter, SegmenterConfig
 from jaxdg.training import sharding
 
 
@@ -86,18 +86,74 @@ def test_shapes(pyramid, taps, finest):
     assert bool(jax.tree.leaves(nnx.state(model, nnx.BatchStat))) == (pyramid == "batch")
 
 
+SMALL = Mask2FormerConfig(num_classes=7, hidden=32, queries=9, heads=4, pixel_layers=1, pixel_ffn=16, layers=2, ffn=16, points=32)
+
+
+def test_mask2former_scores_are_votes_of_the_last_masks():
+    """Class scores at the image's size, against loops: each query's mask, enlarged, votes for its classes, "no object" for none."""
+    config = SegmenterConfig(num_classes=7, encoder="tiny4", image_size=(32, 48), pyramid="layer", mask2former=SMALL)
+    graph, state = nnx.split(nnx.eval_shape(lambda: Segmenter(config, rngs=nnx.Rngs(0))))
+    rng = np.random.default_rng(0)
+    state = jax.tree.map(lambda leaf: rng.normal(0, 0.3, leaf.shape).astype(leaf.dtype), state)
+    images = jnp.asarray(rng.normal(size=(2, 32, 48, 3)), jnp.float32)
+
+    @jax.jit
+    def run(state, images):
+        model = nnx.merge(graph, state)
+        return model(images), model.scores(images)
+
+    (classes, masks), scores = run(state, images)
+    assert classes.shape == (3, 2, 9, 8)
+    assert masks.shape == (3, 2, 9, 16, 24)
+    large = bilinear(np.moveaxis(np.asarray(masks[-1], np.float64), 1, -1), (32, 48))
+    odds = np.exp(np.asarray(classes[-1], np.float64))
+    expected = np.zeros((2, 32, 48, 7))
+    for b in range(2):
+        for q in range(9):
+            expected[b] += np.multiply.outer(1 / (1 + np.exp(-large[b, :, :, q])), odds[b, q, :-1] / odds[b, q].sum())
+    np.testing.assert_allclose(scores, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_segmenter_for_another_size_takes_over_all_tensors():
+    """Parameters stored at 32x48 fill a model for 64x64, the decoder's as they are and the encoder's positions as it resizes them."""
+    make = lambda size: nnx.eval_shape(lambda: Segmenter(SegmenterConfig(7, "tiny4", size, SMALL, pyramid="batch"), rngs=nnx.Rngs(0)))
+    rng = np.random.default_rng(0)
+    stored = {name: rng.normal(size=shape).astype(np.float32) for name, shape in weights.shapes(make((32, 48))).items()}
+    square = {**stored, "backbone.pos_embed": rng.normal(size=(1, 17, 16)).astype(np.float32)}
+    other = make((64, 64))
+    weights.fill(other, square, "elsewhere")
+    filled = weights.tensors(other)
+    resized = layers.resize_positions(square["backbone.pos_embed"], (8, 8), 1)
+    np.testing.assert_allclose(filled.pop("backbone.pos_embed"), resized, atol=1e-6)
+    assert {"head.query_feat", "pyramid.fpn1_norm.mean"} < filled.keys()
+    for name, tensor in filled.items():
+        np.testing.assert_array_equal(tensor, square[name])
+    with pytest.raises(ValueError, match=r"elsewhere does not fit this Segmenter: 1 missing \(head\.query_feat\)$"):
+        weights.fill(other, {name: tensor for name, tensor in square.items() if name != "head.query_feat"}, "elsewhere")
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
+        ({"pyramid": "none", "mask2former": SMALL}, r"decoder mask2former reads four levels .*; set model\.pyramid to layer or batch"),
+        ({"mask2former": dataclasses.replace(SMALL, hidden=48)}, r"hidden is 48; allowed: multiples of 32 .* and of heads, 4"),
         ({"taps": (1, 3)}, r"model\.pyramid is 'layer', which reads four taps; model\.taps is \(1, 3\)"),
         ({"image_size": (8, 32)}, r"model\.pyramid is 'layer', which halves the deepest map; .* 8x32 .*at least 16x16"),
     ],
 )
-def test_a_pyramid_that_cannot_be_is_refused(fields, message):
-    """Two taps, or an image of one patch: one line that names the field."""
+def test_parts_that_do_not_fit_are_refused(fields, message):
+    """Two taps, an image of one patch, a decoder without its pyramid or of impossible sizes: one line that names the field."""
     config = SegmenterConfig(**{"num_classes": 7, "encoder": "tiny4", "image_size": (32, 32), "pyramid": "layer", **fields})
     with pytest.raises(ValueError, match=message):
         nnx.eval_shape(lambda: Segmenter(config, rngs=nnx.Rngs(0)))
+
+
+def test_fewer_queries_than_classes_are_refused():
+    """Each class present needs a query of its own: the field is named before anything is built."""
+    config = Config()
+    config.model.decoder, config.model.mask2former.queries = "mask2former", 18
+    with pytest.raises(ValueError, match=r"model\.mask2former\.queries is 18; allowed: at least one for each of the 19 classes"):
+        tasks.make_task(config).model(nnx.Rngs(0))
 
 
 @dataclasses.dataclass

@@ -1,5 +1,6 @@
 """The optimiser against AdamW written out in NumPy, one array a block, and what `freeze` freezes."""
 
+import dataclasses
 import math
 import re
 
@@ -123,6 +124,16 @@ def test_equals_torch(state):
         adamw.step()
     for name, value in per_block(params).items():
         np.testing.assert_allclose(value, theirs[name].detach().numpy(), rtol=1e-5, atol=1e-5, err_msg=name)
+
+
+def test_schedule_holds_the_rate_before_the_decay():
+    """Warm-up, then a constant rate, then the polynomial over what is left; without warm-up the rate is held from the start."""
+    config = OptimizerConfig(learning_rate=2.0, warmup_steps=2, hold_steps=3, power=0.9)
+    decay = [2 * (1 - i / 5) ** 0.9 for i in range(5)]
+    schedule = learning_rate(config, 10)
+    np.testing.assert_allclose([schedule(i) for i in range(10)], [0, 1, 2, 2, 2, *decay], rtol=1e-6)
+    schedule = learning_rate(dataclasses.replace(config, warmup_steps=0), 8)
+    np.testing.assert_allclose([schedule(i) for i in range(8)], [2, 2, 2, *decay], rtol=1e-6)
 
 
 def test_schedule():

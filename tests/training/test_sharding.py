@@ -6,7 +6,7 @@ import numpy as np
 import optax
 import pytest
 
-from jaxdg.config import MeshConfig
+from jaxdg.config import Mask2FormerOptions, MeshConfig
 from jaxdg.training import sharding
 
 MESHES = {"1": MeshConfig(1, 1), "data=8": MeshConfig(8, 1), "fsdp=8": MeshConfig(1, 8), "4x2": MeshConfig(4, 2)}
@@ -53,6 +53,23 @@ def test_gradients_and_losses_agree(runs, name):
 def test_one_program(runs, name):
     """Three steps compile once: the state a step returns lies as the one it was given."""
     assert runs[name]["compiled"] == 1
+
+
+def test_mask2former_agrees_on_eight_devices(make_run):
+    """Its losses are normalised over the global batch: three steps on data=4, fsdp=2 lose what they lose on one device."""
+    sizes = Mask2FormerOptions(hidden=32, queries=20, heads=4, pixel_layers=1, pixel_ffn=16, layers=2, ffn=16, points=64)
+    model = {"decoder": "mask2former", "mask2former": sizes, "pyramid": "batch", "taps": (1, 3, 5, 7)}
+    losses = {}
+    for name in ("1", "4x2"):
+        run = make_run(MESHES[name], model=model, optimizer={"learning_rate": 1e-3})
+        step, state = run.step(), run.state()
+        losses[name] = []
+        for i in range(3):
+            state, metrics = step(state, run.batch(i))
+            losses[name].append([float(metrics[term]) for term in ("loss", "class", "mask", "dice")])
+        assert step._cache_size() == 1
+    np.testing.assert_allclose(losses["4x2"], losses["1"], rtol=1e-4)
+    assert losses["1"][2] != losses["1"][0]
 
 
 @pytest.mark.parametrize(("name", "parts"), [("1", 1), ("data=8", 1), ("fsdp=8", 8), ("4x2", 2)])

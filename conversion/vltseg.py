@@ -1,0 +1,194 @@
+"""Whole models of the public VLTSeg re-implementation (VLTSeg/VLTSeg) to a workdir: encoder, pyramid and Mask2Former decoder.
+
+Names are mmsegmentation's and mmdetection's. What a file does not tell is taken from `configs/gta5_eva02_repro.py` and from the crop that
+its number of positions goes with.
+"""
+
+from collections.abc import Mapping
+import contextlib
+import dataclasses
+import math
+import os
+from pathlib import Path
+import re
+import tempfile
+from typing import NamedTuple
+
+from flax import nnx
+import jax.numpy as jnp
+import numpy as np
+
+from configs import gta5_eva02_repro
+from conversion import eva02, mask2former
+from conversion.checkpoint import Checkpoint
+from conversion.mapping import SAME, Layout, Misfit, Row, Transform
+from conversion.mask2former import CONV1, CONV1_UNBIASED, CONV3_UNBIASED, DENSE, EMBEDDING, FUSED, NORM
+from jaxdg import backbones, weights
+from jaxdg import config as config_lib
+from jaxdg.config import Config, Mask2FormerOptions
+from jaxdg.tasks import make_task
+from jaxdg.training.checkpoint import Checkpoints
+from jaxdg.training.step import TrainState
+
+NAME = "vltseg"
+LISTED = ("1351 MB", "CC-BY-NC-4.0", "vltseg_checkpoint_*.pth, linked in the README of VLTSeg/VLTSeg; whole models, --out is a workdir")
+ENCODER = "eva02_clip_l14_vltseg_repro"
+POSITIONS = "backbone.pos_embed"
+COUNT = "batches counted: the running statistics do not need it"
+
+
+class Recipe(NamedTuple):
+    """What goes with a crop, in pixels; `source` is what such a model was most likely trained on."""
+
+    crop: int
+    stride: int
+    steps: int
+    batch_size: int
+    source: str
+
+
+RECIPES = {36: Recipe(512, 426, 5_000, 16, "gta5"), 73: Recipe(1024, 768, 20_000, 8, "cityscapes")}  # by rows of positions
+
+DOUBLE = (  # a transposed convolution of 2x2 pixels: torch [in, out, i, j], here [i, j, in, out]
+    (".weight", ".kernel", Transform(lambda w: w.transpose(2, 3, 0, 1), lambda k: (k.transpose(2, 3, 0, 1),))),
+    (".bias", ".bias", SAME),
+)
+STATISTICS = ((".running_mean", ".mean", SAME), (".running_var", ".var", SAME))
+PYRAMID = (
+    ("fpn1_up1", "fpn1.0", DOUBLE),
+    ("fpn1_norm", "fpn1.1", (*NORM, *STATISTICS)),
+    ("fpn1_up2", "fpn1.3", DOUBLE),
+    ("fpn2", "fpn2.0", DOUBLE),
+)
+
+PIXEL, LAYER = "pixel_decoder.encoder.layers.*", "transformer_decoder.layers.*"
+# Names of the head in jaxdg, and below `decode_head.`.
+HEAD = (
+    ("pixel_decoder.input_proj.*.conv", "pixel_decoder.input_convs.*.conv", CONV1),
+    ("pixel_decoder.input_proj.*.norm", "pixel_decoder.input_convs.*.gn", NORM),
+    ("pixel_decoder.level_embed", "pixel_decoder.level_encoding", EMBEDDING),
+    *(
+        (f"pixel_decoder.layers.*.self_attn.{part}", f"{PIXEL}.self_attn.{part}", DENSE)
+        for part in ("sampling_offsets", "attention_weights", "value_proj", "output_proj")
+    ),
+    ("pixel_decoder.layers.*.norm1", f"{PIXEL}.norms.0", NORM),
+    ("pixel_decoder.layers.*.linear1", f"{PIXEL}.ffn.layers.0.0", DENSE),
+    ("pixel_decoder.layers.*.linear2", f"{PIXEL}.ffn.layers.1", DENSE),
+    ("pixel_decoder.layers.*.norm2", f"{PIXEL}.norms.1", NORM),
+    ("pixel_decoder.adapter_1.conv", "pixel_decoder.lateral_convs.0.conv", CONV1_UNBIASED),
+    ("pixel_decoder.adapter_1.norm", "pixel_decoder.lateral_convs.0.gn", NORM),
+    ("pixel_decoder.layer_1.conv", "pixel_decoder.output_convs.0.conv", CONV3_UNBIASED),
+    ("pixel_decoder.layer_1.norm", "pixel_decoder.output_convs.0.gn", NORM),
+    ("pixel_decoder.mask_features", "pixel_decoder.mask_feature", CONV1),
+    *((f"layers.*.{part}.in_proj", f"{LAYER}.{part}.attn.in_proj", FUSED) for part in ("cross_attn", "self_attn")),
+    *((f"layers.*.{part}.out_proj", f"{LAYER}.{part}.attn.out_proj", DENSE) for part in ("cross_attn", "self_attn")),
+    ("layers.*.cross_norm", f"{LAYER}.norms.0", NORM),
+    ("layers.*.self_norm", f"{LAYER}.norms.1", NORM),
+    ("layers.*.linear1", f"{LAYER}.ffn.layers.0.0", DENSE),
+    ("layers.*.linear2", f"{LAYER}.ffn.layers.1", DENSE),
+    ("layers.*.ffn_norm", f"{LAYER}.norms.2", NORM),
+    ("decoder_norm", "transformer_decoder.post_norm", NORM),
+    *((table, table, EMBEDDING) for table in ("query_feat", "query_embed", "level_embed")),
+    ("class_embed", "cls_embed", DENSE),
+    *((f"mask_embed.layers.{i}", f"mask_embed.{2 * i}", DENSE) for i in range(3)),
+)
+
+
+def layout() -> Layout:
+    """How the re-implementation names the tensors of a whole model."""
+    config = backbones.entry(ENCODER).config
+    assert isinstance(config, backbones.Eva02Config)
+    encoder = next(known for known in eva02.layouts(config) if known.name == "VLTSeg")
+    rows = [row._replace(target=f"backbone.{row.target}", resized=False) for row in encoder.rows]
+    for ours, theirs, table in (("pyramid", "backbone", PYRAMID), ("head", "decode_head", HEAD)):
+        rows += [
+            Row((f"{theirs}.{there}{ending}",), f"{ours}.{here}{end}", transform)
+            for here, there, kind in table
+            for ending, end, transform in kind
+        ]
+    left_out = ((r"backbone\.(blocks\.\d+\.attn\.)?rope\.freqs_(cos|sin)", eva02.ROPE), (r"backbone\.fpn1\.1\.num_batches_tracked", COUNT))
+    return Layout("VLTSeg, whole model", tuple(rows), left_out)
+
+
+def of_checkpoint(file: Checkpoint) -> Config:
+    """The run that made a published file; sizes are those of its tensors.
+
+    Raises:
+        Misfit: positions of another grid than the re-implementation trains on.
+        ValueError: sizes that no configuration has.
+    """
+    shape = file.read(POSITIONS).shape if POSITIONS in file.names else (1, 1 + next(iter(RECIPES)) ** 2, 0)  # told as missing later
+    grid = math.isqrt(max(shape[1] - 1, 0)) if len(shape) == 3 else 0
+    if grid not in RECIPES or shape[1] != 1 + grid * grid:
+        allowed = " or ".join(f"(1, {1 + side * side}, ..) for a crop of {recipe.crop}" for side, recipe in RECIPES.items())
+        raise Misfit(f"{POSITIONS} is {shape}, not {allowed}")
+    recipe = RECIPES[grid]
+    c = gta5_eva02_repro.get_config()
+    c.steps, c.batch_size = recipe.steps, recipe.batch_size
+    c.data.source, c.evaluation.domains = recipe.source, (recipe.source,)
+    assert c.data.folder is not None
+    c.data.folder = dataclasses.replace(c.data.folder, images="{domain}/images", labels="{domain}/labels")
+    c.data.crop, c.evaluation.stride = (recipe.crop, recipe.crop), (recipe.stride, recipe.stride)
+    c.model.encoder, c.model.weights, c.model.taps = ENCODER, None, backbones.entry(ENCODER).config.taps
+    head, _ = mask2former.of_tensors(_head_tensors(file))
+    sizes = dataclasses.asdict(head)
+    c.model.mask2former = Mask2FormerOptions(**{field.name: sizes[field.name] for field in dataclasses.fields(Mask2FormerOptions)})
+    return config_lib.validated(c)
+
+
+def _head_tensors(file: Checkpoint) -> dict[str, np.ndarray]:
+    """The head's tensors by jaxdg's names, but for those that are missing, or so misshapen that they tell no size."""
+    found = {}
+    for row in layout().rows:
+        pattern = re.compile(re.escape(row.source[0]).replace(r"\*", r"(\d+)"))
+        for match in filter(None, map(pattern.fullmatch, file.names)) if row.target.startswith("head.") else ():
+            with contextlib.suppress(ValueError, IndexError):
+                tensor = row.transform.forward(file.read(match[0]))
+                found[row.target.removeprefix("head.").replace("*", "{}").format(*match.groups())] = tensor
+    return found
+
+
+def abstract(config: Config) -> nnx.Module:
+    """The model of a run, shapes without numbers.
+
+    Raises:
+        Misfit: sizes that do not fit together.
+    """
+    try:
+        return nnx.eval_shape(lambda: make_task(config).model(nnx.Rngs(0)))
+    except ValueError as error:
+        raise Misfit(f"the sizes of its tensors do not fit together: {error}") from error
+
+
+def write(config: Config, model: nnx.Module, tensors: Mapping[str, np.ndarray], out: Path) -> None:
+    """Writes the workdir of a run that has come to its end, whole or not at all.
+
+    Args:
+        config: of the run.
+        model: of `abstract`; it is filled.
+        tensors: by jaxdg's names.
+        out: the workdir.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    weights.fill(model, tensors, out)
+    _, trained, statistics = nnx.split(model, nnx.Param, ...)
+    # Nothing of an optimiser is published: the run is at its end, and another one starts from it by `model.start`.
+    state = TrainState(jnp.asarray(config.steps, jnp.int32), trained, nnx.State({}), statistics, opt_state=())
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f"{out.name}.partial_") as folder:
+        partial = Path(folder) / out.name
+        with contextlib.closing(Checkpoints(partial)) as checkpoints:
+            checkpoints.save(state)
+        config_lib.save(config, partial)
+        os.replace(partial, out)
+
+
+def described(config: Config) -> str:
+    """The run in words."""
+    (crop, _), (stride, _), m = config.data.crop, config.evaluation.stride, config.model.mask2former
+    return (
+        f"{config.model.encoder}, {m.queries} queries, {m.layers} layers after {m.pixel_layers} of the pixel decoder; windows of {crop} "
+        f"pixels every {stride}; no tensor tells what it was trained on: {config.data.source}, says its config.json"
+    )
