@@ -70,7 +70,7 @@ def mask2former_loss(
     Args:
         class_logits: of each prediction l; the k classes and, last, "no object": c = k + 1.
         mask_logits: of each prediction, at any resolution.
-        label: class ids; 255 (or any id from k on) belongs to no mask, but is no part of any either.
+        label: class ids; 255, like any id from k on, belongs to no mask.
         normalizer: `mask2former_normalizer` of the global batch. The losses of its parts then add up to the loss of the whole.
         key: draws the points.
         points: a mask is compared on, in the matching as in the loss.
@@ -177,9 +177,7 @@ def uncertain_points(
 
     The chosen candidates keep their order.
     """
-    # The barrier keeps XLA from sampling anew wherever the values are read, which takes half as long again on CPU.
-    certainty = jax.lax.optimization_barrier(jnp.abs(sample_masks(masks, candidates)))
-    chosen = smallest(certainty, points - uniform.shape[-2])
+    chosen = smallest(jnp.abs(sample_masks(masks, candidates)), points - uniform.shape[-2])
     candidates = jnp.take_along_axis(candidates, chosen[..., None], axis=-2, mode="promise_in_bounds")
     return jnp.concatenate([candidates, uniform], axis=-2)
 
@@ -189,18 +187,22 @@ def smallest(x: Float32[Array, "*n c"], count: int) -> Int32[Array, "*n count"]:
 
     Non-negative floats are ordered as the integers of the same bits, so the limit is found bit by bit, by counting.
     """
-    # A layer of 88 x 12288 numbers, 3072 kept: 15 ms against 56 ms with `jax.lax.top_k` (2 cores of an AMD EPYC 9005).
-    bits = jax.lax.bitcast_convert_type(x, jnp.int32)
 
-    def settle(i, limit):
-        """The largest limit that fewer than `count` numbers lie below."""
+    # For 3072 of 12288 numbers of 88 masks: 24 ms, against 59 with `jax.lax.top_k` (2 cores of an AMD EPYC 9005, busy, November 2026).
+    def settle(i, state):
+        """The largest limit that fewer than `count` numbers lie below, and how many do."""
+        bits, limit, below = state
         trial = limit | (1 << (30 - i))
-        return jnp.where(jnp.sum(bits < trial, axis=-1, keepdims=True) < count, trial, limit)
+        now = jnp.sum(bits < trial, axis=-1, keepdims=True)
+        fewer = now < count
+        # The numbers ride along, behind a barrier, or XLA would compute `x` anew wherever they are read after the loop: choosing
+        # the points then took 62 ms instead of 40.
+        return jax.lax.optimization_barrier(bits), jnp.where(fewer, trial, limit), jnp.where(fewer, now, below)
 
-    limit = jax.lax.fori_loop(0, 31, settle, jnp.zeros((*x.shape[:-1], 1), jnp.int32))
-    below, equal = bits < limit, bits == limit
-    spare = count - jnp.sum(below, axis=-1, keepdims=True)
-    taken = below | (equal & (jnp.cumsum(equal, axis=-1) <= spare))
+    zero = jnp.zeros((*x.shape[:-1], 1), jnp.int32)
+    bits, limit, below = jax.lax.fori_loop(0, 31, settle, (jax.lax.bitcast_convert_type(x, jnp.int32), zero, zero))
+    equal = bits == limit
+    taken = (bits < limit) | (equal & (jnp.cumsum(equal, axis=-1) <= count - below))
     place = jnp.where(taken, jnp.cumsum(taken, axis=-1) - 1, count)  # `count` is out of bounds and dropped
     scatter = lambda place: jnp.zeros(count, jnp.int32).at[place].set(jnp.arange(place.shape[0], dtype=jnp.int32), mode="drop")
     return jnp.vectorize(scatter, signature="(c)->(p)")(place)
@@ -283,8 +285,9 @@ def _scatter_masks(masks, points, g):
 def _multiply_masks(masks, points, g):
     """The same as a product of matrices Y^T diag(g) X, the rows of Y and X holding a point's weights on rows and columns of pixels.
 
-    On accelerators, where scattering would add in any order and so make no run like another. Masks go one after another along their
-    last leading axis: the matrices of all of them would be gigabytes.
+    On accelerators, where scattering adds in any order, so that no run would be like another. On CPU it takes ten times as long (56 ms
+    against 5 for 88 masks of 64 x 64 with 4096 points). Masks go one after another along their last leading axis: the matrices of
+    all of them would be gigabytes.
     """
     *n, h, w = masks.shape
     points = jnp.broadcast_to(points, (*n, *points.shape[-2:]))
@@ -295,6 +298,8 @@ def _multiply_masks(masks, points, g):
         rows, columns = weigh(points[..., 1], h) * g[..., None], weigh(points[..., 0], w)
         return jnp.einsum("...ph,...pw->...hw", rows, columns, precision=jax.lax.Precision.HIGHEST)
 
+    if not n:
+        return one((points, g)).astype(masks.dtype)
     last = len(n) - 1
     gradient = jax.lax.map(one, (jnp.moveaxis(points, last, 0), jnp.moveaxis(g, last, 0)))
     return jnp.moveaxis(gradient, 0, last).astype(masks.dtype)

@@ -147,8 +147,11 @@ def test_gradient_of_reading_masks_is_the_transposed_matrix():
     basis = np.eye(12).reshape(12, 3, 4)
     matrix = np.array([[[[read(image, *p) for image in basis] for p in set_] for set_ in row] for row in points])
     expected = np.einsum("abpm,abp->abm", matrix, g).reshape(masks.shape)
-    for backward in (losses._scatter_masks, losses._multiply_masks, lambda m, p, g: jax.vjp(losses.sample_masks, m, p)[1](g)[0]):
+    through_vjp = lambda m, p, g: jax.vjp(losses.sample_masks, m, p)[1](g)[0]
+    for backward in (losses._scatter_masks, losses._multiply_masks, through_vjp):
         np.testing.assert_allclose(backward(jnp.asarray(masks), jnp.asarray(points), jnp.asarray(g)), expected, atol=1e-5)
+        alone = backward(*(jnp.asarray(x[1, 0]) for x in (masks, points, g)))
+        np.testing.assert_allclose(alone, expected[1, 0], atol=1e-5)
 
 
 def test_labels_are_read_as_masks_laid_out():
