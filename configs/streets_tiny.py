@@ -22,4 +22,5 @@ def get_config() -> Config:
     c.optimizer.learning_rate = 1.5e-3
     c.optimizer.warmup_steps = 50
     c.optimizer.clip = 1.0
+    c.optimizer.weight_decay_factors = ((r"bias$|norm|cls_token$|pos_embed$", 0.0),)
     return c

@@ -168,11 +168,11 @@ def initial_state(plan: Plan, like: TrainState, optimizer: Any, config: Config) 
     key = jax.random.fold_in(jax.random.key(config.seed), 2**31)
     state = jax.jit(init, out_shardings=jax.tree.map(lambda leaf: leaf.sharding, like))(key)
     start, encoder = config.model.start, config.model.weights
-    if start is not None or encoder is not None:
+    if start or encoder:
         model: Any = nnx.merge(plan.graph, state.trained, state.frozen, state.statistics)
-        if start is not None:
+        if start:
             weights.fill(model, stored_tensors(start), start)
-        else:
+        elif encoder:
             weights.load(model.backbone, encoder)
         state.trained, state.frozen, state.statistics = plan.split(model)
     return state

@@ -61,7 +61,7 @@ weighted_rows.defvjp(_weighted_rows_forward, _weighted_rows_backward)
 def deformable_attention(
     values: Float[Array, "b n heads d"],
     shapes: Shapes,
-    locations: Float32[Array, "b m heads l p 2"],
+    locations: Float32[Array | np.ndarray, "b m heads l p 2"],
     weights: Float32[Array, "b m heads l p"],
 ) -> Float32[Array, "b m c"]:
     """Values read bilinearly at points of every level and added up by weight, the heads side by side.
@@ -82,25 +82,24 @@ def deformable_attention(
     (b, n, heads, d), m = values.shape, locations.shape[1]
     if sum(h * w for h, w in shapes) != n:
         raise ValueError(f"levels of {' '.join(f'{h}x{w}' for h, w in shapes)} have {sum(h * w for h, w in shapes)} pixels, the values {n}")
-    sizes = np.asarray(shapes, np.float32)[:, None, ::-1]  # [l, 1, 2] as (width, height)
-    starts = np.cumsum([0, *(h * w for h, w in shapes[:-1])], dtype=np.int32)[:, None]  # [l, 1]
+    # A row of the table is one head at one pixel; everything is laid out as the sum wants it: [b, l, p, m, heads].
+    x, y = jnp.moveaxis(locations, (5, 3, 4), (0, 2, 3))
+    weights = jnp.moveaxis(weights, (3, 4), (1, 2))
+    height, width = np.asarray(shapes, np.float32).T.reshape(2, -1, 1, 1, 1)
+    start = np.cumsum([0, *(h * w for h, w in shapes[:-1])], dtype=np.int32).reshape(-1, 1, 1, 1)
     # Far outside is as good as just outside, and keeps the integers in range.
-    at = jnp.clip(locations * sizes - 0.5, -2.0, sizes + 1.0)
-    low = jnp.floor(at)
-    share = at - low
+    x, y = jnp.clip(x * width - 0.5, -2.0, width + 1), jnp.clip(y * height - 0.5, -2.0, height + 1)
+    left, top = jnp.floor(x), jnp.floor(y)
+    right, low = x - left, y - top  # shares of the pixels on that side
     rows, shares = [], []
-    for dy in (0, 1):
-        for dx in (0, 1):
-            corner = low + np.float32([dx, dy])
-            inside = jnp.all((corner >= 0) & (corner < sizes), axis=-1)
-            x, y = jnp.moveaxis(jnp.clip(corner, 0, sizes - 1).astype(jnp.int32), -1, 0)
-            rows.append(starts + y * sizes[..., 0].astype(np.int32) + x)
-            sx, sy = (share if d else 1 - share for share, d in zip(jnp.moveaxis(share, -1, 0), (dx, dy), strict=True))
-            shares.append(jnp.where(inside, sx * sy, 0.0) * weights)
-    # A row of the table is one head at one pixel: [b, corners, m, heads, l, p] to [b, s, m * heads].
-    order = lambda x: jnp.moveaxis(jnp.stack(x, axis=1), (4, 5), (2, 3)).reshape(b, -1, m * heads)
-    rows = [row * heads + np.arange(heads, dtype=np.int32)[:, None, None] for row in rows]
-    read = jax.vmap(weighted_rows)(values.reshape(b, n * heads, d), order(rows), order(shares))
+    for pixel_y, share_y in ((top, 1 - low), (top + 1, low)):
+        for pixel_x, share_x in ((left, 1 - right), (left + 1, right)):
+            inside = (pixel_x >= 0) & (pixel_x < width) & (pixel_y >= 0) & (pixel_y < height)
+            shares.append(jnp.where(inside, share_x * share_y, 0.0) * weights)
+            pixel = jnp.clip(pixel_y, 0, height - 1) * width + jnp.clip(pixel_x, 0, width - 1)
+            rows.append((start + pixel.astype(jnp.int32)) * heads + np.arange(heads, dtype=np.int32))
+    flat = lambda corners: jnp.stack(corners, axis=1).reshape(b, -1, m * heads)
+    read = jax.vmap(weighted_rows)(values.reshape(b, n * heads, d), flat(rows), flat(shares))
     return read.reshape(b, m, heads * d)
 
 

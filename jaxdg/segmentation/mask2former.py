@@ -7,6 +7,7 @@ are the same up to rounding, and at inference the full masks of all layers but t
 
 from collections.abc import Sequence
 import dataclasses
+from functools import partial
 
 from flax import nnx
 import jax
@@ -63,10 +64,10 @@ class Attention(nnx.Module):
     """Multi-head attention whose three input projections are one parameter, as torch's."""
 
     def __init__(self, config: Mask2FormerConfig, *, rngs: nnx.Rngs):
-        c, kw = config.hidden, dict(kernel_init=xavier, dtype=jnp.dtype(config.dtype), rngs=rngs)
+        c, linear = config.hidden, partial(nnx.Linear, kernel_init=xavier, dtype=jnp.dtype(config.dtype), rngs=rngs)
         self.heads, self.dtype = config.heads, jnp.dtype(config.dtype)
-        self.in_proj = nnx.Linear(c, 3 * c, **kw)
-        self.out_proj = nnx.Linear(c, c, **kw)
+        self.in_proj = linear(c, 3 * c)
+        self.out_proj = linear(c, c)
 
     def __call__(
         self,
@@ -77,6 +78,7 @@ class Attention(nnx.Module):
     ) -> Float[Array, "b q c"]:
         """`mask` is true where a query may look."""
         kernels = jnp.split(self.in_proj.kernel[...], 3, axis=1)
+        assert self.in_proj.bias is not None
         biases = jnp.split(self.in_proj.bias[...], 3)
         project = lambda x, kernel, bias: x.astype(self.dtype) @ kernel.astype(self.dtype) + bias.astype(self.dtype)
         q, k, v = (project(x, *p) for x, *p in zip((queries, keys, values), kernels, biases, strict=True))
@@ -89,13 +91,13 @@ class Layer(nnx.Module):
     """Masked cross-attention, self-attention and MLP, each with a residual and a LayerNorm after it."""
 
     def __init__(self, config: Mask2FormerConfig, *, rngs: nnx.Rngs):
-        c, kw = config.hidden, dict(kernel_init=xavier, dtype=jnp.dtype(config.dtype), rngs=rngs)
+        c, linear = config.hidden, partial(nnx.Linear, kernel_init=xavier, dtype=jnp.dtype(config.dtype), rngs=rngs)
         self.cross_attn = Attention(config, rngs=rngs)
         self.cross_norm = layer_norm(c, rngs)
         self.self_attn = Attention(config, rngs=rngs)
         self.self_norm = layer_norm(c, rngs)
-        self.linear1 = nnx.Linear(c, config.ffn, **kw)
-        self.linear2 = nnx.Linear(config.ffn, c, **kw)
+        self.linear1 = linear(c, config.ffn)
+        self.linear2 = linear(config.ffn, c)
         self.ffn_norm = layer_norm(c, rngs)
 
     def __call__(
@@ -115,8 +117,8 @@ class MaskEmbed(nnx.Module):
     """The three-layer MLP that turns a query into the direction of its mask in the mask features."""
 
     def __init__(self, config: Mask2FormerConfig, *, rngs: nnx.Rngs):
-        c, kw = config.hidden, dict(kernel_init=uniform, dtype=jnp.dtype(config.dtype), rngs=rngs)
-        self.layers = nnx.List([nnx.Linear(c, c, **kw) for _ in range(3)])
+        c, linear = config.hidden, partial(nnx.Linear, kernel_init=uniform, dtype=jnp.dtype(config.dtype), rngs=rngs)
+        self.layers = nnx.List([linear(c, c) for _ in range(3)])
 
     def __call__(self, x: Float[Array, "b q c"]) -> Float[Array, "b q c"]:
         first, second, last = self.layers
@@ -171,7 +173,7 @@ class Mask2Former(nnx.Module):
             attention_masks: where the queries of each layer look, instead of where they predicted their masks; for comparisons.
         """
         b, _, _, c = mask_features.shape
-        shapes = [level.shape[1:3] for level in levels]
+        shapes = [(level.shape[1], level.shape[2]) for level in levels]
         memories = [x.reshape(b, -1, c) + embed for x, embed in zip(levels, self.level_embed[...].astype(levels[0].dtype), strict=True)]
         positions = [sine_positions(h, w, c).reshape(-1, c) for h, w in shapes]
         coarse = [resize_scores(jax.lax.stop_gradient(mask_features), shape).reshape(b, -1, c) for shape in shapes]

@@ -5,7 +5,9 @@ Attribute names follow facebookresearch/Mask2Former; every 1x1 convolution is a 
 """
 
 from collections.abc import Sequence
+from functools import partial
 import math
+from typing import Any
 
 from flax import nnx
 import jax
@@ -27,8 +29,8 @@ class ConvNorm(nnx.Module):
     """A convolution of odd width that keeps the size, and GroupNorm."""
 
     def __init__(self, channels: int, width: int, kernel: int, *, use_bias: bool, dtype: str, rngs: nnx.Rngs):
-        kw = dict(use_bias=use_bias, kernel_init=xavier, dtype=jnp.dtype(dtype), rngs=rngs)
-        self.conv = nnx.Linear(channels, width, **kw) if kernel == 1 else nnx.Conv(channels, width, (kernel, kernel), **kw)
+        options: Any = dict(use_bias=use_bias, kernel_init=xavier, dtype=jnp.dtype(dtype), rngs=rngs)
+        self.conv = nnx.Linear(channels, width, **options) if kernel == 1 else nnx.Conv(channels, width, (kernel, kernel), **options)
         self.norm = nnx.GroupNorm(width, GROUPS, epsilon=1e-5, use_fast_variance=False, rngs=rngs)
 
     def __call__(self, x: Float[Array, "b h w _"]) -> Float[Array, "b h w c"]:
@@ -39,11 +41,11 @@ class Layer(nnx.Module):
     """Deformable attention and MLP, each with a residual and a LayerNorm after it."""
 
     def __init__(self, channels: int, heads: int, ffn: int, points: int, *, dtype: str, rngs: nnx.Rngs):
-        kw = dict(kernel_init=xavier, dtype=jnp.dtype(dtype), rngs=rngs)
+        linear = partial(nnx.Linear, kernel_init=xavier, dtype=jnp.dtype(dtype), rngs=rngs)
         self.self_attn = DeformableAttention(channels, heads, LEVELS, points, dtype=dtype, rngs=rngs)
         self.norm1 = nnx.LayerNorm(channels, epsilon=1e-5, use_fast_variance=False, rngs=rngs)
-        self.linear1 = nnx.Linear(channels, ffn, **kw)
-        self.linear2 = nnx.Linear(ffn, channels, **kw)
+        self.linear1 = linear(channels, ffn)
+        self.linear2 = linear(ffn, channels)
         self.norm2 = nnx.LayerNorm(channels, epsilon=1e-5, use_fast_variance=False, rngs=rngs)
 
     def __call__(self, x: Float[Array, "b n c"], positions: Float[Array, "n c"], shapes: Shapes) -> Float[Array, "b n c"]:
@@ -80,7 +82,7 @@ class PixelDecoder(nnx.Module):
         """Four maps, finest first, to (mask features of the finest's size, the three coarse levels, coarsest first)."""
         fine, *coarse = features
         levels = [project(x) for project, x in zip(self.input_proj, reversed(coarse), strict=True)]
-        shapes = [x.shape[1:3] for x in levels]
+        shapes = [(x.shape[1], x.shape[2]) for x in levels]
         flat = lambda xs: jnp.concatenate([x.reshape(*x.shape[:-3], -1, x.shape[-1]) for x in xs], axis=-2)
         positions = [sine_positions(*shape, self.level_embed.shape[-1]) for shape in shapes]
         positions = flat([p + embed for p, embed in zip(positions, self.level_embed[...], strict=True)])
@@ -88,7 +90,7 @@ class PixelDecoder(nnx.Module):
         (tokens,) = tokens.values()
         ends = np.cumsum([h * w for h, w in shapes])[:-1]
         levels = [x.reshape(-1, *shape, x.shape[-1]) for x, shape in zip(jnp.split(tokens, ends, axis=1), shapes, strict=True)]
-        joined = self.adapter_1(fine) + resize_scores(levels[-1], fine.shape[1:3])
+        joined = self.adapter_1(fine) + resize_scores(levels[-1], (fine.shape[1], fine.shape[2]))
         return self.mask_features(jax.nn.relu(self.layer_1(joined))), tuple(levels)
 
 
