@@ -47,7 +47,9 @@ def layouts(name: str) -> tuple[mapping.Layout, ...]:
             return eva02.layouts(entry.config)
         case backbones.ClipVitConfig():
             return clip.layouts()
-    return vit.layouts(entry.config)
+        case backbones.VitConfig():
+            return vit.layouts(entry.config)
+    raise NotImplementedError(f"no table for {type(entry.config).__name__}")
 
 
 def convert(name: str, source: Path, out: Path) -> str:

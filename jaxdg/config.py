@@ -99,7 +99,8 @@ class ModelConfig:
         weights: converted weights of the encoder; None trains from scratch. Default None.
         start: workdir of another run, or one step in it, whose whole model this one starts from instead of `weights`. Default None.
         taps: blocks whose features are read, from 0; () for the zoo's choice. Default ().
-        pyramid: none, or four levels with layer or batch normalisation. Default layer.
+        pyramid: none, or four levels with layer or batch normalisation; encoders with levels of their own need none and get none. Default
+            layer.
         decoder: linear or mask2former, which needs a pyramid. Default linear.
         mask2former: sizes of that decoder.
         freeze: what stays as loaded: none, all (the encoder), `first N` (embeddings and first N blocks), `last N` (last N blocks),

@@ -6,24 +6,20 @@ all its tokens after every block at several image sizes with QuickGELU, and at i
 Positions are resized with torch's plain bicubic before they reach open_clip, whose own resize is antialiased.
 """
 
-import contextlib
 from pathlib import Path
+import sys
 from typing import Any
 
 import numpy as np
 import torch  # pyright: ignore[reportMissingImports]
 from torch.nn import functional as F  # pyright: ignore[reportMissingImports]
 
-# open_clip imports torchvision, whose compiled operators need not exist for anything here: declaring them is enough.
-_schemas = torch.library.Library("torchvision", "FRAGMENT")
-for _schema in (
-    "nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
-    "qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
-):
-    with contextlib.suppress(RuntimeError):  # a working torchvision has declared them
-        _schemas.define(_schema)
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from scripts import oracles  # before what follows
 
-from open_clip.transformer import QuickGELU, VisionTransformer  # noqa: E402  # pyright: ignore[reportMissingImports]
+# isort: split
+
+from open_clip.transformer import QuickGELU, VisionTransformer  # pyright: ignore[reportMissingImports]
 
 GOLDEN = Path(__file__).resolve().parent.parent / "tests" / "golden"
 PATCH, TRAINED, WIDTH = 4, 5, 16  # pixels of a patch; rows and columns of the random encoder's own grid; channels
@@ -75,6 +71,15 @@ def tokens(weights: dict[str, np.ndarray], images: np.ndarray, activation: type,
         block.register_forward_hook(lambda module, inputs, output: seen.append(output.numpy()))
     model(torch.from_numpy(images).permute(0, 3, 1, 2))
     return np.stack(seen)
+
+
+def full_size(config: Any, images: np.ndarray) -> tuple[dict[str, np.ndarray], list[np.ndarray]]:
+    """For scripts/parity_encoders.py: random weights of the encoder of `config`, and its features at the taps."""
+    architecture = dict(patch_size=config.patch_size, width=config.width, layers=config.depth, heads=config.heads)
+    activation = QuickGELU if config.activation == "quick_gelu" else torch.nn.GELU
+    weights = random_weights(encoder(config.image_size, activation, **architecture), np.random.default_rng(0))
+    seen = tokens(weights, images, activation, **architecture)
+    return {f"visual.{name}": tensor for name, tensor in weights.items()}, oracles.as_maps([seen[t] for t in config.taps], config, images)
 
 
 def main() -> None:

@@ -10,24 +10,20 @@ random encoder under timm's names, and all its tokens after every block at sever
 Positions are resized with torch's plain bicubic, as EVA's own code does, before they reach timm, whose own resize is antialiased.
 """
 
-import contextlib
 from pathlib import Path
+import sys
 from typing import Any
 
 import numpy as np
 import torch  # pyright: ignore[reportMissingImports]
 from torch.nn import functional as F  # pyright: ignore[reportMissingImports]
 
-# timm imports torchvision, whose compiled operators need not exist for anything here: declaring them is enough.
-_schemas = torch.library.Library("torchvision", "FRAGMENT")
-for _schema in (
-    "nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
-    "qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
-):
-    with contextlib.suppress(RuntimeError):  # a working torchvision has declared them
-        _schemas.define(_schema)
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from scripts import oracles  # before what follows
 
-from timm.models.eva import Eva  # noqa: E402  # pyright: ignore[reportMissingImports]
+# isort: split
+
+from timm.models.eva import Eva  # pyright: ignore[reportMissingImports]
 
 GOLDEN = Path(__file__).resolve().parent.parent / "tests" / "golden"
 PATCH, TRAINED = 4, 5  # pixels of a patch; rows and columns of the random encoders' own grid
@@ -83,6 +79,15 @@ def tokens(weights: dict[str, np.ndarray], images: np.ndarray, **family: Any) ->
         block.register_forward_hook(lambda module, inputs, output: seen.append(output.numpy()))
     model.forward_features(torch.from_numpy(images).permute(0, 3, 1, 2))
     return np.stack(seen)
+
+
+def full_size(config: Any, images: np.ndarray) -> tuple[dict[str, np.ndarray], list[np.ndarray]]:
+    """For scripts/parity_encoders.py: random weights of the encoder of `config`, and its features at the taps."""
+    family = dict(patch_size=config.patch_size, embed_dim=config.width, depth=config.depth, num_heads=config.heads)
+    family |= dict(qkv_fused=not config.subln, scale_mlp=config.subln, scale_attn_inner=config.inner_attn_ln)
+    weights = random_weights(encoder(config.image_size, **family), np.random.default_rng(0))
+    seen = tokens(weights, images, **family)
+    return weights, oracles.as_maps([seen[tap] for tap in config.taps], config, images)
 
 
 def main() -> None:

@@ -12,8 +12,8 @@ Run by hand where torch and transformers are installed (last with torch 2.13 and
 Neither weights nor inputs are stored: `normal` and `weight` make each from its name, here and in the tests.
 """
 
-import contextlib
 from pathlib import Path
+import sys
 from typing import Any
 import zlib
 
@@ -21,17 +21,13 @@ import numpy as np
 import torch  # pyright: ignore[reportMissingImports]
 from torch import nn  # pyright: ignore[reportMissingImports]
 
-# transformers imports torchvision, whose compiled operators need not exist for anything here: declaring them is enough.
-_schemas = torch.library.Library("torchvision", "FRAGMENT")
-for _schema in (
-    "nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
-    "qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
-):
-    with contextlib.suppress(RuntimeError):  # a working torchvision has declared them
-        _schemas.define(_schema)
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from scripts import oracles  # noqa: F401  before what follows
 
-from transformers import Mask2FormerConfig, SwinConfig  # noqa: E402  # pyright: ignore[reportMissingImports]
-from transformers.models.mask2former import modeling_mask2former as reference  # noqa: E402  # pyright: ignore[reportMissingImports]
+# isort: split
+
+from transformers import Mask2FormerConfig, SwinConfig  # pyright: ignore[reportMissingImports]
+from transformers.models.mask2former import modeling_mask2former as reference  # pyright: ignore[reportMissingImports]
 
 GOLDEN = Path(__file__).resolve().parent.parent / "tests" / "golden"
 CHANNELS, HIDDEN, HEADS, QUERIES, CLASSES, LAYERS = (8, 12, 16, 24), 64, 8, 12, 5, 4

@@ -9,25 +9,21 @@ all, three classes. `torch.rand` is replaced to learn, or to choose, the points:
 - redrawn: mean and standard deviation of the three weighted terms over many draws.
 """
 
-import contextlib
 from pathlib import Path
+import sys
 from typing import Any
 from unittest import mock
 
 import numpy as np
 import torch  # pyright: ignore[reportMissingImports]
 
-# transformers imports torchvision, whose compiled operators need not exist for anything here: declaring them is enough.
-_schemas = torch.library.Library("torchvision", "FRAGMENT")
-for _schema in (
-    "nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
-    "qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
-):
-    with contextlib.suppress(RuntimeError):  # a working torchvision has declared them
-        _schemas.define(_schema)
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from scripts import oracles  # noqa: F401  before what follows
 
-from transformers import Mask2FormerConfig  # noqa: E402  # pyright: ignore[reportMissingImports]
-from transformers.models.mask2former.modeling_mask2former import Mask2FormerLoss  # noqa: E402  # pyright: ignore[reportMissingImports]
+# isort: split
+
+from transformers import Mask2FormerConfig  # pyright: ignore[reportMissingImports]
+from transformers.models.mask2former.modeling_mask2former import Mask2FormerLoss  # pyright: ignore[reportMissingImports]
 
 OUT = Path(__file__).resolve().parent.parent / "tests" / "golden" / "mask2former_losses.npz"
 LAYERS, IMAGES, QUERIES, CLASSES = 3, 4, 6, 4

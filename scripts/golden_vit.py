@@ -11,9 +11,9 @@ Run by hand where torch and timm are installed: `python scripts/golden_vit.py WE
 Positions are resized here with torch's plain bicubic before they reach timm, whose own resize is antialiased: another operation.
 """
 
-import contextlib
 from pathlib import Path
 import sys
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -21,16 +21,12 @@ from safetensors.numpy import load_file
 import torch  # pyright: ignore[reportMissingImports]
 from torch.nn import functional as F  # pyright: ignore[reportMissingImports]
 
-# timm imports torchvision, whose compiled operators need not exist for anything here: declaring them is enough.
-_schemas = torch.library.Library("torchvision", "FRAGMENT")
-for _schema in (
-    "nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
-    "qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
-):
-    with contextlib.suppress(RuntimeError):  # a working torchvision has declared them
-        _schemas.define(_schema)
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from scripts import oracles  # before what follows
 
-from timm.models.vision_transformer import VisionTransformer  # noqa: E402  # pyright: ignore[reportMissingImports]
+# isort: split
+
+from timm.models.vision_transformer import VisionTransformer  # pyright: ignore[reportMissingImports]
 
 GOLDEN = Path(__file__).resolve().parent.parent / "tests" / "golden"
 TRAINED = 5  # rows and columns of the random encoder's own grid
@@ -84,6 +80,15 @@ def random_weights(width: int, depth: int, patch: int, grid: int, rng: np.random
         centre = 1.0 if "norm" in name and name.endswith("weight") else 0.0
         tensors[name] = (centre + scale * rng.standard_normal(shape)).astype(np.float16).astype(np.float32)
     return tensors
+
+
+def full_size(config: Any, images: np.ndarray) -> tuple[dict[str, np.ndarray], list[np.ndarray]]:
+    """For scripts/parity_encoders.py: random weights of the encoder of `config`, and its features at the taps."""
+    weights = random_weights(config.width, config.depth, config.patch_size, config.grid[0], np.random.default_rng(0))
+    weights |= {"norm.weight": np.ones(config.width, np.float32), "norm.bias": np.zeros(config.width, np.float32)}
+    sizes = {"patch_size": config.patch_size, "embed_dim": config.width, "depth": config.depth, "num_heads": config.heads}
+    tokens, _ = timm_tokens(weights, images, config.taps, num_classes=0, **sizes)
+    return weights, oracles.as_maps(tokens, config, images)
 
 
 def make_random() -> dict[str, np.ndarray]:

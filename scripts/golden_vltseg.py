@@ -14,7 +14,6 @@ Made with commit 19cff2c, mmengine 0.10.7, mmcv-lite 2.1.0, mmdet 3.3.0, mmsegme
 """
 
 import argparse
-import contextlib
 from importlib.machinery import ModuleSpec
 from pathlib import Path
 import re
@@ -41,10 +40,11 @@ class Undefined(types.ModuleType):
 
 
 # What is only imported need only be declared: the operators of torchvision, mmcv's and xformers'. The plain forms of these run here.
-_schemas = torch.library.Library("torchvision", "FRAGMENT")
-for _name in ("nms", "qnms"):
-    with contextlib.suppress(RuntimeError):  # a working torchvision has declared it
-        _schemas.define(f"{_name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from scripts import oracles  # noqa: E402, F401  before what follows
+
+# isort: split
+
 for _name in ("mmcv._ext", "xformers", "xformers.ops"):
     sys.modules.setdefault(_name, Undefined(_name)).__spec__ = ModuleSpec(_name, None)
 

@@ -13,39 +13,38 @@ from jaxtyping import Array, Float, Key
 import numpy as np
 
 from jaxdg.backbones import layers
+from jaxdg.backbones.encoder import Encoder, EncoderConfig
 
 
 @dataclasses.dataclass(frozen=True)
-class VitConfig:
-    """A plain vision transformer.
+class VitConfig(EncoderConfig):
+    """A plain vision transformer; fields of `EncoderConfig`, whose remainder of an image the patch does not divide is dropped at the
+    bottom and right, and its sizes.
 
     Attributes:
-        image_size: height and width in pixels; a remainder the patch does not divide is dropped at the bottom and right.
         patch_size: side of a square patch in pixels.
         width: channels of a token.
-        depth: number of blocks.
         heads: attention heads; `width` must divide by it.
-        taps: blocks whose outputs are returned, counted from 0, ascending.
-        boundaries: further blocks after which a stacked segment must end (where freezing changes).
-        drop_path: probability of skipping the last block's branches; grows linearly from 0.
-        remat: recompute blocks in the backward pass (less memory, a third more time).
-        dtype: compute dtype; parameters, norms and softmax stay float32.
-        mean: of the RGB input in 0..1, that the weights were trained with.
-        std: of the RGB input in 0..1, likewise.
     """
 
-    image_size: tuple[int, int] = (224, 224)
     patch_size: int = 16
     width: int = 192
-    depth: int = 12
     heads: int = 3
-    taps: tuple[int, ...] = (2, 5, 8, 11)
-    boundaries: tuple[int, ...] = ()
-    drop_path: float = 0.0
-    remat: bool = False
-    dtype: str = "float32"
-    mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
-    std: tuple[float, float, float] = (0.5, 0.5, 0.5)
+
+    @property
+    def prefix(self) -> int:
+        """Tokens before those of the patches: the class token."""
+        return 1
+
+    @property
+    def strides(self) -> tuple[int, ...]:
+        """See `EncoderConfig.strides`."""
+        return (self.patch_size,) * len(self.taps)
+
+    @property
+    def channels(self) -> tuple[int, ...]:
+        """See `EncoderConfig.channels`."""
+        return (self.width,) * len(self.taps)
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -117,8 +116,10 @@ class PatchEmbed(nnx.Module):
         return x.reshape(x.shape[0], -1, x.shape[-1])
 
 
-class Vit(nnx.Module):
+class Vit(Encoder):
     """Image to features at the taps."""
+
+    config: VitConfig
 
     def __init__(self, config: VitConfig, *, rngs: nnx.Rngs):
         """Builds the encoder with random parameters; see `jaxdg.backbones.create` for named variants with weights."""
@@ -129,11 +130,6 @@ class Vit(nnx.Module):
         self.pos_embed = nnx.Param(init(rngs.params(), (1, 1 + rows * columns, config.width)))
         self.patch_embed = PatchEmbed(config, rngs=rngs)
         self.blocks = layers.Stack(lambda rngs: Block(config, rngs=rngs), config.used, config.ends, remat=config.remat, rngs=rngs)
-
-    @property
-    def channels(self) -> tuple[int, ...]:
-        """Channels of each tap's features."""
-        return (self.config.width,) * len(self.config.taps)
 
     def __call__(
         self, images: Float[Array | np.ndarray, "b h w 3"], key: Key[Array, ""] | None = None
@@ -148,17 +144,12 @@ class Vit(nnx.Module):
             One [b, h / p, w / p, c] for each tap, shallow to deep.
         """
         rows, columns = self.config.grid
-        return tuple(t[:, 1:].reshape(t.shape[0], rows, columns, -1) for t in self.tokens(images, key))
+        return tuple(t[:, self.config.prefix :].reshape(t.shape[0], rows, columns, -1) for t in self.tokens(images, key))
 
     def tokens(self, images: Float[Array | np.ndarray, "b h w 3"], key: Key[Array, ""] | None = None) -> tuple[Float[Array, "b n c"], ...]:
-        """All tokens at the taps, the class token first: [b, 1 + rows * columns, c] each."""
+        """All tokens at the taps, those before the patches first: [b, prefix + rows * columns, c] each."""
         c = self.config
-        if images.shape[1:3] != c.image_size:
-            h, w = images.shape[1:3]
-            raise ValueError(
-                f"the encoder was built for {c.image_size[0]}x{c.image_size[1]} images and got {h}x{w}; "
-                f"create it with image_size=({h}, {w}) or resize the images"
-            )
+        self.check_size(images)
         x = self.embed(images)
         keep = layers.drop_path_scales(key, c.drop_path, c.depth, x.shape[0])[: c.used]
         outputs = self.blocks(x, keep)
@@ -173,7 +164,7 @@ class Vit(nnx.Module):
     def adapt(self, name: str, tensor: np.ndarray) -> np.ndarray | None:
         """Fits a stored tensor to this encoder: positions are resized to its grid, blocks past the last tap are not needed (None)."""
         if name == "pos_embed":
-            return layers.resize_positions(tensor, self.config.grid, prefix=1)
+            return layers.resize_positions(tensor, self.config.grid, prefix=self.config.prefix)
         if name.startswith("blocks.") and int(name.split(".")[1]) > self.config.taps[-1]:
             return None
         return tensor

@@ -1,6 +1,6 @@
 """Every encoder by name: its architecture, the normalisation its weights expect, and where the weights come from."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 import dataclasses
 import difflib
 from pathlib import Path
@@ -11,10 +11,11 @@ import jax
 
 from jaxdg import weights as weights_io
 from jaxdg.backbones.clip_vit import ClipVit, ClipVitConfig
+from jaxdg.backbones.encoder import Encoder, EncoderConfig
 from jaxdg.backbones.eva02 import Eva02, Eva02Config
 from jaxdg.backbones.vit import Vit, VitConfig
 
-FAMILIES: dict[type[VitConfig], type[Vit]] = {VitConfig: Vit, Eva02Config: Eva02, ClipVitConfig: ClipVit}
+FAMILIES: dict[type[EncoderConfig], Callable[..., Encoder]] = {VitConfig: Vit, Eva02Config: Eva02, ClipVitConfig: ClipVit}
 IMAGENET: dict[str, Any] = dict(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
 CLIP: dict[str, Any] = dict(mean=(0.48145466, 0.4578275, 0.40821073), std=(0.26862954, 0.26130258, 0.27577711))
 LARGE_TAPS = (9, 14, 19, 23)  # of VLTSeg's encoders with 24 blocks
@@ -31,7 +32,7 @@ class Entry:
         megabytes: size of that checkpoint.
     """
 
-    config: VitConfig
+    config: EncoderConfig
     source: str = ""
     licence: str = ""
     megabytes: int = 0
@@ -134,7 +135,7 @@ def create(
     remat: bool = False,
     dtype: str = "float32",
     rngs: nnx.Rngs | None = None,
-) -> Vit:
+) -> Encoder:
     """Builds the encoder called `name`, with its converted weights if they are given.
 
     Args:
@@ -142,7 +143,8 @@ def create(
         variant: "vltseg_repro" of "eva02_clip_l14" is the zoo's "eva02_clip_l14_vltseg_repro"; None is the encoder as its authors run it.
         image_size: height and width in pixels; the pre-training's size if None. Learned positions are resized to it at load.
         weights: a file made by `conversion/torch_to_flax.py`; None leaves random parameters.
-        taps: blocks whose outputs are returned, from 0; the zoo's choice if None: the last block of each quarter, or what VLTSeg reads.
+        taps: blocks whose outputs are returned, from 0 (of hierarchical encoders stages); the zoo's choice if None: the last block of
+            each quarter, or what VLTSeg reads; all stages.
         boundaries: further blocks after which a stacked segment ends (where freezing changes).
         drop_path: probability of skipping the last block's branches in training.
         remat: recompute blocks in the backward pass.
@@ -150,7 +152,7 @@ def create(
         rngs: initialises random parameters; `nnx.Rngs(0)` if None.
 
     Returns:
-        The encoder: images [b, h, w, 3] to one [b, h / p, w / p, c] a tap.
+        The encoder: images [b, h, w, 3] to one [b, h / stride, w / stride, c] a tap.
 
     Raises:
         ValueError: an unknown name, taps outside the encoder, or weights that do not fit, all offenders named.
@@ -170,8 +172,8 @@ def create(
         remat=remat,
         dtype=dtype,
     )
-    if min(config.grid) < 1:
-        raise ValueError(f"image_size {config.image_size} is smaller than one {config.patch_size}-pixel patch of {name}")
+    if min(config.image_size) < max(config.strides):
+        raise ValueError(f"image_size {config.image_size} is smaller than the {max(config.strides)} pixels of one feature of {name}")
     if rngs is not None:
         backbone = family(config, rngs=rngs)
     else:

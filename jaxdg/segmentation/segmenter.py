@@ -22,7 +22,8 @@ class SegmenterConfig:
         image_size: height and width in pixels of the crops it is trained on and the windows it predicts.
         taps: blocks whose features are read, from 0; () for the last block of each quarter.
         mask2former: the decoder; None for the linear one.
-        pyramid: "none" reads the taps as they are; "layer" or "batch" builds four levels with that normalisation.
+        pyramid: "none" reads the taps as they are; "layer" or "batch" builds four levels of a plain encoder with that normalisation.
+            A hierarchical encoder has its own levels, which are always read as they are.
         boundaries: further blocks after which stacked segments end.
         drop_path: of the encoder's last block in training.
         remat: recompute encoder blocks in the backward pass.
@@ -62,21 +63,26 @@ class Segmenter(nnx.Module):
             dtype=c.dtype,
             rngs=rngs,
         )
-        channels = self.backbone.channels
-        if c.pyramid != "none":
+        channels, strides = self.backbone.channels, self.backbone.config.strides
+        hierarchical = len(set(strides)) > 1
+        if c.pyramid != "none" and not hierarchical:
             if len(channels) != 4:
                 raise ValueError(f"model.pyramid is {c.pyramid!r}, which reads four taps; model.taps is {c.taps}")
-            if min(self.backbone.config.grid) < 2:
-                (h, w), side = c.image_size, 2 * self.backbone.config.patch_size
+            if min(c.image_size) < (side := 2 * strides[-1]):
+                (h, w) = c.image_size
                 raise ValueError(
                     f"model.pyramid is {c.pyramid!r}, which halves the deepest map; data.crop {h}x{w} is too small for it, "
                     f"it must be at least {side}x{side}"
                 )
-        self.pyramid = None if c.pyramid == "none" else backbones.Pyramid(channels[0], c.pyramid, dtype=c.dtype, rngs=rngs)
+        built = c.pyramid != "none" and not hierarchical
+        self.pyramid = backbones.Pyramid(channels[0], c.pyramid, dtype=c.dtype, rngs=rngs) if built else None
         if c.mask2former is None:
             self.head = LinearHead(c.num_classes, channels, dtype=c.dtype, rngs=rngs)
-        elif self.pyramid is None:
-            raise ValueError("model.decoder mask2former reads four levels of different sizes; set model.pyramid to layer or batch")
+        elif not (built or (hierarchical and len(channels) == 4)):
+            raise ValueError(
+                f"model.decoder mask2former reads four levels of different sizes, and {c.encoder} gives {len(channels)} with "
+                f"{', '.join(map(str, strides))} pixels a feature; set model.pyramid to layer or batch, or model.taps to ()"
+            )
         else:
             self.head = Mask2Former(c.mask2former, channels, rngs=rngs)
 

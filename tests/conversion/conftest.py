@@ -5,6 +5,8 @@ from safetensors.numpy import save_file
 
 from conversion import torch_to_flax
 
+pytest.register_assert_rewrite("checks")
+
 
 @pytest.fixture
 def command(tmp_path, capsys):

@@ -5,6 +5,7 @@ import os
 import pickle
 import zipfile
 
+from checks import assert_identical, refused
 import ml_dtypes
 import numpy as np
 import pytest
@@ -52,25 +53,6 @@ def tiny(monkeypatch):
     gelu = ClipVitConfig(**{**vars(TINY), "activation": "gelu"})
     for name, config in (("tiny", TINY), ("tiny_gelu", gelu)):
         monkeypatch.setitem(backbones.ZOO, name, backbones.zoo.Entry(config, "made by a test", "none", 1))
-
-
-def refused(result, *offenders):
-    """One line on stderr that names every offender, exit code 1, no file, also no partial one."""
-    code, out, err, path = result
-    assert (code, out) == (1, "")
-    assert err.count("\n") == 1, err
-    for offender in offenders:
-        assert offender in err, (offender, err)
-    assert not path.exists()
-    assert not list(path.parent.glob("*.partial"))
-    return err
-
-
-def assert_identical(got, want):
-    assert got.keys() == want.keys()
-    for name, tensor in want.items():
-        assert got[name].dtype == tensor.dtype, name
-        np.testing.assert_array_equal(got[name], tensor, err_msg=name)
 
 
 def archive(path, tensors):

@@ -6,6 +6,7 @@ import os
 import pickle
 import tracemalloc
 
+from checks import assert_identical, refused
 import ml_dtypes
 import numpy as np
 import pytest
@@ -72,25 +73,6 @@ def tiny(monkeypatch):
 def command(command):
     """The conversion command, for the CLIP-trained layout unless a test names another."""
     return functools.partial(command, model="clip")
-
-
-def refused(result, *offenders):
-    """One line on stderr that names every offender, exit code 1, no file, also no partial one."""
-    code, out, err, path = result
-    assert (code, out) == (1, "")
-    assert err.count("\n") == 1, err
-    for offender in offenders:
-        assert offender in err, (offender, err)
-    assert not path.exists()
-    assert not list(path.parent.glob("*.partial"))
-    return err
-
-
-def assert_identical(got, want):
-    assert got.keys() == want.keys()
-    for name, tensor in want.items():
-        assert got[name].dtype == tensor.dtype, name
-        np.testing.assert_array_equal(got[name], tensor, err_msg=name)
 
 
 def real_keys(weights_path, name):

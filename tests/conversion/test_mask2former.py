@@ -4,9 +4,9 @@ from collections import OrderedDict
 import dataclasses
 import functools
 import json
-import os
 import pickle
 
+from checks import Evil, assert_identical, converted, refused
 from flax import nnx
 import jax.numpy as jnp
 import ml_dtypes
@@ -116,32 +116,6 @@ def shapes_once(monkeypatch):
 def command(command):
     """The conversion command for a head."""
     return functools.partial(command, model="mask2former")
-
-
-def refused(result, *offenders):
-    """One line on stderr that names every offender, exit code 1, no file, also no partial one."""
-    code, out, err, path = result
-    assert (code, out) == (1, "")
-    assert err.count("\n") == 1, err
-    for offender in offenders:
-        assert offender in err, (offender, err)
-    assert not path.exists()
-    assert not list(path.parent.glob("*.partial"))
-    return err
-
-
-def converted(result):
-    """The file of a conversion that succeeded."""
-    code, _, err, path = result
-    assert (code, err) == (0, "")
-    return path
-
-
-def assert_identical(got, want):
-    assert got.keys() == want.keys()
-    for name, tensor in want.items():
-        assert got[name].dtype == tensor.dtype, name
-        np.testing.assert_array_equal(got[name], tensor, err_msg=name)
 
 
 def test_the_real_keys_are_exactly_those_expected(weights_path):
@@ -462,16 +436,6 @@ def test_released_pickles_convert(command, tmp_path):
     source = original("static_query", **SMALL)
     expected = load_file(converted(command(source, out="expected.safetensors")))
     assert_identical(load_file(converted(command(pickle_of(source, tmp_path / "model_final.pkl", 4)))), expected)
-
-
-class Evil:
-    """Unpickling it would make a folder."""
-
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return os.mkdir, (str(self.path),)
 
 
 def test_pickled_code_is_refused_and_not_run(command, tmp_path):

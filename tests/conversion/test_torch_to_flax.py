@@ -7,6 +7,7 @@ import resource
 import subprocess
 import sys
 
+from checks import Evil, assert_identical, refused
 import ml_dtypes
 import numpy as np
 import pytest
@@ -59,28 +60,8 @@ def tiny(monkeypatch):
     monkeypatch.setitem(backbones.ZOO, "tiny", backbones.zoo.Entry(config, "made by a test", "none", 1))
 
 
-def refused(result, *offenders):
-    """One line on stderr that names every offender, exit code 1, no file, also no partial one."""
-    code, out, err, path = result
-    assert code == 1
-    assert out == ""
-    assert err.count("\n") == 1, err
-    for offender in offenders:
-        assert offender in err, (offender, err)
-    assert not path.exists()
-    assert not list(path.parent.glob("*.partial"))
-    return err
-
-
 def without_left_out(tensors):
     return {name: tensor for name, tensor in tensors.items() if not name.startswith(("norm.", "head."))}
-
-
-def assert_identical(got, want):
-    assert got.keys() == want.keys()
-    for name, tensor in want.items():
-        assert got[name].dtype == tensor.dtype, name
-        np.testing.assert_array_equal(got[name], tensor, err_msg=name)
 
 
 def test_every_tensor_lands_where_its_meaning_says(command):
@@ -329,16 +310,6 @@ def test_damaged_files_are_refused(command, tmp_path):
     refused(command(tmp_path / "absent.npz"), "no checkpoint at", "absent.npz")
     (tmp_path / "weights.h5").write_bytes(b"x")
     refused(command(tmp_path / "weights.h5"), "weights.h5", ".safetensors .npz")
-
-
-class Evil:
-    """Unpickling it would make a folder."""
-
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return os.mkdir, (str(self.path),)
 
 
 def test_pickled_code_in_npz_is_refused_and_not_run(command, tmp_path):
