@@ -1,4 +1,5 @@
-"""Published checkpoint files, read tensor by tensor: `.safetensors`, `.npz` and `.pkl` with NumPy alone, `.pth`, `.pt` and `.bin` by torch.
+"""Published checkpoint files, read tensor by tensor: `.safetensors`, `.npz` and `.pkl` with NumPy alone, `.pth`, `.pth.tar`, `.pt` and
+`.bin` by torch.
 
 Nothing here runs code that a file holds: torch unpickles tensors only, beside stand-ins for the logs that mmengine saves with them, NumPy
 unpickles nothing, of a TorchScript archive (OpenAI's CLIP) only the tensors are read, without torch, and of a pickle (detectron2's model
@@ -48,23 +49,24 @@ def opened(path: str | Path) -> Iterator[Checkpoint]:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"no checkpoint at {path}; give the file that was downloaded")
-    if path.suffix in TORCH and torchscript.recognised(path):
+    suffix = ".pth" if path.name.endswith(".pth.tar") else path.suffix
+    if suffix in TORCH and torchscript.recognised(path):
         with _torchscript(path) as file:
             yield file
         return
-    if path.suffix in TORCH:
+    if suffix in TORCH:
         tensors = _torch_tensors(path)
         yield Checkpoint(list(tensors), lambda name: _from_torch(tensors[name]))
         return
-    if path.suffix == ".pkl":
+    if suffix == ".pkl":
         arrays = _pickled_arrays(path)
         yield Checkpoint(list(arrays), lambda name: _from_pickle(path, name, arrays[name]))
         return
-    if path.suffix not in SUFFIXES:
-        raise ValueError(f"{path} is of no kind that is read ({' '.join(SUFFIXES)} .pkl); convert or rename it")
+    if suffix not in SUFFIXES:
+        raise ValueError(f"{path} is of no kind that is read ({' '.join(SUFFIXES)} .pth.tar .pkl); convert or rename it")
     with contextlib.ExitStack() as stack:
         try:
-            if path.suffix == ".npz":
+            if suffix == ".npz":
                 if not zipfile.is_zipfile(path):  # NumPy would take it for a pickle
                     raise zipfile.BadZipFile("no zip archive")
                 archive = stack.enter_context(np.load(path, allow_pickle=False))

@@ -6,6 +6,12 @@ OUTPUT = "final norm and projection to the text's space: dense features are read
 TEXT = "the text tower and its temperature"
 SETTING = "a setting of the model that the archive keeps as a tensor"
 
+# What lies beside the image tower in an archive.
+BESIDE = (
+    (r"(text\.)?(transformer\..+|(token_embedding|ln_final)\..+|positional_embedding|text_projection)|logit_scale", TEXT),
+    (r"input_resolution|context_length|vocab_size", SETTING),
+)
+
 CLASS = Transform(lambda a: a[None, None], lambda a: (a[0, 0],))  # [c] to [1, 1, c]
 POSITIONS = Transform(lambda a: a[None], lambda a: (a[0],))  # [n, c] to [1, n, c]
 
@@ -40,8 +46,7 @@ def layouts() -> tuple[Layout, ...]:
             ),
             left_out=(
                 (r"visual\.(ln_post\.(weight|bias)|proj)", OUTPUT),
-                (r"(text\.)?(transformer\..+|(token_embedding|ln_final)\..+|positional_embedding|text_projection)|logit_scale", TEXT),
-                (r"input_resolution|context_length|vocab_size", SETTING),
+                *BESIDE,
             ),
         ),
     )

@@ -5,7 +5,9 @@ leaves out on purpose. Work starts from the module: each of its tensors names, t
 So every target is filled, every source tensor is used once or left out for a stated reason, and all that does not fit is told at once.
 """
 
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
+import functools
 import re
 from typing import Any, NamedTuple
 
@@ -25,6 +27,8 @@ class Transform(NamedTuple):
 
 class Row(NamedTuple):
     """One line of a table; in names, `*` stands for a number that is the same on both sides.
+
+    Where only the target has a `*`, a source tensor holds all blocks along a leading axis, and the transform is for one of them.
 
     Attributes:
         source: names of the source tensors, in the order in which the transform takes them.
@@ -46,11 +50,24 @@ class Layout(NamedTuple):
         name: for reports and errors.
         rows: a row for every tensor of the module.
         left_out: regex that matches the whole of a source name, and the reason why it is not needed.
+        beside: from all tensors by jaxdg's names to those that `from_flax` writes beside the rows', or in place of them, because the
+            publisher's program asks for them.
+        note: on these, for reports.
     """
 
     name: str
     rows: tuple[Row, ...]
     left_out: tuple[tuple[str, str], ...]
+    beside: Callable[[Mapping[str, np.ndarray]], dict[str, np.ndarray]] = lambda tensors: {}
+    note: str = ""
+
+
+class Use(NamedTuple):
+    """What a target is made of: its row, the source tensors, and where each of them holds all blocks, the block (else None)."""
+
+    row: Row
+    sources: list[str]
+    block: int | None
 
 
 class Lazy(Mapping[str, np.ndarray]):
@@ -110,18 +127,25 @@ def to_flax(module: nnx.Module, layouts: Iterable[Layout], names: list[str], rea
     problems += _listed(f"both used and left out by the table {layout.name}", expected.keys() & reasons.keys())
     problems += _listed("unknown", given - expected.keys() - reasons.keys())
     problems += _listed("missing", expected.keys() - given)
-    makers, misfits = {}, []
-    for target, (row, sources) in plan.items():
-        if given.issuperset(sources):
-            parts = {name: read(name) for name in sources}
-            misfits += [f"{name} holds {part.dtype}" for name, part in parts.items() if not jnp.issubdtype(part.dtype, jnp.floating)]
-            # Source shapes are compared, not the target's: a transform that joins heads would let a wrong number of them pass.
-            wrong = [f"{name} is {part.shape}, not {expected[name]}" for name, part in parts.items() if part.shape != expected[name]]
-            if wrong and not (row.resized and _fits(module, target, row.transform.forward(*parts.values()), wanted[target])):
-                misfits += wrong
-            makers[target] = lambda row=row, sources=sources: np.ascontiguousarray(
-                row.transform.forward(*(read(name).astype(np.float32) for name in sources))
-            )
+    makers, misfits, read_once = {}, set(), functools.lru_cache(maxsize=3)(read)  # queries, keys and values of all blocks at the most
+
+    def taken(name: str, block: int | None) -> np.ndarray:
+        return read(name) if block is None else read_once(name)[block]
+
+    for target, (row, sources, block) in plan.items():
+        parts = {name: read(name) if block is None else read_once(name) for name in sources if name in given}
+        misfits |= {f"{name} holds {part.dtype}" for name, part in parts.items() if not jnp.issubdtype(part.dtype, jnp.floating)}
+        # Source shapes are compared, not the target's: a transform that joins heads would let a wrong number of them pass.
+        wrong = {f"{name} is {part.shape}, not {expected[name]}" for name, part in parts.items() if part.shape != expected[name]}
+        if len(parts) < len(sources):  # told as missing
+            misfits |= wrong
+            continue
+        ranks = all(part.ndim == len(expected[name]) for name, part in parts.items())  # no transform is made for others
+        if wrong and not (row.resized and ranks and _fits(module, target, row.transform.forward(*parts.values()), wanted[target])):
+            misfits |= wrong
+        makers[target] = lambda row=row, sources=sources, block=block: np.asarray(
+            row.transform.forward(*(taken(name, block).astype(np.float32) for name in sources)), order="C"
+        )
     problems += _listed("of another shape or type", misfits)
     if problems:
         hint = "" if given & expected.keys() else "not one name is that of this model's checkpoints, so this is another model's file: "
@@ -130,7 +154,7 @@ def to_flax(module: nnx.Module, layouts: Iterable[Layout], names: list[str], rea
 
 
 def from_flax(module: nnx.Module, layout: Layout, tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """The inverse of `to_flax`: the source tensors that `layout` maps, in the publisher's names and axes.
+    """The inverse of `to_flax`: the source tensors that `layout` maps, in the publisher's names and axes, and those it writes beside them.
 
     Raises:
         Misfit: tensors that are missing, unexpected or of another shape for `module`; all of them are named.
@@ -138,43 +162,52 @@ def from_flax(module: nnx.Module, layout: Layout, tensors: Mapping[str, np.ndarr
     wanted = weights.shapes(module)
     plan = _plan(layout, wanted)
     shapes = {name: tensor.shape for name, tensor in tensors.items()}
-    for name, (row, _) in plan.items():
+    for name, (row, *_) in plan.items():
         if row.resized and name in tensors and _fits(module, name, tensors[name], wanted[name]):
             shapes[name] = wanted[name]
     problems = weights.mismatches(wanted, shapes)
     if problems:
         raise Misfit("; ".join(problems))
     converted: dict[str, np.ndarray] = {}
-    for target, (row, sources) in plan.items():
-        parts = row.transform.inverse(tensors[target])
-        converted |= {name: np.ascontiguousarray(part) for name, part in zip(sources, parts, strict=True)}
-    return converted
+    blocks: dict[str, dict[int, np.ndarray]] = defaultdict(dict)
+    for target, (row, sources, block) in plan.items():
+        for name, part in zip(sources, row.transform.inverse(tensors[target]), strict=True):
+            if block is None:
+                converted[name] = np.asarray(part, order="C")
+            else:
+                blocks[name][block] = part
+    return converted | {name: np.stack([parts[i] for i in range(len(parts))]) for name, parts in blocks.items()} | layout.beside(tensors)
 
 
 def source_shapes(module: nnx.Module, layout: Layout) -> dict[str, tuple[int, ...]]:
     """The shape of every tensor that a checkpoint of `module` in this layout must hold, by its name there."""
     wanted = weights.shapes(module)
     shapes: dict[str, tuple[int, ...]] = {}
-    for target, (row, sources) in _plan(layout, wanted).items():
+    plan = _plan(layout, wanted)
+    users = Counter(name for use in plan.values() for name in use.sources)
+    for target, (row, sources, block) in plan.items():
         parts = row.transform.inverse(np.broadcast_to(np.float32(0), wanted[target]))
-        shapes |= {name: part.shape for name, part in zip(sources, parts, strict=True)}
+        shapes |= {name: part.shape if block is None else (users[name], *part.shape) for name, part in zip(sources, parts, strict=True)}
     return shapes
 
 
-def _plan(layout: Layout, wanted: Iterable[str]) -> dict[str, tuple[Row, list[str]]]:
-    """The row and the source names of every target."""
+def _plan(layout: Layout, wanted: Iterable[str]) -> dict[str, Use]:
+    """What every target is made of."""
     patterns = [(re.compile(re.escape(row.target).replace(r"\*", r"(\d+)")), row) for row in layout.rows]
-    plan: dict[str, tuple[Row, list[str]]] = {}
+    plan: dict[str, Use] = {}
     users: dict[str, str] = {}  # target by source
     for target in wanted:
         found = [(row, match) for pattern, row in patterns if (match := pattern.fullmatch(target))]
         if len(found) != 1:
             raise ValueError(f"{len(found)} rows of the table {layout.name} make {target}; there must be one")
         row, match = found[0]
-        plan[target] = row, [source.replace("*", "{}").format(*match.groups()) for source in row.source]
-        for source in plan[target][1]:
-            if users.setdefault(source, target) != target:
-                raise ValueError(f"the table {layout.name} uses {source} for both {users[source]} and {target}")
+        sources = [source.replace("*", "{}").format(*match.groups()) for source in row.source]
+        stacked = "*" in row.target and not any("*" in source for source in row.source)
+        plan[target] = Use(row, sources, int(match[1]) if stacked else None)
+        for source in sources:
+            user = row.target if stacked else target
+            if users.setdefault(source, user) != user:
+                raise ValueError(f"the table {layout.name} uses {source} for both {users[source]} and {user}")
     return plan
 
 

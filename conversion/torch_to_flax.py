@@ -6,9 +6,10 @@
     python conversion/torch_to_flax.py --model mask2former --checkpoint model_final.pkl --out head.safetensors
     python conversion/torch_to_flax.py --model vltseg --checkpoint vltseg_checkpoint_gta_1.pth --out runs/vltseg_gta
 
-The source file may be `.safetensors`, `.npz` or `.pkl`, or with torch installed `.pth`, `.pt` or `.bin`. Every tensor of it is converted
-or left out for a stated reason, every parameter of the model is filled, or nothing is written and all offenders are named. A model is an
-encoder, or `mask2former` for the decoder alone, of the sizes that its file has. `vltseg` is a whole model: `--out` is then a workdir.
+The source file may be `.safetensors`, `.npz` or `.pkl`, or with torch installed `.pth` (also `.pth.tar`), `.pt` or `.bin`. Every tensor of
+it is converted or left out for a stated reason, every parameter of the model is filled, or nothing is written and all offenders are named.
+A model is an encoder, the text tower beside one, or `mask2former` for the decoder alone, of the sizes that its file has. `vltseg` is a
+whole model: `--out` is then a workdir.
 """
 
 import argparse
@@ -26,7 +27,25 @@ if not __package__:  # run as a script: the repository is not on the path yet, a
 from flax import nnx
 import numpy as np
 
-from conversion import checkpoint, clip, eva02, mapping, mask2former, torchscript, vit, vltseg
+from conversion import (
+    checkpoint,
+    clip,
+    clip_resnet,
+    clip_text,
+    deit3,
+    dinov2,
+    dinov3,
+    eva02,
+    mapping,
+    mask2former,
+    mit,
+    mocov3,
+    sam,
+    siglip,
+    torchscript,
+    vit,
+    vltseg,
+)
 import jaxdg
 from jaxdg import backbones, weights
 
@@ -39,6 +58,8 @@ def layouts(name: str) -> tuple[mapping.Layout, ...]:
     """
     if name == mask2former.NAME:
         return mask2former.layouts()
+    if name in backbones.TEXT_TOWERS:
+        return clip_text.layouts(backbones.TEXT_TOWERS[name])
     entry = backbones.entry(name)
     if not entry.source:
         raise ValueError(f"{name} is trained from scratch and has no published weights; --list shows the encoders that have")
@@ -47,6 +68,24 @@ def layouts(name: str) -> tuple[mapping.Layout, ...]:
             return eva02.layouts(entry.config)
         case backbones.ClipVitConfig():
             return clip.layouts()
+        case backbones.ClipResnetConfig():
+            return clip_resnet.layouts()
+        case backbones.MitConfig():
+            return mit.layouts()
+        case backbones.SamConfig():
+            return sam.layouts()
+        case backbones.MocoV3Config():
+            return mocov3.layouts(entry.config)
+        case backbones.Deit3Config():
+            return deit3.layouts()
+        case backbones.Dinov2Config():
+            return dinov2.layouts(entry.config)
+        case backbones.Dinov3Config():
+            return dinov3.layouts(entry.config)
+        case backbones.SiglipConfig():
+            return siglip.layouts(entry.config)
+        case backbones.EvaClipConfig():
+            raise ValueError(f"{name} is for planning: its shapes tell how large a run would be, and its checkpoint is not converted")
         case backbones.VitConfig():
             return vit.layouts(entry.config)
     raise NotImplementedError(f"no table for {type(entry.config).__name__}")
@@ -65,8 +104,8 @@ def convert(name: str, source: Path, out: Path) -> str:
     known = layouts(name)
     if out.suffix != ".safetensors":
         raise ValueError(f"--out {out} must end in .safetensors")
-    config = None if name == mask2former.NAME else backbones.entry(name).config
-    activation = config.activation if isinstance(config, backbones.ClipVitConfig) else None
+    config = None if name == mask2former.NAME else backbones.TEXT_TOWERS.get(name) or backbones.entry(name).config
+    activation = config.activation if isinstance(config, backbones.ClipVitConfig | backbones.ClipTextConfig) else None
     with checkpoint.opened(source) as file:
         if activation == "gelu" and torchscript.recognised(source):
             raise ValueError(f"{source} is an archive as OpenAI publishes, trained with quick_gelu; --list shows the encoders for it")
@@ -124,7 +163,9 @@ def _mapped(name: str, source: Path, total: int, converted: mapping.Converted) -
     """How many tensors of a file were mapped, and which were left out for what reason."""
     lines = [f"{name} from {source.name}: {total - len(converted.left_out)} of {total} tensors mapped (layout: {converted.layout.name})"]
     for reason in dict.fromkeys(converted.left_out.values()):
-        kinds = dict.fromkeys(re.sub(r"(?<=\.)\d+(?=\.)", "*", key) for key, why in converted.left_out.items() if why == reason)
+        kinds = dict.fromkeys(
+            re.sub(r"(?<=\.)\d+(?=\.)|(?<=encoderblock_)\d+", "*", key) for key, why in converted.left_out.items() if why == reason
+        )
         lines.append(f"  left out: {', '.join(kinds)} ({reason})")
     return lines
 
@@ -164,16 +205,20 @@ def reverse(name: str, source: Path, out: Path, chosen: str | None = None) -> st
         raise ValueError(f"{source} is no file of {name}: {error}") from error
     versions = mask2former.VERSIONS if head else None
     checkpoint.save(tensors, out, {"model": name, "source": source.name, "jaxdg": jaxdg.__version__}, versions)
-    return f"{name} to {out}: {len(tensors)} tensors, {out.stat().st_size} bytes (layout: {layout.name})"
+    return f"{name} to {out}: {len(tensors)} tensors, {out.stat().st_size} bytes (layout: {layout.name}{layout.note and '; '}{layout.note})"
 
 
 def abstract(name: str) -> nnx.Module:
-    """The encoder called `name` at full depth, shapes without numbers."""
+    """The encoder or text tower called `name` at full depth, shapes without numbers."""
+    if name in backbones.TEXT_TOWERS:
+        return nnx.eval_shape(lambda: backbones.ClipText(backbones.TEXT_TOWERS[name], rngs=nnx.Rngs(0)))
     return nnx.eval_shape(lambda: backbones.create(name))
 
 
 def _grid(positions: np.ndarray) -> str:
-    """Learned positions [1, prefix + side * side, c] in words."""
+    """Learned positions [1, prefix + side * side, c] or [1, rows, columns, c] in words."""
+    if positions.ndim == 4:
+        return f"{positions.shape[1]}x{positions.shape[2]} positions, stored as they are; load resizes them"
     side = math.isqrt(positions.shape[1])
     return f"{side}x{side} positions and {positions.shape[1] - side * side} for tokens without one, stored as they are; load resizes them"
 
@@ -181,6 +226,9 @@ def _grid(positions: np.ndarray) -> str:
 def listing() -> str:
     """Every model with published weights: name, megabytes, licence, where to get it."""
     rows = [(name, f"{entry.megabytes} MB", entry.licence, entry.source) for name, entry in backbones.ZOO.items() if entry.source]
+    for name in backbones.TEXT_TOWERS:
+        entry = backbones.entry(image := name.removesuffix("_text"))
+        rows.append((name, f"{entry.megabytes} MB", entry.licence, f"the file of {image}, where it holds both towers"))
     rows += [(mask2former.NAME, *mask2former.LISTED), (vltseg.NAME, *vltseg.LISTED)]
     widths = [max(len(row[i]) for row in rows) for i in range(3)]
     return "\n".join("  ".join([*(cell.ljust(width) for cell, width in zip(row, widths, strict=False)), row[3]]) for row in rows)
@@ -189,7 +237,7 @@ def listing() -> str:
 def main(arguments: list[str] | None = None) -> int:
     """The command; returns its exit code."""
     parser = argparse.ArgumentParser(prog="torch_to_flax.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", metavar="NAME", help="encoder, mask2former or vltseg, a name that --list shows")
+    parser.add_argument("--model", metavar="NAME", help="encoder, its text tower, mask2former or vltseg, a name that --list shows")
     parser.add_argument("--checkpoint", metavar="FILE", type=Path, help="file to convert")
     parser.add_argument("--out", metavar="FILE", type=Path, help="file to write; .safetensors unless --reverse; a folder for vltseg")
     parser.add_argument("--reverse", action="store_true", help="from jaxdg's names back to the publisher's; --out chooses the kind of file")

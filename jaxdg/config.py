@@ -97,14 +97,21 @@ class ModelConfig:
     Attributes:
         encoder: a name of the zoo (`jaxdg.backbones.ZOO`). Default scratch_ti8.
         weights: converted weights of the encoder; None trains from scratch. Default None.
+        text_weights: converted text tower beside the encoder, for the decoder clip_text. Default None.
         start: workdir of another run, or one step in it, whose whole model this one starts from instead of `weights`. Default None.
         taps: blocks whose features are read, from 0; () for the zoo's choice. Default ().
+        patch_size: side of the encoder's patches in pixels; None for that of its pre-training. Default None.
+        patch_resize: how the kernel of stored patches of another size is resized: flexi (FlexiViT's pseudo-inverse) or bicubic. Default
+            flexi.
         pyramid: none, or four levels with layer or batch normalisation; encoders with levels of their own need none and get none. Default
             layer.
-        decoder: linear or mask2former, which needs a pyramid. Default linear.
+        decoder: linear, segformer (MLP), mask2former, which needs a pyramid, or clip_text: CLIP's features against class names, without
+            a step of training. Default linear.
         mask2former: sizes of that decoder.
+        segformer_channels: inside the segformer decoder; SegFormer itself has 256 on mit_b0 and mit_b1, and 768 on larger ones. Default 256.
         freeze: what stays as loaded: none, all (the encoder), `first N` (embeddings and first N blocks), `last N` (last N blocks),
-            or a regular expression searched in parameter names such as `backbone.blocks.3.attn.qkv.kernel`. Default none.
+            or a regular expression searched in parameter names such as `backbone.blocks.3.attn.qkv.kernel`. N counts the stages of a
+            hierarchical encoder. Default none.
         drop_path: probability of skipping the branches of the encoder's last block. Default 0.
         remat: recompute encoder blocks in the backward pass: less memory, a third more time. Default False.
         dtype: compute type, float32 or bfloat16; parameters stay float32. Default float32.
@@ -112,11 +119,15 @@ class ModelConfig:
 
     encoder: str = "scratch_ti8"
     weights: str | None = None
+    text_weights: str | None = None
     start: str | None = None
     taps: tuple[int, ...] = ()
+    patch_size: int | None = None
+    patch_resize: str = "flexi"
     pyramid: str = "layer"
     decoder: str = "linear"
     mask2former: Mask2FormerOptions = dataclasses.field(default_factory=Mask2FormerOptions)
+    segformer_channels: int = 256
     freeze: str = "none"
     drop_path: float = 0.0
     remat: bool = False
@@ -180,7 +191,7 @@ class Config:
     """One experiment.
 
     Attributes:
-        steps: optimiser steps of the run. Default 1000.
+        steps: optimiser steps of the run; 0 with the decoder clip_text, which is judged as it is. Default 1000.
         batch_size: crops a step, over all devices and hosts. Default 8.
         seed: of initialisation, sampling and augmentation. Default 0.
         log_every: steps between rows of metrics.jsonl. Default 10.
@@ -223,7 +234,7 @@ def _are_factors(pairs: tuple[tuple[str, float], ...]) -> bool:
 
 # (field, what is allowed, test); types are checked from the annotations. Choices stand here because flags cannot parse Literal.
 _RULES: tuple[tuple[str, str, Any], ...] = (
-    ("steps", "at least 1", lambda v: v >= 1),
+    ("steps", "0 (with model.decoder clip_text) or more", lambda v: v >= 0),
     ("batch_size", "at least 1", lambda v: v >= 1),
     ("seed", "0 to 2^31 - 1", lambda v: 0 <= v < 2**31),
     ("log_every", "at least 1", lambda v: v >= 1),
@@ -231,17 +242,12 @@ _RULES: tuple[tuple[str, str, Any], ...] = (
     ("checkpoint_every", "at least 1", lambda v: v >= 1),
     ("keep_checkpoints", "at least 1", lambda v: v >= 1),
     ("task", "segmentation", lambda v: v == "segmentation"),
+    ("model.patch_size", "None or at least 1 pixel", lambda v: v is None or v >= 1),
+    ("model.patch_resize", "flexi or bicubic", lambda v: v in ("flexi", "bicubic")),
     ("model.pyramid", "none, layer or batch", lambda v: v in ("none", "layer", "batch")),
-    ("model.decoder", "linear or mask2former", lambda v: v in ("linear", "mask2former")),
-    ("model.mask2former.hidden", "at least 1", lambda v: v >= 1),
-    ("model.mask2former.queries", "at least 1", lambda v: v >= 1),
-    ("model.mask2former.heads", "at least 1", lambda v: v >= 1),
-    ("model.mask2former.pixel_layers", "at least 1", lambda v: v >= 1),
-    ("model.mask2former.pixel_ffn", "at least 1", lambda v: v >= 1),
-    ("model.mask2former.layers", "at least 1", lambda v: v >= 1),
-    ("model.mask2former.ffn", "at least 1", lambda v: v >= 1),
-    ("model.mask2former.sampling_points", "at least 1", lambda v: v >= 1),
-    ("model.mask2former.points", "at least 1", lambda v: v >= 1),
+    ("model.decoder", "linear, segformer, mask2former or clip_text", lambda v: v in ("linear", "segformer", "mask2former", "clip_text")),
+    ("model.segformer_channels", "at least 1", lambda v: v >= 1),
+    *((f"model.mask2former.{field.name}", "at least 1", lambda v: v >= 1) for field in dataclasses.fields(Mask2FormerOptions)),
     ("model.dtype", "float32 or bfloat16", lambda v: v in ("float32", "bfloat16")),
     ("evaluation.protocol", "native", lambda v: v == "native"),
     ("mesh.data", "-1 (the rest) or at least 1", lambda v: v == -1 or v >= 1),
@@ -290,14 +296,31 @@ def validated(config: Config) -> Config:
             raise ValueError(f"{field} is {value}; allowed: {allowed}")
     if config.batch_size % config.optimizer.accumulate:
         raise ValueError(f"optimizer.accumulate is {config.optimizer.accumulate}; allowed: a divisor of batch_size {config.batch_size}")
+    untrained = config.model.decoder == "clip_text"
+    if untrained:
+        _check_untrained(config)
+    elif not config.steps:
+        raise ValueError(f"steps is 0; allowed: at least 1 with model.decoder {config.model.decoder}, which has to be trained")
     o = config.optimizer
-    if o.warmup_steps + o.hold_steps >= config.steps:
+    if not untrained and o.warmup_steps + o.hold_steps >= config.steps:
         before = f"optimizer.warmup_steps is {o.warmup_steps} and hold_steps is {o.hold_steps}"
         raise ValueError(f"{before}; allowed: together less than steps {config.steps}")
     crop, stride = config.data.crop, config.evaluation.stride
     if stride[0] > crop[0] or stride[1] > crop[1]:
         raise ValueError(f"evaluation.stride is {stride}; allowed: at most data.crop {crop}, or windows would leave gaps")
     return config
+
+
+def _check_untrained(config: Config) -> None:
+    """The decoder clip_text takes all from two files and trains nothing; settings that it could not heed are refused."""
+    m = config.model
+    for field in ("weights", "text_weights"):
+        if getattr(m, field) is None:
+            raise ValueError(f"model.{field} is None; model.decoder clip_text needs a converted file, see configs/camvid_clip_zero_shot.py")
+    wanted = {"steps": 0, "model.start": None, "model.taps": (), "model.pyramid": "none"}
+    for field, value in wanted.items():
+        if get(config, field) != value:
+            raise ValueError(f"{field} is {get(config, field)}; allowed: {value} with model.decoder clip_text, which trains nothing")
 
 
 def get(config: Any, field: str) -> Any:

@@ -93,13 +93,19 @@ class Segmentation:
             if m.mask2former.queries < k:
                 raise ValueError(f"model.mask2former.queries is {m.mask2former.queries}; allowed: at least one for each of the {k} classes")
             decoder = segmentation.Mask2FormerConfig(num_classes=k, dtype=m.dtype, **dataclasses.asdict(m.mask2former))
+        elif m.decoder == "segformer":
+            decoder = segmentation.SegformerConfig(num_classes=k, hidden=m.segformer_channels, dtype=m.dtype)
+        elif m.decoder == "clip_text":
+            decoder = segmentation.ClipTextHeadConfig(self.labels.names)
         return segmentation.Segmenter(
             segmentation.SegmenterConfig(
                 num_classes=k,
                 encoder=m.encoder,
                 image_size=self.config.data.crop,
-                mask2former=decoder,
+                decoder=decoder,
                 taps=m.taps,
+                patch_size=m.patch_size,
+                patch_resize=m.patch_resize,
                 pyramid=m.pyramid,
                 boundaries=tuple(boundaries),
                 drop_path=m.drop_path,
@@ -199,14 +205,18 @@ class Plan:
 
     @classmethod
     def of(cls, task: Task, freeze: str) -> "Plan":
-        """Decides by name what is frozen, and ends stacked segments where that changes."""
+        """Decides by name what is frozen, and ends stacked segments where that changes.
+
+        What the model calls unread stays as loaded too: its gradient is 0, but weight decay would move it.
+        """
         key = jax.random.key(0)
         first = nnx.eval_shape(lambda: task.model(nnx.Rngs(key)))
         names = list(weights.slots(nnx.state(first, nnx.Param)))
-        frozen = optimizer_lib.frozen_names(freeze, names)
+        unread = getattr(first, "unread", lambda name: False)
+        frozen = optimizer_lib.frozen_names(freeze, names) | {name for name in names if unread(name)}
         boundaries = optimizer_lib.freeze_boundaries(frozen, names)
         make = lambda key: task.model(nnx.Rngs(key), boundaries)
-        model = nnx.eval_shape(lambda: make(key))
+        model = nnx.eval_shape(lambda: make(key)) if boundaries else first
         paths = {slot.path for name, slot in weights.slots(nnx.state(model, nnx.Param)).items() if name in frozen}
         is_frozen = lambda path, _: path in paths
 

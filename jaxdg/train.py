@@ -55,8 +55,9 @@ def train(config: Config, workdir: Path, console: Console, interrupt: Interrupt)
         )
     plan = Plan.of(task, config.model.freeze)
     like, optimizer = abstract_state(plan, config, mesh)
-    if config.model.weights is not None and config.model.start is None and not checkpoints.steps():
-        weights.metadata(config.model.weights)  # fails early where there is no such file
+    if config.model.start is None and not checkpoints.steps():
+        for file in filter(None, (config.model.weights, config.model.text_weights)):
+            weights.metadata(file)  # fails early where there is no such file
     state = checkpoints.restore(like, say=console.print)
     if state is None:
         state = initial_state(plan, like, optimizer, config)
@@ -94,8 +95,10 @@ def train(config: Config, workdir: Path, console: Console, interrupt: Interrupt)
 
     try:
         with log:
-            if start and due(start, config.eval_every, config.steps) and not evaluated(workdir, start):
-                evaluate(state)  # the run died between this step's checkpoint and the end of its evaluation
+            if not config.steps:
+                checkpoints.save(state)  # nothing is trained: what was loaded is the result
+            if (start or not config.steps) and due(start, config.eval_every, config.steps) and not evaluated(workdir, start):
+                evaluate(state)  # or the run died between this step's checkpoint and the end of its evaluation
             shard = (jax.process_index(), jax.process_count())
             batches = train_batches(
                 source,
@@ -174,6 +177,8 @@ def initial_state(plan: Plan, like: TrainState, optimizer: Any, config: Config) 
             weights.fill(model, stored_tensors(start), start)
         elif encoder:
             weights.load(model.backbone, encoder)
+            if config.model.decoder == "clip_text":
+                model.head.load(config.model.text_weights)
         state.trained, state.frozen, state.statistics = plan.split(model)
     return state
 

@@ -23,7 +23,7 @@ from safetensors.numpy import save_file
 from conversion import torch_to_flax
 from jaxdg import backbones
 from jaxdg.backbones import EncoderConfig
-from scripts import golden_clip, golden_eva02, golden_vit
+from scripts import golden_clip, golden_deit3, golden_dinov2, golden_dinov3, golden_eva02, golden_sam, golden_siglip, golden_vit
 
 # (config of the pre-training, images [b, h, w, 3]) to random weights by their publisher's names and the reference's features
 # [b, h, w, c] at the taps.
@@ -32,6 +32,12 @@ REFERENCES: dict[type[EncoderConfig], Reference] = {
     backbones.VitConfig: golden_vit.full_size,
     backbones.Eva02Config: golden_eva02.full_size,
     backbones.ClipVitConfig: golden_clip.full_size,
+    backbones.SamConfig: golden_sam.full_size,
+    backbones.MocoV3Config: golden_vit.full_size,
+    backbones.Deit3Config: golden_deit3.full_size,
+    backbones.Dinov2Config: golden_dinov2.full_size,
+    backbones.Dinov3Config: golden_dinov3.full_size,
+    backbones.SiglipConfig: golden_siglip.full_size,
 }
 
 

@@ -5,10 +5,12 @@ import dataclasses
 import json
 from pathlib import Path
 import re
+import sys
 
 import pytest
 
 from jaxdg import config as config_lib
+from jaxdg import segmentation
 from jaxdg.config import Config
 from jaxdg.data.datasets import FolderOptions, StreetsOptions
 
@@ -316,6 +318,28 @@ def test_experiments_are_found():
     assert {"streets_tiny", "camvid_vit_tiny"} <= {path.stem for path in CONFIGS}
     with pytest.raises(FileNotFoundError, match=r"no config file configs/none\.py; see configs/"):
         config_lib.from_file("configs/none.py")
+
+
+def test_an_experiment_may_build_on_one_beside_it(tmp_path, monkeypatch):
+    """A file below configs/ imports its neighbour by `configs.NAME`, wherever the command runs."""
+    folder = tmp_path / "configs"
+    folder.mkdir()
+    (folder / "neighbour_of_a_test.py").write_text("from jaxdg.config import Config\ndef get_config():\n    return Config(steps=7)\n")
+    (folder / "child.py").write_text(
+        "from configs import neighbour_of_a_test as base\ndef get_config():\n    c = base.get_config()\n    c.seed = 5\n    return c\n"
+    )
+    monkeypatch.chdir(tmp_path.parent)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    for name in [name for name in sys.modules if name.partition(".")[0] == "configs"]:
+        monkeypatch.delitem(sys.modules, name)
+    config = config_lib.from_file(folder / "child.py")
+    assert (config.steps, config.seed) == (7, 5)
+
+
+def test_the_decoder_alone_and_in_a_run_have_the_same_defaults():
+    """Mask2Former's sizes are stated twice, for runs and for the module; both are VLTSeg's."""
+    options = dataclasses.asdict(config_lib.Mask2FormerOptions())
+    assert segmentation.Mask2FormerConfig(num_classes=19, **options) == segmentation.Mask2FormerConfig(num_classes=19)
 
 
 @pytest.mark.parametrize("cls", ALL, ids=[cls.__name__ for cls in ALL])

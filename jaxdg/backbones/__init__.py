@@ -1,23 +1,57 @@
 """Encoders: image to features. `create(name)` builds one, `ZOO` names them all."""
 
+from jaxdg.backbones.clip_resnet import ClipResnet, ClipResnetConfig
+from jaxdg.backbones.clip_text import TEXT_TOWERS, ClipText, ClipTextConfig, Projection, load_text_tower, text_embeddings
 from jaxdg.backbones.clip_vit import ClipVit, ClipVitConfig
-from jaxdg.backbones.encoder import Encoder, EncoderConfig
+from jaxdg.backbones.deit3 import Deit3, Deit3Config
+from jaxdg.backbones.dinov2 import Dinov2, Dinov2Config
+from jaxdg.backbones.dinov3 import Dinov3, Dinov3Config
+from jaxdg.backbones.encoder import Encoder, EncoderConfig, StagedConfig
 from jaxdg.backbones.eva02 import Eva02, Eva02Config
+from jaxdg.backbones.eva_clip import EvaClip, EvaClipConfig
+from jaxdg.backbones.mocov3 import MocoV3Config
+from jaxdg.backbones.mit import Mit, MitConfig
 from jaxdg.backbones.pyramid import Pyramid
+from jaxdg.backbones.sam import Sam, SamConfig
+from jaxdg.backbones.siglip import Siglip, SiglipConfig
 from jaxdg.backbones.vit import Vit, VitConfig
 from jaxdg.backbones.zoo import ZOO, create, entry
 
 __all__ = [
+    "TEXT_TOWERS",
     "ZOO",
+    "ClipResnet",
+    "ClipResnetConfig",
+    "ClipText",
+    "ClipTextConfig",
     "ClipVit",
     "ClipVitConfig",
+    "Deit3",
+    "Deit3Config",
+    "Dinov2",
+    "Dinov2Config",
+    "Dinov3",
+    "Dinov3Config",
     "Encoder",
     "EncoderConfig",
     "Eva02",
     "Eva02Config",
+    "EvaClip",
+    "EvaClipConfig",
+    "MocoV3Config",
+    "Mit",
+    "MitConfig",
+    "Projection",
     "Pyramid",
+    "Sam",
+    "SamConfig",
+    "Siglip",
+    "SiglipConfig",
+    "StagedConfig",
     "Vit",
     "VitConfig",
     "create",
     "entry",
+    "load_text_tower",
+    "text_embeddings",
 ]

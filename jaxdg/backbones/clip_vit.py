@@ -87,7 +87,7 @@ class ClipVit(Vit):
         self.pos_embed = nnx.Param(init(rngs.params(), (1, 1 + rows * columns, config.width)))
         self.patch_embed = PatchEmbed(config, rngs=rngs)
         self.norm_pre = nnx.LayerNorm(config.width, epsilon=EPSILON, rngs=rngs)
-        self.blocks = layers.Stack(lambda rngs: Block(config, rngs=rngs), config.used, config.ends, remat=config.remat, rngs=rngs)
+        self.blocks = layers.Stack(lambda rngs, _: Block(config, rngs=rngs), config.used, config.ends, remat=config.remat, rngs=rngs)
 
     def embed(self, images: Float[Array | np.ndarray, "b h w 3"]) -> Float[Array, "b n c"]:
         """As `Vit.embed`, with a LayerNorm before the first block."""

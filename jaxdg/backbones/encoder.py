@@ -44,6 +44,43 @@ class EncoderConfig:
         raise NotImplementedError
 
 
+@dataclasses.dataclass(frozen=True)
+class StagedConfig(EncoderConfig):
+    """A hierarchical encoder: up to four stages of several blocks each, whose maps have 4, 8, 16 and 32 pixels a feature.
+
+    Fields of `EncoderConfig`, of which `depth` and `taps` count stages and `boundaries` blocks through all stages, and its sizes.
+
+    Attributes:
+        blocks: of each stage.
+        widths: channels of each stage's output.
+    """
+
+    depth: int = 4
+    taps: tuple[int, ...] = (0, 1, 2, 3)
+    blocks: tuple[int, int, int, int] = (2, 2, 2, 2)
+    widths: tuple[int, int, int, int] = (32, 64, 160, 256)
+
+    @property
+    def strides(self) -> tuple[int, ...]:
+        """See `EncoderConfig.strides`."""
+        return tuple(4 << tap for tap in self.taps)
+
+    @property
+    def channels(self) -> tuple[int, ...]:
+        """See `EncoderConfig.channels`."""
+        return tuple(self.widths[tap] for tap in self.taps)
+
+    @property
+    def used(self) -> int:
+        """Stages that are built; those past the last tap feed nothing."""
+        return self.taps[-1] + 1
+
+    def ends(self, stage: int) -> tuple[int, ...]:
+        """Blocks of a stage, counted in it from 0, after which stacked segments end."""
+        first = sum(self.blocks[:stage])
+        return tuple(end - first for end in self.boundaries if 0 <= end - first < self.blocks[stage])
+
+
 class Encoder(nnx.Module):
     """Image to features at the taps."""
 
@@ -71,6 +108,10 @@ class Encoder(nnx.Module):
     def adapt(self, name: str, tensor: np.ndarray) -> np.ndarray | None:
         """Fits a stored tensor to this encoder (positions resized); None where it has no use for one."""
         return tensor
+
+    def unread(self, name: str) -> bool:
+        """Whether no feature reads this parameter, so that training would only let it decay; it then stays as loaded."""
+        return False
 
     def check_size(self, images: Float[Array | np.ndarray, "b h w 3"]) -> None:
         """Refuses images of another size than the encoder was built for.

@@ -88,6 +88,12 @@ class Attention(nnx.Module):
         y = jax.nn.dot_product_attention(rotate(q, cos, sin), rotate(k, cos, sin), v).reshape(x.shape)
         return self.proj(y if self.inner_attn_ln is None else self.inner_attn_ln(y))
 
+    def alone(self, x: Float[Array, "b n c"]) -> Float[Array, "b n c"]:
+        """The output were every token to attend to itself only."""
+        v = self.v_proj(x) if self.subln else jnp.split(self.qkv(x), 3, axis=-1)[2]
+        v = v + self.v_bias[...].astype(v.dtype)
+        return self.proj(v if self.inner_attn_ln is None else self.inner_attn_ln(v))
+
 
 class SwiGlu(nnx.Module):
     """The gated MLP: `w3(LayerNorm(silu(w1 x) * (w2 x)))`, or w1 and w2 fused and no norm."""
@@ -129,7 +135,7 @@ class Blocks(layers.Stack):
     """The stacked blocks, every one of which gets the rotary tables of the encoder's grid."""
 
     def __init__(self, config: Eva02Config, *, rngs: nnx.Rngs):
-        super().__init__(lambda rngs: Block(config, rngs=rngs), config.used, config.ends, remat=config.remat, rngs=rngs)
+        super().__init__(lambda rngs, _: Block(config, rngs=rngs), config.used, config.ends, remat=config.remat, rngs=rngs)
         self.grid, self.head_dim = config.grid, config.width // config.heads
 
     def __call__(self, x: Float[Array, "b n c"], scales: Float[Array, "depth 2 b 1 1"]) -> dict[int, Array]:

@@ -1,6 +1,6 @@
-"""What several encoders share: stacked blocks that are scanned from tap to tap, drop path, and resizing of learned positions.
+"""What several encoders share: stacked blocks that are scanned from tap to tap, drop path, resizing of learned positions and patches.
 
-Blocks of one shape are held as segments, each one block whose parameters carry a leading layer axis, so 24 layers compile as a
+Neighbours of one shape are held as segments, each one block whose parameters carry a leading layer axis, so 24 layers compile as a
 few scanned bodies. Files and every regular expression see per-block names all the same (`jaxdg.weights`).
 """
 
@@ -14,11 +14,11 @@ import numpy as np
 
 
 class Stack(nnx.Module):
-    """`depth` equal blocks in segments that end at `ends`, each segment run by one `jax.lax.scan`."""
+    """`depth` blocks in segments of equal ones that end at `ends`, each segment run by one `jax.lax.scan`."""
 
-    def __init__(self, make_block: Callable[[nnx.Rngs], nnx.Module], depth: int, ends: Sequence[int], *, remat: bool, rngs: nnx.Rngs):
+    def __init__(self, make_block: Callable[[nnx.Rngs, int], nnx.Module], depth: int, ends: Sequence[int], *, remat: bool, rngs: nnx.Rngs):
         """Args:
-        make_block: builds one block from its rngs.
+        make_block: builds one block from its rngs and the first block (from 0) of its segment, all of whose blocks are equal.
         depth: number of blocks.
         ends: last block (from 0) of each segment; `depth - 1` is added where it is missing.
         remat: recompute the blocks in the backward pass instead of storing their activations.
@@ -27,13 +27,12 @@ class Stack(nnx.Module):
         self.ends = tuple(sorted({*ends, depth - 1}))
         self.remat = remat
         starts = (0, *(end + 1 for end in self.ends[:-1]))
+
+        def segment(start: int, count: int) -> nnx.Module:
+            return nnx.split_rngs(splits=count)(nnx.vmap(lambda rngs: make_block(rngs, start), axis_size=count))(rngs)
+
         # A segment is called by its first block, so that any part of the parameters tells which blocks it holds.
-        self.segments = nnx.Dict(
-            {
-                str(start): nnx.split_rngs(splits=end + 1 - start)(nnx.vmap(make_block, axis_size=end + 1 - start))(rngs)
-                for start, end in zip(starts, self.ends, strict=True)
-            }
-        )
+        self.segments = nnx.Dict({str(start): segment(start, end + 1 - start) for start, end in zip(starts, self.ends, strict=True)})
 
     def __call__(self, x: Array, scales: Array | None, *shared) -> dict[int, Array]:
         """Runs all blocks as `block(x, scale, *shared)`, one row of `scales` each; returns each segment's output by its last block.
@@ -49,8 +48,12 @@ class Stack(nnx.Module):
                 return nnx.merge(graph, state)(x, *scale, *shared), None
 
             # Inside a scan the usual guard against common-subexpression elimination only costs time.
-            body = jax.checkpoint(layer, prevent_cse=False) if self.remat else layer
-            x, _ = jax.lax.scan(body, x, (layers,) if scales is None else (layers, scales[start : end + 1]))
+            body = jax.checkpoint(layer, prevent_cse=end == start) if self.remat else layer
+            inputs = (layers,) if scales is None else (layers, scales[start : end + 1])
+            if end == start:  # a block alone may change the size of x, which a scan may not
+                x, _ = body(x, jax.tree.map(lambda leaf: leaf[0], inputs))
+            else:
+                x, _ = jax.lax.scan(body, x, inputs)
             outputs[end], start = x, end + 1
         return outputs
 
@@ -74,7 +77,26 @@ def drop_path_scales(key: Key[Array, ""] | None, rate: float, depth: int, batch:
     return jax.random.bernoulli(key, kept, shape) / kept
 
 
-def resize_positions(positions: np.ndarray, grid: tuple[int, int], prefix: int) -> np.ndarray:
+def cubic_matrix(source: int, target: int, offset: float = 0.0) -> np.ndarray:
+    """Rows of weights [target, source] of plain bicubic interpolation along one axis (Keys 1981, a = -0.75, edges repeated).
+
+    With an `offset` the scale is that of a target so much larger, as where torch is given a scale factor instead of a size.
+    """
+    a = -0.75
+    centre = (np.arange(target) + 0.5) * source / (target + offset) - 0.5
+    matrix = np.zeros((target, source))
+    for step in (-1, 0, 1, 2):
+        index = np.floor(centre).astype(int) + step
+        t = np.abs(centre - index)
+        near = ((a + 2) * t - (a + 3)) * t * t + 1
+        far = ((a * t - 5 * a) * t + 8 * a) * t - 4 * a
+        np.add.at(matrix, (np.arange(target), index.clip(0, source - 1)), np.where(t <= 1, near, far))
+    return matrix
+
+
+def resize_positions(
+    positions: np.ndarray, grid: tuple[int, int], prefix: int, matrix: Callable[[int, int], np.ndarray] = cubic_matrix
+) -> np.ndarray:
     """Resizes learned position embeddings to another token grid: plain bicubic, half-pixel centres, a = -0.75, no antialiasing.
 
     Equal to torch's `F.interpolate(mode="bicubic", align_corners=False)`, which EVA, CLIP, DeiT and MoCo code use;
@@ -84,6 +106,7 @@ def resize_positions(positions: np.ndarray, grid: tuple[int, int], prefix: int) 
         positions: [1, prefix + n, c]. A square number n is taken for a square grid, as all pre-trainings use; any other n must fit.
         grid: rows and columns wanted.
         prefix: leading rows that belong to no patch (the class token) and stay as they are.
+        matrix: source and target side to weights [target, source] along one axis, of families that interpolate otherwise.
 
     Returns:
         [1, prefix + rows * columns, c], float32.
@@ -101,19 +124,45 @@ def resize_positions(positions: np.ndarray, grid: tuple[int, int], prefix: int) 
             f"{len(patches)} patch positions are no square grid and do not fit {rows}x{columns}; give the image size they were made for"
         )
     square = patches.reshape(side, side, -1)
-    resized = np.einsum("iy,jx,yxc->ijc", cubic_matrix(side, rows), cubic_matrix(side, columns), square, optimize=True)
+    resized = np.einsum("iy,jx,yxc->ijc", matrix(side, rows), matrix(side, columns), square, optimize=True)
     return np.concatenate([positions[0, :prefix].astype(np.float32), resized.reshape(rows * columns, -1)], dtype=np.float32)[None]
 
 
-def cubic_matrix(source: int, target: int) -> np.ndarray:
-    """Rows of weights [target, source] of plain bicubic interpolation along one axis (Keys 1981, a = -0.75, edges repeated)."""
-    a = -0.75
-    centre = (np.arange(target) + 0.5) * source / target - 0.5
-    matrix = np.zeros((target, source))
-    for offset in (-1, 0, 1, 2):
-        index = np.floor(centre).astype(int) + offset
-        t = np.abs(centre - index)
-        near = ((a + 2) * t - (a + 3)) * t * t + 1
-        far = ((a * t - 5 * a) * t + 8 * a) * t - 4 * a
-        np.add.at(matrix, (np.arange(target), index.clip(0, source - 1)), np.where(t <= 1, near, far))
-    return matrix
+def linear_matrix(source: int, target: int, corners: bool = False) -> np.ndarray:
+    """Rows of weights [target, source] of plain linear interpolation along one axis.
+
+    Args:
+        source: samples given.
+        target: samples wanted.
+        corners: the first and last samples stay where they are (torch's `align_corners=True`); else samples are centres of equal parts
+            of one length, edges repeated.
+    """
+    steps = np.arange(target)
+    at = steps * (source - 1) / max(target - 1, 1) if corners else ((steps + 0.5) * source / target - 0.5).clip(0, source - 1)
+    return np.maximum(1 - np.abs(at[:, None] - np.arange(source)), 0.0)
+
+
+PATCH_RESIZES = ("flexi", "bicubic")
+
+
+def resize_patch(kernel: np.ndarray, size: int, method: str) -> np.ndarray:
+    """Resizes the kernel that turns a square patch into a token.
+
+    "flexi" is FlexiViT's (Beyer et al. 2023), with the bilinear interpolation (no antialiasing) of its authors' code in big_vision; timm's
+    `resample_patch_embed` does the same with another interpolation. It multiplies by the pseudo-inverse of what the interpolation does to
+    the pixels of a patch: the token of an enlarged patch is then that of the patch itself.
+
+    "bicubic" enlarges or shrinks the kernel as if it were a picture, by torch's plain bicubic, and scales by nothing: published
+    domain-generalization code converts DINOv2 from 14 to 16 pixels so. Tokens grow with the patch's area, in that case by 16^2 / 14^2.
+
+    Args:
+        kernel: [p, p, 3, c].
+        size: pixels of the new patch's side.
+        method: one of `PATCH_RESIZES`.
+
+    Returns:
+        [size, size, 3, c], float32.
+    """
+    source = kernel.shape[0]
+    axis = np.linalg.pinv(linear_matrix(source, size).T) if method == "flexi" else cubic_matrix(source, size)
+    return np.einsum("iy,jx,yxco->ijco", axis, axis, kernel.astype(np.float64), optimize=True).astype(np.float32)

@@ -25,11 +25,13 @@ class VitConfig(EncoderConfig):
         patch_size: side of a square patch in pixels.
         width: channels of a token.
         heads: attention heads; `width` must divide by it.
+        patch_resize: how a stored kernel for patches of another size is resized, one of `layers.PATCH_RESIZES`; None refuses it.
     """
 
     patch_size: int = 16
     width: int = 192
     heads: int = 3
+    patch_resize: str | None = None
 
     @property
     def prefix(self) -> int:
@@ -75,6 +77,10 @@ class Attention(nnx.Module):
         b, n, c = x.shape
         q, k, v = jnp.moveaxis(self.qkv(x).reshape(b, n, 3, self.heads, -1), 2, 0)
         return self.proj(jax.nn.dot_product_attention(q, k, v).reshape(b, n, c))
+
+    def alone(self, x: Float[Array, "b n c"]) -> Float[Array, "b n c"]:
+        """The output were every token to attend to itself only."""
+        return self.proj(jnp.split(self.qkv(x), 3, axis=-1)[2])
 
 
 class Mlp(nnx.Module):
@@ -129,7 +135,7 @@ class Vit(Encoder):
         self.cls_token = nnx.Param(init(rngs.params(), (1, 1, config.width)))
         self.pos_embed = nnx.Param(init(rngs.params(), (1, 1 + rows * columns, config.width)))
         self.patch_embed = PatchEmbed(config, rngs=rngs)
-        self.blocks = layers.Stack(lambda rngs: Block(config, rngs=rngs), config.used, config.ends, remat=config.remat, rngs=rngs)
+        self.blocks = layers.Stack(lambda rngs, _: Block(config, rngs=rngs), config.used, config.ends, remat=config.remat, rngs=rngs)
 
     def __call__(
         self, images: Float[Array | np.ndarray, "b h w 3"], key: Key[Array, ""] | None = None
@@ -162,9 +168,12 @@ class Vit(Encoder):
         return jnp.concatenate([cls.astype(x.dtype), x], axis=1) + self.pos_embed[...].astype(x.dtype)
 
     def adapt(self, name: str, tensor: np.ndarray) -> np.ndarray | None:
-        """Fits a stored tensor to this encoder: positions are resized to its grid, blocks past the last tap are not needed (None)."""
+        """Fits a stored tensor to this encoder: positions and patch kernel are resized, blocks past the last tap not needed (None)."""
+        c = self.config
         if name == "pos_embed":
-            return layers.resize_positions(tensor, self.config.grid, prefix=self.config.prefix)
-        if name.startswith("blocks.") and int(name.split(".")[1]) > self.config.taps[-1]:
+            return layers.resize_positions(tensor, c.grid, prefix=c.prefix)
+        if name == "patch_embed.proj.kernel" and c.patch_resize is not None and tensor.ndim == 4 and tensor.shape[0] != c.patch_size:
+            return layers.resize_patch(tensor, c.patch_size, c.patch_resize)
+        if name.startswith("blocks.") and int(name.split(".")[1]) > c.taps[-1]:
             return None
         return tensor

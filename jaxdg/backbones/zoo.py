@@ -10,12 +10,34 @@ from flax import nnx
 import jax
 
 from jaxdg import weights as weights_io
+from jaxdg.backbones import layers
+from jaxdg.backbones.clip_resnet import ClipResnet, ClipResnetConfig
+from jaxdg.backbones.clip_text import TEXT_TOWERS
 from jaxdg.backbones.clip_vit import ClipVit, ClipVitConfig
+from jaxdg.backbones.deit3 import Deit3, Deit3Config
+from jaxdg.backbones.dinov2 import Dinov2, Dinov2Config
+from jaxdg.backbones.dinov3 import Dinov3, Dinov3Config
 from jaxdg.backbones.encoder import Encoder, EncoderConfig
 from jaxdg.backbones.eva02 import Eva02, Eva02Config
+from jaxdg.backbones.eva_clip import EvaClip, EvaClipConfig
+from jaxdg.backbones.mocov3 import MocoV3Config
+from jaxdg.backbones.mit import Mit, MitConfig
+from jaxdg.backbones.sam import Sam, SamConfig
+from jaxdg.backbones.siglip import Siglip, SiglipConfig
 from jaxdg.backbones.vit import Vit, VitConfig
 
-FAMILIES: dict[type[EncoderConfig], Callable[..., Encoder]] = {VitConfig: Vit, Eva02Config: Eva02, ClipVitConfig: ClipVit}
+FAMILIES: dict[type[EncoderConfig], Callable[..., Encoder]] = {
+    VitConfig: Vit,
+    Eva02Config: Eva02,
+    ClipVitConfig: ClipVit,
+    SamConfig: Sam, MitConfig: Mit, ClipResnetConfig: ClipResnet,
+    MocoV3Config: Vit,
+    Deit3Config: Deit3,
+    Dinov2Config: Dinov2,
+    Dinov3Config: Dinov3,
+    SiglipConfig: Siglip,
+    EvaClipConfig: EvaClip,
+}
 IMAGENET: dict[str, Any] = dict(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
 CLIP: dict[str, Any] = dict(mean=(0.48145466, 0.4578275, 0.40821073), std=(0.26862954, 0.26130258, 0.27577711))
 LARGE_TAPS = (9, 14, 19, 23)  # of VLTSeg's encoders with 24 blocks
@@ -43,10 +65,35 @@ def _vit(width: int, depth: int, heads: int, patch_size: int = 16) -> VitConfig:
     return VitConfig(width=width, depth=depth, heads=heads, patch_size=patch_size, taps=taps)
 
 
+def _sam(width: int, depth: int, heads: int) -> SamConfig:
+    quarters = tuple(depth * i // 4 - 1 for i in (1, 2, 3, 4))
+    return SamConfig(image_size=(1024, 1024), width=width, depth=depth, heads=heads, taps=quarters, global_blocks=quarters, **IMAGENET)
+
+
+def _dinov2(file: str, hub: str, megabytes: int, registers: int = 0, **sizes: Any) -> Entry:
+    return Entry(
+        Dinov2Config(image_size=(518, 518), patch_size=14, registers=registers, **sizes, **IMAGENET),
+        f"{file}_pretrain.pth of facebookresearch/dinov2; facebook/{hub}",
+        "Apache-2.0",
+        megabytes,
+    )
+
+
+def _mit(
+    size: str, blocks: tuple[int, int, int, int], megabytes: int, widths: tuple[int, int, int, int] = (64, 128, 320, 512)
+) -> Entry:
+    source = f"mit_{size}.pth or segformer.{size}.*.pth of NVlabs/SegFormer; nvidia/mit-{size}"
+    return Entry(MitConfig(blocks=blocks, widths=widths, **IMAGENET), source, "NVIDIA, not commercial", megabytes)
+
+
 _TINY: dict[str, Any] = dict(patch_size=14, width=192, depth=12, heads=3)
 _SMALL: dict[str, Any] = dict(patch_size=14, width=384, depth=12, heads=6)
 _BASE: dict[str, Any] = dict(patch_size=16, width=768, depth=12, heads=12)
 _LARGE: dict[str, Any] = dict(patch_size=14, width=1024, depth=24, heads=16, taps=LARGE_TAPS)
+# Sizes of those that are read at the end of each quarter.
+_S: dict[str, Any] = dict(width=384, depth=12, heads=6, taps=(2, 5, 8, 11))
+_B: dict[str, Any] = dict(width=768, depth=12, heads=12, taps=(2, 5, 8, 11))
+_L: dict[str, Any] = dict(width=1024, depth=24, heads=16, taps=(5, 11, 17, 23))
 _FUSED: dict[str, Any] = dict(subln=False, inner_attn_ln=False)
 # The CLIP-trained ones with ImageNet's statistics, as VLTSeg feeds them, though their pre-training used CLIP's.
 _EVA02_CLIP_L = Eva02Config(**_LARGE, **IMAGENET)
@@ -104,6 +151,92 @@ ZOO: dict[str, Entry] = {
     "clip_b16_gelu": Entry(
         ClipVitConfig(**_BASE, **CLIP, activation="gelu"), "open_clip ViT-B-16 datacomp_xl_s13b_b90k, not a -quickgelu one", "MIT", 599
     ),
+    "sam_b16": Entry(
+        _sam(768, 12, 12), "sam_vit_b_01ec64.pth of facebookresearch/segment-anything; facebook/sam-vit-base", "Apache-2.0", 375
+    ),
+    "sam_l16": Entry(
+        _sam(1024, 24, 16), "sam_vit_l_0b3195.pth of facebookresearch/segment-anything; facebook/sam-vit-large", "Apache-2.0", 1250
+    ),
+    "sam_h16": Entry(
+        _sam(1280, 32, 16), "sam_vit_h_4b8939.pth of facebookresearch/segment-anything; facebook/sam-vit-huge", "Apache-2.0", 2565
+    ),
+    "mocov3_b16": Entry(
+        MocoV3Config(**_B, **IMAGENET),
+        "vit-b-300ep.pth.tar of facebookresearch/moco-v3; mocov3_vit-base-p16_16xb256-amp-coslr-300e_in1k of MMSelfSup",
+        "CC-BY-NC-4.0",
+        1728,
+    ),
+    "mocov3_l16": Entry(MocoV3Config(**_L, **IMAGENET), "mocov3_vit-large-p16_64xb64-amp-coslr-300e_in1k of MMSelfSup", "Apache-2.0", 2611),
+    "deit3_b16": Entry(
+        Deit3Config(**_B, **IMAGENET),
+        "deit_3_base_224_21k.pth of facebookresearch/deit; timm deit3_base_patch16_224.fb_in22k_ft_in1k",
+        "Apache-2.0",
+        346,
+    ),
+    "deit3_l16": Entry(
+        Deit3Config(**_L, **IMAGENET),
+        "deit_3_large_224_21k.pth of facebookresearch/deit; timm deit3_large_patch16_224.fb_in22k_ft_in1k",
+        "Apache-2.0",
+        1217,
+    ),
+    "dinov2_s14": _dinov2("dinov2_vits14", "dinov2-small", 88, **_S),
+    "dinov2_b14": _dinov2("dinov2_vitb14", "dinov2-base", 346, **_B),
+    "dinov2_l14": _dinov2("dinov2_vitl14", "dinov2-large", 1218, **_L),
+    "dinov2_s14_reg": _dinov2("dinov2_vits14_reg4", "dinov2-with-registers-small", 88, registers=4, **_S),
+    "dinov2_b14_reg": _dinov2("dinov2_vitb14_reg4", "dinov2-with-registers-base", 346, registers=4, **_B),
+    "dinov2_l14_reg": _dinov2("dinov2_vitl14_reg4", "dinov2-with-registers-large", 1218, registers=4, **_L),
+    "dinov3_b16": Entry(
+        Dinov3Config(**_B, **IMAGENET),
+        "dinov3_vitb16_pretrain_lvd1689m-73cec8be.pth of facebookresearch/dinov3; timm vit_base_patch16_dinov3.lvd1689m; "
+        "facebook/dinov3-vitb16-pretrain-lvd1689m",
+        "DINOv3 License",
+        343,
+    ),
+    "dinov3_l16": Entry(
+        Dinov3Config(**_L, **IMAGENET),
+        "dinov3_vitl16_pretrain_lvd1689m-8aa4cbdd.pth of facebookresearch/dinov3; timm vit_large_patch16_dinov3.lvd1689m; "
+        "facebook/dinov3-vitl16-pretrain-lvd1689m",
+        "DINOv3 License",
+        1213,
+    ),
+    "siglip_b16": Entry(
+        SiglipConfig(**_B),
+        "timm vit_base_patch16_siglip_224.webli; google/siglip-base-patch16-224; webli_en_b16_224_63724782.npz of big_vision",
+        "Apache-2.0",
+        372,
+    ),
+    "siglip_l16": Entry(
+        SiglipConfig(image_size=(256, 256), **_L),
+        "timm vit_large_patch16_siglip_256.webli; google/siglip-large-patch16-256; webli_en_l16_256_60552751.npz of big_vision",
+        "Apache-2.0",
+        1264,
+    ),
+    "siglip2_l16": Entry(
+        SiglipConfig(image_size=(512, 512), **_L),
+        "timm vit_large_patch16_siglip_512.v2_webli; google/siglip2-large-patch16-512; siglip2_l16_512.npz of big_vision",
+        "Apache-2.0",
+        1267,
+    ),
+    "eva_clip_8b": Entry(
+        EvaClipConfig(patch_size=14, width=4096, depth=32, heads=32, taps=(7, 15, 23, 31), **CLIP),
+        "EVA_CLIP_8B_psz14_s9B.pt of BAAI/EVA-CLIP-8B; for planning, not converted",
+        "Apache-2.0",
+        32900,
+    ),
+    "eva_clip_18b": Entry(
+        EvaClipConfig(patch_size=14, width=5120, depth=48, heads=40, taps=(11, 23, 35, 47), **CLIP, postnorm=True),
+        "EVA_CLIP_18B_psz14_s6B.fp16.pt of BAAI/EVA-CLIP-18B; for planning, not converted",
+        "Apache-2.0",
+        36700,
+    ),
+    "clip_rn50": Entry(ClipResnetConfig(**CLIP), "RN50.pt of OpenAI; open_clip RN50", "MIT", 244),
+    "clip_rn101": Entry(ClipResnetConfig(**CLIP, blocks=(3, 4, 23, 3), embedding=512), "RN101.pt of OpenAI; open_clip RN101", "MIT", 278),
+    "mit_b0": _mit("b0", (2, 2, 2, 2), 14, widths=(32, 64, 160, 256)),
+    "mit_b1": _mit("b1", (2, 2, 2, 2), 55),
+    "mit_b2": _mit("b2", (3, 4, 6, 3), 99),
+    "mit_b3": _mit("b3", (3, 4, 18, 3), 178),
+    "mit_b4": _mit("b4", (3, 8, 27, 3), 245),
+    "mit_b5": _mit("b5", (3, 6, 40, 3), 328),
     # Small enough to learn from scratch on two CPU cores; patch 8 keeps poles and signs visible in small pictures.
     "scratch_ti8": Entry(_vit(128, 4, 4, patch_size=8)),
     "scratch_eva02_ti8": Entry(Eva02Config(patch_size=8, width=128, depth=4, heads=4, taps=(0, 1, 2, 3))),
@@ -116,8 +249,10 @@ def entry(name: str) -> Entry:
     Raises:
         ValueError: no encoder has this name; the message lists those that exist.
     """
+    if name in TEXT_TOWERS:
+        raise ValueError(f"{name} is no encoder but a text tower, which jaxdg.backbones.text_embeddings reads; it converts under this name")
     if name not in ZOO:
-        close = difflib.get_close_matches(name, ZOO, n=1)
+        close = difflib.get_close_matches(name, [*ZOO, *TEXT_TOWERS], n=1)
         hint = f"did you mean {close[0]}?" if close else "choose one of"
         raise ValueError(f"unknown encoder {name!r}; {hint} {' '.join(ZOO) if not close else ''}".rstrip())
     return ZOO[name]
@@ -128,6 +263,8 @@ def create(
     *,
     variant: str | None = None,
     image_size: tuple[int, int] | None = None,
+    patch_size: int | None = None,
+    patch_resize: str = "flexi",
     weights: str | Path | None = None,
     taps: Sequence[int] | None = None,
     boundaries: Sequence[int] = (),
@@ -142,6 +279,8 @@ def create(
         name: a name of the zoo, such as "augreg_l16".
         variant: "vltseg_repro" of "eva02_clip_l14" is the zoo's "eva02_clip_l14_vltseg_repro"; None is the encoder as its authors run it.
         image_size: height and width in pixels; the pre-training's size if None. Learned positions are resized to it at load.
+        patch_size: side of a patch in pixels, of encoders that cut an image into patches; the pre-training's if None.
+        patch_resize: how the kernel of a stored patch of another size is resized to it: "flexi", FlexiViT's pseudo-inverse, or "bicubic".
         weights: a file made by `conversion/torch_to_flax.py`; None leaves random parameters.
         taps: blocks whose outputs are returned, from 0 (of hierarchical encoders stages); the zoo's choice if None: the last block of
             each quarter, or what VLTSeg reads; all stages.
@@ -155,7 +294,8 @@ def create(
         The encoder: images [b, h, w, 3] to one [b, h / stride, w / stride, c] a tap.
 
     Raises:
-        ValueError: an unknown name, taps outside the encoder, or weights that do not fit, all offenders named.
+        ValueError: an unknown name, taps outside the encoder, a patch size for one without patches, or weights that do not fit, all
+            offenders named.
     """
     name = f"{name}_{variant}" if variant else name
     config = entry(name).config
@@ -172,6 +312,13 @@ def create(
         remat=remat,
         dtype=dtype,
     )
+    if patch_size is not None:
+        if not isinstance(config, VitConfig):
+            raise ValueError(f"{name} does not cut images into patches of one size; leave patch_size (model.patch_size) out")
+        if patch_size < 1 or patch_resize not in layers.PATCH_RESIZES:
+            allowed = f"at least 1 pixel, and one of {' '.join(layers.PATCH_RESIZES)}"
+            raise ValueError(f"patch_size {patch_size} and patch_resize {patch_resize!r} of {name}; allowed: {allowed}")
+        config = dataclasses.replace(config, patch_size=patch_size, patch_resize=patch_resize)
     if min(config.image_size) < max(config.strides):
         raise ValueError(f"image_size {config.image_size} is smaller than the {max(config.strides)} pixels of one feature of {name}")
     if rngs is not None:

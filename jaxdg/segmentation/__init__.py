@@ -1,15 +1,21 @@
 """Features to masks: decoders, sliding windows, mIoU."""
 
+from jaxdg.segmentation.clip_text import ClipTextHead, ClipTextHeadConfig
 from jaxdg.segmentation.linear import LinearHead
 from jaxdg.segmentation.mask2former import Mask2Former, Mask2FormerConfig
 from jaxdg.segmentation.mean_iou import confusion_matrix, iou
+from jaxdg.segmentation.segformer import SegformerConfig, SegformerHead
 from jaxdg.segmentation.segmenter import Segmenter, SegmenterConfig
 from jaxdg.segmentation.sliding_window import resize_scores, sliding_window, window_starts
 
 __all__ = [
+    "ClipTextHead",
+    "ClipTextHeadConfig",
     "LinearHead",
     "Mask2Former",
     "Mask2FormerConfig",
+    "SegformerConfig",
+    "SegformerHead",
     "Segmenter",
     "SegmenterConfig",
     "confusion_matrix",

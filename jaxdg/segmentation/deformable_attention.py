@@ -117,9 +117,10 @@ class DeformableAttention(nnx.Module):
         """
         self.heads, self.levels, self.points = heads, levels, points
         xavier = nnx.initializers.xavier_uniform()
-        self.sampling_offsets = nnx.Linear(channels, heads * levels * points * 2, kernel_init=nnx.initializers.zeros, rngs=rngs)
-        self.sampling_offsets.bias = nnx.Param(_compass(heads, levels, points))
-        self.attention_weights = nnx.Linear(channels, heads * levels * points, kernel_init=nnx.initializers.zeros, rngs=rngs)
+        zeros, places = nnx.initializers.zeros, heads * levels * points
+        compass = lambda *_: _compass(heads, levels, points)
+        self.sampling_offsets = nnx.Linear(channels, 2 * places, kernel_init=zeros, bias_init=compass, rngs=rngs)
+        self.attention_weights = nnx.Linear(channels, places, kernel_init=zeros, rngs=rngs)
         self.value_proj = nnx.Linear(channels, channels, kernel_init=xavier, dtype=jnp.dtype(dtype), rngs=rngs)
         self.output_proj = nnx.Linear(channels, channels, kernel_init=xavier, dtype=jnp.dtype(dtype), rngs=rngs)
 

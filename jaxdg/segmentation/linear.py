@@ -16,24 +16,8 @@ from jaxdg.segmentation.sliding_window import resize_scores
 IGNORE = 255
 
 
-class LinearHead(nnx.Module):
-    """Feature maps to class scores at the finest map's resolution."""
-
-    def __init__(self, num_classes: int, channels: Sequence[int], *, dtype: str = "float32", rngs: nnx.Rngs):
-        """Args:
-        num_classes: k.
-        channels: of each feature map, finest map first.
-        dtype: compute dtype of the linear layers; scores are float32.
-        rngs: initialises the parameters.
-        """
-        self.norms = nnx.List([nnx.LayerNorm(c, epsilon=1e-6, rngs=rngs) for c in channels])
-        self.classifiers = nnx.List([nnx.Linear(c, num_classes, dtype=jnp.dtype(dtype), rngs=rngs) for c in channels])
-
-    def __call__(self, features: tuple[Float[Array, "b _ _ _"], ...]) -> Float[Array, "b h w k"]:
-        """Class scores (logits) at the size of the finest map, float32."""
-        _, h, w, _ = features[0].shape
-        readings = [read(norm(x)) for norm, read, x in zip(self.norms, self.classifiers, features, strict=True)]
-        return sum((resize_scores(r.astype(jnp.float32), (h, w)) for r in readings), start=jnp.zeros((), jnp.float32))
+class PixelHead(nnx.Module):
+    """What decoders share whose output is class scores of every pixel, at the finest map's resolution."""
 
     def scores(self, output: Float[Array, "b h w k"], size: tuple[int, int]) -> Float[Array, "b H W k"]:
         """Class scores of `output` at an image size."""
@@ -61,3 +45,23 @@ class LinearHead(nnx.Module):
         # A one-hot product instead of a gather: its gradient needs no scatter.
         picked = jnp.sum(log_p * jax.nn.one_hot(label, logits.shape[-1], dtype=log_p.dtype), axis=-1)
         return {"cross_entropy": -jnp.sum(jnp.where(valid, picked, 0.0)) / normalizer}
+
+
+class LinearHead(PixelHead):
+    """Feature maps to class scores at the finest map's resolution."""
+
+    def __init__(self, num_classes: int, channels: Sequence[int], *, dtype: str = "float32", rngs: nnx.Rngs):
+        """Args:
+        num_classes: k.
+        channels: of each feature map, finest map first.
+        dtype: compute dtype of the linear layers; scores are float32.
+        rngs: initialises the parameters.
+        """
+        self.norms = nnx.List([nnx.LayerNorm(c, epsilon=1e-6, rngs=rngs) for c in channels])
+        self.classifiers = nnx.List([nnx.Linear(c, num_classes, dtype=jnp.dtype(dtype), rngs=rngs) for c in channels])
+
+    def __call__(self, features: tuple[Float[Array, "b _ _ _"], ...]) -> Float[Array, "b h w k"]:
+        """Class scores (logits) at the size of the finest map, float32."""
+        _, h, w, _ = features[0].shape
+        readings = [read(norm(x)) for norm, read, x in zip(self.norms, self.classifiers, features, strict=True)]
+        return sum((resize_scores(r.astype(jnp.float32), (h, w)) for r in readings), start=jnp.zeros((), jnp.float32))

@@ -17,9 +17,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Float32, Int32, Key, UInt8
 
-from jaxdg.segmentation.matching import assign, matching_cost
+from jaxdg.segmentation.matching import WEIGHTS, assign, matching_cost
 
 IGNORE = 255
+NO_OBJECT = 0.1  # weight of an unmatched query in the class term; a matched one weighs 1
+OVERSAMPLE = 3  # candidates drawn for each point of the loss
+IMPORTANCE = 0.75  # share of the points that are the least certain candidates; the rest is drawn uniformly
 
 
 class Normalizer(NamedTuple):
@@ -39,17 +42,16 @@ def classes_present(label: UInt8[Array, "b H W"], num_classes: int) -> Bool[Arra
     return jnp.any(label[:, None] == jnp.arange(num_classes, dtype=jnp.uint8)[:, None, None], axis=(2, 3))
 
 
-def mask2former_normalizer(label: UInt8[Array, "b H W"], num_classes: int, num_queries: int, *, no_object: float = 0.1) -> Normalizer:
+def mask2former_normalizer(label: UInt8[Array, "b H W"], num_classes: int, num_queries: int) -> Normalizer:
     """Counts what `mask2former_loss` is divided by.
 
     Args:
         label: of the global batch; class ids, 255 where nothing is labelled.
         num_classes: k.
         num_queries: q.
-        no_object: weight of an unmatched query in the class term; a matched one weighs 1.
     """
     masks = jnp.sum(classes_present(label, num_classes)).astype(jnp.float32)
-    return Normalizer(jnp.maximum(masks, 1), masks + no_object * (label.shape[0] * num_queries - masks))
+    return Normalizer(jnp.maximum(masks, 1), masks + NO_OBJECT * (label.shape[0] * num_queries - masks))
 
 
 def mask2former_loss(
@@ -60,10 +62,6 @@ def mask2former_loss(
     key: Key[Array, ""],
     *,
     points: int = 12544,
-    oversample: float = 3.0,
-    importance: float = 0.75,
-    no_object: float = 0.1,
-    weights: tuple[float, float, float] = (2.0, 5.0, 5.0),
 ) -> dict[str, Float32[Array, ""]]:
     """The loss of all predictions of a batch, or of a part of it.
 
@@ -74,10 +72,6 @@ def mask2former_loss(
         normalizer: `mask2former_normalizer` of the global batch. The losses of its parts then add up to the loss of the whole.
         key: draws the points.
         points: a mask is compared on, in the matching as in the loss.
-        oversample: candidates drawn for each point of the loss.
-        importance: share of the points that are the least certain candidates; the rest is drawn uniformly.
-        no_object: class weight of unmatched queries.
-        weights: of the class, mask and dice terms, in the matching as in the loss.
 
     Returns:
         The terms "class" (cross entropy), "mask" (binary cross entropy) and "dice", summed over predictions and multiplied by their
@@ -94,7 +88,7 @@ def mask2former_loss(
     # many small operations, runs for all at once.
     def costs(inputs):
         class_logits, mask_logits, key = inputs
-        return prediction_costs(class_logits, mask_logits, label, draw_points(key, (b, 1, points)), weights)
+        return prediction_costs(class_logits, mask_logits, label, draw_points(key, (b, 1, points)))
 
     logits = jax.lax.stop_gradient((class_logits, mask_logits))
     cost = jax.lax.map(costs, (*logits, matching_keys))
@@ -103,16 +97,16 @@ def mask2former_loss(
     def terms(inputs):
         class_logits, mask_logits, query, key = inputs
         masks = matched_masks(mask_logits, query, valid)
-        drawn = draw_points(key, (*valid.shape, int(oversample * points) + points - int(importance * points)))
-        candidates, uniform = jnp.split(drawn, [int(oversample * points)], axis=-2)
+        drawn = draw_points(key, (*valid.shape, OVERSAMPLE * points + points - int(IMPORTANCE * points)))
+        candidates, uniform = jnp.split(drawn, [OVERSAMPLE * points], axis=-2)
         compared = uncertain_points(jax.lax.stop_gradient(masks), candidates, uniform, points)
-        return class_term(class_logits, query, valid, no_object), *mask_terms(masks, label, valid, compared)
+        return class_term(class_logits, query, valid), *mask_terms(masks, label, valid, compared)
 
     entropy, mask, dice = (jnp.sum(x) for x in jax.lax.map(terms, (class_logits, mask_logits, query, points_keys)))
     return {
-        "class": weights[0] * entropy / normalizer.class_weight,
-        "mask": weights[1] * mask / normalizer.masks,
-        "dice": weights[2] * dice / normalizer.masks,
+        "class": WEIGHTS[0] * entropy / normalizer.class_weight,
+        "mask": WEIGHTS[1] * mask / normalizer.masks,
+        "dice": WEIGHTS[2] * dice / normalizer.masks,
     }
 
 
@@ -121,11 +115,10 @@ def prediction_costs(
     mask_logits: Float[Array, "b q h w"],
     label: UInt8[Array, "b H W"],
     points: Float[Array, "b 1 p 2"],
-    weights: tuple[float, float, float],
 ) -> Float32[Array, "b k q"]:
     """Matching costs of one prediction, on points shared by all masks of an image."""
     targets = sample_labels(label, points, class_logits.shape[-1] - 1)
-    return matching_cost(class_logits, sample_masks(mask_logits, points), targets, weights)
+    return matching_cost(class_logits, sample_masks(mask_logits, points), targets)
 
 
 def matched_masks(mask_logits: Float[Array, "b q h w"], query: Int32[Array, "b k"], valid: Bool[Array, "b k"]) -> Float32[Array, "b k h w"]:
@@ -135,14 +128,12 @@ def matched_masks(mask_logits: Float[Array, "b q h w"], query: Int32[Array, "b k
     return jnp.where(valid[..., None, None], masks.astype(jnp.float32), 0.0)
 
 
-def class_term(
-    class_logits: Float[Array, "b q c"], query: Int32[Array, "b k"], valid: Bool[Array, "b k"], no_object: float
-) -> Float32[Array, ""]:
+def class_term(class_logits: Float[Array, "b q c"], query: Int32[Array, "b k"], valid: Bool[Array, "b k"]) -> Float32[Array, ""]:
     """Weighted cross entropy summed over queries: the target's class for a matched one, "no object" for the others."""
     log_p = jax.nn.log_softmax(class_logits.astype(jnp.float32))
     matched = (query[:, None] == jnp.arange(log_p.shape[1])[:, None]) & valid[:, None]  # b q k
     unmatched = ~jnp.any(matched, axis=-1, keepdims=True)
-    return -jnp.sum(jnp.concatenate([matched, no_object * unmatched], axis=-1) * log_p)
+    return -jnp.sum(jnp.concatenate([matched, NO_OBJECT * unmatched], axis=-1) * log_p)
 
 
 def mask_terms(

@@ -22,13 +22,14 @@ from jaxtyping import Array, Bool, Float, Int32
 
 # Costs from here on, either sign, count as non-finite: sums of smaller ones stay far from float32's largest number.
 NON_FINITE = 1e30
+WEIGHTS = (2.0, 5.0, 5.0)  # of the class, mask and dice terms, in the matching as in the loss
 
 
 def matching_cost(
     class_logits: Float[Array, "*n q c"],
     mask_logits: Float[Array, "*n q p"],
     targets: Float[Array, "*n k p"],
-    weights: tuple[float, float, float] = (2.0, 5.0, 5.0),
+    weights: tuple[float, float, float] = WEIGHTS,
 ) -> Float[Array, "*n k q"]:
     """Cost of matching each target with each query, as in Mask2Former, in float32.
 

@@ -70,7 +70,7 @@ class PixelDecoder(nnx.Module):
         fine, *coarse = channels
         self.input_proj = nnx.List([ConvNorm(c, hidden, 1, use_bias=True, dtype=dtype, rngs=rngs) for c in reversed(coarse)])
         self.level_embed = nnx.Param(jax.random.normal(rngs.params(), (LEVELS, hidden)))
-        make = lambda rngs: Layer(hidden, heads, ffn, points, dtype=dtype, rngs=rngs)
+        make = lambda rngs, _: Layer(hidden, heads, ffn, points, dtype=dtype, rngs=rngs)
         self.layers = Stack(make, layers, (), remat=False, rngs=rngs)
         self.adapter_1 = ConvNorm(fine, hidden, 1, use_bias=False, dtype=dtype, rngs=rngs)
         self.layer_1 = ConvNorm(hidden, hidden, 3, use_bias=False, dtype=dtype, rngs=rngs)

@@ -4,12 +4,16 @@ import dataclasses
 from typing import Any
 
 from flax import nnx
+import jax
 from jaxtyping import Array, Float, Key
 import numpy as np
 
 from jaxdg import backbones
+from jaxdg.segmentation import clip_text
+from jaxdg.segmentation.clip_text import ClipTextHead, ClipTextHeadConfig
 from jaxdg.segmentation.linear import LinearHead
 from jaxdg.segmentation.mask2former import Mask2Former, Mask2FormerConfig
+from jaxdg.segmentation.segformer import SegformerConfig, SegformerHead
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,7 +25,9 @@ class SegmenterConfig:
         encoder: name in the zoo.
         image_size: height and width in pixels of the crops it is trained on and the windows it predicts.
         taps: blocks whose features are read, from 0; () for the last block of each quarter.
-        mask2former: the decoder; None for the linear one.
+        decoder: of another kind than the linear one, which None is.
+        patch_size: side of the encoder's patches in pixels; None for that of its pre-training.
+        patch_resize: how a stored kernel of other patches is resized, "flexi" or "bicubic".
         pyramid: "none" reads the taps as they are; "layer" or "batch" builds four levels of a plain encoder with that normalisation.
             A hierarchical encoder has its own levels, which are always read as they are.
         boundaries: further blocks after which stacked segments end.
@@ -33,8 +39,10 @@ class SegmenterConfig:
     num_classes: int
     encoder: str
     image_size: tuple[int, int]
-    mask2former: Mask2FormerConfig | None = None
+    decoder: Mask2FormerConfig | SegformerConfig | ClipTextHeadConfig | None = None
     taps: tuple[int, ...] = ()
+    patch_size: int | None = None
+    patch_resize: str = "flexi"
     pyramid: str = "none"
     boundaries: tuple[int, ...] = ()
     drop_path: float = 0.0
@@ -56,7 +64,9 @@ class Segmenter(nnx.Module):
         self.backbone = backbones.create(
             c.encoder,
             image_size=c.image_size,
-            taps=c.taps,
+            patch_size=c.patch_size,
+            patch_resize=c.patch_resize,
+            taps=clip_text.taps(c.encoder) if isinstance(c.decoder, ClipTextHeadConfig) else c.taps,
             boundaries=c.boundaries,
             drop_path=c.drop_path,
             remat=c.remat,
@@ -64,7 +74,7 @@ class Segmenter(nnx.Module):
             rngs=rngs,
         )
         channels, strides = self.backbone.channels, self.backbone.config.strides
-        hierarchical = len(set(strides)) > 1
+        hierarchical = isinstance(self.backbone.config, backbones.StagedConfig)
         if c.pyramid != "none" and not hierarchical:
             if len(channels) != 4:
                 raise ValueError(f"model.pyramid is {c.pyramid!r}, which reads four taps; model.taps is {c.taps}")
@@ -76,33 +86,46 @@ class Segmenter(nnx.Module):
                 )
         built = c.pyramid != "none" and not hierarchical
         self.pyramid = backbones.Pyramid(channels[0], c.pyramid, dtype=c.dtype, rngs=rngs) if built else None
-        if c.mask2former is None:
+        if c.decoder is None:
             self.head = LinearHead(c.num_classes, channels, dtype=c.dtype, rngs=rngs)
+        elif isinstance(c.decoder, SegformerConfig):
+            self.head = SegformerHead(c.decoder, channels, rngs=rngs)
+        elif isinstance(c.decoder, ClipTextHeadConfig):
+            self.head = ClipTextHead(c.decoder, c.encoder, rngs=rngs)
         elif not (built or (hierarchical and len(channels) == 4)):
             raise ValueError(
                 f"model.decoder mask2former reads four levels of different sizes, and {c.encoder} gives {len(channels)} with "
                 f"{', '.join(map(str, strides))} pixels a feature; set model.pyramid to layer or batch, or model.taps to ()"
             )
         else:
-            self.head = Mask2Former(c.mask2former, channels, rngs=rngs)
+            self.head = Mask2Former(c.decoder, channels, rngs=rngs)
 
     def __call__(self, images: Float[Array, "b h w 3"], key: Key[Array, ""] | None = None, train: bool = False) -> Any:
         """The decoder's output, which `head.scores` and `head.loss` take.
 
         Args:
             images: [b, h, w, 3] normalised for the encoder, of `config.image_size`.
-            key: random key that turns drop path on.
+            key: random key that turns drop path and dropout on.
             train: use (and update) the batch's own statistics where there are any.
         """
+        if isinstance(self.head, ClipTextHead):
+            return self.head(clip_text.values(self.backbone, images))
         features = self.backbone(images, key)
         if self.pyramid is not None:
             features = self.pyramid(features, train)
+        if isinstance(self.head, SegformerHead):  # the other decoders do the same in training
+            return self.head(features, None if key is None else jax.random.fold_in(key, 1), train)
         return self.head(features)
 
     def adapt(self, name: str, tensor: np.ndarray) -> np.ndarray | None:
         """Fits a tensor stored by a segmenter for another image size to this one, as the encoder does."""
         part, _, rest = name.partition(".")
         return self.backbone.adapt(rest, tensor) if part == "backbone" else tensor
+
+    def unread(self, name: str) -> bool:
+        """Whether training leaves this parameter alone: the encoder says so, or the decoder, that nothing is trained."""
+        part, _, rest = name.partition(".")
+        return isinstance(self.head, ClipTextHead) or (part == "backbone" and self.backbone.unread(rest))
 
     def scores(self, images: Float[Array, "b h w 3"]) -> Float[Array, "b h w k"]:
         """Class scores at the images' own size; the highest is the predicted class."""

@@ -15,6 +15,9 @@ from jaxdg import weights
 from jaxdg.config import OptimizerConfig
 
 ENCODER = "backbone."
+# What "first N" and "last N" count: blocks from 0, or of hierarchical encoders stages from 1.
+COUNTED = r"backbone\.(?:blocks\.(?P<block>\d+)|(?:patch_embed|block|norm|layer)(?P<stage>\d))\."
+STACKED = r"(backbone\.(?:blocks|(?:block|layer)\d)\.)(\d+)(\..*)"
 
 
 def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:
@@ -61,14 +64,15 @@ def frozen_names(freeze: str, names: Iterable[str]) -> set[str]:
 
     Args:
         freeze: "none", "all" (the encoder), "first N" (embeddings and first N blocks), "last N" (last N blocks), or a regular
-            expression searched in the names.
+            expression searched in the names. Of hierarchical encoders N counts stages.
         names: all parameters, by per-block name.
 
     Raises:
         ValueError: nothing or everything matches, more blocks than there are, or no regular expression.
     """
     names = list(names)
-    block = {name: int(found[1]) for name in names if (found := re.match(r"backbone\.blocks\.(\d+)\.", name))}
+    found = {name: match for name in names if (match := re.match(COUNTED, name))}
+    block = {name: int(match["block"]) if match["block"] else int(match["stage"]) - 1 for name, match in found.items()}
     depth = max(block.values(), default=-1) + 1
     if freeze == "none":
         return set()
@@ -77,7 +81,8 @@ def frozen_names(freeze: str, names: Iterable[str]) -> set[str]:
     if counted := re.fullmatch(r"(first|last) (\d+)", freeze):
         n = int(counted[2])
         if n > depth:
-            raise ValueError(f"model.freeze is {freeze!r}; allowed: at most {depth}, the encoder's blocks")
+            unit = "stages" if any(match["stage"] for match in found.values()) else "blocks"
+            raise ValueError(f"model.freeze is {freeze!r}; allowed: at most {depth}, the encoder's {unit}")
         if counted[1] == "first":
             return {name for name in names if name.startswith(ENCODER) and block.get(name, -1) < n}
         return {name for name, i in block.items() if i >= depth - n}
@@ -93,12 +98,18 @@ def frozen_names(freeze: str, names: Iterable[str]) -> set[str]:
 
 
 def freeze_boundaries(frozen: set[str], names: Iterable[str]) -> tuple[int, ...]:
-    """Encoder blocks after which a stacked segment must end, because the next block is frozen otherwise than this one."""
-    ends = set()
-    for name in names:
-        if found := re.match(r"(backbone\.blocks\.)(\d+)(\..*)", name):
-            i = int(found[2])
-            following = f"{found[1]}{i - 1}{found[3]}"
-            if i and (following in frozen) != (name in frozen):
-                ends.add(i - 1)
+    """Encoder blocks after which a stacked segment must end, because the next block is frozen otherwise than this one.
+
+    Blocks are counted through all stages of a hierarchical encoder.
+    """
+    found = [match for name in names if (match := re.match(STACKED, name))]
+    depths: dict[str, int] = {}
+    for stack, i, _ in sorted(match.groups() for match in found):
+        depths[stack] = max(depths.get(stack, 0), int(i) + 1)
+    ends, first = set(), 0
+    for stack, depth in depths.items():
+        for name, i, rest in ((match[0], int(match[2]), match[3]) for match in found if match[1] == stack):
+            if i and (f"{stack}{i - 1}{rest}" in frozen) != (name in frozen):
+                ends.add(first + i - 1)
+        first += depth
     return tuple(sorted(ends))

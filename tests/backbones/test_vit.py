@@ -267,7 +267,7 @@ def test_create_refuses_what_cannot_be():
     for taps in ((3, 12), (-1, 3), (3, 3)):
         with pytest.raises(ValueError, match=r"must be different blocks in 0\.\.11"):
             backbones.create("augreg_ti16", taps=taps)
-    with pytest.raises(ValueError, match="smaller than one 16-pixel patch"):
+    with pytest.raises(ValueError, match="smaller than the 16 pixels of one feature"):
         backbones.create("augreg_ti16", image_size=(224, 15))
 
 

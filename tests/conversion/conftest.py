@@ -5,7 +5,7 @@ from safetensors.numpy import save_file
 
 from conversion import torch_to_flax
 
-pytest.register_assert_rewrite("checks")
+pytest.register_assert_rewrite("tests.conversion.checks")
 
 
 @pytest.fixture

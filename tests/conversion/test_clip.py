@@ -5,7 +5,6 @@ import os
 import pickle
 import zipfile
 
-from checks import assert_identical, refused
 import ml_dtypes
 import numpy as np
 import pytest
@@ -14,6 +13,7 @@ from safetensors.numpy import load_file
 from conversion import checkpoint, clip, mapping, torch_to_flax
 from jaxdg import backbones, weights
 from jaxdg.backbones import ClipVitConfig
+from tests.conversion.checks import assert_identical, refused
 
 # Only torch can write the archives that OpenAI published; it warns that new models should not be saved like that.
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")

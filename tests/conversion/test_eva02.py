@@ -6,7 +6,6 @@ import os
 import pickle
 import tracemalloc
 
-from checks import assert_identical, refused
 import ml_dtypes
 import numpy as np
 import pytest
@@ -15,6 +14,7 @@ from safetensors.numpy import load_file, save_file
 from conversion import eva02, mapping, torch_to_flax
 from jaxdg import backbones, weights
 from jaxdg.backbones import Eva02Config
+from tests.conversion.checks import assert_identical, refused
 
 WIDTH, HIDDEN, DEPTH = 24, 64, 4
 SMALL = dict(image_size=(12, 12), patch_size=4, width=WIDTH, depth=DEPTH, heads=2, taps=(1, 3))

@@ -6,7 +6,6 @@ import functools
 import json
 import pickle
 
-from checks import Evil, assert_identical, converted, refused
 from flax import nnx
 import jax.numpy as jnp
 import ml_dtypes
@@ -17,6 +16,7 @@ from safetensors.numpy import load_file, save_file
 from conversion import checkpoint, mapping, mask2former, torch_to_flax
 from jaxdg import weights
 from jaxdg.segmentation import Mask2Former, Mask2FormerConfig
+from tests.conversion.checks import Evil, assert_identical, converted, refused
 
 SMALL = dict(classes=5, queries=7, hidden=32, heads=8, layers=2, ffn=40, pixel_layers=2, pixel_ffn=24, channels=(8, 12, 16, 20))
 

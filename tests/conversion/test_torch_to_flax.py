@@ -7,7 +7,6 @@ import resource
 import subprocess
 import sys
 
-from checks import Evil, assert_identical, refused
 import ml_dtypes
 import numpy as np
 import pytest
@@ -16,6 +15,7 @@ from safetensors.numpy import load_file, save_file
 from conversion import checkpoint, mapping, torch_to_flax, vit
 import jaxdg
 from jaxdg import backbones, weights
+from tests.conversion.checks import Evil, assert_identical, refused
 
 REAL_SHA256 = "3f1f07da5e1337265ac1eb0234d13841467caf730b3c4240bd3f98c49bc16a92"
 WIDTH, HEADS, GRID = 32, 4, 3

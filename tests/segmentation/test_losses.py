@@ -54,11 +54,11 @@ def test_given_points_equal_transformers(data):
 
     @jax.jit
     def one(class_logits, mask_logits, shared, candidates, uniform):
-        query = assign(losses.prediction_costs(class_logits, mask_logits, label, shared[:, None], WEIGHTS), valid)
+        query = assign(losses.prediction_costs(class_logits, mask_logits, label, shared[:, None]), valid)
         masks = losses.matched_masks(mask_logits, query, valid)
         points = losses.uncertain_points(masks, candidates, uniform, POINTS)
         mask, dice = losses.mask_terms(masks, label, valid, points)
-        entropy = losses.class_term(class_logits, query, valid, NO_OBJECT)
+        entropy = losses.class_term(class_logits, query, valid)
         return query, entropy / normalizer.class_weight, mask / normalizer.masks, dice / normalizer.masks
 
     inputs = [data[k] for k in ("class_logits", "mask_logits", "drawn_shared", "drawn_candidates", "drawn_uniform")]
@@ -204,7 +204,7 @@ def test_gradients_equal_finite_differences(data):
     @jax.jit
     def total(class_logits, mask_logits):
         terms = losses.mask_terms(losses.matched_masks(mask_logits, query, valid), label, valid, points)
-        return losses.class_term(class_logits, query, valid, NO_OBJECT) + 3.0 * terms[0] + 10.0 * terms[1]
+        return losses.class_term(class_logits, query, valid) + 3.0 * terms[0] + 10.0 * terms[1]
 
     at = data["class_logits"][0], data["mask_logits"][0] / 3
     gradients = jax.jit(jax.grad(total, (0, 1)))(*at)
@@ -241,8 +241,8 @@ def test_normalizer_counts_masks_and_class_weights(data):
     masks = sum(len(set(image.ravel().tolist()) - {255}) for image in data["label"])
     got = losses.mask2former_normalizer(jnp.asarray(data["label"]), 4, 6)
     np.testing.assert_allclose(got, (masks, masks + 0.1 * (4 * 6 - masks)), rtol=1e-6)
-    empty = losses.mask2former_normalizer(jnp.full((2, 4, 4), 255, jnp.uint8), 4, 6, no_object=0.5)
-    np.testing.assert_allclose(empty, (1, 6), rtol=1e-6)
+    empty = losses.mask2former_normalizer(jnp.full((2, 4, 4), 255, jnp.uint8), 4, 6)
+    np.testing.assert_allclose(empty, (1, 0.1 * 2 * 6), rtol=1e-6)
 
 
 def test_any_labels_and_logits_without_recompiling():

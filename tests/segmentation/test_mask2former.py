@@ -119,6 +119,18 @@ def test_scores_are_the_votes_of_the_last_layer(head):
         np.testing.assert_allclose(got[b, y, x, k], votes, rtol=1e-5)
 
 
+def test_inference_computes_one_prediction(head, features):
+    """Class scores cost what all predictions cost without the masks of all but the last: compiled code does not compute those."""
+    maps = features("even")
+    operations = lambda function: jax.jit(function).lower(maps).compile().cost_analysis()["flops"]
+    every, last = operations(lambda maps: head(maps)), operations(lambda maps: head.scores(head(maps), (16, 24)))
+    queries, channels, layers, pixels = 12, 64, 4, 16 * 24
+    spared = layers * 2 * queries * channels * pixels
+    votes = 2 * queries * 5 * pixels + 16 * queries * pixels  # and resizing and sigmoids, generously
+    assert last < every - spared + votes
+    assert spared > 2 * votes
+
+
 @pytest.mark.parametrize(
     ("changed", "channels", "message"),
     [

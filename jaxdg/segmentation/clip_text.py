@@ -1,0 +1,110 @@
+"""Zero-shot segmentation without any training: CLIP's features of every patch against the embeddings of class names.
+
+MaskCLIP (Zhou et al. 2022, chongzhou96/MaskCLIP): in the last block of the image tower every token attends to itself only, so that the
+attention's output is the projected value of the token itself; residual and MLP stay as they are. LayerNorm and projection then lead into
+the joint space, where the cosine to a class's embedding is its score. Of a ResNet it is the values of the attention pool that are
+projected. Different from theirs: activation and epsilons are those CLIP was trained with (their configuration has exact GELU and 1e-6),
+cosines are multiplied by CLIP's temperature, which makes them the logits it was trained with and changes no decision, and the class
+embeddings are those of one template. Their key smoothing and prompt denoising are refinements of their own, and not built.
+"""
+
+import dataclasses
+from pathlib import Path
+
+from flax import nnx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+import numpy as np
+
+from jaxdg import backbones, weights
+from jaxdg.backbones.clip_text import normalize
+from jaxdg.segmentation.linear import PixelHead
+
+
+@dataclasses.dataclass(frozen=True)
+class ClipTextHeadConfig:
+    """Class names against features.
+
+    Attributes:
+        names: one a class.
+    """
+
+    names: tuple[str, ...]
+
+
+class ClipTextHead(PixelHead):
+    """Features of `values` to class scores. Nothing of it is trained: `load` fills it."""
+
+    def __init__(self, config: ClipTextHeadConfig, encoder: str, *, rngs: nnx.Rngs):
+        """Builds the head with random parameters.
+
+        Args:
+            config: what it tells apart.
+            encoder: name in the zoo.
+            rngs: initialises the parameters.
+
+        Raises:
+            ValueError: an encoder without a text tower.
+        """
+        self.tower = f"{encoder}_text"
+        if self.tower not in backbones.TEXT_TOWERS:
+            known = ", ".join(name.removesuffix("_text") for name in backbones.TEXT_TOWERS)
+            raise ValueError(f"model.decoder clip_text needs an encoder with a text tower; model.encoder is {encoder}, allowed: {known}")
+        tower = backbones.TEXT_TOWERS[self.tower]
+        self.names = config.names
+        self.texts = nnx.BatchStat(jnp.zeros((len(config.names), tower.embedding)))
+        self.logit_scale = nnx.BatchStat(jnp.zeros(()))
+        projection = tower.image_projection
+        self.image_projection = None if projection is None else backbones.Projection(projection, rngs=rngs)
+
+    def __call__(self, features: Float[Array, "b h w c"]) -> Float[Array, "b h w k"]:
+        """Class scores (logits) of every feature, float32."""
+        x = features.astype(jnp.float32)
+        x = x if self.image_projection is None else self.image_projection(x)
+        return jnp.exp(self.logit_scale[...]) * (normalize(x) @ self.texts[...].T)
+
+    def load(self, path: str | Path) -> None:
+        """Fills the head from a converted text tower: the embeddings of its class names, and the way into their space.
+
+        Args:
+            path: made by `conversion/torch_to_flax.py --model ENCODER_text`.
+
+        Raises:
+            FileNotFoundError: no such file.
+            ValueError: it holds no text tower, or that of another encoder.
+        """
+        tower = backbones.load_text_tower(path)
+        name = weights.metadata(path)["model"]
+        if name != self.tower:
+            raise ValueError(f"model.text_weights {path} holds {name}; allowed: {self.tower}, the tower beside the encoder")
+        stored = {name: tensor for name, tensor in weights.tensors(tower).items() if name.startswith(("image_projection.", "logit_scale"))}
+        weights.fill(self, stored | {"texts": tower.embeddings(self.names)}, path)
+
+
+def taps(encoder: str) -> tuple[int, ...]:
+    """What `values` reads of an encoder, and that the last block or stage is built."""
+    depth = backbones.entry(encoder).config.depth
+    return depth - 2, depth - 1
+
+
+def values(backbone: backbones.Encoder, images: Float[Array | np.ndarray, "b h w 3"]) -> Float[Array, "b gh gw c"]:
+    """The last features of an image tower with its last attention undone, as MaskCLIP computes them.
+
+    Args:
+        backbone: with the taps of `taps`.
+        images: [b, h, w, 3] normalised for it.
+
+    Returns:
+        What its last norm and projection take of each patch; of a ResNet, each pixel's embedding, not normalised.
+    """
+    before, last = backbone(images)
+    if isinstance(backbone, backbones.ClipResnet):
+        return backbone.pool_dense(last)
+    assert isinstance(backbone, backbones.Vit)
+    # The last block lies between two taps, so it is a segment of its own.
+    graph, state = nnx.split(backbone.blocks.segments[str(backbone.config.depth - 1)])
+    block = nnx.merge(graph, jax.tree.map(lambda leaf: leaf[0], state))
+    x = before.reshape(before.shape[0], -1, before.shape[-1])
+    x = x + block.attn.alone(block.norm1(x))
+    return (x + block.mlp(block.norm2(x))).reshape(before.shape)

@@ -1,0 +1,76 @@
+"""SegFormer's decoder (Xie et al. 2021): every level to one width by a linear layer, all levels at the finest size, mixed, and classified.
+
+Parameters are named as in transformers and ordered as in NVlabs/SegFormer, where the coarsest level comes first. Different from both:
+levels are mixed before they are enlarged. Enlarging is linear, so the sum of the enlarged products is the product of the enlarged levels,
+and the wide concatenation, four times the size of anything else here, never exists.
+"""
+
+from collections.abc import Sequence
+import dataclasses
+
+from flax import nnx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Key
+
+from jaxdg.segmentation.linear import PixelHead
+from jaxdg.segmentation.sliding_window import resize_scores
+
+DROPOUT = 0.1
+
+
+@dataclasses.dataclass(frozen=True)
+class SegformerConfig:
+    """A SegFormer head.
+
+    Attributes:
+        num_classes: k.
+        hidden: channels inside; SegFormer has 256 on its encoders B0 and B1, and 768 on larger ones.
+        dtype: compute dtype; normalisation and scores are float32.
+    """
+
+    num_classes: int
+    hidden: int = 256
+    dtype: str = "float32"
+
+
+class SegformerHead(PixelHead):
+    """Feature maps to class scores at the finest map's resolution."""
+
+    def __init__(self, config: SegformerConfig, channels: Sequence[int], *, rngs: nnx.Rngs):
+        """Builds the head with random parameters.
+
+        Args:
+            config: sizes.
+            channels: of each feature map, finest map first.
+            rngs: initialises the parameters.
+        """
+        self.config = c = config
+        self.dtype = jnp.dtype(c.dtype)
+        self.linear_c = nnx.List([nnx.Linear(n, c.hidden, dtype=self.dtype, rngs=rngs) for n in channels])
+        self.linear_fuse = nnx.Linear(len(channels) * c.hidden, c.hidden, use_bias=False, rngs=rngs)
+        self.batch_norm = nnx.BatchNorm(c.hidden, momentum=0.9, dtype=jnp.float32, rngs=rngs)
+        self.classifier = nnx.Linear(c.hidden, c.num_classes, kernel_init=nnx.initializers.normal(0.01), dtype=self.dtype, rngs=rngs)
+
+    def __call__(
+        self, features: tuple[Float[Array, "b _ _ _"], ...], key: Key[Array, ""] | None = None, train: bool = False
+    ) -> Float[Array, "b h w k"]:
+        """Class scores (logits) at the size of the finest map, float32.
+
+        Args:
+            features: one map a level, finest first.
+            key: random key that turns dropout on: whole channels of a sample, as in mmsegmentation.
+            train: normalise with the statistics of the batch (over all devices) and let the running ones follow. A batch that is computed
+                in parts is normalised part by part.
+        """
+        _, h, w, _ = features[0].shape
+        kernels = jnp.split(self.linear_fuse.kernel[...].astype(self.dtype), len(features))  # the coarsest level's comes first
+        x = jnp.zeros((), jnp.float32)
+        for feature, linear, kernel in zip(features, self.linear_c, reversed(kernels), strict=True):
+            mixed = jnp.matmul(linear(feature), kernel, preferred_element_type=jnp.float32)
+            x = x + resize_scores(mixed, (h, w))
+        x = jax.nn.relu(self.batch_norm(x, use_running_average=not train)).astype(self.dtype)
+        if key is not None:
+            kept = jax.random.bernoulli(key, 1 - DROPOUT, (x.shape[0], 1, 1, x.shape[-1]))
+            x = jnp.where(kept, x / (1 - DROPOUT), 0)
+        return self.classifier(x).astype(jnp.float32)

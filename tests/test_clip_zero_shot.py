@@ -1,0 +1,142 @@
+"""A zero-shot run as a whole: two converted files and CamVid in, a judged workdir out, without a step of training."""
+
+import json
+
+import cv2
+from flax import nnx
+import jax
+import numpy as np
+import pytest
+
+import jaxdg
+from jaxdg import backbones, cli, config, tasks, train, weights
+from jaxdg.config import Config
+from jaxdg.data.datasets import open_domain
+from jaxdg.data.labels import CAMVID
+from jaxdg.training.writer import read_metrics
+from tests import clip_models
+
+
+@pytest.fixture(autouse=True)
+def zoo(monkeypatch):
+    """The small models by name."""
+    clip_models.register(monkeypatch)
+
+
+@pytest.fixture
+def some_camvid(data_path, tmp_path):
+    """A data root with a few of CamVid's images of every domain."""
+    real = data_path("camvid")
+    for split, patterns in (("train", ("0016E5_0*0.jpg",)), ("val", ("0016E5_*",)), ("test", ("Seq05VD_*", "0001TP_*"))):
+        for folder in (split, f"{split}annot"):
+            (tmp_path / "data" / "camvid" / folder).mkdir(parents=True)
+        for image in (path for pattern in patterns for path in sorted((real / split).glob(pattern))[:3]):
+            (tmp_path / "data" / "camvid" / split / image.name).symlink_to(image)
+            label = real / f"{split}annot" / f"{image.stem}.png"
+            (tmp_path / "data" / "camvid" / f"{split}annot" / label.name).symlink_to(label)
+    return tmp_path / "data"
+
+
+def run_config(folder, root, name="clip", crop=(120, 160)) -> Config:
+    """A zero-shot run of a small model converted into `folder`."""
+    image, text = clip_models.convert(name, folder)
+    c = config.from_file("configs/camvid_clip_zero_shot.py")
+    c.data.root, c.data.crop, c.evaluation.stride = str(root), crop, crop
+    c.model.encoder, c.model.weights, c.model.text_weights = f"small_{name}", str(image), str(text)
+    c.evaluation.domains = ("camvid", "dusk")
+    return config.validated(c)
+
+
+def start(c, workdir):
+    """Runs `train` in this process."""
+    train.train(c, workdir, cli.console(), cli.Interrupt())
+
+
+def test_a_zero_shot_run(some_camvid, tmp_path, capsys):
+    """It judges every domain, the same way each time; going on, evaluating and predicting need neither of the converted files."""
+    c = run_config(tmp_path, some_camvid)
+    c.model.patch_size = 16
+    start(c, tmp_path / "one")
+    results = json.loads((tmp_path / "one" / "results.json").read_text())
+    assert (results["step"], results["source"], list(results["domains"])) == (0, "camvid", ["camvid", "dusk"])
+    assert [entry["images"] for entry in results["domains"].values()] == [3, 3]
+    assert all(0 <= entry["mIoU"] < 60 for entry in results["domains"].values())
+    assert [row["domain"] for row in read_metrics(tmp_path / "one")] == ["camvid", "dusk"]
+    stored, text = tasks.stored_tensors(tmp_path / "one"), weights.read(c.model.text_weights)
+    np.testing.assert_allclose(stored["head.texts"], backbones.text_embeddings(CAMVID.names, c.model.text_weights), rtol=1e-6)
+    for name in ("logit_scale", "image_projection.norm.bias", "image_projection.proj.kernel"):
+        np.testing.assert_array_equal(stored[f"head.{name}"], text[name], err_msg=name)
+    for file in (c.model.weights, c.model.text_weights):
+        (tmp_path / file).unlink()
+
+    # Had it died between checkpoint and evaluation, it would judge what it has saved. After that it is finished.
+    (tmp_path / "one" / "results.json").unlink()
+    (tmp_path / "one" / "metrics.jsonl").write_text("")
+    capsys.readouterr()
+    start(c, tmp_path / "one")
+    assert "resuming from step 0" in capsys.readouterr().out
+    assert json.loads((tmp_path / "one" / "results.json").read_text()) == results
+    start(c, tmp_path / "one")
+    assert "finished" in capsys.readouterr().out
+
+    # What `predict` and `evaluate` call: the label maps, counted here by hand, give the run's own score.
+    model, dusk = jaxdg.load(tmp_path / "one"), open_domain("dusk", root=str(some_camvid), train=False, streets=c.data.streets, folder=None)
+    confusion = np.zeros((11, 11))
+    for sample in (dusk[i] for i in range(3)):
+        label_map, known = model.predict(sample["image"]), sample["label"] != 255
+        assert (label_map.shape, label_map.dtype) == (sample["label"].shape, np.uint8)
+        np.add.at(confusion, (sample["label"][known], label_map[known]), 1)
+    with np.errstate(invalid="ignore"):
+        iou = np.diag(confusion) / (confusion.sum(0) + confusion.sum(1) - np.diag(confusion))
+    assert abs(100 * np.nanmean(iou) - results["domains"]["dusk"]["mIoU"]) < 0.1
+
+
+def test_a_resnet_runs_through_its_attention_pool(some_camvid, tmp_path):
+    """The same for a CLIP ResNet, whose statistics and pool come from the encoder's file; its decisions are those of the loaded parts."""
+    c = run_config(tmp_path, some_camvid, "resnet", crop=(96, 128))
+    c.eval_every = 0
+    start(c, tmp_path / "run")
+    image = np.kron(np.random.default_rng(0).integers(0, 256, (6, 8, 3)), np.ones((16, 16, 1))).astype(np.uint8)
+    label_map = jaxdg.load(tmp_path / "run").predict(image)
+    encoder = backbones.create("small_resnet", image_size=(96, 128), weights=c.model.weights)
+    pixels = (image / 255 - np.asarray(encoder.config.mean)) / np.asarray(encoder.config.std)
+    graph, state = nnx.split(encoder)
+    embed = jax.jit(lambda state, images: (model := nnx.merge(graph, state)).pool_dense(model(images)[-1])[0])
+    dense = np.asarray(embed(state, pixels[None].astype(np.float32)))
+    texts = backbones.text_embeddings(CAMVID.names, c.model.text_weights)
+    cosines = dense / np.linalg.norm(dense, axis=-1, keepdims=True) @ texts.T
+    enlarged = np.stack([cv2.resize(plane, (128, 96), interpolation=cv2.INTER_LINEAR) for plane in np.moveaxis(cosines, -1, 0)], -1)
+    assert np.mean(label_map == enlarged.argmax(-1)) > 0.99
+    assert len(np.unique(label_map)) > 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"steps": 100}, r"steps is 100; allowed: 0 with model.decoder clip_text, which trains nothing"),
+        ({"model.text_weights": None}, r"model.text_weights is None; model.decoder clip_text needs a converted file"),
+        ({"model.weights": None}, r"model.weights is None; model.decoder clip_text needs a converted file"),
+        ({"model.start": "runs/other"}, r"model.start is runs/other; allowed: None with model.decoder clip_text"),
+        ({"model.taps": (3, 5)}, r"model.taps is \(3, 5\); allowed: \(\) with model.decoder clip_text"),
+        ({"model.pyramid": "layer"}, r"model.pyramid is layer; allowed: none with model.decoder clip_text"),
+        ({"model.decoder": "linear"}, r"steps is 0; allowed: at least 1 with model.decoder linear"),
+        ({"steps": -1}, r"steps is -1; allowed: 0 \(with model.decoder clip_text\) or more"),
+    ],
+)
+def test_settings_it_could_not_heed_are_refused(changes, message):
+    """Each names the field, what is allowed, and why."""
+    c = config.from_file("configs/camvid_clip_zero_shot.py")
+    for field, value in changes.items():
+        *parts, last = field.split(".")
+        setattr(config.get(c, ".".join(parts)) if parts else c, last, value)
+    with pytest.raises(ValueError, match=message):
+        config.validated(c)
+
+
+def test_missing_files_are_told_before_anything_is_built(some_camvid, tmp_path):
+    """A text tower that is not there ends the run with its name; nothing was saved."""
+    c = run_config(tmp_path, some_camvid)
+    c.model.text_weights = str(tmp_path / "absent.safetensors")
+    with pytest.raises(FileNotFoundError, match=r"no weights at .*absent.safetensors"):
+        start(c, tmp_path / "run")
+    assert not list((tmp_path / "run" / "checkpoints").glob("[0-9]*"))
