@@ -23,7 +23,18 @@ from safetensors.numpy import save_file
 from conversion import torch_to_flax
 from jaxdg import backbones
 from jaxdg.backbones import EncoderConfig
-from scripts import golden_clip, golden_deit3, golden_dinov2, golden_dinov3, golden_eva02, golden_sam, golden_siglip, golden_vit
+from scripts import (
+    golden_clip,
+    golden_clip_resnet,
+    golden_deit3,
+    golden_dinov2,
+    golden_dinov3,
+    golden_eva02,
+    golden_sam,
+    golden_segformer,
+    golden_siglip,
+    golden_vit,
+)
 
 # (config of the pre-training, images [b, h, w, 3]) to random weights by their publisher's names and the reference's features
 # [b, h, w, c] at the taps.
@@ -38,6 +49,8 @@ REFERENCES: dict[type[EncoderConfig], Reference] = {
     backbones.Dinov2Config: golden_dinov2.full_size,
     backbones.Dinov3Config: golden_dinov3.full_size,
     backbones.SiglipConfig: golden_siglip.full_size,
+    backbones.MitConfig: golden_segformer.full_size,
+    backbones.ClipResnetConfig: golden_clip_resnet.full_size,
 }
 
 

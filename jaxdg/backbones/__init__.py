@@ -9,8 +9,8 @@ from jaxdg.backbones.dinov3 import Dinov3, Dinov3Config
 from jaxdg.backbones.encoder import Encoder, EncoderConfig, StagedConfig
 from jaxdg.backbones.eva02 import Eva02, Eva02Config
 from jaxdg.backbones.eva_clip import EvaClip, EvaClipConfig
-from jaxdg.backbones.mocov3 import MocoV3Config
 from jaxdg.backbones.mit import Mit, MitConfig
+from jaxdg.backbones.mocov3 import MocoV3Config
 from jaxdg.backbones.pyramid import Pyramid
 from jaxdg.backbones.sam import Sam, SamConfig
 from jaxdg.backbones.siglip import Siglip, SiglipConfig
@@ -38,9 +38,9 @@ __all__ = [
     "Eva02Config",
     "EvaClip",
     "EvaClipConfig",
-    "MocoV3Config",
     "Mit",
     "MitConfig",
+    "MocoV3Config",
     "Projection",
     "Pyramid",
     "Sam",

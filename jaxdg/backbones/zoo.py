@@ -20,8 +20,8 @@ from jaxdg.backbones.dinov3 import Dinov3, Dinov3Config
 from jaxdg.backbones.encoder import Encoder, EncoderConfig
 from jaxdg.backbones.eva02 import Eva02, Eva02Config
 from jaxdg.backbones.eva_clip import EvaClip, EvaClipConfig
-from jaxdg.backbones.mocov3 import MocoV3Config
 from jaxdg.backbones.mit import Mit, MitConfig
+from jaxdg.backbones.mocov3 import MocoV3Config
 from jaxdg.backbones.sam import Sam, SamConfig
 from jaxdg.backbones.siglip import Siglip, SiglipConfig
 from jaxdg.backbones.vit import Vit, VitConfig
@@ -30,7 +30,9 @@ FAMILIES: dict[type[EncoderConfig], Callable[..., Encoder]] = {
     VitConfig: Vit,
     Eva02Config: Eva02,
     ClipVitConfig: ClipVit,
-    SamConfig: Sam, MitConfig: Mit, ClipResnetConfig: ClipResnet,
+    SamConfig: Sam,
+    MitConfig: Mit,
+    ClipResnetConfig: ClipResnet,
     MocoV3Config: Vit,
     Deit3Config: Deit3,
     Dinov2Config: Dinov2,
@@ -79,9 +81,7 @@ def _dinov2(file: str, hub: str, megabytes: int, registers: int = 0, **sizes: An
     )
 
 
-def _mit(
-    size: str, blocks: tuple[int, int, int, int], megabytes: int, widths: tuple[int, int, int, int] = (64, 128, 320, 512)
-) -> Entry:
+def _mit(size: str, blocks: tuple[int, int, int, int], megabytes: int, widths: tuple[int, int, int, int] = (64, 128, 320, 512)) -> Entry:
     source = f"mit_{size}.pth or segformer.{size}.*.pth of NVlabs/SegFormer; nvidia/mit-{size}"
     return Entry(MitConfig(blocks=blocks, widths=widths, **IMAGENET), source, "NVIDIA, not commercial", megabytes)
 
@@ -239,7 +239,7 @@ ZOO: dict[str, Entry] = {
     "mit_b5": _mit("b5", (3, 6, 40, 3), 328),
     # Small enough to learn from scratch on two CPU cores; patch 8 keeps poles and signs visible in small pictures.
     "scratch_ti8": Entry(_vit(128, 4, 4, patch_size=8)),
-    "scratch_eva02_ti8": Entry(Eva02Config(patch_size=8, width=128, depth=4, heads=4, taps=(0, 1, 2, 3))),
+    "scratch_eva02_ti8": Entry(Eva02Config(patch_size=8, width=128, depth=4, heads=2, taps=(0, 1, 2, 3), **_FUSED)),
 }
 
 

@@ -59,7 +59,7 @@ def test_every_pair_fits(make_run, encoder, decoder, crop):
 @pytest.mark.parametrize(("encoder", "crop"), [("small_mit", (128, 128)), ("small_resnet", (97, 131))])
 def test_a_step_with_mask2former(make_run, encoder, crop):
     """One real step: a finite loss, every trained parameter finite and moved, and what is frozen or a statistic as it was to the bit."""
-    run = configured(make_run, encoder, "mask2former", crop)
+    run = configured(make_run, encoder, "mask2former", crop, freeze="first 2")
     state = run.state()
     before = [named(part) for part in (state.trained, state.frozen, state.statistics)]
     following, metrics = run.step()(state, run.batch(rows=2))
@@ -71,10 +71,7 @@ def test_a_step_with_mask2former(make_run, encoder, crop):
     for old, new in ((before[1], frozen), (before[2], statistics)):
         for name, tensor in new.items():
             np.testing.assert_array_equal(tensor, old[name], err_msg=name)
-    resnet = encoder == "small_resnet"
-    assert bool(statistics) == resnet
-    # What no feature reads gets no gradient, and weight decay must not wear it off.
-    assert {name.split(".")[1] for name in frozen} == ({"attnpool"} if resnet else set())
+    assert bool(statistics) == (encoder == "small_resnet")
 
 
 @pytest.mark.parametrize(("encoder", "freeze"), [("small_mit", "all"), ("small_resnet", "first 2")])
