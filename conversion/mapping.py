@@ -61,6 +61,12 @@ class Layout(NamedTuple):
     beside: Callable[[Mapping[str, np.ndarray]], dict[str, np.ndarray]] = lambda tensors: {}
     note: str = ""
 
+    def covers(self, names: Iterable[str]) -> bool:
+        """Whether every one of these source names is in the table, whatever the number of blocks."""
+        rows = [re.escape(source).replace(r"\*", r"\d+") for row in self.rows for source in row.source]
+        known = re.compile("|".join(f"(?:{pattern})" for pattern in (*rows, *(pattern for pattern, _ in self.left_out))))
+        return all(known.fullmatch(name) for name in names)
+
 
 class Use(NamedTuple):
     """What a target is made of: its row, the source tensors, and where each of them holds all blocks, the block (else None)."""

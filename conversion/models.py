@@ -2,7 +2,23 @@
 
 from flax import nnx
 
-from conversion import clip, clip_resnet, clip_text, deit3, dinov2, dinov3, eva02, mapping, mask2former, mit, mocov3, sam, siglip, vit, vltseg
+from conversion import (
+    clip,
+    clip_resnet,
+    clip_text,
+    deit3,
+    dinov2,
+    dinov3,
+    eva02,
+    mapping,
+    mask2former,
+    mit,
+    mocov3,
+    sam,
+    siglip,
+    vit,
+    vltseg,
+)
 from conversion.checkpoint import Checkpoint
 from jaxdg import backbones
 
@@ -55,6 +71,11 @@ def abstract(name: str) -> nnx.Module:
     return nnx.eval_shape(lambda: backbones.create(name))
 
 
+def converted_encoders() -> list[str]:
+    """Names of the zoo whose published checkpoints can be converted."""
+    return [name for name, entry in backbones.ZOO.items() if entry.source and not isinstance(entry.config, backbones.EvaClipConfig)]
+
+
 def identified(file: Checkpoint, openai: bool) -> str:
     """The encoder whose checkpoint a file is, or `mask2former`, as far as names and shapes tell.
 
@@ -69,12 +90,10 @@ def identified(file: Checkpoint, openai: bool) -> str:
         ValueError: none fits, or several do and are named.
     """
     fitting: dict[str, tuple[bool, int]] = {}
-    for name in (*(name for name, entry in backbones.ZOO.items() if entry.source), mask2former.NAME):
+    for name in converted_encoders():
         for layout in layouts(name):
             if not layout.covers(file.names):
                 continue
-            if name == mask2former.NAME:
-                return name
             module = abstract(name)
             try:
                 converted = mapping.to_flax(module, (layout,), file.names, file.read)
@@ -89,7 +108,9 @@ def identified(file: Checkpoint, openai: bool) -> str:
         return best[0]
     if best:
         raise ValueError(f"its tensors are those of {' and of '.join(best)}; say with --model which of them it is")
-    raise ValueError("its tensors are those of no model that is known (--list); say with --model what it should be, to be told what differs")
+    if any(name.startswith(("sem_seg_head.", "model.transformer_module.")) for name in file.names):
+        return mask2former.NAME  # of any size
+    raise ValueError("its tensors are those of no model that --list shows; say with --model what it should be, to be told what differs")
 
 
 def listing() -> str:

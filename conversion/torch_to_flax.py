@@ -24,71 +24,11 @@ if not __package__:  # run as a script: the repository is not on the path yet, a
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
-from flax import nnx
 import numpy as np
 
-from conversion import (
-    checkpoint,
-    clip,
-    clip_resnet,
-    clip_text,
-    deit3,
-    dinov2,
-    dinov3,
-    eva02,
-    mapping,
-    mask2former,
-    mit,
-    mocov3,
-    sam,
-    siglip,
-    torchscript,
-    vit,
-    vltseg,
-)
+from conversion import checkpoint, mapping, mask2former, models, torchscript, vltseg
 import jaxdg
 from jaxdg import backbones, weights
-
-
-def layouts(name: str) -> tuple[mapping.Layout, ...]:
-    """The layouts in which checkpoints of the model called `name` are published; the first is the one torch users have.
-
-    Raises:
-        ValueError: an unknown name, or an encoder without published weights.
-    """
-    if name == mask2former.NAME:
-        return mask2former.layouts()
-    if name in backbones.TEXT_TOWERS:
-        return clip_text.layouts(backbones.TEXT_TOWERS[name])
-    entry = backbones.entry(name)
-    if not entry.source:
-        raise ValueError(f"{name} is trained from scratch and has no published weights; --list shows the encoders that have")
-    match entry.config:
-        case backbones.Eva02Config():
-            return eva02.layouts(entry.config)
-        case backbones.ClipVitConfig():
-            return clip.layouts()
-        case backbones.ClipResnetConfig():
-            return clip_resnet.layouts()
-        case backbones.MitConfig():
-            return mit.layouts()
-        case backbones.SamConfig():
-            return sam.layouts()
-        case backbones.MocoV3Config():
-            return mocov3.layouts(entry.config)
-        case backbones.Deit3Config():
-            return deit3.layouts()
-        case backbones.Dinov2Config():
-            return dinov2.layouts(entry.config)
-        case backbones.Dinov3Config():
-            return dinov3.layouts(entry.config)
-        case backbones.SiglipConfig():
-            return siglip.layouts(entry.config)
-        case backbones.EvaClipConfig():
-            raise ValueError(f"{name} is for planning: its shapes tell how large a run would be, and its checkpoint is not converted")
-        case backbones.VitConfig():
-            return vit.layouts(entry.config)
-    raise NotImplementedError(f"no table for {type(entry.config).__name__}")
 
 
 def convert(name: str, source: Path, out: Path) -> str:
@@ -101,7 +41,7 @@ def convert(name: str, source: Path, out: Path) -> str:
         FileNotFoundError: no such file.
         ValueError: a file that cannot be read, or does not fit; all offenders are named and nothing is written.
     """
-    known = layouts(name)
+    known = models.layouts(name)
     if out.suffix != ".safetensors":
         raise ValueError(f"--out {out} must end in .safetensors")
     config = None if name == mask2former.NAME else backbones.TEXT_TOWERS.get(name) or backbones.entry(name).config
@@ -111,7 +51,7 @@ def convert(name: str, source: Path, out: Path) -> str:
             raise ValueError(f"{source} is an archive as OpenAI publishes, trained with quick_gelu; --list shows the encoders for it")
         sizes = mask2former.of_checkpoint(file.names, file.read) if name == mask2former.NAME else None
         try:
-            module = mask2former.abstract(*sizes) if sizes else abstract(name)
+            module = mask2former.abstract(*sizes) if sizes else models.abstract(name)
             converted = mapping.to_flax(module, known, file.names, file.read)
         except mapping.Misfit as error:
             raise ValueError(f"{source} is no checkpoint of {name}: {error}") from error
@@ -177,7 +117,7 @@ def reverse(name: str, source: Path, out: Path, chosen: str | None = None) -> st
         name: of the zoo, or `mask2former`.
         source: a `.safetensors` file of jaxdg.
         out: `.npz`, `.safetensors`, `.pth`, `.pt` or `.bin`.
-        chosen: name of a layout; None for the one torch users have, of plain ViTs in `.npz` AugReg's.
+        chosen: name of a layout; None for the one torch users have, or in `.npz` that of its Flax files if there are any.
 
     Returns:
         A report for a person.
@@ -186,7 +126,7 @@ def reverse(name: str, source: Path, out: Path, chosen: str | None = None) -> st
         FileNotFoundError: no such file.
         ValueError: a file that cannot be read, or does not fit; all offenders are named and nothing is written.
     """
-    known = layouts(name)
+    known = models.layouts(name)
     if out.suffix not in checkpoint.SUFFIXES:
         raise ValueError(f"--out {out} must end in one of {' '.join(checkpoint.SUFFIXES)}")
     about = weights.metadata(source)
@@ -196,10 +136,11 @@ def reverse(name: str, source: Path, out: Path, chosen: str | None = None) -> st
     if chosen is not None and chosen not in names:
         raise ValueError(f"--layout {chosen} is none of {name}; allowed: {', '.join(names)}")
     head = name == mask2former.NAME
-    layout = known[names.index(chosen)] if chosen else known[-1] if out.suffix == ".npz" and not head else known[0]
+    flax = [layout for layout in known if out.suffix == ".npz" and any("/" in row.source[0] for row in layout.rows)]
+    layout = known[names.index(chosen)] if chosen else (flax[-1] if flax else known[0])
     stored = weights.read(source)
     try:
-        module = mask2former.abstract(*mask2former.of_tensors(stored)) if head else abstract(name)
+        module = mask2former.abstract(*mask2former.of_tensors(stored)) if head else models.abstract(name)
         tensors = mapping.from_flax(module, layout, stored)
     except mapping.Misfit as error:
         raise ValueError(f"{source} is no file of {name}: {error}") from error
@@ -208,11 +149,23 @@ def reverse(name: str, source: Path, out: Path, chosen: str | None = None) -> st
     return f"{name} to {out}: {len(tensors)} tensors, {out.stat().st_size} bytes (layout: {layout.name}{layout.note and '; '}{layout.note})"
 
 
-def abstract(name: str) -> nnx.Module:
-    """The encoder or text tower called `name` at full depth, shapes without numbers."""
-    if name in backbones.TEXT_TOWERS:
-        return nnx.eval_shape(lambda: backbones.ClipText(backbones.TEXT_TOWERS[name], rngs=nnx.Rngs(0)))
-    return nnx.eval_shape(lambda: backbones.create(name))
+def model_of(source: Path, ours: bool) -> str:
+    """The model that a file is of: by the tensors of a published one, by the metadata of one of `ours`.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: the file does not tell; the message says between what.
+    """
+    if ours:
+        about = weights.metadata(source)
+        if "model" not in about:
+            raise ValueError(f"{source} does not say what model it is of; say it with --model")
+        return about["model"]
+    with checkpoint.opened(source) as file:
+        try:
+            return models.identified(file, openai=source.suffix in checkpoint.TORCH and torchscript.recognised(source))
+        except ValueError as error:
+            raise ValueError(f"what {source} holds cannot be told: {error}") from error
 
 
 def _grid(positions: np.ndarray) -> str:
@@ -223,21 +176,10 @@ def _grid(positions: np.ndarray) -> str:
     return f"{side}x{side} positions and {positions.shape[1] - side * side} for tokens without one, stored as they are; load resizes them"
 
 
-def listing() -> str:
-    """Every model with published weights: name, megabytes, licence, where to get it."""
-    rows = [(name, f"{entry.megabytes} MB", entry.licence, entry.source) for name, entry in backbones.ZOO.items() if entry.source]
-    for name in backbones.TEXT_TOWERS:
-        entry = backbones.entry(image := name.removesuffix("_text"))
-        rows.append((name, f"{entry.megabytes} MB", entry.licence, f"the file of {image}, where it holds both towers"))
-    rows += [(mask2former.NAME, *mask2former.LISTED), (vltseg.NAME, *vltseg.LISTED)]
-    widths = [max(len(row[i]) for row in rows) for i in range(3)]
-    return "\n".join("  ".join([*(cell.ljust(width) for cell, width in zip(row, widths, strict=False)), row[3]]) for row in rows)
-
-
 def main(arguments: list[str] | None = None) -> int:
     """The command; returns its exit code."""
     parser = argparse.ArgumentParser(prog="torch_to_flax.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", metavar="NAME", help="encoder, its text tower, mask2former or vltseg, a name that --list shows")
+    parser.add_argument("--model", metavar="NAME", help="a name that --list shows; needed where the file does not tell")
     parser.add_argument("--checkpoint", metavar="FILE", type=Path, help="file to convert")
     parser.add_argument("--out", metavar="FILE", type=Path, help="file to write; .safetensors unless --reverse; a folder for vltseg")
     parser.add_argument("--reverse", action="store_true", help="from jaxdg's names back to the publisher's; --out chooses the kind of file")
@@ -245,16 +187,17 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--list", action="store_true", help="show the models, where their weights are, licence and size")
     args = parser.parse_args(arguments)
     if args.list:
-        print(listing())
+        print(models.listing())
         return 0
-    if not (args.model and args.checkpoint and args.out):
-        parser.error("--model, --checkpoint and --out are all needed (or --list)")
+    if not (args.checkpoint and args.out):
+        parser.error("--checkpoint and --out are both needed (or --list)")
     if args.layout and not args.reverse:
         parser.error("--layout is for --reverse; the layout of a published file is recognised by its names")
     if args.model == vltseg.NAME and args.reverse:
         parser.error("--reverse writes encoders and mask2former, not whole models")
     try:
         files = args.checkpoint, args.out
+        args.model = args.model or model_of(args.checkpoint, args.reverse)
         if args.reverse:
             print(reverse(args.model, *files, args.layout))
         else:

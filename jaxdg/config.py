@@ -108,7 +108,7 @@ class ModelConfig:
         decoder: linear, segformer (MLP), mask2former, which needs a pyramid, or clip_text: CLIP's features against class names, without
             a step of training. Default linear.
         mask2former: sizes of that decoder.
-        segformer_channels: inside the segformer decoder; SegFormer itself has 256 on mit_b0 and mit_b1, and 768 on larger ones. Default 256.
+        segformer_channels: inside the segformer decoder; SegFormer has 256 on mit_b0 and mit_b1, and 768 on larger ones. Default 256.
         freeze: what stays as loaded: none, all (the encoder), `first N` (embeddings and first N blocks), `last N` (last N blocks),
             or a regular expression searched in parameter names such as `backbone.blocks.3.attn.qkv.kernel`. N counts the stages of a
             hierarchical encoder. Default none.

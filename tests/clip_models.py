@@ -5,7 +5,7 @@ import zlib
 import numpy as np
 from safetensors.numpy import save_file
 
-from conversion import mapping, torch_to_flax
+from conversion import mapping, models, torch_to_flax
 from jaxdg import backbones
 from jaxdg.backbones import ClipResnetConfig, ClipTextConfig, ClipVitConfig, Eva02Config
 from jaxdg.backbones.clip_text import ProjectionConfig
@@ -53,8 +53,8 @@ def published(name):
     """All tensors of a model's file, both towers, by their publisher's names."""
     shapes = {}
     for model in (f"small_{name}", f"small_{name}_text"):
-        layout = next(known for known in torch_to_flax.layouts(model) if known.name == LAYOUT[name])
-        shapes |= mapping.source_shapes(torch_to_flax.abstract(model), layout)
+        layout = next(known for known in models.layouts(model) if known.name == LAYOUT[name])
+        shapes |= mapping.source_shapes(models.abstract(model), layout)
     return {key: draw(key, shape) for key, shape in shapes.items()}
 
 

@@ -93,21 +93,21 @@ def test_a_zero_shot_run(some_camvid, tmp_path, capsys):
     assert abs(100 * np.nanmean(iou) - results["domains"]["dusk"]["mIoU"]) < 0.1
 
 
-def test_a_resnet_runs_through_its_attention_pool(some_camvid, tmp_path):
-    """The same for a CLIP ResNet, whose statistics and pool come from the encoder's file: scores are those of the parts as they load."""
+def test_a_resnet_starts_with_its_attention_pool(some_camvid, tmp_path):
+    """A CLIP ResNet's statistics and pool come from the encoder's file: the state a run begins with scores as the parts do."""
     c = run_config(tmp_path, some_camvid, "resnet", crop=(96, 128))
-    c.eval_every = 0
-    start(c, tmp_path / "run")
-    images = jnp.asarray(wave(96, 128))
-    plan, state, _ = tasks.restore_model(
-        tmp_path / "run", None, c, tasks.make_task(c), sharding.make_mesh(MeshConfig(1, 1), jax.devices()[:1])
-    )
-    scores = jax.jit(lambda state: nnx.merge(plan.graph, *state)(images))(state)
+    task, images = tasks.make_task(c), jnp.asarray(wave(96, 128))
+    plan = tasks.Plan.of(task, c.model.freeze)
+    like, optimizer = tasks.abstract_state(plan, c, sharding.make_mesh(MeshConfig(1, 1), jax.devices()[:1]))
+    state = train.initial_state(plan, like, optimizer, c)
+    assert not jax.tree.leaves(state.trained)
+    score = jax.jit(lambda frozen, statistics: nnx.merge(plan.graph, state.trained, frozen, statistics)(images))
     graph, parts = nnx.split(backbones.create("small_resnet", image_size=(96, 128), weights=c.model.weights))
     embed = jax.jit(lambda parts: (model := nnx.merge(graph, parts)).pool_dense(model(images)[-1]))
     dense, texts = np.asarray(embed(parts)), backbones.text_embeddings(CAMVID.names, c.model.text_weights)
-    np.testing.assert_allclose(scores, 100 * (dense / np.linalg.norm(dense, axis=-1, keepdims=True)) @ texts.T, rtol=0, atol=1e-3)
-    assert np.ptp(scores) > 1
+    expected = 100 * (dense / np.linalg.norm(dense, axis=-1, keepdims=True)) @ texts.T
+    np.testing.assert_allclose(score(state.frozen, state.statistics), expected, rtol=0, atol=1e-3)
+    assert np.ptp(expected) > 1
 
 
 @pytest.mark.parametrize(

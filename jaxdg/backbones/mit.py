@@ -1,4 +1,4 @@
-"""The Mix Transformer of SegFormer (Xie et al. 2021, arXiv 2105.15203): four stages of attention to reduced keys and an MLP that looks around.
+"""The Mix Transformer of SegFormer (Xie et al. 2021, arXiv 2105.15203): four stages of attention to reduced keys and MLPs that look around.
 
 No learned positions: the depthwise convolution inside each MLP tells where a pixel is, so images may have any size. Attribute names and
 numbers are those of NVlabs/SegFormer: norms of blocks and stages have epsilon 1e-6, those of patches and of reduced keys 1e-5

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from conversion import torch_to_flax
+from conversion import models, torch_to_flax
 from jaxdg import backbones, weights
 from jaxdg.backbones import EvaClip, EvaClipConfig
 from tests.backbones.drawn import drawn, run, wave
@@ -101,6 +101,6 @@ def test_checkpoints_are_not_converted(tmp_path, capsys):
         arguments = ["--model", "eva_clip_8b", "--checkpoint", str(tmp_path / "x.pt"), "--out", str(tmp_path / "y.safetensors"), *direction]
         assert torch_to_flax.main(arguments) == 1
         assert "eva_clip_8b is for planning" in capsys.readouterr().err
-    lines = {line.split()[0]: line for line in torch_to_flax.listing().splitlines()}
+    lines = {line.split()[0]: line for line in models.listing().splitlines()}
     for name in ("eva_clip_8b", "eva_clip_18b"):
         assert "for planning, not converted" in lines[name]

@@ -87,7 +87,9 @@ def test_taps_boundaries_and_recomputation_change_no_value(build, archive):
     """Stages up to the last tap alone are built, stacks end where freezing changes (blocks counted through all stages): equal features."""
     encoder = build(taps=(0, 2), boundaries=(0, 2, 4, 6), remat=True)
     assert (encoder.channels, encoder.config.strides) == ((8, 20), (4, 16))
-    assert {name.split(".")[0] for name in weights.shapes(encoder)} == {f"{p}{i}" for p in ("patch_embed", "block", "norm") for i in (1, 2, 3)}
+    assert {name.split(".")[0] for name in weights.shapes(encoder)} == {
+        f"{p}{i}" for p in ("patch_embed", "block", "norm") for i in (1, 2, 3)
+    }
     assert [getattr(encoder, f"block{i}").ends for i in (1, 2, 3)] == [(0, 1), (0,), (1, 2)]
     for tap, got in zip((0, 2), run(encoder, wave(64, 96)), strict=True):
         np.testing.assert_allclose(got, archive[f"nvlabs/64x96/stage{tap}"], rtol=0, atol=1e-4)
@@ -126,7 +128,9 @@ def test_bfloat16_compute_is_close(build, archive):
 
 def test_all_parameters_learn():
     """Gradients of two stages, with reduced keys and without, are finite and nowhere all zero, and steps along them lower the loss."""
-    config = MitConfig(image_size=(64, 72), blocks=(2, 1, 1, 1), widths=(8, 16, 20, 32), reductions=(8, 1, 2, 1), drop_path=0.1, taps=(0, 1))
+    config = MitConfig(
+        image_size=(64, 72), blocks=(2, 1, 1, 1), widths=(8, 16, 20, 32), reductions=(8, 1, 2, 1), drop_path=0.1, taps=(0, 1)
+    )
     graph, state = nnx.split(nnx.eval_shape(lambda: Mit(config, rngs=nnx.Rngs(0))))
     rng = np.random.default_rng(0)
     fill = lambda p: (rng.normal(size=p.shape) / np.sqrt(np.prod(p.shape[1:-1])) + (len(p.shape) < 3)).astype(np.float32)

@@ -16,7 +16,8 @@ def command(tmp_path, capsys):
         if isinstance(source, dict):
             save_file(source, tmp_path / "source.safetensors")
             source = tmp_path / "source.safetensors"
-        code = torch_to_flax.main(["--model", model, "--checkpoint", str(source), "--out", str(tmp_path / out), *more])
+        named = () if model is None else ("--model", model)
+        code = torch_to_flax.main([*named, "--checkpoint", str(source), "--out", str(tmp_path / out), *more])
         captured = capsys.readouterr()
         return code, captured.out, captured.err, tmp_path / out
 

@@ -8,7 +8,7 @@ from PIL import Image
 import pytest
 from safetensors.numpy import load_file
 
-from conversion import mapping, torch_to_flax, vit
+from conversion import mapping, models, vit
 from jaxdg import backbones, weights
 from jaxdg.backbones import VitConfig
 from tests.backbones.drawn import drawn
@@ -28,7 +28,7 @@ def tiny(monkeypatch):
 @pytest.fixture
 def ours(tmp_path):
     """A jaxdg file of the tiny encoder with drawn weights."""
-    tensors = {name: drawn(name, shape) for name, shape in weights.shapes(torch_to_flax.abstract("tiny")).items()}
+    tensors = {name: drawn(name, shape) for name, shape in weights.shapes(models.abstract("tiny")).items()}
     weights.save(tensors, tmp_path / "ours.safetensors", {"model": "tiny"})
     return tmp_path / "ours.safetensors"
 
@@ -127,7 +127,7 @@ def test_a_table_may_not_use_a_stacked_tensor_twice():
     scale = next(row for row in layout.rows if row.target == "blocks.*.norm1.scale")
     rows = tuple(row._replace(source=scale.source) if row.target == "blocks.*.norm2.scale" else row for row in layout.rows)
     with pytest.raises(ValueError, match=r"uses params/Transformer/encoderblock/LayerNorm_0/scale for both blocks.\*.norm[12].scale and"):
-        mapping.source_shapes(torch_to_flax.abstract("tiny"), layout._replace(rows=rows))
+        mapping.source_shapes(models.abstract("tiny"), layout._replace(rows=rows))
 
 
 def as_augreg(timm):

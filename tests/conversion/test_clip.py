@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from conversion import checkpoint, clip, mapping, torch_to_flax
+from conversion import checkpoint, clip, mapping, models
 from jaxdg import backbones, weights
 from jaxdg.backbones import ClipVitConfig
 from tests.conversion.checks import assert_identical, refused
@@ -78,7 +78,7 @@ def test_the_real_keys_are_exactly_those_expected(weights_path, name):
     listed = json.loads(weights_path(f"keys/openai_{name}.json").read_text())["keys"]
     keys = {key: tuple(shape) for key, (shape, _) in listed.items()}
     layout = clip.layouts()[0]
-    expected = mapping.source_shapes(torch_to_flax.abstract(name), layout)
+    expected = mapping.source_shapes(models.abstract(name), layout)
     assert expected == mapped(keys)
     for key in keys.keys() - expected.keys():
         assert any(mapping.re.fullmatch(pattern, key) for pattern, _ in layout.left_out), key

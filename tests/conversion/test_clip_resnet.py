@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from conversion import clip_resnet, mapping, torch_to_flax
+from conversion import clip_resnet, mapping, models
 from jaxdg import backbones, weights
 from jaxdg.backbones import ClipResnetConfig
 from tests.conversion.checks import assert_identical, converted, refused
@@ -62,7 +62,7 @@ def test_the_real_keys_are_exactly_those_expected(weights_path):
     listed = json.loads(weights_path("keys/openai_clip_rn50.json").read_text())["keys"]
     keys = {key: tuple(shape) for key, (shape, _) in listed.items()}
     layout = clip_resnet.layouts()[0]
-    expected = mapping.source_shapes(torch_to_flax.abstract("clip_rn50"), layout)
+    expected = mapping.source_shapes(models.abstract("clip_rn50"), layout)
     assert expected == image_tower(keys) == shapes(backbones.entry("clip_rn50").config)
     for key in keys.keys() - expected.keys():
         assert sum(re.fullmatch(pattern, key) is not None for pattern, _ in layout.left_out) == 1, key
@@ -70,7 +70,7 @@ def test_the_real_keys_are_exactly_those_expected(weights_path):
 
 def test_full_size_shapes_of_the_larger_one():
     """The names and shapes of RN101 are those of the described model."""
-    module = torch_to_flax.abstract("clip_rn101")
+    module = models.abstract("clip_rn101")
     assert mapping.source_shapes(module, clip_resnet.layouts()[0]) == shapes(backbones.entry("clip_rn101").config)
 
 

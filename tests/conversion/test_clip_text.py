@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from conversion import clip_text, mapping, torch_to_flax
+from conversion import clip_text, mapping, models, torch_to_flax
 from jaxdg import backbones, weights
 from tests import clip_models
 from tests.conversion.checks import assert_identical, refused
@@ -38,8 +38,8 @@ def test_the_real_keys_are_exactly_those_expected(weights_path, name):
     """At full size: what conversion takes is the published text tower and the image tower's projection; all else is left out by name."""
     listed = json.loads(weights_path(f"keys/{REAL[name]}.json").read_text())["keys"]
     keys = {key: tuple(shape) for key, (shape, _) in listed.items()}
-    layout = torch_to_flax.layouts(name)[0]
-    expected = mapping.source_shapes(torch_to_flax.abstract(name), layout)
+    layout = models.layouts(name)[0]
+    expected = mapping.source_shapes(models.abstract(name), layout)
     assert expected == {key: shape for key, shape in keys.items() if is_used(key, layout.name)}
     for key in keys.keys() | {"input_resolution", "context_length", "vocab_size"}:
         left_out = any(re.fullmatch(pattern, key) for pattern, _ in layout.left_out)
@@ -48,7 +48,7 @@ def test_the_real_keys_are_exactly_those_expected(weights_path, name):
 
 def test_towers_without_a_key_list_are_of_the_same_shapes():
     """RN101 differs from RN50 in its joint space alone; the 336-pixel EVA-02-CLIP and open_clip's GELU towers in nothing."""
-    shapes = {name: weights.shapes(torch_to_flax.abstract(name)) for name in backbones.TEXT_TOWERS if not name.startswith("small")}
+    shapes = {name: weights.shapes(models.abstract(name)) for name in backbones.TEXT_TOWERS if not name.startswith("small")}
     assert shapes["eva02_clip_l14_336_text"] == shapes["eva02_clip_l14_text"]
     for name in ("clip_l14", "clip_b16"):
         assert shapes[f"{name}_gelu_text"] == shapes[f"{name}_text"]

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from conversion import eva02, mapping, torch_to_flax
+from conversion import eva02, mapping, models, torch_to_flax
 from jaxdg import backbones, weights
 from jaxdg.backbones import Eva02Config
 from tests.conversion.checks import assert_identical, refused
@@ -89,7 +89,7 @@ def test_the_real_keys_are_exactly_those_expected(weights_path, name):
     """At full size: the names and shapes that conversion takes are those of the published image tower, no more and no less."""
     keys = real_keys(weights_path, name)
     layout = eva02.layouts(backbones.entry(name).config)[0]
-    expected = mapping.source_shapes(torch_to_flax.abstract(name), layout)
+    expected = mapping.source_shapes(models.abstract(name), layout)
     assert expected == {key: shape for key, shape in keys.items() if is_needed(key)}
     for key in keys.keys() - expected.keys():
         assert any(mapping.re.fullmatch(pattern, key) for pattern, _ in layout.left_out), key
@@ -168,7 +168,7 @@ def test_names_of_timm_and_open_clip_mean_the_same(command, family, prefix):
     _, _, _, authors = command(source, model=family, out="authors.safetensors")
     assert_identical(load_file(out), load_file(authors))
     layout = next(layout for layout in eva02.layouts(CONFIGS[family]) if layout.name == ("open_clip" if prefix else "timm"))
-    back = mapping.from_flax(torch_to_flax.abstract(family), layout, load_file(out))
+    back = mapping.from_flax(models.abstract(family), layout, load_file(out))
     assert_identical(back, {name: tensor for name, tensor in renamed.items() if name in back})
     assert len(back) == len(source)
 
@@ -286,7 +286,7 @@ def test_no_file_is_held_in_memory_whole(tmp_path, monkeypatch):
     """Tensors are read, converted and written one by one: a conversion allocates less than half of what it writes."""
     config = Eva02Config(image_size=(12, 12), patch_size=4, width=256, depth=6, heads=4, taps=(5,))
     monkeypatch.setitem(backbones.ZOO, "wide", backbones.zoo.Entry(config, "made by a test"))
-    shapes = mapping.source_shapes(torch_to_flax.abstract("wide"), eva02.layouts(config)[0])
+    shapes = mapping.source_shapes(models.abstract("wide"), eva02.layouts(config)[0])
     save_file({name: np.zeros(shape, np.float16) for name, shape in shapes.items()}, tmp_path / "source.safetensors")
     arguments = ["--model", "wide", "--checkpoint", str(tmp_path / "source.safetensors"), "--out", str(tmp_path / "out.safetensors")]
     assert torch_to_flax.main(arguments) == 0  # what jax allocates once is not counted

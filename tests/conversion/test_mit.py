@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from conversion import mapping, mit, torch_to_flax
+from conversion import mapping, mit, models
 from jaxdg import backbones, weights
 from jaxdg.backbones import MitConfig
 from tests.conversion.checks import assert_identical, converted, refused
@@ -70,13 +70,15 @@ def test_the_real_keys_are_exactly_those_expected(weights_path, name):
     """At full size: the names and shapes that conversion takes are those of the authors' encoder, no more and no less."""
     listed = json.loads(weights_path(f"keys/{name}.json").read_text())["keys"]
     keys = {key: tuple(shape) for key, (shape, _) in listed.items()}
-    assert mapping.source_shapes(torch_to_flax.abstract(name), mit.layouts()[0]) == keys == shapes(backbones.entry(name).config, "SegFormer encoder")
+    assert (
+        mapping.source_shapes(models.abstract(name), mit.layouts()[0]) == keys == shapes(backbones.entry(name).config, "SegFormer encoder")
+    )
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_full_size_shapes_in_every_layout(name):
     """At full size, each layout's names and shapes are those of the described model."""
-    module, config = torch_to_flax.abstract(name), backbones.entry(name).config
+    module, config = models.abstract(name), backbones.entry(name).config
     for layout in mit.layouts():
         assert mapping.source_shapes(module, layout) == shapes(config, layout.name)
 
@@ -95,7 +97,9 @@ def test_files_convert_and_come_back(command, layout):
     x = np.random.default_rng(1).standard_normal(16).astype(np.float32)
     if layout == "transformers":
         block = "segformer.encoder.block.1.1."
-        parts = [source[f"{block}attention.self.{part}.weight"] @ x + source[f"{block}attention.self.{part}.bias"] for part in ("key", "value")]
+        parts = [
+            source[f"{block}attention.self.{part}.weight"] @ x + source[f"{block}attention.self.{part}.bias"] for part in ("key", "value")
+        ]
         expected, patches, inside = np.concatenate(parts), "segformer.encoder.patch_embeddings.2.proj", f"{block}mlp.dense1"
     else:
         start = "backbone." if layout == "SegFormer" else ""

@@ -4,7 +4,6 @@ Cases are derived from the zoo: each architecture at a small size (variants that
 file with exactly the tensors that the layout says.
 """
 
-import dataclasses
 import functools
 import json
 import re
@@ -13,23 +12,10 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from conversion import mapping, torch_to_flax
+from conversion import mapping, models
 from jaxdg import backbones
-from jaxdg.backbones.encoder import StagedConfig
 from tests.conversion.checks import assert_identical, converted, refused
-
-DEPTH = 4
-
-
-def reduced(config, depth=DEPTH):
-    """The same architecture, small, and of fewer blocks if `depth` says so. Sizes differ, so that shapes tell axes apart."""
-    small = dict(mean=(0.5,) * 3, std=(0.5,) * 3)
-    if isinstance(config, StagedConfig):
-        return dataclasses.replace(config, **small, blocks=(depth // 2,) * 4, widths=(8, 16, 40, 64))
-    small |= dict(image_size=(12, 12), patch_size=4, width=24, heads=2, depth=depth, taps=(depth - 1,))
-    if isinstance(config, backbones.SamConfig):
-        small |= dict(window=2, global_blocks=(1, 3))
-    return dataclasses.replace(config, **small)
+from tests.small_zoo import DEPTH, reduced
 
 
 def published():
@@ -37,7 +23,7 @@ def published():
     seen, found = set(), {}
     for name, entry in backbones.ZOO.items():
         try:
-            layouts = torch_to_flax.layouts(name)
+            layouts = models.layouts(name)
         except ValueError:  # trained from scratch, or for planning
             continue
         small = reduced(entry.config)
@@ -59,15 +45,15 @@ def small():
             config = backbones.ZOO[name].config
             for key, depth in ((name, DEPTH), (f"half_{name}", DEPTH // 2)):
                 patch.setitem(backbones.ZOO, key, backbones.zoo.Entry(reduced(config, depth), "made by a test", "none", 1))
-        patch.setattr(torch_to_flax, "abstract", functools.cache(torch_to_flax.abstract))
+        patch.setattr(models, "abstract", functools.cache(models.abstract))
         yield
 
 
 @functools.cache
 def shapes(name, layout):
     """Every tensor of a file of `name` in this layout."""
-    table = next(known for known in torch_to_flax.layouts(name) if known.name == layout)
-    return mapping.source_shapes(torch_to_flax.abstract(name), table)
+    table = next(known for known in models.layouts(name) if known.name == layout)
+    return mapping.source_shapes(models.abstract(name), table)
 
 
 def file(name, layout):
@@ -145,7 +131,7 @@ def test_files_of_other_families_are_refused(command, name):
             continue
         error = refused(command(file(other, layout), model=name, out=f"{other}.safetensors"), f"is no checkpoint of {name}")
         best = re.search(r"\(layout: (.+)\)$", error.strip())[1]
-        table, expected = next(known for known in torch_to_flax.layouts(name) if known.name == best), shapes(name, best)
+        table, expected = next(known for known in models.layouts(name) if known.name == best), shapes(name, best)
         left_out = {key for key in given for pattern, _ in table.left_out if re.fullmatch(pattern, key)}
         misshapen = {key for key in given.keys() & expected.keys() if given[key] != expected[key]}
         wrong = (given.keys() ^ expected.keys()) - left_out | misshapen
@@ -186,3 +172,24 @@ def test_a_safetensors_header_that_lies_is_refused(command, tmp_path, what):
     with pytest.raises(ValueError, match=r"lying.safetensors is no readable safetensors file") as caught:
         backbones.create(name, weights=path)
     assert "\n" not in str(caught.value)
+
+
+# Encoders that share all tensors in some layout; at full size positions tell the last two apart.
+TWINS = ({"clip_l14", "clip_l14_gelu"}, {"augreg_ti16", "mocov3_b16"}, {"eva02_l14", "eva02_clip_l14_vltseg_repro"})
+
+
+@every_layout
+def test_without_a_name_the_tensors_tell(command, monkeypatch, name, layout):
+    """--model left out: the file is taken for its encoder; where two encoders share all tensors, both are named and nothing is written."""
+    monkeypatch.setattr(backbones, "ZOO", {key: entry for key, entry in backbones.ZOO.items() if key in LAYOUTS})
+    result = command(file(name, layout), model=None)
+    if result[0] == 0:
+        assert result[1].startswith(f"{name} from source.safetensors")
+    else:
+        error = refused(result, "say with --model which of them it is")
+        assert next(twins for twins in TWINS if name in twins) == named(error, LAYOUTS)
+
+
+def test_what_no_table_knows_is_refused_without_a_name(command):
+    """A file of another model altogether: one line says so."""
+    refused(command({"conv.weight": np.zeros((2, 3), np.float32)}, model=None), "no model that --list shows")

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from conversion import mapping, sam, torch_to_flax
+from conversion import mapping, models, sam
 from jaxdg import backbones, weights
 from jaxdg.backbones import SamConfig
 from tests.conversion.checks import assert_identical, converted, refused
@@ -70,7 +70,7 @@ def test_the_real_keys_are_exactly_those_expected(weights_path, name):
     listed = json.loads(weights_path(f"keys/{name}.json").read_text())["keys"]
     keys = {key: tuple(shape) for key, (shape, _) in listed.items()}
     layout = sam.layouts()[0]
-    expected = mapping.source_shapes(torch_to_flax.abstract(name), layout)
+    expected = mapping.source_shapes(models.abstract(name), layout)
     assert expected == {key: keys[key] for key in keys if key.startswith("image_encoder.") and ".neck." not in key}
     for key in keys.keys() - expected.keys():
         assert sum(re.fullmatch(pattern, key) is not None for pattern, _ in layout.left_out) == 1, key
@@ -81,7 +81,7 @@ def test_the_real_keys_are_exactly_those_expected(weights_path, name):
 def test_full_size_shapes_in_every_layout(name, layout):
     """At full size, each layout's names and shapes are those of the described model with 64x64 positions."""
     config = backbones.entry(name).config
-    assert mapping.source_shapes(torch_to_flax.abstract(name), layout) == shapes(layout.name, config, 64)
+    assert mapping.source_shapes(models.abstract(name), layout) == shapes(layout.name, config, 64)
 
 
 @pytest.mark.parametrize("layout", AROUND)

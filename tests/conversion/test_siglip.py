@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from conversion import mapping, siglip, torch_to_flax
+from conversion import mapping, models, siglip
 from jaxdg import backbones, weights
 from jaxdg.backbones import SiglipConfig
 from tests.conversion.checks import assert_identical, converted, refused
@@ -121,7 +121,7 @@ def test_the_published_names_are_exactly_those_expected(name, grid, layout):
     assert isinstance(config, SiglipConfig)
     table = {table.name: table for table in siglip.layouts(config)}[layout]
     expected = shapes(layout, config.width, config.heads, config.depth, 16, grid)
-    assert mapping.source_shapes(torch_to_flax.abstract(name), table) == expected
+    assert mapping.source_shapes(models.abstract(name), table) == expected
     for key in (*expected, *AROUND[layout]):
         assert sum(re.fullmatch(pattern, key) is not None for pattern, _ in table.left_out) == (key not in expected), key
 

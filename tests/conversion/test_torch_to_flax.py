@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from conversion import checkpoint, mapping, torch_to_flax, vit
+from conversion import checkpoint, mapping, models, torch_to_flax, vit
 import jaxdg
 from jaxdg import backbones, weights
 from tests.conversion.checks import Evil, assert_identical, refused
@@ -124,7 +124,7 @@ def test_the_real_augreg_keys_convert(command, weights_path, tmp_path, monkeypat
     keys = {name: tuple(shape) for name, (shape, _) in json.loads(weights_path("keys/augreg_l16_npz.json").read_text())["keys"].items()}
     left_out = {"Transformer/encoder_norm/scale", "Transformer/encoder_norm/bias", "head/kernel", "head/bias"}
     if kind == "full size by shapes":
-        expected = mapping.source_shapes(torch_to_flax.abstract("augreg_l16"), vit.augreg(heads=16))
+        expected = mapping.source_shapes(models.abstract("augreg_l16"), vit.augreg(heads=16))
         assert expected == {name: shape for name, shape in keys.items() if name not in left_out}
         return
     reduce = {1024: 32, 4096: 128, 64: 2}
@@ -433,7 +433,7 @@ def np_savez_twice(path, tensors, name):
 
 def test_a_table_with_a_gap_or_a_conflict_is_an_error():
     """The engine refuses tables that do not say exactly one thing of every tensor."""
-    module = torch_to_flax.abstract("tiny")
+    module = models.abstract("tiny")
     table = vit.timm()
     read = timm_tensors(4)
     with pytest.raises(ValueError, match=r"0 rows of the table timm make cls_token"):

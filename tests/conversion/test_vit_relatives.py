@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from conversion import mapping, torch_to_flax
+from conversion import mapping, models
 from jaxdg import backbones, weights
 from jaxdg.backbones import Deit3Config, Dinov2Config, Dinov3Config, MocoV3Config
 from tests.backbones.drawn import run, wave
@@ -151,17 +151,17 @@ def tiny(monkeypatch):
 
 
 def layout_of(name, layout):
-    return next(found for found in torch_to_flax.layouts(name) if found.name == layout)
+    return next(found for found in models.layouts(name) if found.name == layout)
 
 
 @pytest.mark.parametrize("name", ZOO)
 def test_full_size_names_are_exactly_those_expected(name):
     """Of every encoder and every layout: names and shapes taken are those published, no more and no less; the rest is left out."""
     (family, first), config = ZOO[name], backbones.entry(name).config
-    module = torch_to_flax.abstract(name)
-    assert torch_to_flax.layouts(name)[0].name == first
-    assert {layout.name for layout in torch_to_flax.layouts(name)} == {layout for known, layout in LAYOUTS if known == family}
-    for layout in torch_to_flax.layouts(name):
+    module = models.abstract(name)
+    assert models.layouts(name)[0].name == first
+    assert {layout.name for layout in models.layouts(name)} == {layout for known, layout in LAYOUTS if known == family}
+    for layout in models.layouts(name):
         needed, beside = published(family, layout.name, config)
         assert mapping.source_shapes(module, layout) == needed, layout.name
         for key in beside:

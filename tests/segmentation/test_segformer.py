@@ -126,7 +126,13 @@ def test_dropout_drops_whole_channels_of_samples():
     """Seen through a classifier that copies channels: with a key a tenth of them are 0 in a sample, the others larger by a ninth."""
     head = nnx.eval_shape(lambda: SegformerHead(SegformerConfig(64, hidden=64), (64,), rngs=nnx.Rngs(0)))
     eye, one, zero = np.eye(64, dtype=np.float32), np.ones(64, np.float32), np.zeros(64, np.float32)
-    linear = {"linear_c.0.kernel": eye, "linear_c.0.bias": zero, "linear_fuse.kernel": eye, "classifier.kernel": eye, "classifier.bias": zero}
+    linear = {
+        "linear_c.0.kernel": eye,
+        "linear_c.0.bias": zero,
+        "linear_fuse.kernel": eye,
+        "classifier.kernel": eye,
+        "classifier.bias": zero,
+    }
     norm = {"scale": one, "bias": zero, "mean": zero, "var": one - np.float32(1e-5)}
     weights.fill(head, linear | {f"batch_norm.{name}": tensor for name, tensor in norm.items()}, "this test")
     x = jnp.asarray(np.random.default_rng(0).uniform(1, 2, (20, 2, 3, 64)), jnp.float32)

@@ -59,7 +59,7 @@ def test_every_pair_fits(make_run, encoder, decoder, crop):
 @pytest.mark.parametrize(("encoder", "crop"), [("small_mit", (128, 128)), ("small_resnet", (97, 131))])
 def test_a_step_with_mask2former(make_run, encoder, crop):
     """One real step: a finite loss, every trained parameter finite and moved, and what is frozen or a statistic as it was to the bit."""
-    run = configured(make_run, encoder, "mask2former", crop, freeze="first 2")
+    run = configured(make_run, encoder, "mask2former", crop, freeze="first 3")
     state = run.state()
     before = [named(part) for part in (state.trained, state.frozen, state.statistics)]
     following, metrics = run.step()(state, run.batch(rows=2))
@@ -94,7 +94,9 @@ def test_segformer_learns_on_a_frozen_or_tuned_encoder(make_run, encoder, freeze
 
 
 def stages(*numbers):
-    return lambda name: name.startswith(tuple(f"backbone.{part}{i}." for i in numbers for part in ("patch_embed", "block", "norm", "layer")))
+    return lambda name: name.startswith(
+        tuple(f"backbone.{part}{i}." for i in numbers for part in ("patch_embed", "block", "norm", "layer"))
+    )
 
 
 def embeddings(name):
