@@ -28,7 +28,7 @@ import jax
 import numpy as np
 import torch  # pyright: ignore[reportMissingImports]
 
-from conversion import mapping, torch_to_flax
+from conversion import mapping, models, torch_to_flax
 from jaxdg import backbones, weights
 from jaxdg.backbones import layers, zoo
 from tests.backbones.drawn import drawn, wave
@@ -56,7 +56,7 @@ def stand_in_for_tensorflow() -> None:
 def made(kind: str, size: tuple[int, int], folder: Path) -> Path:
     """The file of a random encoder for images of this size, in big_vision's layout."""
     zoo.ZOO["small"] = zoo.Entry(KINDS[kind][0](image_size=size, **SMALL), "made by a script")
-    module, timm = torch_to_flax.abstract("small"), torch_to_flax.layouts("small")[0]
+    module, timm = models.abstract("small"), models.layouts("small")[0]
     shapes = mapping.source_shapes(module, timm)
     ours, theirs = folder / "ours.safetensors", folder / f"{kind}.npz"
     converted = mapping.to_flax(module, [timm], list(shapes), lambda name: drawn(name, shapes[name]))

@@ -102,7 +102,7 @@ def texts(count: int) -> list[str]:
 def draw(name: str, shape: Sequence[int]) -> np.ndarray:
     """A tensor drawn from its name; makes attention far from uniform. The tests draw the same."""
     if name == "logit_scale":
-        return np.float32(np.log(100.0)).reshape(())
+        return np.asarray(np.log(100.0), np.float32)
     rng = np.random.default_rng(zlib.crc32(name.encode()))
     x = rng.standard_normal(shape, np.float32)
     norm = "norm" in name or "ln_" in name or "bn" in name or "downsample.1" in name
@@ -192,12 +192,13 @@ def nchw(images: np.ndarray) -> torch.Tensor:
     return torch.from_numpy(images).permute(0, 3, 1, 2)
 
 
-def eva_trunk(size: tuple[int, int], embedding: int, **sizes: Any) -> Eva:
+def eva_trunk(size: tuple[int, int], embedding: int, **sizes: Any) -> Any:
     """EVA-02 of timm as in EVA-02-CLIP, for images of this size."""
     small: dict[str, Any] = dict(patch_size=4, embed_dim=24, depth=3, num_heads=2)
     family = dict(qkv_fused=False, mlp_ratio=8 / 3, swiglu_mlp=True, scale_mlp=True, scale_attn_inner=True, use_rot_pos_emb=True)
     fixed = dict(ref_feat_shape=(16, 16), global_pool="token", num_classes=embedding)
-    return Eva(img_size=size, **(small | family | fixed | sizes)).eval()
+    options: dict[str, Any] = small | family | fixed | sizes
+    return Eva(img_size=size, **options).eval()
 
 
 def golden_models() -> dict[str, np.ndarray]:
@@ -209,10 +210,11 @@ def golden_models() -> dict[str, np.ndarray]:
         arrays[f"{family}/averaged"] = classes(encode_text, CITYSCAPES.names[:5], TEMPLATES)
         return arrays[f"{family}/texts"]
 
+    build: Any = open_clip.CLIP
     text: dict[str, Any] = dict(context_length=77, vocab_size=49408, layers=3)
     vision: dict[str, Any] = dict(patch_size=4, width=32, head_width=16, layers=3)
     for size in SIZES:
-        model = open_clip.CLIP(48, dict(vision, image_size=size), dict(text, width=64, heads=4), quick_gelu=True)
+        model = build(48, dict(vision, image_size=size), dict(text, width=64, heads=4), quick_gelu=True)
         trained = draw("visual.positional_embedding", (26, 32))
         fill(model, "")
         model.visual.positional_embedding.data = torch.from_numpy(clip_bicubic(trained, model.visual.grid_size))
@@ -226,10 +228,10 @@ def golden_models() -> dict[str, np.ndarray]:
         trunk = eva_trunk(size, 40)
         trained = draw("visual.trunk.pos_embed", (1, 26, 24))
         fill(trunk, "visual.trunk.")
-        trunk.pos_embed.data = torch.from_numpy(eva_bicubic(trained, trunk.patch_embed.grid_size))  # pyright: ignore
+        trunk.pos_embed.data = torch.from_numpy(eva_bicubic(trained, trunk.patch_embed.grid_size))
         arrays["eva02/{}x{}".format(*size)] = scores(eva_dense(trunk, nchw(wave(*size))), embeddings)
 
-    model = open_clip.CLIP(48, dict(image_size=160, layers=(1, 2, 1, 1), width=16), dict(text, width=64, heads=4), quick_gelu=True)
+    model = build(48, dict(image_size=160, layers=(1, 2, 1, 1), width=16), dict(text, width=64, heads=4), quick_gelu=True)
     fill(model, "")
     embeddings = note("resnet", model.encode_text)
     for h, w in SIZES:
@@ -264,9 +266,9 @@ def full_size(name: str) -> None:
     from jaxdg import backbones, segmentation, weights
 
     start, encoder, size = time.perf_counter(), name.removesuffix("_text"), (224, 336)
-    config = open_clip.get_model_config(FULL[name])
+    config: Any = open_clip.get_model_config(FULL[name])
     custom = config.pop("custom_text", False)
-    model = (open_clip.CustomTextCLIP if custom else open_clip.CLIP)(**config)
+    model: Any = (open_clip.CustomTextCLIP if custom else open_clip.CLIP)(**config)
     source, images = fill(model, ""), wave(*size)
     expected = classes(model.encode_text, CITYSCAPES.names, (TEMPLATE,))
     if custom:
@@ -278,7 +280,7 @@ def full_size(name: str) -> None:
         dense = resnet_dense(model.visual, nchw(images))
     else:
         patch = model.visual.patch_size
-        grid = tuple(side // p for side, p in zip(size, patch, strict=True))
+        grid = size[0] // patch[0], size[1] // patch[1]
         model.visual.positional_embedding.data = torch.from_numpy(clip_bicubic(source["visual.positional_embedding"], grid))
         dense = clip_dense(model.visual, nchw(images))
     wanted = scores(dense, expected)
@@ -292,7 +294,9 @@ def full_size(name: str) -> None:
         theirs.unlink()
         got = backbones.text_embeddings(CITYSCAPES.names, text)
         decoder = segmentation.ClipTextHeadConfig(CITYSCAPES.names)
-        ours = nnx.eval_shape(lambda: segmentation.Segmenter(segmentation.SegmenterConfig(19, encoder, size, decoder), rngs=nnx.Rngs(0)))
+        ours: Any = nnx.eval_shape(
+            lambda: segmentation.Segmenter(segmentation.SegmenterConfig(19, encoder, size, decoder), rngs=nnx.Rngs(0))
+        )
         weights.load(ours.backbone, image)
         ours.head.load(text)
     graph, state = nnx.split(ours)

@@ -58,7 +58,8 @@ def build(config: SegformerConfig) -> tuple[SegformerForSemanticSegmentation, di
         shapes = {name: tensor.shape for name, tensor in load_file(path).items() if not name.endswith("num_batches_tracked")}
         weights = {name: drawn(name, shape) for name, shape in shapes.items()}
         save_file(weights, path, {"format": "pt"})
-        model, report = SegformerForSemanticSegmentation.from_pretrained(folder, output_loading_info=True)
+        loaded: Any = SegformerForSemanticSegmentation.from_pretrained(folder, output_loading_info=True)
+        model, report = loaded
         assert all(name.endswith("num_batches_tracked") for name in report["missing_keys"])
         assert not any(report[kind] for kind in ("unexpected_keys", "mismatched_keys", "error_msgs")), report
     return model.eval(), weights
@@ -66,7 +67,8 @@ def build(config: SegformerConfig) -> tuple[SegformerForSemanticSegmentation, di
 
 def as_nvlabs(model: torch.nn.Module) -> None:
     """Sets the epsilons of NVlabs/SegFormer."""
-    for name, module in model.named_modules():
+    parts: list[tuple[str, Any]] = list(model.named_modules())
+    for name, module in parts:
         if name.endswith(("layernorm_before", "layernorm_after")) or (name.count(".") == 3 and name.endswith("layer_norm")):
             module.eps = 1e-6
 

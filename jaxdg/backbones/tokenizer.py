@@ -88,7 +88,7 @@ def byte_signs() -> tuple[str, ...]:
 @functools.cache
 def merge_order() -> dict[tuple[str, str], int]:
     """Pairs of parts by the order in which they are joined."""
-    packed = importlib.resources.files(__package__).joinpath("clip_merges.txt.gz").read_bytes()
+    packed = importlib.resources.files("jaxdg.backbones").joinpath("clip_merges.txt.gz").read_bytes()
     pairs = (line.split() for line in gzip.decompress(packed).decode().splitlines())
     return {(left, right): i for i, (left, right) in enumerate(pairs)}
 

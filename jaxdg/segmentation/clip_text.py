@@ -10,6 +10,7 @@ embeddings are those of one template. Their key smoothing and prompt denoising a
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 from flax import nnx
 import jax
@@ -104,7 +105,7 @@ def values(backbone: backbones.Encoder, images: Float[Array | np.ndarray, "b h w
     assert isinstance(backbone, backbones.Vit)
     # The last block lies between two taps, so it is a segment of its own.
     graph, state = nnx.split(backbone.blocks.segments[str(backbone.config.depth - 1)])
-    block = nnx.merge(graph, jax.tree.map(lambda leaf: leaf[0], state))
+    block: Any = nnx.merge(graph, jax.tree.map(lambda leaf: leaf[0], state))
     x = before.reshape(before.shape[0], -1, before.shape[-1])
     x = x + block.attn.alone(block.norm1(x))
     return (x + block.mlp(block.norm2(x))).reshape(before.shape)

@@ -1,4 +1,4 @@
-"""The Mix Transformer against transformers' (golden file made by scripts/golden_segformer.py), and what is its own: stages, reduced keys."""
+"""The Mix Transformer against transformers' (golden file made by scripts/golden_segformer.py), and its own: stages, reduced keys."""
 
 import re
 import zlib
