@@ -150,7 +150,8 @@ class OptimizerConfig:
         clip: largest global L2 norm of the gradient; 0 turns clipping off. Default 0.01.
         accumulate: parts a batch is computed in, one after another, for less memory; the result is that of the whole. Default 1.
         learning_rate_factors: (regex, factor) pairs; the first regex found in a parameter's name counts. Default ().
-        weight_decay_factors: likewise. Default: no decay on norms, the class token and embeddings of positions, queries and levels.
+        weight_decay_factors: likewise. Default: no decay on norms, layer scales, class and register tokens, and embeddings of
+            positions, queries and levels.
     """
 
     learning_rate: float = 1e-4
@@ -164,7 +165,9 @@ class OptimizerConfig:
     clip: float = 0.01
     accumulate: int = 1
     learning_rate_factors: tuple[tuple[str, float], ...] = ()
-    weight_decay_factors: tuple[tuple[str, float], ...] = ((r"norm|_ln\.|cls_token$|(pos|query|level)_embed$|query_feat$", 0.0),)
+    weight_decay_factors: tuple[tuple[str, float], ...] = (
+        (r"norm|_ln\.|gamma$|(cls_token|(register|storage)_tokens|(pos|query|level)_embed|query_feat)$", 0.0),
+    )
 
 
 @dataclasses.dataclass

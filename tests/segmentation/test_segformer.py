@@ -170,7 +170,7 @@ def test_bfloat16_compute_is_close(head, head_tensors, archive):
     ],
 )
 def test_any_encoder_with_levels_serves(encoder, pyramid, channels, finest):
-    """the decoder reads MiT, CLIP's ResNet, and a plain encoder with or without a pyramid; scores have the finest level's size."""
+    """The decoder reads MiT, CLIP's ResNet, and a plain encoder with or without a pyramid; scores have the finest level's size."""
     config = Config()
     config.model.encoder, config.model.pyramid, config.model.decoder = encoder, pyramid, "segformer"
     config.data.crop = (100, 160)
