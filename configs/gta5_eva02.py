@@ -18,6 +18,7 @@ Hardware: two GPUs and float32, as the public re-implementation; not yet run her
     python -m jaxdg.train --config configs/gta5_eva02.py --workdir runs/gta5_eva02
 
 Frozen first, which the re-implementation found to be slightly better: 1 000 steps with a frozen encoder at a constant rate, then this.
+Its pyramid is part of its encoder and frozen with it: --config.model.freeze='^(backbone|pyramid)\.' in the first command.
 
     python -m jaxdg.train --config configs/gta5_eva02.py --workdir runs/gta5_frozen --config.steps=1000 --config.model.freeze=all \
         --config.optimizer.power=0

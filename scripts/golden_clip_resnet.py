@@ -40,7 +40,7 @@ def drawn(name: str, shape: tuple[int, ...]) -> np.ndarray:
         return np.exp(0.5 * numbers).astype(np.float32)
     if len(shape) > 1:
         return (numbers * (1 if "positional" in name else 1.2 / np.sqrt(np.prod(shape[1:])))).astype(np.float32)
-    quieter = 0.5 if "bn3.weight" in name else 1  # or residuals would grow with depth
+    quieter = 0.25 if "bn3.weight" in name else 1  # or residuals would grow with depth
     return (quieter * (0.3 * numbers + name.endswith("weight"))).astype(np.float32)
 
 

@@ -29,7 +29,7 @@ def drawn(name, shape):
         return np.exp(0.5 * numbers).astype(np.float32)
     if len(shape) > 1:
         return (numbers * (1 if "positional" in name else 1.2 / np.sqrt(np.prod(shape[1:])))).astype(np.float32)
-    return ((0.5 if "bn3.weight" in name else 1) * (0.3 * numbers + name.endswith("weight"))).astype(np.float32)
+    return ((0.25 if "bn3.weight" in name else 1) * (0.3 * numbers + name.endswith("weight"))).astype(np.float32)
 
 
 @pytest.fixture(scope="module")
