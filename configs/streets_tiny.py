@@ -3,7 +3,9 @@
 Reproduces no published figure; it shows the question of the paper in small: how much of what is learned in clear weather is left at night,
 in rain, in fog and at dusk. The five domains show the same worlds, so every point lost is lost to appearance.
 
-EXPECTED
+Expected, mIoU %: clear 45.8; unseen: night 11.9, rain 24.1, fog 12.4, dusk_rain 13.0, their mean 15.4.
+Hardware and time: 2 cores of an x86 CPU, 8:08 minutes with `pip install` into a bare virtual environment (one run, whose first two minutes
+shared the cores with other work, 2026-11-22).
 
     python -m jaxdg.train --config configs/streets_tiny.py --workdir runs/streets
 """
@@ -13,7 +15,7 @@ from jaxdg.config import Config
 
 def get_config() -> Config:
     """The experiment."""
-    c = Config(steps=3000, batch_size=2, log_every=50, eval_every=3000, checkpoint_every=1000)
+    c = Config(steps=3000, batch_size=2, log_every=50, eval_every=3000, checkpoint_every=1500)
     c.data.crop = (128, 128)
     # A run this short learns clear weather at its own size alone; it would take longer with augmentation than it lasts.
     c.data.scale, c.data.brightness, c.data.contrast = (1.0, 1.0), 0.0, 0.0

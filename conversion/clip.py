@@ -1,10 +1,12 @@
-"""CLIP's vision transformers: the names of OpenAI's archives, which open_clip shares."""
+"""CLIP's vision transformers: the names of OpenAI's archives, which open_clip shares, and those of transformers."""
 
 from conversion.mapping import CONV, LINEAR, SAME, Layout, Row, Transform
+from conversion.names import APART_BIASES, APART_KERNELS
 
 OUTPUT = "final norm and projection to the text's space: dense features are read before them"
 TEXT = "the text tower and its temperature"
 SETTING = "a setting of the model that the archive keeps as a tensor"
+COUNTED = "the numbers from 0 on"
 
 # What lies beside the image tower in an archive.
 BESIDE = (
@@ -17,7 +19,7 @@ POSITIONS = Transform(lambda a: a[None], lambda a: (a[0],))  # [n, c] to [1, n, 
 
 
 def layouts() -> tuple[Layout, ...]:
-    """The one layout: an image tower below `visual.`, the text tower beside it or, in newer open_clip files, below `text.`."""
+    """An image tower below `visual.`, the text tower beside it or, in newer open_clip files, below `text.`; and transformers' CLIPModel."""
     block, ours = "visual.transformer.resblocks.*.", "blocks.*."
     norms = [
         Row((f"{there}.{theirs}",), f"{here}.{kind}", SAME)
@@ -49,4 +51,33 @@ def layouts() -> tuple[Layout, ...]:
                 *BESIDE,
             ),
         ),
+        _transformers(),
     )
+
+
+def _transformers() -> Layout:
+    """The names of `openai/clip-vit-*`, where queries, keys and values are apart."""
+    block, ours = "vision_model.encoder.layers.*.", "blocks.*."
+    parts = (
+        ("norm_pre", "vision_model.pre_layrnorm", "scale", SAME),
+        (f"{ours}norm1", f"{block}layer_norm1", "scale", SAME),
+        (f"{ours}attn.proj", f"{block}self_attn.out_proj", "kernel", LINEAR),
+        (f"{ours}norm2", f"{block}layer_norm2", "scale", SAME),
+        (f"{ours}mlp.fc1", f"{block}mlp.fc1", "kernel", LINEAR),
+        (f"{ours}mlp.fc2", f"{block}mlp.fc2", "kernel", LINEAR),
+    )
+    rows = (
+        Row(("vision_model.embeddings.class_embedding",), "cls_token", CLASS),
+        Row(("vision_model.embeddings.position_embedding.weight",), "pos_embed", POSITIONS, resized=True),
+        Row(("vision_model.embeddings.patch_embedding.weight",), "patch_embed.proj.kernel", CONV),
+        Row(tuple(f"{block}self_attn.{part}_proj.weight" for part in "qkv"), f"{ours}attn.qkv.kernel", APART_KERNELS),
+        Row(tuple(f"{block}self_attn.{part}_proj.bias" for part in "qkv"), f"{ours}attn.qkv.bias", APART_BIASES),
+        *(Row((f"{there}.weight",), f"{here}.{kind}", transform) for here, there, kind, transform in parts),
+        *(Row((f"{there}.bias",), f"{here}.bias", SAME) for here, there, _, _ in parts),
+    )
+    left_out = (
+        (r"vision_model\.post_layernorm\.(weight|bias)|visual_projection\.weight", OUTPUT),
+        (r"text_model\.(?!embeddings\.position_ids$).+|text_projection\.weight|logit_scale", TEXT),
+        (r"(text|vision)_model\.embeddings\.position_ids", COUNTED),
+    )
+    return Layout("transformers", rows, left_out)

@@ -3,13 +3,12 @@
 from collections.abc import Sequence
 import re
 
-from conversion.clip import SETTING
+from conversion.clip import COUNTED, SETTING
 from conversion.mapping import LINEAR, SAME, Layout, Row, Transform
 from conversion.names import APART_BIASES, APART_KERNELS
 from jaxdg.backbones import ClipTextConfig
 
 IMAGE = "the image tower: another model, which the same file converts to"
-COUNTED = "the numbers from 0 on"
 
 # Parts of a block: their names in jaxdg, in OpenAI's files and in transformers', and what becomes of the weight.
 BLOCK = (

@@ -143,8 +143,12 @@ ZOO: dict[str, Entry] = {
         "MIT",
         1213,
     ),
-    "clip_l14": Entry(ClipVitConfig(**_LARGE, **CLIP), "ViT-L-14.pt of OpenAI; open_clip ViT-L-14-quickgelu", "MIT", 933),
-    "clip_b16": Entry(ClipVitConfig(**_BASE, **CLIP), "ViT-B-16.pt of OpenAI; open_clip ViT-B-16-quickgelu", "MIT", 351),
+    "clip_l14": Entry(
+        ClipVitConfig(**_LARGE, **CLIP), "ViT-L-14.pt of OpenAI; open_clip ViT-L-14-quickgelu; openai/clip-vit-large-patch14", "MIT", 933
+    ),
+    "clip_b16": Entry(
+        ClipVitConfig(**_BASE, **CLIP), "ViT-B-16.pt of OpenAI; open_clip ViT-B-16-quickgelu; openai/clip-vit-base-patch16", "MIT", 351
+    ),
     "clip_l14_gelu": Entry(
         ClipVitConfig(**_LARGE, **CLIP, activation="gelu"), "open_clip ViT-L-14 datacomp_xl_s13b_b90k, not a -quickgelu one", "MIT", 1711
     ),

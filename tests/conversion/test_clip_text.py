@@ -10,6 +10,7 @@ from safetensors.numpy import load_file
 from conversion import clip_text, mapping, models, torch_to_flax
 from jaxdg import backbones, weights
 from tests import clip_models
+from tests.backbones.drawn import run, wave
 from tests.conversion.checks import assert_identical, refused
 
 REAL = {
@@ -19,12 +20,12 @@ REAL = {
     "eva02_clip_l14_text": "eva02_clip_l14",
     "eva02_clip_b16_text": "eva02_clip_b16",
 }
-OF_IMAGE = {"CLIP": ("visual.ln_post.", "visual.proj"), "EVA-CLIP": ("visual.norm.", "visual.head."), "transformers": ()}
+OF_IMAGE = {"CLIP": ("visual.ln_post.", "visual.proj"), "EVA-CLIP": ("visual.norm.", "visual.head.")}
 
 
 def is_used(name, layout):
     """Whether a published tensor belongs into the text tower's file: all but the image tower, and of that the way into the joint space."""
-    return not name.startswith("visual.") or (name.startswith(OF_IMAGE[layout]) and "attnpool" not in name)
+    return not name.startswith("visual.") or name.startswith(OF_IMAGE[layout])
 
 
 @pytest.fixture(autouse=True)
@@ -106,7 +107,7 @@ def test_other_layouts_hold_the_same_tower(command, name, layout):
 
 
 def test_transformers_names_mean_what_transformers_computes(command, tmp_path):
-    """A random CLIPModel of transformers, saved as it saves itself: our embeddings are its text features."""
+    """A random CLIPModel of transformers, saved as it saves itself: our embeddings are its text features, our taps its blocks' outputs."""
     torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
     from scripts import oracles  # noqa: F401  declares what transformers asks of torchvision
 
@@ -126,9 +127,23 @@ def test_transformers_names_mean_what_transformers_computes(command, tmp_path):
     with torch.inference_mode():
         pooled = model.text_model(torch.from_numpy(ids).long()).pooler_output
         expected = torch.nn.functional.normalize(model.text_projection(pooled), dim=-1).numpy()
+        images = wave(20, 20)
+        seen = model.vision_model(torch.from_numpy(images).permute(0, 3, 1, 2), output_hidden_states=True).hidden_states
     got = backbones.text_embeddings(names, out)
     np.testing.assert_allclose(got, expected, rtol=0, atol=1e-4)
     assert np.abs(expected[0] - expected[1]).max() > 1e-2
+    source |= {f"{tower}_model.embeddings.position_ids": np.arange(26)[None] for tower in ("text", "vision")}  # in older files
+    code, report, err, out = command(source, model="small_clip", out="image.safetensors")
+    assert (code, err) == (0, "")
+    assert "(layout: transformers)" in report
+    for feature, tokens in zip(run(backbones.create("small_clip", weights=out), images), seen[2:], strict=True):
+        np.testing.assert_allclose(feature, tokens.numpy(), rtol=0, atol=1e-4)
+    code, _, err, back = command(out, "--reverse", "--layout", "transformers", model="small_clip", out="back.safetensors")
+    assert (code, err) == (0, "")
+    given_back = load_file(back)
+    assert_identical(given_back, {key: source[key] for key in given_back})
+    used = {key for key in source if key.startswith("vision_model.") and "post_layernorm" not in key and "position_ids" not in key}
+    assert given_back.keys() == used
 
 
 def drop(tensors):

@@ -91,7 +91,7 @@ SMALL = Mask2FormerConfig(num_classes=7, hidden=32, queries=9, heads=4, pixel_la
 
 def test_mask2former_scores_are_votes_of_the_last_masks():
     """Class scores at the image's size, against loops: each query's mask, enlarged, votes for its classes, "no object" for none."""
-    config = SegmenterConfig(num_classes=7, encoder="tiny4", image_size=(32, 48), pyramid="layer", mask2former=SMALL)
+    config = SegmenterConfig(num_classes=7, encoder="tiny4", image_size=(32, 48), pyramid="layer", decoder=SMALL)
     graph, state = nnx.split(nnx.eval_shape(lambda: Segmenter(config, rngs=nnx.Rngs(0))))
     rng = np.random.default_rng(0)
     state = jax.tree.map(lambda leaf: rng.normal(0, 0.3, leaf.shape).astype(leaf.dtype), state)
@@ -135,8 +135,8 @@ def test_a_segmenter_for_another_size_takes_over_all_tensors():
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"pyramid": "none", "mask2former": SMALL}, r"decoder mask2former reads four levels .*; set model\.pyramid to layer or batch"),
-        ({"mask2former": dataclasses.replace(SMALL, hidden=48)}, r"hidden is 48; allowed: multiples of 32 .* and of heads, 4"),
+        ({"pyramid": "none", "decoder": SMALL}, r"decoder mask2former reads four levels .*; set model\.pyramid to layer or batch"),
+        ({"decoder": dataclasses.replace(SMALL, hidden=48)}, r"hidden is 48; allowed: multiples of 32 .* and of heads, 4"),
         ({"taps": (1, 3)}, r"model\.pyramid is 'layer', which reads four taps; model\.taps is \(1, 3\)"),
         ({"image_size": (8, 32)}, r"model\.pyramid is 'layer', which halves the deepest map; .* 8x32 .*at least 16x16"),
     ],
