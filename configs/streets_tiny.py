@@ -4,8 +4,7 @@ Reproduces no published figure; it shows the question of the paper in small: how
 in rain, in fog and at dusk. The five domains show the same worlds, so every point lost is lost to appearance.
 
 Expected, mIoU %: clear 45.8; unseen: night 11.9, rain 24.1, fog 12.4, dusk_rain 13.0, their mean 15.4.
-Hardware and time: 2 cores of an x86 CPU, 8:08 minutes with `pip install` into a bare virtual environment (one run, whose first two minutes
-shared the cores with other work, 2026-11-22).
+Hardware and time: 2 cores of an x86 CPU, 7:27 minutes with `pip install` into a bare virtual environment (one run, 2026-11-23).
 
     python -m jaxdg.train --config configs/streets_tiny.py --workdir runs/streets
 """
