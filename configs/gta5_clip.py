@@ -4,8 +4,10 @@ Reproduces: the paper's other vision-language encoder, with everything else as i
 paper. Images are normalised with CLIP's own statistics.
 
 Expected, mIoU % on Cityscapes val, BDD100K val, Mapillary val, ACDC val, mean:
-    published                                    55.6 / 52.5 / 59.9 / 51.5, 54.9
-    published, the same with a frozen encoder    53.2 / 49.8 / 57.1 / 45.0, 51.2    (--config.model.freeze=all)
+    published, GTA5                              55.6 / 52.5 / 59.9 / 51.5, 54.9
+    published, GTA5, with a frozen encoder       53.2 / 49.8 / 57.1 / 45.0, 51.2    (--config.model.freeze=all)
+    published, SYNTHIA                           51.1 / 44.7 / 50.6 / 40.7, 46.8    (configs/gta5_clip.py:synthia)
+    published, SYNTHIA, with a frozen encoder    46.1 / 41.8 / 45.8 / 35.1, 42.2
     this file                                    not measured
 
 Data and hardware: as in configs/gta5_eva02.py.
@@ -18,9 +20,9 @@ from configs import gta5_eva02
 from jaxdg.config import Config
 
 
-def get_config() -> Config:
-    """The experiment."""
-    c = gta5_eva02.get_config()
+def get_config(source: str = "gta5") -> Config:
+    """The experiment from `source`: gta5 or synthia."""
+    c = gta5_eva02.get_config(source)
     c.model.encoder = "clip_l14"
     c.model.weights = "weights/clip_l14.safetensors"
     return c

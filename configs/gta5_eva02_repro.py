@@ -17,9 +17,9 @@ from configs import gta5_eva02
 from jaxdg.config import Config
 
 
-def get_config() -> Config:
-    """The experiment."""
-    c = gta5_eva02.get_config()
+def get_config(source: str = "gta5") -> Config:
+    """The experiment from `source`: gta5 or synthia."""
+    c = gta5_eva02.get_config(source)
     c.model.encoder = "eva02_clip_l14_vltseg_repro"
     c.optimizer.hold_steps = 500
     c.optimizer.learning_rate_factors = ((r"^pyramid\.", 0.1),)

@@ -4,15 +4,15 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from jaxdg import backbones, segmentation, weights
+    from jaxdg import backbones, detection, segmentation, weights
     from jaxdg.tasks import load
 
 __version__ = "0.1.0"
-__all__ = ["backbones", "load", "segmentation", "weights"]
+__all__ = ["backbones", "detection", "load", "segmentation", "weights"]
 
 
 def __getattr__(name: str):
-    """Imports `backbones`, `segmentation`, `weights` and `load` on first use (PEP 562), so `import jaxdg` is quick."""
+    """Imports `backbones`, `detection`, `segmentation`, `weights` and `load` on first use (PEP 562), so `import jaxdg` is quick."""
     if name == "load":
         return importlib.import_module("jaxdg.tasks").load
     if name in __all__:

@@ -33,6 +33,7 @@ def run(main: Callable[[list[str]], None]) -> None:
                 path = arguments[i + 1] if argument == name and i + 1 < len(arguments) else path
                 if path is None:
                     continue
+                path = path.split(":")[0]  # what stands behind the colon is handed to its get_config
                 if not os.path.isfile(path):
                     raise FileNotFoundError(f"no config file {path}; see configs/ for those that exist")
                 config_lib.let_import(path)

@@ -16,6 +16,8 @@ import types
 import typing
 from typing import Any
 
+from jaxdg.data import protocols
+from jaxdg.data.boxes import BoxOptions
 from jaxdg.data.datasets import FolderOptions, StreetsOptions
 
 
@@ -37,30 +39,60 @@ class DataConfig:
     """What is trained on, and how samples are made from it.
 
     Attributes:
-        source: the domain trained on: `clear` (generated streets), `camvid`, or a domain described by `folder`. Default clear.
+        source: the domain trained on: `clear` (generated streets), `gta5`, `camvid` or another published dataset, a domain described by
+            `folder`, or several joined by `+`. Default clear.
+        source_weights: how often each of several sources is drawn; () for by their numbers of images. Default ().
+        skip: text file of paths to leave out with their partners, one a line, relative to `root` or absolute; None if unused. Default None.
+        mapillary_labels: which classes the ids of Mapillary Vistas mean, those of vltseg or of rein. Default vltseg.
         root: folder that holds the datasets as downloaded. Default: $JAXDG_DATA, else `data`.
         workers: processes that read and augment; 0 does it in threads of the main process. Default 0.
         crop: height and width in pixels of training crops and of the model's windows. Default 128x128.
+        resize: height and width in pixels of every image before the random scale; None keeps its own. Default None.
+        keep_ratio: resize to the largest size of the image's own ratio that fits into `resize`. Default False.
         scale: smallest and largest factor of the random resize before the crop. Default 0.75 to 1.5.
         flip: probability of a horizontal flip. Default 0.5.
-        max_class_share: a crop is redrawn (at most 10 times) while one class covers more than this; 1 turns it off. Default 1.
+        max_class_share: a crop is redrawn (at most 10 times) while one class covers this share of it; 1 turns it off. Default 1.
+        rare_class_temperature: of rare-class sampling; the lower, the more the rarest classes are preferred (DAFormer: 0.01). 0 turns it
+            off and shows every image once an epoch. Default 0.
+        rare_class_min_pixels: of the drawn class in an image that is drawn for it. Default 3000.
+        randaugment: number of operations of RandAugment and their magnitude, 0 to 10. Default 0, 0.
+        distortion_probability: of each change of brightness, contrast, saturation and hue. 1 with the latter two at 0 changes contrast and
+            brightness at once, else it is mmsegmentation's PhotoMetricDistortion, whose strengths are 32, 0.5, 0.5, 18 and probability 0.5.
+            Default 1.
         brightness: largest random shift of all pixel values, in units of 0..255. Default 24.
         contrast: largest random relative change of contrast. Default 0.25.
+        saturation: largest random relative change of saturation. Default 0.
+        hue: largest random turn of the hue, in OpenCV's units of 2 degrees. Default 0.
+        max_boxes: boxes are padded to so many an image. Default 100.
         streets: the generated dataset.
         folder: any other dataset as pairs of image and label folders; None if unused.
+        boxes: any other dataset as images with boxes, in VOC or COCO form; None if unused.
     """
 
     source: str = "clear"
+    source_weights: tuple[float, ...] = ()
+    skip: str | None = None
+    mapillary_labels: str = "vltseg"
     root: str = dataclasses.field(default_factory=lambda: os.environ.get("JAXDG_DATA", "data"))
     workers: int = 0
     crop: tuple[int, int] = (128, 128)
+    resize: tuple[int, int] | None = None
+    keep_ratio: bool = False
     scale: tuple[float, float] = (0.75, 1.5)
     flip: float = 0.5
     max_class_share: float = 1.0
+    rare_class_temperature: float = 0.0
+    rare_class_min_pixels: int = 3000
+    randaugment: tuple[int, float] = (0, 0.0)
+    distortion_probability: float = 1.0
     brightness: float = 24.0
     contrast: float = 0.25
+    saturation: float = 0.0
+    hue: float = 0.0
+    max_boxes: int = 100
     streets: StreetsOptions = dataclasses.field(default_factory=StreetsOptions)
     folder: FolderOptions | None = None
+    boxes: BoxOptions | None = None
 
 
 @dataclasses.dataclass
@@ -91,23 +123,92 @@ class Mask2FormerOptions:
 
 
 @dataclasses.dataclass
+class FcosOptions:
+    """Sizes of the light single-stage head of detectors.
+
+    Attributes:
+        channels: of the pyramid and the towers; a multiple of `groups`. Default 128.
+        convs: convolutions of each tower. Default 2.
+        groups: of the GroupNorm after each. Default 32.
+        levels: of the pyramid, 0 to 3 with 4 to 32 pixels a feature, beside one more that is coarser. Default 1, 2, 3.
+        score_threshold: least score of a detection. Default 0.05.
+        candidates: best ones of an image that suppression chooses from. Default 1000.
+        nms: IoU above which the better of two boxes of a class suppresses the other. Default 0.6.
+        detections: most boxes found in an image. Default 100.
+    """
+
+    channels: int = 128
+    convs: int = 2
+    groups: int = 32
+    levels: tuple[int, ...] = (1, 2, 3)
+    score_threshold: float = 0.05
+    candidates: int = 1000
+    nms: float = 0.6
+    detections: int = 100
+
+
+@dataclasses.dataclass
+class RcnnOptions:
+    """Sizes of two-stage detectors; the defaults are ViTDet's.
+
+    Attributes:
+        channels: of the pyramid and of convolutions in the box heads. Default 256.
+        levels: of the pyramid that boxes are pooled from, 0 to 3 with 4 to 32 pixels a feature. Default 0, 1, 2, 3.
+        anchors: roots of the areas of anchors in pixels, one for each level and one more; those of C4 are all on one level. Default 32, 64,
+            128, 256, 512.
+        rpn_convs: convolutions of the proposal network. Default 2.
+        rpn_samples: anchors drawn for the losses of an image. Default 256.
+        before: best proposals of a level that suppression chooses from, in training and in inference. Default 2000, 1000.
+        after: best proposals of an image that are left of them. Default 1000, 1000.
+        convs: convolutions of a box head. Default 4.
+        fcs: linear layers of a box head. Default 1.
+        hidden: channels of those. Default 1024.
+        proposals: drawn for the losses of an image. Default 512.
+        score_threshold: least score of a detection. Default 0.05.
+        nms: IoU above which the better of two boxes of a class suppresses the other. Default 0.5.
+        detections: most boxes found in an image. Default 100.
+        attention_pool: of C4: the encoder's attention pool makes a vector of a proposal, and not the mean. Default True.
+    """
+
+    channels: int = 256
+    levels: tuple[int, ...] = (0, 1, 2, 3)
+    anchors: tuple[float, ...] = (32.0, 64.0, 128.0, 256.0, 512.0)
+    rpn_convs: int = 2
+    rpn_samples: int = 256
+    before: tuple[int, int] = (2000, 1000)
+    after: tuple[int, int] = (1000, 1000)
+    convs: int = 4
+    fcs: int = 1
+    hidden: int = 1024
+    proposals: int = 512
+    score_threshold: float = 0.05
+    nms: float = 0.5
+    detections: int = 100
+    attention_pool: bool = True
+
+
+@dataclasses.dataclass
 class ModelConfig:
     """What is trained.
 
     Attributes:
         encoder: a name of the zoo (`jaxdg.backbones.ZOO`). Default scratch_ti8.
         weights: converted weights of the encoder; None trains from scratch. Default None.
-        text_weights: converted text tower beside the encoder, for the decoder clip_text. Default None.
+        text_weights: converted text tower beside the encoder, for the decoder clip_text, or to classify by class names in faster_rcnn_c4.
+            Default None.
         start: workdir of another run, or one step in it, whose whole model this one starts from instead of `weights`. Default None.
         taps: blocks whose features are read, from 0; () for the zoo's choice. Default ().
         patch_size: side of the encoder's patches in pixels; None for that of its pre-training. Default None.
         patch_resize: how the kernel of stored patches of another size is resized: flexi (FlexiViT's pseudo-inverse) or bicubic. Default
             flexi.
-        pyramid: none, or four levels with layer or batch normalisation; encoders with levels of their own need none and get none. Default
-            layer.
+        pyramid: none, or four levels with layer or batch normalisation; encoders with levels of their own need none and get none.
+            Detectors have their own instead, ViTDet's or an FPN. Default layer.
         decoder: linear, segformer (MLP), mask2former, which needs a pyramid, or clip_text: CLIP's features against class names, without
-            a step of training. Default linear.
+            a step of training. Of detection fcos (light, one stage), faster_rcnn, cascade_rcnn, or faster_rcnn_c4, which looks at proposals
+            with the last stage of a CLIP ResNet. Default linear.
         mask2former: sizes of that decoder.
+        fcos: sizes of that decoder.
+        rcnn: sizes of the two-stage detectors.
         segformer_channels: inside the segformer decoder; SegFormer has 256 on mit_b0 and mit_b1, and 768 on larger ones. Default 256.
         freeze: what stays as loaded: none, all (the encoder), `first N` (embeddings and first N blocks), `last N` (last N blocks),
             or a regular expression searched in parameter names such as `backbone.blocks.3.attn.qkv.kernel`. N counts the stages of a
@@ -127,6 +228,8 @@ class ModelConfig:
     pyramid: str = "layer"
     decoder: str = "linear"
     mask2former: Mask2FormerOptions = dataclasses.field(default_factory=Mask2FormerOptions)
+    fcos: FcosOptions = dataclasses.field(default_factory=FcosOptions)
+    rcnn: RcnnOptions = dataclasses.field(default_factory=RcnnOptions)
     segformer_channels: int = 256
     freeze: str = "none"
     drop_path: float = 0.0
@@ -176,14 +279,17 @@ class EvaluationConfig:
 
     Attributes:
         domains: evaluated in this order; the source among them is marked as seen.
-        protocol: native: images at their own size, labels never resized. Default native.
-        stride: rows and columns in pixels between windows of the size of `data.crop`. Default 64x64.
+        protocol: of segmentation image sizes, windows and label maps: native (images at their own size), vltseg, rein, or with test-time
+            augmentation cityscapes_test, acdc_test; see `data/protocols.py`. Of detection whose AP50 is the score: voc07, voc12 or coco;
+            see `detection/average_precision.py`. If empty, which is the default, the first of these.
+        stride: rows and columns in pixels between windows of the size of `data.crop` under native; the others have their own. Default
+            64x64.
         batch_size: images a step, over all devices. Default 4.
         windows_per_call: windows computed at once; bounds memory. Default 8.
     """
 
     domains: tuple[str, ...] = ("clear", "night", "rain", "fog", "dusk_rain")
-    protocol: str = "native"
+    protocol: str = ""
     stride: tuple[int, int] = (64, 64)
     batch_size: int = 4
     windows_per_call: int = 8
@@ -201,7 +307,7 @@ class Config:
         eval_every: steps between evaluations; 0: no evaluation at all, otherwise also at the end. Default 500.
         checkpoint_every: steps between checkpoints; one is always written at the end. Default 100.
         keep_checkpoints: newest checkpoints kept, besides the best on the source domain. Default 2.
-        task: segmentation. Default segmentation.
+        task: segmentation or detection. Default segmentation.
         mesh: devices.
         data: what is trained on.
         model: what is trained.
@@ -224,6 +330,13 @@ class Config:
     evaluation: EvaluationConfig = dataclasses.field(default_factory=EvaluationConfig)
 
 
+# What a task allows for model.decoder, and for evaluation.protocol, of which the first is the default.
+DECODERS = {
+    "segmentation": ("linear", "segformer", "mask2former", "clip_text"),
+    "detection": ("fcos", "faster_rcnn", "cascade_rcnn", "faster_rcnn_c4"),
+}
+PROTOCOLS = {"segmentation": protocols.NAMES, "detection": ("voc07", "voc12", "coco")}
+
 # Changing these leaves the run the same, so a resumed run may differ in them.
 FREE_FIELDS = ("mesh.", "data.workers", "data.root", "log_every", "eval_every", "checkpoint_every")
 
@@ -244,24 +357,38 @@ _RULES: tuple[tuple[str, str, Any], ...] = (
     ("eval_every", "0 (never) or more", lambda v: v >= 0),
     ("checkpoint_every", "at least 1", lambda v: v >= 1),
     ("keep_checkpoints", "at least 1", lambda v: v >= 1),
-    ("task", "segmentation", lambda v: v == "segmentation"),
+    ("task", " or ".join(DECODERS), lambda v: v in DECODERS),
     ("model.patch_size", "None or at least 1 pixel", lambda v: v is None or v >= 1),
     ("model.patch_resize", "flexi or bicubic", lambda v: v in ("flexi", "bicubic")),
     ("model.pyramid", "none, layer or batch", lambda v: v in ("none", "layer", "batch")),
-    ("model.decoder", "linear, segformer, mask2former or clip_text", lambda v: v in ("linear", "segformer", "mask2former", "clip_text")),
     ("model.segformer_channels", "at least 1", lambda v: v >= 1),
     *((f"model.mask2former.{field.name}", "at least 1", lambda v: v >= 1) for field in dataclasses.fields(Mask2FormerOptions)),
+    *((f"model.fcos.{name}", "at least 1", lambda v: v >= 1) for name in ("channels", "convs", "groups", "candidates", "detections")),
+    *((f"model.rcnn.{name}", "at least 1", lambda v: v >= 1) for name in ("channels", "rpn_samples", "hidden", "proposals", "detections")),
+    *((f"model.rcnn.{name}", "0 or more", lambda v: v >= 0) for name in ("rpn_convs", "convs", "fcs")),
+    *((f"model.rcnn.{name}", "two numbers of at least 1", lambda v: min(v) >= 1) for name in ("before", "after")),
+    *((f"model.{head}.{name}", "0 to 1", lambda v: 0 <= v <= 1) for head in ("fcos", "rcnn") for name in ("score_threshold", "nms")),
+    ("model.rcnn.anchors", "sides of more than 0 pixels", lambda v: min(v, default=0) > 0),
     ("model.dtype", "float32 or bfloat16", lambda v: v in ("float32", "bfloat16")),
-    ("evaluation.protocol", "native", lambda v: v == "native"),
     ("mesh.data", "-1 (the rest) or at least 1", lambda v: v == -1 or v >= 1),
     ("mesh.fsdp", "-1 (the rest) or at least 1", lambda v: v == -1 or v >= 1),
+    ("data.source_weights", "positive numbers", lambda v: all(w > 0 for w in v)),
+    ("data.mapillary_labels", "vltseg or rein", lambda v: v in ("vltseg", "rein")),
     ("data.workers", "0 or more", lambda v: v >= 0),
     ("data.crop", "two sides of at least 1 pixel", lambda v: min(v) >= 1),
     ("data.scale", "two positive factors, smallest first", lambda v: 0 < v[0] <= v[1]),
     ("data.flip", "0 to 1", lambda v: 0 <= v <= 1),
+    ("data.resize", "None or two sides of at least 1 pixel", lambda v: v is None or min(v) >= 1),
     ("data.max_class_share", "above 0 up to 1", lambda v: 0 < v <= 1),
+    ("data.rare_class_temperature", "0 (off) or more", lambda v: v >= 0),
+    ("data.rare_class_min_pixels", "at least 1", lambda v: v >= 1),
+    ("data.randaugment", "0 or more operations, a magnitude of 0 to 10", lambda v: v[0] >= 0 and 0 <= v[1] <= 10),
+    ("data.distortion_probability", "0 to 1", lambda v: 0 <= v <= 1),
     ("data.brightness", "0 to 255", lambda v: 0 <= v <= 255),
     ("data.contrast", "0 to 1", lambda v: 0 <= v <= 1),
+    ("data.saturation", "0 to 1", lambda v: 0 <= v <= 1),
+    ("data.hue", "0 to 90, half a turn", lambda v: 0 <= v <= 90),
+    ("data.max_boxes", "at least 1", lambda v: v >= 1),
     ("data.streets.size", "two sides of at least 32 pixels", lambda v: min(v) >= 32),
     ("data.streets.images", "at least 1", lambda v: v >= 1),
     ("data.streets.val_images", "at least 1", lambda v: v >= 1),
@@ -297,6 +424,7 @@ def validated(config: Config) -> Config:
         value = get(config, field)
         if not test(value):
             raise ValueError(f"{field} is {value}; allowed: {allowed}")
+    _check_task(config)
     if config.batch_size % config.optimizer.accumulate:
         raise ValueError(f"optimizer.accumulate is {config.optimizer.accumulate}; allowed: a divisor of batch_size {config.batch_size}")
     untrained = config.model.decoder == "clip_text"
@@ -308,10 +436,40 @@ def validated(config: Config) -> Config:
     if not untrained and o.warmup_steps + o.hold_steps >= config.steps:
         before = f"optimizer.warmup_steps is {o.warmup_steps} and hold_steps is {o.hold_steps}"
         raise ValueError(f"{before}; allowed: together less than steps {config.steps}")
+    sources, weights = config.data.source.split("+"), config.data.source_weights
+    if weights and len(weights) != len(sources):
+        raise ValueError(f"data.source_weights is {weights}; allowed: () or one weight for each of {', '.join(sources)}")
+    if config.data.keep_ratio and config.data.resize is None:
+        raise ValueError("data.keep_ratio is True; allowed: False, as data.resize is None")
     crop, stride = config.data.crop, config.evaluation.stride
-    if stride[0] > crop[0] or stride[1] > crop[1]:
+    if config.task == "segmentation" and (stride[0] > crop[0] or stride[1] > crop[1]):
         raise ValueError(f"evaluation.stride is {stride}; allowed: at most data.crop {crop}, or windows would leave gaps")
     return config
+
+
+def _check_task(config: Config) -> None:
+    """Decoder and protocol are the task's; settings that detection could not heed are refused."""
+    task, e, m = config.task, config.evaluation, config.model
+    e.protocol = e.protocol or PROTOCOLS[task][0]
+    for field, choices in (("model.decoder", DECODERS[task]), ("evaluation.protocol", PROTOCOLS[task])):
+        if get(config, field) not in choices:
+            raise ValueError(f"{field} is {get(config, field)}; allowed: {', '.join(choices)}, with task {task}")
+    if task == "segmentation":
+        return
+    _want(config, {"data.rare_class_temperature": 0, "data.max_class_share": 1}, "task detection, as there are no label maps")
+    _want(config, {"model.taps": ()}, "task detection, whose pyramid reads the last block, or the stages of its levels")
+    if m.text_weights and not (m.decoder == "faster_rcnn_c4" and m.rcnn.attention_pool):
+        raise ValueError(
+            f"model.text_weights is {m.text_weights}; allowed: None but with model.decoder faster_rcnn_c4 and its attention_pool"
+        )
+    if m.decoder in ("faster_rcnn", "cascade_rcnn") and len(m.rcnn.anchors) != len(m.rcnn.levels) + 1:
+        raise ValueError(f"model.rcnn.anchors is {m.rcnn.anchors}; allowed: one for each of model.rcnn.levels {m.rcnn.levels} and one more")
+
+
+def _want(config: Config, wanted: dict[str, Any], reason: str) -> None:
+    for field, value in wanted.items():
+        if get(config, field) != value:
+            raise ValueError(f"{field} is {get(config, field)}; allowed: {value} with {reason}")
 
 
 def _check_untrained(config: Config) -> None:
@@ -321,9 +479,7 @@ def _check_untrained(config: Config) -> None:
         if getattr(m, field) is None:
             raise ValueError(f"model.{field} is None; model.decoder clip_text needs a converted file, see configs/camvid_clip_zero_shot.py")
     wanted = {"steps": 0, "model.start": None, "model.taps": (), "model.pyramid": "none"}
-    for field, value in wanted.items():
-        if get(config, field) != value:
-            raise ValueError(f"{field} is {get(config, field)}; allowed: {value} with model.decoder clip_text, which trains nothing")
+    _want(config, wanted, "model.decoder clip_text, which trains nothing")
 
 
 def get(config: Any, field: str) -> Any:

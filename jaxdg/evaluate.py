@@ -5,6 +5,7 @@ python -m jaxdg.evaluate --checkpoint runs/streets --domains night,fog
 
 from collections.abc import Callable, Mapping, Sequence
 import dataclasses
+import itertools
 import json
 import os
 from pathlib import Path
@@ -17,28 +18,32 @@ from rich.table import Table
 
 from jaxdg import cli
 from jaxdg import config as config_lib
-from jaxdg.config import Config
-from jaxdg.data.datasets import Dataset, open_domain
-from jaxdg.tasks import DomainResult, Task, locate, make_task, restore_model
+from jaxdg.config import PROTOCOLS, Config
+from jaxdg.data.datasets import Dataset
+from jaxdg.task import DomainResult, Task
+from jaxdg.tasks import locate, make_task, restore_model
 from jaxdg.training import sharding
 
 
-def open_domains(config: Config) -> dict[str, Dataset]:
-    """The validation images of every domain in `config.evaluation.domains`, checked."""
-    d = config.data
-    open_one = lambda name: open_domain(name, root=d.root, train=False, streets=d.streets, folder=d.folder)
-    return {name: open_one(name) for name in config.evaluation.domains}
+def open_domains(task: Task) -> dict[str, Dataset]:
+    """The validation images of every domain in `evaluation.domains`, checked."""
+    return {name: task.open(name, train=False) for name in task.config.evaluation.domains}
 
 
 def evaluate_domains(
     evaluator: Callable[..., DomainResult], state: Any, datasets: Mapping[str, Dataset], config: Config, tick: Callable[[str, int], None]
 ) -> dict[str, DomainResult]:
-    """Judges a model on each domain; `tick(domain, batch)` is called after every batch and may raise to stop."""
-    results = {}
+    """Judges a model on each domain, and in the same pass on its parts; `tick(domain, batch)` is called after every batch and may raise."""
+    results, sources = {}, config.data.source.split("+")
     for name, dataset in datasets.items():
-        done = iter(range(1, len(dataset) + 1))
-        results[name] = evaluator(state, dataset, lambda name=name, done=done: tick(name, next(done)))
-        results[name].metrics |= {"seen": name == config.data.source, "part_of": None, "subsets": {}}
+        if name in results:  # as a part
+            continue
+        done = itertools.count(1)
+        whole = evaluator(state, dataset, lambda name=name, done=done: tick(name, next(done)))
+        for key, result in {name: whole, **whole.parts}.items():
+            seen = any(domain in sources for domain in (name, key))
+            result.metrics |= {"seen": seen, "part_of": None if key == name else name}
+            results[key] = result
     return results
 
 
@@ -59,32 +64,38 @@ def summary(task: Task, config: Config, step: int, results: Mapping[str, DomainR
     }
 
 
-def write_results(results: dict[str, Any], folder: Path) -> None:
-    """Writes results.json, whole or not at all."""
+def write_results(everything: dict[str, Any], results: Mapping[str, DomainResult], folder: Path) -> None:
+    """Writes results.json, whole or not at all, and before it what belongs beside it."""
     folder.mkdir(parents=True, exist_ok=True)
+    for name, result in results.items():
+        result.write(folder, name)
     partial = folder / "results.partial"
-    partial.write_text(json.dumps(results, indent=2) + "\n")
+    partial.write_text(json.dumps(everything, indent=2) + "\n")
     os.replace(partial, folder / "results.json")
 
 
 def print_results(results: dict[str, Any], console: Console) -> None:
     """A table of every class on every domain, then the means."""
-    domains = results["domains"]
+    domains, score = results["domains"], "mAP50" if results["task"] == "detection" else "mIoU"
+    of_class = score.removeprefix("m")
     table = Table(
-        title=f"IoU in % at step {results['step']}, trained on {results['source']}, protocol {results['protocol']}", title_justify="left"
+        title=f"{of_class} in % at step {results['step']}, trained on {results['source']}, protocol {results['protocol']}",
+        title_justify="left",
     )
     table.add_column("class")
     for name, entry in domains.items():
         table.add_column(name + (" (source)" if entry["seen"] else ""), justify="right")
     cell = lambda value: "-" if value is None else f"{value:.1f}"
-    for label in next(iter(domains.values()))["IoU"]:
-        table.add_row(label, *(cell(entry["IoU"][label]) for entry in domains.values()))
+    for label in next(iter(domains.values()))[of_class]:
+        table.add_row(label, *(cell(entry[of_class][label]) for entry in domains.values()))
     table.add_section()
-    table.add_row("mIoU", *(cell(entry["mIoU"]) for entry in domains.values()), style="bold")
+    table.add_row(score, *(cell(entry[score]) for entry in domains.values()), style="bold")
+    for subset in next(iter(domains.values())).get("subsets", ()):
+        table.add_row(f"mIoU of {subset}", *(cell(entry["subsets"].get(subset)) for entry in domains.values()))
     console.print(table)
     if results["mean_unseen"] is not None:
         rpd = "" if results["rPD"] is None else f"   rPD {results['rPD']:.1f} %"
-        console.print(f"mean of unseen domains {results['mean_unseen']:.1f}{rpd}")
+        console.print(f"mean of unseen domains {results['mean_unseen']:.1f}{rpd}   protocol {results['protocol']}")
 
 
 def save_pictures(results: Mapping[str, DomainResult], folder: Path) -> None:
@@ -116,19 +127,18 @@ def main(arguments: Sequence[str]) -> None:
     config.data = dataclasses.replace(d, root=root, workers=d.workers if _WORKERS.value is None else _WORKERS.value)
     config.mesh = config_lib.MeshConfig()
     config = config_lib.validated(config)
-    datasets = open_domains(config)
     task, mesh, console = make_task(config), sharding.make_mesh(config.mesh), cli.console()
+    datasets = open_domains(task)
     plan, state, at = restore_model(workdir, step, config, task, mesh)
-    total = {name: -(-len(dataset) // config.evaluation.batch_size) for name, dataset in datasets.items()}
 
     def tick(name: str, batch: int) -> None:
         if console.is_terminal:
-            console.print(f"{name} {batch}/{total[name]}", end="\r")
+            console.print(f"{name}: {batch} batches of {len(datasets[name])} images", end="\r")
 
     results = evaluate_domains(task.evaluator(plan.graph, mesh), state, datasets, config, tick)
     out = Path(_OUT.value) if _OUT.value else workdir / f"evaluation_{at}"
     everything = summary(task, config, at, results)
-    write_results(everything, out)
+    write_results(everything, results, out)
     save_pictures(results, out)
     print_results(everything, console)
     console.print(f"written to {out}/results.json and {out}/pictures")
@@ -137,7 +147,9 @@ def main(arguments: Sequence[str]) -> None:
 if __name__ == "__main__":
     _CHECKPOINT = flags.DEFINE_string("checkpoint", None, "A workdir, or one step in it such as DIR/checkpoints/500.", required=True)
     _DOMAINS = flags.DEFINE_list("domains", None, "Domains to evaluate, by comma; those of the run's configuration if left out.")
-    _PROTOCOL = flags.DEFINE_enum("protocol", None, ["native"], "Image size and windows; the run's own if left out.")
+    _PROTOCOL = flags.DEFINE_enum(
+        "protocol", None, sum(PROTOCOLS.values(), ()), "How the task is judged, see evaluation.protocol; the run's own if left out."
+    )
     _DATA_ROOT = flags.DEFINE_string("data_root", None, "Folder of the datasets; $JAXDG_DATA, else the run's, if left out.")
     _BATCH_SIZE = flags.DEFINE_integer("batch_size", None, "Images a step, over all devices.", lower_bound=1)
     _WORKERS = flags.DEFINE_integer("workers", None, "Processes that read images.", lower_bound=0)

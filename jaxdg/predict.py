@@ -1,9 +1,14 @@
-"""Images in, label maps and overlays out.
+"""Images in, label maps or boxes and overlays out.
 
-python -m jaxdg.predict --checkpoint runs/streets --out predictions IMAGE_OR_FOLDER...
+    python -m jaxdg.predict --checkpoint runs/streets --out predictions IMAGE_OR_FOLDER...
+
+Segmentation writes `NAME.png` (class ids, uint8, of the image's size). Detection writes `NAME.json`: a list of boxes as in COCO's results,
+{"category": class name, "category_id": its number from 1, "bbox": [x, y, width, height] in pixels of the image, "score"}, the best first.
+Both write `NAME_overlay.jpg`.
 """
 
 from collections.abc import Iterable, Sequence
+import json
 from pathlib import Path
 
 from absl import flags
@@ -12,7 +17,9 @@ from PIL import Image
 
 from jaxdg import cli, visualize
 from jaxdg.data.datasets import read_image
-from jaxdg.tasks import Model, load
+from jaxdg.data.labels import LabelSet
+from jaxdg.detection.average_precision import Detections
+from jaxdg.tasks import load
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
 
@@ -38,21 +45,38 @@ def find_images(paths: Iterable[str]) -> list[tuple[Path, Path]]:
     taken: dict[Path, Path] = {}
     for file, name in found:
         if name in taken:
-            raise ValueError(f"{taken[name]} and {file} would both be written as {name}.png; predict them into different folders")
+            raise ValueError(f"{taken[name]} and {file} would both be written as {name}; predict them into different folders")
         taken[name] = file
     return found
 
 
-def predict_file(model: Model, file: Path, name: Path, out: Path) -> np.ndarray:
-    """Writes `out/NAME.png` (class ids) and `out/NAME_overlay.jpg` of one image; returns the class ids uint8 [h, w]."""
-    image = read_image(str(file))
-    label = model.predict(image)
-    target = out / name
+def write_label(target: Path, image: np.ndarray, label: np.ndarray, labels: LabelSet) -> str:
+    """Writes `TARGET.png` and `TARGET_overlay.jpg` of a label map uint8 [h, w]; returns a line about it."""
     target.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(label).save(target.with_name(target.name + ".png"))
-    overlay = visualize.overlay(image, label, model.labels.colors, model.labels.names)
-    Image.fromarray(overlay).save(target.with_name(target.name + "_overlay.jpg"), quality=92)
-    return label
+    Image.fromarray(label).save(f"{target}.png")
+    _save(f"{target}_overlay.jpg", visualize.overlay(image, label, labels.colors, labels.names))
+    ids, counts = np.unique(label, return_counts=True)
+    shares = sorted(zip(counts / label.size, ids, strict=True), reverse=True)[:3]
+    return f"{target}.png  " + ", ".join(f"{labels.names[i]} {100 * share:.0f} %" for share, i in shares)
+
+
+def write_boxes(target: Path, image: np.ndarray, found: Detections, labels: LabelSet, score_threshold: float) -> str:
+    """Writes `TARGET.json` and `TARGET_overlay.jpg` of the boxes of at least this score; returns a line about them."""
+    sure = found.scores >= score_threshold
+    boxes, scores, classes = found.boxes[sure], found.scores[sure], found.classes[sure]
+    entries = [
+        {"category": labels.names[k], "category_id": k + 1, "bbox": [x0, y0, x1 - x0, y1 - y0], "score": score}
+        for (x0, y0, x1, y1), score, k in zip(boxes.tolist(), scores.tolist(), classes.tolist(), strict=True)
+    ]
+    target.parent.mkdir(parents=True, exist_ok=True)
+    Path(f"{target}.json").write_text(json.dumps(entries))
+    _save(f"{target}_overlay.jpg", visualize.box_overlay(image, boxes, classes, labels.colors, labels.names, scores))
+    counts = ((np.count_nonzero(classes == k), name) for k, name in enumerate(labels.names))
+    return f"{target}.json  " + (", ".join(f"{count} {name}" for count, name in counts if count) or "nothing")
+
+
+def _save(path: str, picture: np.ndarray) -> None:
+    Image.fromarray(picture).save(path, quality=92)
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -62,13 +86,16 @@ def main(arguments: Sequence[str]) -> None:
     images = find_images(arguments[1:])
     model, out = load(_CHECKPOINT.value), Path(_OUT.value)
     for file, name in images:
-        label = predict_file(model, file, name, out)
-        ids, counts = np.unique(label, return_counts=True)
-        shares = sorted(zip(counts / label.size, ids, strict=True), reverse=True)[:3]
-        print(f"{out / name}.png  " + ", ".join(f"{model.labels.names[i]} {100 * share:.0f} %" for share, i in shares), flush=True)
+        image = read_image(str(file))
+        seen = model.predict(image)
+        if isinstance(seen, Detections):
+            print(write_boxes(out / name, image, seen, model.labels, _SCORE_THRESHOLD.value), flush=True)
+        else:
+            print(write_label(out / name, image, seen, model.labels), flush=True)
 
 
 if __name__ == "__main__":
     _CHECKPOINT = flags.DEFINE_string("checkpoint", None, "A workdir, or one step in it such as DIR/checkpoints/500.", required=True)
-    _OUT = flags.DEFINE_string("out", None, "Folder for NAME.png (class ids) and NAME_overlay.jpg.", required=True)
+    _OUT = flags.DEFINE_string("out", None, "Folder for NAME.png (class ids) or NAME.json (boxes), and NAME_overlay.jpg.", required=True)
+    _SCORE_THRESHOLD = flags.DEFINE_float("score_threshold", 0.3, "Least score of a box that is written and drawn.", 0.0, 1.0)
     cli.run(main)

@@ -7,6 +7,8 @@ of the workdir; else the whole model of another run (`model.start`); else random
 """
 
 from collections.abc import Sequence
+import dataclasses
+import functools
 import math
 from pathlib import Path
 import time
@@ -22,9 +24,12 @@ from jaxdg import cli, weights
 from jaxdg import config as config_lib
 from jaxdg.cli import Interrupt, Stop
 from jaxdg.config import Config
-from jaxdg.data.datasets import Dataset, open_domain
+from jaxdg.data.datasets import Dataset
 from jaxdg.data.pipeline import batch_files, train_batches
+from jaxdg.data.samplers import Sampler, make_sampler
+from jaxdg.data.transforms import Augmentation
 from jaxdg.evaluate import evaluate_domains, open_domains, print_results, summary, write_results
+from jaxdg.task import Task
 from jaxdg.tasks import Plan, abstract_state, make_task, stored_tensors
 from jaxdg.training import optimizer as optimizer_lib
 from jaxdg.training import sharding
@@ -42,12 +47,16 @@ def train(config: Config, workdir: Path, console: Console, interrupt: Interrupt)
         return
 
     # --- Data: everything is opened and checked before the first step -----------------------------------------------------
-    d = config.data
-    source = open_domain(d.source, root=d.root, train=True, streets=d.streets, folder=d.folder)
-    domains = open_domains(config) if config.eval_every else {}
+    d, task = config.data, make_task(config)
+    source = task.open(d.source, train=True)
+    domains = open_domains(task) if config.eval_every else {}
+    if d.rare_class_temperature:
+        console.print(f"rare-class sampling: counts the classes of {len(source)} labels, once for all runs")
+    rare = {"temperature": d.rare_class_temperature, "min_pixels": d.rare_class_min_pixels}
+    sampler = make_sampler(source, seed=config.seed, weights=d.source_weights, **rare, workers=d.workers)
 
     # --- Model and state ---------------------------------------------------------------------------------------------------
-    mesh, task = sharding.make_mesh(config.mesh), make_task(config)
+    mesh = sharding.make_mesh(config.mesh)
     if config.batch_size // config.optimizer.accumulate % mesh.size:
         raise ValueError(
             f"batch_size {config.batch_size} in {config.optimizer.accumulate} parts is not divisible by {mesh.size} devices; "
@@ -60,7 +69,7 @@ def train(config: Config, workdir: Path, console: Console, interrupt: Interrupt)
             weights.metadata(file)  # fails early where there is no such file
     state = checkpoints.restore(like, say=console.print)
     if state is None:
-        state = initial_state(plan, like, optimizer, config)
+        state = initial_state(task, plan, like, optimizer)
     else:
         console.print(f"resuming from step {int(state.step)}")
     describe(config, plan, source, mesh, console)
@@ -72,7 +81,7 @@ def train(config: Config, workdir: Path, console: Console, interrupt: Interrupt)
     key, parts = jax.random.key(config.seed), config.optimizer.accumulate
     step_fn = make_step(plan.graph, optimizer, task.normalizer, task.losses, key, shardings, parts)
     evaluator = task.evaluator(plan.graph, mesh)
-    log = Log(config, source, writer, console, start)
+    log = Log(config, source, sampler, writer, console, start)
 
     def evaluate(state: TrainState) -> None:
         """Judges the state on every domain; its checkpoint is on its way to disk already, so stopping here loses nothing."""
@@ -86,12 +95,13 @@ def train(config: Config, workdir: Path, console: Console, interrupt: Interrupt)
                 writer.picture(f"{name}/{i}", picture, step)
         entry = lambda name, r: {"step": step, "domain": name, task.score_name: r.score, "images": r.metrics["images"]}
         writer.rows(*(entry(name, result) for name, result in results.items()))
-        write_results(everything, workdir)
+        write_results(everything, results, workdir)
         # Choosing a checkpoint by unseen domains would be cheating: the best one is the best on the source domain.
         seen = [result.score for result in results.values() if result.metrics["seen"]]
         if seen:
             checkpoints.scored(step, sum(seen) / len(seen))
-        log.say("  ".join(f"{name} {result.score:.1f}" for name, result in results.items()) + f"  {task.score_name}")
+        scores = "  ".join(f"{name} {result.score:.1f}" for name, result in results.items())
+        log.say(f"{scores}  {task.score_name} (protocol {config.evaluation.protocol})")
 
     try:
         with log:
@@ -102,14 +112,13 @@ def train(config: Config, workdir: Path, console: Console, interrupt: Interrupt)
             shard = (jax.process_index(), jax.process_count())
             batches = train_batches(
                 source,
+                sampler,
+                Augmentation(**{field.name: getattr(d, field.name) for field in dataclasses.fields(Augmentation)}),
                 seed=config.seed,
                 batch_size=config.batch_size,
-                crop=d.crop,
-                scale=d.scale,
-                flip=d.flip,
-                max_class_share=d.max_class_share,
                 start=start,
                 stop=config.steps,
+                max_boxes=d.max_boxes,
                 workers=d.workers,
                 shard=shard,
             )
@@ -160,26 +169,22 @@ def finished(config: Config, workdir: Path, checkpoints: Checkpoints | None, con
     return True
 
 
-def initial_state(plan: Plan, like: TrainState, optimizer: Any, config: Config) -> TrainState:
-    """Random parameters, made where they belong, with another run's model or the encoder's converted weights put in."""
+def initial_state(task: Task, plan: Plan, like: TrainState, optimizer: Any) -> TrainState:
+    """Random parameters, made where they belong, with another run's model or converted weights put in."""
 
     def init(key):
         trained, frozen, statistics = plan.split(plan.make(key))
         return TrainState(jax.numpy.zeros((), jax.numpy.int32), trained, frozen, statistics, optimizer.init(trained))
 
     # Stream 1 of the seed; stream 0 is the steps'.
-    key = jax.random.fold_in(jax.random.key(config.seed), 2**31)
+    key = jax.random.fold_in(jax.random.key(task.config.seed), 2**31)
     state = jax.jit(init, out_shardings=jax.tree.map(lambda leaf: leaf.sharding, like))(key)
-    start, encoder = config.model.start, config.model.weights
-    if start or encoder:
-        model: Any = nnx.merge(plan.graph, state.trained, state.frozen, state.statistics)
-        if start:
-            weights.fill(model, stored_tensors(start), start)
-        elif encoder:
-            weights.load(model.backbone, encoder)
-            if config.model.decoder == "clip_text":
-                model.head.load(config.model.text_weights)
-        state.trained, state.frozen, state.statistics = plan.split(model)
+    model: Any = nnx.merge(plan.graph, state.trained, state.frozen, state.statistics)
+    if start := task.config.model.start:
+        weights.fill(model, stored_tensors(start), start)
+    else:
+        task.load_weights(model)
+    state.trained, state.frozen, state.statistics = plan.split(model)
     return state
 
 
@@ -202,8 +207,9 @@ class Log:
     The numbers of a step are fetched after the next step has been handed to the devices.
     """
 
-    def __init__(self, config: Config, source: Dataset, writer: Writer, console: Console, start: int):
-        self.config, self.source, self.writer, self.console = config, source, writer, console
+    def __init__(self, config: Config, source: Dataset, sampler: Sampler, writer: Writer, console: Console, start: int):
+        self.config, self.writer, self.console = config, writer, console
+        self.files = functools.partial(batch_files, source, sampler, batch_size=config.batch_size)
         self.rate: Any = optimizer_lib.learning_rate(config.optimizer, config.steps)
         self.waiting: list[tuple[int, dict[str, jax.Array]]] = []
         self.last, self.clock = start, time.perf_counter()
@@ -248,10 +254,8 @@ class Log:
         waiting, self.waiting = jax.device_get(self.waiting), []
         for step, metrics in waiting:
             if not math.isfinite(metrics["loss"]):
-                c = self.config
-                files = batch_files(self.source, seed=c.seed, batch_size=c.batch_size, step=step - 1)
                 raise ValueError(
-                    f"the loss of step {step} is {float(metrics['loss'])}; its batch: {', '.join(files)}; "
+                    f"the loss of step {step} is {float(metrics['loss'])}; its batch: {', '.join(self.files(step=step - 1))}; "
                     "lower optimizer.learning_rate or look at these files; checkpoints before this step are untouched"
                 )
             if due(step, self.config.log_every, self.config.steps):

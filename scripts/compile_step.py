@@ -37,15 +37,18 @@ def main() -> None:
     places = jax.tree.map(lambda leaf: leaf.sharding, like)
     step = make_step(plan.graph, optimizer, task.normalizer, task.losses, jax.random.key(0), places, config.optimizer.accumulate)
     rng, (h, w) = np.random.default_rng(0), config.data.crop
-    blocks = rng.integers(0, len(task.labels.names), (config.batch_size, 8, 8)).astype(np.uint8)
-    rows, columns = np.arange(h) * 8 // h, np.arange(w) * 8 // w
-    batch = sharding.to_devices(
-        {
-            "image": rng.integers(0, 256, (config.batch_size, h, w, 3)).astype(np.uint8),
-            "label": blocks[:, rows][:, :, columns],
-        },
-        mesh,
-    )
+    fields: dict[str, np.ndarray] = {"image": rng.integers(0, 256, (config.batch_size, h, w, 3)).astype(np.uint8)}
+    if config.task == "detection":
+        n = (config.batch_size, config.data.max_boxes)
+        corners, sides = rng.uniform(0, 0.7, (*n, 2)), rng.uniform(0.05, 0.3, (*n, 2))
+        fields["boxes"] = (np.concatenate([corners, corners + sides], axis=-1) * [w, h, w, h]).astype(np.float32)
+        fields["classes"] = rng.integers(0, len(task.labels.names), n).astype(np.int32)
+        fields["valid"] = np.broadcast_to(np.arange(n[1]) < 10, n)
+        fields |= {key: np.zeros(n, bool) for key in ("difficult", "crowd")}
+    else:
+        blocks = rng.integers(0, len(task.labels.names), (config.batch_size, 8, 8)).astype(np.uint8)
+        fields["label"] = blocks[:, np.arange(h) * 8 // h][:, :, np.arange(w) * 8 // w]
+    batch = sharding.to_devices(fields, mesh)
     start = time.perf_counter()
     lowered = step.lower(like, batch)
     traced = time.perf_counter()
@@ -62,7 +65,7 @@ def main() -> None:
         "temporary_MB": memory.temp_size_in_bytes // 2**20,
     }
     if args.steps:
-        state, seconds = train.initial_state(plan, like, optimizer, config), []
+        state, seconds = train.initial_state(task, plan, like, optimizer), []
         for _ in range(args.steps):
             start = time.perf_counter()
             state, metrics = compiled(state, batch)

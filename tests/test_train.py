@@ -109,7 +109,7 @@ def test_a_run_starts_from_another_runs_model(runs):
     task, mesh = tasks.make_task(c), sharding.make_mesh(MeshConfig(1, 1), jax.devices()[:1])
     plan = tasks.Plan.of(task, c.model.freeze)
     like, optimizer = tasks.abstract_state(plan, c, mesh)
-    state = train.initial_state(plan, like, optimizer, c)
+    state = train.initial_state(task, plan, like, optimizer)
     found = weights.tensors(nnx.merge(plan.graph, state.trained, state.frozen, state.statistics))
     stored = tasks.stored_tensors(runs.folder / "whole")
     assert found.keys() == stored.keys()

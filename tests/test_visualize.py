@@ -1,4 +1,4 @@
-"""Pictures of label maps: exact colours, lines, legends and sizes."""
+"""Pictures of label maps and boxes: exact colours, lines, legends and sizes."""
 
 import subprocess
 import sys
@@ -6,7 +6,8 @@ import sys
 import numpy as np
 import pytest
 
-from jaxdg.visualize import colorize, grid, legend_rows, overlay, panel
+from jaxdg import visualize
+from jaxdg.visualize import box_overlay, box_panel, colorize, grid, legend_rows, overlay, panel
 
 COLORS = [(200, 10, 20), (0, 128, 255), (90, 240, 30), (255, 255, 0)]
 NAMES = ["road", "sky", "tree", "traffic sign"]
@@ -136,6 +137,107 @@ def test_grid_stacks_rows_of_any_width():
     assert result.shape == (20, 40, 3)
     np.testing.assert_array_equal(result[:10], first)
     np.testing.assert_array_equal(result[14:, 10:30], second)
+
+
+def test_a_frame_lies_on_the_border_pixels_of_its_box():
+    """The outermost pixels of [x0, x1) x [y0, y1) have the class's colour, a line of contrast is outside, and the inside is the image."""
+    background = np.full((300, 320, 3), 77, np.uint8)
+    boxes = np.array([[40, 50, 100, 110], [200.4, 59.6, 280.0, 140.2]], np.float32)
+    picture = box_overlay(background, boxes, np.array([0, 1]), COLORS, NAMES)[:300]
+    for (x0, y0, x1, y1), color, contrast in (((40, 50, 100, 110), COLORS[0], 255), ((200, 60, 280, 140), COLORS[1], 255)):
+        frame = picture[y0:y1, x0:x1].copy()
+        assert (frame[[0, -1]] == color).all()
+        assert (frame[:, [0, -1]] == color).all()
+        assert (frame[1:-1, 1:-1] == 77).all()
+        ring = picture[y0 - 1 : y1 + 1, x1]  # tags stand above the boxes
+        assert (ring == contrast).all()
+
+
+def test_boxes_without_a_pixel_in_the_image_are_not_drawn_and_others_are_cut_off():
+    """Boxes outside and of no extent leave the image alone; one that reaches beyond it is framed along the image's border."""
+    image = np.full((60, 200, 3), 77, np.uint8)
+    gone = np.array([[-50, -50, 0, 0], [300, 10, 400, 40], [20, 20, 20, 40]], np.float32)
+    np.testing.assert_array_equal(box_overlay(image, gone, np.array([0, 1, 2]), COLORS, NAMES)[:60], image)
+    picture = box_overlay(image, np.array([[-50, -50, 500, 500]], np.float32), np.array([0]), COLORS, NAMES)[:60]
+    assert (picture[[0, -1]] == COLORS[0]).all(axis=2).all()
+    assert (picture[:, [0, -1]] == COLORS[0]).all(axis=2).all()
+
+
+@pytest.mark.parametrize("corner", [(0, 0), (1, 0), (0, 1), (1, 1)])
+@pytest.mark.parametrize("width", [120, 320, 2048])
+def test_a_tag_is_wholly_inside_the_picture(width, corner):
+    """In every corner and at every size a tag is as large as in the middle: no pixel of it is cut off."""
+    height, side = width // 2, width // 10
+    image = np.full((height, width, 3), 77, np.uint8)
+    areas = []
+    for x, y in (corner, (0.5, 0.5)):
+        start = np.array([x * (width - side), y * (height - side)], np.float32)
+        picture = box_overlay(image, np.concatenate([start, start + side])[None], np.array([0]), COLORS, NAMES, np.array([0.875]))[:height]
+        plain = box_overlay(image, np.concatenate([start, start + side])[None], np.array([0]), COLORS, [""] * 4)[:height]
+        areas.append((picture != plain).any(axis=2).sum())
+    assert areas[0] == pytest.approx(areas[1], rel=0.25)  # up to the part that lies on the frame
+    assert areas[0] > 100
+
+
+def test_tags_never_hide_one_another_nor_boxes():
+    """With 200 boxes in a small picture every tag is a whole rectangle of its own and hides at most half of any box; the best has one."""
+    rng = np.random.default_rng(0)
+    start = rng.uniform(0, [400, 200], (200, 2))
+    boxes = np.concatenate([start, start + rng.uniform(4, 60, (200, 2))], axis=1)
+    scores = rng.random(200)
+    edges = np.clip(np.rint(boxes), 0, [400, 200, 400, 200]).astype(int)
+    sizes = dict.fromkeys(np.argsort(-scores).tolist(), (60, 16))
+    tags = visualize._place_tags(edges, sizes, (200, 400))
+    assert np.argmax(scores) in tags
+    assert len(tags) > 5
+    covered = np.zeros((200, 400), int)
+    for x0, y0, x1, y1 in tags.values():
+        assert (x1 - x0, y1 - y0) == (60, 16)
+        assert min(x0, y0) >= 0
+        covered[y0:y1, x0:x1] += 1
+        for a, b, c, d in edges.tolist():
+            hidden = max(0, min(x1, c) - max(x0, a)) * max(0, min(y1, d) - max(y0, b))
+            assert hidden <= 0.5 * (c - a) * (d - b)
+    assert covered.max() == 1
+    assert covered.sum() == 60 * 16 * len(tags)
+
+
+def test_box_overlay_has_a_legend_of_the_classes_present():
+    """Below the picture stand the colours of the classes that have boxes and no other; without boxes there is the image alone."""
+    image = np.full((80, 320, 3), 77, np.uint8)
+    boxes = np.array([[10, 20, 40, 60], [50, 20, 90, 60], [100, 20, 140, 60]], np.float32)
+    legend = counts(box_overlay(image, boxes, np.array([2, 0, 2]), COLORS, NAMES)[80:])
+    assert min(legend.get(COLORS[k], 0) for k in (0, 2)) > 60
+    assert not {COLORS[1], COLORS[3]} & set(legend)
+    np.testing.assert_array_equal(box_overlay(image, boxes[:0], np.zeros(0, int), COLORS, NAMES), image)
+
+
+def test_box_panel_shows_image_truth_and_detections():
+    """Three tiles below their captions: the image, and the boxes of each at the scale of the tile."""
+    image = np.full((100, 960, 3), 77, np.uint8)
+    truth = (np.array([[100, 20, 300, 80]], np.float32), np.array([0]))
+    found = (np.array([[500, 40, 700, 90], [20, 40, 60, 90]], np.float32), np.array([1, 2]), np.array([0.5, 0.25], np.float32))
+    result = box_panel(image, truth, found, COLORS, NAMES, tile_width=480)
+    assert result.shape[1] == 3 * 480 + 2 * 4
+    top = next(y for y in range(result.shape[0]) if (result[y : y + 50, :480] == 77).all())
+    tile = lambda i: result[top : top + 50, i * 484 : i * 484 + 480]
+    assert (tile(1)[40 - 1, 50:150] == COLORS[0]).all()  # the lower edges of the boxes
+    assert (tile(2)[45 - 1, 250:350] == COLORS[1]).all()
+    assert (tile(2)[45 - 1, 10:30] == COLORS[2]).all()
+    legend = counts(result[top + 50 :])
+    assert min(legend.get(color, 0) for color in COLORS[:3]) > 60
+    assert COLORS[3] not in legend
+
+
+def test_mistakes_with_boxes_are_said(image):
+    """A class without a colour, missing names and lists of unequal length are refused, each with its reason."""
+    boxes = np.array([[10, 10, 30, 30], [40, 10, 60, 30]], np.float32)
+    with pytest.raises(ValueError, match="class 4, but there are 4 colours"):
+        box_overlay(image, boxes, np.array([0, 4]), COLORS, NAMES)
+    with pytest.raises(ValueError, match="4 colours but 3 names"):
+        box_overlay(image, boxes, np.array([0, 1]), COLORS, NAMES[:3])
+    with pytest.raises(ValueError, match="2 boxes, 2 classes, 1 scores"):
+        box_overlay(image, boxes, np.array([0, 1]), COLORS, NAMES, np.array([0.5]))
 
 
 def test_mistakes_are_said(image, label):

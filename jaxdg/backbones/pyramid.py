@@ -18,17 +18,18 @@ class Double(nnx.Module):
     of 8 crops 128x128 on 2 CPU cores from 1.12 to 0.39 s (2026-11-22).
     """
 
-    def __init__(self, channels: int, *, dtype: str, rngs: nnx.Rngs):
+    def __init__(self, channels: int, out: int | None = None, *, dtype: str, rngs: nnx.Rngs):
+        out = out or channels
         init = nnx.initializers.variance_scaling(1.0, "fan_in", "truncated_normal", in_axis=2, out_axis=(0, 1, 3))
-        self.kernel = nnx.Param(init(rngs.params(), (2, 2, channels, channels)))
-        self.bias = nnx.Param(jnp.zeros(channels))
+        self.kernel = nnx.Param(init(rngs.params(), (2, 2, channels, out)))
+        self.bias = nnx.Param(jnp.zeros(out))
         self.dtype = jnp.dtype(dtype)
 
-    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 c"]:
-        b, h, w, c = x.shape
+    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 o"]:
+        b, h, w, _ = x.shape
         kernel, bias = self.kernel[...].astype(self.dtype), self.bias[...].astype(self.dtype)
         y = jnp.einsum("bhwc,ijco->bhiwjo", x.astype(self.dtype), kernel)
-        return y.reshape(b, 2 * h, 2 * w, c) + bias
+        return y.reshape(b, 2 * h, 2 * w, -1) + bias
 
 
 class Pyramid(nnx.Module):

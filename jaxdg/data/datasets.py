@@ -1,30 +1,27 @@
 """Labelled images of a domain, opened by its name.
 
-A domain is a string. `clear`, `night`, `rain`, `fog` and `dusk_rain` are generated street scenes; `camvid`, `day` and `dusk` are splits of
-CamVid as the SegNet release ships it; any other name is a pair of folders described by `FolderOptions`. Datasets hold plain values, so that
-worker processes receive them by pickling.
+A domain is a string. `clear`, `night`, `rain`, `fog` and `dusk_rain` are generated street scenes; `gta5`, `cityscapes`, `acdc/night` and
+the others of `published.py` are read as downloaded, from folders or unopened zip archives; any other name is a pair of folders described by
+`FolderOptions`; `gta5+synthia` is both. Datasets hold plain values, so that worker processes receive them by pickling.
 """
 
+import bisect
+from collections.abc import Collection, Sequence
 import dataclasses
 import io
+import itertools
 import os
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
-from jaxtyping import Integer, UInt8
+import cv2
+from jaxtyping import Int16, Integer, UInt8
 import numpy as np
 from PIL import Image
 
-from jaxdg.data import index
-from jaxdg.data.labels import CAMVID, CITYSCAPES, IGNORE, LabelSet, apply_table, id_table, palette
+from jaxdg.data import index, published, records, storage
+from jaxdg.data.labels import CITYSCAPES, IGNORE, LabelSet, apply_table, id_table, palette
 
 STREETS = ("clear", "night", "rain", "fog", "dusk_rain")  # as in streets.APPEARANCES
-# Which sequences of which splits make a CamVid domain. By day in the training town, by day in another place, at dusk.
-CAMVID_PARTS = {
-    ("camvid", True): (("train",), ("0016E5", "0006R0")),
-    ("camvid", False): (("val",), ("0016E5",)),
-    ("day", False): (("test",), ("Seq05VD",)),
-    ("dusk", False): (("train", "val", "test"), ("0001TP",)),
-}
 
 
 @dataclasses.dataclass
@@ -49,7 +46,7 @@ class FolderOptions:
     """Any pair of image and label folders. `{domain}` in a path stands for the domain's name, `{split}` for `train` or `val`.
 
     Attributes:
-        images: image folder below the data root.
+        images: image folder below the data root; it may be in an archive, as `photos.zip/images`.
         labels: label folder below the data root, with the same sub-folders as the image folder.
         image_suffix: end of an image's file name behind the part it shares with its label; "" for any image extension.
         label_suffix: the same for label files.
@@ -92,18 +89,25 @@ class Dataset(Protocol):
         ...
 
     def __getitem__(self, i: int) -> dict[str, np.ndarray]:
-        """`image`: uint8 RGB [h, w, 3]; `label`: uint8 train ids [h, w], 255 where ignored."""
+        """`image`: uint8 RGB [h, w, 3]; `label`: uint8 train ids [h, w], 255 where ignored, or instead the fields of `boxes.BoxFiles`."""
         ...
 
 
 class Files:
-    """Image files and label files."""
+    """Image files and label files.
 
-    def __init__(self, domain: str, pairs: index.Pairs, table: np.ndarray, labels: LabelSet):
+    Attributes:
+        pairs: their paths and sizes.
+        table: label file id to train id, see `labels.id_table`.
+        red: the ids are in the red channel of the label files.
+    """
+
+    def __init__(self, domain: str, pairs: index.Pairs, table: np.ndarray, labels: LabelSet, red: bool = False):
         self.domain = domain
         self.pairs = pairs
         self.table = table
         self.labels = labels
+        self.red = red
 
     def __len__(self) -> int:
         return len(self.pairs.images)
@@ -116,16 +120,64 @@ class Files:
         return self.pairs.images[i]
 
     def __getitem__(self, i: int) -> dict[str, np.ndarray]:
-        image = read_image(self.pairs.images[i])
-        label = apply_table(read_label(self.pairs.labels[i]), self.table, self.pairs.labels[i])
-        for path, shape in ((self.pairs.images[i], image.shape[:2]), (self.pairs.labels[i], label.shape)):
-            if shape != self.size(i):
-                (h, w), (index_h, index_w) = shape, self.size(i)
+        return {"image": self._sized(i, self.pairs.images[i], read_image(self.pairs.images[i])), "label": self.label(i)}
+
+    def label(self, i: int) -> UInt8[np.ndarray, "h w"]:
+        """The label of image `i`, without reading the image."""
+        path = self.pairs.labels[i]
+        if not path:
+            return np.full(self.size(i), IGNORE, np.uint8)
+        return self._sized(i, path, apply_table(read_label(path, red=self.red), self.table, path))
+
+    def _sized(self, i: int, path: str, array: np.ndarray) -> np.ndarray:
+        if array.shape[:2] != self.size(i):
+            (h, w), (index_h, index_w) = array.shape[:2], self.size(i)
+            raise ValueError(
+                f"{path} is {w}x{h} but was {index_w}x{index_h} like its partner when the folder was indexed; "
+                "fetch both files again and start again"
+            )
+        return array
+
+
+class Mixture:
+    """Several domains, one after another.
+
+    Attributes:
+        parts: their datasets, which have the same classes.
+    """
+
+    def __init__(self, parts: Sequence[Dataset]):
+        first = parts[0]
+        for part in parts:
+            if part.labels.names != first.labels.names:
                 raise ValueError(
-                    f"{path} is {w}x{h} but was {index_w}x{index_h} like its partner when the folder was indexed; "
-                    "fetch both files again and start again"
+                    f"domains {first.domain!r} and {part.domain!r} cannot be mixed, their classes differ: "
+                    f"{', '.join(first.labels.names)} and {', '.join(part.labels.names)}"
                 )
-        return {"image": image, "label": label}
+        self.domain = "+".join(part.domain for part in parts)
+        self.labels = first.labels
+        self.parts = tuple(parts)
+        self._ends = list(itertools.accumulate(len(part) for part in parts))
+
+    def __len__(self) -> int:
+        return self._ends[-1]
+
+    def at(self, i: int) -> tuple[Dataset, int]:
+        """The dataset that holds image `i`, and the image's place there."""
+        part = bisect.bisect_right(self._ends, i)
+        return self.parts[part], i - (self._ends[part - 1] if part else 0)
+
+    def size(self, i: int) -> tuple[int, int]:
+        dataset, j = self.at(i)
+        return dataset.size(j)
+
+    def name(self, i: int) -> str:
+        dataset, j = self.at(i)
+        return dataset.name(j)
+
+    def __getitem__(self, i: int) -> dict[str, np.ndarray]:
+        dataset, j = self.at(i)
+        return dataset[j]
 
 
 class Streets:
@@ -163,38 +215,97 @@ class Streets:
         if i in self._drawn:
             return self._drawn[i]
         scene = streets.render(self.seed, i, self.domain, size=self.image_size)
-        sample = {"image": scene.image, "label": scene.label}
+        sample = self._sample(scene)
         for array in sample.values():
             array.flags.writeable = False  # it is handed out again
         if (len(self._drawn) + 1) * sum(a.nbytes for a in sample.values()) <= self.CACHE_BYTES:
             self._drawn[i] = sample
         return sample
 
+    def _sample(self, scene: Any) -> dict[str, np.ndarray]:
+        return {"image": scene.image, "label": scene.label}
 
-def open_domain(domain: str, *, root: str, train: bool, streets: StreetsOptions, folder: FolderOptions | None) -> Dataset:
+
+def open_domain(
+    domain: str,
+    *,
+    root: str,
+    train: bool,
+    streets: StreetsOptions,
+    folder: FolderOptions | None,
+    mapillary_labels: str = "vltseg",
+    skip: str | None = None,
+) -> Dataset:
     """Opens the labelled images of a domain.
 
     Args:
-        domain: `clear`, `night`, `rain`, `fog`, `dusk_rain` (generated), `camvid`, `day`, `dusk` (CamVid), or the name of a folder.
-        root: data root; CamVid is read from `root/camvid`, folders as `folder` says.
+        domain: `clear`, `night`, `rain`, `fog`, `dusk_rain` (generated), a published one, with or without its split (`acdc/night`,
+            `cityscapes/test`), the name of a folder, or several of these joined by `+`.
+        root: data root; a published dataset is read from `root/NAME`, folders as `folder` says. Records may be on `gs://..` or `s3://..`.
         train: the images to train on, else those to judge on.
         streets: the generated scenes.
         folder: where the images and labels of any other domain are.
+        mapillary_labels: which classes the ids of Mapillary Vistas mean: vltseg or rein.
+        skip: a text file of paths to leave out with their partners, see `skip_list`; records hold what they were written from.
 
     Returns:
-        The dataset; its files are paired and checked.
+        The dataset: records where the root holds them, else files, which are paired and checked.
 
     Raises:
-        FileNotFoundError: the data root or a folder of the domain does not exist.
-        ValueError: an unknown domain, an empty folder, or files that do not pair up or are damaged.
+        FileNotFoundError: the data root, a folder of the domain or the skip list does not exist.
+        ValueError: an unknown domain, an empty folder, files that do not pair up or are damaged, or records that are unfinished, damaged or
+            written with another label map.
     """
+    if "+" in domain:
+        options: dict[str, Any] = {"root": root, "train": train, "streets": streets, "folder": folder}
+        options |= {"mapillary_labels": mapillary_labels, "skip": skip}
+        return Mixture([open_domain(part, **options) for part in domain.split("+")])
     if domain in STREETS:
         return Streets(domain, streets, train)
-    if domain in {name for name, _ in CAMVID_PARTS}:
-        return _camvid(domain, root, train)
+    found = records.open_records(root, domain, train=train)
+    if found is None:
+        return open_files(domain, root=root, train=train, folder=folder, mapillary_labels=mapillary_labels, skip=skip)
+    same_table = found.table is not None and np.array_equal(found.table, label_table(domain, folder, mapillary_labels))
+    if not same_table or found.labels.names != label_set(domain, folder).names:
+        raise ValueError(
+            f"the records {found.directory} were written with other classes or label ids than data.folder or data.mapillary_labels say; "
+            "change these or prepare the records again"
+        )
+    return found
+
+
+def open_files(
+    domain: str,
+    *,
+    root: str,
+    train: bool,
+    folder: FolderOptions | None,
+    mapillary_labels: str = "vltseg",
+    skip: str | None = None,
+    defects: list[index.Defect] | None = None,
+) -> Files:
+    """Opens the files of a domain, whether or not there are records of it; all else is as for `open_domain`.
+
+    Args:
+        domain: one that is not generated, and not several.
+        root: as for `open_domain`.
+        train: as for `open_domain`.
+        folder: as for `open_domain`.
+        mapillary_labels: as for `open_domain`.
+        skip: as for `open_domain`.
+        defects: receives what is wrong with files, which then is no error; the outcome of an earlier check is not used.
+    """
     labels = label_set(domain, folder)
+    if "://" in root:
+        raise FileNotFoundError(f"{root} has no records of {domain}; only they are read from there: run `python -m jaxdg.data.prepare`")
+    root = os.path.normpath(root)
+    if not os.path.isdir(root):
+        raise FileNotFoundError(f"data root {os.path.abspath(root)} does not exist; set JAXDG_DATA or --config.data.root")
+    left_out = skip_list(skip, root) if skip else ()
+    if dataset := published.find(domain, mapillary_labels):
+        return _published(domain, dataset, root, train, left_out, defects)
     assert folder is not None  # or label_set had raised
-    return _folder(domain, root, train, folder, labels)
+    return _folder(domain, root, train, folder, labels, left_out, defects)
 
 
 def label_set(domain: str, folder: FolderOptions | None) -> LabelSet:
@@ -207,12 +318,13 @@ def label_set(domain: str, folder: FolderOptions | None) -> LabelSet:
     Raises:
         ValueError: an unknown domain.
     """
+    domain = domain.split("+")[0]
     if domain in STREETS:
         return CITYSCAPES
-    if domain in {name for name, _ in CAMVID_PARTS}:
-        return CAMVID
+    if dataset := published.find(domain):
+        return dataset.labels
     if folder is None:
-        known = ", ".join((*STREETS, *dict.fromkeys(name for name, _ in CAMVID_PARTS)))
+        known = ", ".join((*STREETS, *(name for dataset in published.PUBLISHED.values() for name in dataset.domains)))
         raise ValueError(
             f"unknown domain {domain!r}; known are {known}; for images of your own set data.folder (its images and labels folders, "
             "where {domain} stands for the name)"
@@ -222,48 +334,105 @@ def label_set(domain: str, folder: FolderOptions | None) -> LabelSet:
     return LabelSet(names, tuple((r, g, b) for r, g, b in folder.colors) or standard)
 
 
-def _camvid(domain: str, root: str, train: bool) -> Files:
-    if (domain, train) not in CAMVID_PARTS:
-        raise ValueError(f"domain {domain!r} is kept unseen and has no training images; train on camvid")
-    splits, sequences = CAMVID_PARTS[domain, train]
-    base = os.path.join(_root(root), "camvid")
-    pairs = index.index_pairs(
-        [(os.path.join(base, split), os.path.join(base, f"{split}annot")) for split in splits], image_suffix="", label_suffix=".png"
-    )
-    keep = [i for i, path in enumerate(pairs.images) if os.path.basename(path).startswith(sequences)]
-    if not keep:
-        raise ValueError(
-            f"{os.path.abspath(base)} holds no images of {', '.join(sequences)} in {', '.join(splits)}; fetch CamVid (SegNet layout)"
-        )
-    pairs = index.Pairs([pairs.images[i] for i in keep], [pairs.labels[i] for i in keep], pairs.sizes[keep])
-    table = id_table({i: i for i in range(len(CAMVID.names))}, ignore=(11,))  # 11 is void
-    return Files(domain, pairs, table, CAMVID)
-
-
-def _folder(domain: str, root: str, train: bool, options: FolderOptions, labels: LabelSet) -> Files:
-    fill = lambda path: path.replace("{domain}", domain).replace("{split}", "train" if train else "val")
-    root = _root(root)
-    folders = [(os.path.join(root, fill(options.images)), os.path.join(root, fill(options.labels)))]
-    pairs = index.index_pairs(folders, image_suffix=options.image_suffix, label_suffix=options.label_suffix)
-    names = labels.names
-    id_map = options.id_map or {i: i for i in range(len(names))}
+def label_table(domain: str, folder: FolderOptions | None, mapillary_labels: str) -> Int16[np.ndarray, "65536"]:
+    """Label file id to train id, see `labels.id_table`; arguments as for `open_domain`."""
+    if dataset := published.find(domain, mapillary_labels):
+        return id_table(dataset.table())
+    names = label_set(domain, folder).names
+    assert folder is not None  # or label_set had raised
+    id_map = folder.id_map or {i: i for i in range(len(names))}
     outside = sorted({target for target in id_map.values() if target >= len(names) and target != IGNORE})
     if outside:
         raise ValueError(f"data.folder.id_map maps to train ids {outside}, but data.folder.classes has {len(names)} classes")
-    return Files(domain, pairs, id_table(id_map, ignore=options.ignore), labels)
+    return id_table(id_map, ignore=folder.ignore)
 
 
-def _root(root: str) -> str:
-    if not os.path.isdir(root):
-        raise FileNotFoundError(f"data root {os.path.abspath(root)} does not exist; set JAXDG_DATA or --config.data.root")
-    return root
+def skip_list(file: str, root: str) -> frozenset[str]:
+    """The paths in a list of files to leave out.
+
+    Args:
+        file: a text file with one path a line, relative to the data root or absolute; empty lines and lines that begin with # do not count.
+        root: the data root.
+
+    Returns:
+        The paths as the datasets below `root` name them.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+    """
+    if not os.path.isfile(file):
+        raise FileNotFoundError(f"data.skip names {os.path.abspath(file)}, which does not exist")
+    with open(file, encoding="utf-8") as text:
+        lines = [line.strip() for line in text]
+    above = os.path.abspath(root)
+    relative = (os.path.relpath(os.path.join(above, line), above) for line in lines if line and not line.startswith("#"))
+    return frozenset(os.path.join(root, path) for path in relative)
+
+
+def _published(
+    domain: str, dataset: published.Published, root: str, train: bool, skip: Collection[str], defects: list[index.Defect] | None
+) -> Files:
+    parts = dataset.select(domain, train)
+    tree = storage.Tree(os.path.join(root, dataset.name))
+    folders = [(part.images, part.labels) for part in parts]
+    pairs = _pairs(tree, folders, defects, image_suffix=dataset.image_suffix, label_suffix=dataset.label_suffix, skip=skip)
+    start = tuple(start for part in parts for start in part.start)
+    listed = {number for part in parts if part.listed for number in _numbers(tree, part)}
+    if start or listed:
+        stem = lambda path: os.path.splitext(os.path.basename(path))[0]
+        keep = [i for i, path in enumerate(pairs.images) if (int(stem(path)) in listed if listed else stem(path).startswith(start))]
+        if not keep:
+            raise ValueError(
+                f"{os.path.abspath(tree.base)} holds no images of {', '.join(start) or domain} in "
+                f"{', '.join(part.images for part in parts)}; fetch {dataset.name} again"
+            )
+        pairs = index.Pairs([pairs.images[i] for i in keep], [pairs.labels[i] for i in keep], pairs.sizes[keep])
+    return Files(domain, pairs, id_table(dataset.table()), dataset.labels, dataset.red)
+
+
+def _numbers(tree: storage.Tree, part: published.Part) -> list[int]:
+    """The image numbers of an official split, `trainIds`, `valIds` or `testIds` of a MATLAB file."""
+    import scipy.io  # takes a third of a second, and only this needs it
+
+    path = os.path.join(tree.base, part.listed)
+    if not os.path.isfile(path):
+        raise FileNotFoundError(f"{os.path.abspath(path)} does not exist; {part.domain}/{part.split} needs it, {part.domain} is all images")
+    try:
+        return scipy.io.loadmat(path)[f"{part.split}Ids"].ravel().tolist()
+    except Exception as error:  # whatever a damaged file makes scipy raise
+        raise ValueError(f"{path}: no {part.split}Ids in it ({type(error).__name__}: {error}); fetch the file again") from error
+
+
+def _folder(
+    domain: str,
+    root: str,
+    train: bool,
+    options: FolderOptions,
+    labels: LabelSet,
+    skip: Collection[str],
+    defects: list[index.Defect] | None,
+) -> Files:
+    fill = lambda path: path.replace("{domain}", domain).replace("{split}", "train" if train else "val")
+    tree, folders = storage.Tree(root, exact=True), [(fill(options.images), (fill(options.labels),))]
+    pairs = _pairs(tree, folders, defects, image_suffix=options.image_suffix, label_suffix=options.label_suffix, skip=skip)
+    return Files(domain, pairs, label_table(domain, options, ""), labels)
+
+
+def _pairs(
+    tree: storage.Tree, folders: Sequence[tuple[str, Sequence[str]]], defects: list[index.Defect] | None, **files: Any
+) -> index.Pairs:
+    if defects is None:
+        return index.index_pairs(tree, folders, **files)
+    pairs, found = index.examine(tree, folders, **files)
+    defects += found
+    return pairs
 
 
 def read_image(path: str) -> UInt8[np.ndarray, "h w 3"]:
     """Decodes an image as it is stored; a rotation in its metadata is not applied, as label files have none.
 
     Args:
-        path: any format Pillow reads.
+        path: of a format that OpenCV or Pillow reads, as `storage.read` takes it.
 
     Returns:
         RGB.
@@ -271,22 +440,35 @@ def read_image(path: str) -> UInt8[np.ndarray, "h w 3"]:
     Raises:
         ValueError: the file is unreadable, truncated or damaged; names it.
     """
-    return np.asarray(_decode(path)[0].convert("RGB"))
+    data = _whole(path)
+    # A third faster than Pillow for PNG, with the same pixels.
+    bgr = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION)
+    if bgr is None:
+        return np.asarray(_decode(path, data).convert("RGB"))  # or it says what is wrong
+    return cv2.cvtColor(bgr, cv2.COLOR_BGR2RGB, dst=bgr)
 
 
-def read_label(path: str) -> Integer[np.ndarray, "h w"]:
+def read_label(path: str, *, red: bool = False) -> Integer[np.ndarray, "h w"]:
     """Decodes a label file: grey values of 1 to 16 bits, or the indices (never the colours) of a palette image.
 
     Args:
-        path: a single-channel image, usually PNG.
+        path: a single-channel image, usually PNG, as `storage.read` takes it.
+        red: a 16-bit RGB image instead, which holds the ids in its red channel, as SYNTHIA's.
 
     Returns:
         Ids as stored.
 
     Raises:
-        ValueError: the file is unreadable, truncated, damaged or a colour image; names it.
+        ValueError: the file is unreadable, truncated, damaged or an image of another kind; names it.
     """
-    image, data = _decode(path)
+    data = _whole(path)
+    if red:
+        bgr = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)  # Pillow would cut it to 8 bits
+        if bgr is None or bgr.dtype != np.uint16 or bgr.ndim != 3:
+            kind = f"{8 if bgr is None else 8 * bgr.itemsize}-bit {_decode(path, data).mode}"
+            raise ValueError(f"{path}: a label must be a 16-bit RGB image with ids in red, this one is {kind}; use the id files")
+        return bgr[..., 2]
+    image = _decode(path, data)
     if image.mode not in ("1", "L", "P", "I", "I;16", "I;16B"):
         raise ValueError(f"{path}: a label must be a grey or palette image of class ids, this one is {image.mode}; use the id files")
     label = np.asarray(image)
@@ -295,18 +477,24 @@ def read_label(path: str) -> Integer[np.ndarray, "h w"]:
     return label.astype(np.uint8) if label.dtype == bool else label
 
 
-def _decode(path: str) -> tuple[Image.Image, bytes]:
+_REMEDY = "fetch the file again, or leave it out with data.skip"
+
+
+def _whole(path: str) -> bytes:
     try:
-        with open(path, "rb") as file:
-            data = file.read()
-    except OSError as error:
-        raise ValueError(f"{path}: unreadable ({error.strerror}); fetch the file again") from error
-    wrong = index.truncated(path, data)
-    if not wrong:
-        try:
-            image = Image.open(io.BytesIO(data))
-            image.load()
-            return image, data
-        except Exception as error:  # Pillow raises whatever its format plugins meet
-            wrong = f"damaged ({type(error).__name__}: {error})".replace("\n", " ")
-    raise ValueError(f"{path}: {wrong}; fetch the file again or remove it with its partner")
+        data = storage.read(path)
+    except ValueError as error:
+        raise ValueError(f"{error}; {_REMEDY}") from error
+    if wrong := index.truncated(path, data):
+        raise ValueError(f"{path}: {wrong}; {_REMEDY}")
+    return data
+
+
+def _decode(path: str, data: bytes) -> Image.Image:
+    try:
+        image = Image.open(io.BytesIO(data))
+        image.load()
+        return image
+    except Exception as error:  # Pillow raises whatever its format plugins meet
+        wrong = f"damaged ({type(error).__name__}: {error})".replace("\n", " ")
+        raise ValueError(f"{path}: {wrong}; {_REMEDY}") from error

@@ -1,29 +1,41 @@
 """The start-up check: images paired with labels, their sizes, and whether the files are whole.
 
-Only headers and the last bytes of the files are read, by several threads, and the outcome is kept in a JSON index under `$JAXDG_CACHE`
-(else `~/.cache/jaxdg`). Later runs compare the modification times of the folders, which change when a file is added, removed or renamed,
-and touch no file at all. A file rewritten in place is noticed when it is read: decoding checks the same things again.
+Of files only headers and the last bytes are read; members of archives are read in full, which verifies their checksums. That is done by
+several threads, and the outcome is kept in an index under `$JAXDG_CACHE` (else `~/.cache/jaxdg`). Later runs compare the modification times
+of folders and archives, which change when a file is added, removed or renamed, and touch no file at all. A file rewritten in place is
+noticed when it is read: decoding checks the same things again.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
-import contextlib
 import dataclasses
-import hashlib
+import io
 import itertools
-import json
 import os
-from pathlib import Path
-import tempfile
-import time
+from typing import NamedTuple
 
 from jaxtyping import Int32
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
-VERSION = 1
+from jaxdg.data import storage
+from jaxdg.data.cache import cached, decoded, encoded
+
+VERSION = 2
 THREADS = 16
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".ppm", ".pgm", ".tif", ".tiff", ".webp")
+
+
+class Defect(NamedTuple):
+    """What is wrong with a file.
+
+    Attributes:
+        path: the file.
+        text: the rest of a sentence that begins with the path.
+    """
+
+    path: str
+    text: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,8 +43,8 @@ class Pairs:
     """Image files and their label files, ordered by path.
 
     Attributes:
-        images: paths.
-        labels: paths, one an image.
+        images: paths as `storage.read` takes them.
+        labels: paths, one an image; "" where there are only images.
         sizes: height and width of each image and its label, pixels.
     """
 
@@ -41,13 +53,23 @@ class Pairs:
     sizes: Int32[np.ndarray, "n 2"]
 
 
-def index_pairs(folders: Sequence[tuple[str, str]], *, image_suffix: str, label_suffix: str) -> Pairs:
+def index_pairs(
+    tree: storage.Tree,
+    folders: Sequence[tuple[str, Sequence[str]]],
+    *,
+    image_suffix: str,
+    label_suffix: str,
+    skip: Collection[str] = (),
+) -> Pairs:
     """Pairs and checks the files of image and label folders, or recalls the outcome of an earlier check.
 
     Args:
-        folders: an image folder and its label folder, each; sub-folders count, and must be the same on both sides.
+        tree: the dataset's files.
+        folders: an image folder and its label folder, or the latter's alternatives, of which the first that exists counts; no label folder
+            for images without labels. Sub-folders count, and must be the same on both sides.
         image_suffix: the end of an image's file name that is not part of the name it shares with its label; "" for any image extension.
         label_suffix: the same for labels.
+        skip: paths of files to leave out with their partners.
 
     Returns:
         The pairs, ordered by folder as given and then by path.
@@ -56,15 +78,66 @@ def index_pairs(folders: Sequence[tuple[str, str]], *, image_suffix: str, label_
         FileNotFoundError: a folder does not exist.
         ValueError: files without partner, unreadable or truncated files, or label sizes other than their images'; names all of them.
     """
-    for folder in itertools.chain.from_iterable(folders):
-        if not os.path.isdir(folder):
-            raise FileNotFoundError(
-                f"folder {os.path.abspath(folder)} does not exist; check JAXDG_DATA or --config.data.root, and data.folder if it is yours"
-            )
-    key = json.dumps([VERSION, [[os.path.abspath(f) for f in pair] for pair in folders], image_suffix, label_suffix])
-    cache = Path(os.environ.get("JAXDG_CACHE") or Path.home() / ".cache" / "jaxdg")
-    cache = cache / f"index-{hashlib.sha256(key.encode()).hexdigest()[:24]}.json"
-    return _recall(cache, key) or _check(folders, image_suffix, label_suffix, cache, key)
+
+    def make() -> dict[str, np.ndarray]:
+        pairs, defects = examine(tree, folders, image_suffix=image_suffix, label_suffix=label_suffix, skip=skip)
+        if defects:
+            raise ValueError(f"{_some([d.path + d.text for d in defects])}; fetch these files again, or leave them out with data.skip")
+        if not pairs.images:
+            raise ValueError(f"data.skip leaves no image of {os.path.abspath(tree.base)}; shorten the list")
+        return {"images": encoded(pairs.images), "labels": encoded(pairs.labels), "sizes": pairs.sizes}
+
+    place = [tree.base, os.path.abspath(tree.base), tree.exact]
+    key = ["pairs", VERSION, place, [[i, list(t)] for i, t in folders], image_suffix, label_suffix, sorted(skip)]
+    kept = cached(key, tree.modified, make)
+    images = decoded(kept["images"])
+    return Pairs(images, decoded(kept["labels"]) or [""] * len(images), kept["sizes"])
+
+
+def examine(
+    tree: storage.Tree,
+    folders: Sequence[tuple[str, Sequence[str]]],
+    *,
+    image_suffix: str,
+    label_suffix: str,
+    skip: Collection[str] = (),
+) -> tuple[Pairs, list[Defect]]:
+    """Pairs and checks files as `index_pairs` does, but lists defects instead of raising errors, and recalls nothing.
+
+    Args:
+        tree: as for `index_pairs`.
+        folders: as for `index_pairs`.
+        image_suffix: as for `index_pairs`.
+        label_suffix: as for `index_pairs`.
+        skip: as for `index_pairs`.
+
+    Returns:
+        All pairs, those with defects included, whose sizes may be those of the label or 0; and the defects.
+
+    Raises:
+        FileNotFoundError: a folder does not exist.
+        ValueError: a folder is empty, or two files share a name.
+    """
+    pairs: list[tuple[str, str]] = []
+    defects: list[Defect] = []
+    skip = frozenset(skip)
+    for image_folder, label_folders in folders:
+        images = _by_stem(tree, (image_folder,), image_suffix)
+        labels = _by_stem(tree, label_folders, label_suffix) if label_folders else dict.fromkeys(images, "")
+        for stem in [stem for files in (images, labels) for stem, path in files.items() if path in skip]:
+            images.pop(stem, None)
+            labels.pop(stem, None)
+        names = [f"*{suffix or ' .jpg, .png, ..'}" for suffix in (image_suffix, label_suffix)]
+        defects += [Defect(images[stem], f" has no label ({names[1]})") for stem in sorted(images.keys() - labels.keys())]
+        defects += [Defect(labels[stem], f" has no image ({names[0]})") for stem in sorted(labels.keys() - images.keys())]
+        pairs += [(images[stem], labels[stem]) for stem in sorted(images.keys() & labels.keys())]
+    sizes = []
+    with ThreadPoolExecutor(THREADS) as pool:  # in blocks: the pool keeps a kilobyte for everything that it is asked
+        blocks = (pairs[i : i + 256] for i in range(0, len(pairs), 256))
+        for size, found in itertools.chain.from_iterable(pool.map(lambda block: [check_pair(pair) for pair in block], blocks)):
+            sizes.append(size)
+            defects += found
+    return Pairs([i for i, _ in pairs], [t for _, t in pairs], np.array(sizes, np.int32).reshape(-1, 2)), defects
 
 
 def truncated(path: str, tail: bytes) -> str | None:
@@ -79,108 +152,58 @@ def truncated(path: str, tail: bytes) -> str | None:
     """
     # Some encoders write padding or metadata behind the end marker; entropy-coded JPEG data never holds FFD9.
     end = {".jpg": b"\xff\xd9", ".jpeg": b"\xff\xd9", ".png": b"IEND"}.get(os.path.splitext(path)[1].lower(), b"")
+    if not tail:
+        return "empty (0 bytes)"
     if end in tail[-1024:]:
         return None
     return "truncated (no PNG end chunk)" if end == b"IEND" else "truncated (no JPEG end marker)"
 
 
-def _check(folders: Sequence[tuple[str, str]], image_suffix: str, label_suffix: str, cache: Path, key: str) -> Pairs:
-    pairs: list[tuple[str, str]] = []
-    modified: dict[str, int] = {}
-    for image_folder, label_folder in folders:
-        images, labels = _files(image_folder, image_suffix, modified), _files(label_folder, label_suffix, modified)
-        lone = [f"{images[stem]} has no label" for stem in sorted(images.keys() - labels.keys())]
-        lone += [f"{labels[stem]} has no image" for stem in sorted(labels.keys() - images.keys())]
-        if lone:
-            remedy = f"files pair by name: images *{image_suffix or '.jpg, .png, ..'}, labels *{label_suffix or '.jpg, .png, ..'}"
-            raise ValueError(f"{_some(lone)}; {remedy}; add the missing files or remove the others")
-        pairs += [(images[stem], labels[stem]) for stem in sorted(images)]
-    sizes, offenders = [], []
-    with ThreadPoolExecutor(THREADS) as pool:
-        for size, offender in pool.map(_check_pair, pairs, chunksize=64):
-            sizes.append(size)
-            offenders += offender
-    if offenders:
-        raise ValueError(f"{_some(offenders)}; fetch these files again or remove them with their partners")
-    result = Pairs([i for i, _ in pairs], [t for _, t in pairs], np.array(sizes, np.int32).reshape(-1, 2))
-    _remember(result, cache, key, modified)
-    return result
-
-
-def _files(folder: str, suffix: str, modified: dict[str, int]) -> dict[str, str]:
-    """Files below `folder` by what remains of their relative path without the suffix; notes when each folder was modified."""
+def _by_stem(tree: storage.Tree, folders: Sequence[str], suffix: str) -> dict[str, str]:
+    """Files below a folder by what remains of their relative path without the suffix."""
     found: dict[str, str] = {}
-    for parent, _, names in os.walk(folder, followlinks=True, onerror=_refuse):
-        modified[os.path.abspath(parent)] = os.stat(parent).st_mtime_ns
-        for name in names:
-            stem, extension = (name[: -len(suffix)], suffix) if suffix else os.path.splitext(name)
-            if name.startswith(".") or not (name.endswith(suffix) if suffix else extension.lower() in IMAGE_SUFFIXES):
-                continue
-            path = os.path.join(parent, name)
-            stem = os.path.relpath(os.path.join(parent, stem), folder)
-            if stem in found:
-                raise ValueError(f"{found[stem]} and {path} share a name; keep one, or say which with a suffix (data.folder.image_suffix)")
-            found[stem] = path
+    for name, path in tree.files(*folders).items():
+        stem, extension = (name[: -len(suffix)], suffix) if suffix else os.path.splitext(name)
+        if not (name.endswith(suffix) if suffix else extension.lower() in IMAGE_SUFFIXES):
+            continue
+        if stem in found:
+            raise ValueError(f"{found[stem]} and {path} share a name; keep one, or say which with a suffix (data.folder.image_suffix)")
+        found[stem] = path
     if not found:
-        raise ValueError(f"folder {os.path.abspath(folder)} holds no *{suffix or ' .png, .jpg, .. image'} files; check data.folder")
+        folder = os.path.abspath(tree.places(*folders)[0])
+        raise ValueError(f"folder {folder} holds no *{suffix or ' .png, .jpg, .. image'} files; fetch them, or check data.folder")
     return found
 
 
-def _refuse(error: OSError) -> None:
-    raise error  # a folder that cannot be listed must not read as an empty one
-
-
-def _check_pair(pair: tuple[str, str]) -> tuple[tuple[int, int], list[str]]:
+def check_pair(pair: tuple[str, str]) -> tuple[tuple[int, int], list[Defect]]:
+    """Height and width of an image and its label (or "") by their headers, and what is wrong with them."""
     sizes: list[tuple[int, int]] = []
-    offenders: list[str] = []
-    for path in pair:
+    defects: list[Defect] = []
+    for path in filter(None, pair):
         try:
-            with open(path, "rb") as file, Image.open(file) as header:
-                sizes.append((header.height, header.width))
-                file.seek(max(0, os.fstat(file.fileno()).st_size - 1024))
-                wrong = truncated(path, file.read())
+            sizes.append(_header(path))
         except Exception as error:  # Pillow raises whatever its format plugins meet
-            wrong = f"unreadable ({type(error).__name__}: {error})".replace("\n", " ")
-        if wrong:
-            offenders.append(f"{path}: {wrong}")
-    if not offenders and sizes[0] != sizes[1]:
+            text = str(error) if str(error).startswith(path) else f"{path}: unreadable ({type(error).__name__}: {error})"
+            defects.append(Defect(path, text.removeprefix(path).replace("\n", " ")))
+    if not defects and sizes[0] != sizes[-1]:
         (h, w), (label_h, label_w) = sizes
-        offenders.append(f"{pair[1]} is {label_w}x{label_h} but its image is {w}x{h}")
-    return (sizes or [(0, 0)])[0], offenders
+        defects.append(Defect(pair[1], f" is {label_w}x{label_h} but its image is {w}x{h}"))
+    return (sizes or [(0, 0)])[0], defects
 
 
-def _recall(cache: Path, key: str) -> Pairs | None:
-    try:
-        index = json.loads(cache.read_text(encoding="utf-8"))
-        if index["key"] != key or any(os.stat(folder).st_mtime_ns != at for folder, at in index["modified"].items()):
-            return None
-        sizes = np.repeat(np.array(index["sizes"], np.int32).reshape(-1, 2), index["runs"], axis=0)
-        images, labels = index["images"], index["labels"]
-        return Pairs(images, labels, sizes) if len(images) == len(labels) == len(sizes) else None
-    except (OSError, ValueError, KeyError, TypeError):
-        return None  # absent, from another version or damaged: the check runs again and replaces it
-
-
-def _remember(pairs: Pairs, cache: Path, key: str, modified: dict[str, int]) -> None:
-    # A folder changed a moment ago may change again within the resolution of its clock: the next run checks again.
-    if max(modified.values()) > time.time_ns() - 2_000_000_000:
-        return
-    sizes, runs = zip(*_runs(pairs.sizes), strict=True)
-    index = {"key": key, "modified": modified, "sizes": sizes, "runs": runs, "images": pairs.images, "labels": pairs.labels}
-    with contextlib.suppress(OSError):  # an index saves time and is never needed: a full or read-only disk is no error
-        cache.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=cache.parent, prefix=cache.stem, suffix=".tmp")
+def _header(path: str) -> tuple[int, int]:
+    """Height and width of an image file, pixels; looks at its end too."""
+    # The end of a compressed member cannot be had without the rest.
+    with io.BytesIO(storage.read(path)) if storage.in_archive(path) else open(path, "rb") as file:
+        file.seek(max(0, file.seek(0, os.SEEK_END) - 1024))
+        if wrong := truncated(path, file.read()):
+            raise ValueError(f"{path}: {wrong}")
+        file.seek(0)
         try:
-            with os.fdopen(handle, "w", encoding="utf-8") as file:
-                json.dump(index, file)
-            os.replace(temporary, cache)
-        except OSError:
-            os.unlink(temporary)
-
-
-def _runs(sizes: Int32[np.ndarray, "n 2"]) -> Iterator[tuple[tuple[int, int], int]]:
-    for size, run in itertools.groupby(map(tuple, sizes.tolist())):
-        yield size, sum(1 for _ in run)
+            with Image.open(file) as header:
+                return header.height, header.width
+        except UnidentifiedImageError:
+            raise ValueError(f"{path}: unreadable (no header of an image)") from None
 
 
 def _some(offenders: Sequence[str], limit: int = 10) -> str:

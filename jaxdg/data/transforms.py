@@ -1,97 +1,205 @@
-"""Geometric augmentation on the host: random resize, crop and flip, of image and label alike.
+"""Geometric augmentation on the host: resize, random scale, crop and flip, of image, label and boxes alike.
 
-Pixels are areas, the centre of pixel i lies at i + 0.5: for the image (bilinear) and for the label (nearest) alike, so that both stay in
-register at every scale. Only the crop is computed, never the whole resized image. Photometric augmentation belongs to the training step.
+Pixels are areas, the centre of pixel i lies at i + 0.5: for the image (bilinear without antialiasing, as `cv2.INTER_LINEAR`), for the label
+(nearest) and for boxes, so that all stay in register at every scale. Resize and scale are one resampling, and only the crop is computed,
+never the whole resized image. Photometric augmentation belongs to the training step.
+
+Crops are drawn as mmsegmentation's RandomCrop draws them, those of a rare class as DAFormer's (Hoyer et al. 2022, lhoyer/DAFormer). With
+`keep_ratio` and scales of 0.1 to 2 this is detectron2's large-scale jitter; a small image lies anywhere in the crop, not in its corner.
 """
 
+import dataclasses
 from typing import NamedTuple
 
 import cv2
-from jaxtyping import Int, UInt8
+from jaxtyping import Float, Int, UInt8
 import numpy as np
 
 from jaxdg.data.labels import IGNORE
 
 PAD_COLOR = (124, 116, 104)  # ImageNet's mean colour: near zero once normalised
 TRIES = 10
+BOX_FIELDS = {"boxes": ((4,), np.float32), "classes": ((), np.int32), "difficult": ((), np.bool_), "crowd": ((), np.bool_)}  # of one box
+
+
+@dataclasses.dataclass(frozen=True)
+class Augmentation:
+    """How a training crop is made from an image.
+
+    Attributes:
+        crop: height and width, pixels.
+        resize: height and width every image is resized to before the random scale; None keeps its own.
+        keep_ratio: resizes to the largest size of the image's own ratio that fits into `resize`.
+        scale: smallest and largest factor on top of that, drawn uniformly.
+        flip: probability of a horizontal flip.
+        max_class_share: the share of the labelled pixels that no class may cover, 0-1. Below 1 a crop is drawn again, up to 10 times, until
+            it shows more than one class and each covers less.
+        randaugment: number of operations and their magnitude, 0-10, see `jaxdg.data.randaugment`; they follow the crop.
+    """
+
+    crop: tuple[int, int]
+    resize: tuple[int, int] | None = None
+    keep_ratio: bool = False
+    scale: tuple[float, float] = (1.0, 1.0)
+    flip: float = 0.5
+    max_class_share: float = 1.0
+    randaugment: tuple[int, float] = (0, 0.0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Fit:
+    """Resizes an image to the largest size of its own ratio that fits, in the upper left corner of black; boxes stay those of the file.
+
+    Attributes:
+        size: height and width, pixels.
+    """
+
+    size: tuple[int, int]
+
+    def inside(self, size: tuple[int, int]) -> tuple[int, int]:
+        """Height and width that an image of `size` is resized to."""
+        factor = min(new / old for new, old in zip(self.size, size, strict=True))
+        return max(1, round(size[0] * factor)), max(1, round(size[1] * factor))
+
+    def sizes(self, size: tuple[int, int]) -> tuple[tuple[int, int], tuple[int, int]]:
+        """As `protocols.Protocol.sizes`: all images get one size."""
+        return self.size, self.size
+
+    def prepare(self, sample: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """The sample with its `image` uint8 [h, w, 3] resized."""
+        h, w = self.inside(sample["image"].shape[:2])
+        image = np.zeros((*self.size, 3), np.uint8)
+        image[:h, :w] = cv2.resize(sample["image"], (w, h), interpolation=cv2.INTER_LINEAR)
+        return {**sample, "image": image}
+
+
+class Wanted(NamedTuple):
+    """What a crop should show.
+
+    Attributes:
+        train_id: a class.
+        pixels: how many of it, counted at the size of the file.
+    """
+
+    train_id: int
+    pixels: int
 
 
 class Axis(NamedTuple):
     """Where crop and resized image overlap along one axis, pixels.
 
     Attributes:
+        old: length of the image.
+        new: length of the resized image.
         start: first pixel of the resized image inside the crop.
         inside: the overlap within the crop.
     """
 
+    old: int
+    new: int
     start: int
     inside: slice
 
 
-def augment(
-    sample: dict[str, np.ndarray],
-    *,
-    rng: np.random.Generator,
-    crop: tuple[int, int],
-    scale: tuple[float, float],
-    flip: float = 0.5,
-    max_class_share: float = 1.0,
+def random_crop(
+    sample: dict[str, np.ndarray], augmentation: Augmentation, rng: np.random.Generator, wanted: Wanted | None = None
 ) -> dict[str, np.ndarray]:
     """Resizes by a random factor, cuts a random crop and flips it.
 
     Where the resized image is smaller than the crop it lies anywhere inside it, amid a constant colour and ignored labels.
 
     Args:
-        sample: `image` uint8 [h, w, 3] and `label` uint8 [h, w], 255 where ignored.
+        sample: `image` uint8 [h, w, 3] with `label` uint8 [h, w], 255 where ignored, or with the fields of `move_boxes`.
+        augmentation: what is drawn.
         rng: the source of all randomness.
-        crop: height and width of the crop, pixels.
-        scale: smallest and largest factor, drawn uniformly.
-        flip: probability of a horizontal flip.
-        max_class_share: the largest share of the labelled pixels that one class may cover, 0-1. Below 1 a crop is drawn again, up to 10
-            times, until it shows more than one class and none covers more.
+        wanted: a crop is drawn again, up to 10 times, until it shows this.
 
     Returns:
-        `image` uint8 [crop height, crop width, 3] and `label` uint8 [crop height, crop width].
+        The same fields of the crop.
     """
-    image, label = sample["image"], sample["label"]
-    factor = rng.uniform(*scale)
-    resized = tuple(max(1, round(n * factor)) for n in label.shape)
-    for _ in range(TRIES):
-        y, x = (_place(rng, n, c) for n, c in zip(resized, crop, strict=True))
-        new_label = np.full(crop, IGNORE, np.uint8)
-        rows = _nearest(y, label.shape[0], resized[0])
-        columns = _nearest(x, label.shape[1], resized[1])
-        new_label[y.inside, x.inside] = label[np.ix_(rows, columns)]
-        if max_class_share >= 1.0 or _is_mixed(new_label, max_class_share):
+    a, image, label = augmentation, sample["image"], sample.get("label")
+    old = image.shape[:2]
+    factor = rng.uniform(*a.scale)
+    new = [max(1, round(n * factor)) for n in _base_size(old, a)]
+    area = new[0] * new[1] / (old[0] * old[1])
+    result = {}
+    for tries in range(TRIES + 1):
+        y, x = (_place(rng, *lengths) for lengths in zip(old, new, a.crop, strict=True))
+        if label is None:
             break
-    new_image = np.full((*crop, 3), PAD_COLOR, np.uint8)
-    new_image[y.inside, x.inside] = _bilinear(image, resized, y, x)
-    if rng.uniform() < flip:
-        new_image, new_label = new_image[:, ::-1], new_label[:, ::-1]
-    return {"image": np.ascontiguousarray(new_image), "label": np.ascontiguousarray(new_label)}
+        result["label"] = _crop_label(label, y, x, a.crop)
+        if tries == TRIES or _is_good(result["label"], a.max_class_share, wanted, area):  # the last one is taken as it comes
+            break
+    result["image"] = _crop_image(image, y, x, a.crop)
+    to_crop = np.array([[x.new / x.old, 0, x.inside.start - x.start], [0, y.new / y.old, y.inside.start - y.start]])
+    if rng.uniform() < a.flip:
+        result = {key: array[:, ::-1] for key, array in result.items()}
+        to_crop[0] = [-to_crop[0, 0], 0, a.crop[1] - to_crop[0, 2]]
+    if "boxes" in sample:
+        result |= move_boxes(sample, to_crop, a.crop)
+    return {key: np.ascontiguousarray(array) for key, array in result.items()}
 
 
-def _place(rng: np.random.Generator, resized: int, crop: int) -> Axis:
+def move_boxes(sample: dict[str, np.ndarray], matrix: Float[np.ndarray, "2 3"], size: tuple[int, int]) -> dict[str, np.ndarray]:
+    """Boxes under an affine map: upright again, clipped, and dropped where less than a pixel wide or high remains.
+
+    Args:
+        sample: `boxes` float32 [n, 4], x0 y0 x1 y1 in pixels; `classes` int32, `difficult` bool and `crowd` bool, all [n].
+        matrix: from old to new coordinates, (x, y, 1) to (x, y).
+        size: height and width they are clipped to, pixels.
+
+    Returns:
+        The four fields of the boxes that remain.
+    """
+    x0, y0, x1, y1 = sample["boxes"].T.astype(np.float64)
+    corners = np.array([[x0, x1, x0, x1], [y0, y0, y1, y1]])
+    moved = np.tensordot(matrix[:, :2], corners, 1) + matrix[:, 2, None, None]
+    boxes = np.concatenate([moved.min(1), moved.max(1)]).T.clip(0, [*size[::-1], *size[::-1]])
+    keep = (boxes[:, 2:] - boxes[:, :2] >= 1).all(1)
+    return {key: (boxes.astype(np.float32) if key == "boxes" else sample[key])[keep] for key in BOX_FIELDS}
+
+
+def _base_size(size: tuple[int, ...], a: Augmentation) -> tuple[int | float, ...]:
+    if a.resize is None:
+        return size
+    fit = min(a.resize[0] / size[0], a.resize[1] / size[1])
+    return (size[0] * fit, size[1] * fit) if a.keep_ratio else a.resize
+
+
+def _place(rng: np.random.Generator, old: int, new: int, crop: int) -> Axis:
     """The crop anywhere inside the resized image, or, where that is smaller, the image anywhere inside the crop."""
-    offset = int(rng.integers(abs(resized - crop) + 1))
-    return Axis(offset, slice(0, crop)) if resized >= crop else Axis(0, slice(offset, offset + resized))
+    offset = int(rng.integers(abs(new - crop) + 1))
+    return Axis(old, new, offset, slice(0, crop)) if new >= crop else Axis(old, new, 0, slice(offset, offset + new))
 
 
-def _nearest(axis: Axis, old: int, new: int) -> Int[np.ndarray, " n"]:
-    """Indices into an axis of `old` pixels whose areas hold the centres of the visible pixels of the axis resized to `new`."""
+def _crop_label(label: UInt8[np.ndarray, "h w"], y: Axis, x: Axis, crop: tuple[int, int]) -> UInt8[np.ndarray, "ch cw"]:
+    result = np.full(crop, IGNORE, np.uint8)
+    result[y.inside, x.inside] = label.take(_nearest(y), 0).take(_nearest(x), 1)
+    return result
+
+
+def _nearest(axis: Axis) -> Int[np.ndarray, " n"]:
+    """Indices of the pixels whose areas hold the centres of the visible pixels of the resized axis."""
     visible = np.arange(axis.start, axis.start + axis.inside.stop - axis.inside.start)
-    return (2 * visible + 1) * old // (2 * new)
+    return (2 * visible + 1) * axis.old // (2 * axis.new)
 
 
-def _bilinear(image: UInt8[np.ndarray, "h w 3"], resized: tuple[int, ...], y: Axis, x: Axis) -> UInt8[np.ndarray, "wh ww 3"]:
-    """The visible part of the resized image; equals `cv2.resize` with INTER_LINEAR up to rounding."""
-    ratio_y, ratio_x = image.shape[0] / resized[0], image.shape[1] / resized[1]
+def _crop_image(image: UInt8[np.ndarray, "h w 3"], y: Axis, x: Axis, crop: tuple[int, int]) -> UInt8[np.ndarray, "ch cw 3"]:
+    """What is visible equals `cv2.resize` with INTER_LINEAR up to rounding."""
+    ratio_y, ratio_x = y.old / y.new, x.old / x.new
     to_source = np.array([[ratio_x, 0, (x.start + 0.5) * ratio_x - 0.5], [0, ratio_y, (y.start + 0.5) * ratio_y - 0.5]])
     shape = (x.inside.stop - x.inside.start, y.inside.stop - y.inside.start)
     flags = cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP
-    return np.asarray(cv2.warpAffine(image, to_source, shape, flags=flags, borderMode=cv2.BORDER_REPLICATE), np.uint8)
+    result = np.full((*crop, 3), PAD_COLOR, np.uint8)
+    result[y.inside, x.inside] = cv2.warpAffine(image, to_source, shape, flags=flags, borderMode=cv2.BORDER_REPLICATE)
+    return result
 
 
-def _is_mixed(label: UInt8[np.ndarray, "h w"], max_class_share: float) -> bool:
+def _is_good(label: UInt8[np.ndarray, "h w"], max_class_share: float, wanted: Wanted | None, area: float) -> bool:
+    """Whether a crop is as mixed as asked and shows what is wanted; `area` is that of a pixel of the file."""
+    if wanted is not None and np.count_nonzero(label == wanted.train_id) < wanted.pixels * area:
+        return False
+    if max_class_share >= 1.0:
+        return True
     counts = np.bincount(label.ravel(), minlength=256)[:IGNORE]
-    return bool(np.count_nonzero(counts) > 1 and counts.max() <= max_class_share * counts.sum())
+    return bool(np.count_nonzero(counts) > 1 and counts.max() < max_class_share * counts.sum())

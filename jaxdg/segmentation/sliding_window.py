@@ -1,15 +1,19 @@
-"""Class scores of an image of any size from a model that sees windows of one size.
+"""Class scores of images of any size from a model that sees windows of one size.
 
 Windows are placed as in mmsegmentation's `slide` inference: a fixed stride, the last window moved back to end at the border, and
 scores averaged where windows overlap. Different from it: an image smaller than the window is padded at the bottom and on the right,
 so the model always sees one shape, and the windows of a batch go through it together.
+
+Images of many sizes share one compiled program: they are padded to a common shape, their own sizes are traced values, and where windows
+lie, how many there are and how scores are resized follows from those. What stands in the padding reaches no score inside the image.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Float32
+from jaxtyping import Array, Bool, Float, Float32, Int32, Num, UInt8
 import numpy as np
 
 
@@ -40,6 +44,7 @@ def sliding_window(
     window: tuple[int, int],
     stride: tuple[int, int],
     windows_per_call: int | None = None,
+    sizes: Int32[Array, "b 2"] | None = None,
 ) -> Float32[Array, "b h w k"]:
     """Class scores of whole images, averaged over the windows that see a pixel.
 
@@ -49,11 +54,13 @@ def sliding_window(
         window: height and width of a window.
         stride: vertical and horizontal distance between windows.
         windows_per_call: most windows in one call of `predict`, which bounds the memory; None: all windows of the batch at once.
-            A call takes the same places of every image, so that a batch sharded over devices stays where it is: the number is
+            A call takes as many windows of every image, so that a batch sharded over devices stays where it is: the number is
             rounded down to a multiple of the batch, and is one window an image at least.
+        sizes: height and width of every image, whatever lies below and right of it being padding; None: as large as the array. There are
+            as many calls as the image with the most windows needs.
 
     Returns:
-        Scores in float32, of the images' size.
+        Scores in float32, of the array's size; what lies in the padding means nothing.
 
     Raises:
         ValueError: a stride exceeds its window, `windows_per_call` is not positive, or `predict` returns another size than the window.
@@ -61,13 +68,16 @@ def sliding_window(
     if windows_per_call is not None and windows_per_call < 1:
         raise ValueError(f"windows_per_call is {windows_per_call}; it must be at least 1, or None for all windows at once")
     (b, h, w, c), (wh, ww) = images.shape, window
-    places = [(y, x) for y in window_starts(h, wh, stride[0]) for x in window_starts(w, ww, stride[1])]
-    per_call = len(places) if windows_per_call is None else min(max(windows_per_call // b, 1), len(places))
-    calls = -(-len(places) // per_call)
-    padding = calls * per_call - len(places)
-    # The last call is filled up with the first place, whose scores are dropped.
-    starts = jnp.asarray(places + places[:1] * padding, jnp.int32).reshape(calls, per_call, 2)
-    valid = (jnp.arange(calls * per_call) < len(places)).reshape(calls, per_call)
+    most = len(window_starts(h, wh, stride[0])), len(window_starts(w, ww, stride[1]))
+    per_call = most[0] * most[1] if windows_per_call is None else min(max(windows_per_call // b, 1), most[0] * most[1])
+    if sizes is not None:
+        images = jnp.where(_inside(sizes, h, w)[..., None], images, 0)
+    own = np.full((b, 2), (h, w), np.int32) if sizes is None else sizes
+    step = np.array(stride, np.int32)
+    last = (own - np.array(window, np.int32)).clip(0)
+    count = (last + step - 1) // step + 1  # windows along each side
+    places = count[:, 0] * count[:, 1]
+    calls = -(-places.max() // per_call)
 
     padded = jnp.pad(images, ((0, 0), (0, max(wh - h, 0)), (0, max(ww - w, 0)), (0, 0)))
     scores = jax.eval_shape(predict, jax.ShapeDtypeStruct((b * per_call, wh, ww, c), images.dtype))
@@ -77,28 +87,49 @@ def sliding_window(
         )
     k = scores.shape[-1]
 
-    def call(total, inputs):
-        starts, valid = inputs
-        cut = lambda start: jax.lax.dynamic_slice(padded, (0, start[0], start[1], 0), (b, wh, ww, c))
-        windows = jax.vmap(cut, out_axes=1)(starts)  # the batch leads, so flattening it with the places keeps a sharding
+    def call(i, total):
+        place = i * per_call + jnp.arange(per_call)
+        steps = jnp.stack([place // count[:, 1:], place % count[:, 1:]], axis=-1)
+        starts = jnp.minimum(steps * step, last[:, None])  # [b, per_call, 2]; places beyond the last one are dropped below
+        cut = lambda image, start: jax.lax.dynamic_slice(image, (start[0], start[1], 0), (wh, ww, c))
+        windows = jax.vmap(jax.vmap(cut, (None, 0)))(padded, starts)  # the batch leads, so flattening it keeps a sharding
         scores = predict(windows.reshape(b * per_call, wh, ww, c)).reshape(b, per_call, wh, ww, k).astype(jnp.float32)
+        scores = jnp.where((place < places[:, None])[..., None, None, None], scores, 0.0)
 
-        def add(i, total):
-            at = (0, starts[i, 0], starts[i, 1], 0)
-            here = jax.lax.dynamic_slice(total, at, (b, wh, ww, k))
-            return jax.lax.dynamic_update_slice(total, here + jnp.where(valid[i], scores[:, i], 0.0), at)
+        def add(total, start, scores):
+            at = (start[0], start[1], 0)
+            return jax.lax.dynamic_update_slice(total, jax.lax.dynamic_slice(total, at, (wh, ww, k)) + scores, at)
 
-        return jax.lax.fori_loop(0, per_call, add, total), None
+        return jax.lax.fori_loop(0, per_call, lambda j, total: jax.vmap(add)(total, starts[:, j], scores[:, j]), total)
 
-    # Adding inside the scan, rather than stacking its outputs, holds the scores of one call and of the images, never of all windows.
-    total, _ = jax.lax.scan(call, jnp.zeros((*padded.shape[:3], k), jnp.float32), (starts, valid))
-    seen = np.zeros(padded.shape[1:3], np.float32)
-    for y, x in places:
-        seen[y : y + wh, x : x + ww] += 1
-    return (total / seen[..., None])[:, :h, :w]
+    # Adding inside the loop, rather than stacking what calls return, holds the scores of one call and of the images, never of all windows.
+    total = jax.lax.fori_loop(0, calls, call, jnp.zeros((*padded.shape[:3], k), jnp.float32))
+    seen = []
+    for axis in (0, 1):  # windows lie on a grid, so how many see a pixel is a product
+        start = jnp.minimum(jnp.arange(most[axis]) * stride[axis], last[:, axis, None])[..., None]
+        pixel = jnp.arange(padded.shape[1 + axis])
+        covered = (pixel >= start) & (pixel < start + window[axis]) & (jnp.arange(most[axis]) < count[:, axis, None])[..., None]
+        seen.append(covered.sum(axis=1))
+    return (total / jnp.maximum(seen[0][:, :, None] * seen[1][:, None, :], 1)[..., None])[:, :h, :w]
 
 
-def resize_scores(scores: Float[Array, "b h w k"], size: tuple[int, int]) -> Float32[Array, "b h2 w2 k"]:
+def _inside(sizes: Int32[Array, "b 2"], h: int, w: int) -> Bool[Array, "b h w"]:
+    """Which pixels of an array of h x w belong to an image of `sizes`."""
+    return (jnp.arange(h)[:, None] < sizes[:, 0, None, None]) & (jnp.arange(w) < sizes[:, 1, None, None])
+
+
+def mirror(images: Num[Array, "b h w c"], sizes: Int32[Array, "b 2"]) -> Num[Array, "b h w c"]:
+    """Flips images left to right inside their own widths; the padding stays where it is."""
+    x = jnp.arange(images.shape[2])
+    source = jnp.where(x < sizes[:, 1:], sizes[:, 1:] - 1 - x, x)
+    return jax.vmap(lambda image, i: jnp.take(image, i, axis=1, mode="clip"))(images, source)
+
+
+def resize_scores(
+    scores: Float[Array, "b h w k"],
+    size: tuple[int, int],
+    sizes: tuple[Int32[Array, "b 2"], Int32[Array, "b 2"]] | None = None,
+) -> Float32[Array, "b h2 w2 k"]:
     """Resizes class scores bilinearly, as torch's `F.interpolate(mode="bilinear", align_corners=False)`.
 
     Pixel centres are aligned, the border is repeated, and nothing is smoothed when shrinking. Two neighbours are gathered a side:
@@ -107,9 +138,11 @@ def resize_scores(scores: Float[Array, "b h w k"], size: tuple[int, int]) -> Flo
     Args:
         scores: scores or logits of any float type.
         size: height and width of the result, static.
+        sizes: every image's own height and width before and after, whatever lies below and right of them being padding; None: as large
+            as the arrays. Below 2^15 pixels.
 
     Returns:
-        The scores in float32 at `size`.
+        The scores in float32 at `size`; what lies in the padding means nothing.
 
     Raises:
         ValueError: `size` is not positive.
@@ -117,13 +150,55 @@ def resize_scores(scores: Float[Array, "b h w k"], size: tuple[int, int]) -> Flo
     if min(size) < 1:
         raise ValueError(f"cannot resize to {size}: height and width must be at least 1")
     scores = scores.astype(jnp.float32)
-    for axis, length in zip((1, 2), size, strict=True):
-        n = scores.shape[axis]
-        if n == length:
+    for axis, length in enumerate(size):
+        n = scores.shape[axis + 1]
+        if sizes is None and n == length:
             continue
-        centre = np.maximum((np.arange(length) + 0.5) * n / length - 0.5, 0)
-        low = np.floor(centre).astype(np.int32)
-        high = np.minimum(low + 1, n - 1)
-        share = (centre - low).astype(np.float32).reshape(-1, *[1] * (3 - axis))
-        scores = jnp.take(scores, low, axis=axis) * (1 - share) + jnp.take(scores, high, axis=axis) * share
+        before, after = (np.full((1, 1), n), np.full((1, 1), length)) if sizes is None else (s[:, axis, None] for s in sizes)
+        scores = _interpolate(scores, axis + 1, np.arange(length), before, after)
     return scores
+
+
+def _interpolate(x: Float32[Array, "b _ _ k"], axis: int, at: Any, before: Any, after: Any) -> Float32[Array, "b _ _ k"]:
+    """Values at the positions `at` [n] of an axis resized from `before` to `after` pixels, [b or 1, 1].
+
+    The centre of pixel i lies at ((2 i + 1) before - after) / (2 after): in integers, sizes that are traced give the very same shares.
+    """
+    centre = ((2 * at + 1) * before - after).clip(0)
+    low = (centre // (2 * after)).clip(None, before - 1)
+    share = (centre % (2 * after)).astype(np.float32) / (2 * after).astype(np.float32)
+    high = (low + 1).clip(None, before - 1)
+    if len(low) == 1:  # the same for every image
+        take = lambda i: jnp.take(x, i[0], axis=axis, mode="clip")
+    else:
+        take = lambda i: jax.vmap(lambda image, i: jnp.take(image, i, axis=axis - 1, mode="clip"))(x, i)
+    share = share.reshape(len(share), *[1] * (axis - 1), -1, *[1] * (3 - axis))
+    return take(low) * (1 - share) + take(high) * share
+
+
+STRIP = 64  # label rows resized at once
+
+
+def label_map(
+    scores: Float[Array, "b h w k"],
+    size: tuple[int, int],
+    sizes: tuple[Int32[Array, "b 2"], Int32[Array, "b 2"]],
+) -> UInt8[Array, "b h2 w2"]:
+    """The class of highest score at the size of the labels: `argmax` of `resize_scores`, which never exists as a whole.
+
+    Args:
+        scores: class scores at the images' size.
+        size: height and width of the array of labels, static.
+        sizes: every image's own height and width, and its label's.
+
+    Returns:
+        Class ids; what lies in the padding means nothing.
+    """
+    (h, w), (before, after) = size, sizes
+
+    def strip(y):
+        rows = _interpolate(scores, 1, y + jnp.arange(STRIP), before[:, :1], after[:, :1])
+        return jnp.argmax(_interpolate(rows, 2, np.arange(w), before[:, 1:], after[:, 1:]), axis=-1).astype(jnp.uint8)
+
+    strips = jax.lax.map(strip, jnp.arange(0, h, STRIP))  # [s, b, rows, w]
+    return jnp.moveaxis(strips, 0, 1).reshape(scores.shape[0], -1, w)[:, :h]

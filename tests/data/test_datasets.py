@@ -89,8 +89,8 @@ def test_camvid_samples_equal_the_files_as_opencv_reads_them(data_path):
 
 
 def test_unseen_domains_cannot_be_trained_on(data_path):
-    """Asking for training images of an unseen CamVid domain is an error that says what to train on."""
-    with pytest.raises(ValueError, match=r"'dusk' is kept unseen .* train on camvid"):
+    """Asking for training images of an unseen CamVid domain is an error."""
+    with pytest.raises(ValueError, match=r"'dusk' is kept unseen .* train on another"):
         open_domain("dusk", root=str(data_path("camvid").parent), train=True, streets=StreetsOptions(), folder=None)
 
 
@@ -132,14 +132,14 @@ def test_folder_layout(root):
 
 
 def test_domain_names_may_be_paths_and_suffixes_trim_names(tmp_path):
-    """A domain such as `acdc/night` with Cityscapes-like file names, train ids as they are, and a split in the path."""
+    """A domain such as `town/night` with Cityscapes-like file names, train ids as they are, and a split in the path."""
     for kind, end, array in (("rgb", "_rgb_anon.png", np.zeros((4, 6, 3))), ("gt", "_gt_trainIds.png", np.full((4, 6), 18))):
-        path = tmp_path / kind / "acdc/night" / "val" / f"GP01_frame{end}"
+        path = tmp_path / kind / "town/night" / "val" / f"GP01_frame{end}"
         path.parent.mkdir(parents=True)
         Image.fromarray(array.astype(np.uint8)).save(path)
     Image.fromarray(np.zeros((4, 6), np.uint8)).save(path.parent / "GP01_frame_gt_color.png")
     options = FolderOptions("rgb/{domain}/{split}", "gt/{domain}/{split}", "_rgb_anon.png", "_gt_trainIds.png")
-    dataset = open_domain("acdc/night", root=str(tmp_path), train=False, streets=StreetsOptions(), folder=options)
+    dataset = open_domain("town/night", root=str(tmp_path), train=False, streets=StreetsOptions(), folder=options)
     assert (len(dataset), dataset.labels) == (1, CITYSCAPES)
     assert (dataset[0]["label"] == 18).all()
 
@@ -159,7 +159,7 @@ def test_missing_roots_and_folders_are_named(root):
     with pytest.raises(FileNotFoundError, match=r"folder /.*/rgb/village does not exist; check .*--config\.data\.root") as error:
         open_town(root, CLASSES, "village")
     one_line(error)
-    with pytest.raises(FileNotFoundError, match=r"folder /.*/camvid/train does not exist"):
+    with pytest.raises(FileNotFoundError, match=r"/.*/camvid should hold train, .* does not exist"):
         open_domain("camvid", root=str(root), train=True, streets=StreetsOptions(), folder=None)
 
 
@@ -177,7 +177,9 @@ def test_files_without_partner_are_named_and_counted(root):
     """Of 12 lone images the first 10 are named, and the total."""
     for i in range(12):
         Image.fromarray(np.zeros((4, 4, 3), np.uint8)).save(root / f"rgb/town/lone{i:02}.png")
-    with pytest.raises(ValueError, match=r"lone00\.png has no label; .*lone09\.png has no label; and 2 more \(12 in all\)") as error:
+    with pytest.raises(
+        ValueError, match=r"lone00\.png has no label \(\*\.png\); .*lone09\.png has no label .*; and 2 more \(12 in all\)"
+    ) as error:
         open_town(root)
     assert "lone10" not in one_line(error)
 
@@ -245,8 +247,9 @@ def test_a_damaged_or_unwritable_index_is_no_error(root, cache, monkeypatch):
     settle(root)
     open_town(root)
     (path,) = cache.iterdir()
-    for rubbish in ("", "[]", '{"key": 1}', path.read_text()[:-50]):
-        path.write_text(rubbish)
+    whole = path.read_bytes()
+    for rubbish in (b"", b"[]", whole[:-50], whole[:200], whole[:300] + b"0000" + whole[304:]):
+        path.write_bytes(rubbish)
         assert len(open_town(root)) == 2
     blocker = root.parent / "file"
     blocker.write_text("")

@@ -30,6 +30,17 @@ def test_equals_the_official_cityscapes_evaluation(golden):
         np.testing.assert_allclose(iou(total), expected, rtol=0, atol=1e-9)  # nan only where the official code says nan
 
 
+def test_equals_torchmetrics_over_a_dataset(golden):
+    """IoU of every class and their mean, over two sets of images, are torchmetrics' Jaccard index, updated image by image."""
+    data = np.load(golden / "jaccard.npz")
+    for truth, prediction, expected, mean in zip(data["truth"], data["prediction"], data["iou"], data["mean"], strict=True):
+        total = sum(np.asarray(confusion_matrix(p, t, 19)).astype(np.int64) for p, t in zip(prediction, truth, strict=True))
+        found = iou(total)
+        np.testing.assert_allclose(np.nan_to_num(found), expected, rtol=0, atol=1e-6)  # it gives 0 for a class that occurs nowhere,
+        np.testing.assert_allclose(np.nanmean(found), mean, rtol=0, atol=1e-6)  # and leaves it out of the mean
+    assert np.isnan(found).any()
+
+
 def test_sums_past_two_to_the_31_equal_the_official_evaluation(golden):
     """Counts of 2^33 a cell give the official code's scores."""
     data = np.load(golden / "cityscapes_iou.npz")

@@ -1,5 +1,6 @@
 """Sliding windows against a slow NumPy version, and resizing against torch and `jax.image.resize`."""
 
+import functools
 import itertools
 
 import jax
@@ -8,7 +9,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 import numpy as np
 import pytest
 
-from jaxdg.segmentation.sliding_window import resize_scores, sliding_window, window_starts
+from jaxdg.segmentation.sliding_window import label_map, mirror, resize_scores, sliding_window, window_starts
 
 
 def scores_of(windows, xp=jnp):
@@ -133,6 +134,93 @@ def test_a_sharded_batch_stays_sharded_and_equal():
     assert "all-to-all" not in program
 
 
+OWN = [(30, 41), (23, 9), (30, 17), (1, 40)]
+
+
+def padded(images, size, value=1e3):
+    """Images in the upper left corner of one array, loud numbers around them."""
+    out = np.full((len(images), *size, images[0].shape[-1]), value, np.float32)
+    for row, image in zip(out, images, strict=True):
+        row[: image.shape[0], : image.shape[1]] = image
+    return out
+
+
+def drawn(sizes, channels=3):
+    """One random image a size."""
+    rng = np.random.default_rng(5)
+    return [rng.normal(size=(*size, channels)).astype(np.float32) for size in sizes]
+
+
+@functools.cache
+def alone(i, window, stride):
+    """Scores of one of the drawn images as an array of its own."""
+    return np.asarray(jax.jit(lambda image: sliding_window(scores_of, image, window, stride, 1))(drawn(OWN)[i][None]))[0]
+
+
+@pytest.mark.parametrize("windows_per_call", [None, 12])
+def test_images_of_many_sizes_in_one_program(windows_per_call):
+    """Four sizes in one array, compiled once, score to 1e-6 as each image alone; what stands around them reaches nothing."""
+    images, traces = drawn(OWN), []
+
+    def predict(windows):
+        traces.append(1)
+        return scores_of(windows)
+
+    run = jax.jit(lambda images, sizes: sliding_window(predict, images, (16, 16), (7, 7), windows_per_call, sizes))
+    for order in ([0, 1, 2, 3], [3, 1, 0, 2]):
+        array, sizes = padded([images[i] for i in order], (30, 41)), np.array([OWN[i] for i in order], np.int32)
+        for i, (h, w), scores in zip(order, sizes, np.asarray(run(array, sizes)), strict=True):
+            np.testing.assert_allclose(scores[:h, :w], alone(i, (16, 16), (7, 7)), rtol=1e-6, atol=1e-6)
+    assert len(traces) == 2  # for the shape of the scores, then for the program
+
+
+@pytest.mark.parametrize("i", range(len(OWN)))
+def test_one_image_alone_equals_the_slow_version(i):
+    """What images of many sizes are compared with is itself right."""
+    expected = slow(drawn(OWN)[i][None].astype(np.float64), (16, 16), (7, 7))[0]
+    np.testing.assert_allclose(alone(i, (16, 16), (7, 7)), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_only_as_many_windows_as_the_images_need():
+    """Small images in a large array are not charged for its windows: calls stop where the image with the most windows is done."""
+    calls = []
+
+    def predict(windows):
+        jax.debug.callback(lambda: calls.append(1))
+        return windows
+
+    run = jax.jit(lambda images, sizes: sliding_window(predict, images, (10, 10), (10, 10), 2, sizes))
+    for sizes, expected in (([(10, 10), (5, 7)], 1), ([(10, 10), (20, 25)], 6), ([(40, 50)] * 2, 20)):
+        calls.clear()
+        jax.block_until_ready(run(jnp.zeros((2, 40, 50, 1)), jnp.asarray(sizes, jnp.int32)))
+        jax.effects_barrier()
+        assert len(calls) == expected
+
+
+def test_a_sharded_batch_of_many_sizes_stays_sharded():
+    """Eight sizes on eight devices: the scores of one device, and no image leaves its own."""
+    sizes = [(20, 24), (12, 12), (20, 12), (9, 24), (13, 17), (20, 23), (5, 5), (18, 20)]
+    images, sizes = padded(drawn(sizes, 2), (20, 24)), np.array(sizes, np.int32)
+    sharding = NamedSharding(Mesh(np.array(jax.devices()), ("data",)), PartitionSpec("data"))
+    run = jax.jit(lambda images, sizes: sliding_window(lambda x: x * x[:, ::-1], images, (12, 12), (8, 8), 16, sizes))
+    spread = jax.device_put((images, sizes), sharding)
+    result = run(*spread)
+    np.testing.assert_allclose(result, run(images, sizes), rtol=1e-6, atol=1e-6)
+    assert {shard.data.shape for shard in result.addressable_shards} == {(1, 20, 24, 2)}
+    program = run.lower(*spread).compile().as_text()
+    assert "all-gather" not in program
+    assert "all-to-all" not in program
+
+
+def test_mirror_keeps_images_in_their_corner():
+    """Every image is reversed inside its own width; a second time gives it back, padding included."""
+    images = drawn(OWN)
+    array, sizes = padded(images, (30, 41)), jnp.asarray(OWN, jnp.int32)
+    found = mirror(jnp.asarray(array), sizes)
+    np.testing.assert_array_equal(found, padded([image[:, ::-1] for image in images], (30, 41)))
+    np.testing.assert_array_equal(mirror(found, sizes), array)
+
+
 def test_mistakes_are_said():
     """A stride that leaves pixels out, no windows a call, and scores of another size are refused, each with its reason."""
     images = jnp.zeros((1, 20, 20, 3))
@@ -165,6 +253,31 @@ def test_resize_equals_torch(size):
     moved = torch.from_numpy(np.ascontiguousarray(scores.transpose(0, 3, 1, 2)))
     expected = torch.nn.functional.interpolate(moved, size, mode="bilinear", align_corners=False).numpy().transpose(0, 2, 3, 1)
     np.testing.assert_allclose(resize_scores(jnp.asarray(scores), size), expected, rtol=1e-5, atol=1e-5)
+
+
+TO = [(30, 41), (130, 20), (16, 90), (1, 8)]
+
+
+def test_resizing_many_sizes_in_one_program():
+    """Each image's scores, from its own size to its own label's size inside fixed shapes, are those of resizing it alone."""
+    images = drawn(OWN, 5)
+    sizes = (jnp.asarray(OWN, jnp.int32), jnp.asarray(TO, jnp.int32))
+    array = jnp.asarray(padded(images, (30, 41)))
+    found = jax.jit(resize_scores, static_argnums=1)(array, (130, 90), sizes)
+    labels = jax.jit(label_map, static_argnums=1)(array, (130, 90), sizes)
+    assert labels.dtype == np.uint8
+    for image, size, scores, label in zip(images, TO, found, labels, strict=True):
+        expected = np.asarray(jax.jit(resize_scores, static_argnums=1)(image[None], size))[0]
+        np.testing.assert_allclose(scores[: size[0], : size[1]], expected, rtol=1e-6, atol=1e-6)
+        np.testing.assert_array_equal(label[: size[0], : size[1]], expected.argmax(-1))
+
+
+def test_large_sizes_do_not_overflow():
+    """Sides of 20 000 pixels, more than float32 could place to a millionth, are placed by integers: a ramp stays a ramp."""
+    ramp = jnp.arange(10_000, dtype=jnp.float32).reshape(1, 1, -1, 1)
+    sizes = (jnp.array([[1, 10_000]], jnp.int32), jnp.array([[1, 20_000]], jnp.int32))
+    found = np.asarray(resize_scores(ramp, (1, 20_000), sizes))[0, 0, :, 0]
+    np.testing.assert_array_equal(found[1:-1], (np.arange(20_000) + 0.5)[1:-1] / 2 - 0.5)
 
 
 def test_resize_returns_float32():

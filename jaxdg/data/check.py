@@ -1,0 +1,529 @@
+"""Looks at datasets as downloaded: what is there, what is missing, what is broken, and what the labels show.
+
+python -m jaxdg.data.check --data_root data
+python -m jaxdg.data.check --data_root data --all --write_skip_list skip.txt gta5 acdc/night
+
+Files are paired and their headers and ends read, as at the start of training, and then images and labels are decoded: some of every split,
+or with --all every one. What is broken is listed with its path, all of it, and makes the exit code 1. A split that is not there, or has
+another number of images than its publisher states, is a warning. Records are compared with the digests taken when they were written. A
+contact sheet of every dataset shows what breaks no rule, such as labels read by the wrong table.
+"""
+
+from collections.abc import Callable, Collection, Iterable, Sequence
+import dataclasses
+import functools
+import glob
+import os
+from pathlib import Path
+import re
+import sys
+from typing import Any
+
+from absl import flags
+import cv2
+import grain
+from jaxtyping import Int64, UInt8
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+from rich.box import SIMPLE
+from rich.console import Console
+from rich.progress import track
+from rich.table import Column, Table
+from rich.text import Text
+
+from jaxdg import visualize
+from jaxdg.data import published, records, storage
+from jaxdg.data.boxes import COUNTS, BoxFiles, BoxOptions, open_box_files
+from jaxdg.data.datasets import Files, FolderOptions, open_files, read_image
+from jaxdg.data.index import Defect
+from jaxdg.data.labels import IGNORE
+from jaxdg.data.workers import read_ahead
+
+SAMPLE = 20  # images of a split that are decoded without --all
+SHOWN, TILE = 3, 480  # images of a split on a contact sheet, and their width in pixels if theirs is not smaller
+
+# Datasets with boxes alone: their folders and domains.
+BOX_FOLDERS = {
+    "diverse_weather": ("daytime_clear", "night_sunny", "dusk_rainy", "night_rainy", "daytime_foggy"),
+    "carla_towns": ("carla", "town05"),
+}
+# Datasets with label maps that have boxes too where there are such files: a folder, and the end of their names.
+BOX_LABELS = {
+    "cityscapes": ("gtFine", "_instanceIds.png"),
+    "bdd100k": ("labels/ins_seg", ".png"),
+    "synthia": ("GT/LABELS", ".png"),
+    "acdc": ("gt_detection", ".json"),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Split:
+    """Images that are checked together.
+
+    Attributes:
+        name: for people.
+        open: opens them as `open_files` does; takes its `defects`.
+        count: number of images that the publisher states, if one does.
+        images: image folders below that of the dataset; () if it may have one of several names.
+    """
+
+    name: str
+    open: Callable[..., Files]
+    count: int | None = None
+    images: tuple[str, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Subject:
+    """A dataset to check.
+
+    Attributes:
+        name: for people; with `boxes` behind it where label maps have the name.
+        folder: where its files are.
+        splits: what it consists of.
+    """
+
+    name: str
+    folder: str
+    splits: tuple[Split, ...]
+
+
+@dataclasses.dataclass
+class Opened:
+    """A split that could be opened.
+
+    Attributes:
+        split: which.
+        dataset: its images, broken ones included.
+        broken: what is wrong with files.
+        intact: images that were decoded and have nothing wrong.
+        telling: those of them that show a class.
+        counts: pixels by train id, or boxes by class, of the images that were decoded.
+    """
+
+    split: Split
+    dataset: Files
+    broken: list[Defect]
+    intact: list[int] = dataclasses.field(default_factory=list)
+    telling: list[int] = dataclasses.field(default_factory=list)
+    counts: Int64[np.ndarray, "256"] = dataclasses.field(default_factory=lambda: np.zeros(256, np.int64))
+
+
+def subjects(
+    names: Sequence[str],
+    *,
+    root: str,
+    folder: FolderOptions | None = None,
+    boxes: BoxOptions | None = None,
+    mapillary_labels: str = "vltseg",
+    recorded: Collection[str] = (),
+) -> list[Subject]:
+    """What there is to check.
+
+    Args:
+        names: of datasets and domains, or of what `folder` and `boxes` describe.
+        root: data root.
+        folder: as for `open_files`.
+        boxes: as `own` for `open_boxes`.
+        mapillary_labels: as for `open_files`.
+        recorded: domains of which there are records, so that the files need not be there.
+
+    Raises:
+        ValueError: an unknown name.
+    """
+    found: list[Subject] = []
+    for name in names:
+        mine = _published(name, root, mapillary_labels) or _voc(name, root) or _own(name, root, folder, boxes)
+        if any(f"{domain}/".startswith(f"{name}/") for domain in recorded):
+            mine = [s for s in mine if any(os.path.isdir(s.folder) and all(_holds(s.folder, i) for i in t.images) for t in s.splits)]
+        elif not mine:
+            known = ", ".join((*published.PUBLISHED, *BOX_FOLDERS))
+            raise ValueError(
+                f"unknown dataset {name!r}; known are {known} and their domains; for others give --config with data.folder or data.boxes"
+            )
+        found += mine
+    return found
+
+
+def _there(root: str) -> tuple[list[str], list[str]]:
+    """The known datasets that have a folder below the data root, even if it is spelt otherwise; and folders of nothing known."""
+    plain = lambda name: re.sub(r"\W|_", "", name).lower()
+    folders = [folder for folder in storage.subfolders(root) if not folder.startswith(".")]
+    known = {plain(name): name for name in (*published.PUBLISHED, *BOX_FOLDERS)}
+    mine = {known[plain(folder)] for folder in folders if plain(folder) in known}
+    return [name for name in known.values() if name in mine], [folder for folder in folders if plain(folder) not in known]
+
+
+def _published(name: str, root: str, mapillary_labels: str) -> list[Subject]:
+    dataset = published.find(name)
+    if dataset is None:
+        return []
+    base = os.path.join(root, dataset.name)
+    domain, split = (name, "") if name in dataset.domains else os.path.split(name)
+    parts: dict[tuple[str, str], list[published.Part]] = {}
+    for part in dataset.parts:
+        mine = domain == dataset.name or f"{part.domain}/".startswith(f"{domain}/")
+        if mine and (part.split == split if split else not part.listed):  # what a list of GTA5 names is in `all` too
+            parts.setdefault((part.domain, part.split), []).append(part)
+    label_maps, things = [], []
+    for (d, s), these in parts.items():
+        stated = sum(part.count for part in these), tuple(part.images for part in these)
+        opening = functools.partial(open_files, f"{d}/{s}", root=root, train=False, folder=None, mapillary_labels=mapillary_labels)
+        label_maps.append(Split(f"{d}/{s}", opening, *stated))
+        if s != "test":
+            things.append(Split(f"{d}/{s}", functools.partial(open_box_files, d, root=root, train=s != "val"), *stated))
+    found = [Subject(name, base, tuple(label_maps))]
+    if things and dataset.name in BOX_LABELS and _holds(base, *BOX_LABELS[dataset.name]):
+        found.append(Subject(f"{name} boxes", base, tuple(things)))
+    return found
+
+
+def _voc(name: str, root: str) -> list[Subject]:
+    for folder, domains in BOX_FOLDERS.items():
+        splits = [
+            Split(f"{d}/{'train' if train else 'val'}", functools.partial(open_box_files, d, root=root, train=train), count)
+            for (d, train), count in COUNTS.items()
+            if d in domains and name in (folder, d)
+        ]
+        if splits:
+            return [Subject(name, os.path.join(root, folder), tuple(splits))]
+    return []
+
+
+def _own(name: str, root: str, folder: FolderOptions | None, boxes: BoxOptions | None) -> list[Subject]:
+    def subject(title: str, opening: Callable[..., Files], splits: tuple[str, ...]) -> Subject:
+        return Subject(title, root, tuple(Split(f"{name}/{s}", functools.partial(opening, train=s != "val")) for s in splits))
+
+    found = []
+    if folder:
+        splits = ("train", "val") if "{split}" in folder.images + folder.labels else ("all",)
+        found.append(subject(name, functools.partial(open_files, name, root=root, folder=folder), splits))
+    if boxes:
+        splits = ("train", "val") if any(a != b for a, b in (boxes.images, boxes.annotations, boxes.lists)) else ("all",)
+        found.append(subject(f"{name} boxes", functools.partial(open_box_files, name, root=root, own=boxes), splits))
+    return found
+
+
+def _holds(base: str, folder: str, suffix: str = "") -> bool:
+    """Whether a folder below that of a dataset has such files."""
+    try:
+        return any(name.endswith(suffix) for name in storage.Tree(base).files(folder))
+    except (FileNotFoundError, ValueError):
+        return False
+
+
+def check(subject: Subject, *, everything: bool, workers: int, console: Console, out: Path) -> tuple[list[Defect], list[str]]:
+    """Checks a dataset and prints what it finds.
+
+    Args:
+        subject: the dataset.
+        everything: decode every image instead of `SAMPLE` a split.
+        workers: processes that decode; 0 for threads of this process.
+        console: where to print.
+        out: folder for the contact sheet.
+
+    Returns:
+        What is broken, each thing once, without a path where it is no single file; and the warnings.
+    """
+    opened, broken, warnings = _open(subject, console)
+    _decode(subject.name, opened, everything, workers, console)
+    broken = list(dict.fromkeys([*broken, *(defect for o in opened for defect in o.broken)]))
+    console.print(Text.assemble((subject.name, "bold"), f"  {subject.folder}"))
+    if opened:
+        console.print(_table(opened))
+        console.print()
+    if any(o.counts.any() for o in opened):
+        console.print(_histogram(opened))
+        console.print()
+    if any(o.intact for o in opened):
+        file = out / (re.sub(r"[^\w-]", "_", subject.name) + ".png")
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(contact_sheet([(o.split.name, o.dataset, _spread(o.telling or o.intact, SHOWN)) for o in opened])).save(file)
+        console.print(Text(f"contact sheet: {file}"))
+    for warning in warnings:
+        console.print(Text.assemble(("warning: ", "yellow"), warning))
+    _list_broken(broken, console)
+    console.print()
+    return broken, warnings
+
+
+def _list_broken(broken: Iterable[Defect], console: Console) -> None:
+    for path, text in broken:
+        console.print(Text.assemble(("broken: ", "red"), path, text))
+
+
+def _open(subject: Subject, console: Console) -> tuple[list[Opened], list[Defect], list[str]]:
+    """Pairs the files; also what is broken but no single file, and the warnings."""
+    opened: list[Opened] = []
+    broken: list[Defect] = []
+    lost: list[tuple[Split, str]] = []
+    with console.status(f"{subject.name}: pairing files"):
+        for split in subject.splits:
+            defects: list[Defect] = []
+            try:
+                opened.append(Opened(split, split.open(defects=defects), defects))
+            except FileNotFoundError as error:
+                lost.append((split, str(error)))
+            except (ValueError, OSError) as error:
+                broken += [*defects, Defect("", str(error))]
+    warnings = [
+        f"{o.split.name} has {len(o.dataset)} images, published are {o.split.count}"
+        for o in opened
+        if o.split.count not in (None, len(o.dataset))
+    ]
+    for split, text in lost:
+        # A split may be left out by choice, but then as a whole.
+        if opened and not any(_holds(subject.folder, images) for images in split.images):
+            warnings.append(f"{split.name} is missing: {text}")
+        else:
+            broken.append(Defect("", text))
+    return opened, broken, warnings
+
+
+def _decode(name: str, opened: Sequence[Opened], everything: bool, workers: int, console: Console) -> None:
+    """Decodes what nothing is known to be wrong with, and adds to what is known."""
+    items: list[tuple[int, int]] = []
+    for k, o in enumerate(opened):
+        broken, pairs = {path for path, _ in o.broken}, zip(o.dataset.pairs.images, o.dataset.pairs.labels, strict=True)
+        rest = [i for i, pair in enumerate(pairs) if broken.isdisjoint(pair)]
+        items += [(k, i) for i in (rest if everything else _spread(rest, SAMPLE))]
+    if not items:
+        return
+    looks = read_ahead(grain.MapDataset.range(len(items)).map(_Look([o.dataset for o in opened], items)), workers)
+    looks = track(looks, name, len(items), console=console, transient=True, disable=not console.is_terminal)
+    for (k, i), (counts, wrong) in zip(items, looks, strict=True):
+        opened[k].counts += counts
+        opened[k].broken += wrong
+        opened[k].intact += [] if wrong else [i]
+        opened[k].telling += [i] if counts[:IGNORE].any() and not wrong else []
+
+
+@dataclasses.dataclass
+class _Look:
+    """Decodes an image and what is known about it; a class and not a closure, so that it reaches worker processes by name."""
+
+    datasets: list[Files]
+    items: list[tuple[int, int]]
+
+    def __call__(self, j: int) -> tuple[Int64[np.ndarray, "256"], list[Defect]]:
+        k, i = self.items[j]
+        dataset, counts, wrong = self.datasets[k], np.zeros(256, np.int64), []
+        image, label = dataset.name(i), dataset.pairs.labels[i] or dataset.name(i)
+        try:
+            read_image(image)
+        except (ValueError, cv2.error) as error:
+            wrong.append(_defect(image, error))
+        try:
+            truth = dataset.boxes(i)["classes"] if isinstance(dataset, BoxFiles) else dataset.label(i)
+            counts = np.bincount(truth.ravel(), minlength=256)
+        except (ValueError, cv2.error) as error:
+            wrong.append(_defect(label, error))
+        return counts, wrong
+
+
+def _defect(path: str, error: Exception) -> Defect:
+    text = str(error) if str(error).startswith(path) else f"{path}: {type(error).__name__}: {error}"
+    return Defect(path, " ".join(text.removeprefix(path).split("; ")[0].split("\n")))
+
+
+def _spread(items: list[int], count: int) -> list[int]:
+    """So many of the items, from the first to the last."""
+    return [items[i] for i in sorted({round(i) for i in np.linspace(0, len(items) - 1, count)})] if items else []
+
+
+def _table(opened: Iterable[Opened]) -> Table:
+    table = Table(
+        *(Column(name, justify="right") for name in ("", "images", "published", "pixels", "decoded", "broken files")),
+        box=SIMPLE,
+        show_edge=False,
+    )
+    table.columns[0].justify = "left"
+    for o in opened:
+        (sizes, counts), found = np.unique(o.dataset.pairs.sizes, axis=0, return_counts=True), len(o.dataset)
+        h, w = sizes[counts.argmax()].tolist() if found else (0, 0)
+        pixels = f"{w}x{h}" + (f" and {len(sizes) - 1} others" if len(sizes) > 1 else "")
+        images = Text(str(found), style="" if o.split.count in (None, found) else "yellow")
+        broken = len({path for path, _ in o.broken})
+        stated = "-" if o.split.count is None else str(o.split.count)
+        table.add_row(Text(o.split.name), images, stated, pixels, str(len(o.intact)), Text(str(broken), style="red" if broken else ""))
+    return table
+
+
+def _histogram(opened: Sequence[Opened]) -> Table:
+    """Shares of pixels, or numbers of boxes, by class and split."""
+    labelled = [o for o in opened if isinstance(o.dataset, BoxFiles) or any(o.dataset.pairs.labels)]
+    labels, boxes = opened[0].dataset.labels, isinstance(opened[0].dataset, BoxFiles)
+    table = Table(
+        "boxes" if boxes else "% of pixels", *(Column(Text(o.split.name), justify="right") for o in labelled), box=SIMPLE, show_edge=False
+    )
+    rows = list(zip(range(len(labels.names)), labels.names, labels.colors, strict=True))
+    for k, name, color in rows if boxes else [*rows, (IGNORE, "ignored", (0, 0, 0))]:
+        cells = [str(o.counts[k]) if boxes else f"{100 * o.counts[k] / max(1, o.counts.sum()):.2f}" for o in labelled]
+        swatch = ("■ ", f"rgb({color[0]},{color[1]},{color[2]})")
+        table.add_row(Text.assemble(swatch, name), *(cell if o.counts[k] else "-" for o, cell in zip(labelled, cells, strict=True)))
+    return table
+
+
+def contact_sheet(rows: Iterable[tuple[str, Files, list[int]]]) -> UInt8[np.ndarray, "h w 3"]:
+    """Images with their label maps or boxes drawn over them, and a legend each.
+
+    Args:
+        rows: name of a split, its dataset, and what to show of it.
+
+    Returns:
+        RGB, one row a split.
+    """
+    return visualize.grid([_join([_tile(name, dataset, i) for i in shown]) for name, dataset, shown in rows if shown])
+
+
+def _tile(name: str, dataset: Files, i: int) -> UInt8[np.ndarray, "h w 3"]:
+    sample, labels = dataset[i], dataset.labels
+    scale = min(1.0, TILE / sample["image"].shape[1])
+    size = TILE if scale < 1 else sample["image"].shape[1], max(1, round(sample["image"].shape[0] * scale))
+    image = np.asarray(cv2.resize(sample["image"], size, interpolation=cv2.INTER_AREA), np.uint8)
+    if "boxes" in sample:
+        picture = visualize.box_overlay(image, sample["boxes"] * scale, sample["classes"], labels.colors, labels.names)
+    else:
+        label = np.asarray(cv2.resize(sample["label"], size, interpolation=cv2.INTER_NEAREST), np.uint8)
+        picture = visualize.overlay(image, label, labels.colors, labels.names)
+    caption = Image.new("RGB", (picture.shape[1], 26), visualize.BACKGROUND)
+    text = f"{name}  {os.path.basename(dataset.name(i))}"
+    ImageDraw.Draw(caption).text((2, 13), text, font=ImageFont.load_default(13), fill=visualize.TEXT, anchor="lm")
+    return np.concatenate([np.asarray(caption), picture])
+
+
+def _join(tiles: Sequence[UInt8[np.ndarray, "_ _ 3"]], gap: int = 12) -> UInt8[np.ndarray, "h w 3"]:
+    """Pictures side by side, their upper edges in line."""
+    heights, widths = [tile.shape[0] for tile in tiles], [tile.shape[1] for tile in tiles]
+    canvas = np.full((max(heights), sum(widths) + gap * (len(tiles) - 1), 3), visualize.BACKGROUND, np.uint8)
+    for k, tile in enumerate(tiles):
+        left = sum(widths[:k]) + gap * k
+        canvas[: heights[k], left : left + widths[k]] = tile
+    return canvas
+
+
+def check_records(names: Sequence[str], root: str, console: Console) -> dict[str, list[Defect]]:
+    """Verifies the records below a data root and prints what it finds.
+
+    Args:
+        names: of datasets and domains; none for all.
+        root: data root.
+        console: where to print.
+
+    Returns:
+        What is broken in the records of each domain that has some.
+    """
+    markers, depths = (records.COMPLETE, records.UNFINISHED), ("*", "*/*")
+    paths = [p for depth in depths for marker in markers for p in glob.glob(f"{glob.escape(root)}/{depth}/{records.VERSION}/{marker}")]
+    found: dict[str, list[Defect]] = {}
+    for directory in sorted({os.path.dirname(path) for path in paths}):
+        domain = os.path.relpath(os.path.dirname(directory), root)
+        if names and not domain.startswith(tuple(names)):
+            continue
+        try:
+            found[domain] = [Defect("", wrong) for wrong in records.verify(directory)]
+        except (ValueError, OSError) as error:
+            found[domain] = [Defect("", str(error))]
+        console.print(Text.assemble((f"records of {domain}", "bold"), f"  {directory}: {'broken' if found[domain] else 'whole'}"))
+        _list_broken(found[domain], console)
+        console.print()
+    return found
+
+
+def write_skip_list(file: Path, broken: Iterable[Defect], root: str) -> int:
+    """Writes the broken files as `data.skip` reads them, each below what is wrong with it.
+
+    Args:
+        file: is replaced.
+        broken: what `check` returns; that which is no single image or annotation cannot be left out.
+        root: data root.
+
+    Returns:
+        Number of files.
+    """
+    reasons: dict[str, list[str]] = {}
+    for path, text in broken:
+        if path and not path.lower().endswith((".txt", ".json")):  # lists of images and COCO's files hold many images
+            reasons.setdefault(os.path.relpath(path, root), []).append(f"# {' '.join(text.lstrip(':').split())}\n")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    lines = (line for path, why in reasons.items() for line in (*why, f"{path}\n"))
+    file.write_text("".join(("# written by python -m jaxdg.data.check\n", *lines)), encoding="utf-8")
+    return len(reasons)
+
+
+def main(
+    names: Sequence[str],
+    *,
+    root: str,
+    out: Path,
+    everything: bool,
+    workers: int,
+    skip_list: Path | None,
+    console: Console,
+    **options: Any,
+) -> bool:
+    """The command; see the flags below.
+
+    Returns:
+        Whether nothing is broken.
+    """
+    if not os.path.isdir(root):
+        raise FileNotFoundError(f"data root {os.path.abspath(root)} does not exist; set JAXDG_DATA or --data_root")
+    root = os.path.normpath(root)
+    if not console.is_terminal:
+        console.width = 240  # nobody reads it as it is printed: nothing is cut off
+    recorded = check_records(names, root, console)
+    there, others = _there(root)
+    everyone = subjects(names or there, root=root, recorded=recorded, **options)
+    if not everyone and not recorded:
+        known = ", ".join((*published.PUBLISHED, *BOX_FOLDERS))
+        raise FileNotFoundError(f"{os.path.abspath(root)} has no folder of a known dataset ({known}), only {', '.join(others) or 'none'}")
+    broken = [defect for defects in recorded.values() for defect in defects]
+    warnings: list[str] = []
+    for subject in everyone:
+        found = check(subject, everything=everything, workers=workers, console=console, out=out)
+        broken += found[0]
+        warnings += found[1]
+    if not names and (others := [folder for folder in others if not any(d.split("/")[0] == folder for d in recorded)]):
+        console.print(Text(f"not checked, as these are folders of no known dataset: {', '.join(others)}"))
+    if skip_list:
+        count = write_skip_list(skip_list, broken, root)
+        console.print(Text(f"{skip_list} lists {count} files to leave out; train with --config.data.skip={skip_list}"))
+    decoded = "every file was" if everything else f"up to {SAMPLE} images a split were"
+    summary = f"{len(broken)} broken, {len(warnings)} warning{'s' * (len(warnings) != 1)}; {decoded} decoded"
+    console.print(Text(summary, style="red" if broken else "green"))
+    return not broken
+
+
+if __name__ == "__main__":
+    from jaxdg import cli
+    from jaxdg.config import DataConfig
+    from jaxdg.data import check as this  # by this name worker processes find what they run, not by __main__
+
+    _ROOT = flags.DEFINE_string("data_root", None, "Folder of the datasets; $JAXDG_DATA, else `data`, if left out.")
+    _ALL = flags.DEFINE_bool("all", False, f"Decode every image and label instead of {SAMPLE} a split.")
+    _OUT = flags.DEFINE_string("out", "check", "Folder for the contact sheets.")
+    _WORKERS = flags.DEFINE_integer(
+        "workers", None, "Processes that decode, 0 for threads; all cores with --all if left out.", lower_bound=0
+    )
+    _SKIP = flags.DEFINE_string("write_skip_list", None, "File to write the broken files to, as the configuration's data.skip reads it.")
+    _CONFIG = cli.define_config()  # for data.folder, data.boxes and data.mapillary_labels
+    flags.declare_key_flag("config")
+
+    def _main(arguments: list[str]) -> None:
+        data = _CONFIG.value.data if _CONFIG.value else DataConfig()
+        whole = this.main(
+            arguments[1:],
+            root=_ROOT.value or data.root,
+            out=Path(_OUT.value),
+            everything=_ALL.value,
+            workers=_WORKERS.value if _WORKERS.value is not None else (os.cpu_count() or 1) * _ALL.value,
+            skip_list=Path(_SKIP.value) if _SKIP.value else None,
+            console=cli.console(),
+            folder=data.folder,
+            boxes=data.boxes,
+            mapillary_labels=data.mapillary_labels,
+        )
+        sys.exit(0 if whole else 1)
+
+    cli.run(_main)

@@ -1,0 +1,133 @@
+"""Boxes around the instances in label images: tight around an object's visible pixels, in the classes of `CITYSCAPES`' eight things.
+
+Pixels of a thing that belong to no instance are a crowd, one box a class.
+"""
+
+from collections.abc import Callable
+
+import cv2
+from jaxtyping import Float32, Integer
+import numpy as np
+
+from jaxdg.data import index, storage
+from jaxdg.data.annotations import Boxes
+from jaxdg.data.labels import CITYSCAPES_IDS, SYNTHIA_IDS
+
+FIRST, COUNT = 11, 8  # train ids of the things: person, rider, car, truck, bus, train, motorcycle, bicycle
+FORMS = {1: (np.uint16, "16-bit grey"), 3: (np.uint16, "16-bit RGB"), 4: (np.uint8, "8-bit RGBA")}  # by the number of channels
+
+
+def read(path: str, channels: int) -> np.ndarray:
+    """Decodes a label image.
+
+    Args:
+        path: as `storage.read` takes it.
+        channels: a key of `FORMS`.
+
+    Returns:
+        [h, w], or [h, w, channels] in the order blue, green, red, alpha.
+
+    Raises:
+        ValueError: the file is unreadable, truncated, damaged or of another form; names it.
+    """
+    data, (dtype, form) = storage.read(path), FORMS[channels]
+    wrong = index.truncated(path, data)
+    label = None if wrong else cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
+    if label is None or label.dtype != dtype or label.shape[2:] != ((channels,) if channels > 1 else ()):
+        wrong = wrong or ("damaged" if label is None else f"a label with instances must be a {form} image; use the instance files")
+        raise ValueError(f"{path}: {wrong}; fetch the file again, or leave it out with data.skip")
+    return label
+
+
+def cityscapes(label: Integer[np.ndarray, "h w"], path: str) -> Boxes:
+    """Boxes of `*_gtFine_instanceIds.png`: an instance is class id * 1000 + number, a crowd the class id alone.
+
+    Args:
+        label: as read.
+        path: of the file.
+    """
+    ids, boxes = extents(np.where(label >= min(THING_IDS), label, 0))
+    table = np.full(65536, -1, np.int32)
+    table[list(THING_IDS)] = list(THING_IDS.values())
+    return _boxes(boxes, table[np.where(ids >= 1000, ids // 1000, ids)], ids < 1000)
+
+
+def bdd100k(label: Integer[np.ndarray, "h w 4"], path: str) -> Boxes:
+    """Boxes of a bitmask: category (from 1), attributes (1 ignored, 2 crowd, ..) and two bytes of instance id in red, green, blue, alpha.
+
+    What is to be ignored is marked as a crowd, as neither counts.
+
+    Args:
+        label: as read.
+        path: of the file, for the error.
+
+    Raises:
+        ValueError: a category outside 0 to 8.
+    """
+    if (red := label[..., 2]).max() > COUNT:
+        raise ValueError(f"{path}: holds category {red.max()}; allowed are 0 to {COUNT}; fetch the file again")
+    words = np.ascontiguousarray(label).view("<u4")[..., 0]  # alpha, red, green and blue from the highest byte down
+    ids, boxes = extents(np.where(red > 0, words, 0))
+    return _boxes(boxes, (ids >> 16 & 255).astype(np.int32) - 1, (ids >> 8 & 3) > 0)
+
+
+def synthia(label: Integer[np.ndarray, "h w 3"], path: str) -> Boxes:
+    """Boxes of a label of SYNTHIA: the class in red, the number of the instance in green.
+
+    Args:
+        label: as read.
+        path: of the file, for the error.
+
+    Raises:
+        ValueError: a class outside 0 to 22.
+    """
+    green, red = label[..., 1].astype(np.int64), label[..., 2]
+    if red.max() > 22:
+        raise ValueError(f"{path}: holds class {red.max()}; allowed are 0 to 22; fetch the file again")
+    table = np.full(23, -1, np.int64)
+    table[list(SYNTHIA_IDS)] = [train - FIRST for train in SYNTHIA_IDS.values()]
+    thing = table[red]
+    ids, boxes = extents(np.where(thing >= 0, thing + 1 << 16 | green, 0))
+    return _boxes(boxes, (ids >> 16) - 1, ids & 65535 == 0)
+
+
+THING_IDS = {i: train - FIRST for i, train in CITYSCAPES_IDS.items() if train >= FIRST}
+# Channels of the label images and how to read them, by dataset.
+READERS: dict[str, tuple[int, Callable[[np.ndarray, str], Boxes]]] = {
+    "cityscapes": (1, cityscapes),
+    "bdd100k": (4, bdd100k),
+    "synthia": (3, synthia),
+}
+
+
+def extents(ids: Integer[np.ndarray, "h w"]) -> tuple[Integer[np.ndarray, " n"], Float32[np.ndarray, "n 4"]]:
+    """Tight boxes around the pixels of each id.
+
+    Args:
+        ids: 0 where there is nothing.
+
+    Returns:
+        The ids in ascending order, and x0 y0 x1 y1 in pixels of each.
+    """
+    h, w = ids.shape
+    edges = np.ones((h, w), bool)  # where runs of equal pixels begin: there are far fewer runs than pixels
+    edges[:, 1:] = ids[:, 1:] != ids[:, :-1]
+    start = np.flatnonzero(edges)
+    stop = np.append(start[1:], h * w)
+    owner = ids.ravel()[start]
+    keep = np.flatnonzero(owner)
+    keep = keep[np.argsort(owner[keep], kind="stable")]
+    owner, rows, left, right = owner[keep], start[keep] // w, start[keep] % w, (stop[keep] - 1) % w + 1
+    first = np.flatnonzero(np.diff(owner, prepend=0))
+    if not len(first):
+        return owner, np.zeros((0, 4), np.float32)
+    low = [np.minimum.reduceat(at, first) for at in (left, rows)]
+    high = [np.maximum.reduceat(at, first) for at in (right, rows + 1)]
+    return owner[first], np.stack([*low, *high], 1).astype(np.float32)
+
+
+def _boxes(boxes: np.ndarray, classes: np.ndarray, crowd: np.ndarray) -> Boxes:
+    """Those of a thing."""
+    keep = classes >= 0
+    boxes, classes, crowd = boxes[keep], classes[keep].astype(np.int32), crowd[keep]
+    return {"boxes": boxes, "classes": classes, "difficult": np.zeros(len(boxes), bool), "crowd": crowd}

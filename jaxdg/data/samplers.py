@@ -1,0 +1,219 @@
+"""Which image stands at position p of the endless sequence of training examples, by random access.
+
+Every sampler is a plain function of (seed, p), so that it does not matter how many processes and hosts ask it. Three of them:
+permutations, which show every image once an epoch; parts drawn by weight; and DAFormer's rare-class sampling (Hoyer et al. 2022,
+lhoyer/DAFormer), which draws a class with P(c) ~ exp((1 - f_c) / T), f_c its share of all labelled pixels, and then one of its images.
+"""
+
+from collections.abc import Callable
+import dataclasses
+import functools
+import hashlib
+import json
+from typing import NamedTuple
+
+import grain
+from jaxtyping import Float64, Int32, Int64
+import numpy as np
+
+from jaxdg.data.cache import cached
+from jaxdg.data.datasets import Dataset, Mixture
+from jaxdg.data.labels import IGNORE
+from jaxdg.data.transforms import Wanted
+from jaxdg.data.workers import read_ahead
+
+# Keep random streams apart; `pipeline` augments position p by (seed, EXAMPLE, p).
+EXAMPLE, EPOCH, PART, RARE = range(4)
+BLOCK = 4096  # positions whose parts are drawn at once
+
+
+class Draw(NamedTuple):
+    """What stands at a position.
+
+    Attributes:
+        image: its place in the dataset.
+        wanted: what the crop should show, if anything.
+    """
+
+    image: int
+    wanted: Wanted | None = None
+
+
+Sampler = Callable[[int], Draw]  # a pure function of the position, which holds plain values only, so that it pickles
+
+
+@dataclasses.dataclass(frozen=True)
+class Permutations:
+    """Position p belongs to epoch p // length, and each epoch is another permutation.
+
+    Attributes:
+        seed: of the order; several numbers for a part of a mixture.
+        length: number of images.
+    """
+
+    seed: tuple[int, ...]
+    length: int
+
+    def __call__(self, p: int) -> Draw:
+        return Draw(int(_permutation(self.seed, self.length, p // self.length)[p % self.length]))
+
+
+class RareClasses:
+    """A class by its rareness, then any image with enough of it, where the crop should show it."""
+
+    def __init__(
+        self, seed: tuple[int, ...], pixels: Int32[np.ndarray, "n k"], temperature: float, min_pixels: int, names: tuple[str, ...]
+    ):
+        """Args:
+            seed: of all draws.
+            pixels: of each class in each image.
+            temperature: the lower, the more the rarest classes are preferred.
+            min_pixels: of the class, for an image to be drawn; at least 1.
+            names: of the classes, for the error message.
+
+        Raises:
+            ValueError: no class occurs, or no image shows enough of one that does.
+        """
+        if not pixels.any():
+            raise ValueError("no label shows any class, so that none can be drawn; run `python -m jaxdg.data.check`")
+        self.seed, self.min_pixels = seed, min_pixels
+        self.probabilities = class_probabilities(pixels, temperature)
+        self.images = [np.flatnonzero(column >= min_pixels).astype(np.int32) for column in pixels.T]
+        for name, most, images in zip(names, pixels.max(axis=0), self.images, strict=True):
+            if most and not len(images):
+                shown = f"no image shows more than {most} pixels of {name}"
+                raise ValueError(f"data.rare_class_min_pixels is {min_pixels}, but {shown}; allowed: at most {most}")
+
+    def __call__(self, p: int) -> Draw:
+        rng = np.random.default_rng((*self.seed, RARE, p))
+        train_id = int(rng.choice(len(self.images), p=self.probabilities))
+        return Draw(int(rng.choice(self.images[train_id])), Wanted(train_id, self.min_pixels))
+
+
+class Weighted:
+    """At each position a part by its weight; the k-th position of a part is the k-th of that part's own sampler."""
+
+    def __init__(self, seed: int, parts: list[Sampler], lengths: list[int], weights: tuple[float, ...]):
+        """Args:
+        seed: of the draws of parts.
+        parts: a sampler each.
+        lengths: images in each, which follow one another in the dataset.
+        weights: of each, above 0 and in any unit.
+        """
+        self.seed, self.parts = seed, parts
+        self.first = np.cumsum([0, *lengths])
+        self.probabilities = np.array(weights) / np.sum(weights)
+        self._before = {0: np.zeros(len(parts), np.int64)}
+
+    def __call__(self, p: int) -> Draw:
+        block, within = divmod(p, BLOCK)
+        drawn = self._drawn(block)
+        part = int(drawn[within])
+        draw = self.parts[part](int(self._drawn_before(block)[part] + np.count_nonzero(drawn[:within] == part)))
+        return draw._replace(image=draw.image + int(self.first[part]))
+
+    def _drawn_before(self, block: int) -> Int64[np.ndarray, " parts"]:
+        """How often each part was drawn before a block; threads may fill in the same numbers at the same time."""
+        known = block
+        while known not in self._before:
+            known -= 1
+        for b in range(known, block):
+            self._before[b + 1] = self._before[b] + np.bincount(self._drawn(b), minlength=len(self.parts))
+        return self._before[block]
+
+    def _drawn(self, block: int) -> Int64[np.ndarray, " BLOCK"]:
+        return np.random.default_rng((self.seed, PART, block)).choice(len(self.parts), BLOCK, p=self.probabilities)
+
+
+def make_sampler(
+    dataset: Dataset,
+    *,
+    seed: int,
+    weights: tuple[float, ...] = (),
+    temperature: float = 0.0,
+    min_pixels: int = 1,
+    workers: int = 0,
+) -> Sampler:
+    """The order in which a run sees a dataset.
+
+    Args:
+        dataset: what to train on.
+        seed: of the order.
+        weights: of the parts of a `Mixture`; without, a mixture is one dataset like any other and every image is seen once an epoch.
+        temperature: of rare-class sampling, within each weighted part; 0 turns it off.
+        min_pixels: see `RareClasses`.
+        workers: processes that count the pixels of classes, where that has not been done before; 0 does it in threads of this process.
+
+    Returns:
+        A pure function of the position.
+
+    Raises:
+        ValueError: the dataset is empty, or no image shows enough of a class.
+    """
+
+    def of(part: Dataset, seed: tuple[int, ...]) -> Sampler:
+        if not len(part):
+            raise ValueError(f"domain {part.domain!r} has no images to train on")
+        if not temperature:
+            return Permutations(seed, len(part))
+        return RareClasses(seed, class_pixels(part, workers), temperature, min_pixels, part.labels.names)
+
+    if not weights:
+        return of(dataset, (seed,))
+    parts = dataset.parts if isinstance(dataset, Mixture) else (dataset,)
+    return Weighted(seed, [of(part, (seed, PART, k)) for k, part in enumerate(parts)], [len(part) for part in parts], weights)
+
+
+def class_probabilities(pixels: Int32[np.ndarray, "n k"], temperature: float) -> Float64[np.ndarray, " k"]:
+    """How often rare-class sampling draws each class: a softmax of (1 - share) / temperature over the classes that occur.
+
+    Args:
+        pixels: of each class in each image.
+        temperature: above 0.
+
+    Returns:
+        Probabilities; 0 for a class that never occurs.
+    """
+    total = pixels.sum(axis=0, dtype=np.int64)
+    logits = np.where(total > 0, (1 - total / total.sum()) / temperature, -np.inf)
+    odds = np.exp(logits - logits.max())
+    return odds / odds.sum()
+
+
+def class_pixels(dataset: Dataset, workers: int = 0) -> Int32[np.ndarray, "n k"]:
+    """Pixels of each class in each image, counted once and kept, see `jaxdg.data.cache`.
+
+    What was counted is recalled while the dataset has the same images, sizes, classes and label table.
+
+    Args:
+        dataset: of label maps.
+        workers: processes that read; 0 reads with threads of this process.
+
+    Returns:
+        One row an image, one column a class.
+    """
+    if isinstance(dataset, Mixture):
+        return np.concatenate([class_pixels(part, workers) for part in dataset.parts])
+    n = len(dataset)
+    digest = hashlib.sha256(json.dumps([dataset.domain, dataset.labels.names]).encode())
+    digest.update(np.array(getattr(dataset, "table", 0)).tobytes())
+    for i in range(n):
+        digest.update(json.dumps([dataset.name(i), dataset.size(i)]).encode())
+    count = lambda: {"pixels": np.concatenate(list(read_ahead(grain.MapDataset.range(n).map(_Count(dataset)).batch(64), workers)))}
+    return cached(["class pixels", digest.hexdigest()], {}, count)["pixels"]
+
+
+@dataclasses.dataclass
+class _Count:
+    """Pixels of each class in image i; a class and not a closure, so that it reaches worker processes by name."""
+
+    dataset: Dataset
+
+    def __call__(self, i: int) -> Int32[np.ndarray, " k"]:
+        counts = np.bincount(self.dataset[i]["label"].ravel(), minlength=IGNORE + 1)
+        return counts[: len(self.dataset.labels.names)].astype(np.int32)
+
+
+@functools.lru_cache(maxsize=8)
+def _permutation(seed: tuple[int, ...], length: int, epoch: int) -> Int32[np.ndarray, " n"]:
+    return np.random.default_rng((*seed, EPOCH, epoch)).permutation(length).astype(np.int32)

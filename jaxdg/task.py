@@ -1,0 +1,115 @@
+"""What training and evaluation know of a task, and what all tasks do to images."""
+
+from collections.abc import Callable, Sequence
+import dataclasses
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+from flax import nnx
+import jax.numpy as jnp
+from jax.sharding import Mesh
+from jaxtyping import Array, Float, Key, UInt8
+import numpy as np
+
+from jaxdg.backbones import zoo
+from jaxdg.config import Config
+from jaxdg.data.datasets import Dataset
+from jaxdg.data.labels import LabelSet
+from jaxdg.training import photometric
+from jaxdg.training.step import Batch
+
+ModelState = tuple[nnx.State, nnx.State, nnx.State]  # trained, frozen, statistics
+Predict = Callable[[ModelState, UInt8[np.ndarray, "h w 3"]], Any]
+
+
+@dataclasses.dataclass
+class DomainResult:
+    """How a model did on one domain.
+
+    Attributes:
+        metrics: the domain's entry of results.json.
+        score: the one number it is compared by.
+        pictures: uint8 RGB panels of a few images with truth and prediction.
+        parts: the same of parts of the domain, such as `acdc/fog`, by name.
+        write: given the folder of results.json and the domain's name, writes what belongs beside it.
+    """
+
+    metrics: dict[str, Any]
+    score: float
+    pictures: list[np.ndarray]
+    parts: dict[str, "DomainResult"] = dataclasses.field(default_factory=dict)
+    write: Callable[[Path, str], None] = lambda folder, name: None
+
+
+Evaluate = Callable[[ModelState, Dataset, Callable[[], None]], DomainResult]
+
+
+@runtime_checkable
+class Task(Protocol):
+    """What training, evaluation and prediction need of a task."""
+
+    config: Config
+    labels: LabelSet
+    score_name: str
+
+    def open(self, domain: str, train: bool) -> Dataset:
+        """The images of a domain to train on, or those to judge on, checked."""
+        ...
+
+    def model(self, rngs: nnx.Rngs, boundaries: Sequence[int] = ()) -> nnx.Module:
+        """The model with random parameters; segments also end after the encoder blocks in `boundaries`."""
+        ...
+
+    def load_weights(self, model: Any) -> None:
+        """Puts the converted weights that the configuration names into a model."""
+        ...
+
+    def normalizer(self, model: Any, batch: Batch) -> Any:
+        """What the losses of a global batch are divided by: a tree of scalars."""
+        ...
+
+    def losses(self, model: Any, batch: Batch, normalizer: Any, key: Key[Array, ""]) -> dict[str, Float[Array, ""]]:
+        """Named loss terms of a part of a batch; they add up to the loss."""
+        ...
+
+    def evaluator(self, graph: nnx.GraphDef, mesh: Mesh) -> Evaluate:
+        """A function that judges a model on a dataset, calling back after every batch; what it compiles is kept between calls."""
+        ...
+
+    def predictor(self, graph: nnx.GraphDef) -> Predict:
+        """A function of (model state, image of any size) to what the model sees in it, in NumPy."""
+        ...
+
+
+class ImageTask:
+    """The part of a task that does not depend on what is looked for."""
+
+    def __init__(self, config: Config, labels: LabelSet):
+        """Args:
+        config: of the run.
+        labels: of the source domain.
+        """
+        self.config, self.labels = config, labels
+        self._encoder = zoo.entry(config.model.encoder).config
+
+    def normalize(self, images: UInt8[Array, "b h w 3"] | Float[Array, "b h w 3"]) -> Float[Array, "b h w 3"]:
+        """RGB in 0..255 as the encoder takes it."""
+        return photometric.normalize(images.astype(jnp.float32), self._encoder.mean, self._encoder.std)
+
+    def distort(self, images: UInt8[Array, "b h w 3"], key: Key[Array, ""]) -> Float[Array, "b h w 3"]:
+        """The photometric augmentation of the run; RGB in 0..255."""
+        d = self.config.data
+        strengths = (d.brightness, d.contrast, d.saturation, d.hue, d.distortion_probability)
+        return photometric.distort(images.astype(jnp.float32), key, *strengths)
+
+    def check_labels(self, dataset: Dataset) -> None:
+        """ValueError where a domain has other classes than the model."""
+        if dataset.labels.names != self.labels.names:
+            raise ValueError(
+                f"domain {dataset.domain} has the classes {', '.join(dataset.labels.names)}, but the model was trained on "
+                f"{', '.join(self.labels.names)}; evaluate it on domains with the same classes"
+            )
+
+    def batch_size(self, mesh: Mesh) -> int:
+        """Images in a global batch of evaluation: every device gets whole ones."""
+        return -(-self.config.evaluation.batch_size // mesh.size) * mesh.size

@@ -1,0 +1,233 @@
+"""Order of the examples: permutations, parts by weight, rare classes, and their statistics."""
+
+import dataclasses
+from pathlib import Path
+import pickle
+
+import numpy as np
+import pytest
+
+from jaxdg.data import samplers
+from jaxdg.data.datasets import Mixture
+from jaxdg.data.labels import CAMVID, CITYSCAPES, LabelSet
+from jaxdg.data.samplers import BLOCK, RareClasses, class_pixels, class_probabilities, make_sampler
+from jaxdg.data.transforms import Augmentation, random_crop
+
+
+@dataclasses.dataclass
+class Stripes:
+    """Label maps of 20 x 50 pixels; image i shows what `rows[i]` says: (class, pixels), .., and else class 0."""
+
+    rows: tuple[tuple[tuple[int, int], ...], ...]
+    domain: str = "stripes"
+    labels: LabelSet = CITYSCAPES
+    table: np.ndarray = dataclasses.field(default_factory=lambda: np.arange(4))
+    log: str = ""  # a file that notes each label read
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def size(self, i: int) -> tuple[int, int]:
+        return 20, 50
+
+    def name(self, i: int) -> str:
+        return f"{self.domain}/{i}"
+
+    def __getitem__(self, i: int) -> dict[str, np.ndarray]:
+        if self.log:
+            with open(self.log, "a") as file:
+                file.write(f"{i}\n")
+        label = np.zeros(1000, np.uint8)
+        at = 0
+        for train_id, pixels in self.rows[i]:
+            label[at : at + pixels] = train_id
+            at += pixels
+        return {"image": np.zeros((20, 50, 3), np.uint8), "label": label.reshape(20, 50)}
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch) -> Path:
+    """An empty cache."""
+    monkeypatch.setenv("JAXDG_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def numbered(count: int, domain: str) -> Stripes:
+    return Stripes(((),) * count, domain)
+
+
+def test_a_mixture_without_weights_is_one_dataset():
+    """Every image of every part once an epoch, in the order of a dataset of that length."""
+    mixture = Mixture([numbered(7, "a"), numbered(3, "b")])
+    drawn = [make_sampler(mixture, seed=4)(p).image for p in range(30)]
+    assert drawn == [make_sampler(numbered(10, "c"), seed=4)(p).image for p in range(30)]
+    for epoch in range(3):
+        assert sorted(drawn[10 * epoch : 10 * epoch + 10]) == list(range(10))
+
+
+def test_parts_come_by_weight_each_image_once_a_pass():
+    """9000 positions over more than two blocks: shares as the weights say, and within a part one permutation after another."""
+    mixture = Mixture([numbered(7, "a"), numbered(100, "b"), numbered(3, "c")])
+    sampler = make_sampler(mixture, seed=0, weights=(5.0, 3.0, 2.0))
+    drawn = [mixture.at(sampler(p).image) for p in range(9000)]
+    orders = {}
+    for part, weight in zip(mixture.parts, (0.5, 0.3, 0.2), strict=True):
+        images = [i for dataset, i in drawn if dataset is part]
+        assert len(images) == pytest.approx(9000 * weight, rel=0.07)
+        passes = [tuple(images[k : k + len(part)]) for k in range(0, len(images) - len(part) + 1, len(part))]
+        assert all(sorted(one) == list(range(len(part))) for one in passes)
+        assert len(part) < 5 or len(set(passes)) > 0.9 * len(passes)
+        orders[part.domain] = passes
+    # Which part comes next does not follow from the last.
+    index = np.array([mixture.parts.index(dataset) for dataset, _ in drawn])
+    assert abs(np.corrcoef(index[1:], index[:-1])[0, 1]) < 0.05
+
+
+def test_weighted_draws_are_a_function_of_the_position():
+    """Asked backwards, from another process's copy or first of all far away: the same."""
+    mixture = Mixture([numbered(7, "a"), numbered(100, "b")])
+    fresh = lambda: make_sampler(mixture, seed=9, weights=(1.0, 3.0))
+    forward, backward = fresh(), fresh()
+    positions = [*range(0, 3 * BLOCK, 97), BLOCK - 1, BLOCK]
+    expected = {p: forward(p) for p in positions}
+    assert {p: backward(p) for p in reversed(positions)} == expected
+    assert {p: pickle.loads(pickle.dumps(forward))(p) for p in positions[:5]} == {p: expected[p] for p in positions[:5]}
+    other = make_sampler(mixture, seed=10, weights=(1.0, 3.0))
+    assert [other(p) for p in range(50)] != [forward(p) for p in range(50)]
+
+
+PIXELS = np.zeros((40, 19), np.int32)
+PIXELS[:, 0] = 900
+PIXELS[:10, 5] = 60
+PIXELS[10:14, 12] = np.array([5, 30, 31, 90])
+PIXELS[39, 18] = 45
+
+
+def test_class_probabilities_are_daformers():
+    """Softmax of (1 - frequency) / T over the classes that occur, in Python's own arithmetic; classes that never occur are never drawn."""
+    total = PIXELS.sum()
+    for temperature in (1.0, 0.1, 0.01):
+        odds = {c: np.exp((1 - PIXELS[:, c].sum() / total - 1) / temperature) for c in (0, 5, 12, 18)}
+        expected = [odds.get(c, 0.0) / sum(odds.values()) for c in range(19)]
+        np.testing.assert_allclose(class_probabilities(PIXELS, temperature), expected, atol=1e-12)
+    cold = class_probabilities(PIXELS, 0.01)
+    assert cold[18] > cold[12] > cold[5] > 0.1 > 1e-9 > cold[0]
+    assert class_probabilities(PIXELS, 1e-4).sum() == pytest.approx(1.0)  # nothing overflows
+
+
+def test_rare_classes_are_drawn_with_images_that_show_enough():
+    """Classes by their probability, images evenly among those with enough pixels, and the crop is told what to show."""
+    sampler = RareClasses((3,), PIXELS, 0.05, 30, CITYSCAPES.names)
+    drawn = [sampler(p) for p in range(6000)]
+    classes = np.array([draw.wanted.train_id for draw in drawn])
+    np.testing.assert_allclose(np.bincount(classes, minlength=19) / 6000, class_probabilities(PIXELS, 0.05), atol=0.025)
+    assert {draw.wanted.pixels for draw in drawn} == {30}
+    for train_id, images in ((5, range(10)), (12, (11, 12, 13)), (18, (39,))):
+        shown = np.bincount([draw.image for draw in drawn if draw.wanted.train_id == train_id], minlength=40)
+        assert set(np.flatnonzero(shown)) == set(images)
+        assert shown[shown > 0].min() > 0.7 * shown[shown > 0].max()
+    assert [sampler(p) for p in range(20)] == drawn[:20]
+
+
+def test_a_class_without_images_is_refused():
+    """A threshold that no image of a class reaches, and labels without any class, by name."""
+    with pytest.raises(
+        ValueError, match=r"data.rare_class_min_pixels is 50, but no image shows more than 45 pixels of bicycle; allowed: at most 45"
+    ):
+        RareClasses((0,), PIXELS, 0.1, 50, CITYSCAPES.names)
+    with pytest.raises(ValueError, match="no label shows any class"):
+        RareClasses((0,), 0 * PIXELS, 0.1, 50, CITYSCAPES.names)
+
+
+ROWS = (((3, 100),), ((3, 10), (7, 400)), (), ((255, 990), (18, 10)))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_pixels_are_counted_once(cache, tmp_path, workers):
+    """Counts are those drawn, ignored pixels left out; a second run, or another object of the same files, reads nothing."""
+    dataset = Stripes(ROWS, log=str(tmp_path / "log"))
+    expected = np.zeros((4, 19), np.int32)
+    for i, row in enumerate(ROWS):
+        expected[i, 0] = 1000 - sum(n for _, n in row)
+        for train_id, n in row:
+            if train_id != 255:
+                expected[i, train_id] = n
+    np.testing.assert_array_equal(class_pixels(dataset, workers), expected)
+    assert sorted(Path(dataset.log).read_text().split()) == list("0123")
+    again = class_pixels(dataclasses.replace(dataset), workers)
+    np.testing.assert_array_equal(again, expected)
+    assert again.dtype == np.int32
+    assert len(Path(dataset.log).read_text().split()) == 4
+    assert len(list(cache.iterdir())) == 1
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"table": np.arange(5)}, {"labels": CAMVID}, {"domain": "others"}, {"rows": ROWS[:3]}, "damaged"],
+)
+def test_other_files_or_labels_are_counted_anew(cache, tmp_path, change):
+    """Another label table, class list, list of files, or a damaged cache: never the old counts."""
+    rows = tuple(tuple(x for x in row if x[0] != 18) for row in ROWS)
+    dataset = Stripes(rows, log=str(tmp_path / "log"))
+    expected = class_pixels(dataset)
+    (file,) = cache.iterdir()
+    if change == "damaged":
+        file.write_bytes(file.read_bytes()[:-20])
+    else:
+        dataset = dataclasses.replace(dataset, **change)
+    before = len(Path(dataset.log).read_text().split())
+    got = class_pixels(dataset)
+    assert len(Path(dataset.log).read_text().split()) == before + len(dataset)
+    np.testing.assert_array_equal(got, expected[: len(dataset), : len(dataset.labels.names)])
+
+
+def test_a_cache_that_cannot_be_written_is_no_error(tmp_path, monkeypatch):
+    """The counts are computed all the same."""
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("JAXDG_CACHE", str(tmp_path / "file" / "cache"))
+    assert class_pixels(Stripes(ROWS)).sum() == 3 * 1000 + 10
+
+
+def test_weighted_parts_draw_their_own_rare_classes(cache):
+    """Each part has its own statistics; a class rare in one and common in the other is drawn from each as that part says."""
+    a = Stripes((((3, 500),), ((7, 20),)) * 5, "a")
+    b = Stripes((((7, 500),), ((3, 20),)) * 5, "b")
+    mixture = Mixture([a, b])
+    sampler = make_sampler(mixture, seed=0, weights=(1.0, 1.0), temperature=0.01, min_pixels=20)
+    drawn = [(mixture.at(sampler(p).image), sampler(p).wanted.train_id) for p in range(300)]
+    assert {train_id for (part, _), train_id in drawn if part is a} == {7}
+    assert {train_id for (part, _), train_id in drawn if part is b} == {3}
+    assert all(i % 2 == 1 for (_, i), _ in drawn)
+    joined = make_sampler(mixture, seed=0, temperature=0.01, min_pixels=20)  # in both together neither is rarer
+    assert {joined(p).wanted.train_id for p in range(100)} == {3, 7}
+
+
+def test_rare_classes_fill_the_crops(cache):
+    """From statistics to crops: a class in one image of twenty, in a corner of it, is in most of the crops."""
+    dataset = Stripes((*(((3, 400),),) * 19, ((18, 100),)))
+    shown = {}
+    for temperature in (0.0, 0.01):
+        sampler = make_sampler(dataset, seed=0, temperature=temperature, min_pixels=60)
+        crops = []
+        for p in range(100):
+            image, wanted = sampler(p)
+            crops.append(random_crop(dataset[image], Augmentation(crop=(10, 40)), np.random.default_rng(p), wanted))
+        shown[temperature] = np.mean([(crop["label"] == 18).sum() >= 60 for crop in crops])
+    assert shown[0.0] < 0.05
+    assert shown[0.01] > 0.6
+
+
+def test_statistics_of_many_images_stay_small(cache, monkeypatch):
+    """The sampler of 25 000 images of 19 classes takes under 4 MB, pickled for a worker process as well."""
+    pixels = np.random.default_rng(0).integers(0, 30000, (25000, 19)).astype(np.int32)
+    monkeypatch.setattr(samplers, "class_pixels", lambda dataset, workers: pixels)
+    sampler = make_sampler(numbered(25000, "many"), seed=0, temperature=0.01, min_pixels=3000)
+    assert len(pickle.dumps(sampler)) < 4e6
+
+
+def test_an_empty_dataset_is_refused():
+    """By name, a part of a mixture too."""
+    with pytest.raises(ValueError, match="domain 'none' has no images"):
+        make_sampler(numbered(0, "none"), seed=0)
+    with pytest.raises(ValueError, match="domain 'none' has no images"):
+        make_sampler(Mixture([numbered(3, "some"), numbered(0, "none")]), seed=0, weights=(1.0, 1.0))

@@ -1,0 +1,109 @@
+"""The small detectors of tests/golden/detectors.npz: sizes, and weights and inputs that are drawn by torch's names and not stored."""
+
+import zlib
+
+from flax import nnx
+import jax.numpy as jnp
+import numpy as np
+
+from jaxdg.detection.rcnn import Rcnn, RcnnConfig
+from jaxdg.detection.roi_heads import RoiHeadsConfig
+from jaxdg.detection.rpn import RpnConfig
+
+IMAGE, CHANNELS, CLASSES = (96, 160), 6, 4
+STAGES = (5, 7, 9)  # channels of three maps with 4, 8 and 16 pixels a feature
+BOXES = ([[10, 8, 50, 44], [30, 20, 150, 90], [100, 5, 118, 30]], [[3, 50, 60, 95]])
+LABELS = ([0, 3, 1], [2])
+RATIOS = (0.5, 1.0, 2.0)
+SIZES = ((12.0,), (24.0,), (48.0,), (72.0,))  # of anchors
+BEFORE, AFTER = (150, 100), (90, 60)
+DETECTIONS = 60
+FCOS_CHANNELS = 32
+
+
+def normal(name, shape):
+    """Float32 standard normal numbers that belong to a name."""
+    return np.random.default_rng(zlib.crc32(name.encode())).standard_normal(shape, np.float32)
+
+
+def weight(name, shape):
+    """The parameter of a name in torch: things are found, and their boxes move by a part of their sides."""
+    if len(shape) == 1:
+        return np.float32(0.3) * normal(name, shape) + np.float32(name.endswith(("norm.weight", "1.weight", "4.weight")))
+    last = 0.4 if "bbox" in name or name.endswith("deltas.weight") else 1.2 if "cls_score" in name else 1.4
+    return np.float32(last / np.sqrt(np.prod(shape[1:]))) * normal(name, shape)
+
+
+def stages():
+    """The maps of three stages, [2, h, w, c]."""
+    return tuple(normal(f"stage {i}", (2, IMAGE[0] >> i + 2, IMAGE[1] >> i + 2, c)) for i, c in enumerate(STAGES))
+
+
+def targets(slots=5):
+    """The true boxes as a batch, padded."""
+    boxes, classes, valid = np.zeros((2, slots, 4), np.float32), np.zeros((2, slots), np.int32), np.zeros((2, slots), bool)
+    for i, (rows, labels) in enumerate(zip(BOXES, LABELS, strict=True)):
+        boxes[i, : len(rows)], classes[i, : len(rows)], valid[i, : len(rows)] = rows, labels, True
+    return {"boxes": jnp.asarray(boxes), "classes": jnp.asarray(classes), "valid": jnp.asarray(valid)}
+
+
+def fill(module, name, shape=None, of=None):
+    """Gives a layer the weight and, if it has one, the bias that belong to a name in torch.
+
+    `shape` is the weight's in torch; else that of a convolution or linear layer is known from the kernel. `of` makes the kernel from it.
+    """
+    kernel = getattr(module, "kernel", None)
+    if kernel is None:
+        module.scale[...], module.bias[...] = (jnp.asarray(weight(f"{name}.{part}", module.bias.shape)) for part in ("weight", "bias"))
+        return
+    if shape is None:
+        *window, i, o = kernel.shape
+        shape = (o, i, *window)
+    drawn = weight(f"{name}.weight", shape)
+    kernel[...] = jnp.asarray(np.moveaxis(drawn, (0, 1), (-1, -2)) if of is None else of(drawn))
+    if module.bias is not None:
+        module.bias[...] = jnp.asarray(weight(f"{name}.bias", module.bias.shape))
+    if hasattr(module, "norm"):
+        fill(module.norm, f"{name}.norm")
+
+
+ANCHORS, PROPOSALS = 8000, 600  # more than there are, so that losses are of all
+
+
+def levels(golden):
+    """The stored levels of torchvision's pyramid."""
+    with np.load(golden / "detectors.npz") as file:
+        return tuple(jnp.asarray(file[f"fpn_{i}"]) for i in range(4))
+
+
+def faster_rcnn():
+    """Torchvision's Faster R-CNN, with its weights under the names it has here."""
+    config = RcnnConfig(
+        RpnConfig(sizes=SIZES, rounded=True, samples=ANCHORS, before=BEFORE, after=AFTER),
+        RoiHeadsConfig(
+            stages=((0.5, 10.0),), samples=2, aligned=False, convs=0, fcs=2, hidden=24, class_agnostic=False,
+            proposals=PROPOSALS, positive=0.5, detections=DETECTIONS,
+        ),
+        channels=CHANNELS, levels=(0, 1, 2),
+    )  # fmt: skip
+    shapes, strides = [(24, 40), (12, 20), (6, 10), (3, 5)], [4.0, 8.0, 16.0, 32.0]
+    model = Rcnn(config, CLASSES, nnx.Module(), shapes, strides, image_size=IMAGE, dtype="float32", rngs=nnx.Rngs(0))
+    head = model.proposal_generator.rpn_head
+    for i in range(2):
+        fill(head.conv[f"conv{i}"], f"rpn.head.conv.{i}.0")
+    fill(head.objectness_logits, "rpn.head.cls_logits")
+    fill(head.anchor_deltas, "rpn.head.bbox_pred")
+    (box_head,), (predictor,) = model.roi_heads.box_head, model.roi_heads.box_predictor
+    to_rows = lambda w: w.reshape(24, CHANNELS, 7, 7).transpose(2, 3, 1, 0).reshape(-1, 24)
+    fill(box_head.fc1, "roi_heads.box_head.fc6", (24, CHANNELS * 49), to_rows)
+    fill(box_head.fc2, "roi_heads.box_head.fc7")
+    # torchvision's first class is the background, which here is the last class and has no box.
+    for layer, name, kept in (
+        (predictor.cls_score, "cls_score", [1, 2, 3, 4, 0]),
+        (predictor.bbox_pred, "bbox_pred", range(4, 4 * (CLASSES + 1))),
+    ):
+        rows = (CLASSES + 1) * (1 if name == "cls_score" else 4)
+        name = f"roi_heads.box_predictor.{name}"
+        layer.kernel[...] = jnp.asarray(weight(f"{name}.weight", (rows, 24))[list(kept)].T)
+        layer.bias[...] = jnp.asarray(weight(f"{name}.bias", (rows,))[list(kept)])
+    return model

@@ -1,0 +1,270 @@
+"""Evaluation as a whole against slow loops: many sizes, test-time augmentation, parts, subsets, any number of hosts."""
+
+import dataclasses
+import io
+import json
+
+import cv2
+from flax import nnx
+import jax
+import numpy as np
+import pytest
+from rich.console import Console
+
+from jaxdg import evaluate, segmentation, tasks
+from jaxdg.backbones import VitConfig, zoo
+from jaxdg.config import Config, MeshConfig, validated
+from jaxdg.data.labels import CAMVID, CITYSCAPES
+from jaxdg.data.pipeline import eval_batches
+from jaxdg.training import sharding
+from tests.data import trees
+
+
+@pytest.fixture(scope="module", autouse=True)
+def tiny():
+    """A small encoder in the zoo."""
+    zoo.ZOO["tiny4"] = zoo.Entry(VitConfig(width=16, depth=4, heads=2, patch_size=8, taps=(0, 1, 2, 3)))
+    yield
+    del zoo.ZOO["tiny4"]
+
+
+def config(**changes) -> Config:
+    """Windows of 16 pixels, every 8."""
+    c = Config()
+    c.model.encoder, c.model.pyramid, c.model.taps = "tiny4", "none", (3,)
+    c.data.crop, c.evaluation.stride, c.evaluation.batch_size = (16, 16), (8, 8), 4
+    for field, value in changes.items():
+        part, name = field.split("__")
+        setattr(getattr(c, part), name, value)
+    return validated(c)
+
+
+class Run:
+    """A task with random parameters on two devices, and its model with scores on the host."""
+
+    def __init__(self, c: Config):
+        self.config, self.task = c, tasks.make_task(c)
+        self.mesh = sharding.make_mesh(MeshConfig(2, 1), jax.devices()[:2])
+        self.plan = tasks.Plan.of(self.task, "none")
+        rng = np.random.default_rng(0)
+        host = jax.tree.map(lambda leaf: rng.normal(0, 0.5, leaf.shape).astype(leaf.dtype), self.plan.abstract)
+        self.state = jax.device_put(host, sharding.replicated(self.mesh))
+        self.evaluator = self.task.evaluator(self.plan.graph, self.mesh)
+        model = nnx.merge(self.plan.graph, *jax.device_put(host, jax.devices()[0]))
+        self._scores = jax.jit(lambda x: model.scores(self.task.normalize(x)))
+
+    def window(self, window: np.ndarray) -> np.ndarray:
+        """Class scores [16, 16, k] of one window of at most 16 x 16 pixels, missing ones at the mean."""
+        mean = np.array(zoo.entry("tiny4").config.mean, np.float32)
+        full = np.broadcast_to(mean * (255 if mean.max() <= 1 else 1), (1, 16, 16, 3)).copy()
+        full[0, : window.shape[0], : window.shape[1]] = window
+        return np.asarray(self._scores(full))[0].astype(np.float64)
+
+    def scores(self, image: np.ndarray) -> np.ndarray:
+        """Class scores of an image, window after window."""
+        h, w = image.shape[:2]
+        stride = self.task.protocol("noise").stride
+        starts = lambda size, step: sorted({min(i, max(size - 16, 0)) for i in range(0, max(size - 16, 0) + step, step)})
+        total, seen = np.zeros((max(h, 16), max(w, 16), 19)), np.zeros((max(h, 16), max(w, 16), 1))
+        for y in starts(h, stride[0]):
+            for x in starts(w, stride[1]):
+                total[y : y + 16, x : x + 16] += self.window(image[y : y + 16, x : x + 16])
+                seen[y : y + 16, x : x + 16] += 1
+        return (total / seen)[:h, :w]
+
+
+@pytest.fixture(scope="module")
+def native():
+    return Run(config())
+
+
+class Noise:
+    """Images of many sizes, or of those given, with noisy labels; a third is ignored."""
+
+    def __init__(self, sizes, domain="noise", labels=CITYSCAPES):
+        self.sizes, self.domain, self.labels = sizes, domain, labels
+
+    def __len__(self):
+        return len(self.sizes)
+
+    def size(self, i):
+        return self.sizes[i]
+
+    def name(self, i):
+        return f"/noise/rgb_anon/{('fog', 'night')[i % 2]}/val/{i}.png"
+
+    def __getitem__(self, i):
+        rng = np.random.default_rng(i)
+        label = rng.integers(0, 5 + i % 9, self.sizes[i]).astype(np.uint8)
+        label[rng.random(label.shape) < 1 / 3] = 255
+        image = cv2.resize(rng.integers(0, 256, (5, 6, 3), np.uint8), self.sizes[i][::-1], interpolation=cv2.INTER_LINEAR)
+        return {"image": image, "label": label}
+
+
+SIZES = [(20, 26), (9, 12), (17, 29), (21, 27), (10, 12), (22, 31), (17, 24)]
+
+
+def matrix(labels, predictions):
+    """Counts by NumPy."""
+    total = np.zeros((19, 19), np.int64)
+    for label, prediction in zip(labels, predictions, strict=True):
+        np.add.at(total, (label[label != 255], prediction[label != 255]), 1)
+    return total
+
+
+def assert_iou(metrics, total):
+    """The metrics are those of a confusion matrix."""
+    expected = 100 * segmentation.iou(total)
+    np.testing.assert_allclose([np.nan if v is None else v for v in metrics["IoU"].values()], expected, rtol=1e-9)
+    assert metrics["mIoU"] == pytest.approx(np.nanmean(expected))
+
+
+def test_many_sizes_equal_one_image_at_a_time(native):
+    """Seven sizes in padded batches on two devices: the counts of images that a slow loop predicts alone, at their own sizes."""
+    dataset = Noise(SIZES)
+    predictions = [native.scores(dataset[i]["image"].astype(np.float32)).argmax(-1) for i in range(7)]
+    result = native.evaluator(native.state, dataset, lambda: None)
+    assert_iou(result.metrics, matrix([dataset[i]["label"] for i in range(7)], predictions))
+    assert result.metrics["images"] == 7
+    assert result.parts == {}
+    assert len(result.pictures) == 2
+
+
+def test_parts_of_acdc_come_from_one_pass(native):
+    """Conditions have the counts of their own images, add up to the whole, read every image once and stay out of the means."""
+    dataset, read = Noise(SIZES, "acdc"), []
+    get = dataset.__class__.__getitem__
+    watched = type("Watched", (Noise,), {"__getitem__": lambda self, i: read.append(i) or get(self, i)})(SIZES, "acdc")
+    results = evaluate.evaluate_domains(native.evaluator, native.state, {"acdc": watched}, native.config, lambda *_: None)
+    assert sorted(read) == list(range(7))
+    assert list(results) == ["acdc", "acdc/fog", "acdc/night"]
+    maps = [native.scores(dataset[i]["image"].astype(np.float32)).argmax(-1) for i in range(7)]
+    for name, mine in (("acdc", range(7)), ("acdc/fog", range(0, 7, 2)), ("acdc/night", range(1, 7, 2))):
+        metrics = results[name].metrics
+        assert_iou(metrics, matrix([dataset[i]["label"] for i in mine], [maps[i] for i in mine]))
+        assert metrics["images"] == len(mine)
+        assert metrics["part_of"] == (None if name == "acdc" else "acdc")
+    everything = evaluate.summary(native.task, native.config, 3, results)
+    assert everything["mean_unseen"] == results["acdc"].score
+    console = Console(record=True, width=200, file=io.StringIO())
+    evaluate.print_results(everything, console)
+    assert "protocol native" in console.export_text()
+
+
+@pytest.mark.parametrize("hosts", [1, 2, 3, 4, 5])
+def test_hosts_count_every_pixel_once(native, hosts):
+    """Seven images of seven sizes over any number of hosts: their matrices add up to that of one loop, filled-up batches and all."""
+    dataset = Noise(SIZES)
+    protocol = native.task.protocol("noise")
+    total, batches = np.zeros((19, 19), np.int64), []
+    for host in range(hosts):
+        seen = 0
+        for batch in eval_batches(dataset, batch_size=hosts, protocol=protocol, shard=(host, hosts)):
+            # In place of the model, a prediction that depends on the pixels: what is tested is who counts what.
+            prediction = batch["image"][..., 0] % 19
+            label = np.where(batch["mask"][:, None, None], batch["label"], 255)
+            total += np.asarray(segmentation.confusion_matrix(prediction, label, 19))
+            seen += 1
+        batches.append(seen)
+    assert len(set(batches)) == 1  # hosts run in step
+    np.testing.assert_array_equal(
+        total, matrix([dataset[i]["label"] for i in range(7)], [dataset[i]["image"][..., 0] % 19 for i in range(7)])
+    )
+    assert total.sum() == sum((dataset[i]["label"] != 255).sum() for i in range(7))
+
+
+def softmax(x):
+    e = np.exp(x - x.max(-1, keepdims=True))
+    return e / e.sum(-1, keepdims=True)
+
+
+@pytest.mark.parametrize("sizes", [[(24, 32)], [(24, 32), (25, 27)]])
+def test_augmentation_equals_a_slow_version(sizes):
+    """Images resized by OpenCV and mirrored one by one, scores mirrored back, resized by OpenCV, softmax, mean: the same label maps."""
+    run = Run(config(evaluation__protocol="acdc_test", data__source="clear"))
+    dataset, protocol = Noise(sizes), dataclasses.replace(run.task.protocol("noise"), scales=(0.5, 1.25))
+    assert protocol.flip
+    label_maps = run.task.labeller(run.plan.graph)
+    for batch in eval_batches(dataset, batch_size=2, protocol=protocol):
+        fields = {key: batch[key] for key in ("image", "size", "label", "label_size")}
+        found = np.asarray(label_maps(run.state, sharding.to_devices(fields, run.mesh), protocol))
+        for i, label in zip(batch["index"], found, strict=True):
+            if i < 0:
+                continue
+            image, (h, w) = dataset[i]["image"], sizes[i]
+            votes = np.zeros((h, w, 19))
+            for scale in protocol.scales:
+                larger = cv2.resize(image, (int(w * scale + 0.5), int(h * scale + 0.5)), interpolation=cv2.INTER_LINEAR)
+                for flip in (False, True):
+                    scores = run.scores((larger[:, ::-1] if flip else larger).astype(np.float32))
+                    scores = scores[:, ::-1] if flip else scores
+                    resized = [cv2.resize(s, (w, h), interpolation=cv2.INTER_LINEAR_EXACT) for s in np.moveaxis(scores, -1, 0)]
+                    votes += softmax(np.moveaxis(np.array(resized), 0, -1)) / 4
+            close = np.sort(votes, -1)[..., -1] - np.sort(votes, -1)[..., -2] < 1e-3  # OpenCV rounds grey values its own way
+            assert close.mean() < 0.1
+            np.testing.assert_array_equal(label[:h, :w][~close], votes.argmax(-1)[~close])
+
+
+def test_named_protocol_resizes_images_and_scores():
+    """`vltseg`: OpenCV's image through windows of 16, scores resized to the label; counted against the label as stored."""
+    run = Run(config(evaluation__protocol="vltseg", data__source="clear"))
+    dataset = Noise([(61, 70), (50, 60), (64, 64)])
+    protocol = run.task.protocol("noise")
+    small = dataclasses.replace(protocol, fit=(48, 24))
+    run.task.protocol = lambda domain: small
+    maps = []
+    for i, (h, w) in enumerate(dataset.sizes):
+        (ih, iw), _ = small.sizes((h, w))
+        scores = run.scores(cv2.resize(dataset[i]["image"], (iw, ih), interpolation=cv2.INTER_LINEAR).astype(np.float32))
+        resized = segmentation.resize_scores(jax.numpy.asarray(scores[None], np.float32), (h, w))
+        maps.append(np.asarray(resized)[0].argmax(-1))
+    result = run.evaluator(run.state, dataset, lambda: None)
+    assert_iou(result.metrics, matrix([dataset[i]["label"] for i in range(3)], maps))
+
+
+def test_subsets_of_synthia(native):
+    """A model trained on SYNTHIA also gets its means over 16 and 13 classes, those of the IoUs above them."""
+    run = Run(config(data__source="synthia"))
+    result = evaluate.evaluate_domains(run.evaluator, run.state, {"noise": Noise(SIZES[:2])}, run.config, lambda *_: None)["noise"]
+    iou = result.metrics["IoU"]
+    mean = lambda out: np.mean([v for name, v in iou.items() if v is not None and name not in out])
+    assert result.metrics["subsets"] == {
+        "16": pytest.approx(mean(("terrain", "truck", "train"))),
+        "13": pytest.approx(mean(("terrain", "truck", "train", "wall", "fence", "pole"))),
+    }
+    table = Console(record=True, width=200, file=io.StringIO())
+    evaluate.print_results(evaluate.summary(run.task, run.config, 3, {"noise": result}), table)
+    assert "mIoU of 16" in table.export_text()
+
+
+@pytest.mark.parametrize(("protocol", "manhole"), [("vltseg", 0), ("rein", 255), ("native", 0)])
+def test_a_protocol_brings_its_label_map(tmp_path, monkeypatch, protocol, manhole):
+    """Mapillary's manholes are road under vltseg and ignored under rein, whatever data.mapillary_labels says for training."""
+    monkeypatch.setenv("JAXDG_CACHE", str(tmp_path / "cache"))
+    items = trees.make("mapillary", tmp_path, np.random.default_rng(0))
+    c = config(evaluation__protocol=protocol, evaluation__domains=("mapillary",), data__root=str(tmp_path))
+    dataset = evaluate.open_domains(tasks.make_task(c))["mapillary"]
+    item = next(item for item in items if item.image == dataset.name(0))
+    assert (item.ids == 41).any()
+    assert (dataset[0]["label"][item.ids == 41] == manhole).all()
+
+
+@pytest.mark.parametrize("zipped", [False, True])
+def test_conditions_of_a_tree(tmp_path, monkeypatch, native, zipped):
+    """ACDC as published, in folders and in archives: four conditions of two images each, in one pass; results.json holds them."""
+    monkeypatch.setenv("JAXDG_CACHE", str(tmp_path / "cache"))
+    trees.make("acdc", tmp_path, np.random.default_rng(0), zipped=zipped)
+    c = config(evaluation__domains=("acdc", "acdc/fog"), data__root=str(tmp_path))
+    results = evaluate.evaluate_domains(native.evaluator, native.state, evaluate.open_domains(tasks.make_task(c)), c, lambda *_: None)
+    assert list(results) == ["acdc", "acdc/fog", "acdc/night", "acdc/rain", "acdc/snow"]
+    assert [r.metrics["images"] for r in results.values()] == [8, 2, 2, 2, 2]
+    evaluate.write_results(evaluate.summary(native.task, c, 3, results), results, tmp_path)
+    stored = json.loads((tmp_path / "results.json").read_text())
+    assert [entry["part_of"] for entry in stored["domains"].values()] == [None, "acdc", "acdc", "acdc", "acdc"]
+    assert stored["mean_unseen"] == stored["domains"]["acdc"]["mIoU"]
+
+
+def test_other_classes_are_refused(native):
+    """A domain with CamVid's classes names both lists."""
+    with pytest.raises(ValueError, match=r"domain noise has the classes sky, .* but the model was trained on road"):
+        native.evaluator(native.state, Noise(SIZES, labels=CAMVID), lambda: None)
