@@ -4,13 +4,13 @@ Reproduces no published figure; it shows on boxes what pre-training is worth in 
 
 Expected, AP50 % (voc07) of vehicles: not measured.
 Hardware and time: 2 cores of an x86 CPU; not measured.
-Data and weights: the towns of the Carla-Object-Detection-Dataset (640x380 pixels, boxes in VOC's form) as `carla_towns/town01/VOC2007` and so
-on below the data root; vit_tiny_patch16_224.augreg_in21k_ft_in1k of timm.
+Data and weights: the towns of the Carla-Object-Detection-Dataset (640x380 pixels, boxes in VOC's form) as `carla_towns/town01/VOC2007`, and
+so on, below the data root; vit_tiny_patch16_224.augreg_in21k_ft_in1k of timm.
 
     python conversion/torch_to_flax.py --model augreg_ti16 --checkpoint vit_tiny_patch16_224.safetensors \
         --out weights/augreg_ti16.safetensors
     python -m jaxdg.train --config configs/carla_vit_tiny.py --workdir runs/carla --config.data.root=DATA
-    python -m jaxdg.train --config configs/carla_vit_tiny.py --workdir runs/carla_scratch --config.data.root=DATA --config.model.weights=None
+    python -m jaxdg.train --config configs/carla_vit_tiny.py --workdir runs/scratch --config.data.root=DATA --config.model.weights=None
 """
 
 from jaxdg.config import Config

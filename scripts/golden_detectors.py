@@ -53,10 +53,10 @@ def faster() -> dict[str, np.ndarray]:
     features = pyramid(OrderedDict((str(i), first(x)) for i, x in enumerate(models.stages())))
     levels = list(features.values())
     generator = anchor_utils.AnchorGenerator(models.SIZES, (models.RATIOS,) * len(models.SIZES))
-    options = [dict(zip(("training", "testing"), pair, strict=True)) for pair in (models.BEFORE, models.AFTER)]
-    proposer = rpn.RegionProposalNetwork(
-        generator, rpn.RPNHead(models.CHANNELS, len(models.RATIOS), conv_depth=2), 0.7, 0.3, ALL, 0.5, *options, 0.7
-    )
+    options: Any = [dict(zip(("training", "testing"), pair, strict=True)) for pair in (models.BEFORE, models.AFTER)]
+    before, after = options
+    layers = rpn.RPNHead(models.CHANNELS, len(models.RATIOS), conv_depth=2)
+    proposer = rpn.RegionProposalNetwork(generator, layers, 0.7, 0.3, ALL, 0.5, before, after, 0.7)
     fill(proposer, "rpn.")
     images = image_list.ImageList(torch.zeros(2, 3, *models.IMAGE), [models.IMAGE] * 2)
     wanted = [

@@ -3,8 +3,6 @@
 import dataclasses
 import json
 from pathlib import Path
-import subprocess
-import sys
 
 from flax import nnx
 import jax
@@ -14,7 +12,7 @@ from PIL import Image
 import pytest
 
 import jaxdg
-from jaxdg import cli, config, detection_task, evaluate, tasks, train
+from jaxdg import cli, config, detection_task, evaluate, predict, tasks, train
 from jaxdg.backbones import VitConfig, zoo
 from jaxdg.config import Config, MeshConfig, ModelConfig, validated
 from jaxdg.data.boxes import CARLA, BoxOptions, open_boxes
@@ -30,8 +28,9 @@ from jaxdg.training.writer import read_metrics
 
 
 def tiny(**changes) -> Config:
-    """Streets of 48x96 pixels, the smallest encoder of the zoo and a head that compiles in seconds; changes by dotted name."""
+    """Streets of 48x96 pixels and a model that compiles in seconds; changes by dotted name."""
     c = Config(steps=6, batch_size=8, log_every=1, eval_every=6, checkpoint_every=2, task="detection")
+    c.model.encoder = "tiny8"
     c.data.crop = c.data.streets.size = (48, 96)
     c.data.scale = (0.7, 1.3)
     c.data.streets.images, c.data.streets.val_images = 12, 3
@@ -62,6 +61,14 @@ def start(c: Config, workdir: Path, steps: int = 10**6) -> None:
     train.train(validated(c), workdir, cli.console(), StopAfter(steps))
 
 
+@pytest.fixture(scope="module", autouse=True)
+def small():
+    """A small encoder in the zoo."""
+    zoo.ZOO["tiny8"] = zoo.Entry(VitConfig(width=16, depth=2, heads=2, patch_size=8, taps=(1,)))
+    yield
+    del zoo.ZOO["tiny8"]
+
+
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory) -> Path:
     """The workdir of a run that nothing disturbed."""
@@ -71,7 +78,7 @@ def whole(tmp_path_factory) -> Path:
 
 
 def test_a_run_writes_losses_scores_and_boxes(whole):
-    """Six steps: finite loss terms that add up, the entries of results.json, and detections and truth in COCO's form that score the same."""
+    """Six steps: loss terms that add up, the entries of results.json, and detections and truth in COCO's form that score the same."""
     rows = [row for row in read_metrics(whole) if "loss" in row]
     assert [row["step"] for row in rows] == list(range(1, 7))
     assert all(row["loss"] == pytest.approx(row["class"] + row["box"] + row["fit"], rel=1e-5) for row in rows)
@@ -113,7 +120,7 @@ def test_an_interrupted_run_goes_on_to_the_same_bits(whole, tmp_path, capsys):
 
 
 def test_predict_finds_what_evaluation_found(whole, tmp_path):
-    """`jaxdg.load` gives the boxes of detections/fog.json; the command writes those above the threshold, in order, and an overlay."""
+    """`jaxdg.load` gives the boxes of detections/fog.json; those from the threshold up are written, in order, with an overlay."""
     c = config.load(whole)
     dataset = open_boxes("fog", root="", train=False, streets=c.data.streets)
     _, _, expected = read_coco(whole / "detections" / "fog_truth.json", whole / "detections" / "fog.json")
@@ -127,28 +134,21 @@ def test_predict_finds_what_evaluation_found(whole, tmp_path):
     with pytest.raises(ValueError, match=r"RGB image uint8 \[h, w, 3\]; got float32"):
         model.predict(np.zeros((4, 4, 3), np.float32))
 
-    Image.fromarray(dataset[2]["image"]).save(tmp_path / "street.png")
-    threshold = float(np.median(found.scores))
-    done = subprocess.run(
-        [sys.executable, "-m", "jaxdg.predict", "--checkpoint", str(whole), "--out", str(tmp_path / "out")]
-        + [f"--score_threshold={threshold}", str(tmp_path / "street.png")],
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr
+    image, threshold, target = dataset[2]["image"], float(np.median(found.scores)), tmp_path / "out" / "street"
+    line = predict.write_boxes(target, image, found, model.labels, threshold)
+    assert line.startswith(f"{target}.json  ")
     entries = json.loads((tmp_path / "out" / "street.json").read_text())
     sure = found.scores >= threshold
-    assert 0 < len(entries) < len(found.scores)
-    assert abs(len(entries) - sure.sum()) <= 1  # on one device a score at the threshold may fall to the other side
-    assert all(entry["score"] >= threshold for entry in entries)
-    x0, y0, x1, y1 = found.boxes[0].tolist()
-    np.testing.assert_allclose(entries[0]["bbox"], [x0, y0, x1 - x0, y1 - y0], atol=1e-2)
-    k = int(found.classes[0])
-    assert (entries[0]["category"], entries[0]["category_id"]) == (model.labels.names[k], k + 1)
-    with Image.open(tmp_path / "out" / "street_overlay.jpg") as overlay:
+    assert 0 < sure.sum() < len(sure)
+    np.testing.assert_array_equal([entry["score"] for entry in entries], found.scores[sure])
+    assert [(e["category"], e["category_id"]) for e in entries] == [(model.labels.names[k], k + 1) for k in found.classes[sure]]
+    corners = np.array([[x, y, x + w, y + h] for x, y, w, h in (entry["bbox"] for entry in entries)])
+    np.testing.assert_allclose(corners, found.boxes[sure], atol=1e-4)
+    with Image.open(f"{target}_overlay.jpg") as overlay:
         assert overlay.width >= 96
         assert overlay.height > 48
+    assert predict.write_boxes(target, image, found, model.labels, 1.0) == f"{target}.json  nothing"
+    assert json.loads((tmp_path / "out" / "street.json").read_text()) == []
 
 
 class Painted:
@@ -231,18 +231,10 @@ def test_other_classes_and_too_many_boxes_are_refused():
         judge(tiny(data__source="carla", data__max_boxes=2), Painted())
 
 
-@pytest.fixture(scope="module")
-def small():
-    """An even smaller encoder, for what compiles several times."""
-    zoo.ZOO["tiny8"] = zoo.Entry(VitConfig(width=16, depth=2, heads=2, patch_size=8, taps=(1,)))
-    yield "tiny8"
-    del zoo.ZOO["tiny8"]
-
-
-@pytest.mark.parametrize("decoder", ["fcos", "cascade_rcnn"])
-def test_eight_devices_do_what_one_does(small, decoder):
-    """One step on the same batch, with images of none and of many boxes: loss, gradient norm and new parameters."""
-    c = tiny(model__encoder=small, model__decoder=decoder, data__max_boxes=6)
+@pytest.mark.parametrize("decoder", ["fcos", "faster_rcnn"])
+def test_eight_devices_do_what_one_does(decoder):
+    """One step on the same batch, with images of none and of many boxes: loss terms, gradient norm and new parameters."""
+    c = tiny(model__decoder=decoder, data__max_boxes=6, optimizer__epsilon=1e-3)  # or Adam would enlarge the rounding of tiny gradients
     r = c.model.rcnn
     r.channels, r.convs, r.hidden, r.before, r.after, r.proposals, r.rpn_samples = 8, 1, 8, (16, 16), (16, 16), 8, 8
     r.levels, r.anchors = (1, 2), (8.0, 16.0, 32.0)
@@ -266,7 +258,7 @@ def test_eight_devices_do_what_one_does(small, decoder):
         state, metrics = step(train.initial_state(task, plan, like, optimizer), sharding.to_devices(batch, mesh))
         outcomes.append((jax.device_get(metrics), jax.device_get(jax.tree.leaves(state.trained))))
     (metrics, parameters), (metrics8, parameters8) = outcomes
-    assert metrics.keys() >= {"loss", "gradient_norm", "class", "box"}
+    assert metrics["box"] > 0
     for name, value in metrics.items():
         np.testing.assert_allclose(metrics8[name], value, rtol=1e-4, err_msg=name)
     for a, b in zip(parameters, parameters8, strict=True):

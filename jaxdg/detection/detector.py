@@ -14,6 +14,7 @@ from jaxdg.detection.fcos import Fcos, FcosConfig
 from jaxdg.detection.head import Detected, Targets
 from jaxdg.detection.pyramid import Fpn, SimplePyramid
 from jaxdg.detection.rcnn import C4Config, Rcnn, RcnnConfig
+from jaxdg.detection.roi_heads import TextScore
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,10 +63,11 @@ class Detector(nnx.Module):
             raise ValueError(f"levels of the pyramid are {levels}; allowed: neighbours of 0, 1, 2, 3, ascending")
         # The last stage of a C4 head is built, and looks at proposals alone.
         taps = (2, 3) if isinstance(c.head, C4Config) else levels if staged else (encoder.depth - 1,)
-        patch = c.patch_size or max(encoder.strides) if not staged else 16
+        patch = 16 if staged else c.patch_size or max(encoder.strides)
         strides = [patch * 2.0 ** (level - 2) for level in levels]
         unit = max(patch, int(strides[-1]))
-        self.image_size = tuple(-(-side // unit) * unit for side in c.image_size)
+        height, width = (-(-side // unit) * unit for side in c.image_size)
+        self.image_size = height, width
         self.backbone = backbones.create(
             c.encoder,
             image_size=self.image_size,
@@ -78,7 +80,7 @@ class Detector(nnx.Module):
             dtype=c.dtype,
             rngs=rngs,
         )
-        shapes = [tuple(int(side / stride) for side in self.image_size) for stride in strides]
+        shapes = [(int(height / stride), int(width / stride)) for stride in strides]
         kw: Any = dict(dtype=c.dtype, rngs=rngs)
         if isinstance(c.head, C4Config):
             self.neck = None
@@ -87,7 +89,8 @@ class Detector(nnx.Module):
             self.neck = (
                 Fpn(channels, levels, c.head.channels, **kw) if staged else SimplePyramid(channels[0], levels, c.head.channels, **kw)
             )
-            shapes.append(tuple(-(-side // 2) for side in shapes[-1]))
+            rows, columns = shapes[-1]
+            shapes.append((-(-rows // 2), -(-columns // 2)))
             strides.append(2 * strides[-1])
         if isinstance(c.head, FcosConfig):
             self.head = Fcos(c.head, c.num_classes, shapes, strides, **kw)
@@ -154,9 +157,9 @@ class Detector(nnx.Module):
         Raises:
             ValueError: there is no text classifier, or it is for other sizes.
         """
-        if not (isinstance(self.config.head, C4Config) and self.config.head.text_classifier):
+        score = self.head.roi_heads.box_predictor[0].cls_score if isinstance(self.head, Rcnn) else None
+        if not isinstance(score, TextScore):
             raise ValueError("this detector has no text classifier; set text_classifier of a C4 head")
-        score = self.head.roi_heads.box_predictor[0].cls_score
         if score.texts[...].shape != embeddings.shape:
             raise ValueError(f"the text classifier holds embeddings {score.texts[...].shape} and got {embeddings.shape}")
         score.texts[...] = jnp.asarray(embeddings, jnp.float32)

@@ -92,7 +92,7 @@ class Res5Head(nnx.Module):
 
     def __init__(self, backbone: ClipResnet, attention_pool: bool):
         config = backbone.config
-        self.res5, self.last = backbone.layer4, config.blocks[3] - 1
+        self.res5, self.last = getattr(backbone, "layer4"), config.blocks[3] - 1  # noqa: B009  made by `setattr`
         self.attnpool = backbone.attnpool if attention_pool else None
         self.channels = config.embedding if attention_pool else config.widths[3]
 
