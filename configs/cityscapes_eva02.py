@@ -26,4 +26,5 @@ def get_config(source: str = "cityscapes") -> Config:
     c.steps, c.batch_size, c.eval_every = 20_000, 8, 20_000
     c.data.resize = (1080, 1920) if source == "acdc" else (1024, 2048)
     c.data.crop = (1024, 1024)
+    c.evaluation.stride = (768, 768)
     return c

@@ -50,4 +50,5 @@ def get_config(source: str = "gta5") -> Config:
     c.model.drop_path = 0.2
     c.evaluation.protocol = "vltseg"
     c.evaluation.domains = ("cityscapes", "bdd100k", "mapillary", "acdc")
+    c.evaluation.stride = (426, 426)
     return c

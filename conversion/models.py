@@ -10,6 +10,7 @@ from conversion import (
     dinov2,
     dinov3,
     eva02,
+    faster_rcnn,
     mapping,
     mask2former,
     mit,
@@ -17,10 +18,14 @@ from conversion import (
     sam,
     siglip,
     vit,
+    vitdet,
     vltseg,
 )
 from conversion.checkpoint import Checkpoint
 from jaxdg import backbones
+
+HEADS = {family.NAME: family for family in (mask2former, faster_rcnn)}  # converted without an encoder, of the sizes of the file's tensors
+WHOLE = {family.NAME: family for family in (vltseg, vitdet)}  # converted to a workdir
 
 
 def layouts(name: str) -> tuple[mapping.Layout, ...]:
@@ -29,8 +34,8 @@ def layouts(name: str) -> tuple[mapping.Layout, ...]:
     Raises:
         ValueError: an unknown name, or an encoder without published weights.
     """
-    if name == mask2former.NAME:
-        return mask2former.layouts()
+    if name in HEADS:
+        return HEADS[name].layouts()
     if name in backbones.TEXT_TOWERS:
         return clip_text.layouts(backbones.TEXT_TOWERS[name])
     entry = backbones.entry(name)
@@ -77,7 +82,7 @@ def converted_encoders() -> list[str]:
 
 
 def identified(file: Checkpoint, openai: bool) -> str:
-    """The encoder whose checkpoint a file is, or `mask2former`, as far as names and shapes tell.
+    """The encoder whose checkpoint a file is, or one of `HEADS` or `vitdet`, as far as names and shapes tell.
 
     Of a file that holds two towers the image's is meant; of one that fits several models, those of its own image size, and of these the
     model that uses most of it.
@@ -108,8 +113,13 @@ def identified(file: Checkpoint, openai: bool) -> str:
         return best[0]
     if best:
         raise ValueError(f"its tensors are those of {' and of '.join(best)}; say with --model which of them it is")
-    if any(name.startswith(("sem_seg_head.", "model.transformer_module.")) for name in file.names):
-        return mask2former.NAME  # of any size
+    for prefixes, name in (  # of any size
+        (("sem_seg_head.", "model.transformer_module."), mask2former.NAME),
+        ("rpn.head.", faster_rcnn.NAME),
+        ("backbone.simfp_", vitdet.NAME),
+    ):
+        if any(key.startswith(prefixes) for key in file.names):
+            return name
     raise ValueError("its tensors are those of no model that --list shows; say with --model what it should be, to be told what differs")
 
 
@@ -119,6 +129,6 @@ def listing() -> str:
     for name in backbones.TEXT_TOWERS:
         entry = backbones.entry(image := name.removesuffix("_text"))
         rows.append((name, f"{entry.megabytes} MB", entry.licence, f"the file of {image}, where it holds both towers"))
-    rows += [(mask2former.NAME, *mask2former.LISTED), (vltseg.NAME, *vltseg.LISTED)]
+    rows += [(name, *family.LISTED) for name, family in (HEADS | WHOLE).items()]
     widths = [max(len(row[i]) for row in rows) for i in range(3)]
     return "\n".join("  ".join([*(cell.ljust(width) for cell, width in zip(row, widths, strict=False)), row[3]]) for row in rows)

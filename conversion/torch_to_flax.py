@@ -5,11 +5,13 @@
     python conversion/torch_to_flax.py --model augreg_ti16 --checkpoint augreg_ti16.safetensors --out back.pth --reverse
     python conversion/torch_to_flax.py --model mask2former --checkpoint model_final.pkl --out head.safetensors
     python conversion/torch_to_flax.py --model vltseg --checkpoint vltseg_checkpoint_gta_1.pth --out runs/vltseg_gta
+    python conversion/torch_to_flax.py --model vitdet --checkpoint model_final_61ccd1.pkl --out runs/vitdet_b
+    python conversion/torch_to_flax.py --model vitdet --checkpoint runs/vitdet_b --out back.pth --reverse
 
 The source file may be `.safetensors`, `.npz` or `.pkl`, or with torch installed `.pth` (also `.pth.tar`), `.pt` or `.bin`. Every tensor of
 it is converted or left out for a stated reason, every parameter of the model is filled, or nothing is written and all offenders are named.
-A model is an encoder, the text tower beside one, or `mask2former` for the decoder alone, of the sizes that its file has. `vltseg` is a
-whole model: `--out` is then a workdir.
+A model is an encoder, the text tower beside one, or `mask2former` or `faster_rcnn` for what follows the encoder, of the sizes that its
+file has. `vltseg` and `vitdet` are whole models: their jaxdg side is a workdir.
 """
 
 import argparse
@@ -26,9 +28,11 @@ if not __package__:  # run as a script: the repository is not on the path yet, a
 
 import numpy as np
 
-from conversion import checkpoint, mapping, mask2former, models, torchscript, vltseg
+from conversion import checkpoint, mapping, models, torchscript, vitdet, vltseg
 import jaxdg
 from jaxdg import backbones, weights
+from jaxdg import config as config_lib
+from jaxdg.tasks import locate, stored_tensors
 
 
 def convert(name: str, source: Path, out: Path) -> str:
@@ -44,14 +48,15 @@ def convert(name: str, source: Path, out: Path) -> str:
     known = models.layouts(name)
     if out.suffix != ".safetensors":
         raise ValueError(f"--out {out} must end in .safetensors")
-    config = None if name == mask2former.NAME else backbones.TEXT_TOWERS.get(name) or backbones.entry(name).config
+    head = models.HEADS.get(name)
+    config = None if head else backbones.TEXT_TOWERS.get(name) or backbones.entry(name).config
     activation = config.activation if isinstance(config, backbones.ClipVitConfig | backbones.ClipTextConfig) else None
     with checkpoint.opened(source) as file:
         if activation == "gelu" and torchscript.recognised(source):
             raise ValueError(f"{source} is an archive as OpenAI publishes, trained with quick_gelu; --list shows the encoders for it")
-        sizes = mask2former.of_checkpoint(file.names, file.read) if name == mask2former.NAME else None
         try:
-            module = mask2former.abstract(*sizes) if sizes else models.abstract(name)
+            sizes = head.of_checkpoint(file.names, file.read) if head else ()
+            module = head.abstract(*sizes) if head else models.abstract(name)
             converted = mapping.to_flax(module, known, file.names, file.read)
         except mapping.Misfit as error:
             raise ValueError(f"{source} is no checkpoint of {name}: {error}") from error
@@ -68,14 +73,14 @@ def convert(name: str, source: Path, out: Path) -> str:
         }
         if activation:  # no tensor tells it, so the file does, and loading compares
             about["activation"] = activation
-        if sizes:
-            about |= mask2former.about(*sizes)
+        if head:
+            about |= head.about(*sizes)
         weights.save(converted.tensors, out, about)
         grids = [f"  {key}: {_grid(converted.tensors[key])}" for key in converted.tensors if key.endswith("pos_embed")]
 
     lines = _mapped(name, source, total, converted) + grids
-    if sizes:
-        lines.append(f"  sizes, by its tensors: {mask2former.described(*sizes)}")
+    if head:
+        lines.append(f"  sizes, by its tensors: {head.described(*sizes)}")
     if activation:
         lines.append(
             f"  activation: {activation}, because {name} has it; the tensors do not tell, so see --list that the source is for {name}"
@@ -83,20 +88,22 @@ def convert(name: str, source: Path, out: Path) -> str:
     return "\n".join([*lines, f"  wrote {out}: {len(converted.tensors)} tensors, {out.stat().st_size} bytes"])
 
 
-def convert_whole(source: Path, out: Path) -> str:
-    """Converts the published checkpoint `source` of a whole VLTSeg model to the workdir `out`; returns and raises as `convert`."""
+def convert_whole(name: str, source: Path, out: Path) -> str:
+    """Converts the published checkpoint `source` of the whole model called `name` to the workdir `out`; returns and raises as `convert`."""
+    family = models.WHOLE[name]
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
-        raise ValueError(f"--out {out} is there already; {vltseg.NAME} is written to a new folder, the workdir of a finished run")
+        raise ValueError(f"--out {out} is there already; {name} is written to a new folder, the workdir of a finished run")
     with checkpoint.opened(source) as file:
         try:
-            config = vltseg.of_checkpoint(file)
+            config = family.of_checkpoint(file)
             model = vltseg.abstract(config)
-            converted = mapping.to_flax(model, (vltseg.layout(),), file.names, file.read)
+            layout = vltseg.layout() if family is vltseg else vitdet.of_workdir(config)
+            converted = mapping.to_flax(model, (layout,), file.names, file.read)
         except mapping.Misfit as error:
-            raise ValueError(f"{source} is no checkpoint of {vltseg.NAME}: {error}") from error
+            raise ValueError(f"{source} is no checkpoint of {name}: {error}") from error
         vltseg.write(config, model, converted.tensors, out)
-        lines = _mapped(vltseg.NAME, source, len(file.names), converted)
-    return "\n".join([*lines, f"  {vltseg.described(config)}", f"  wrote {out}: {len(converted.tensors)} tensors, step {config.steps}"])
+        lines = _mapped(name, source, len(file.names), converted)
+    return "\n".join([*lines, f"  {family.described(config)}", f"  wrote {out}: {len(converted.tensors)} tensors, step {config.steps}"])
 
 
 def _mapped(name: str, source: Path, total: int, converted: mapping.Converted) -> list[str]:
@@ -114,7 +121,7 @@ def reverse(name: str, source: Path, out: Path, chosen: str | None = None) -> st
     """Converts the jaxdg file `source` of the model called `name` back to its publisher's names and axes.
 
     Args:
-        name: of the zoo, or `mask2former`.
+        name: of the zoo, `mask2former` or `faster_rcnn`.
         source: a `.safetensors` file of jaxdg.
         out: `.npz`, `.safetensors`, `.pth`, `.pt` or `.bin`.
         chosen: name of a layout; None for the one torch users have, or in `.npz` that of its Flax files if there are any.
@@ -135,18 +142,34 @@ def reverse(name: str, source: Path, out: Path, chosen: str | None = None) -> st
     names = [layout.name for layout in known]
     if chosen is not None and chosen not in names:
         raise ValueError(f"--layout {chosen} is none of {name}; allowed: {', '.join(names)}")
-    head = name == mask2former.NAME
+    head = models.HEADS.get(name)
     flax = [layout for layout in known if out.suffix == ".npz" and any("/" in row.source[0] for row in layout.rows)]
     layout = known[names.index(chosen)] if chosen else (flax[-1] if flax else known[0])
     stored = weights.read(source)
     try:
-        module = mask2former.abstract(*mask2former.of_tensors(stored)) if head else models.abstract(name)
+        module = head.abstract(*head.of_tensors(stored)) if head else models.abstract(name)
         tensors = mapping.from_flax(module, layout, stored)
     except mapping.Misfit as error:
         raise ValueError(f"{source} is no file of {name}: {error}") from error
-    versions = mask2former.VERSIONS if head else None
+    versions = head.VERSIONS if head else None
     checkpoint.save(tensors, out, {"model": name, "source": source.name, "jaxdg": jaxdg.__version__}, versions)
-    return f"{name} to {out}: {len(tensors)} tensors, {out.stat().st_size} bytes (layout: {layout.name}{layout.note and '; '}{layout.note})"
+    return _written(name, out, len(tensors), layout)
+
+
+def reverse_whole(source: Path, out: Path) -> str:
+    """Converts a workdir, or one step in it, of a ViTDet back to detectron2's names and axes; returns and raises as `reverse`."""
+    if out.suffix not in checkpoint.SUFFIXES:
+        raise ValueError(f"--out {out} must end in one of {' '.join(checkpoint.SUFFIXES)}")
+    config = config_lib.load(locate(source)[0])
+    layout = vitdet.of_workdir(config)
+    tensors = mapping.from_flax(vltseg.abstract(config), layout, stored_tensors(source))
+    checkpoint.save(tensors, out, {"model": vitdet.NAME, "source": source.name, "jaxdg": jaxdg.__version__})
+    return _written(vitdet.NAME, out, len(tensors), layout)
+
+
+def _written(name: str, out: Path, tensors: int, layout: mapping.Layout) -> str:
+    note = f"; {layout.note}" if layout.note else ""
+    return f"{name} to {out}: {tensors} tensors, {out.stat().st_size} bytes (layout: {layout.name}{note})"
 
 
 def model_of(source: Path, ours: bool) -> str:
@@ -181,7 +204,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="torch_to_flax.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", metavar="NAME", help="a name that --list shows; needed where the file does not tell")
     parser.add_argument("--checkpoint", metavar="FILE", type=Path, help="file to convert")
-    parser.add_argument("--out", metavar="FILE", type=Path, help="file to write; .safetensors unless --reverse; a folder for vltseg")
+    parser.add_argument(
+        "--out", metavar="FILE", type=Path, help="file to write; .safetensors unless --reverse; a folder for vltseg and vitdet"
+    )
     parser.add_argument("--reverse", action="store_true", help="from jaxdg's names back to the publisher's; --out chooses the kind of file")
     parser.add_argument("--layout", metavar="NAME", help="with --reverse, whose names to write; a wrong one lists those there are")
     parser.add_argument("--list", action="store_true", help="show the models, where their weights are, licence and size")
@@ -194,14 +219,14 @@ def main(arguments: list[str] | None = None) -> int:
     if args.layout and not args.reverse:
         parser.error("--layout is for --reverse; the layout of a published file is recognised by its names")
     if args.model == vltseg.NAME and args.reverse:
-        parser.error("--reverse writes encoders and mask2former, not whole models")
+        parser.error("--reverse does not write vltseg")
     try:
         files = args.checkpoint, args.out
         args.model = args.model or model_of(args.checkpoint, args.reverse)
         if args.reverse:
-            print(reverse(args.model, *files, args.layout))
+            print(reverse_whole(*files) if args.model == vitdet.NAME else reverse(args.model, *files, args.layout))
         else:
-            print(convert_whole(*files) if args.model == vltseg.NAME else convert(args.model, *files))
+            print(convert_whole(args.model, *files) if args.model in models.WHOLE else convert(args.model, *files))
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -12,13 +12,12 @@ import os
 from pathlib import Path
 import re
 import tempfile
-from typing import NamedTuple
 
 from flax import nnx
 import jax.numpy as jnp
 import numpy as np
 
-from configs import gta5_eva02_repro
+from configs import cityscapes_eva02, gta5_eva02, gta5_eva02_repro
 from conversion import eva02, mask2former
 from conversion.checkpoint import Checkpoint
 from conversion.mapping import SAME, Layout, Misfit, Row, Transform
@@ -37,17 +36,7 @@ POSITIONS = "backbone.pos_embed"
 COUNT = "batches counted: the running statistics do not need it"
 
 
-class Recipe(NamedTuple):
-    """What goes with a crop, in pixels; `source` is what such a model was most likely trained on."""
-
-    crop: int
-    stride: int
-    steps: int
-    batch_size: int
-    source: str
-
-
-RECIPES = {36: Recipe(512, 426, 5_000, 16, "gta5"), 73: Recipe(1024, 768, 20_000, 8, "cityscapes")}  # by rows of positions
+RECIPES = {36: gta5_eva02, 73: cityscapes_eva02}  # what such models were most likely trained by, by rows of positions
 
 DOUBLE = (  # a transposed convolution of 2x2 pixels: torch [in, out, i, j], here [i, j, in, out]
     (".weight", ".kernel", Transform(lambda w: w.transpose(2, 3, 0, 1), lambda k: (k.transpose(2, 3, 0, 1),))),
@@ -120,15 +109,12 @@ def of_checkpoint(file: Checkpoint) -> Config:
     shape = file.read(POSITIONS).shape if POSITIONS in file.names else (1, 1 + next(iter(RECIPES)) ** 2, 0)  # told as missing later
     grid = math.isqrt(max(shape[1] - 1, 0)) if len(shape) == 3 else 0
     if grid not in RECIPES or shape[1] != 1 + grid * grid:
-        allowed = " or ".join(f"(1, {1 + side * side}, ..) for a crop of {recipe.crop}" for side, recipe in RECIPES.items())
+        crops = {side: recipe.get_config().data.crop[0] for side, recipe in RECIPES.items()}
+        allowed = " or ".join(f"(1, {1 + side * side}, ..) for a crop of {crop}" for side, crop in crops.items())
         raise Misfit(f"{POSITIONS} is {shape}, not {allowed}")
-    recipe = RECIPES[grid]
-    c = gta5_eva02_repro.get_config()
-    c.steps, c.batch_size = recipe.steps, recipe.batch_size
-    c.data.source, c.evaluation.domains = recipe.source, (recipe.source,)
-    assert c.data.folder is not None
-    c.data.folder = dataclasses.replace(c.data.folder, images="{domain}/images", labels="{domain}/labels")
-    c.data.crop, c.evaluation.stride = (recipe.crop, recipe.crop), (recipe.stride, recipe.stride)
+    c, recipe = gta5_eva02_repro.get_config(), RECIPES[grid].get_config()
+    for field in ("steps", "batch_size", "eval_every", "data", "evaluation"):
+        setattr(c, field, getattr(recipe, field))
     c.model.encoder, c.model.weights, c.model.taps = ENCODER, None, backbones.entry(ENCODER).config.taps
     head, _ = mask2former.of_tensors(_head_tensors(file))
     sizes = dataclasses.asdict(head)

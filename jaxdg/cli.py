@@ -62,7 +62,10 @@ def _fail(error: Exception) -> None:
 
 def console() -> Console:
     """Where commands print: lines are never wrapped, so that paths can be copied."""
-    return Console(soft_wrap=True, highlight=False)
+    made = Console(soft_wrap=True, highlight=False)
+    if not made.is_terminal:
+        made.width = 240  # a log file: no table is cut off
+    return made
 
 
 class Stop(Exception):

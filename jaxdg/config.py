@@ -154,8 +154,8 @@ class RcnnOptions:
     Attributes:
         channels: of the pyramid and of convolutions in the box heads. Default 256.
         levels: of the pyramid that boxes are pooled from, 0 to 3 with 4 to 32 pixels a feature. Default 0, 1, 2, 3.
-        anchors: roots of the areas of anchors in pixels, one for each level and one more; those of C4 are all on one level. Default 32, 64,
-            128, 256, 512.
+        anchors: roots of the areas of anchors in pixels, one for each level and one more; those of C4 are all on one level.
+            Default 32, 64, 128, 256, 512.
         rpn_convs: convolutions of the proposal network. Default 2.
         rpn_samples: anchors drawn for the losses of an image. Default 256.
         before: best proposals of a level that suppression chooses from, in training and in inference. Default 2000, 1000.

@@ -84,7 +84,7 @@ def print_results(results: dict[str, Any], console: Console) -> None:
     )
     table.add_column("class")
     for name, entry in domains.items():
-        table.add_column(name + (" (source)" if entry["seen"] else ""), justify="right")
+        table.add_column(name + (" (source)" if entry["seen"] else ""), justify="right", overflow="fold")
     cell = lambda value: "-" if value is None else f"{value:.1f}"
     for label in next(iter(domains.values()))[of_class]:
         table.add_row(label, *(cell(entry[of_class][label]) for entry in domains.values()))

@@ -21,6 +21,8 @@ ALL = [
     config_lib.MeshConfig,
     config_lib.DataConfig,
     config_lib.ModelConfig,
+    config_lib.FcosOptions,
+    config_lib.RcnnOptions,
     config_lib.OptimizerConfig,
     config_lib.EvaluationConfig,
     StreetsOptions,

@@ -3,9 +3,11 @@
 import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 from flax import nnx
 import jax
+from jax.experimental.compilation_cache import compilation_cache
 import jax.numpy as jnp
 import numpy as np
 from PIL import Image
@@ -23,7 +25,7 @@ from jaxdg.detection.fcos import FcosConfig
 from jaxdg.detection.head import Detected
 from jaxdg.detection.rcnn import RcnnConfig
 from jaxdg.training import sharding
-from jaxdg.training.step import make_step
+from jaxdg.training.step import TrainState, gradients
 from jaxdg.training.writer import read_metrics
 
 
@@ -62,10 +64,22 @@ def start(c: Config, workdir: Path, steps: int = 10**6) -> None:
 
 
 @pytest.fixture(scope="module", autouse=True)
-def small():
-    """A small encoder in the zoo."""
+def small(tmp_path_factory):
+    """A small encoder in the zoo; what one run compiles serves the next."""
     zoo.ZOO["tiny8"] = zoo.Entry(VitConfig(width=16, depth=2, heads=2, patch_size=8, taps=(1,)))
+    settings = {
+        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")),
+        "jax_persistent_cache_min_compile_time_secs": 0.5,
+        "jax_disable_most_optimizations": True,  # most of the time would go into compiling
+    }
+    before = {name: jax.config.values[name] for name in settings}
+    for name, value in settings.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
     yield
+    for name, value in before.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
     del zoo.ZOO["tiny8"]
 
 
@@ -224,7 +238,7 @@ def test_other_classes_and_too_many_boxes_are_refused():
     """The evaluator names the classes of both, or the image, its boxes and the field that bounds them."""
     mesh = sharding.make_mesh(MeshConfig(1, 1), jax.devices()[:1])
     empty = nnx.state(nnx.Dict())
-    judge = lambda c, dataset: Seer(validated(c)).evaluator(nnx.graphdef(nnx.Dict()), mesh)((empty,) * 3, dataset, lambda: None)
+    judge = lambda c, dataset: Seer(validated(c)).evaluator(nnx.graphdef(nnx.Dict()), mesh)((empty, empty, empty), dataset, lambda: None)
     with pytest.raises(ValueError, match=r"domain painted has the classes vehicle, .* but the model was trained on traffic light"):
         judge(tiny(), Painted())
     with pytest.raises(ValueError, match=r"painted/\d has [34] boxes; data\.max_boxes is 2; allowed: at least"):
@@ -233,8 +247,8 @@ def test_other_classes_and_too_many_boxes_are_refused():
 
 @pytest.mark.parametrize("decoder", ["fcos", "faster_rcnn"])
 def test_eight_devices_do_what_one_does(decoder):
-    """One step on the same batch, with images of none and of many boxes: loss terms, gradient norm and new parameters."""
-    c = tiny(model__decoder=decoder, data__max_boxes=6, optimizer__epsilon=1e-3)  # or Adam would enlarge the rounding of tiny gradients
+    """The same batch, with images of none and of many boxes, and the same parameters: loss terms and gradients."""
+    c = tiny(model__decoder=decoder, data__max_boxes=6)
     r = c.model.rcnn
     r.channels, r.convs, r.hidden, r.before, r.after, r.proposals, r.rpn_samples = 8, 1, 8, (16, 16), (16, 16), 8, 8
     r.levels, r.anchors = (1, 2), (8.0, 16.0, 32.0)
@@ -248,30 +262,32 @@ def test_eight_devices_do_what_one_does(decoder):
         "difficult": np.zeros(n, bool),
         "crowd": np.zeros(n, bool),
     }
+    task = tasks.make_task(c)
+    plan = tasks.Plan.of(task, "none")
+    host = jax.tree.map(lambda leaf: (0.3 * rng.normal(size=leaf.shape)).astype(leaf.dtype), plan.abstract)
     outcomes = []
     for devices in (1, 8):
-        mesh, task = sharding.make_mesh(MeshConfig(devices, 1), jax.devices()[:devices]), tasks.make_task(c)
-        plan = tasks.Plan.of(task, "none")
-        like, optimizer = tasks.abstract_state(plan, c, mesh)
-        places = jax.tree.map(lambda leaf: leaf.sharding, like)
-        step = make_step(plan.graph, optimizer, task.normalizer, task.losses, jax.random.key(0), places)
-        state, metrics = step(train.initial_state(task, plan, like, optimizer), sharding.to_devices(batch, mesh))
-        outcomes.append((jax.device_get(metrics), jax.device_get(jax.tree.leaves(state.trained))))
-    (metrics, parameters), (metrics8, parameters8) = outcomes
-    assert metrics["box"] > 0
-    for name, value in metrics.items():
-        np.testing.assert_allclose(metrics8[name], value, rtol=1e-4, err_msg=name)
-    for a, b in zip(parameters, parameters8, strict=True):
-        np.testing.assert_allclose(b, a, atol=1e-5)
+        mesh = sharding.make_mesh(MeshConfig(devices, 1), jax.devices()[:devices])
+        trained, frozen, statistics = jax.device_put(host, sharding.replicated(mesh))
+        state = TrainState(0, trained, frozen, statistics, ())
+        compute = jax.jit(lambda state, batch: gradients(plan.graph, state, batch, task.normalizer, task.losses, jax.random.key(0), 1))
+        outcomes.append(jax.device_get(compute(state, sharding.to_devices(batch, mesh))))
+    (one, _, terms), (eight, _, terms8) = outcomes
+    assert min(terms.values()) > 0
+    for name, value in terms.items():
+        np.testing.assert_allclose(terms8[name], value, rtol=1e-5, err_msg=name)
+    scale = max(np.abs(leaf).max() for leaf in jax.tree.leaves(one))
+    for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(eight), strict=True):
+        np.testing.assert_allclose(b, a, rtol=1e-4, atol=1e-5 * scale)
 
 
 def test_heads_of_the_configuration():
     """Without a word on sizes, a run has the heads' own defaults; C4 and the plain Faster R-CNN are theirs with one stage."""
     assert detection_task.head_config(ModelConfig(decoder="fcos")) == FcosConfig()
     assert detection_task.head_config(ModelConfig(decoder="cascade_rcnn")) == RcnnConfig()
-    plain = detection_task.head_config(ModelConfig(decoder="faster_rcnn"))
+    plain: Any = detection_task.head_config(ModelConfig(decoder="faster_rcnn"))
     assert plain.roi == dataclasses.replace(RcnnConfig().roi, stages=((0.5, 10.0),), class_agnostic=False)
-    c4 = detection_task.head_config(ModelConfig(decoder="faster_rcnn_c4", text_weights="tower"))
+    c4: Any = detection_task.head_config(ModelConfig(decoder="faster_rcnn_c4", text_weights="tower"))
     assert (len(c4.rpn.sizes), len(c4.rpn.sizes[0]), len(c4.roi.stages), c4.text_classifier) == (1, 5, 1, True)
 
 
@@ -293,7 +309,7 @@ def test_heads_of_the_configuration():
         ({"model__fcos__nms": 1.5}, r"model\.fcos\.nms is 1\.5; allowed: 0 to 1"),
         ({"model__fcos__groups": 3}, r"channels of the single-stage head are 8; they must divide by groups, 3"),
         ({"model__fcos__levels": (1, 3)}, r"levels of the pyramid are \(1, 3\); allowed"),
-        ({"model__decoder": "faster_rcnn_c4"}, r"take clip_rn50, clip_rn101 or a pyramid"),
+        ({"model__decoder": "faster_rcnn_c4", "model__encoder": "augreg_ti16"}, r"take clip_rn50, clip_rn101 or a pyramid"),
         ({"data__source": "gta5"}, r"gta5 has no boxes, as it is published without instances"),
         ({"data__source": "town"}, r"unknown domain 'town'; known are .*; for boxes of your own set data\.boxes"),
         ({"data__source": "town", "data__boxes": BoxOptions()}, r"data\.boxes\.classes is empty; name the classes"),
@@ -337,8 +353,9 @@ def test_broken_annotations_are_named_before_a_step(tmp_path, monkeypatch):
 
 def test_the_protocol_chooses_the_score():
     """The same boxes by each protocol: mAP50 and the score are that protocol's, and all three are told."""
-    truth = Truth(np.float32([[0, 0, 9, 9], [20, 0, 30, 9]]), np.zeros(2, int), np.zeros(2, bool), np.zeros(2, bool))
-    found = Detections(np.float32([[0, 0, 9, 9], [0, 20, 9, 29], [20, 0, 30, 9]]), np.float32([0.9, 0.8, 0.7]), np.zeros(3, int))
+    box = lambda *corners: np.array(corners, np.float32)
+    truth = Truth(box([0, 0, 9, 9], [20, 0, 30, 9]), np.zeros(2, int), np.zeros(2, bool), np.zeros(2, bool))
+    found = Detections(box([0, 0, 9, 9], [0, 20, 9, 29], [20, 0, 30, 9]), np.array([0.9, 0.8, 0.7]), np.zeros(3, int))
     scores = {}
     for protocol in ("voc07", "voc12", "coco"):
         task = detection_task.Detection(validated(tiny(data__source="carla", evaluation__protocol=protocol)))

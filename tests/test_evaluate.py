@@ -43,7 +43,7 @@ class Run:
     """A task with random parameters on two devices, and its model with scores on the host."""
 
     def __init__(self, c: Config):
-        self.config, self.task = c, tasks.make_task(c)
+        self.config, self.task = c, tasks.Segmentation(c)
         self.mesh = sharding.make_mesh(MeshConfig(2, 1), jax.devices()[:2])
         self.plan = tasks.Plan.of(self.task, "none")
         rng = np.random.default_rng(0)

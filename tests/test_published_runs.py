@@ -1,4 +1,4 @@
-"""The shipped experiments, shrunk, on small trees of the datasets they are for: from the publishers' archives to results and submissions."""
+"""The shipped experiments, shrunk, on small trees of the datasets that they are for: from archives to results and submissions."""
 
 import dataclasses
 import functools
@@ -6,6 +6,7 @@ import io
 import json
 import os
 from pathlib import Path
+import socket
 import subprocess
 import sys
 import zipfile
@@ -18,7 +19,7 @@ import pytest
 from configs import cityscapes_eva02, cityscapes_test_server, gta5_eva02
 import jaxdg
 from jaxdg import cli, submit, tasks, train
-from jaxdg.config import Config, DataConfig, validated
+from jaxdg.config import Config, DataConfig, differences, validated
 from jaxdg.data import prepare
 from jaxdg.training.writer import read_metrics
 from tests.data import trees
@@ -38,13 +39,14 @@ MASK2FORMER = {
     "mask2former.queries": 20, "mask2former.heads": 1, "mask2former.pixel_layers": 1, "mask2former.pixel_ffn": 32,
     "mask2former.layers": 1, "mask2former.ffn": 32, "mask2former.points": 64,
 }  # fmt: skip
-LINEAR = {"encoder": "scratch_ti8", "weights": None, "taps": (), "patch_size": 32, "pyramid": "none", "decoder": "linear"}
+LINEAR = {"encoder": "scratch_ti8", "weights": None, "taps": (), "pyramid": "none", "decoder": "linear"}
 
 
 def small(c: Config, root: Path, model: dict = LINEAR, **fields) -> Config:
     """The experiment with a small model and as little to do as `fields` say."""
     values = {f"model.{name}": value for name, value in model.items()}
-    values |= {"batch_size": 2, "log_every": 1, "data.root": str(root), "data.workers": 0, "evaluation.batch_size": 1}
+    values |= {"batch_size": 2, "log_every": 1, "data.root": str(root), "data.workers": 0, "data.crop": (64, 64)}
+    values |= {"model.patch_size": 8, "evaluation.batch_size": 1, "optimizer.encoder_factor": 1.0}
     for field, value in (values | {name.replace("__", "."): value for name, value in fields.items()}).items():
         *path, last = field.split(".")
         setattr(functools.reduce(getattr, path, c), last, value)
@@ -59,12 +61,33 @@ def folder(tmp_path_factory):
         ("gta5", True, (53, 96)),
         ("synthia", False, (38, 64)),
         ("cityscapes", True, (512, 1024)),
-        ("bdd100k", False, (36, 64)),
+        ("bdd100k", False, (40, 80)),
         ("mapillary", True, (50, 100)),
         ("acdc", False, (54, 96)),
     ):
         trees.make(name, folder / "data", rng, zipped=zipped, size=size, count=3 if name in ("gta5", "synthia") else 1)
     return folder
+
+
+def environment(folder: Path, devices: int) -> dict[str, str]:
+    """Of a process with so many devices that compiles quickly."""
+    flags = f"--xla_force_host_platform_device_count={devices}"
+    own = {"JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "JAXDG_CACHE": str(folder / "index")}
+    return os.environ | own | {"XLA_FLAGS": flags}
+
+
+@pytest.fixture(scope="module")
+def gta5(folder):
+    """A finished `python -m jaxdg.train --config configs/gta5_eva02.py` with a small encoder and Mask2Former, and what it printed."""
+    values = {f"model.{name}": value for name, value in MASK2FORMER.items()} | {"steps": 3, "batch_size": 2, "log_every": 1}
+    values |= {"data.root": folder / "data", "data.workers": 0, "evaluation.batch_size": 1, "evaluation.stride": (426, 426)}
+    values |= {"optimizer.learning_rate": 0.01}  # so that three steps tell classes apart
+    text = lambda value: ",".join(map(str, value)) if isinstance(value, tuple) else value
+    overrides = [f"--config.{field}={text(value)}" for field, value in values.items()]
+    command = [sys.executable, "-m", "jaxdg.train", "--config", str(ROOT / "configs/gta5_eva02.py"), "--workdir", str(folder / "gta5")]
+    done = subprocess.run([*command, *overrides], env=environment(folder, 1), capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    return folder / "gta5", done.stdout
 
 
 @pytest.fixture
@@ -80,29 +103,35 @@ def here(folder, monkeypatch):
     jax.config.update("jax_disable_most_optimizations", before)
 
 
-def losses(workdir: str) -> list[float]:
+def losses(workdir: str | Path) -> list[float]:
     """Of every step."""
     return [row["loss"] for row in read_metrics(Path(workdir)) if "loss" in row]
 
 
-def test_gta5_to_the_four_targets_by_the_command(folder):
-    """`configs/gta5_eva02.py`, its Mask2Former and its crops of 512: trained on GTA5's archives, judged by vltseg on four trees."""
-    values = {f"model.{name}": value for name, value in MASK2FORMER.items()} | {"steps": 2, "batch_size": 2, "log_every": 1}
-    values |= {"data.root": folder / "data", "data.workers": 0, "evaluation.batch_size": 1}
-    text = lambda value: ",".join(map(str, value)) if isinstance(value, tuple) else value
-    overrides = [f"--config.{field}={text(value)}" for field, value in values.items()]
-    command = [sys.executable, "-m", "jaxdg.train", "--config", str(ROOT / "configs/gta5_eva02.py"), "--workdir", str(folder / "gta5")]
-    environment = os.environ | {
-        "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "JAXDG_CACHE": str(folder / "index"),
+def test_every_source_is_a_valid_experiment():
+    """The variants behind a colon, which differ in their source alone, and in ACDC's images being smaller; the chain fits together."""
+    for experiment, sources in ((gta5_eva02, ("gta5", "synthia")), (cityscapes_eva02, ("cityscapes", "bdd100k", "mapillary", "acdc"))):
+        base = validated(experiment.get_config())
+        for source in sources:
+            c = validated(experiment.get_config(source))
+            changed = {phrase.split(":")[0] for phrase in differences(base, c)}
+            assert changed <= {"data.source", "data.resize"}
+            assert (c.data.source, c.data.resize != base.data.resize) == (source, source == "acdc")
+    first, second = cityscapes_eva02.get_config("mapillary"), cityscapes_test_server.get_config()
+    assert {phrase.split(":")[0] for phrase in differences(first, second)} == {
+        "steps", "data.source", "model.weights", "model.start", "evaluation.domains",
     }  # fmt: skip
-    done = subprocess.run([*command, *overrides], env=environment, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr
-    assert "3 images of gta5" in done.stdout
-    assert "protocol vltseg" in done.stdout
-    assert len(losses(folder / "gta5")) == 2
-    results = json.loads((folder / "gta5" / "results.json").read_text())
+
+
+def test_gta5_to_the_four_targets(gta5):
+    """`configs/gta5_eva02.py`, its Mask2Former and its crops of 512: trained on GTA5's archives, judged by vltseg on four trees."""
+    workdir, printed = gta5
+    assert "3 images of gta5" in printed
+    assert "protocol vltseg" in printed
+    assert len(losses(workdir)) == 3
+    results = json.loads((workdir / "results.json").read_text())
     domains = results["domains"]
-    assert (results["source"], results["protocol"], results["step"], results["rPD"]) == ("gta5", "vltseg", 2, None)
+    assert (results["source"], results["protocol"], results["step"], results["rPD"]) == ("gta5", "vltseg", 3, None)
     assert list(domains) == [*TARGETS, *ACDC]
     assert [entry["part_of"] for entry in domains.values()] == [None] * 4 + ["acdc"] * 4
     assert [entry["images"] for entry in domains.values()] == [1, 1, 1, 4, 1, 1, 1, 1]
@@ -112,15 +141,9 @@ def test_gta5_to_the_four_targets_by_the_command(folder):
     assert results["mean_unseen"] == pytest.approx(np.mean([domains[name]["mIoU"] for name in TARGETS]))
 
 
-def test_synthia_results_counted_by_hand(folder, here):
-    """`:synthia` gives means over 16 and 13 classes too; all equal a count of the loaded model's label maps of the raw archive.
-
-    The Cityscapes images have the size that vltseg predicts them at.
-    """
-    c = gta5_eva02.get_config("synthia")
-    here(small(c, folder / "data", steps=1, evaluation__domains=("cityscapes",), evaluation__stride=(426, 426)), "synthia")
-    results = json.loads(Path("synthia/results.json").read_text())
-    model, ids = jaxdg.load("synthia"), list(CITYSCAPES_NAMES)
+def test_results_equal_a_count_by_hand(gta5, folder, here):
+    """IoU of the loaded model's label maps of the raw archive; its images have the size that vltseg predicts Cityscapes at."""
+    model, ids = jaxdg.load(gta5[0]), list(CITYSCAPES_NAMES)
     confusion = np.zeros((19, 19), np.int64)
     archives = [zipfile.ZipFile(folder / "data/cityscapes" / f"{name}_trainvaltest.zip") for name in ("leftImg8bit", "gtFine")]
     opened = lambda archive, name: np.asarray(Image.open(io.BytesIO(archive.read(name))))
@@ -130,19 +153,25 @@ def test_synthia_results_counted_by_hand(folder, here):
         for truth in range(19):
             for guess in range(19):
                 confusion[truth, guess] += ((label == ids[truth]) & (prediction == guess)).sum()
-    iou = {
-        name: 100 * confusion[i, i] / (confusion[i].sum() + confusion[:, i].sum() - confusion[i, i])
-        for i, name in enumerate(CITYSCAPES_NAMES.values())
-    }
-    entry = results["domains"]["cityscapes"]
-    assert sum(value > 0 for value in iou.values()) > 1
-    assert entry["IoU"] == pytest.approx(iou)
-    assert entry["mIoU"] == pytest.approx(np.mean(list(iou.values())))
+    assert (confusion.sum(axis=0) > 0).sum() > 1
+    iou = 100 * confusion.diagonal() / (confusion.sum(axis=0) + confusion.sum(axis=1) - confusion.diagonal())
+    entry = json.loads((gta5[0] / "results.json").read_text())["domains"]["cityscapes"]
+    # Two programs may part a tie in two ways; a pixel is some 0.003 %.
+    assert entry["IoU"] == pytest.approx(dict(zip(CITYSCAPES_NAMES.values(), iou, strict=True)), abs=0.02)
+    assert entry["mIoU"] == pytest.approx(np.mean(iou), abs=0.02)
+
+
+@pytest.mark.slow
+def test_synthia_gives_its_subsets(folder, here):
+    """`:synthia` also gives the means over the 16 and 13 classes that SYNTHIA has."""
+    here(small(gta5_eva02.get_config("synthia"), folder / "data", steps=1, evaluation__domains=("bdd100k",)), "synthia")
+    entry = json.loads(Path("synthia/results.json").read_text())["domains"]["bdd100k"]
     missing = {"terrain", "truck", "train"}
-    expected = {"16": missing, "13": missing | {"wall", "fence", "pole"}}
-    assert entry["subsets"] == {k: pytest.approx(np.mean([v for n, v in iou.items() if n not in out])) for k, out in expected.items()}
+    for name, out in (("16", missing), ("13", missing | {"wall", "fence", "pole"})):
+        assert entry["subsets"][name] == pytest.approx(np.mean([v for n, v in entry["IoU"].items() if n not in out]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("source", ["cityscapes", "bdd100k", "acdc"])
 def test_real_sources_start(folder, here, source):
     """`configs/cityscapes_eva02.py` from each of its sources makes a step from the tree (Mapillary: below)."""
@@ -150,18 +179,18 @@ def test_real_sources_start(folder, here, source):
     assert np.isfinite(losses(source)).all()
 
 
-@pytest.mark.parametrize("model", [LINEAR, pytest.param(MASK2FORMER, marks=pytest.mark.slow)], ids=["linear", "mask2former"])
-def test_mapillary_then_cityscapes_then_the_servers(folder, here, tmp_path, monkeypatch, model):
+@pytest.mark.slow
+def test_mapillary_then_cityscapes_then_the_servers(folder, here, tmp_path, monkeypatch):
     """The chain of `configs/cityscapes_test_server.py`: the second run starts from the first one's model, and both submissions pass."""
     monkeypatch.chdir(tmp_path)
     trees.make("cityscapes", tmp_path / "data", np.random.default_rng(1), size=(32, 64))
     trees.make("acdc", tmp_path / "data", np.random.default_rng(2), zipped=True, size=(27, 48), count=1)
-    here(small(cityscapes_eva02.get_config("mapillary"), folder / "data", model, steps=1, eval_every=0), "runs/mapillary")
-    c = small(cityscapes_test_server.get_config(), tmp_path / "data", model, steps=1, eval_every=0, seed=1)
-    assert (c.model.start, c.data.source) == ("runs/mapillary", "cityscapes")
+    here(small(cityscapes_eva02.get_config("mapillary"), folder / "data", MASK2FORMER, steps=1, eval_every=0), "runs/mapillary")
+    c = small(cityscapes_test_server.get_config(), tmp_path / "data", MASK2FORMER, steps=1, eval_every=0, seed=1)
     here(c, "runs/test_server")
     first, second = (tasks.stored_tensors(run) for run in ("runs/mapillary", "runs/test_server"))
-    for name, value in first.items():  # one step of AdamW moves nothing far; the other seed alone would
+    assert first.keys() == second.keys()
+    for name, value in first.items():  # one step moves no parameter far, while random ones of another seed would differ
         if not name.endswith((".mean", ".var")):
             np.testing.assert_allclose(second[name], value, atol=1e-3)
     for name, images in (("cityscapes", 2), ("acdc", 4)):
@@ -197,3 +226,38 @@ def test_mixed_rare_skipped_and_from_records(folder, here):
     prepare.main(["gta5", "synthia"], root=str(root), out=str(folder / "records"), data=DataConfig(skip=str(skip)), **options)
     assert len(expected) == 2
     assert run(folder / "records", "records", None) == expected
+
+
+HOST = """
+import sys
+import jax
+host, hosts, port, data, workdir = int(sys.argv[1]), int(sys.argv[2]), *sys.argv[3:]
+if __name__ == "__main__":
+    if hosts > 1:
+        jax.distributed.initialize(f"localhost:{port}", hosts, host)
+    from pathlib import Path
+    from jaxdg import cli, config, train
+    c = config.Config(steps=3, batch_size=2, log_every=1, eval_every=3)
+    c.data.source, c.data.root, c.data.workers = "gta5", data, 4
+    c.data.crop = c.evaluation.stride = (32, 32)
+    c.model.pyramid, c.evaluation.domains, c.evaluation.batch_size = "none", ("acdc", "synthia"), 2
+    train.train(config.validated(c), Path(workdir), cli.console(), cli.Interrupt())
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_of_four_workers_are_one(folder):
+    """Real processes that share a batch and an odd number of images give the losses and IoUs of one process with two devices."""
+    (folder / "host.py").write_text(HOST)
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = str(free.getsockname()[1])
+    for hosts in (1, 2):
+        command = lambda host, hosts=hosts: [sys.executable, "host.py", str(host), str(hosts), port, "data", f"hosts{hosts}"]
+        started = [subprocess.Popen(command(host), cwd=folder, env=environment(folder, 2 // hosts)) for host in range(hosts)]
+        assert [process.wait(timeout=600) for process in started] == [0] * hosts
+    assert losses(folder / "hosts2") == pytest.approx(losses(folder / "hosts1"), rel=1e-5)
+    one, two = (json.loads((folder / f"hosts{hosts}" / "results.json").read_text())["domains"] for hosts in (1, 2))
+    assert [entry["images"] for entry in one.values()] == [4, 3, 1, 1, 1, 1]
+    for name, entry in one.items():
+        assert two[name]["IoU"] == pytest.approx(entry["IoU"], abs=0.05)  # a pixel of a tie

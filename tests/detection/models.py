@@ -6,7 +6,10 @@ from flax import nnx
 import jax.numpy as jnp
 import numpy as np
 
-from jaxdg.detection.rcnn import Rcnn, RcnnConfig
+from conversion import faster_rcnn as table
+from conversion import mapping
+from jaxdg import weights
+from jaxdg.detection.rcnn import RcnnConfig
 from jaxdg.detection.roi_heads import RoiHeadsConfig
 from jaxdg.detection.rpn import RpnConfig
 
@@ -77,7 +80,7 @@ def levels(golden):
 
 
 def faster_rcnn():
-    """Torchvision's Faster R-CNN, with its weights under the names it has here."""
+    """Torchvision's pyramid and Faster R-CNN as `neck` and `head`, with its weights under the names they have here."""
     config = RcnnConfig(
         RpnConfig(sizes=SIZES, rounded=True, samples=ANCHORS, before=BEFORE, after=AFTER),
         RoiHeadsConfig(
@@ -86,24 +89,8 @@ def faster_rcnn():
         ),
         channels=CHANNELS, levels=(0, 1, 2),
     )  # fmt: skip
-    shapes, strides = [(24, 40), (12, 20), (6, 10), (3, 5)], [4.0, 8.0, 16.0, 32.0]
-    model = Rcnn(config, CLASSES, nnx.Module(), shapes, strides, image_size=IMAGE, dtype="float32", rngs=nnx.Rngs(0))
-    head = model.proposal_generator.rpn_head
-    for i in range(2):
-        fill(head.conv[f"conv{i}"], f"rpn.head.conv.{i}.0")
-    fill(head.objectness_logits, "rpn.head.cls_logits")
-    fill(head.anchor_deltas, "rpn.head.bbox_pred")
-    (box_head,), (predictor,) = model.roi_heads.box_head, model.roi_heads.box_predictor
-    to_rows = lambda w: w.reshape(24, CHANNELS, 7, 7).transpose(2, 3, 1, 0).reshape(-1, 24)
-    fill(box_head.fc1, "roi_heads.box_head.fc6", (24, CHANNELS * 49), to_rows)
-    fill(box_head.fc2, "roi_heads.box_head.fc7")
-    # torchvision's first class is the background, which here is the last class and has no box.
-    for layer, name, kept in (
-        (predictor.cls_score, "cls_score", [1, 2, 3, 4, 0]),
-        (predictor.bbox_pred, "bbox_pred", range(4, 4 * (CLASSES + 1))),
-    ):
-        rows = (CLASSES + 1) * (1 if name == "cls_score" else 4)
-        name = f"roi_heads.box_predictor.{name}"
-        layer.kernel[...] = jnp.asarray(weight(f"{name}.weight", (rows, 24))[list(kept)].T)
-        layer.bias[...] = jnp.asarray(weight(f"{name}.bias", (rows,))[list(kept)])
+    model = nnx.eval_shape(lambda: table.heads(config, CLASSES, STAGES, IMAGE, rngs=nnx.Rngs(0)))  # all of it is filled
+    layout = table.layouts()[0]
+    drawn = {name: weight(name.removeprefix("backbone.fpn."), shape) for name, shape in mapping.source_shapes(model, layout).items()}
+    weights.fill(model, mapping.to_flax(model, (layout,), list(drawn), drawn.__getitem__).tensors, "torchvision")
     return model

@@ -18,7 +18,7 @@ KW = dict(dtype="float32", rngs=nnx.Rngs(0))
 @pytest.fixture(scope="module")
 def faster_rcnn():
     """That of torchvision."""
-    return models.faster_rcnn()
+    return models.faster_rcnn().head
 
 
 @pytest.fixture(scope="module")

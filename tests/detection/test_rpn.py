@@ -15,7 +15,7 @@ from tests.detection import models
 @pytest.fixture(scope="module")
 def faster_rcnn():
     """Torchvision's."""
-    return models.faster_rcnn()
+    return models.faster_rcnn().head
 
 
 @pytest.fixture(scope="module")
