@@ -82,7 +82,7 @@ def print_results(results: dict[str, Any], console: Console) -> None:
         title=f"{of_class} in % at step {results['step']}, trained on {results['source']}, protocol {results['protocol']}",
         title_justify="left",
     )
-    table.add_column("class")
+    table.add_column("class", no_wrap=True)
     for name, entry in domains.items():
         table.add_column(name + (" (source)" if entry["seen"] else ""), justify="right", overflow="fold")
     cell = lambda value: "-" if value is None else f"{value:.1f}"
