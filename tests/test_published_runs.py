@@ -216,6 +216,7 @@ def test_mixed_rare_skipped_and_from_records(folder, here):
     def run(root: Path, workdir: str, skip: Path | None) -> list[float]:
         fields = {"steps": 2, "batch_size": 4, "eval_every": 0, "data__source": "gta5+synthia", "data__source_weights": (3.0, 1.0)}
         fields |= {"data__rare_class_temperature": 0.01, "data__rare_class_min_pixels": 50, "data__skip": skip and str(skip)}
+        fields |= {"evaluation__stride": (43, 43)}
         here(small(gta5_eva02.get_config(), root, **fields), workdir)
         return losses(workdir)
 
