@@ -18,7 +18,7 @@ from jaxdg.config import Config
 
 def get_config() -> Config:
     """The experiment."""
-    c = Config(steps=1200, batch_size=4, log_every=20, eval_every=1200, checkpoint_every=200, task="detection")
+    c = Config(steps=400, batch_size=4, log_every=20, eval_every=400, checkpoint_every=200, task="detection")
     c.data.source = "carla"
     c.data.crop = c.data.resize = (256, 448)
     c.data.keep_ratio = True

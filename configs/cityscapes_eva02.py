@@ -14,10 +14,12 @@ Hardware: 1024x1024 crops, 8 a step; not yet run here.
 
     python -m jaxdg.train --config configs/cityscapes_eva02.py --workdir runs/cityscapes
     python -m jaxdg.train --config configs/cityscapes_eva02.py:bdd100k --workdir runs/bdd100k        # or :mapillary, :acdc
+    python -m jaxdg.studies.transfer --config configs/cityscapes_eva02.py --workdir runs/transfer           # all four
 """
 
 from configs import gta5_eva02
 from jaxdg.config import Config
+from jaxdg.studies.study import StudyOptions
 
 
 def get_config(source: str = "cityscapes") -> Config:
@@ -28,3 +30,9 @@ def get_config(source: str = "cityscapes") -> Config:
     c.data.crop = (1024, 1024)
     c.evaluation.stride = (768, 768)
     return c
+
+
+def get_study() -> StudyOptions:
+    """What the studies compare."""
+    sources = ("cityscapes", "bdd100k", "mapillary", "acdc")
+    return StudyOptions(sources={source: {"data.resize": get_config(source).data.resize} for source in sources})

@@ -26,9 +26,14 @@ Its pyramid is part of its encoder and frozen with it: --config.model.freeze='^(
         --config.optimizer.power=0 --config.eval_every=0
     python -m jaxdg.train --config configs/gta5_eva02.py --workdir runs/gta5_eva02 --config.model.start=runs/gta5_frozen \
         --config.model.drop_path=0.15
+
+The paper's studies, each with the encoders, blocks and augmentations of its figures: `python -m jaxdg.studies.pretraining`, `freezing`
+(of B/16) and `corruptions` with this file, `transfer` with configs/cityscapes_eva02.py. The paper leaves open the strength of
+RandAugment and the taps of B/16; SegFormer and the successors (DINOv2, DINOv3, SigLIP 2) get this decoder and recipe as well.
 """
 
 from jaxdg.config import Config
+from jaxdg.studies.study import StudyOptions
 
 
 def get_config(source: str = "gta5") -> Config:
@@ -52,3 +57,38 @@ def get_config(source: str = "gta5") -> Config:
     c.evaluation.domains = ("cityscapes", "bdd100k", "mapillary", "acdc")
     c.evaluation.stride = (426, 426)
     return c
+
+
+def get_study() -> StudyOptions:
+    """What the studies compare."""
+    encoder = lambda name, **model: {
+        "model.encoder": name,
+        "model.weights": f"weights/{name}.safetensors",
+        **{f"model.{key}": value for key, value in model.items()},
+    }
+    supervised = encoder("augreg_l16")
+    randaugment, pixmix = {"data.randaugment": (2, 9.0)}, {"data.pixmix": (4, 4.0)}
+    return StudyOptions(
+        encoders={
+            "SegFormer MiT-B5": encoder("mit_b5", taps=(), pyramid="none"),
+            "Supervised L/16": supervised,
+            "MoCo-v3 L/16": encoder("mocov3_l16"),
+            "DeiT-III L/16": encoder("deit3_l16"),
+            "SAM L/16": encoder("sam_l16"),
+            "CLIP L/14": encoder("clip_l14"),
+            "EVA-02-CLIP L/14": {},
+            "DINOv2 L/14": encoder("dinov2_l14"),
+            "DINOv3 L/16": encoder("dinov3_l16"),
+            "SigLIP 2 L/16": encoder("siglip2_l16"),
+        },
+        models={
+            "Supervised L/16": supervised,
+            "Supervised L/16 + RandAugment": {**supervised, **randaugment},
+            "Supervised L/16 + PixMix": {**supervised, **pixmix},
+            "EVA-02-CLIP L/14": {},
+            "EVA-02-CLIP L/14 + RandAugment": randaugment,
+            "EVA-02-CLIP L/14 + PixMix": pixmix,
+            "EVA-02-CLIP L/14 + TLDR": {"tldr.on": True},
+        },
+        settings={"freezing": encoder("eva02_clip_b16", taps=()), "corruptions": {"evaluation.domains": ("cityscapes",)}},
+    )

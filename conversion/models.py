@@ -25,6 +25,7 @@ from conversion.checkpoint import Checkpoint
 from jaxdg import backbones
 
 HEADS = {family.NAME: family for family in (mask2former, faster_rcnn)}  # converted without an encoder, of the sizes of the file's tensors
+PLANNED = backbones.EvaClipConfig, backbones.Dinov2GiantConfig  # for planning alone
 WHOLE = {family.NAME: family for family in (vltseg, vitdet)}  # converted to a workdir
 
 
@@ -40,7 +41,7 @@ def layouts(name: str) -> tuple[mapping.Layout, ...]:
         return clip_text.layouts(backbones.TEXT_TOWERS[name])
     entry = backbones.entry(name)
     match entry.config:
-        case backbones.EvaClipConfig():
+        case config if isinstance(config, PLANNED):
             raise ValueError(f"{name} is for planning: its shapes tell how large a run would be, and its checkpoint is not converted")
         case _ if not entry.source:
             raise ValueError(f"{name} is trained from scratch and has no published weights; --list shows the encoders that have")
@@ -78,7 +79,7 @@ def abstract(name: str) -> nnx.Module:
 
 def converted_encoders() -> list[str]:
     """Names of the zoo whose published checkpoints can be converted."""
-    return [name for name, entry in backbones.ZOO.items() if entry.source and not isinstance(entry.config, backbones.EvaClipConfig)]
+    return [name for name, entry in backbones.ZOO.items() if entry.source and not isinstance(entry.config, PLANNED)]
 
 
 def identified(file: Checkpoint, openai: bool) -> str:

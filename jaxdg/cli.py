@@ -1,4 +1,4 @@
-"""What the commands share: flags that end in a configuration, errors of one line, multi-host start."""
+"""What the commands share: flags that end in a configuration, errors of one line, signals that end a run in order."""
 
 from collections.abc import Callable
 import os
@@ -60,9 +60,9 @@ def _fail(error: Exception) -> None:
     sys.exit(1)
 
 
-def console() -> Console:
-    """Where commands print: lines are never wrapped, so that paths can be copied."""
-    made = Console(soft_wrap=True, highlight=False)
+def console(quiet: bool = False) -> Console:
+    """Where commands print, if not `quiet`: lines are never wrapped, so that paths can be copied."""
+    made = Console(soft_wrap=True, highlight=False, quiet=quiet)
     if not made.is_terminal:
         made.width = 240  # a log file: no table is cut off
     return made
@@ -75,15 +75,23 @@ class Stop(Exception):
 class Interrupt:
     """Notes SIGTERM and the first Ctrl-C; a second Ctrl-C ends the program at once."""
 
-    def __init__(self):
-        self.asked = False
+    def __init__(self, agree: Callable[[bool], bool] = bool):
+        """Args:
+        agree: makes of whether this process was asked to stop whether any of a run was; see `distributed.Agreement`.
+        """
+        self._agree, self._noted = agree, False
         signal.signal(signal.SIGTERM, self._note)
         signal.signal(signal.SIGINT, self._note)
 
     def _note(self, number: int, _) -> None:
-        if self.asked and number == signal.SIGINT:
+        if self._noted and number == signal.SIGINT:
             sys.exit(130)
-        self.asked = True
+        self._noted = True
+
+    @property
+    def asked(self) -> bool:
+        """Whether the run was asked to stop; all its processes must look equally often."""
+        return self._agree(self._noted)
 
     def check(self) -> None:
         """Raises `Stop` if the run was asked to stop."""

@@ -56,6 +56,8 @@ class DataConfig:
             off and shows every image once an epoch. Default 0.
         rare_class_min_pixels: of the drawn class in an image that is drawn for it. Default 3000.
         randaugment: number of operations of RandAugment and their magnitude, 0 to 10. Default 0, 0.
+        pixmix: most rounds of PixMix, its k, and beta, the larger of which the less is mixed in; 4, 4 are its authors'. Default 0, 0.
+        pictures: folder of images that PixMix mixes in and TLDR takes styles from; None generates fractals. Default None.
         distortion_probability: of each change of brightness, contrast, saturation and hue. 1 with the latter two at 0 changes contrast and
             brightness at once, else it is mmsegmentation's PhotoMetricDistortion, whose strengths are 32, 0.5, 0.5, 18 and probability 0.5.
             Default 1.
@@ -84,6 +86,8 @@ class DataConfig:
     rare_class_temperature: float = 0.0
     rare_class_min_pixels: int = 3000
     randaugment: tuple[int, float] = (0, 0.0)
+    pixmix: tuple[int, float] = (0, 0.0)
+    pictures: str | None = None
     distortion_probability: float = 1.0
     brightness: float = 24.0
     contrast: float = 0.25
@@ -201,6 +205,8 @@ class ModelConfig:
         patch_size: side of the encoder's patches in pixels; None for that of its pre-training. Default None.
         patch_resize: how the kernel of stored patches of another size is resized: flexi (FlexiViT's pseudo-inverse) or bicubic. Default
             flexi.
+        window: rows and columns of tokens in the windows that most blocks of EVA-02 attend in, for large images (ViTDet: 16); 0: every
+            block attends to the whole image. Default 0.
         pyramid: none, or four levels with layer or batch normalisation; encoders with levels of their own need none and get none.
             Detectors have their own instead, ViTDet's or an FPN. Default layer.
         decoder: linear, segformer (MLP), mask2former, which needs a pyramid, or clip_text: CLIP's features against class names, without
@@ -225,6 +231,7 @@ class ModelConfig:
     taps: tuple[int, ...] = ()
     patch_size: int | None = None
     patch_resize: str = "flexi"
+    window: int = 0
     pyramid: str = "layer"
     decoder: str = "linear"
     mask2former: Mask2FormerOptions = dataclasses.field(default_factory=Mask2FormerOptions)
@@ -274,6 +281,24 @@ class OptimizerConfig:
 
 
 @dataclasses.dataclass
+class TldrOptions:
+    """TLDR, a comparison that trains on images in random styles besides; needs `model.weights`. See `jaxdg/tldr.py`.
+
+    Attributes:
+        on: whether it is used; a step then sends three times as many images through the encoder. Default False.
+        regularization: weights of how much the textures of images may change, of the encoder's quarters or stages, shallow to deep; the
+            deepest may be left out. Default 0.005, 0.0005, 0.00005, 0.000005.
+        generalization: likewise of how well textures of stylised images become those of their styles. Default 0.005, 0.0005.
+        threshold: by how much an entry of a Gram matrix must exceed the original's, for the style to show in it. Default 0.1.
+    """
+
+    on: bool = False
+    regularization: tuple[float, ...] = (0.005, 0.0005, 0.00005, 0.000005)
+    generalization: tuple[float, ...] = (0.005, 0.0005)
+    threshold: float = 0.1
+
+
+@dataclasses.dataclass
 class EvaluationConfig:
     """Zero-shot evaluation.
 
@@ -286,6 +311,7 @@ class EvaluationConfig:
             64x64.
         batch_size: images a step, over all devices. Default 4.
         windows_per_call: windows computed at once; bounds memory. Default 8.
+        max_images: of each domain so many are judged, evenly spread, for quick comparisons; results say so. 0 for all. Default 0.
     """
 
     domains: tuple[str, ...] = ("clear", "night", "rain", "fog", "dusk_rain")
@@ -293,6 +319,7 @@ class EvaluationConfig:
     stride: tuple[int, int] = (64, 64)
     batch_size: int = 4
     windows_per_call: int = 8
+    max_images: int = 0
 
 
 @dataclasses.dataclass
@@ -312,6 +339,7 @@ class Config:
         data: what is trained on.
         model: what is trained.
         optimizer: how.
+        tldr: a comparison, off by default.
         evaluation: on what it is judged.
     """
 
@@ -327,6 +355,7 @@ class Config:
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
+    tldr: TldrOptions = dataclasses.field(default_factory=TldrOptions)
     evaluation: EvaluationConfig = dataclasses.field(default_factory=EvaluationConfig)
 
 
@@ -360,6 +389,7 @@ _RULES: tuple[tuple[str, str, Any], ...] = (
     ("task", " or ".join(DECODERS), lambda v: v in DECODERS),
     ("model.patch_size", "None or at least 1 pixel", lambda v: v is None or v >= 1),
     ("model.patch_resize", "flexi or bicubic", lambda v: v in ("flexi", "bicubic")),
+    ("model.window", "0 (off) or more", lambda v: v >= 0),
     ("model.pyramid", "none, layer or batch", lambda v: v in ("none", "layer", "batch")),
     ("model.segformer_channels", "at least 1", lambda v: v >= 1),
     *((f"model.mask2former.{field.name}", "at least 1", lambda v: v >= 1) for field in dataclasses.fields(Mask2FormerOptions)),
@@ -383,6 +413,7 @@ _RULES: tuple[tuple[str, str, Any], ...] = (
     ("data.rare_class_temperature", "0 (off) or more", lambda v: v >= 0),
     ("data.rare_class_min_pixels", "at least 1", lambda v: v >= 1),
     ("data.randaugment", "0 or more operations, a magnitude of 0 to 10", lambda v: v[0] >= 0 and 0 <= v[1] <= 10),
+    ("data.pixmix", "0 rounds (off), or more and a beta above 0", lambda v: v[0] == 0 or (v[0] > 0 and v[1] > 0)),
     ("data.distortion_probability", "0 to 1", lambda v: 0 <= v <= 1),
     ("data.brightness", "0 to 255", lambda v: 0 <= v <= 255),
     ("data.contrast", "0 to 1", lambda v: 0 <= v <= 1),
@@ -406,10 +437,16 @@ _RULES: tuple[tuple[str, str, Any], ...] = (
     ("optimizer.accumulate", "at least 1", lambda v: v >= 1),
     ("optimizer.learning_rate_factors", "(regular expression, factor of 0 or more) pairs", _are_factors),
     ("optimizer.weight_decay_factors", "(regular expression, factor of 0 or more) pairs", _are_factors),
+    *(
+        (f"tldr.{name}", "at most 4 weights of 0 or more", lambda v: len(v) <= 4 and min(v, default=0) >= 0)
+        for name in ("regularization", "generalization")
+    ),
+    ("tldr.threshold", "0 or more", lambda v: v >= 0),
     ("evaluation.domains", "at least one", lambda v: len(v) >= 1),
     ("evaluation.stride", "two steps of at least 1 pixel", lambda v: min(v) >= 1),
     ("evaluation.batch_size", "at least 1", lambda v: v >= 1),
     ("evaluation.windows_per_call", "at least 1", lambda v: v >= 1),
+    ("evaluation.max_images", "0 (all) or more", lambda v: v >= 0),
 )
 
 
@@ -436,6 +473,8 @@ def validated(config: Config) -> Config:
     if not untrained and o.warmup_steps + o.hold_steps >= config.steps:
         before = f"optimizer.warmup_steps is {o.warmup_steps} and hold_steps is {o.hold_steps}"
         raise ValueError(f"{before}; allowed: together less than steps {config.steps}")
+    if config.tldr.on and config.model.weights is None:
+        raise ValueError("tldr.on is True; allowed: False without model.weights, the encoder whose textures are to be kept")
     sources, weights = config.data.source.split("+"), config.data.source_weights
     if weights and len(weights) != len(sources):
         raise ValueError(f"data.source_weights is {weights}; allowed: () or one weight for each of {', '.join(sources)}")
@@ -478,7 +517,7 @@ def _check_untrained(config: Config) -> None:
     for field in ("weights", "text_weights"):
         if getattr(m, field) is None:
             raise ValueError(f"model.{field} is None; model.decoder clip_text needs a converted file, see configs/camvid_clip_zero_shot.py")
-    wanted = {"steps": 0, "model.start": None, "model.taps": (), "model.pyramid": "none"}
+    wanted = {"steps": 0, "model.start": None, "model.taps": (), "model.pyramid": "none", "tldr.on": False}
     _want(config, wanted, "model.decoder clip_text, which trains nothing")
 
 
@@ -600,6 +639,11 @@ def let_import(path: str | Path) -> None:
 
 def from_file(path: str | Path) -> Config:
     """The validated `get_config()` of a file below configs/."""
+    return validated(experiment(path).get_config())
+
+
+def experiment(path: str | Path) -> Any:
+    """The module that a file below configs/ is."""
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"no config file {path}; see configs/ for those that exist")
@@ -609,7 +653,7 @@ def from_file(path: str | Path) -> Config:
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    return validated(module.get_config())
+    return module
 
 
 def save(config: Config, workdir: str | Path) -> None:

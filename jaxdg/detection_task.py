@@ -14,13 +14,12 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Key
 import numpy as np
 
-from jaxdg import visualize, weights
+from jaxdg import distributed, visualize, weights
 from jaxdg.backbones import text_embeddings
 from jaxdg.config import Config, ModelConfig
 from jaxdg.data import protocols
 from jaxdg.data.boxes import box_labels, open_boxes
 from jaxdg.data.datasets import Dataset
-from jaxdg.data.pipeline import eval_batches
 from jaxdg.data.transforms import BOX_FIELDS, Fit
 from jaxdg.detection.average_precision import AveragePrecision, Detections, Truth
 from jaxdg.detection.coco_format import write_coco
@@ -30,7 +29,7 @@ from jaxdg.detection.head import Detected
 from jaxdg.detection.rcnn import C4Config, RcnnConfig
 from jaxdg.detection.roi_heads import CASCADE, RoiHeadsConfig
 from jaxdg.detection.rpn import RpnConfig
-from jaxdg.task import DomainResult, Evaluate, ImageTask, ModelState, Predict
+from jaxdg.task import DomainResult, Evaluate, ImageTask, ModelState, Predict, examples_of
 from jaxdg.training import sharding
 from jaxdg.training.step import Batch
 
@@ -63,6 +62,8 @@ class Detection(ImageTask):
                 head=head_config(m),
                 patch_size=m.patch_size,
                 patch_resize=m.patch_resize,
+                window=m.window,
+                watched=self.watched,
                 boundaries=tuple(boundaries),
                 drop_path=m.drop_path,
                 remat=m.remat,
@@ -81,13 +82,13 @@ class Detection(ImageTask):
 
     def normalizer(self, model: Detector, batch: Batch) -> Any:
         """See `Task.normalizer`; batch: as for `losses`."""
-        return model.normalizer(batch)
+        return model.normalizer(self.targets(batch))
 
     def losses(self, model: Detector, batch: Batch, normalizer: Any, key: Key[Array, ""]) -> dict[str, Float[Array, ""]]:
         """See `Task.losses`; batch: `image` uint8 [b, h, w, 3], and the boxes of `pipeline.train_batches`."""
         pixel_key, drop_key, sample_key = jax.random.split(key, 3)
-        output = model(self.normalize(self.distort(batch["image"], pixel_key)), drop_key, train=True)
-        return model.losses(output, batch, normalizer, sample_key)
+        output, texture = self.outputs(model, batch, pixel_key, drop_key)
+        return {**model.losses(output, self.targets(batch), normalizer, sample_key), **texture}
 
     def detect(self, graph: nnx.GraphDef, state: ModelState, images: Array, sizes: Array) -> Detected:
         """What is in images uint8 [b, h, w, 3], of which `sizes` [b, 2] (height, width) are no padding."""
@@ -127,9 +128,11 @@ class Detection(ImageTask):
             return self.detect(graph, state, batch["image"], batch["inside"]), truth
 
         def evaluate(state: ModelState, dataset: Dataset, tick: Callable[[], None]) -> DomainResult:
+            from jaxdg.data.pipeline import eval_batches  # brings in grain, without which a model can be built, timed and planned
+
             self.check_labels(dataset)
             judged: dict[int, tuple[Truth, Detections]] = {}
-            shown: dict[int, np.ndarray] = {}
+            wanted, shown = examples_of(len(dataset)), {}
             shard, waiting = (jax.process_index(), jax.process_count()), []
 
             def collect() -> None:
@@ -147,12 +150,14 @@ class Detection(ImageTask):
                 result = detect(state, sharding.to_devices(fields, mesh))
                 collect()  # of the batch before, while the devices work on this one
                 waiting.append(result)
-                if len(shown) < 2 and batch["mask"][0]:
-                    shown[int(batch["index"][0])] = batch["image"][0, : inside[0][0], : inside[0][1]]
+                for row in np.flatnonzero(np.isin(batch["index"], list(wanted))):
+                    shown[int(batch["index"][row])] = batch["image"][row, : inside[row][0], : inside[row][1]]
                 tick()
             collect()
+            shown = distributed.gathered(shown)
             whole = self._result(dataset, range(len(dataset)), judged)
-            whole.pictures = [self._picture(image, self.scale(dataset.size(i)), *judged[i]) for i, image in shown.items()]
+            whole.examples = [self._example(shown[i], self.scale(dataset.size(i)), *judged[i]) for i in sorted(shown)]
+            whole.pictures = [self._picture(example) for example in whole.examples]
             part_of = [protocols.part_of(dataset.domain, dataset.name(i)) for i in range(len(dataset))]
             for name in sorted({part for part in part_of if part}):
                 whole.parts[name] = self._result(dataset, [i for i, part in enumerate(part_of) if part == name], judged)
@@ -171,12 +176,17 @@ class Detection(ImageTask):
         write = lambda folder, name: write_coco(folder / "detections", name, self.labels.names, files, sizes, *found)
         return DomainResult(metrics, metrics["mAP50"] or 0.0, [], write=write)
 
-    def _picture(self, image: np.ndarray, scale: np.ndarray, truth: Truth, found: Detections) -> np.ndarray:
-        """A panel of an image that is shown `scale` times as large as its boxes say."""
-        sure = found.scores >= SHOWN
-        detections = (found.boxes[sure] * scale).astype(np.float32), found.classes[sure], found.scores[sure]
-        true = (truth.boxes * scale).astype(np.float32), truth.classes
-        return visualize.box_panel(image, true, detections, self.labels.colors, self.labels.names)
+    def _example(self, image: np.ndarray, scale: np.ndarray, truth: Truth, found: Detections) -> dict[str, np.ndarray]:
+        """See `DomainResult.examples`; the image is `scale` times as large as its boxes say."""
+        true = {"truth_boxes": (truth.boxes * scale).astype(np.float32), "truth_classes": truth.classes}
+        return {"image": image, **true, "boxes": (found.boxes * scale).astype(np.float32), "scores": found.scores, "classes": found.classes}
+
+    def _picture(self, example: dict[str, np.ndarray]) -> np.ndarray:
+        """A panel of an example."""
+        sure = example["scores"] >= SHOWN
+        detections = example["boxes"][sure], example["classes"][sure], example["scores"][sure]
+        true = example["truth_boxes"], example["truth_classes"]
+        return visualize.box_panel(example["image"], true, detections, self.labels.colors, self.labels.names)
 
 
 def _truth(row: Mapping[str, np.ndarray]) -> Truth:

@@ -15,7 +15,7 @@ from absl import flags
 import numpy as np
 from PIL import Image
 
-from jaxdg import cli, visualize
+from jaxdg import cli, runtime, visualize
 from jaxdg.data.datasets import read_image
 from jaxdg.data.labels import LabelSet
 from jaxdg.detection.average_precision import Detections
@@ -84,6 +84,7 @@ def main(arguments: Sequence[str]) -> None:
     if len(arguments) < 2:
         raise ValueError("name at least one image or folder: python -m jaxdg.predict --checkpoint DIR --out DIR IMAGE_OR_FOLDER...")
     images = find_images(arguments[1:])
+    runtime.set_up()
     model, out = load(_CHECKPOINT.value), Path(_OUT.value)
     for file, name in images:
         image = read_image(str(file))

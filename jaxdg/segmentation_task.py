@@ -15,12 +15,11 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Key, UInt8
 import numpy as np
 
-from jaxdg import segmentation, visualize, weights
+from jaxdg import distributed, segmentation, visualize, weights
 from jaxdg.config import Config
 from jaxdg.data import protocols
 from jaxdg.data.datasets import Dataset, label_set, open_domain
-from jaxdg.data.pipeline import eval_batches
-from jaxdg.task import DomainResult, Evaluate, ImageTask, ModelState, Predict
+from jaxdg.task import DomainResult, Evaluate, ImageTask, ModelState, Predict, examples_of
 from jaxdg.training import sharding
 from jaxdg.training.step import Batch
 
@@ -62,7 +61,9 @@ class Segmentation(ImageTask):
                 taps=m.taps,
                 patch_size=m.patch_size,
                 patch_resize=m.patch_resize,
+                window=m.window,
                 pyramid=m.pyramid,
+                watched=self.watched,
                 boundaries=tuple(boundaries),
                 drop_path=m.drop_path,
                 remat=m.remat,
@@ -81,13 +82,13 @@ class Segmentation(ImageTask):
 
     def normalizer(self, model: segmentation.Segmenter, batch: Batch) -> Any:
         """See `Task.normalizer`; batch: `label` uint8 [b, h, w]."""
-        return model.head.normalizer(batch["label"])
+        return model.head.normalizer(self.targets(batch)["label"])
 
     def losses(self, model: segmentation.Segmenter, batch: Batch, normalizer: Any, key: Key[Array, ""]) -> dict[str, Float[Array, ""]]:
         """See `Task.losses`; batch: `image` uint8 [b, h, w, 3], `label` uint8 [b, h, w]."""
         pixel_key, drop_key, point_key = jax.random.split(key, 3)
-        output = model(self.normalize(self.distort(batch["image"], pixel_key)), drop_key, train=True)
-        return model.head.loss(output, batch["label"], normalizer, point_key)
+        output, texture = self.outputs(model, batch, pixel_key, drop_key)
+        return {**model.head.loss(output, self.targets(batch)["label"], normalizer, point_key), **texture}
 
     def predictor(self, graph: nnx.GraphDef) -> Predict:
         """See `Task.predictor`: to label maps uint8 [h, w], by sliding windows; compiles once a size."""
@@ -153,19 +154,22 @@ class Segmentation(ImageTask):
         label_maps, k = self.labeller(graph), len(self.labels.names)
         batch_size = self.batch_size(mesh)
 
-        @functools.partial(jax.jit, static_argnums=2)
+        @functools.partial(jax.jit, static_argnums=2, out_shardings=sharding.replicated(mesh))
         def count(prediction: Array, batch: Batch, parts: int) -> Array:
             label = jnp.where(batch["mask"][:, None, None], batch["label"], 255)
             counts = jax.vmap(lambda p, t: segmentation.confusion_matrix(p, t, k))(prediction, label)
             return jnp.zeros((parts, k, k), jnp.int32).at[batch["part"]].add(counts)
 
         def evaluate(state: ModelState, dataset: Dataset, tick: Callable[[], None]) -> DomainResult:
+            from jaxdg.data.pipeline import eval_batches  # brings in grain, without which a model can be built, timed and planned
+
             self.check_labels(dataset)
             protocol = self.protocol(dataset.domain)
             part_of = [protocols.part_of(dataset.domain, dataset.name(i)) or "" for i in range(len(dataset))]
             names = sorted(set(part_of))
             part = np.array([names.index(name) for name in part_of], np.int32)
-            total, pictures, waiting = np.zeros((len(names), k, k), np.int64), [], None
+            total, waiting = np.zeros((len(names), k, k), np.int64), None
+            wanted, examples = examples_of(len(dataset)), {}
             shard = (jax.process_index(), jax.process_count())
             workers = self.config.data.workers
             for batch in eval_batches(dataset, batch_size=batch_size, protocol=protocol, workers=workers, shard=shard):
@@ -176,22 +180,38 @@ class Segmentation(ImageTask):
                 if waiting is not None:  # the sum goes to the host while the devices work on the next batch
                     total += np.asarray(waiting, np.int64)
                 waiting = counts
-                if len(pictures) < 2 and batch["mask"][0]:
-                    h, w = batch["label_size"][0]
-                    own = np.asarray(prediction.addressable_shards[0].data)[0, :h, :w]
-                    image = cv2.resize(batch["image"][0, : batch["size"][0, 0], : batch["size"][0, 1]], (int(w), int(h)))
-                    pictures.append(visualize.panel(image, batch["label"][0, :h, :w], own, self.labels.colors, self.labels.names))
+                for row in np.flatnonzero(np.isin(batch["index"], list(wanted))):
+                    (h, w), (image_h, image_w) = batch["label_size"][row].tolist(), batch["size"][row]
+                    examples[int(batch["index"][row])] = {
+                        "image": cv2.resize(batch["image"][row, :image_h, :image_w], (w, h)),
+                        "truth": batch["label"][row, :h, :w],
+                        "prediction": _row(prediction, shard[0] * len(batch["index"]) + int(row))[:h, :w],
+                    }
                 tick()
             total += 0 if waiting is None else np.asarray(waiting, np.int64)
-            result = self._result(total.sum(axis=0), len(dataset), protocol, pictures)
-            result.parts = {name: self._result(total[i], part_of.count(name), protocol, []) for i, name in enumerate(names) if name}
+            result = self._result(total.sum(axis=0), len(dataset), protocol)
+            examples = distributed.gathered(examples)
+            result.examples = [examples[i] for i in sorted(examples)]
+            result.pictures = [
+                visualize.panel(e["image"], e["truth"], e["prediction"], self.labels.colors, self.labels.names) for e in result.examples
+            ]
+            result.parts = {name: self._result(total[i], part_of.count(name), protocol) for i, name in enumerate(names) if name}
             return result
 
         return evaluate
 
-    def _result(self, confusion: np.ndarray, images: int, protocol: protocols.Protocol, pictures: list[np.ndarray]) -> DomainResult:
+    def _result(self, confusion: np.ndarray, images: int, protocol: protocols.Protocol) -> DomainResult:
         iou = 100 * segmentation.iou(confusion)
         per_class = {name: None if np.isnan(v) else float(v) for name, v in zip(self.labels.names, iou, strict=True)}
         mean = lambda without: float(np.mean([v for name, v in per_class.items() if v is not None and name not in without] or [0.0]))
         subsets = {name: mean(without) for name, without in protocol.without}
-        return DomainResult({"mIoU": mean(()), "IoU": per_class, "images": images, "subsets": subsets}, mean(()), pictures)
+        return DomainResult({"mIoU": mean(()), "IoU": per_class, "images": images, "subsets": subsets}, mean(()), [])
+
+
+def _row(array: Array, row: int) -> np.ndarray:
+    """A row of an array that is divided over devices, one of those this host has."""
+    for shard in array.addressable_shards:
+        start, stop, _ = shard.index[0].indices(array.shape[0])
+        if start <= row < stop:
+            return np.asarray(shard.data[row - start])
+    raise AssertionError(f"row {row} is on another host")

@@ -20,7 +20,7 @@ from absl import flags
 import numpy as np
 from PIL import Image
 
-from jaxdg import cli
+from jaxdg import cli, runtime
 from jaxdg import config as config_lib
 from jaxdg.data import index, published
 from jaxdg.data.datasets import Dataset
@@ -146,6 +146,7 @@ def main(arguments: Sequence[str]) -> None:
     dataset = Segmentation(config).open(benchmark.domain, train=False)
     folder, files = Path(_OUT.value, _BENCHMARK.value), expected(benchmark, dataset)
     if not _CHECK.value:
+        runtime.set_up()
         config.mesh = config_lib.MeshConfig()
         config.evaluation.protocol = _PROTOCOL.value or f"{_BENCHMARK.value}_test"
         config.evaluation.batch_size = _BATCH_SIZE.value

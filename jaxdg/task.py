@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Key, UInt8
 import numpy as np
 
+from jaxdg import tldr
 from jaxdg.backbones import zoo
 from jaxdg.config import Config
 from jaxdg.data.datasets import Dataset
@@ -29,9 +30,11 @@ class DomainResult:
     Attributes:
         metrics: the domain's entry of results.json.
         score: the one number it is compared by.
-        pictures: uint8 RGB panels of a few images with truth and prediction.
+        pictures: uint8 RGB panels of the examples.
         parts: the same of parts of the domain, such as `acdc/fog`, by name.
         write: given the folder of results.json and the domain's name, writes what belongs beside it.
+        examples: a few images with what was seen in them: `image` uint8 [h, w, 3] and, as label maps uint8 [h, w], `truth` and
+            `prediction`, or `truth_boxes`, `truth_classes`, `boxes`, `scores` and `classes`, in pixels of the image.
     """
 
     metrics: dict[str, Any]
@@ -39,6 +42,12 @@ class DomainResult:
     pictures: list[np.ndarray]
     parts: dict[str, "DomainResult"] = dataclasses.field(default_factory=dict)
     write: Callable[[Path, str], None] = lambda folder, name: None
+    examples: list[dict[str, np.ndarray]] = dataclasses.field(default_factory=list)
+
+
+def examples_of(images: int) -> set[int]:
+    """Which of a domain's images are its examples: two, evenly spread."""
+    return {images // 4, 3 * images // 4}
 
 
 Evaluate = Callable[[ModelState, Dataset, Callable[[], None]], DomainResult]
@@ -68,6 +77,10 @@ class Task(Protocol):
         """What the losses of a global batch are divided by: a tree of scalars."""
         ...
 
+    def preparation(self, mesh: Mesh) -> Callable[[Batch, int], Batch]:
+        """A function of (batch on the devices, step from 0) to what the training step takes."""
+        ...
+
     def losses(self, model: Any, batch: Batch, normalizer: Any, key: Key[Array, ""]) -> dict[str, Float[Array, ""]]:
         """Named loss terms of a part of a batch; they add up to the loss."""
         ...
@@ -91,6 +104,7 @@ class ImageTask:
         """
         self.config, self.labels = config, labels
         self._encoder = zoo.entry(config.model.encoder).config
+        self.watched = tldr.watched(self._encoder.depth) if config.tldr.on else ()
 
     def normalize(self, images: UInt8[Array, "b h w 3"] | Float[Array, "b h w 3"]) -> Float[Array, "b h w 3"]:
         """RGB in 0..255 as the encoder takes it."""
@@ -101,6 +115,25 @@ class ImageTask:
         d = self.config.data
         strengths = (d.brightness, d.contrast, d.saturation, d.hue, d.distortion_probability)
         return photometric.distort(images.astype(jnp.float32), key, *strengths)
+
+    def preparation(self, mesh: Mesh) -> Callable[[Batch, int], Batch]:
+        """See `Task.preparation`: nothing is done, but for TLDR."""
+        if not self.config.tldr.on:
+            return lambda batch, step: batch
+        model = nnx.eval_shape(lambda: self.model(nnx.Rngs(0)))  # pyright: ignore[reportAttributeAccessIssue]  tasks have one
+        return tldr.preparation(self.config, model, self.distort, self.normalize, mesh)
+
+    def targets(self, batch: Batch) -> Batch:
+        """What losses are computed of: a prepared batch, or with TLDR also the stylised images'."""
+        return tldr.twice(batch) if self.config.tldr.on else batch
+
+    def outputs(self, model: Any, batch: Batch, pixel_key: Key[Array, ""], drop_key: Key[Array, ""]) -> tuple[Any, dict[str, Array]]:
+        """What a model gives in training for a prepared batch, a row for each of its `targets`, and TLDR's loss terms."""
+        if not self.config.tldr.on:
+            return model(self.normalize(self.distort(batch["image"], pixel_key)), drop_key, train=True), {}
+        features = model.encode(self.normalize(tldr.interleave(*(batch[view] for view in tldr.VIEWS))), drop_key)
+        terms = tldr.terms([features[i] for i in model.watched], batch, self.config.tldr)
+        return model.decode(tldr.without_styles(features), drop_key, train=True), terms
 
     def check_labels(self, dataset: Dataset) -> None:
         """ValueError where a domain has other classes than the model."""

@@ -95,13 +95,32 @@ def abstract_state(plan: Plan, config: Config, mesh: Mesh) -> tuple[TrainState, 
     return jax.tree.map(lambda s, at: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=at), shapes, places), optimizer
 
 
+def initial_state(task: Task, plan: Plan, like: TrainState, optimizer: Any) -> TrainState:
+    """Random parameters, made where they belong, with another run's model or converted weights put in."""
+
+    def init(key):
+        trained, frozen, statistics = plan.split(plan.make(key))
+        return TrainState(jnp.zeros((), jnp.int32), trained, frozen, statistics, optimizer.init(trained))
+
+    # Stream 1 of the seed; stream 0 is the steps'.
+    key = jax.random.fold_in(jax.random.key(task.config.seed), 2**31)
+    state = jax.jit(init, out_shardings=jax.tree.map(lambda leaf: leaf.sharding, like))(key)
+    model: Any = nnx.merge(plan.graph, state.trained, state.frozen, state.statistics)
+    if start := task.config.model.start:
+        weights.fill(model, stored_tensors(start), start)
+    else:
+        task.load_weights(model)
+    state.trained, state.frozen, state.statistics = plan.split(model)
+    return state
+
+
 class Model:
     """A trained model: `predict` says what it sees in an image of any size."""
 
     def __init__(self, task: Task, graph: nnx.GraphDef, state: ModelState, step: int):
         """See `load`."""
         self.task, self.step, self.labels = task, step, task.labels
-        self._state, self._predict = state, task.predictor(graph)
+        self.graph, self.state, self._predict = graph, state, task.predictor(graph)
 
     def predict(self, image: np.ndarray | Array) -> UInt8[np.ndarray, "h w"] | Detections:
         """What is seen in an image.
@@ -119,7 +138,7 @@ class Model:
         image = np.asarray(image)
         if image.ndim != 3 or image.shape[-1] != 3 or image.dtype != np.uint8 or not image.size:
             raise ValueError(f"predict takes an RGB image uint8 [h, w, 3]; got {image.dtype} {list(image.shape)}")
-        return self._predict(self._state, image)
+        return self._predict(self.state, image)
 
 
 def load(checkpoint: str | Path) -> Model:

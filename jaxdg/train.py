@@ -15,12 +15,12 @@ import time
 from typing import Any
 
 from absl import flags
-from flax import nnx
 import jax
+from jax.experimental import multihost_utils
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from jaxdg import cli, weights
+from jaxdg import cli, distributed, runtime, weights
 from jaxdg import config as config_lib
 from jaxdg.cli import Interrupt, Stop
 from jaxdg.config import Config
@@ -29,21 +29,26 @@ from jaxdg.data.pipeline import batch_files, train_batches
 from jaxdg.data.samplers import Sampler, make_sampler
 from jaxdg.data.transforms import Augmentation
 from jaxdg.evaluate import evaluate_domains, open_domains, print_results, summary, write_results
-from jaxdg.task import Task
-from jaxdg.tasks import Plan, abstract_state, make_task, stored_tensors
+from jaxdg.tasks import Plan, abstract_state, initial_state, make_task
 from jaxdg.training import optimizer as optimizer_lib
 from jaxdg.training import sharding
 from jaxdg.training.checkpoint import Checkpoints
+from jaxdg.training.profile import parse_steps, profiled
 from jaxdg.training.step import TrainState, make_step
 from jaxdg.training.writer import Writer, read_metrics
 
 
-def train(config: Config, workdir: Path, console: Console, interrupt: Interrupt) -> None:
-    """Trains to the end, or until interrupted, in which case `cli.Stop` is raised after a checkpoint."""
+def train(config: Config, workdir: Path, console: Console, interrupt: Interrupt, profile_steps: str | None = None) -> None:
+    """Trains to the end, or until interrupted, in which case `cli.Stop` is raised after a checkpoint; see the flags at the end."""
+    traced = parse_steps(profile_steps, config.steps)
     # --- Workdir: a new run, one to go on with, or one that is finished ---------------------------------------------------
-    config_lib.claim(config, workdir)
+    if distributed.is_main():
+        config_lib.claim(config, workdir)
+    multihost_utils.sync_global_devices("claimed")
+    if not (workdir / "config.json").is_file():
+        raise ValueError(f"{workdir} is not the folder that process 0 writes to; give a --workdir that all hosts share")
     checkpoints = Checkpoints(workdir, config.keep_checkpoints)
-    if finished(config, workdir, checkpoints, console):
+    if distributed.from_main(lambda: finished(config, workdir, checkpoints, console)):
         return
 
     # --- Data: everything is opened and checked before the first step -----------------------------------------------------
@@ -76,11 +81,12 @@ def train(config: Config, workdir: Path, console: Console, interrupt: Interrupt)
 
     # --- Loop --------------------------------------------------------------------------------------------------------------
     start = int(state.step)
-    writer = Writer(workdir, start)
+    writer = Writer(workdir, start, distributed.is_main())
     shardings = jax.tree.map(lambda leaf: leaf.sharding, like)
     key, parts = jax.random.key(config.seed), config.optimizer.accumulate
     step_fn = make_step(plan.graph, optimizer, task.normalizer, task.losses, key, shardings, parts)
-    evaluator = task.evaluator(plan.graph, mesh)
+    step_fn = profiled(step_fn, traced, start, workdir / "profile")
+    prepare, evaluator = task.preparation(mesh), task.evaluator(plan.graph, mesh)
     log = Log(config, source, sampler, writer, console, start)
 
     def evaluate(state: TrainState) -> None:
@@ -95,7 +101,8 @@ def train(config: Config, workdir: Path, console: Console, interrupt: Interrupt)
                 writer.picture(f"{name}/{i}", picture, step)
         entry = lambda name, r: {"step": step, "domain": name, task.score_name: r.score, "images": r.metrics["images"]}
         writer.rows(*(entry(name, result) for name, result in results.items()))
-        write_results(everything, results, workdir)
+        if distributed.is_main():
+            write_results(everything, results, workdir)
         # Choosing a checkpoint by unseen domains would be cheating: the best one is the best on the source domain.
         seen = [result.score for result in results.values() if result.metrics["seen"]]
         if seen:
@@ -107,7 +114,8 @@ def train(config: Config, workdir: Path, console: Console, interrupt: Interrupt)
         with log:
             if not config.steps:
                 checkpoints.save(state)  # nothing is trained: what was loaded is the result
-            if (start or not config.steps) and due(start, config.eval_every, config.steps) and not evaluated(workdir, start):
+            missing = (start or not config.steps) and due(start, config.eval_every, config.steps)
+            if missing and distributed.from_main(lambda: not evaluated(workdir, start)):
                 evaluate(state)  # or the run died between this step's checkpoint and the end of its evaluation
             shard = (jax.process_index(), jax.process_count())
             batches = train_batches(
@@ -119,11 +127,12 @@ def train(config: Config, workdir: Path, console: Console, interrupt: Interrupt)
                 start=start,
                 stop=config.steps,
                 max_boxes=d.max_boxes,
+                styles=config.tldr.on,
                 workers=d.workers,
                 shard=shard,
             )
             for step, batch in enumerate(batches, start + 1):
-                state, metrics = step_fn(state, sharding.to_devices(batch, mesh))
+                state, metrics = step_fn(state, prepare(sharding.to_devices(batch, mesh), step - 1))
                 log.step(step, metrics)
                 evaluates = due(step, config.eval_every, config.steps)
                 if interrupt.asked or evaluates or due(step, config.checkpoint_every, config.steps):
@@ -141,7 +150,8 @@ def train(config: Config, workdir: Path, console: Console, interrupt: Interrupt)
     finally:
         writer.close()
         checkpoints.close()
-    finished(config, workdir, None, console)
+    if distributed.is_main():
+        finished(config, workdir, None, console)
 
 
 def due(step: int, every: int, last: int) -> bool:
@@ -169,25 +179,6 @@ def finished(config: Config, workdir: Path, checkpoints: Checkpoints | None, con
     return True
 
 
-def initial_state(task: Task, plan: Plan, like: TrainState, optimizer: Any) -> TrainState:
-    """Random parameters, made where they belong, with another run's model or converted weights put in."""
-
-    def init(key):
-        trained, frozen, statistics = plan.split(plan.make(key))
-        return TrainState(jax.numpy.zeros((), jax.numpy.int32), trained, frozen, statistics, optimizer.init(trained))
-
-    # Stream 1 of the seed; stream 0 is the steps'.
-    key = jax.random.fold_in(jax.random.key(task.config.seed), 2**31)
-    state = jax.jit(init, out_shardings=jax.tree.map(lambda leaf: leaf.sharding, like))(key)
-    model: Any = nnx.merge(plan.graph, state.trained, state.frozen, state.statistics)
-    if start := task.config.model.start:
-        weights.fill(model, stored_tensors(start), start)
-    else:
-        task.load_weights(model)
-    state.trained, state.frozen, state.statistics = plan.split(model)
-    return state
-
-
 def describe(config: Config, plan: Plan, source: Dataset, mesh: Any, console: Console) -> None:
     """One line on what is about to happen."""
     count = lambda state: sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(state)) / 1e6
@@ -204,7 +195,8 @@ def describe(config: Config, plan: Plan, source: Dataset, mesh: Any, console: Co
 class Log:
     """Rows of metrics.jsonl, the progress bar, and the watch for a non-finite loss, without making the devices wait.
 
-    The numbers of a step are fetched after the next step has been handed to the devices.
+    The numbers of a step are fetched after the next step has been handed to the devices, and the host waits for it then: there are two
+    batches on the devices, the one worked on and the next, however fast data are read.
     """
 
     def __init__(self, config: Config, source: Dataset, sampler: Sampler, writer: Writer, console: Console, start: int):
@@ -240,8 +232,10 @@ class Log:
         if not self.compiled:
             jax.block_until_ready(metrics)
             self.compiled, self.clock, self.last = True, time.perf_counter(), step
-        if self.waiting and due(self.waiting[-1][0], self.config.log_every, self.config.steps):
-            self.flush()
+        if self.waiting:
+            jax.block_until_ready(self.waiting[-1])
+            if due(self.waiting[-1][0], self.config.log_every, self.config.steps):
+                self.flush()
         self.waiting.append((step, metrics))
         self.bar.update(self.task, completed=step)
 
@@ -292,17 +286,23 @@ class Pause:
         self.log.clock += time.perf_counter() - self.since
 
 
+@distributed.joined()
 def main(arguments: Sequence[str]) -> None:
     """Trains as the flags say."""
     if len(arguments) > 1:
         raise ValueError(f"unexpected argument {arguments[1]!r}; see --help")
     if _CONFIG.value is None or _WORKDIR.value is None:
         raise ValueError("--config FILE and --workdir DIR are needed, such as --config configs/streets_tiny.py --workdir runs/streets")
-    train(config_lib.validated(_CONFIG.value), Path(_WORKDIR.value), cli.console(), Interrupt())
+    config = config_lib.validated(_CONFIG.value)
+    runtime.set_up()
+    console, interrupt = cli.console(quiet=not distributed.is_main()), Interrupt(distributed.Agreement())
+    train(config, Path(_WORKDIR.value), console, interrupt, _PROFILE_STEPS.value)
 
 
 if __name__ == "__main__":
     _CONFIG = cli.define_config()
     flags.declare_key_flag("config")
     _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run: made if needed, gone on with if it holds a run.")
+    distributed.define_flags()
+    _PROFILE_STEPS = flags.DEFINE_string("profile_steps", None, "FIRST:LAST, counted from 1: what they do goes to WORKDIR/profile.")
     cli.run(main)

@@ -149,7 +149,10 @@ def fill(module: nnx.Module, stored: Mapping[str, np.ndarray], source: str | Pat
         old = variable.get_value()  # of an abstract module a shape alone, without a placement
         # Copied in either case: no parameter may live in the mapped file.
         value = np.stack(filled[at]) if isinstance(filled[at], list) else np.array(filled[at])
-        variable.set_value(jax.device_put(value.astype(old.dtype, copy=False), old.sharding))
+        value = value.astype(old.dtype, copy=False)
+        # Every process hands its devices their parts; `device_put` would first compare all values with those of the others.
+        put = lambda at, value=value: value[at]
+        variable.set_value(jax.make_array_from_callback(value.shape, old.sharding, put) if old.sharding else jax.device_put(value))
     nnx.update(module, state)
 
 

@@ -1,7 +1,10 @@
 """Set-up of every test: eight emulated devices, runtime shape checks, and where the shared real files are."""
 
+import atexit
 import os
 from pathlib import Path
+import shutil
+import tempfile
 
 # XLA reads its flags once, before the first import of jax. Two cores drive eight devices slowly, so collectives need patience.
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + (
@@ -10,6 +13,10 @@ os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + (
     " --xla_cpu_collective_call_terminate_timeout_seconds=600"
 )
 os.environ["JAX_PLATFORMS"] = "cpu"
+# What commands keep for their next run, compiled programs above all, is kept for this session's tests alone.
+if "JAXDG_CACHE" not in os.environ:
+    os.environ["JAXDG_CACHE"] = tempfile.mkdtemp(prefix="jaxdg_tests_")
+    atexit.register(shutil.rmtree, os.environ["JAXDG_CACHE"], ignore_errors=True)
 
 from jaxtyping import install_import_hook
 import pytest

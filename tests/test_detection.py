@@ -223,6 +223,16 @@ def test_boxes_come_back_to_the_pixels_of_images_of_any_size(devices, tmp_path):
     assert metrics["coco"]["AP"] < 100  # to COCO a difficult box is one like any other
     assert len(ticks) == (2 if devices == 8 else 3)
     assert len(result.pictures) == 2
+    for example, i in zip(result.examples, (2, 8), strict=True):
+        sample, (h, w) = dataset[i], example["image"].shape[:2]
+        assert (example["image"] == sample["image"][0, 0]).all()
+        n = len(sample["boxes"])
+        shares = (dataset.shares[i, :n] * [w, h, w, h]).astype(np.float32)
+        np.testing.assert_allclose(example["truth_boxes"], shares, rtol=1e-4, atol=1e-3)
+        np.testing.assert_array_equal(example["truth_classes"], sample["classes"])
+        np.testing.assert_allclose(example["boxes"], shares[:3], rtol=1e-4, atol=1e-3)
+        np.testing.assert_array_equal(example["classes"], sample["classes"][:3])
+        np.testing.assert_allclose(example["scores"], np.linspace(0.9, 0.6, 4)[: min(n, 3)], rtol=1e-6)
     result.write(tmp_path, "painted")
     _, truths, found = read_coco(*(tmp_path / "detections" / f"painted{end}.json" for end in ("_truth", "")))
     for i, (truth, mine) in enumerate(zip(truths, found, strict=True)):

@@ -128,6 +128,62 @@ def test_many_sizes_equal_one_image_at_a_time(native):
     assert result.metrics["images"] == 7
     assert result.parts == {}
     assert len(result.pictures) == 2
+    for example, i in zip(result.examples, (1, 5), strict=True):  # a quarter and three quarters through the seven
+        np.testing.assert_array_equal(example["image"], dataset[i]["image"])
+        np.testing.assert_array_equal(example["truth"], dataset[i]["label"])
+        np.testing.assert_array_equal(example["prediction"], predictions[i])
+
+
+def test_examples_are_kept_beside_the_results_and_shrink_together(native, tmp_path):
+    """What is read back is the example; of a large one the image, the label maps and the boxes are smaller by the same factor."""
+    result = native.evaluator(native.state, Noise(SIZES, "acdc/fog"), lambda: None)
+    evaluate.write_results({}, {"acdc/fog": result}, tmp_path)
+    kept = [dict(np.load(tmp_path / "qualitative" / f"acdc_fog_{i}.npz")) for i in range(2)]
+    for a, b in zip(kept, result.examples, strict=True):
+        assert a.keys() == b.keys()
+        assert all(np.array_equal(a[key], b[key]) for key in b)
+    image = np.repeat(np.repeat(np.arange(48, dtype=np.uint8).reshape(6, 8), 100, axis=0), 100, axis=1)  # 600 x 800, in squares of 100
+    boxes = np.array([[100.0, 200.0, 300.0, 600.0]], np.float32)
+    large = {"image": np.stack([image] * 3, axis=-1), "truth": image, "prediction": image[::-1], "boxes": boxes, "classes": np.array([3])}
+    small = evaluate.shrunk(large, 400)
+    squares = lambda array: array[25::50, 25::50]
+    for key, expected in (("image", large["image"]), ("truth", image), ("prediction", image[::-1])):
+        assert small[key].shape[:2] == (300, 400)
+        np.testing.assert_array_equal(squares(small[key]), expected[50::100, 50::100])
+    np.testing.assert_allclose(small["boxes"], boxes / 2)
+    np.testing.assert_array_equal(small["classes"], [3])
+    same = evaluate.shrunk(large, 800)
+    assert all(np.array_equal(same[key], large[key]) for key in large)
+
+
+def test_a_limit_of_images_takes_them_evenly_and_is_told(native):
+    """`evaluation.max_images` 3 of 7 judges images 0, 2 and 4, results.json and the printed table say so; 7 and more are all."""
+    c = config()
+    c.evaluation.max_images = 3
+    opened = []
+
+    class Opening(type(native.task)):
+        def open(self, domain, train):
+            opened.append((domain, train))
+            return Noise(SIZES, domain)
+
+    domains = evaluate.open_domains(Opening(c))
+    assert opened == [(name, False) for name in c.evaluation.domains]
+    some = domains[opened[0][0]]
+    assert [some.name(i) for i in range(len(some))] == [Noise(SIZES).name(i) for i in (0, 2, 4)]
+    assert [some.size(i) for i in range(3)] == [SIZES[i] for i in (0, 2, 4)]
+    np.testing.assert_array_equal(some[1]["image"], Noise(SIZES)[2]["image"])
+    result = native.evaluator(native.state, some, lambda: None)
+    assert result.metrics["images"] == 3
+    result.metrics |= {"seen": False, "part_of": None}
+    everything = evaluate.summary(native.task, c, 1, {"noise": result})
+    assert everything["max_images"] == 3
+    console = Console(record=True, quiet=False, width=200)
+    evaluate.print_results(everything, console)
+    assert "judged on at most 3 images of each domain" in console.export_text()
+    c.evaluation.max_images = 7
+    assert len(evaluate.open_domains(Opening(c))[opened[0][0]]) == 7
+    assert evaluate.summary(native.task, config(), 1, {"noise": result})["max_images"] is None
 
 
 def test_parts_of_acdc_come_from_one_pass(native):

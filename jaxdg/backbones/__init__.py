@@ -4,9 +4,9 @@ from jaxdg.backbones.clip_resnet import ClipResnet, ClipResnetConfig
 from jaxdg.backbones.clip_text import TEXT_TOWERS, ClipText, ClipTextConfig, Projection, load_text_tower, text_embeddings
 from jaxdg.backbones.clip_vit import ClipVit, ClipVitConfig
 from jaxdg.backbones.deit3 import Deit3, Deit3Config
-from jaxdg.backbones.dinov2 import Dinov2, Dinov2Config
+from jaxdg.backbones.dinov2 import Dinov2, Dinov2Config, Dinov2GiantConfig
 from jaxdg.backbones.dinov3 import Dinov3, Dinov3Config
-from jaxdg.backbones.encoder import Encoder, EncoderConfig, StagedConfig
+from jaxdg.backbones.encoder import Encoder, EncoderConfig, StagedConfig, join_taps
 from jaxdg.backbones.eva02 import Eva02, Eva02Config
 from jaxdg.backbones.eva_clip import EvaClip, EvaClipConfig
 from jaxdg.backbones.mit import Mit, MitConfig
@@ -30,6 +30,7 @@ __all__ = [
     "Deit3Config",
     "Dinov2",
     "Dinov2Config",
+    "Dinov2GiantConfig",
     "Dinov3",
     "Dinov3Config",
     "Encoder",
@@ -52,6 +53,7 @@ __all__ = [
     "VitConfig",
     "create",
     "entry",
+    "join_taps",
     "load_text_tower",
     "text_embeddings",
 ]

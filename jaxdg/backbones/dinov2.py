@@ -6,12 +6,15 @@ names are those of facebookresearch/dinov2.
 Its positions, trained for 37x37 patches, are resized as its own code does it for the published files, in two ways: without registers by
 bicubic interpolation whose scale is that of 0.1 patches more than there are (meant against rounding, it reads the positions a little
 up and to the left); with registers by antialiased bicubic interpolation to the size wanted. Features depend on it, so both are kept.
+
+The largest, ViT-g, has a gated MLP; it is here for planning, and its checkpoint is not converted.
 """
 
 import dataclasses
 from functools import partial
 
 from flax import nnx
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 import numpy as np
@@ -39,6 +42,33 @@ class Dinov2Config(VitConfig):
         return 1 + self.registers
 
 
+@dataclasses.dataclass(frozen=True)
+class Dinov2GiantConfig(Dinov2Config):
+    """The largest DINOv2 encoder; fields of `Dinov2Config`."""
+
+
+class SwiGlu(nnx.Module):
+    """The gated MLP `w3(silu(a) * b)` with a and b the halves of `w12 x`, two thirds as wide as a plain one, in multiples of 8."""
+
+    def __init__(self, config: Dinov2Config, *, rngs: nnx.Rngs):
+        c, dtype = config.width, jnp.dtype(config.dtype)
+        hidden = -(-int(4 * c * 2 / 3) // 8) * 8
+        self.w12 = nnx.Linear(c, 2 * hidden, dtype=dtype, rngs=rngs)
+        self.w3 = nnx.Linear(hidden, c, dtype=dtype, rngs=rngs)
+
+    def __call__(self, x: Float[Array, "b n c"]) -> Float[Array, "b n c"]:
+        gate, value = jnp.split(self.w12(x), 2, axis=-1)
+        return self.w3(jax.nn.silu(gate) * value)
+
+
+class GatedBlock(Block):
+    """`Block` with the gated MLP."""
+
+    def __init__(self, config: Dinov2Config, initial_scale: float, *, rngs: nnx.Rngs):
+        super().__init__(config, initial_scale, rngs=rngs)
+        self.mlp = SwiGlu(config, rngs=rngs)
+
+
 class Dinov2(Vit):
     """Image to features at the taps; called as `Vit` is."""
 
@@ -53,7 +83,8 @@ class Dinov2(Vit):
         self.register_tokens = nnx.Param(tiny(rngs.params(), (1, config.registers, config.width))) if config.registers else None
         self.pos_embed = nnx.Param(small(rngs.params(), (1, 1 + rows * columns, config.width)))
         self.patch_embed = PatchEmbed(config, rngs=rngs)
-        make_block = lambda rngs, _: Block(config, INITIAL_SCALE, rngs=rngs)
+        block = GatedBlock if isinstance(config, Dinov2GiantConfig) else Block
+        make_block = lambda rngs, _: block(config, INITIAL_SCALE, rngs=rngs)
         self.blocks = layers.Stack(make_block, config.used, config.ends, remat=config.remat, rngs=rngs)
 
     def embed(self, images: Float[Array | np.ndarray, "b h w 3"]) -> Float[Array, "b n c"]:

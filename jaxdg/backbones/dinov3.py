@@ -9,7 +9,6 @@ import dataclasses
 from functools import partial
 
 from flax import nnx
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 import numpy as np
@@ -80,7 +79,7 @@ class Attention(nnx.Module):
         q, k, v = jnp.split(self.qkv(x), 3, axis=-1)
         q_bias, v_bias = self.qv_bias[...].astype(q.dtype)
         q, k, v = (t.reshape(*t.shape[:2], self.heads, -1) for t in (q + q_bias, k, v + v_bias))
-        return self.proj(jax.nn.dot_product_attention(rotate(q, cos, sin), rotate(k, cos, sin), v).reshape(x.shape))
+        return self.proj(layers.attention(rotate(q, cos, sin), rotate(k, cos, sin), v).reshape(x.shape))
 
 
 class Block(nnx.Module):

@@ -1,5 +1,6 @@
 """What every encoder offers and is built from, whatever its architecture: images in, one feature map for each tap out."""
 
+from collections.abc import Sequence
 import dataclasses
 
 from flax import nnx
@@ -79,6 +80,20 @@ class StagedConfig(EncoderConfig):
         """Blocks of a stage, counted in it from 0, after which stacked segments end."""
         first = sum(self.blocks[:stage])
         return tuple(end - first for end in self.boundaries if 0 <= end - first < self.blocks[stage])
+
+
+def join_taps(read: Sequence[int], watched: Sequence[int]) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
+    """Taps of an encoder whose features a decoder reads, some of them, and others watch.
+
+    Args:
+        read: blocks, ascending.
+        watched: blocks; those past the last that is read are left out, as they need not be built.
+
+    Returns:
+        The taps, and where among them are those that are read, and those that are watched.
+    """
+    taps = tuple(sorted([*read, *(block for block in watched if block < read[-1] and block not in read)]))
+    return taps, tuple(taps.index(block) for block in read), tuple(taps.index(block) for block in watched if block in taps)
 
 
 class Encoder(nnx.Module):

@@ -3,6 +3,10 @@
 A plain vision transformer with rotary positions beside the learned ones, a gated MLP (SwiGLU) and extra LayerNorms ("sub-LN") before
 the attention's output projection and inside the MLP. Attribute names are those of baaivision/EVA. Rotary tables are computed for any
 grid of tokens, never loaded; learned positions are resized as EVA's own code does it, by plain bicubic interpolation.
+
+For large images most blocks may attend within windows, as in ViTDet (Li et al. 2022) and EVA-02's detectors: the last block of each quarter
+still attends to everything. Parameters are the same. EVA-02's detectors have no class token; here every window sees it, and what the
+windows make of it is averaged.
 """
 
 import dataclasses
@@ -30,11 +34,24 @@ class Eva02Config(VitConfig):
         inner_attn_ln: LayerNorm on the joined heads before the output projection (CLIP).
         random_positions: as the public VLTSeg re-implementation loads weights, kept to reproduce its results: learned positions of
             another grid than the run's are drawn anew instead of being resized, and a stored `inner_attn_ln` is left unused.
+        window: rows and columns of tokens in the windows of attention (EVA-02's detectors: 16); 0: all blocks attend to everything.
     """
 
     subln: bool = True
     inner_attn_ln: bool = True
     random_positions: bool = False
+    window: int = 0
+
+    @property
+    def global_blocks(self) -> tuple[int, ...]:
+        """Blocks that attend to everything where the others have windows: the last of each quarter."""
+        return tuple(sorted({(quarter + 1) * self.depth // 4 - 1 for quarter in range(4)}))
+
+    @property
+    def ends(self) -> tuple[int, ...]:
+        """Blocks after which stacked segments end: also where windows give way to the whole image, and back."""
+        changes = (end for block in self.global_blocks for end in (block - 1, block)) if self.window else ()
+        return (*super().ends, *(end for end in changes if 0 <= end < self.used))
 
     @property
     def hidden(self) -> int:
@@ -85,7 +102,7 @@ class Attention(nnx.Module):
         q, k, v = (self.q_proj(x), self.k_proj(x), self.v_proj(x)) if self.subln else jnp.split(self.qkv(x), 3, axis=-1)
         q, v = q + self.q_bias[...].astype(q.dtype), v + self.v_bias[...].astype(v.dtype)
         q, k, v = (t.reshape(*t.shape[:2], self.heads, -1) for t in (q, k, v))
-        y = jax.nn.dot_product_attention(rotate(q, cos, sin), rotate(k, cos, sin), v).reshape(x.shape)
+        y = layers.attention(rotate(q, cos, sin), rotate(k, cos, sin), v).reshape(x.shape)
         return self.proj(y if self.inner_attn_ln is None else self.inner_attn_ln(y))
 
     def alone(self, x: Float[Array, "b n c"]) -> Float[Array, "b n c"]:
@@ -93,6 +110,23 @@ class Attention(nnx.Module):
         v = self.v_proj(x) if self.subln else jnp.split(self.qkv(x), 3, axis=-1)[2]
         v = v + self.v_bias[...].astype(v.dtype)
         return self.proj(v if self.inner_attn_ln is None else self.inner_attn_ln(v))
+
+
+class WindowAttention(Attention):
+    """The same within windows, which turn by tables of their own; those that stick out at the bottom and right are filled with zeros."""
+
+    def __init__(self, config: Eva02Config, *, rngs: nnx.Rngs):
+        super().__init__(config, rngs=rngs)
+        self.grid, self.window = config.grid, config.window
+
+    def __call__(self, x: Float[Array, "b n c"], cos: Float[Array, "p d"], sin: Float[Array, "p d"]) -> Float[Array, "b n c"]:
+        b, _, c = x.shape
+        windows = layers.to_windows(x[:, 1:].reshape(b, *self.grid, c), self.window)
+        token = jnp.repeat(x[:, :1], len(windows) // b, axis=0)
+        tables = rotary_tables((self.window, self.window), 2 * cos.shape[1])
+        y = super().__call__(jnp.concatenate([token, windows], axis=1), *tables)
+        patches = layers.from_windows(y[:, 1:], self.grid, self.window).reshape(b, -1, c)
+        return jnp.concatenate([y[:, :1].reshape(b, -1, c).mean(axis=1, keepdims=True), patches], axis=1)
 
 
 class SwiGlu(nnx.Module):
@@ -115,11 +149,11 @@ class SwiGlu(nnx.Module):
 
 
 class Block(nnx.Module):
-    """Attention and MLP, each behind a LayerNorm and a residual."""
+    """Attention, to everything or in windows, and MLP, each behind a LayerNorm and a residual."""
 
-    def __init__(self, config: Eva02Config, *, rngs: nnx.Rngs):
+    def __init__(self, config: Eva02Config, everywhere: bool = True, *, rngs: nnx.Rngs):
         self.norm1 = nnx.LayerNorm(config.width, epsilon=1e-6, rngs=rngs)
-        self.attn = Attention(config, rngs=rngs)
+        self.attn = (Attention if everywhere else WindowAttention)(config, rngs=rngs)
         self.norm2 = nnx.LayerNorm(config.width, epsilon=1e-6, rngs=rngs)
         self.mlp = SwiGlu(config, rngs=rngs)
 
@@ -135,7 +169,9 @@ class Blocks(layers.Stack):
     """The stacked blocks, every one of which gets the rotary tables of the encoder's grid."""
 
     def __init__(self, config: Eva02Config, *, rngs: nnx.Rngs):
-        super().__init__(lambda rngs, _: Block(config, rngs=rngs), config.used, config.ends, remat=config.remat, rngs=rngs)
+        everywhere = lambda first: not config.window or first in config.global_blocks
+        make = lambda rngs, first: Block(config, everywhere(first), rngs=rngs)
+        super().__init__(make, config.used, config.ends, remat=config.remat, rngs=rngs)
         self.grid, self.head_dim = config.grid, config.width // config.heads
 
     def __call__(self, x: Float[Array, "b n c"], scales: Float[Array, "depth 2 b 1 1"]) -> dict[int, Array]:

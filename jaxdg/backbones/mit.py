@@ -61,7 +61,7 @@ class Attention(nnx.Module):
         if self.sr is not None and self.norm is not None:
             x = self.norm(self.sr(x))
         k, v = jnp.moveaxis(self.kv(x).reshape(b, -1, 2, self.heads, c // self.heads), 2, 0)
-        return self.proj(jax.nn.dot_product_attention(q, k, v).reshape(b, h, w, c))
+        return self.proj(layers.attention(q, k, v).reshape(b, h, w, c))
 
 
 class Depthwise(nnx.Module):

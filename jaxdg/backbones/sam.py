@@ -76,26 +76,12 @@ class WindowAttention(Attention):
 
     def __call__(self, x: Float[Array, "b n c"]) -> Float[Array, "b n c"]:
         maps = x.reshape(x.shape[0], *self.image, -1)
-        return from_windows(super().__call__(to_windows(maps, self.grid[0])), self.image, self.grid[0]).reshape(x.shape)
+        return layers.from_windows(super().__call__(layers.to_windows(maps, self.grid[0])), self.image, self.grid[0]).reshape(x.shape)
 
 
 def distances(side: int) -> np.ndarray:
     """The row of a table of relative positions for each query and key of a row of `side` tokens: [side, side] in 0..2 side - 2."""
     return np.arange(side)[:, None] - np.arange(side) + side - 1
-
-
-def to_windows(maps: Float[Array, "b h w c"], window: int) -> Float[Array, "windows n c"]:
-    """Cuts maps into windows, row by row, zeros added at the bottom and right; n = window^2."""
-    b, h, w, c = maps.shape
-    maps = jnp.pad(maps, ((0, 0), (0, -h % window), (0, -w % window), (0, 0)))
-    return maps.reshape(b, maps.shape[1] // window, window, -1, window, c).swapaxes(2, 3).reshape(-1, window * window, c)
-
-
-def from_windows(windows: Float[Array, "windows n c"], grid: tuple[int, int], window: int) -> Float[Array, "b h w c"]:
-    """The inverse of `to_windows` for maps of `grid`."""
-    rows, columns = (-(-side // window) for side in grid)
-    maps = windows.reshape(-1, rows, columns, window, window, windows.shape[-1]).swapaxes(2, 3)
-    return maps.reshape(-1, rows * window, columns * window, windows.shape[-1])[:, : grid[0], : grid[1]]
 
 
 class Block(vit.Block):

@@ -76,7 +76,7 @@ class Attention(nnx.Module):
     def __call__(self, x: Float[Array, "b n c"]) -> Float[Array, "b n c"]:
         b, n, c = x.shape
         q, k, v = jnp.moveaxis(self.qkv(x).reshape(b, n, 3, self.heads, -1), 2, 0)
-        return self.proj(jax.nn.dot_product_attention(q, k, v).reshape(b, n, c))
+        return self.proj(layers.attention(q, k, v).reshape(b, n, c))
 
     def alone(self, x: Float[Array, "b n c"]) -> Float[Array, "b n c"]:
         """The output were every token to attend to itself only."""

@@ -15,7 +15,7 @@ from jaxdg.backbones.clip_resnet import ClipResnet, ClipResnetConfig
 from jaxdg.backbones.clip_text import TEXT_TOWERS
 from jaxdg.backbones.clip_vit import ClipVit, ClipVitConfig
 from jaxdg.backbones.deit3 import Deit3, Deit3Config
-from jaxdg.backbones.dinov2 import Dinov2, Dinov2Config
+from jaxdg.backbones.dinov2 import Dinov2, Dinov2Config, Dinov2GiantConfig
 from jaxdg.backbones.dinov3 import Dinov3, Dinov3Config
 from jaxdg.backbones.encoder import Encoder, EncoderConfig
 from jaxdg.backbones.eva02 import Eva02, Eva02Config
@@ -36,6 +36,7 @@ FAMILIES: dict[type[EncoderConfig], Callable[..., Encoder]] = {
     MocoV3Config: Vit,
     Deit3Config: Deit3,
     Dinov2Config: Dinov2,
+    Dinov2GiantConfig: Dinov2,
     Dinov3Config: Dinov3,
     SiglipConfig: Siglip,
     EvaClipConfig: EvaClip,
@@ -189,6 +190,12 @@ ZOO: dict[str, Entry] = {
     "dinov2_s14_reg": _dinov2("dinov2_vits14_reg4", "dinov2-with-registers-small", 88, registers=4, **_S),
     "dinov2_b14_reg": _dinov2("dinov2_vitb14_reg4", "dinov2-with-registers-base", 346, registers=4, **_B),
     "dinov2_l14_reg": _dinov2("dinov2_vitl14_reg4", "dinov2-with-registers-large", 1218, registers=4, **_L),
+    "dinov2_g14": Entry(
+        Dinov2GiantConfig(image_size=(518, 518), patch_size=14, width=1536, depth=40, heads=24, taps=(9, 19, 29, 39), **IMAGENET),
+        "dinov2_vitg14_pretrain.pth of facebookresearch/dinov2; for planning, not converted",
+        "Apache-2.0",
+        4546,
+    ),
     "dinov3_b16": Entry(
         Dinov3Config(**_B, **IMAGENET),
         "dinov3_vitb16_pretrain_lvd1689m-73cec8be.pth of facebookresearch/dinov3; timm vit_base_patch16_dinov3.lvd1689m; "
@@ -269,6 +276,7 @@ def create(
     image_size: tuple[int, int] | None = None,
     patch_size: int | None = None,
     patch_resize: str = "flexi",
+    window: int = 0,
     weights: str | Path | None = None,
     taps: Sequence[int] | None = None,
     boundaries: Sequence[int] = (),
@@ -285,6 +293,7 @@ def create(
         image_size: height and width in pixels; the pre-training's size if None. Learned positions are resized to it at load.
         patch_size: side of a patch in pixels, of encoders that cut an image into patches; the pre-training's if None.
         patch_resize: how the kernel of a stored patch of another size is resized to it: "flexi", FlexiViT's pseudo-inverse, or "bicubic".
+        window: rows and columns of tokens in the windows that most blocks of EVA-02 attend in; 0: all attend to everything.
         weights: a file made by `conversion/torch_to_flax.py`; None leaves random parameters.
         taps: blocks whose outputs are returned, from 0 (of hierarchical encoders stages); the zoo's choice if None: the last block of
             each quarter, or what VLTSeg reads; all stages.
@@ -298,8 +307,8 @@ def create(
         The encoder: images [b, h, w, 3] to one [b, h / stride, w / stride, c] a tap.
 
     Raises:
-        ValueError: an unknown name, taps outside the encoder, a patch size for one without patches, or weights that do not fit, all
-            offenders named.
+        ValueError: an unknown name, taps outside the encoder, a patch size for one without patches, windows for one that has none or
+            its own, or weights that do not fit, all offenders named.
     """
     name = f"{name}_{variant}" if variant else name
     config = entry(name).config
@@ -323,6 +332,10 @@ def create(
             allowed = f"at least 1 pixel, and one of {' '.join(layers.PATCH_RESIZES)}"
             raise ValueError(f"patch_size {patch_size} and patch_resize {patch_resize!r} of {name}; allowed: {allowed}")
         config = dataclasses.replace(config, patch_size=patch_size, patch_resize=patch_resize)
+    if window:
+        if not isinstance(config, Eva02Config):
+            raise ValueError(f"{name} cannot attend in windows of a chosen size, EVA-02 alone can; leave window (model.window) out")
+        config = dataclasses.replace(config, window=window)
     if min(config.image_size) < max(config.strides):
         raise ValueError(f"image_size {config.image_size} is smaller than the {max(config.strides)} pixels of one feature of {name}")
     if rngs is not None:

@@ -1,7 +1,7 @@
 """Arrays kept from run to run, for as long as what they were made from is unchanged.
 
-They lie under `$JAXDG_CACHE` (else `~/.cache/jaxdg`). A cache saves time and is never needed: it may be deleted, and a full or read-only
-disk is no error.
+They lie, as compiled programs do, under `$JAXDG_CACHE` (else `~/.cache/jaxdg`). A cache saves time and is never needed: it may be deleted,
+and a full or read-only disk is no error.
 """
 
 from collections.abc import Callable, Mapping
@@ -18,6 +18,11 @@ import zipfile
 import numpy as np
 
 
+def folder() -> Path:
+    """Where everything that is kept from run to run lies; it need not exist."""
+    return Path(os.environ.get("JAXDG_CACHE") or Path.home() / ".cache" / "jaxdg")
+
+
 def cached(key: Any, modified: Mapping[str, int], make: Callable[[], dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
     """What `make` returns, or returned in an earlier run.
 
@@ -30,7 +35,7 @@ def cached(key: Any, modified: Mapping[str, int], make: Callable[[], dict[str, n
         The arrays, of any types but objects.
     """
     name = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:24]
-    file = Path(os.environ.get("JAXDG_CACHE") or Path.home() / ".cache" / "jaxdg") / f"{name}.npz"
+    file = folder() / f"{name}.npz"
     kept = _recall(file)
     if kept is None:
         kept = make()

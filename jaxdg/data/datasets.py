@@ -180,6 +180,31 @@ class Mixture:
         return dataset[j]
 
 
+class Subset:
+    """Some images of a dataset, evenly spread over it, as neighbours in a sequence are much alike."""
+
+    def __init__(self, dataset: Dataset, images: int):
+        """Args:
+        dataset: the whole.
+        images: how many; all, if it has no more.
+        """
+        self.domain, self.labels = dataset.domain, dataset.labels
+        self.dataset = dataset
+        self.images = [i * len(dataset) // images for i in range(images)] if images < len(dataset) else list(range(len(dataset)))
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def size(self, i: int) -> tuple[int, int]:
+        return self.dataset.size(self.images[i])
+
+    def name(self, i: int) -> str:
+        return self.dataset.name(self.images[i])
+
+    def __getitem__(self, i: int) -> dict[str, np.ndarray]:
+        return self.dataset[self.images[i]]
+
+
 class Streets:
     """Generated street scenes; scene `i` of every domain shows the same world.
 

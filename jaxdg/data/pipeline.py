@@ -13,7 +13,9 @@ from jaxtyping import Int32, Int64, UInt8
 import numpy as np
 
 from jaxdg.data.datasets import Dataset
+from jaxdg.data.fractals import Pictures
 from jaxdg.data.labels import IGNORE
+from jaxdg.data.pixmix import pixmix
 from jaxdg.data.protocols import Protocol
 from jaxdg.data.randaugment import randaugment
 from jaxdg.data.samplers import EXAMPLE, Sampler
@@ -31,6 +33,7 @@ def train_batches(
     start: int,
     stop: int,
     max_boxes: int = 0,
+    styles: bool = False,
     workers: int = 0,
     shard: tuple[int, int] = (0, 1),
 ) -> Items:
@@ -45,19 +48,24 @@ def train_batches(
         start: first step.
         stop: step to stop before.
         max_boxes: boxes are padded to so many an image.
+        styles: draws a picture to go with each image.
         workers: worker processes; 0 reads with threads of this process.
         shard: this host's index and the number of hosts; host i gets the i-th block of rows.
 
     Returns:
         An iterator over batches of `image` uint8 [b, crop height, crop width, 3], b = batch size / hosts, with `label` uint8 [b, crop
         height, crop width], or with `boxes` float32 [b, n, 4], `classes` int32, `difficult`, `crowd` and `valid` bool, all [b, n], n =
-        max_boxes, `valid` False where padded. Its `close()`, or dropping it, ends the workers.
+        max_boxes, `valid` False where padded; and with `style` uint8 like `image`, if asked for. Its `close()`, or dropping it, ends the
+        workers.
 
     Raises:
+        FileNotFoundError: there are no pictures in the folder named.
         ValueError: the batch does not split evenly; while iterating: a damaged file or one of more than `max_boxes` boxes, by name.
     """
     rows = _rows(batch_size, shard)
-    example = _TrainExample(dataset, sampler, augmentation, seed, max_boxes, start * batch_size + shard[0] * rows, rows, batch_size)
+    pictures = Pictures.of(augmentation.pictures if styles or augmentation.pixmix[0] else None)
+    first = start * batch_size + shard[0] * rows
+    example = _TrainExample(dataset, sampler, augmentation, pictures, seed, max_boxes, styles, first, rows, batch_size)
     return read_ahead(grain.MapDataset.range((stop - start) * rows).map(example).batch(rows), workers)
 
 
@@ -126,8 +134,10 @@ class _TrainExample:
     dataset: Dataset
     sampler: Sampler
     augmentation: Augmentation
+    pictures: Pictures
     seed: int
     max_boxes: int
+    styles: bool
     first: int
     rows: int
     batch_size: int
@@ -138,7 +148,11 @@ class _TrainExample:
         sample = _read(self.dataset, at, self.max_boxes)
         rng = np.random.default_rng((self.seed, EXAMPLE, p))
         sample = random_crop(sample, self.augmentation, rng, wanted)
-        return _pad_boxes(randaugment(sample, *self.augmentation.randaugment, rng), self.max_boxes)
+        sample = _pad_boxes(randaugment(sample, *self.augmentation.randaugment, rng), self.max_boxes)
+        sample["image"] = pixmix(sample["image"], *self.augmentation.pixmix, self.pictures, rng)
+        if self.styles:
+            sample["style"] = self.pictures.draw(self.augmentation.crop, rng)
+        return sample
 
 
 @dataclasses.dataclass

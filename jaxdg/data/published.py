@@ -172,6 +172,17 @@ CAMVID_DATASET = Published(
     image_suffix="",
 )
 
+# The two unseen films as sources of their own, each judged on what comes after its training images. Of dusk that is SegNet's split.
+CAMVID_FILMS = dataclasses.replace(
+    CAMVID_DATASET,
+    parts=(
+        Part("camvid_day", "train", "test", ("testannot",), 100, start=("Seq05VD_f00", "Seq05VD_f01", "Seq05VD_f02")),
+        Part("camvid_day", "val", "test", ("testannot",), 71, start=("Seq05VD_f03", "Seq05VD_f04", "Seq05VD_f05")),
+        Part("camvid_dusk", "train", "train", ("trainannot",), 62, start=("0001TP",)),
+        Part("camvid_dusk", "val", "test", ("testannot",), 62, start=("0001TP",)),
+    ),
+)
+
 PUBLISHED: dict[str, Published] = {
     d.name: d for d in (CAMVID_DATASET, GTA5, SYNTHIA, CITYSCAPES_DATASET, BDD100K, MAPILLARY, ACDC, DARK_ZURICH, WILDDASH2)
 }
@@ -184,7 +195,7 @@ def find(domain: str, mapillary_labels: str = "vltseg") -> Published | None:
         domain: as `Published.select` takes it.
         mapillary_labels: which of the two mappings in use Mapillary Vistas is read by: vltseg or rein.
     """
-    for dataset in PUBLISHED.values():
+    for dataset in (*PUBLISHED.values(), CAMVID_FILMS):
         splits = (part.split for part in dataset.parts)
         if domain in dataset.domains or (domain.rpartition("/")[0] in dataset.domains and domain.rpartition("/")[2] in splits):
             rein = dataset is MAPILLARY and mapillary_labels == "rein"

@@ -35,6 +35,8 @@ class Augmentation:
         max_class_share: the share of the labelled pixels that no class may cover, 0-1. Below 1 a crop is drawn again, up to 10 times, until
             it shows more than one class and each covers less.
         randaugment: number of operations and their magnitude, 0-10, see `jaxdg.data.randaugment`; they follow the crop.
+        pixmix: most rounds and beta, see `jaxdg.data.pixmix`; it follows those.
+        pictures: folder of pictures to mix in and to take styles from; None generates them.
     """
 
     crop: tuple[int, int]
@@ -44,6 +46,8 @@ class Augmentation:
     flip: float = 0.5
     max_class_share: float = 1.0
     randaugment: tuple[int, float] = (0, 0.0)
+    pixmix: tuple[int, float] = (0, 0.0)
+    pictures: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -28,6 +28,8 @@ class DetectorConfig:
         head: its kind and sizes. A pyramid is ViTDet's on a plain encoder and an FPN on a hierarchical one.
         patch_size: side of the encoder's patches in pixels; None for that of its pre-training.
         patch_resize: how a stored kernel of other patches is resized, "flexi" or "bicubic".
+        window: rows and columns of tokens in EVA-02's windows; 0: none.
+        watched: blocks whose features `encode` returns beside those that are read.
         boundaries: further blocks after which stacked segments end.
         drop_path: of the encoder's last block in training.
         remat: recompute encoder blocks in the backward pass.
@@ -40,6 +42,8 @@ class DetectorConfig:
     head: FcosConfig | RcnnConfig | C4Config
     patch_size: int | None = None
     patch_resize: str = "flexi"
+    window: int = 0
+    watched: tuple[int, ...] = ()
     boundaries: tuple[int, ...] = ()
     drop_path: float = 0.0
     remat: bool = False
@@ -62,7 +66,8 @@ class Detector(nnx.Module):
         if not levels or list(levels) != list(range(levels[0], levels[-1] + 1)) or levels[0] < 0 or levels[-1] > 3:
             raise ValueError(f"levels of the pyramid are {levels}; allowed: neighbours of 0, 1, 2, 3, ascending")
         # The last stage of a C4 head is built, and looks at proposals alone.
-        taps = (2, 3) if isinstance(c.head, C4Config) else levels if staged else (encoder.depth - 1,)
+        read = (2, 3) if isinstance(c.head, C4Config) else levels if staged else (encoder.depth - 1,)
+        taps, self.read, self.watched = backbones.join_taps(read, c.watched)
         patch = 16 if staged else c.patch_size or max(encoder.strides)
         strides = [patch * 2.0 ** (level - 2) for level in levels]
         unit = max(patch, int(strides[-1]))
@@ -73,6 +78,7 @@ class Detector(nnx.Module):
             image_size=self.image_size,
             patch_size=c.patch_size,
             patch_resize=c.patch_resize,
+            window=c.window,
             taps=taps,
             boundaries=c.boundaries,
             drop_path=c.drop_path,
@@ -85,7 +91,7 @@ class Detector(nnx.Module):
         if isinstance(c.head, C4Config):
             self.neck = None
         else:
-            channels = self.backbone.channels
+            channels = tuple(self.backbone.channels[i] for i in self.read)
             self.neck = (
                 Fpn(channels, levels, c.head.channels, **kw) if staged else SimplePyramid(channels[0], levels, c.head.channels, **kw)
             )
@@ -110,8 +116,16 @@ class Detector(nnx.Module):
         """
         if images.shape[1:3] != self.config.image_size:
             raise ValueError(f"the detector was built for images of {self.config.image_size} pixels and got {images.shape[1:3]}")
+        return self.decode(self.encode(images, key))
+
+    def encode(self, images: Float[Array, "b h w 3"], key: Key[Array, ""] | None = None) -> tuple[Float[Array, "b _ _ _"], ...]:
+        """Features of all taps, read (`read` are their places) and watched (`watched`); arguments as those of the model."""
         missing = [(0, whole - side) for whole, side in zip(self.image_size, self.config.image_size, strict=True)]
-        features = self.backbone(jnp.pad(images, ((0, 0), *missing, (0, 0))), key)
+        return self.backbone(jnp.pad(images, ((0, 0), *missing, (0, 0))), key)
+
+    def decode(self, features: tuple[Float[Array, "b _ _ _"], ...], key: Key[Array, ""] | None = None, train: bool = False) -> Any:
+        """The head's output from features of all taps; nothing is drawn, and nothing differs in training."""
+        features = tuple(features[i] for i in self.read)
         return self.head(features[:1] if self.neck is None else self.neck(features))
 
     def normalizer(self, batch: Mapping[str, Array]) -> Float32[Array, ""]:

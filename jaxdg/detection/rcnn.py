@@ -102,7 +102,7 @@ class Rcnn(nnx.Module):
             if stages > 1 or (config.text_classifier and not config.attention_pool):
                 raise ValueError("a C4 head has one stage, and its text classifier needs attention_pool")
             heads, text = [Res5Head(backbone, config.attention_pool)], config.text_classifier
-            channels, self.pooled = backbone.config.channels[0], 1
+            channels, self.pooled = backbone.config.widths[2], 1
         else:
             channels, self.pooled = config.channels, len(config.levels)
             heads = [BoxHead(roi, channels, **kw) for _ in range(stages)]

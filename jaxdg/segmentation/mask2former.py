@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Float32, Key, UInt8
 import numpy as np
 
+from jaxdg.backbones.layers import attention
 from jaxdg.segmentation.losses import Normalizer, mask2former_loss, mask2former_normalizer
 from jaxdg.segmentation.pixel_decoder import GROUPS, LEVELS, PixelDecoder, sine_positions
 from jaxdg.segmentation.sliding_window import resize_scores
@@ -83,8 +84,7 @@ class Attention(nnx.Module):
         project = lambda x, kernel, bias: x.astype(self.dtype) @ kernel.astype(self.dtype) + bias.astype(self.dtype)
         q, k, v = (project(x, *p) for x, *p in zip((queries, keys, values), kernels, biases, strict=True))
         q, k, v = (x.reshape(*x.shape[:2], self.heads, -1) for x in (q, k, v))
-        read = jax.nn.dot_product_attention(q, k, v, mask=None if mask is None else mask[:, None])
-        return self.out_proj(read.reshape(queries.shape))
+        return self.out_proj(attention(q, k, v, mask).reshape(queries.shape))
 
 
 class Layer(nnx.Module):

@@ -28,8 +28,10 @@ class SegmenterConfig:
         decoder: of another kind than the linear one, which None is.
         patch_size: side of the encoder's patches in pixels; None for that of its pre-training.
         patch_resize: how a stored kernel of other patches is resized, "flexi" or "bicubic".
+        window: rows and columns of tokens in EVA-02's windows; 0: none.
         pyramid: "none" reads the taps as they are; "layer" or "batch" builds four levels of a plain encoder with that normalisation.
             A hierarchical encoder has its own levels, which are always read as they are.
+        watched: blocks whose features `encode` returns beside those that are read.
         boundaries: further blocks after which stacked segments end.
         drop_path: of the encoder's last block in training.
         remat: recompute encoder blocks in the backward pass.
@@ -43,7 +45,9 @@ class SegmenterConfig:
     taps: tuple[int, ...] = ()
     patch_size: int | None = None
     patch_resize: str = "flexi"
+    window: int = 0
     pyramid: str = "none"
+    watched: tuple[int, ...] = ()
     boundaries: tuple[int, ...] = ()
     drop_path: float = 0.0
     remat: bool = False
@@ -61,19 +65,22 @@ class Segmenter(nnx.Module):
         """
         c = config
         self.config = config
+        read = clip_text.taps(c.encoder) if isinstance(c.decoder, ClipTextHeadConfig) else c.taps or backbones.entry(c.encoder).config.taps
+        taps, self.read, self.watched = backbones.join_taps(sorted(read), c.watched)
         self.backbone = backbones.create(
             c.encoder,
             image_size=c.image_size,
             patch_size=c.patch_size,
             patch_resize=c.patch_resize,
-            taps=clip_text.taps(c.encoder) if isinstance(c.decoder, ClipTextHeadConfig) else c.taps,
+            window=c.window,
+            taps=taps,
             boundaries=c.boundaries,
             drop_path=c.drop_path,
             remat=c.remat,
             dtype=c.dtype,
             rngs=rngs,
         )
-        channels, strides = self.backbone.channels, self.backbone.config.strides
+        channels, strides = (tuple(x[i] for i in self.read) for x in (self.backbone.channels, self.backbone.config.strides))
         hierarchical = isinstance(self.backbone.config, backbones.StagedConfig)
         if c.pyramid != "none" and not hierarchical:
             if len(channels) != 4:
@@ -110,12 +117,21 @@ class Segmenter(nnx.Module):
         """
         if isinstance(self.head, ClipTextHead):
             return self.head(clip_text.values(self.backbone, images))
-        features = self.backbone(images, key)
+        return self.decode(self.encode(images, key), key, train)
+
+    def encode(self, images: Float[Array, "b h w 3"], key: Key[Array, ""] | None = None) -> tuple[Float[Array, "b _ _ _"], ...]:
+        """Features of all taps, read (`read` are their places) and watched (`watched`); arguments as those of the model."""
+        return self.backbone(images, key)
+
+    def decode(self, features: tuple[Float[Array, "b _ _ _"], ...], key: Key[Array, ""] | None = None, train: bool = False) -> Any:
+        """The decoder's output from features of all taps; other arguments as those of the model."""
+        features = tuple(features[i] for i in self.read)
         if self.pyramid is not None:
             features = self.pyramid(features, train)
         if isinstance(self.head, SegformerHead):  # the other decoders do the same in training
             return self.head(features, None if key is None else jax.random.fold_in(key, 1), train)
-        return self.head(features)
+        head: Any = self.head
+        return head(features)
 
     def adapt(self, name: str, tensor: np.ndarray) -> np.ndarray | None:
         """Fits a tensor stored by a segmenter for another image size to this one, as the encoder does."""

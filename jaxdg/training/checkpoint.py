@@ -13,10 +13,12 @@ from typing import Any
 
 from absl import logging
 import jax
+from jax.experimental import multihost_utils
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers as policies
 
+from jaxdg import distributed
 from jaxdg.training.step import TrainState
 
 
@@ -29,6 +31,8 @@ class Checkpoints:
         keep: newest checkpoints kept, besides the one with the best score.
         """
         self.folder = Path(workdir).resolve() / "checkpoints"
+        path = self.folder / "best.json"
+        self._best = (best["step"], best["score"]) if path.exists() and (best := json.loads(path.read_text())) else None
         kept = policies.AnyPreservationPolicy([policies.LatestN(keep), _Best(self)])
         self._manager = ocp.CheckpointManager(
             self.folder,
@@ -42,13 +46,14 @@ class Checkpoints:
 
     def best(self) -> tuple[int, float] | None:
         """Step and score of the best checkpoint so far, None before the first evaluation."""
-        path = self.folder / "best.json"
-        return (best["step"], best["score"]) if path.exists() and (best := json.loads(path.read_text())) else None
+        return self._best
 
     def scored(self, step: int, score: float) -> None:
         """Notes the score of the checkpoint of `step`; higher is better, and the best one is kept."""
-        best = self.best()
-        if best is None or score >= best[1]:
+        if self._best is not None and score < self._best[1]:
+            return
+        self._best = step, score
+        if distributed.is_main():
             partial = self.folder / "best.partial"
             partial.write_text(json.dumps({"step": step, "score": score}))
             os.replace(partial, self.folder / "best.json")
@@ -108,13 +113,14 @@ class Checkpoints:
             return TrainState(**self._read(at, "model", like), **self._read(at, "optimizer", like))
 
         state, corrupted = self._newest_readable(read, step, say)
-        for at in corrupted:
+        for at in corrupted if distributed.is_main() else ():
             aside = self.folder.parent / f"corrupted_checkpoint_{at}"
             while aside.exists():
                 aside = aside.with_name(aside.name + "_")
             (self.folder / str(at)).rename(aside)
             say(f"corrupted checkpoint moved to {aside}")
         if corrupted:
+            multihost_utils.sync_global_devices("corrupted checkpoints moved")
             self._manager.reload()
         return state
 
@@ -133,6 +139,8 @@ class Checkpoints:
         for at in steps[::-1] if step is None else [step]:
             try:
                 found = read(at)
+            except Unshared:
+                raise
             except Exception as error:  # the storage library raises whatever a damaged file leads to
                 failed[at] = error
                 continue
@@ -156,11 +164,23 @@ class Checkpoints:
             for name in sorted(there.keys() | here.keys()):
                 if there.get(name) != here.get(name):
                     raise ValueError(f"{name} is {there.get(name, 'absent')} there and {here.get(name, 'absent')} in this model")
-        stored = dict(self._manager.restore(step, args=ocp.args.Composite(**{item: ocp.args.StandardRestore(wanted)}))[item])
+        try:
+            stored = dict(self._manager.restore(step, args=ocp.args.Composite(**{item: ocp.args.StandardRestore(wanted)}))[item])
+        except Exception as error:
+            if jax.process_count() == 1:
+                raise
+            raise Unshared(
+                f"checkpoint {self.folder / str(step)} cannot be read by process {jax.process_index()} ({_short(error)}), maybe by it "
+                "alone, so the run does not fall back by itself; move this folder away and run again"
+            ) from error
         expected, found = int(stored.pop("fingerprint")), int(fingerprint(stored))
         if found != expected:
             raise ValueError(f"its {item} arrays do not add up to their fingerprint: {found:08x}, not {expected:08x}")
         return stored
+
+
+class Unshared(OSError):
+    """A process could not read its part of a checkpoint; the others, which may have read theirs, wait for it."""
 
 
 class _Best(policies.PreservationPolicy):

@@ -1,10 +1,12 @@
 """One mesh with axes (data, fsdp): batches are divided over both, parameters over fsdp by an ordered list of rules.
 
-A rule is (regex, spec): the first regex found in a parameter's name counts and its spec names the trailing axes, so the leading
-layer axis of stacked blocks is never divided. An axis that the devices do not divide evenly stays whole.
+A rule is (regex, spec): the first regex found in a parameter's name counts and its spec names the trailing axes. Where the devices do not
+divide such an axis evenly, they divide the last other one that they can, and if there is none, the parameter stays whole. The leading layer
+axis of stacked blocks is never divided.
 """
 
 from collections.abc import Sequence
+import contextlib
 from typing import Any, TypeAlias
 
 from flax import nnx
@@ -60,14 +62,20 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 
 def parameter_shardings(mesh: Mesh, state: nnx.State, rules: Rules = RULES) -> Any:
     """A tree of shardings like `state`, which may be abstract."""
-    names = {path: name for name, (path, _) in weights.slots(state).items()}
+    names = {path: (name, int(layer is not None)) for name, (path, layer) in weights.slots(state).items()}
 
     def sharding(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
-        axes = weights.first_match(names[path], rules, ())
-        axes = axes[max(0, len(axes) - len(leaf.shape)) :]
-        spec = [None] * (len(leaf.shape) - len(axes)) + list(axes)
-        fits = [a if a is None or leaf.shape[i] % mesh.shape[a] == 0 else None for i, a in enumerate(spec)]
-        return NamedSharding(mesh, PartitionSpec(*fits))
+        (name, first), n = names[path], len(leaf.shape)
+        axes = weights.first_match(name, rules, ())
+        axes = axes[max(0, len(axes) - (n - first)) :]
+        spec = [None] * (n - len(axes)) + list(axes)
+        for i, axis in enumerate(spec):
+            if axis and leaf.shape[i] % mesh.shape[axis]:
+                spec[i] = None
+                others = [j for j in range(first, n) if spec[j] is None and leaf.shape[j] % mesh.shape[axis] == 0]
+                if others:
+                    spec[others[-1]] = axis
+        return NamedSharding(mesh, PartitionSpec(*spec))
 
     return weights.unflatten_like(state, {path: sharding(path, leaf) for path, leaf in nnx.to_flat_state(state)})
 
@@ -76,6 +84,31 @@ def optimizer_shardings(mesh: Mesh, optimizer: optax.GradientTransformation, par
     """Shardings of the optimiser's state: its moments lie where their parameters lie, everything else on all devices."""
     state = jax.eval_shape(optimizer.init, params)
     return optax.tree_map_params(optimizer, lambda _, s: s, state, shardings, transform_non_params=lambda _: replicated(mesh))
+
+
+def gather(state: Any, at: Any) -> Any:
+    """In a jitted function: makes parameters, or their gradients, whole on every device, but for those of stacked blocks.
+
+    `backbones.layers.whole` does that to each block when its turn comes, and says why.
+
+    Args:
+        state: a tree of parameters.
+        at: their shardings, a tree like it.
+    """
+
+    def whole(path: tuple[Any, ...], leaf: jax.Array, at: Any) -> jax.Array:
+        stacked = any(getattr(key, "key", None) == "segments" for key in path)
+        if stacked or not isinstance(at, NamedSharding):
+            return leaf
+        return jax.lax.with_sharding_constraint(leaf, NamedSharding(at.mesh, PartitionSpec()))
+
+    return jax.tree_util.tree_map_with_path(whole, state, at)
+
+
+def mesh_of(shardings: Any) -> contextlib.AbstractContextManager:
+    """In a jitted function: sets the mesh of a tree of shardings, if they have one."""
+    at = jax.tree.leaves(shardings)[0]
+    return jax.sharding.use_abstract_mesh(at.mesh.abstract_mesh) if isinstance(at, NamedSharding) else contextlib.nullcontext()
 
 
 def to_devices(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:

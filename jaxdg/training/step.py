@@ -11,6 +11,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 import optax
 
+from jaxdg.training import sharding
+
 Batch = dict[str, Array]
 Losses = Callable[[Any, Batch, Any, Key[Array, ""]], dict[str, Float[Array, ""]]]
 
@@ -64,11 +66,15 @@ def make_step(
 
     @partial(jax.jit, donate_argnums=0, out_shardings=(shardings, None))
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
-        grads, statistics, terms = gradients(graph, state, batch, normalizer, losses, jax.random.fold_in(key, state.step), accumulate)
+        trained, frozen = sharding.gather((state.trained, state.frozen), (shardings.trained, shardings.frozen))
+        whole, step_key = dataclasses.replace(state, trained=trained, frozen=frozen), jax.random.fold_in(key, state.step)
+        with sharding.mesh_of(shardings):
+            grads, statistics, terms = gradients(graph, whole, batch, normalizer, losses, step_key, accumulate)
+        grads = sharding.gather(grads, shardings.trained)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.trained)
-        trained: Any = optax.apply_updates(state.trained, updates)
+        moved: Any = optax.apply_updates(state.trained, updates)
         metrics = {"loss": sum(terms.values()), "gradient_norm": optax.tree.norm(grads), **terms}
-        following = TrainState(state.step + 1, trained, state.frozen, statistics, opt_state)
+        following = TrainState(state.step + 1, moved, state.frozen, statistics, opt_state)
         return following, metrics
 
     return step

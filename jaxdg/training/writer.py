@@ -12,11 +12,15 @@ from tensorboardX import SummaryWriter
 class Writer:
     """Appends one flushed JSON object a row and mirrors its numbers to TensorBoard."""
 
-    def __init__(self, workdir: str | Path, resume_step: int):
+    def __init__(self, workdir: str | Path, resume_step: int, on: bool = True):
         """Args:
         workdir: of the run.
         resume_step: step the run goes on from; rows past it, and a half-written last line, are dropped.
+        on: False writes nothing at all, as in all processes of a run but one.
         """
+        self._on = on
+        if not on:
+            return
         self.path = Path(workdir) / "metrics.jsonl"
         kept = [row for row in read_metrics(workdir) if row["step"] <= resume_step] if self.path.exists() else []
         partial = self.path.with_suffix(".partial")
@@ -28,6 +32,8 @@ class Writer:
 
     def rows(self, *rows: dict[str, Any]) -> None:
         """Writes rows, all or none of them; `row["step"]` places one, `row["domain"]`, where present, groups it."""
+        if not self._on:
+            return
         self._file.write("".join(json.dumps(row) + "\n" for row in rows))
         self._file.flush()
         for row in rows:
@@ -38,12 +44,14 @@ class Writer:
 
     def picture(self, name: str, image: np.ndarray, step: int) -> None:
         """Shows an RGB picture [h, w, 3] uint8 in TensorBoard."""
-        self._events.add_image(name, image, step, dataformats="HWC")
+        if self._on:
+            self._events.add_image(name, image, step, dataformats="HWC")
 
     def close(self) -> None:
         """Flushes and closes both."""
-        self._file.close()
-        self._events.close()
+        if self._on:
+            self._file.close()
+            self._events.close()
 
 
 def read_metrics(workdir: str | Path) -> list[dict[str, Any]]:

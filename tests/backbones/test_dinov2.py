@@ -1,6 +1,7 @@
 """DINOv2 against its authors' code (golden file made by scripts/golden_dinov2.py), with and without registers."""
 
 import dataclasses
+import math
 
 from flax import nnx
 import jax
@@ -11,6 +12,7 @@ import pytest
 from conversion import dinov2
 from jaxdg import backbones, weights
 from jaxdg.backbones import Dinov2, Dinov2Config
+from jaxdg.backbones.dinov2 import SwiGlu
 from tests.backbones.drawn import drawn, random_file, run, trained_steps, wave
 
 SIZES = ((20, 20), (36, 36), (16, 32), (12, 20))  # as trained; enlarged; not square; fewer rows alone
@@ -98,3 +100,15 @@ def test_the_zoo_states_the_published_encoders(monkeypatch):
     assert scratch["register_tokens"].shape == (1, 4, 24)
     for i in range(3):
         np.testing.assert_allclose(scratch[f"blocks.{i}.ls1.gamma"], 1e-5)
+
+
+def test_the_largest_is_the_published_one():
+    """ViT-g has as many parameters as timm's vit_giant_patch14_dinov2 without its final norm, and its MLP gates as in NumPy."""
+    state = nnx.state(nnx.eval_shape(lambda: backbones.create("dinov2_g14")), nnx.Param)
+    assert sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(state)) == 1136479232 - 2 * 1536
+    mlp = SwiGlu(backbones.Dinov2GiantConfig(width=6, heads=1), rngs=nnx.Rngs(0))
+    assert (mlp.w12.kernel.shape, mlp.w3.kernel.shape) == ((6, 32), (16, 6))
+    x = np.random.default_rng(0).normal(size=(1, 3, 6)).astype(np.float32)
+    gate, value = np.split(x @ np.asarray(mlp.w12.kernel[...]), 2, axis=-1)
+    expected = gate / (1 + np.exp(-gate)) * value @ np.asarray(mlp.w3.kernel[...])
+    np.testing.assert_allclose(mlp(jnp.asarray(x)), expected, rtol=1e-5, atol=1e-6)

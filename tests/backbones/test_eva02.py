@@ -14,7 +14,7 @@ import pytest
 from conversion import eva02, mapping
 from jaxdg import backbones, weights
 from jaxdg.backbones import Eva02, Eva02Config
-from jaxdg.backbones.eva02 import rotary_tables, rotate
+from jaxdg.backbones.eva02 import Attention, WindowAttention, rotary_tables, rotate
 
 SIZES = ((20, 20), (36, 36), (12, 12), (16, 32), (23, 30))  # as trained, enlarged, shrunk, not square, not divided by the patch
 SMALL = dict(image_size=(20, 20), patch_size=4, depth=4, heads=2, taps=(0, 1, 2, 3))
@@ -194,6 +194,39 @@ def test_where_segments_end_changes_no_value(build, golden, segments):
     assert {name.split(".")[1] for name in names if name.startswith("blocks.")} == {str(i) for i in range(segments["taps"][-1] + 1)}
     for tap, tokens in zip(segments["taps"], run(encoder, wave(20, 20)), strict=True):
         np.testing.assert_allclose(tokens, expected[tap], rtol=0, atol=1e-4)
+
+
+def test_a_window_over_everything_is_no_window():
+    """Eight blocks whose windows are as large as the grid compute what those without windows do, from the same parameters."""
+    config = changed(FAMILIES["clip"], depth=8, taps=(3, 7))
+    whole = Eva02(config, rngs=nnx.Rngs(1))
+    windowed = Eva02(changed(config, window=5), rngs=nnx.Rngs(2))
+    assert windowed.config.global_blocks == (1, 3, 5, 7)
+    assert windowed.blocks.ends == (0, 1, 2, 3, 4, 5, 6, 7)
+    weights.fill(windowed, weights.tensors(whole), "memory")
+    for got, want in zip(windowed(jnp.asarray(wave(20, 20))), whole(jnp.asarray(wave(20, 20))), strict=True):
+        np.testing.assert_allclose(got, want, atol=2e-5)
+
+
+def test_a_window_is_attention_to_a_piece_of_the_map():
+    """4x6 tokens in windows of 3x3, cut by hand: each is attention over the class token and the piece, zeros where it leaves the map."""
+    config = changed(FAMILIES["clip"], image_size=(16, 24), window=3)
+    attention = WindowAttention(config, rngs=nnx.Rngs(3))
+    plain = nnx.clone(attention)
+    plain.__class__ = Attention
+    x = np.random.default_rng(0).normal(size=(2, 25, 24)).astype(np.float32)
+    got = np.asarray(attention(jnp.asarray(x), *rotary_tables(config.grid, 12)))
+    maps, class_tokens = x[:, 1:].reshape(2, 4, 6, 24), []
+    for top in (0, 3):
+        for left in (0, 3):
+            piece = np.zeros((2, 3, 3, 24), np.float32)
+            inside = maps[:, top : top + 3, left : left + 3]
+            piece[:, : inside.shape[1]] = inside
+            y = np.asarray(plain(jnp.asarray(np.concatenate([x[:, :1], piece.reshape(2, 9, 24)], axis=1)), *rotary_tables((3, 3), 12)))
+            class_tokens.append(y[:, 0])
+            want = y[:, 1:].reshape(2, 3, 3, 24)[:, : inside.shape[1]]
+            np.testing.assert_allclose(got[:, 1:].reshape(2, 4, 6, 24)[:, top : top + 3, left : left + 3], want, atol=1e-5)
+    np.testing.assert_allclose(got[:, 0], np.mean(class_tokens, axis=0), atol=1e-5)
 
 
 def test_remat_changes_no_gradient(build):

@@ -102,5 +102,5 @@ def test_checkpoints_are_not_converted(tmp_path, capsys):
         assert torch_to_flax.main(arguments) == 1
         assert "eva_clip_8b is for planning" in capsys.readouterr().err
     lines = {line.split()[0]: line for line in models.listing().splitlines()}
-    for name in ("eva_clip_8b", "eva_clip_18b"):
+    for name in ("eva_clip_8b", "eva_clip_18b", "dinov2_g14"):
         assert "for planning, not converted" in lines[name]

@@ -9,7 +9,8 @@ import pytest
 from conversion import sam
 from jaxdg import backbones, weights
 from jaxdg.backbones import Sam, SamConfig
-from jaxdg.backbones.sam import Attention, WindowAttention, from_windows, resize_distances, to_windows
+from jaxdg.backbones.layers import from_windows, to_windows
+from jaxdg.backbones.sam import Attention, WindowAttention, resize_distances
 from tests.backbones.drawn import random_file, run, trained_steps, wave
 
 SIZES = ((32, 32), (16, 36), (23, 30), (44, 8))  # as trained; oblong; not divided by the patch; narrower than a window

@@ -77,6 +77,18 @@ def test_camvid_domains_are_the_benchmark_splits(data_path):
     assert len(set(seen)) == 701
 
 
+def test_camvids_unseen_films_are_sources_of_their_own(data_path):
+    """Each is divided in time: no image is lost, none is in both parts, and what is trained on comes first."""
+    root = str(data_path("camvid").parent)
+    for domain, whole, (before, after) in (("camvid_day", "day", (100, 71)), ("camvid_dusk", "dusk", (62, 62))):
+        opened = lambda name, train: open_domain(name, root=root, train=train, streets=StreetsOptions(), folder=None)
+        names = lambda dataset: [Path(dataset.name(i)).name for i in range(len(dataset))]
+        first, last = names(opened(domain, True)), names(opened(domain, False))
+        assert (len(first), len(last)) == (before, after)
+        assert sorted(first + last) == sorted(names(opened(whole, False)))
+        assert max(first) < min(last)
+
+
 def test_camvid_samples_equal_the_files_as_opencv_reads_them(data_path):
     """Image and label are those of the files, in RGB, with void ignored; road covers the bottom of the picture."""
     dataset = open_domain("day", root=str(data_path("camvid").parent), train=False, streets=StreetsOptions(), folder=None)

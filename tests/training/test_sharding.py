@@ -1,4 +1,7 @@
-"""One program on four meshes: the same gradients and losses, with parameters and moments really divided."""
+"""One program on several meshes: the same gradients, losses and scores, with parameters and moments really divided."""
+
+import math
+from pathlib import Path
 
 from flax import nnx
 import jax
@@ -6,8 +9,11 @@ import numpy as np
 import optax
 import pytest
 
+from jaxdg import config, segmentation, tasks
 from jaxdg.config import Mask2FormerOptions, MeshConfig
+from jaxdg.data.datasets import StreetsOptions
 from jaxdg.training import sharding
+from jaxdg.training.checkpoint import Checkpoints
 
 MESHES = {"1": MeshConfig(1, 1), "data=8": MeshConfig(8, 1), "fsdp=8": MeshConfig(1, 8), "4x2": MeshConfig(4, 2)}
 
@@ -18,15 +24,22 @@ def adam(state):
 
 
 @pytest.fixture(scope="module")
-def runs(make_run):
-    """Per mesh: the losses of three steps, the gradients of the first, the last state, and how often the step was compiled."""
-    results = {}
+def runs(make_run, tmp_path_factory):
+    """Per mesh: the losses of six steps, the gradients of the first, the last state, and how often the step was compiled.
+
+    The state after three steps with fsdp=8 is saved in `saved`.
+    """
+    results = {"saved": tmp_path_factory.mktemp("saved")}
     for name, mesh in MESHES.items():
         run = make_run(mesh, optimizer={"clip": 0.0, "learning_rate": 1e-2})
         step, state, losses, gradients = run.step(), run.state(), [], {}
-        for i in range(3):
+        for i in range(6):
             state, metrics = step(state, run.batch(i))
             losses.append(float(metrics["loss"]))
+            if (name, i) == ("fsdp=8", 2):
+                checkpoints = Checkpoints(results["saved"])
+                checkpoints.save(state)
+                checkpoints.close()
             if i == 0:  # nothing is clipped, so the first moments are a tenth of the gradients
                 gradients = {path: 10 * np.asarray(leaf, np.float64) for path, leaf in nnx.to_flat_state(adam(state).mu)}
         results[name] = {"losses": losses, "gradients": gradients, "state": state, "compiled": step._cache_size()}
@@ -35,10 +48,10 @@ def runs(make_run):
 
 @pytest.mark.parametrize("name", list(MESHES)[1:])
 def test_gradients_and_losses_agree(runs, name):
-    """Gradients at equal parameters agree with one device's to 1e-5 of each array's norm, the losses of three steps to 1e-4."""
+    """Gradients at equal parameters agree with one device's to 1e-5 of each array's norm, the losses of six steps to 1e-4."""
     one, other = runs["1"], runs[name]
     np.testing.assert_allclose(other["losses"], one["losses"], rtol=1e-4)
-    assert one["losses"][2] != one["losses"][0]
+    assert one["losses"][5] != one["losses"][0]
     assert other["gradients"].keys() == one["gradients"].keys()
     for path, expected in one["gradients"].items():
         norm = np.linalg.norm(expected)
@@ -51,8 +64,52 @@ def test_gradients_and_losses_agree(runs, name):
 
 @pytest.mark.parametrize("name", list(MESHES))
 def test_one_program(runs, name):
-    """Three steps compile once: the state a step returns lies as the one it was given."""
+    """Six steps compile once: the state a step returns lies as the one it was given."""
     assert runs[name]["compiled"] == 1
+
+
+@pytest.mark.parametrize("mesh", [MeshConfig(1, 2), MeshConfig(1, 1)], ids=["2", "1"])
+def test_saved_on_eight_resumed_on_fewer(runs, make_run, mesh):
+    """A run saved on eight devices goes on with two and with one: the losses of its next steps are those it had on eight, to 1e-4."""
+    run = make_run(mesh, optimizer={"clip": 0.0, "learning_rate": 1e-2})
+    checkpoints = Checkpoints(runs["saved"])
+    state, losses, step = checkpoints.restore(run.like), [], run.step()
+    checkpoints.close()
+    assert int(state.step) == 3
+    assert all(leaf.sharding.mesh.size == mesh.fsdp for leaf in jax.tree.leaves(state))
+    for i in range(3, 6):
+        state, metrics = step(state, run.batch(i))
+        losses.append(float(metrics["loss"]))
+    np.testing.assert_allclose(losses, runs["fsdp=8"]["losses"][3:], rtol=1e-4)
+
+
+def test_the_same_scores_on_every_mesh(make_run, monkeypatch):
+    """Eleven images, which no mesh divides: every mesh counts the same confusion matrix, all pixels of it, exactly."""
+    seen, iou = {}, segmentation.iou
+    for name, mesh in MESHES.items():
+        run = make_run(mesh, evaluation={"batch_size": 4})
+        run.config.data.streets = StreetsOptions(size=(48, 64), images=2, val_images=11)
+        count = lambda confusion, name=name: (seen.setdefault(name, confusion), iou(confusion))[1]
+        monkeypatch.setattr(segmentation, "iou", count)
+        state = run.state()
+        evaluate = run.task.evaluator(run.plan.graph, run.mesh)
+        evaluate((state.trained, state.frozen, state.statistics), run.task.open("night", train=False), lambda: None)
+    assert 0.9 * 11 * 48 * 64 < seen["1"].sum() <= 11 * 48 * 64
+    assert (seen["1"].sum(axis=0) > 0).sum() > 3
+    for name, confusion in seen.items():
+        np.testing.assert_array_equal(confusion, seen["1"], err_msg=name)
+
+
+@pytest.mark.parametrize("experiment", ["gta5_eva02", "streets_tiny", "camvid_vit_tiny", "streets_boxes"])
+def test_eight_devices_hold_an_eighth_each(experiment):
+    """The shipped models with fsdp=8: at most 1/7 of the bytes of parameters and optimiser lie on a device."""
+    c = config.from_file(Path(__file__).resolve().parents[2] / "configs" / f"{experiment}.py")
+    like, _ = tasks.abstract_state(tasks.Plan.of(tasks.make_task(c), c.model.freeze), c, sharding.make_mesh(MeshConfig(1, 8)))
+    leaves = jax.tree.leaves((like.trained, like.frozen, like.opt_state))
+    total, held = (sum(math.prod(shape) * leaf.dtype.itemsize for leaf, shape in zip(leaves, shapes, strict=True)) for shapes in (
+        [leaf.shape for leaf in leaves], [leaf.sharding.shard_shape(leaf.shape) for leaf in leaves],
+    ))  # fmt: skip
+    assert held <= total / 7
 
 
 def test_mask2former_agrees_on_eight_devices(make_run):
@@ -74,7 +131,7 @@ def test_mask2former_agrees_on_eight_devices(make_run):
 
 @pytest.mark.parametrize(("name", "parts"), [("1", 1), ("data=8", 1), ("fsdp=8", 8), ("4x2", 2)])
 def test_parameters_and_moments_are_divided(runs, name, parts):
-    """Kernels and position embeddings lie in `fsdp` parts of their last axis, moments with them; the layer axis stays whole.
+    """Kernels and position embeddings lie in `fsdp` parts, of their last axis where it divides, moments with them.
 
     The eight blocks are one segment, whose layer axis eight devices would divide as well.
     """
@@ -84,22 +141,29 @@ def test_parameters_and_moments_are_divided(runs, name, parts):
         for path, leaf in nnx.to_flat_state(tree):
             array = leaf[...]
             last = str(path[-1])
-            split = last.endswith(("kernel", "pos_embed")) and array.shape[-1] % parts == 0
-            expected = (*array.shape[:-1], array.shape[-1] // parts) if split else array.shape
-            assert {shard.data.shape for shard in array.addressable_shards} == {expected}, path
+            split, axis = last.endswith(("kernel", "pos_embed")), -1 if array.shape[-1] % parts == 0 else -2
+            expected = list(array.shape)
+            expected[axis] //= parts if split else 1
+            assert {shard.data.shape for shard in array.addressable_shards} == {tuple(expected)}, path
             divided += split
             if split and "segments" in path:
                 assert array.shape[0] == 8
-    # Patch embedding, positions, four kernels of the blocks; the classifier's 19 columns only where there is one part.
-    assert divided == 3 * (1 + 1 + 4 + (parts == 1))
+    # Patch embedding, positions, four kernels of the blocks, and the classifier's, by its rows where its 19 columns do not divide.
+    assert divided == 3 * (1 + 1 + 4 + 1)
 
 
-def test_what_does_not_divide_stays_whole(make_run):
-    """The classifier's 19 columns lie whole on every device of the mesh."""
-    run = make_run(MeshConfig(1, 8))
-    kernels = {path: leaf for path, leaf in nnx.to_flat_state(run.like.trained) if path[0] == "head" and path[-1] == "kernel"}
-    assert kernels
-    assert all(leaf.sharding.is_fully_replicated for leaf in kernels.values())
+def test_where_an_axis_does_not_divide():
+    """The last other axis that does is divided, never the layer axis; where there is none, the parameter stays whole."""
+    block = lambda *shape: nnx.Dict(segments=nnx.Dict({"0": nnx.Dict(kernel=nnx.Param(np.zeros(shape)))}))
+    at = lambda state: next(iter(jax.tree.leaves(sharding.parameter_shardings(sharding.make_mesh(MeshConfig(1, 8)), state)))).spec
+    P = jax.sharding.PartitionSpec
+    single = lambda *shape: nnx.state(nnx.Dict(kernel=nnx.Param(np.zeros(shape))))
+    assert at(single(3, 3, 16, 19)) == P(None, None, "fsdp", None)
+    assert at(single(8, 3, 7, 19)) == P("fsdp", None, None, None)
+    assert at(single(8, 24)) == P(None, "fsdp")
+    assert at(single(7, 19)) == P(None, None)
+    assert at(nnx.state(block(8, 16, 19))) == P(None, "fsdp", None)
+    assert at(nnx.state(block(8, 7, 19))) == P(None, None, None)
 
 
 def test_first_rule_counts_and_names_trailing_axes():

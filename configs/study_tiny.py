@@ -1,0 +1,47 @@
+r"""The paper's studies in small, on real images: CamVid with a pre-trained ViT-Ti/16 and a linear decoder, runs of a minute.
+
+Reproduces no published figure. At most 30 images of each domain are judged (`evaluation.max_images`), so results compare with one another
+and with nothing else.
+
+Hardware and time: 2 cores of an x86 CPU; not measured.
+Data and weights: as in configs/camvid_vit_tiny.py.
+
+    export JAXDG_DATA=DATA
+    python -m jaxdg.studies.pretraining --config configs/study_tiny.py --workdir runs/study/pretraining
+    python -m jaxdg.studies.freezing    --config configs/study_tiny.py --workdir runs/study/freezing
+    python -m jaxdg.studies.transfer    --config configs/study_tiny.py --workdir runs/study/transfer
+    python -m jaxdg.studies.seeds       --config configs/study_tiny.py --workdir runs/study/seeds
+    python -m jaxdg.studies.corruptions --config configs/study_tiny.py --workdir runs/study/corruptions
+"""
+
+from jaxdg.config import Config
+from jaxdg.studies.study import StudyOptions
+
+
+def get_config() -> Config:
+    """The experiment."""
+    c = Config(steps=200, batch_size=8, log_every=20, eval_every=200, checkpoint_every=100, keep_checkpoints=1)
+    c.data.source = "camvid"
+    c.data.crop = (160, 160)
+    c.data.scale = (0.5, 1.0)
+    c.model.encoder = "augreg_ti16"
+    c.model.weights = "weights/augreg_ti16.safetensors"
+    c.model.pyramid = "none"
+    c.optimizer.learning_rate = 1e-3
+    c.optimizer.clip = 1.0
+    c.evaluation.domains = ("camvid", "day", "dusk")
+    c.evaluation.stride = (160, 160)
+    c.evaluation.max_images = 30
+    return c
+
+
+def get_study() -> StudyOptions:
+    """What the studies compare."""
+    return StudyOptions(
+        freeze_first=(3, 6, 9, 12),
+        freeze_last=(3, 6, 9),
+        models={"augreg_ti16": {}, "from scratch": {"model.weights": None}},
+        kinds=("gaussian_noise", "motion_blur", "fog"),
+        severities=(1, 3),
+        settings={"transfer": {"evaluation.domains": ("camvid", "camvid_day", "camvid_dusk")}},
+    )

@@ -1,0 +1,173 @@
+"""Several processes as one run: how they meet, decide together, and end together. `docs/clusters.md` shows how they are started.
+
+`jax.distributed` finds the processes and watches over them. Around it there is here what a command needs: nothing is started for a single
+process, one process writes, all stop at the same step, and none waits for ever for another:
+
+- A process that was killed, frozen or cut off sends no heartbeats. Jax notices within `HEARTBEAT` seconds, at once if it was the first
+  process, says which it was and aborts all others.
+- A process that fails prints its error and ends without waiting for the others, which then miss it.
+- A process that hangs, in a read from a dead file system for instance, still sends heartbeats. All get stuck with it, and each ends when
+  for `--patience` minutes no step and no batch has, printing where it stands.
+"""
+
+from collections.abc import Callable, Iterator
+import contextlib
+import faulthandler
+import importlib.util
+import os
+import pickle
+import socket
+import sys
+import threading
+import time
+from typing import Any
+
+from absl import flags
+import jax
+from jax.experimental import multihost_utils
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+import numpy as np
+
+HEARTBEAT = 100  # seconds without a sign of life from another process
+LINGER = 3  # seconds that a failed process has for its last words
+
+_progress = time.monotonic()  # when a step or a batch has ended last
+
+
+def define_flags() -> None:
+    """The flags of commands that may run as several processes."""
+    of_command: Any = {"module_name": sys.argv[0]}
+    flags.DEFINE_string("coordinator", None, "HOST:PORT that process 0 listens on; Slurm, Open MPI and Kubernetes say it.", **of_command)
+    flags.DEFINE_integer("processes", None, "How many there are; likewise.", lower_bound=1, **of_command)
+    flags.DEFINE_integer("process_id", None, "Which of them this is, from 0; likewise.", lower_bound=0, **of_command)
+    flags.DEFINE_float("patience", 30, "Minutes without a step or batch after which all processes end.", lower_bound=0, **of_command)
+
+
+@contextlib.contextmanager
+def joined() -> Iterator[None]:
+    """Joins the other processes of a run, if there are any, as the flags or the launcher say; inside, they are one machine to jax.
+
+    Raises:
+        ValueError: they did not find each other.
+    """
+    f = flags.FLAGS
+    if not start(f.coordinator, f.processes, f.process_id):
+        yield
+        return
+    me = f"process {jax.process_index()} of {jax.process_count()} on {socket.gethostname()}"
+    threading.Thread(target=_watch, args=(me, 60 * f.patience), daemon=True).start()
+    try:
+        yield
+    except BaseException:
+        print(f"{me} ends by the error below, the others within {HEARTBEAT} seconds", file=sys.stderr, flush=True)
+        # Left to itself, the interpreter would wait at its exit for the others, who wait for this one.
+        end = threading.Timer(LINGER, os._exit, [1])
+        end.daemon = True
+        end.start()
+        raise
+    jax.distributed.shutdown()  # the first process waits for the last
+
+
+def start(coordinator: str | None, processes: int | None, process_id: int | None) -> bool:
+    """Starts `jax.distributed`, before anything else is asked of jax.
+
+    Args:
+        coordinator: HOST:PORT of process 0; None leaves it to the launcher, as the others.
+        processes: how many there are; 1 starts nothing, whatever the launcher says.
+        process_id: which this is.
+
+    Returns:
+        Whether there are several processes.
+
+    Raises:
+        ValueError: they did not find each other, or something was not given and the launcher does not say it.
+    """
+    if processes == 1 or (coordinator is processes is process_id is None and not launched()):
+        return False
+    # `cli.Interrupt` listens to SIGTERM, and in evaluation too, where this service has no steps to agree on.
+    jax.config.update("jax_enable_preemption_service", False)
+    try:
+        jax.distributed.initialize(coordinator, processes, process_id, heartbeat_timeout_seconds=HEARTBEAT)
+    except (ValueError, RuntimeError) as error:
+        raise ValueError(f"the processes of the run did not find each other: {error} See docs/clusters.md") from error
+    progress()
+    return jax.process_count() > 1
+
+
+def launched() -> bool:
+    """Whether a launcher that jax knows has started several processes.
+
+    Asked first, because jax would join a single one as well, and leave it one GPU of all that there are.
+    """
+    environment = os.environ
+    if "OMPI_COMM_WORLD_SIZE" in environment:
+        return int(environment["OMPI_COMM_WORLD_SIZE"]) > 1
+    if "SLURM_STEP_NODELIST" in environment:
+        return int(environment.get("SLURM_NTASKS", 1)) > 1
+    # Jax asks the cluster itself for everything else, through this package.
+    return "JOB_COMPLETION_INDEX" in environment and importlib.util.find_spec("kubernetes") is not None
+
+
+def is_main() -> bool:
+    """Whether this process writes and prints; a single one does."""
+    return jax.process_index() == 0
+
+
+def from_main(question: Callable[[], bool]) -> bool:
+    """The first process's answer, on all, for what must not be decided differently, such as by files that are being written."""
+    if jax.process_count() == 1:
+        return question()
+    return bool(multihost_utils.broadcast_one_to_all(np.array(is_main() and question())))
+
+
+def gathered(mine: dict[Any, Any]) -> dict[Any, Any]:
+    """The entries of every process's dictionary, on all; what they hold is pickled and should be small."""
+    if jax.process_count() == 1:
+        return mine
+    data = np.frombuffer(pickle.dumps(mine), np.uint8)
+    sizes = multihost_utils.process_allgather(np.array(data.size))
+    padded = multihost_utils.process_allgather(np.pad(data, (0, sizes.max() - data.size)))
+    return {key: value for part, size in zip(padded, sizes, strict=True) for key, value in pickle.loads(part[:size].tobytes()).items()}
+
+
+def progress() -> None:
+    """Notes that this process does not hang."""
+    global _progress
+    _progress = time.monotonic()
+
+
+class Agreement:
+    """Whether any process wishes something; all must ask the same number of times. It is a sign of progress, too.
+
+    Nobody waits: the answer is that to the question before, False at first. So whoever wishes something keeps on wishing it.
+    """
+
+    def __init__(self):
+        """Asks for nothing yet."""
+        mesh = Mesh(np.asarray(jax.devices()), "all")
+        self._at, self._before = NamedSharding(mesh, PartitionSpec("all")), False
+        self._any = jax.jit(jnp.any, out_shardings=NamedSharding(mesh, PartitionSpec()))
+
+    def __call__(self, wish: bool) -> bool:
+        """Whether any process wished when it asked before."""
+        progress()
+        if jax.process_count() == 1:
+            return wish
+        wishes = jax.make_array_from_process_local_data(self._at, np.full(jax.local_device_count(), wish))
+        answer, self._before = self._before, self._any(wishes)
+        return bool(answer)
+
+
+def _watch(me: str, patience: float) -> None:
+    """Ends this process when it has made no progress for `patience` seconds."""
+    while (left := _progress + patience - time.monotonic()) > 0:
+        time.sleep(min(left, 10))
+    print(
+        f"error: {me} has ended no step and no batch for {patience / 60:g} minutes (--patience), so a process hangs, this one or one that "
+        "it waits for; this is where it stands:",
+        file=sys.stderr,
+        flush=True,
+    )
+    faulthandler.dump_traceback(all_threads=True)
+    os._exit(1)

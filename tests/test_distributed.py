@@ -1,0 +1,250 @@
+"""Several processes as one run: found by flags or launcher, stopped together, and ended in bounded time by whatever happens to one."""
+
+import json
+import os
+from pathlib import Path
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import jax
+import pytest
+import yaml
+
+from jaxdg import cli, distributed, train
+from jaxdg import config as config_lib
+from jaxdg.training.writer import read_metrics
+
+ROOT = Path(__file__).resolve().parent.parent
+HEARTBEAT = 10  # seconds here
+HOST = f"""
+import sys, time
+import jax
+from jaxdg import cli, distributed
+distributed.HEARTBEAT = {HEARTBEAT}
+trouble = sys.argv.pop(1)
+distributed.define_flags()
+
+@distributed.joined()
+def main(_):
+    interrupt, step = cli.Interrupt(distributed.Agreement()), 0
+    print(distributed.gathered({{jax.process_index(): "x" * 10 ** jax.process_index()}}))
+    print(distributed.from_main(lambda: jax.process_index() == 0))
+    while not interrupt.asked:
+        step += 1
+        print(step, flush=True)
+        if step == 5 and jax.process_index() == 1:
+            if trouble == "fails":
+                raise ValueError("town/07.png: truncated")
+            if trouble == "hangs":
+                time.sleep(1000)
+        time.sleep(0.1)
+    print("stopped at", step)
+
+cli.run(main)
+"""
+
+
+def by_flags(port: int, i: int) -> tuple[list[str], dict[str, str]]:
+    """What tells process `i` of two of the other: flags and environment."""
+    return [f"--coordinator=localhost:{port}", "--processes=2", f"--process_id={i}"], {}
+
+
+def by_slurm(port: int, i: int) -> tuple[list[str], dict[str, str]]:
+    """As `srun` does."""
+    step = {"SLURM_JOB_ID": "1", "SLURM_STEP_NODELIST": "localhost", "SLURM_NTASKS": "2", "SLURM_PROCID": f"{i}", "SLURM_LOCALID": f"{i}"}
+    return [], {"JAX_COORDINATOR_PORT": f"{port}", **step}
+
+
+def by_open_mpi(port: int, i: int) -> tuple[list[str], dict[str, str]]:
+    """As `mpirun` of Open MPI 4 does."""
+    rank = {"OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_RANK": f"{i}", "OMPI_COMM_WORLD_LOCAL_RANK": f"{i}"}
+    return [], {"JAX_COORDINATOR_PORT": f"{port}", "OMPI_MCA_orte_hnp_uri": "4096.0;tcp://127.0.0.1:9", **rank}
+
+
+class Two:
+    """Two processes of a run of `command`, one device each; leaves none behind."""
+
+    def __init__(self, command: list[str], folder: Path, launcher=by_flags, **environment: str):
+        with socket.socket() as free:
+            free.bind(("localhost", 0))
+            port = free.getsockname()[1]
+        common = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=1", "OMP_NUM_THREADS": "1"}
+        self.outputs, self.processes = [folder / f"{launcher.__name__}{i}" for i in range(2)], []
+        for i, path in enumerate(self.outputs):
+            flags, own = launcher(port, i)
+            with path.open("w") as out:
+                arguments = [sys.executable, *command, *flags]
+                self.processes.append(subprocess.Popen(arguments, env=os.environ | common | environment | own, stdout=out, stderr=out))
+
+    def __enter__(self) -> "Two":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for process in self.processes:
+            process.kill()
+            process.wait()
+
+    def printed(self) -> list[str]:
+        """By each, so far."""
+        return [path.read_text() for path in self.outputs]
+
+    def wait_until(self, ready) -> None:
+        """Returns when `ready()`, or a process has ended."""
+        until = time.monotonic() + 120
+        while not ready() and all(process.poll() is None for process in self.processes):
+            assert time.monotonic() < until
+            time.sleep(0.02)
+
+
+@pytest.fixture
+def host(tmp_path):
+    """`host("hangs")`: two processes that count steps together until the second is in that trouble."""
+    (tmp_path / "host.py").write_text(HOST)
+    return lambda trouble, *flags, **how: Two([str(tmp_path / "host.py"), trouble, *flags], tmp_path, **how)
+
+
+@pytest.mark.parametrize(
+    ("trouble", "who", "said"),
+    [
+        pytest.param("killed", 1, r"heartbeat timeout|Connection closed by peer", id="killed"),
+        pytest.param("killed", 0, "another task died", id="first killed", marks=pytest.mark.slow),
+        pytest.param("frozen", 1, r"stopped sending heartbeats\):\n1\n", id="frozen"),
+        pytest.param("frozen", 0, "another task died", id="first frozen", marks=pytest.mark.slow),
+        pytest.param("fails", 1, r"process 1 of 2 on .* ends by the error below.*\nerror: town/07\.png: truncated\n", id="fails"),
+        pytest.param("hangs", 1, r"has ended no step and no batch for 0\.1 minutes .*, line \d+ in main", id="hangs"),
+    ],
+)
+def test_no_process_waits_for_ever(host, trouble, who, said):
+    """Whatever becomes of one of two processes: within the bound the other has ended with an error and has said why."""
+    with host(trouble, *(["--patience=0.1"] if trouble == "hangs" else [])) as two:
+        two.wait_until(lambda: "5\n" in two.printed()[1])
+        began, lost = time.monotonic(), trouble in ("killed", "frozen")
+        if lost:
+            two.processes[who].send_signal(signal.SIGKILL if trouble == "killed" else signal.SIGSTOP)
+        codes = [process.wait(timeout=60) for i, process in enumerate(two.processes) if i != who or not lost]
+        assert time.monotonic() - began < HEARTBEAT + distributed.LINGER + 5
+    assert 0 not in codes
+    assert re.search(said, "".join(two.printed()), re.DOTALL), two.printed()
+
+
+def test_asked_one_all_stop_together(host):
+    """Started as by Slurm: SIGTERM to the second process ends both in order after the same step. On the way: what they tell each other."""
+    with host("stops", launcher=by_slurm) as two:
+        two.wait_until(lambda: "5\n" in two.printed()[1])
+        two.processes[1].send_signal(signal.SIGTERM)
+        assert [process.wait(timeout=60) for process in two.processes] == [0, 0], two.printed()
+    lines = [[line for line in text.splitlines() if not line.startswith("[Gloo]")] for text in two.printed()]
+    assert lines[0] == lines[1]
+    assert lines[0][:2] == ["{0: 'x', 1: 'xxxxxxxxxx'}", "True"]
+    assert re.fullmatch(r"stopped at \d+", lines[0][-1])
+
+
+@pytest.mark.parametrize(
+    ("environment", "several"),
+    [
+        ({}, False),
+        ({"SLURM_JOB_ID": "7", "SLURM_NTASKS": "8", "SLURM_PROCID": "0"}, False),  # a batch script or salloc, without srun
+        ({"SLURM_STEP_NODELIST": "a", "SLURM_NTASKS": "1"}, False),
+        ({"SLURM_STEP_NODELIST": "a[1-4]", "SLURM_NTASKS": "8"}, True),
+        ({"OMPI_COMM_WORLD_SIZE": "1", "SLURM_STEP_NODELIST": "a", "SLURM_NTASKS": "8"}, False),
+        ({"OMPI_COMM_WORLD_SIZE": "2"}, True),
+        ({"KUBERNETES_SERVICE_HOST": "10.0.0.1"}, False),
+    ],
+)
+def test_nothing_starts_for_a_single_process(monkeypatch, environment, several):
+    """Launchers of several processes are told from those of one; `--processes 1` wins over them, and a lone flag is refused."""
+    for name in list(os.environ):
+        if name.startswith(("SLURM_", "OMPI_", "JOB_")):
+            monkeypatch.delenv(name)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    started = []
+    monkeypatch.setattr(jax.distributed, "initialize", lambda *given, **_: started.append(given))
+    preemption = jax.config.values["jax_enable_preemption_service"]
+    assert distributed.start(None, 1, None) is False
+    assert not started
+    distributed.start(None, None, None)
+    assert started == [(None, None, None)] * several
+    monkeypatch.undo()
+    with pytest.raises(ValueError, match=r"did not find each other: .* See docs/clusters\.md"):
+        distributed.start(None, 2, None)
+    jax.config.update("jax_enable_preemption_service", preemption)
+
+
+def test_launchers_are_well_formed():
+    """Bash accepts the Slurm script; the JobSet is YAML with as many processes as pods, the first of which is the coordinator."""
+    subprocess.run(["bash", "-n", ROOT / "scripts/slurm.sh"], check=True)
+    jobset = yaml.safe_load((ROOT / "scripts/kubernetes.yaml").read_text())
+    assert (jobset["apiVersion"], jobset["kind"]) == ("jobset.x-k8s.io/v1alpha2", "JobSet")
+    (job,) = jobset["spec"]["replicatedJobs"]
+    spec = job["template"]["spec"]
+    assert job["replicas"] == 1
+    assert spec["completionMode"] == "Indexed"
+    assert spec["parallelism"] == spec["completions"]
+    (container,) = spec["template"]["spec"]["containers"]
+    name = jobset["metadata"]["name"]
+    command = " ".join([*container["command"], *container["args"]])
+    assert f"--coordinator={name}-{job['name']}-0-0.{name}:" in command
+    assert f"--processes={spec['parallelism']} " in command
+    assert "--process_id=$(JOB_COMPLETION_INDEX)" in command
+
+
+CONFIG = """
+from jaxdg.config import Config
+def get_config():
+    c = Config(steps=60, batch_size=4, log_every=1, eval_every=60, checkpoint_every=50)
+    c.data.crop = c.evaluation.stride = (32, 32)
+    c.data.streets.size = (48, 96)
+    c.data.streets.images = 12
+    c.data.streets.val_images = 5
+    c.model.pyramid = "batch"
+    c.optimizer.learning_rate = 1e-3
+    c.evaluation.domains = ("clear", "fog")
+    return c
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_are_one(tmp_path, monkeypatch):
+    """Two processes, stopped by SIGTERM to one and started again, train, normalise and judge as one process with two devices does.
+
+    The three starts are told of each other in three ways. Only the first process writes and prints.
+    """
+    (tmp_path / "tiny.py").write_text(CONFIG)
+    environment = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "JAXDG_CACHE": str(tmp_path), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+    command = ["-m", "jaxdg.train", f"--config={tmp_path}/tiny.py", f"--workdir={tmp_path}/two"]
+    metrics = tmp_path / "two" / "metrics.jsonl"
+    with Two(command, tmp_path, by_flags, **environment) as first:
+        first.wait_until(lambda: metrics.exists() and read_metrics(metrics.parent))
+        first.processes[1].send_signal(signal.SIGTERM)
+        assert [process.wait(timeout=300) for process in first.processes] == [0, 0], first.printed()
+    with Two(command, tmp_path, by_slurm, **environment) as second:
+        assert [process.wait(timeout=300) for process in second.processes] == [0, 0], second.printed()
+    command = ["-m", "jaxdg.evaluate", f"--checkpoint={tmp_path}/two", f"--out={tmp_path}/again"]
+    with Two(command, tmp_path, by_open_mpi, **environment) as third:
+        assert [process.wait(timeout=300) for process in third.processes] == [0, 0], third.printed()
+    stopped = int(re.search(r"\nstopped at step (\d+); run the same command to go on", first.printed()[0])[1])
+    assert 0 < stopped < 60
+    assert f"resuming from step {stopped}\n" in second.printed()[0]
+    assert all(line.startswith("[Gloo]") for start in (first, second, third) for line in start.printed()[1].splitlines())
+    assert len(list((tmp_path / "two" / "tensorboard").iterdir())) == 2  # one file a start
+
+    devices = jax.devices()[:2]
+    monkeypatch.setattr(jax, "devices", lambda: devices)
+    monkeypatch.setenv("JAXDG_CACHE", str(tmp_path))
+    before = jax.config.values["jax_disable_most_optimizations"]
+    jax.config.update("jax_disable_most_optimizations", True)
+    train.train(config_lib.from_file(tmp_path / "tiny.py"), tmp_path / "one", cli.console(quiet=True), cli.Interrupt())
+    jax.config.update("jax_disable_most_optimizations", before)
+    losses = [[row["loss"] for row in read_metrics(tmp_path / name) if "loss" in row] for name in ("one", "two")]
+    assert len(losses[0]) == 60
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+    one, two, again = (json.loads((tmp_path / name / "results.json").read_text()) for name in ("one", "two", "again"))
+    assert one == two == again
+    files = lambda name: sorted(str(path.relative_to(tmp_path / name)) for path in (tmp_path / name).rglob("qualitative/*"))
+    assert len(files("one")) == 4  # two images of each domain, whichever process has judged them
+    assert files("one") == files("two") == files("again")

@@ -1,0 +1,134 @@
+"""Exported models against `predict`, run by an interpreter that cannot import this package."""
+
+import json
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxdg import config as config_lib
+from jaxdg import export
+from jaxdg.config import Config, MeshConfig
+from jaxdg.tasks import Model, Plan, abstract_state, make_task
+from jaxdg.training import sharding
+from jaxdg.training.checkpoint import Checkpoints
+
+ALONE = """
+import sys
+for name in ("jaxdg", "flax", "orbax"):
+    sys.modules[name] = None  # importing one of them fails
+import jax, numpy as np
+import jax.export
+file, images, out = sys.argv[1:]
+model = jax.export.deserialize(open(file, "rb").read())
+found = [model.call(image) for image in np.load(images)]
+np.savez(out, **{f"{i}{k}": v for i, x in enumerate(found) for k, v in (x.items() if isinstance(x, dict) else [("", x)])})
+"""
+
+
+def config(decoder):
+    """Of a tiny model."""
+    c = Config(steps=1, task="detection" if decoder == "fcos" else "segmentation", mesh=MeshConfig(1, 1))
+    c.data.crop, c.evaluation.stride = (32, 64), (24, 48)
+    c.model.decoder = decoder
+    head = c.model.mask2former
+    head.hidden, head.heads, head.queries, head.pixel_layers, head.layers, head.points = 32, 2, 20, 1, 1, 64
+    c.model.fcos.channels, c.model.fcos.score_threshold = 32, 0.0
+    return config_lib.validated(c)
+
+
+def drawn(like):
+    """Random parameters, much sooner there than the model's own initialisation is compiled."""
+    rng = np.random.default_rng(2)
+
+    def draw(path, s):
+        name = jax.tree_util.keystr(path)
+        if "kernel" in name or "embed" in name:
+            return jnp.asarray(rng.normal(0, s.shape[-2] ** -0.5 if len(s.shape) > 1 else 1.0, s.shape), s.dtype)
+        return jnp.full(s.shape, float("scale" in name), s.dtype)
+
+    return jax.tree_util.tree_map_with_path(draw, like)
+
+
+def model_with(decoder):
+    """A model as `jaxdg.load` gives it."""
+    task = make_task(config(decoder))
+    plan = Plan.of(task, "none")
+    return Model(task, plan.graph, drawn(plan.abstract), 1)
+
+
+def alone(tmp_path, file, images):
+    """What the exported program makes of images where only JAX and NumPy can be imported."""
+    np.save(tmp_path / "images.npy", images)
+    arguments = [sys.executable, "-c", ALONE, file, tmp_path / "images.npy", tmp_path / "found.npz"]
+    done = subprocess.run(list(map(str, arguments)), capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    return dict(np.load(tmp_path / "found.npz"))
+
+
+def noise(*shape):
+    return np.random.default_rng(0).integers(0, 256, shape).astype(np.uint8)
+
+
+def test_an_exported_segmenter_is_predict_without_the_source(tmp_path):
+    """The file gives the very label maps of `predict`, of an image of several windows; what is beside it tells what they mean."""
+    model, images = model_with("mask2former"), noise(2, 50, 90, 3)
+    exported = export.export(model, (50, 90))
+    beside = export.write(model, exported, tmp_path / "model.stablehlo")
+    found = alone(tmp_path, tmp_path / "model.stablehlo", images)
+    for i, image in enumerate(images):
+        expected = model.predict(image)
+        assert len(np.unique(expected)) > 1
+        np.testing.assert_array_equal(found[str(i)], expected)
+    said = json.loads(beside.read_text())
+    assert said["classes"][:2] == ["road", "sidewalk"]
+    assert said["colors"][0] == [128, 64, 128]
+    assert said["input"]["shape"] == [50, 90, 3]
+    assert said["output"] == {"shape": [50, 90], "dtype": "uint8"}
+    assert (said["protocol"], said["window"], said["platforms"]) == ("native", [32, 64], ["cpu", "cuda"])
+
+
+def test_an_exported_detector_is_predict_without_the_source(tmp_path):
+    """Boxes, scores and classes are those of `predict`, of an image that does not fill the detector's size."""
+    model, image = model_with("fcos"), noise(32, 40, 3)
+    beside = export.write(model, export.export(model, (32, 40)), tmp_path / "model.stablehlo")
+    found = alone(tmp_path, tmp_path / "model.stablehlo", image[None])
+    expected = model.predict(image)
+    n = len(expected.scores)
+    assert n > 10
+    assert not np.any(found["0scores"][n:])
+    # The weights are constants of the exported program, with which the compiler computes in another order.
+    np.testing.assert_allclose(found["0scores"][:n], expected.scores, atol=1e-6)
+    np.testing.assert_allclose(found["0boxes"][:n], expected.boxes, atol=1e-3)
+    np.testing.assert_array_equal(found["0classes"][:n], expected.classes)
+    assert set(json.loads(beside.read_text())["output"]) == {"boxes", "scores", "classes"}
+    with pytest.raises(ValueError, match="size is 64x64; allowed: what fills 32x64"):
+        export.export(model, (64, 64))
+
+
+def test_a_batch_of_any_length():
+    """One program takes one image and three, and sees in each what `predict` sees."""
+    model, images = model_with("linear"), noise(3, 32, 64, 3)
+    exported = export.export(model, (32, 64), ["cpu"], batch=True)
+    for part in (images[:1], images):
+        np.testing.assert_array_equal(exported.call(part), [model.predict(image) for image in part])
+
+
+def test_the_command(tmp_path):
+    """`python -m jaxdg.export` writes both files of a workdir's checkpoint and says so."""
+    c, run = config("linear"), tmp_path / "run"
+    config_lib.claim(c, run)
+    mesh = sharding.make_mesh(c.mesh, jax.devices()[:1])
+    checkpoints = Checkpoints(run)
+    checkpoints.save(drawn(abstract_state(Plan.of(make_task(c), "none"), c, mesh)[0]))
+    checkpoints.close()
+    command = [sys.executable, "-m", "jaxdg.export", "--checkpoint", str(run), "--out", str(tmp_path / "m.stablehlo")]
+    done = subprocess.run([*command, "--platform", "cpu"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "images uint8 [32, 64, 3], for cpu" in done.stdout
+    assert (tmp_path / "m.json").is_file()
+    with pytest.raises(ValueError, match="--size is '32'; allowed: height x width"):
+        export.parse_size("32")
