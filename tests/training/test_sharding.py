@@ -141,9 +141,9 @@ def test_parameters_and_moments_are_divided(runs, name, parts):
         for path, leaf in nnx.to_flat_state(tree):
             array = leaf[...]
             last = str(path[-1])
-            split, axis = last.endswith(("kernel", "pos_embed")), -1 if array.shape[-1] % parts == 0 else -2
-            expected = list(array.shape)
-            expected[axis] //= parts if split else 1
+            split, expected = last.endswith(("kernel", "pos_embed")), list(array.shape)
+            if split:
+                expected[-1 if array.shape[-1] % parts == 0 else -2] //= parts
             assert {shard.data.shape for shard in array.addressable_shards} == {tuple(expected)}, path
             divided += split
             if split and "segments" in path:
