@@ -3,8 +3,8 @@
 `jax.distributed` finds the processes and watches over them. Around it there is here what a command needs: nothing is started for a single
 process, one process writes, all stop at the same step, and none waits for ever for another:
 
-- A process that was killed, frozen or cut off sends no heartbeats. Jax notices within `HEARTBEAT` seconds, at once if it was the first
-  process, says which it was and aborts all others.
+- A process that was killed, frozen or cut off sends no heartbeats. Jax notices within `HEARTBEAT` seconds, at once if the first process was
+  killed, and aborts all others with a message.
 - A process that fails prints its error and ends without waiting for the others, which then miss it.
 - A process that hangs, in a read from a dead file system for instance, still sends heartbeats. All get stuck with it, and each ends when
   for `--patience` minutes no step and no batch has, printing where it stands.
@@ -49,7 +49,7 @@ def joined() -> Iterator[None]:
     """Joins the other processes of a run, if there are any, as the flags or the launcher say; inside, they are one machine to jax.
 
     Raises:
-        ValueError: they did not find each other.
+        ValueError: see `start`.
     """
     f = flags.FLAGS
     if not start(f.coordinator, f.processes, f.process_id):
@@ -81,7 +81,7 @@ def start(coordinator: str | None, processes: int | None, process_id: int | None
         Whether there are several processes.
 
     Raises:
-        ValueError: they did not find each other, or something was not given and the launcher does not say it.
+        ValueError: something was not given and the launcher does not say it. Where the others do not come, jax aborts after 5 minutes.
     """
     if processes == 1 or (coordinator is processes is process_id is None and not launched()):
         return False
