@@ -12,7 +12,7 @@ from flax import nnx
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
-from jaxtyping import Array, Float, Key, UInt8
+from jaxtyping import Array, Float, Int32, Key, UInt8
 import numpy as np
 
 from jaxdg import distributed, segmentation, visualize, weights
@@ -91,17 +91,23 @@ class Segmentation(ImageTask):
         return {**model.head.loss(output, self.targets(batch)["label"], normalizer, point_key), **texture}
 
     def predictor(self, graph: nnx.GraphDef) -> Predict:
-        """See `Task.predictor`: to label maps uint8 [h, w], by sliding windows; compiles once a size."""
+        """See `Task.predictor`: to label maps uint8 [h, w], by sliding windows; compiles once for many sizes, see `shared_side`."""
         c = self.config
+        window, stride, per_call = c.data.crop, c.evaluation.stride, c.evaluation.windows_per_call
 
         @jax.jit
-        def label_map(state: ModelState, image: UInt8[Array, "h w 3"]) -> UInt8[Array, "h w"]:
+        def label_map(state: ModelState, image: UInt8[Array, "h w 3"], size: Int32[Array, "2"]) -> UInt8[Array, "h w"]:
             model = nnx.merge(graph, *state)
-            stride, per_call = c.evaluation.stride, c.evaluation.windows_per_call
-            scores = segmentation.sliding_window(model.scores, self.normalize(image[None]), c.data.crop, stride, per_call)
+            scores = segmentation.sliding_window(model.scores, self.normalize(image[None]), window, stride, per_call, size[None])
             return jnp.argmax(scores[0], axis=-1).astype(jnp.uint8)
 
-        return lambda state, image: np.asarray(label_map(state, jnp.asarray(image)))
+        def predict(state: ModelState, image: UInt8[np.ndarray, "h w 3"]) -> UInt8[np.ndarray, "h w"]:
+            h, w = image.shape[:2]
+            shared = [segmentation.shared_side(*side) for side in zip((h, w), window, stride, strict=True)]
+            padded = np.pad(image, ((0, shared[0] - h), (0, shared[1] - w), (0, 0)))
+            return np.ascontiguousarray(np.asarray(label_map(state, jnp.asarray(padded), jnp.array((h, w), jnp.int32)))[:h, :w])
+
+        return predict
 
     def labeller(self, graph: nnx.GraphDef) -> Callable[[ModelState, Batch, protocols.Protocol], UInt8[Array, "b h w"]]:
         """A function of (model state, batch of `eval_batches`, its protocol) to label maps of the labels' size.

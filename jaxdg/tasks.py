@@ -126,7 +126,7 @@ class Model:
         """What is seen in an image.
 
         Args:
-            image: RGB, uint8 [h, w, 3], of any size; segmentation compiles once for each new size.
+            image: RGB, uint8 [h, w, 3], of any size; segmentation compiles once for many alike.
 
         Returns:
             Of segmentation, ids into `labels.names` of every pixel. Of detection, the boxes of the things found, their scores and classes;

@@ -62,7 +62,7 @@ def jaxdg_batches(dataset: Dataset, batch_size: int = BATCH, workers: int = 0) -
 
 def torch_batches(root: Path) -> Iterator[Any]:
     """Endless batches of a PyTorch DataLoader whose steps are those of mmsegmentation's pipeline."""
-    import torch
+    import torch  # pyright: ignore[reportMissingImports]
 
     torch.set_num_threads(1)
     table = np.full(256, IGNORE, np.uint8)

@@ -6,7 +6,7 @@ Run by hand where `torchmetrics` is installed: `python scripts/golden_jaccard.py
 from pathlib import Path
 
 import numpy as np
-import torch
+import torch  # pyright: ignore[reportMissingImports]
 from torchmetrics.classification import MulticlassJaccardIndex  # pyright: ignore[reportMissingImports]
 
 OUT = Path(__file__).resolve().parent.parent / "tests" / "golden" / "jaccard.npz"

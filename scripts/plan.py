@@ -39,7 +39,7 @@ from jaxdg.data.transforms import BOX_FIELDS
 from jaxdg.task import Task
 from jaxdg.training import sharding
 from jaxdg.training.step import make_step
-from scripts.flops import count
+from scripts.flops import PEAK_TFLOPS, count
 
 LINK_SHARE = 0.8  # of the interconnect's peak that collectives reach
 USABLE = 0.9  # of the memory; the rest is for the runtime, the compiler's own buffers and fragmentation
@@ -72,13 +72,13 @@ class Accelerator:
 # network card a GPU as in DGX H100, DGX H200 (400 Gb/s) and DGX A100 (200 Gb/s). TPUs: docs.cloud.google.com/tpu/docs, and for a ring along
 # one axis of the torus and for the data centre's network the tables of jax-ml.github.io/scaling-book/tpus.
 ACCELERATORS = {
-    "h100": Accelerator(989e12, 0.5, 80e9, 3.35e12, 450e9, 8, 50e9),
-    "h200": Accelerator(989e12, 0.5, 141e9, 4.8e12, 450e9, 8, 50e9),
-    "a100": Accelerator(312e12, 0.5, 80e9, 2.039e12, 300e9, 8, 25e9),
-    "tpu_v4": Accelerator(275e12, 1.0, 32 * 2**30, 1.2e12, 90e9, 4096, 6.25e9),
-    "tpu_v5e": Accelerator(197e12, 1.0, 16e9, 819e9, 90e9, 256, 3.125e9),
-    "tpu_v5p": Accelerator(459e12, 1.0, 95e9, 2.765e12, 180e9, 8960, 6.25e9),
-    "tpu_v6e": Accelerator(918e12, 1.0, 32e9, 1.638e12, 180e9, 256, 12.5e9),
+    "h100": Accelerator(PEAK_TFLOPS["H100"] * 1e12, 0.5, 80e9, 3.35e12, 450e9, 8, 50e9),
+    "h200": Accelerator(PEAK_TFLOPS["H200"] * 1e12, 0.5, 141e9, 4.8e12, 450e9, 8, 50e9),
+    "a100": Accelerator(PEAK_TFLOPS["A100"] * 1e12, 0.5, 80e9, 2.039e12, 300e9, 8, 25e9),
+    "tpu_v4": Accelerator(PEAK_TFLOPS["TPU v4"] * 1e12, 1.0, 32 * 2**30, 1.2e12, 90e9, 4096, 6.25e9),
+    "tpu_v5e": Accelerator(PEAK_TFLOPS["TPU v5 lite"] * 1e12, 1.0, 16e9, 819e9, 90e9, 256, 3.125e9),
+    "tpu_v5p": Accelerator(PEAK_TFLOPS["TPU v5"] * 1e12, 1.0, 95e9, 2.765e12, 180e9, 8960, 6.25e9),
+    "tpu_v6e": Accelerator(PEAK_TFLOPS["TPU v6 lite"] * 1e12, 1.0, 32e9, 1.638e12, 180e9, 256, 12.5e9),
 }
 
 

@@ -37,7 +37,13 @@ class Setup:
     """A configuration's model, step and made-up batch; arrays exist once they are asked for."""
 
     def __init__(self, config: Config, classes: int | None = None):
-        """Weights and data that the configuration names are not read; `classes` makes the labels so many."""
+        """Weights and data that the configuration names are not read; `classes` makes the labels so many.
+
+        Raises:
+            ValueError: TLDR is on, whose batches are made with weights that are not read.
+        """
+        if config.tldr.on:
+            raise ValueError("tldr.on is True; allowed: False, for TLDR's batches are made with weights, and none are read here")
         config.model.weights = config.model.text_weights = config.model.start = None
         self.config = config
         self.task = tasks.make_task(config)

@@ -4,10 +4,12 @@ import json
 import os
 from pathlib import Path
 import re
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 
 import jax
@@ -73,7 +75,8 @@ class Two:
             free.bind(("localhost", 0))
             port = free.getsockname()[1]
         common = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=1", "OMP_NUM_THREADS": "1"}
-        self.outputs, self.processes = [folder / f"{launcher.__name__}{i}" for i in range(2)], []
+        place = Path(tempfile.mkdtemp(dir=folder))
+        self.outputs, self.processes = [place / f"{i}" for i in range(2)], []
         for i, path in enumerate(self.outputs):
             flags, own = launcher(port, i)
             with path.open("w") as out:
@@ -212,16 +215,22 @@ def get_config():
 def test_two_processes_are_one(tmp_path, monkeypatch):
     """Two processes, stopped by SIGTERM to one and started again, train, normalise and judge as one process with two devices does.
 
-    The three starts are told of each other in three ways. Only the first process writes and prints.
+    The starts are told of each other in three ways. Only the first process writes and prints. A checkpoint that cannot be read ends both.
     """
     (tmp_path / "tiny.py").write_text(CONFIG)
     environment = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "JAXDG_CACHE": str(tmp_path), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
     command = ["-m", "jaxdg.train", f"--config={tmp_path}/tiny.py", f"--workdir={tmp_path}/two"]
     metrics = tmp_path / "two" / "metrics.jsonl"
-    with Two(command, tmp_path, by_flags, **environment) as first:
+    with Two(command, tmp_path, **environment) as first:
         first.wait_until(lambda: metrics.exists() and read_metrics(metrics.parent))
         first.processes[1].send_signal(signal.SIGTERM)
         assert [process.wait(timeout=300) for process in first.processes] == [0, 0], first.printed()
+    shutil.copytree(tmp_path / "two", tmp_path / "damaged")
+    damaged = max((tmp_path / "damaged" / "checkpoints").rglob("d/*"), key=lambda path: path.stat().st_size)
+    damaged.write_bytes(b"")
+    with Two([*command[:-1], f"--workdir={tmp_path}/damaged"], tmp_path, **environment) as refused:
+        assert 0 not in [process.wait(timeout=300) for process in refused.processes]
+    assert re.search(r"error: checkpoint .*checkpoints/\d+ cannot be read by process .*; move this folder away", "".join(refused.printed()))
     with Two(command, tmp_path, by_slurm, **environment) as second:
         assert [process.wait(timeout=300) for process in second.processes] == [0, 0], second.printed()
     command = ["-m", "jaxdg.evaluate", f"--checkpoint={tmp_path}/two", f"--out={tmp_path}/again"]

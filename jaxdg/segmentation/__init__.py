@@ -6,7 +6,7 @@ from jaxdg.segmentation.mask2former import Mask2Former, Mask2FormerConfig
 from jaxdg.segmentation.mean_iou import confusion_matrix, iou
 from jaxdg.segmentation.segformer import SegformerConfig, SegformerHead
 from jaxdg.segmentation.segmenter import Segmenter, SegmenterConfig
-from jaxdg.segmentation.sliding_window import label_map, mirror, resize_scores, sliding_window, window_starts
+from jaxdg.segmentation.sliding_window import label_map, mirror, resize_scores, shared_side, sliding_window, window_starts
 
 __all__ = [
     "ClipTextHead",
@@ -23,6 +23,7 @@ __all__ = [
     "label_map",
     "mirror",
     "resize_scores",
+    "shared_side",
     "sliding_window",
     "window_starts",
 ]

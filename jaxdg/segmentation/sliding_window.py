@@ -9,6 +9,8 @@ lie, how many there are and how scores are resized follows from those. What stan
 """
 
 from collections.abc import Callable
+import itertools
+import math
 from typing import Any
 
 import jax
@@ -36,6 +38,15 @@ def window_starts(size: int, window: int, stride: int) -> tuple[int, ...]:
     last = max(size - window, 0)
     count = (last + stride - 1) // stride + 1
     return tuple(min(i * stride, last) for i in range(count))
+
+
+def shared_side(size: int, window: int, stride: int) -> int:
+    """Length that a side is padded to, so that images of many sizes share one program: that of 1, 2, 3, 4, 6, 8, 12, 16, .. windows.
+
+    As padding makes no window more, only memory grows with it.
+    """
+    needed, shared = len(window_starts(size, window, stride)), (math.ceil(2 ** (i / 2)) for i in itertools.count())
+    return window + (next(count for count in shared if count >= needed) - 1) * stride
 
 
 def sliding_window(

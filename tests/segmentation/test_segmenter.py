@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxdg import tasks, weights
+from jaxdg import segmentation, tasks, weights
 from jaxdg.backbones import VitConfig, layers, zoo
 from jaxdg.config import Config, MeshConfig, validated
 from jaxdg.data.labels import CAMVID, CITYSCAPES, LabelSet
@@ -260,3 +260,19 @@ def test_predict_takes_numpy_and_jax_arrays(model):
     image = Noise()[1]["image"]
     np.testing.assert_array_equal(model.predict(jnp.asarray(image)), model.predict(image))
     assert model.predict(image[:5, :7]).shape == (5, 7)
+
+
+def test_predict_compiles_once_for_many_sizes(run, monkeypatch):
+    """Eight sizes of one to three windows a side take four programs, and each gets the scores of an array of its own size."""
+    task, plan, _, host = run
+    state, traced, plain = jax.device_put(host, jax.devices()[0]), [], segmentation.sliding_window
+    monkeypatch.setattr(segmentation, "sliding_window", lambda *a: (traced.append(a[1].shape), plain(*a))[1])
+    predict, rng = task.predictor(plan.graph), np.random.default_rng(0)
+    scores = jax.jit(lambda image: plain(nnx.merge(plan.graph, *state).scores, task.normalize(image[None]), (16, 16), (8, 8), 8)[0])
+    for size in ((16, 16), (9, 12), (17, 24), (20, 23), (24, 18), (25, 32), (30, 31), (32, 17)):
+        image = rng.integers(0, 256, (*size, 3)).astype(np.uint8)
+        best = np.sort(np.asarray(scores(jnp.asarray(image))), axis=-1)
+        sure = best[..., -1] - best[..., -2] > 1e-4
+        assert sure.mean() > 0.9
+        np.testing.assert_array_equal(predict(state, image)[sure], np.asarray(scores(jnp.asarray(image))).argmax(-1)[sure])
+    assert traced == [(1, 16, 16, 3), (1, 24, 24, 3), (1, 32, 32, 3), (1, 32, 24, 3)]

@@ -9,7 +9,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 import numpy as np
 import pytest
 
-from jaxdg.segmentation.sliding_window import label_map, mirror, resize_scores, sliding_window, window_starts
+from jaxdg.segmentation.sliding_window import label_map, mirror, resize_scores, shared_side, sliding_window, window_starts
 
 
 def scores_of(windows, xp=jnp):
@@ -72,6 +72,18 @@ def test_windows_cover_every_pixel_and_stay_inside():
                 assert covered == set(range(size))
                 assert len(set(starts)) == len(starts)
                 assert all(second - first <= stride for first, second in itertools.pairwise(starts))
+
+
+def test_few_sides_are_shared_by_all_sizes():
+    """Every side holds its sizes, has their number of windows rounded up to half a power of 2, and is never twice what it need be."""
+    assert [shared_side(size, 512, 426) for size in (300, 512, 513, 1024, 1914, 2048)] == [512, 512, 938, 1364, 2642, 2642]
+    for window, stride in ((16, 16), (16, 7), (9, 1)):
+        sides = [shared_side(size, window, stride) for size in range(1, 3000)]
+        assert all(size <= side < 2 * max(size, window) + window for size, side in enumerate(sides, 1))
+        assert len(set(sides)) <= 24
+        for size, side in enumerate(sides, 1):
+            count = len(window_starts(size, window, stride))
+            assert count <= len(window_starts(side, window, stride)) < 1.5 * count + 1
 
 
 @pytest.mark.parametrize(

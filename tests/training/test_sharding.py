@@ -23,6 +23,20 @@ def adam(state):
     return found
 
 
+def first_gradients(state):
+    """Of a state after its first step without clipping, by path: the first moments are a tenth of them."""
+    return {path: 10 * np.asarray(leaf, np.float64) for path, leaf in nnx.to_flat_state(adam(state).mu)}
+
+
+@pytest.fixture
+def compiled_quickly():
+    """What is compiled here runs slowly; how it is divided stays as it is."""
+    before = jax.config.values["jax_disable_most_optimizations"]
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
+
+
 @pytest.fixture(scope="module")
 def runs(make_run, tmp_path_factory):
     """Per mesh: the losses of six steps, the gradients of the first, the last state, and how often the step was compiled.
@@ -40,8 +54,8 @@ def runs(make_run, tmp_path_factory):
                 checkpoints = Checkpoints(results["saved"])
                 checkpoints.save(state)
                 checkpoints.close()
-            if i == 0:  # nothing is clipped, so the first moments are a tenth of the gradients
-                gradients = {path: 10 * np.asarray(leaf, np.float64) for path, leaf in nnx.to_flat_state(adam(state).mu)}
+            if i == 0:
+                gradients = first_gradients(state)
         results[name] = {"losses": losses, "gradients": gradients, "state": state, "compiled": step._cache_size()}
     return results
 
@@ -112,21 +126,32 @@ def test_eight_devices_hold_an_eighth_each(experiment):
     assert held <= total / 7
 
 
-def test_mask2former_agrees_on_eight_devices(make_run):
-    """Its losses are normalised over the global batch: three steps on data=4, fsdp=2 lose what they lose on one device."""
+def test_mask2former_agrees_on_eight_devices(make_run, compiled_quickly):
+    """Its losses are normalised over the global batch: three steps on data=4, fsdp=2 lose what they lose on one device.
+
+    Gradients agree to 1e-5, but for biases that a normalisation takes away, whose gradients are 0 up to rounding. Where the partitioner
+    was free to divide features as parameters are, those of all that the deformable attention reads were wrong on this mesh.
+    """
     sizes = Mask2FormerOptions(hidden=32, queries=20, heads=4, pixel_layers=1, pixel_ffn=16, layers=2, ffn=16, points=64)
     model = {"decoder": "mask2former", "mask2former": sizes, "pyramid": "batch", "taps": (1, 3, 5, 7)}
-    losses = {}
+    side, losses, gradients = (32, 32), {}, {}  # so that the coarsest level has more than one pixel, which its norm would take away
     for name in ("1", "4x2"):
-        run = make_run(MESHES[name], model=model, optimizer={"learning_rate": 1e-3})
+        optimizer = {"learning_rate": 1e-3, "clip": 0.0}
+        run = make_run(MESHES[name], model=model, optimizer=optimizer, data={"crop": side}, evaluation={"stride": side})
         step, state = run.step(), run.state()
         losses[name] = []
         for i in range(3):
             state, metrics = step(state, run.batch(i))
             losses[name].append([float(metrics[term]) for term in ("loss", "class", "mask", "dice")])
+            if i == 0:
+                gradients[name] = first_gradients(state)
         assert step._cache_size() == 1
     np.testing.assert_allclose(losses["4x2"], losses["1"], rtol=1e-4)
     assert losses["1"][2] != losses["1"][0]
+    norms = {path: np.linalg.norm(gradient) for path, gradient in gradients["1"].items()}
+    for path in [path for path, norm in norms.items() if norm > 1e-6]:
+        assert np.linalg.norm(gradients["4x2"][path] - gradients["1"][path]) <= 1e-5 * norms[path], path
+    assert not [(path, norm) for path, norm in norms.items() if norm <= 1e-6 and path[-1] != "bias"]
 
 
 @pytest.mark.parametrize(("name", "parts"), [("1", 1), ("data=8", 1), ("fsdp=8", 8), ("4x2", 2)])

@@ -1,0 +1,84 @@
+"""What commands keep: compiled programs between runs, and memory between steps."""
+
+import os
+import platform
+import subprocess
+import sys
+import time
+
+import pytest
+
+# Compiles a function, with jax's own count of the programs that it found compiled.
+COMPILE = """
+import jax, os
+from jaxdg import runtime
+found = []
+jax.monitoring.register_event_listener(lambda name, **_: found.append(name) if name.endswith("cache_hits") else None)
+runtime.set_up()
+print(jax.jit(lambda x: x * 3 + 1)(2.0), len(found), jax.config.jax_compilation_cache_dir)
+"""
+# Bytes resident after 256 MB were taken and given back, twenty times over, and the most there were.
+TAKE = """
+import pathlib, resource, sys
+from jaxdg import runtime
+if sys.argv[1] == "kept":
+    runtime.keep_memory()
+for _ in range(20):
+    len(b"x" * 2**28)
+pages = int(pathlib.Path("/proc/self/statm").read_text().split()[1])
+print(pages * resource.getpagesize(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+"""
+
+
+def python(code: str, *arguments: str, **environment: str) -> list[str]:
+    """What a new process prints, in words."""
+    own = {name: value for name, value in os.environ.items() if not name.startswith("JAX")}
+    own |= {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", **environment}
+    done = subprocess.run([sys.executable, "-c", code, *arguments], env=own, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert not done.stderr, done.stderr
+    return done.stdout.split()
+
+
+def test_the_second_run_finds_the_first_ones_programs(tmp_path):
+    """They lie beside what else is kept; those that nothing read for a month are deleted."""
+    programs = tmp_path / "programs"
+    value, found, folder = python(COMPILE, JAXDG_CACHE=str(tmp_path))
+    assert (float(value), int(found), folder) == (7.0, 0, str(programs))
+    stored = set(programs.iterdir())
+    assert stored
+    (programs / "old-cache").write_bytes(b"")
+    (programs / "used-cache").write_bytes(b"")
+    for name, days in (("old-cache", 31), ("used-cache", 29)):
+        os.utime(programs / name, (time.time() - 86_400 * days,) * 2)
+    value, found, _ = python(COMPILE, JAXDG_CACHE=str(tmp_path))
+    assert float(value) == 7.0
+    assert int(found) > 0
+    assert set(programs.iterdir()) == stored | {programs / "used-cache"}
+
+
+def test_a_folder_of_the_users_own_is_left_alone(tmp_path):
+    """`JAX_COMPILATION_CACHE_DIR` wins, and old programs in it stay."""
+    own = tmp_path / "own"
+    own.mkdir()
+    (own / "old-cache").write_bytes(b"")
+    os.utime(own / "old-cache", (0, 0))
+    assert python(COMPILE, JAXDG_CACHE=str(tmp_path / "cache"), JAX_COMPILATION_CACHE_DIR=str(own))[2] == str(own)
+    assert (own / "old-cache").exists()
+    assert not (tmp_path / "cache").exists()
+
+
+def test_a_folder_that_cannot_be_made_is_no_error(tmp_path):
+    """Nothing is kept then."""
+    (tmp_path / "file").write_bytes(b"")
+    assert python(COMPILE, JAXDG_CACHE=str(tmp_path / "file"))[2] == "None"
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc's malloc is meant")
+def test_memory_is_kept_and_does_not_grow():
+    """256 MB that were freed stay with the process, where without it they do not; twenty times over, it is no larger than after one."""
+    size = 2**28
+    (given_back, _), (kept, most) = (map(int, python(TAKE, how)) for how in ("given back", "kept"))
+    assert given_back < size
+    assert kept > size
+    assert most < 2 * size
