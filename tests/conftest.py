@@ -18,6 +18,8 @@ if "JAXDG_CACHE" not in os.environ:
     os.environ["JAXDG_CACHE"] = tempfile.mkdtemp(prefix="jaxdg_tests_")
     atexit.register(shutil.rmtree, os.environ["JAXDG_CACHE"], ignore_errors=True)
 
+import jax
+from jax.experimental.compilation_cache import compilation_cache
 from jaxtyping import install_import_hook
 import pytest
 
@@ -45,6 +47,29 @@ def data_path():
 def weights_path():
     """`weights_path("vit_tiny_patch16_224.safetensors")`: real weights below `JAXDG_WEIGHTS`."""
     return lambda relative="": shared("JAXDG_WEIGHTS", "weights", relative)
+
+
+@pytest.fixture(scope="module")
+def compiled_quickly(tmp_path_factory):
+    """What a module compiles, here and in processes it starts, takes a third of the time, serves the next test, and runs slowly.
+
+    For tests of what a run does and leaves behind, not of how closely it computes; how arrays are divided over devices stays as it is.
+    """
+    settings = {
+        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")),
+        "jax_persistent_cache_min_compile_time_secs": 0.5,
+        "jax_disable_most_optimizations": True,
+    }
+    with pytest.MonkeyPatch.context() as patch:
+        before = {name: jax.config.values[name] for name in settings}
+        for name, value in settings.items():
+            jax.config.update(name, value)
+            patch.setenv(name.upper(), str(value))
+        compilation_cache.reset_cache()
+        yield
+        for name, value in before.items():
+            jax.config.update(name, value)
+        compilation_cache.reset_cache()
 
 
 @pytest.fixture(scope="session")

@@ -212,13 +212,13 @@ def get_config():
 
 
 @pytest.mark.slow
-def test_two_processes_are_one(tmp_path, monkeypatch):
+def test_two_processes_are_one(tmp_path, monkeypatch, compiled_quickly):
     """Two processes, stopped by SIGTERM to one and started again, train, normalise and judge as one process with two devices does.
 
     The starts are told of each other in three ways. Only the first process writes and prints. A checkpoint that cannot be read ends both.
     """
     (tmp_path / "tiny.py").write_text(CONFIG)
-    environment = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "JAXDG_CACHE": str(tmp_path), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+    environment = {"JAXDG_CACHE": str(tmp_path)}
     command = ["-m", "jaxdg.train", f"--config={tmp_path}/tiny.py", f"--workdir={tmp_path}/two"]
     metrics = tmp_path / "two" / "metrics.jsonl"
     with Two(command, tmp_path, **environment) as first:
@@ -245,10 +245,7 @@ def test_two_processes_are_one(tmp_path, monkeypatch):
     devices = jax.devices()[:2]
     monkeypatch.setattr(jax, "devices", lambda: devices)
     monkeypatch.setenv("JAXDG_CACHE", str(tmp_path))
-    before = jax.config.values["jax_disable_most_optimizations"]
-    jax.config.update("jax_disable_most_optimizations", True)
     train.train(config_lib.from_file(tmp_path / "tiny.py"), tmp_path / "one", cli.console(quiet=True), cli.Interrupt())
-    jax.config.update("jax_disable_most_optimizations", before)
     losses = [[row["loss"] for row in read_metrics(tmp_path / name) if "loss" in row] for name in ("one", "two")]
     assert len(losses[0]) == 60
     assert losses[1] == pytest.approx(losses[0], rel=1e-5)

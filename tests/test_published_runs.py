@@ -70,14 +70,14 @@ def folder(tmp_path_factory):
 
 
 def environment(folder: Path, devices: int) -> dict[str, str]:
-    """Of a process with so many devices that compiles quickly."""
+    """Of a process with so many devices."""
     flags = f"--xla_force_host_platform_device_count={devices}"
-    own = {"JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "JAXDG_CACHE": str(folder / "index")}
+    own = {"JAX_PLATFORMS": "cpu", "JAXDG_CACHE": str(folder / "index")}
     return os.environ | own | {"XLA_FLAGS": flags}
 
 
 @pytest.fixture(scope="module")
-def gta5(folder):
+def gta5(folder, compiled_quickly):
     """A finished `python -m jaxdg.train --config configs/gta5_eva02.py` with a small encoder and Mask2Former, and what it printed."""
     values = {f"model.{name}": value for name, value in MASK2FORMER.items()} | {"steps": 3, "batch_size": 2, "log_every": 1}
     values |= {"data.root": folder / "data", "data.workers": 0, "evaluation.batch_size": 1, "evaluation.stride": (426, 426)}
@@ -91,16 +91,13 @@ def gta5(folder):
 
 
 @pytest.fixture
-def here(folder, monkeypatch):
+def here(folder, monkeypatch, compiled_quickly):
     """Runs in this process: on one device, quickly compiled, with `folder` as the working directory."""
     monkeypatch.setenv("JAXDG_CACHE", str(folder / "index"))
     first = jax.devices()[:1]
     monkeypatch.setattr(jax, "devices", lambda: first)
     monkeypatch.chdir(folder)
-    before = jax.config.values["jax_disable_most_optimizations"]
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield lambda c, workdir: train.train(c, Path(workdir), cli.console(), cli.Interrupt())
-    jax.config.update("jax_disable_most_optimizations", before)
+    return lambda c, workdir: train.train(c, Path(workdir), cli.console(), cli.Interrupt())
 
 
 def losses(workdir: str | Path) -> list[float]:
@@ -247,7 +244,7 @@ if __name__ == "__main__":
 
 
 @pytest.mark.slow
-def test_two_processes_of_four_workers_are_one(folder):
+def test_two_processes_of_four_workers_are_one(folder, compiled_quickly):
     """Real processes that share a batch and an odd number of images give the losses and IoUs of one process with two devices."""
     (folder / "host.py").write_text(HOST)
     with socket.socket() as free:

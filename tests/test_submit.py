@@ -6,6 +6,7 @@ import subprocess
 import sys
 import zipfile
 
+import jax
 import numpy as np
 from PIL import Image
 import pytest
@@ -129,10 +130,12 @@ def test_every_fault_is_listed(tmp_path):
     assert len(wrong) == 9
 
 
-def test_commands_write_the_models_label_maps(tmp_path, monkeypatch):
+def test_commands_write_the_models_label_maps(tmp_path, monkeypatch, compiled_quickly):
     """A trained checkpoint predicts a tree's test images at their sizes; too few for the server, they are not packed."""
     dataset, benchmark, _ = opened("cityscapes", tmp_path, monkeypatch)
-    c = Config(steps=1, batch_size=8, log_every=1, eval_every=0, checkpoint_every=1)
+    first = jax.devices()[:1]
+    monkeypatch.setattr(jax, "devices", lambda: first)
+    c = Config(steps=1, batch_size=2, log_every=1, eval_every=0, checkpoint_every=1)
     c.data.crop = c.evaluation.stride = (32, 32)
     c.data.streets.size, c.model.pyramid = (32, 32), "none"
     train.train(validated(c), tmp_path / "run", cli.console(), cli.Interrupt())

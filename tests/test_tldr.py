@@ -6,7 +6,6 @@ from typing import Any
 
 from flax import nnx
 import jax
-from jax.experimental.compilation_cache import compilation_cache
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -78,22 +77,10 @@ def test_layers_are_quarters_and_stages():
 
 
 @pytest.fixture(scope="module", autouse=True)
-def small(tmp_path_factory):
+def small(compiled_quickly):
     """A small encoder in the zoo; what one run compiles serves the next."""
     zoo.ZOO["tiny8"] = zoo.Entry(VitConfig(width=16, depth=2, heads=2, patch_size=8, taps=(0, 1)))
-    settings = {
-        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")),
-        "jax_persistent_cache_min_compile_time_secs": 0.5,
-        "jax_disable_most_optimizations": True,  # most of the time would go into compiling
-    }
-    before = {name: jax.config.values[name] for name in settings}
-    for name, value in settings.items():
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
     yield
-    for name, value in before.items():
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
     del zoo.ZOO["tiny8"]
 
 

@@ -5,7 +5,6 @@ from pathlib import Path
 import shutil
 
 import jax
-from jax.experimental.compilation_cache import compilation_cache
 import numpy as np
 import pytest
 
@@ -70,25 +69,13 @@ def finish(c: Config, workdir: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory):
+def trained(tmp_path_factory, compiled_quickly):
     """The folder of a run of each task; what one compiles serves the next."""
     zoo.ZOO["tiny8"] = zoo.Entry(VitConfig(width=16, depth=2, heads=2, patch_size=8, taps=(1,)))
     folder = tmp_path_factory.mktemp("runs")
-    settings = {
-        "jax_compilation_cache_dir": str(folder / "compiled"),
-        "jax_persistent_cache_min_compile_time_secs": 0.5,
-        "jax_disable_most_optimizations": True,  # most of the time would go into compiling
-    }
-    before = {name: jax.config.values[name] for name in settings}
-    for name, value in settings.items():
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
     for task in ("segmentation", "detection"):
         finish(tiny(task), folder / f"{task}_seed0")
     yield folder
-    for name, value in before.items():
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
     del zoo.ZOO["tiny8"]
 
 

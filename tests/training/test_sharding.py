@@ -28,15 +28,6 @@ def first_gradients(state):
     return {path: 10 * np.asarray(leaf, np.float64) for path, leaf in nnx.to_flat_state(adam(state).mu)}
 
 
-@pytest.fixture
-def compiled_quickly():
-    """What is compiled here runs slowly; how it is divided stays as it is."""
-    before = jax.config.values["jax_disable_most_optimizations"]
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
-
-
 @pytest.fixture(scope="module")
 def runs(make_run, tmp_path_factory):
     """Per mesh: the losses of six steps, the gradients of the first, the last state, and how often the step was compiled.
@@ -126,7 +117,7 @@ def test_eight_devices_hold_an_eighth_each(experiment):
     assert held <= total / 7
 
 
-def test_mask2former_agrees_on_eight_devices(make_run, compiled_quickly):
+def test_mask2former_agrees_on_eight_devices(make_run):
     """Its losses are normalised over the global batch: three steps on data=4, fsdp=2 lose what they lose on one device.
 
     Gradients agree to 1e-5, but for biases that a normalisation takes away, whose gradients are 0 up to rounding. Where the partitioner
