@@ -168,7 +168,7 @@ td b{font-weight:700}
 .missing{font-style:italic;color:var(--muted)}
 .panels{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,24rem),1fr));gap:1.5rem 2rem;align-items:start}
 svg.plot{display:block;max-width:100%;height:auto}
-.tiles{display:grid;grid-template-columns:repeat(auto-fit,minmax(9.5rem,1fr));gap:.6rem;margin:0 0 1.4rem}
+.tiles{display:grid;grid-auto-flow:column;grid-auto-columns:minmax(0,1fr);gap:.6rem;margin:0 0 1.4rem}
 .tiles figure{margin:0}
 .tiles img{display:block;width:100%;height:auto;border:1px solid var(--line)}
 .tiles figcaption{font-size:.8rem;line-height:1.3;padding:.2rem 0 0}
@@ -187,7 +187,7 @@ thead th:first-child,tbody th{position:sticky;left:0;background:var(--paper);min
 thead th:first-child{z-index:1}
 dl{grid-template-columns:1fr;gap:0}
 dd{margin-bottom:.5rem}
-.tiles{grid-template-columns:repeat(2,1fr)}
+.tiles{grid-auto-flow:row;grid-template-columns:repeat(2,1fr)}
 }
 @media print{
 @page{size:A4;margin:14mm 13mm}
@@ -205,7 +205,7 @@ thead{display:table-header-group}
 table{font-size:.85rem}
 th,td{padding:.15rem .4rem}
 .panels{grid-template-columns:1fr 1fr}
-.tiles{grid-template-columns:repeat(6,1fr);gap:.3rem}
+.tiles{gap:.3rem}
 a{color:inherit}
 *{-webkit-print-color-adjust:exact;print-color-adjust:exact}
 }
