@@ -4,7 +4,8 @@ Reproduces no published figure; it shows on real images what pre-training is wor
 
 Expected, mIoU % (11 classes): camvid (validation of the source) 60.7, day 52.4, dusk 39.6; encoder frozen, with
 --config.model.freeze=all: 59.1, 52.3, 39.4; from scratch, with --config.model.weights=None: 25.1, 27.5, 10.0.
-Hardware and time: 2 cores of an x86 CPU, 1.8 s a step, 600 steps; these, one run each on one core beside other work, took 38 to 46 minutes (2026-11-23).
+Hardware and time: 2 cores of an x86 CPU, 1.8 s a step, 600 steps; these, one run each on one core beside other work, 38 to 46 minutes
+(2026-11-23).
 Data and weights: CamVid in SegNet's layout below the data root; vit_tiny_patch16_224.augreg_in21k_ft_in1k of timm.
 
     python conversion/torch_to_flax.py --model augreg_ti16 --checkpoint vit_tiny_patch16_224.safetensors \
