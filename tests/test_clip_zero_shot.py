@@ -13,6 +13,8 @@ from jaxdg.data.labels import CAMVID
 from jaxdg.training.writer import read_metrics
 from tests import clip_models
 
+pytestmark = pytest.mark.usefixtures("compiled_quickly")
+
 
 @pytest.fixture(autouse=True)
 def zoo(monkeypatch):

@@ -19,14 +19,14 @@ print(jax.jit(lambda x: x * 3 + 1)(2.0), len(found), jax.config.jax_compilation_
 """
 # Bytes resident after 256 MB were taken and given back, twenty times over, and the most there were.
 TAKE = """
-import pathlib, resource, sys
+import pathlib, sys
 from jaxdg import runtime
 if sys.argv[1] == "kept":
     runtime.keep_memory()
 for _ in range(20):
     len(b"x" * 2**28)
-pages = int(pathlib.Path("/proc/self/statm").read_text().split()[1])
-print(pages * resource.getpagesize(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+status = dict(line.split(":") for line in pathlib.Path("/proc/self/status").read_text().splitlines())
+print(*(1024 * int(status[name].split()[0]) for name in ("VmRSS", "VmHWM")))
 """
 
 

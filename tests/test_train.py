@@ -24,6 +24,8 @@ from jaxdg.training import sharding
 from jaxdg.training.checkpoint import Checkpoints
 from jaxdg.training.writer import read_metrics
 
+pytestmark = pytest.mark.usefixtures("compiled_quickly")
+
 CONFIG = """
 from jaxdg.config import Config
 def get_config():

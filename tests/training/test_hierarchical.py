@@ -12,6 +12,8 @@ import pytest
 from jaxdg import weights
 from jaxdg.backbones import ClipResnetConfig, MitConfig, zoo
 
+pytestmark = pytest.mark.usefixtures("compiled_quickly")
+
 MIT = MitConfig(blocks=(1, 2, 3, 1), widths=(8, 16, 20, 32))
 RESNET = ClipResnetConfig(blocks=(1, 2, 3, 1), widths=(16, 32, 64, 128), pool_grid=2, embedding=6)
 QUERIES = {"hidden": 32, "queries": 20, "heads": 4, "pixel_layers": 1, "pixel_ffn": 16, "layers": 1, "ffn": 16, "points": 32}

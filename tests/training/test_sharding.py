@@ -15,6 +15,8 @@ from jaxdg.data.datasets import StreetsOptions
 from jaxdg.training import sharding
 from jaxdg.training.checkpoint import Checkpoints
 
+pytestmark = pytest.mark.usefixtures("compiled_quickly")
+
 MESHES = {"1": MeshConfig(1, 1), "data=8": MeshConfig(8, 1), "fsdp=8": MeshConfig(1, 8), "4x2": MeshConfig(4, 2)}
 
 
