@@ -113,6 +113,9 @@ class Mask2FormerOptions:
         ffn: channels inside their MLPs. Default 2048.
         sampling_points: read by a head of the deformable attention on each level. Default 4.
         points: at which matching and losses compare masks. Default 12544.
+        published_init: start as the authors' code does: most kernels by Xavier, sampling points on a compass. False: every kernel,
+            and where sampling points lie, within 1 / sqrt(fan_in), as transformers' modules start when they are built one by one.
+            Default True.
     """
 
     hidden: int = 256
@@ -124,6 +127,7 @@ class Mask2FormerOptions:
     ffn: int = 2048
     sampling_points: int = 4
     points: int = 12544
+    published_init: bool = True
 
 
 @dataclasses.dataclass
@@ -392,7 +396,11 @@ _RULES: tuple[tuple[str, str, Any], ...] = (
     ("model.window", "0 (off) or more", lambda v: v >= 0),
     ("model.pyramid", "none, layer or batch", lambda v: v in ("none", "layer", "batch")),
     ("model.segformer_channels", "at least 1", lambda v: v >= 1),
-    *((f"model.mask2former.{field.name}", "at least 1", lambda v: v >= 1) for field in dataclasses.fields(Mask2FormerOptions)),
+    *(
+        (f"model.mask2former.{field.name}", "at least 1", lambda v: v >= 1)
+        for field in dataclasses.fields(Mask2FormerOptions)
+        if field.type is int
+    ),
     *((f"model.fcos.{name}", "at least 1", lambda v: v >= 1) for name in ("channels", "convs", "groups", "candidates", "detections")),
     *((f"model.rcnn.{name}", "at least 1", lambda v: v >= 1) for name in ("channels", "rpn_samples", "hidden", "proposals", "detections")),
     *((f"model.rcnn.{name}", "0 or more", lambda v: v >= 0) for name in ("rpn_convs", "convs", "fcs")),

@@ -149,23 +149,26 @@ def deformable_attention(
 class DeformableAttention(nnx.Module):
     """Tokens of all levels reading all levels, at places and with weights that each token chooses."""
 
-    def __init__(self, channels: int, heads: int, levels: int, points: int, *, dtype: str, rngs: nnx.Rngs):
+    def __init__(self, channels: int, heads: int, levels: int, points: int, *, published_init: bool = True, dtype: str, rngs: nnx.Rngs):
         """Args:
         channels: c of the tokens; `heads` must divide it.
         heads: groups of channels that choose their own points.
         levels: l.
         points: p, read by each head on each level.
+        published_init: start with equal weights and each head looking in a direction of its own; otherwise at random, near by.
         dtype: compute dtype of the values; places and weights are float32.
         rngs: initialises the parameters.
         """
         self.heads, self.levels, self.points = heads, levels, points
-        xavier = nnx.initializers.xavier_uniform()
-        zeros, places = nnx.initializers.zeros, heads * levels * points
-        compass = lambda *_: _compass(heads, levels, points)
-        self.sampling_offsets = nnx.Linear(channels, 2 * places, kernel_init=zeros, bias_init=compass, rngs=rngs)
-        self.attention_weights = nnx.Linear(channels, places, kernel_init=zeros, rngs=rngs)
-        self.value_proj = nnx.Linear(channels, channels, kernel_init=xavier, dtype=jnp.dtype(dtype), rngs=rngs)
-        self.output_proj = nnx.Linear(channels, channels, kernel_init=xavier, dtype=jnp.dtype(dtype), rngs=rngs)
+        places, init = heads * levels * points, kernel_init(published_init)
+        if published_init:
+            choose, look = nnx.initializers.zeros, lambda *_: _compass(heads, levels, points)
+        else:
+            choose, look = init, lambda key, shape, dtype: jax.random.uniform(key, shape, dtype, -1, 1) * channels**-0.5
+        self.sampling_offsets = nnx.Linear(channels, 2 * places, kernel_init=choose, bias_init=look, rngs=rngs)
+        self.attention_weights = nnx.Linear(channels, places, kernel_init=choose, rngs=rngs)
+        self.value_proj = nnx.Linear(channels, channels, kernel_init=init, dtype=jnp.dtype(dtype), rngs=rngs)
+        self.output_proj = nnx.Linear(channels, channels, kernel_init=init, dtype=jnp.dtype(dtype), rngs=rngs)
 
     def __call__(self, tokens: Float[Array, "b n c"], positions: Float[Array, "n c"], shapes: Shapes) -> Float[Array, "b n c"]:
         """`positions` are added where places and weights are chosen, not to the values; `shapes` are those of the levels."""
@@ -184,6 +187,11 @@ def pixel_centres(shapes: Shapes) -> np.ndarray:
     """(x, y) of every pixel of every level, [n, 2] in 0..1."""
     grids = [np.stack(np.meshgrid((np.arange(w) + 0.5) / w, (np.arange(h) + 0.5) / h), axis=-1).reshape(-1, 2) for h, w in shapes]
     return np.concatenate(grids).astype(np.float32)
+
+
+def kernel_init(published: bool) -> nnx.initializers.Initializer:
+    """Xavier's uniform distribution, as Mask2Former's authors start most layers, or torch's default, within 1 / sqrt(fan_in)."""
+    return nnx.initializers.xavier_uniform() if published else nnx.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 
 
 def _compass(heads: int, levels: int, points: int) -> jax.Array:

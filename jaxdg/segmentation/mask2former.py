@@ -16,6 +16,7 @@ from jaxtyping import Array, Bool, Float, Float32, Key, UInt8
 import numpy as np
 
 from jaxdg.backbones.layers import attention
+from jaxdg.segmentation.deformable_attention import kernel_init
 from jaxdg.segmentation.losses import Normalizer, mask2former_loss, mask2former_normalizer
 from jaxdg.segmentation.pixel_decoder import GROUPS, LEVELS, PixelDecoder, sine_positions
 from jaxdg.segmentation.sliding_window import resize_scores
@@ -36,6 +37,8 @@ class Mask2FormerConfig:
         ffn: channels inside their MLPs.
         sampling_points: read by a head of the deformable attention on each level.
         points: at which matching and losses compare masks.
+        published_init: start as the authors' code does: most kernels by Xavier, sampling points on a compass. False: every kernel,
+            and where sampling points lie, within 1 / sqrt(fan_in), as transformers' modules start when they are built one by one.
         dtype: compute dtype; predictions are float32.
     """
 
@@ -49,11 +52,8 @@ class Mask2FormerConfig:
     ffn: int = 2048
     sampling_points: int = 4
     points: int = 12544
+    published_init: bool = True
     dtype: str = "float32"
-
-
-xavier = nnx.initializers.xavier_uniform()
-uniform = nnx.initializers.variance_scaling(1 / 3, "fan_in", "uniform")  # within 1 / sqrt(fan_in), torch's default
 
 
 def layer_norm(channels: int, rngs: nnx.Rngs) -> nnx.LayerNorm:
@@ -65,7 +65,8 @@ class Attention(nnx.Module):
     """Multi-head attention whose three input projections are one parameter, as torch's."""
 
     def __init__(self, config: Mask2FormerConfig, *, rngs: nnx.Rngs):
-        c, linear = config.hidden, partial(nnx.Linear, kernel_init=xavier, dtype=jnp.dtype(config.dtype), rngs=rngs)
+        c, init = config.hidden, kernel_init(config.published_init)
+        linear = partial(nnx.Linear, kernel_init=init, dtype=jnp.dtype(config.dtype), rngs=rngs)
         self.heads, self.dtype = config.heads, jnp.dtype(config.dtype)
         self.in_proj = linear(c, 3 * c)
         self.out_proj = linear(c, c)
@@ -91,7 +92,8 @@ class Layer(nnx.Module):
     """Masked cross-attention, self-attention and MLP, each with a residual and a LayerNorm after it."""
 
     def __init__(self, config: Mask2FormerConfig, *, rngs: nnx.Rngs):
-        c, linear = config.hidden, partial(nnx.Linear, kernel_init=xavier, dtype=jnp.dtype(config.dtype), rngs=rngs)
+        c, init = config.hidden, kernel_init(config.published_init)
+        linear = partial(nnx.Linear, kernel_init=init, dtype=jnp.dtype(config.dtype), rngs=rngs)
         self.cross_attn = Attention(config, rngs=rngs)
         self.cross_norm = layer_norm(c, rngs)
         self.self_attn = Attention(config, rngs=rngs)
@@ -117,7 +119,7 @@ class MaskEmbed(nnx.Module):
     """The three-layer MLP that turns a query into the direction of its mask in the mask features."""
 
     def __init__(self, config: Mask2FormerConfig, *, rngs: nnx.Rngs):
-        c, linear = config.hidden, partial(nnx.Linear, kernel_init=uniform, dtype=jnp.dtype(config.dtype), rngs=rngs)
+        c, linear = config.hidden, partial(nnx.Linear, kernel_init=kernel_init(published=False), dtype=jnp.dtype(config.dtype), rngs=rngs)
         self.layers = nnx.List([linear(c, c) for _ in range(3)])
 
     def __call__(self, x: Float[Array, "b q c"]) -> Float[Array, "b q c"]:
@@ -146,13 +148,23 @@ class Mask2Former(nnx.Module):
             raise ValueError(f"hidden is {c.hidden}; allowed: multiples of {GROUPS} (groups of its norms) and of heads, {c.heads}")
         self.config = config
         self.pixel_decoder = PixelDecoder(
-            channels, c.hidden, c.heads, c.pixel_layers, c.pixel_ffn, c.sampling_points, dtype=c.dtype, rngs=rngs
+            channels,
+            c.hidden,
+            c.heads,
+            c.pixel_layers,
+            c.pixel_ffn,
+            c.sampling_points,
+            published_init=c.published_init,
+            dtype=c.dtype,
+            rngs=rngs,
         )
         normal = lambda n: nnx.Param(jax.random.normal(rngs.params(), (n, c.hidden)))
         self.query_feat, self.query_embed, self.level_embed = normal(c.queries), normal(c.queries), normal(LEVELS)
         self.layers = nnx.List([Layer(c, rngs=rngs) for _ in range(c.layers)])
         self.decoder_norm = layer_norm(c.hidden, rngs)
-        self.class_embed = nnx.Linear(c.hidden, c.num_classes + 1, kernel_init=uniform, dtype=jnp.dtype(c.dtype), rngs=rngs)
+        self.class_embed = nnx.Linear(
+            c.hidden, c.num_classes + 1, kernel_init=kernel_init(published=False), dtype=jnp.dtype(c.dtype), rngs=rngs
+        )
         self.mask_embed = MaskEmbed(c, rngs=rngs)
 
     def __call__(self, features: tuple[Float[Array, "b _ _ _"], ...]) -> tuple[Float32[Array, "l b q k1"], Float32[Array, "l b q h w"]]:

@@ -16,20 +16,18 @@ from jaxtyping import Array, Float
 import numpy as np
 
 from jaxdg.backbones.layers import Stack
-from jaxdg.segmentation.deformable_attention import DeformableAttention, Shapes
+from jaxdg.segmentation.deformable_attention import DeformableAttention, Shapes, kernel_init
 from jaxdg.segmentation.sliding_window import resize_scores
 
 GROUPS = 32  # of every GroupNorm
 LEVELS = 3  # coarse ones, at strides 32, 16 and 8
 
-xavier = nnx.initializers.xavier_uniform()
-
 
 class ConvNorm(nnx.Module):
     """A convolution of odd width that keeps the size, and GroupNorm."""
 
-    def __init__(self, channels: int, width: int, kernel: int, *, use_bias: bool, dtype: str, rngs: nnx.Rngs):
-        options: Any = dict(use_bias=use_bias, kernel_init=xavier, dtype=jnp.dtype(dtype), rngs=rngs)
+    def __init__(self, channels: int, width: int, kernel: int, *, use_bias: bool, published_init: bool, dtype: str, rngs: nnx.Rngs):
+        options: Any = dict(use_bias=use_bias, kernel_init=kernel_init(published_init), dtype=jnp.dtype(dtype), rngs=rngs)
         self.conv = nnx.Linear(channels, width, **options) if kernel == 1 else nnx.Conv(channels, width, (kernel, kernel), **options)
         self.norm = nnx.GroupNorm(width, GROUPS, epsilon=1e-5, use_fast_variance=False, rngs=rngs)
 
@@ -40,9 +38,9 @@ class ConvNorm(nnx.Module):
 class Layer(nnx.Module):
     """Deformable attention and MLP, each with a residual and a LayerNorm after it."""
 
-    def __init__(self, channels: int, heads: int, ffn: int, points: int, *, dtype: str, rngs: nnx.Rngs):
-        linear = partial(nnx.Linear, kernel_init=xavier, dtype=jnp.dtype(dtype), rngs=rngs)
-        self.self_attn = DeformableAttention(channels, heads, LEVELS, points, dtype=dtype, rngs=rngs)
+    def __init__(self, channels: int, heads: int, ffn: int, points: int, *, published_init: bool, dtype: str, rngs: nnx.Rngs):
+        linear = partial(nnx.Linear, kernel_init=kernel_init(published_init), dtype=jnp.dtype(dtype), rngs=rngs)
+        self.self_attn = DeformableAttention(channels, heads, LEVELS, points, published_init=published_init, dtype=dtype, rngs=rngs)
         self.norm1 = nnx.LayerNorm(channels, epsilon=1e-5, use_fast_variance=False, rngs=rngs)
         self.linear1 = linear(channels, ffn)
         self.linear2 = linear(ffn, channels)
@@ -56,7 +54,19 @@ class Layer(nnx.Module):
 class PixelDecoder(nnx.Module):
     """Four feature maps to the map that masks are read from, and three levels for the queries to look at."""
 
-    def __init__(self, channels: Sequence[int], hidden: int, heads: int, layers: int, ffn: int, points: int, *, dtype: str, rngs: nnx.Rngs):
+    def __init__(
+        self,
+        channels: Sequence[int],
+        hidden: int,
+        heads: int,
+        layers: int,
+        ffn: int,
+        points: int,
+        *,
+        published_init: bool = True,
+        dtype: str,
+        rngs: nnx.Rngs,
+    ):
         """Args:
         channels: of the four feature maps, finest first.
         hidden: c, channels inside and of everything returned; a multiple of 32.
@@ -64,17 +74,19 @@ class PixelDecoder(nnx.Module):
         layers: of the deformable attention.
         ffn: channels inside a layer's MLP.
         points: read by each head on each level.
+        published_init: as in `Mask2FormerConfig`.
         dtype: compute dtype.
         rngs: initialises the parameters.
         """
         fine, *coarse = channels
-        self.input_proj = nnx.List([ConvNorm(c, hidden, 1, use_bias=True, dtype=dtype, rngs=rngs) for c in reversed(coarse)])
+        norm = partial(ConvNorm, published_init=published_init, dtype=dtype, rngs=rngs)
+        self.input_proj = nnx.List([norm(c, hidden, 1, use_bias=True) for c in reversed(coarse)])
         self.level_embed = nnx.Param(jax.random.normal(rngs.params(), (LEVELS, hidden)))
-        make = lambda rngs, _: Layer(hidden, heads, ffn, points, dtype=dtype, rngs=rngs)
+        make = lambda rngs, _: Layer(hidden, heads, ffn, points, published_init=published_init, dtype=dtype, rngs=rngs)
         self.layers = Stack(make, layers, (), remat=False, rngs=rngs)
-        self.adapter_1 = ConvNorm(fine, hidden, 1, use_bias=False, dtype=dtype, rngs=rngs)
-        self.layer_1 = ConvNorm(hidden, hidden, 3, use_bias=False, dtype=dtype, rngs=rngs)
-        self.mask_features = nnx.Linear(hidden, hidden, kernel_init=xavier, dtype=jnp.dtype(dtype), rngs=rngs)
+        self.adapter_1 = norm(fine, hidden, 1, use_bias=False)
+        self.layer_1 = norm(hidden, hidden, 3, use_bias=False)
+        self.mask_features = nnx.Linear(hidden, hidden, kernel_init=kernel_init(published_init), dtype=jnp.dtype(dtype), rngs=rngs)
 
     def __call__(
         self, features: tuple[Float[Array, "b _ _ _"], ...]

@@ -1,6 +1,7 @@
 """The Mask2Former head against transformers (golden), with weights under its names, and laws of its own."""
 
 import dataclasses
+import math
 
 from flax import nnx
 import jax
@@ -106,6 +107,24 @@ def test_the_papers_defaults_have_the_papers_shapes():
     classes, masks = nnx.eval_shape(lambda head, maps: head(maps), head, maps)
     assert (classes.shape, masks.shape) == ((10, 2, 100, 20), (10, 2, 100, 144, 144))
     assert (classes.dtype, masks.dtype) == (jnp.float32, jnp.float32)
+
+
+@pytest.mark.parametrize("published", [True, False])
+def test_where_training_starts(config, published):
+    """As the authors: what sampling points read by Xavier and the same for all; else every kernel as torch's, places and weights too."""
+    config = dataclasses.replace(config, published_init=published)
+    tensors = weights.tensors(Mask2Former(config, (8, 12, 16, 24), rngs=nnx.Rngs(0)))
+    spreads = {}
+    for name, kernel in ((n, np.asarray(t)) for n, t in tensors.items() if n.endswith("kernel")):
+        fan_in = kernel.shape[-2] if kernel.ndim < 4 else math.prod(kernel.shape[:-1])
+        spreads[name] = np.abs(kernel).max() * fan_in**0.5
+    default = {name for name, spread in spreads.items() if 0.9 < spread <= 1}
+    assert default >= {name for name in spreads if not published or "class_embed" in name or "mask_embed" in name}
+    if published:
+        square = {name: spread for name, spread in spreads.items() if name.endswith(("value_proj.kernel", "output_proj.kernel"))}
+        np.testing.assert_allclose(list(square.values()), 3**0.5, rtol=0.02)
+    places = np.concatenate([np.ravel(t) for n, t in tensors.items() if n.endswith("sampling_offsets.bias")])
+    assert np.abs(places).max() == pytest.approx(config.sampling_points if published else config.hidden**-0.5, rel=0.02)
 
 
 def test_scores_are_the_votes_of_the_last_layer(head):
