@@ -189,7 +189,7 @@ def pixel_centres(shapes: Shapes) -> np.ndarray:
     return np.concatenate(grids).astype(np.float32)
 
 
-def kernel_init(published: bool) -> nnx.initializers.Initializer:
+def kernel_init(published: bool) -> jax.nn.initializers.Initializer:
     """Xavier's uniform distribution, as Mask2Former's authors start most layers, or torch's default, within 1 / sqrt(fan_in)."""
     return nnx.initializers.xavier_uniform() if published else nnx.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 
