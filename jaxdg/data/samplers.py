@@ -17,7 +17,7 @@ from jaxtyping import Float64, Int32, Int64
 import numpy as np
 
 from jaxdg.data.cache import cached
-from jaxdg.data.datasets import Dataset, Mixture
+from jaxdg.data.datasets import Dataset, Files, Mixture
 from jaxdg.data.labels import IGNORE
 from jaxdg.data.transforms import Wanted
 from jaxdg.data.workers import read_ahead
@@ -183,7 +183,7 @@ def class_probabilities(pixels: Int32[np.ndarray, "n k"], temperature: float) ->
 def class_pixels(dataset: Dataset, workers: int = 0) -> Int32[np.ndarray, "n k"]:
     """Pixels of each class in each image, counted once and kept, see `jaxdg.data.cache`.
 
-    What was counted is recalled while the dataset has the same images, sizes, classes and label table.
+    What was counted is recalled while the dataset has the same images, sizes, classes and label table, and generated streets the same seed.
 
     Args:
         dataset: of label maps.
@@ -195,7 +195,7 @@ def class_pixels(dataset: Dataset, workers: int = 0) -> Int32[np.ndarray, "n k"]
     if isinstance(dataset, Mixture):
         return np.concatenate([class_pixels(part, workers) for part in dataset.parts])
     n = len(dataset)
-    digest = hashlib.sha256(json.dumps([dataset.domain, dataset.labels.names]).encode())
+    digest = hashlib.sha256(json.dumps([dataset.domain, dataset.labels.names, getattr(dataset, "seed", 0)]).encode())
     digest.update(np.array(getattr(dataset, "table", 0)).tobytes())
     for i in range(n):
         digest.update(json.dumps([dataset.name(i), dataset.size(i)]).encode())
@@ -210,7 +210,8 @@ class _Count:
     dataset: Dataset
 
     def __call__(self, i: int) -> Int32[np.ndarray, " k"]:
-        counts = np.bincount(self.dataset[i]["label"].ravel(), minlength=IGNORE + 1)
+        label = self.dataset.label(i) if isinstance(self.dataset, Files) else self.dataset[i]["label"]  # spares reading the image
+        counts = np.bincount(label.ravel(), minlength=IGNORE + 1)
         return counts[: len(self.dataset.labels.names)].astype(np.int32)
 
 

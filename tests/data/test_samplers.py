@@ -5,10 +5,12 @@ from pathlib import Path
 import pickle
 
 import numpy as np
+from PIL import Image
 import pytest
 
 from jaxdg.data import samplers
-from jaxdg.data.datasets import Mixture
+from jaxdg.data.datasets import Files, Mixture, Streets, StreetsOptions
+from jaxdg.data.index import Pairs
 from jaxdg.data.labels import CAMVID, CITYSCAPES, LabelSet
 from jaxdg.data.samplers import BLOCK, RareClasses, class_pixels, class_probabilities, make_sampler
 from jaxdg.data.transforms import Augmentation, random_crop
@@ -179,6 +181,23 @@ def test_other_files_or_labels_are_counted_anew(cache, tmp_path, change):
     got = class_pixels(dataset)
     assert len(Path(dataset.log).read_text().split()) == before + len(dataset)
     np.testing.assert_array_equal(got, expected[: len(dataset), : len(dataset.labels.names)])
+
+
+def test_streets_of_another_seed_are_counted_anew(cache):
+    """The same names of scenes, other scenes: each count is that of its own seed's labels."""
+    for seed in (0, 1):
+        streets = Streets("clear", StreetsOptions(seed=seed, images=2, size=(96, 192)), train=True)
+        expected = [np.bincount(streets[i]["label"].ravel(), minlength=256)[:19] for i in range(2)]
+        np.testing.assert_array_equal(class_pixels(streets), expected)
+
+
+def test_counting_reads_no_image(cache, tmp_path):
+    """Labels of files are counted where the images cannot even be opened."""
+    label = np.arange(6, dtype=np.uint8).reshape(2, 3) % 4
+    Image.fromarray(label).save(tmp_path / "label.png")
+    pairs = Pairs([str(tmp_path / "absent.png")], [str(tmp_path / "label.png")], np.array([[2, 3]], np.int32))
+    files = Files("clear", pairs, np.arange(65536, dtype=np.int16) % 256, CITYSCAPES)
+    np.testing.assert_array_equal(class_pixels(files)[0, :5], [2, 2, 1, 1, 0])
 
 
 def test_a_cache_that_cannot_be_written_is_no_error(tmp_path, monkeypatch):
