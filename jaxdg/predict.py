@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image
 
 from jaxdg import cli, runtime, visualize
-from jaxdg.data.datasets import read_image
+from jaxdg.data.images import read_image
 from jaxdg.data.labels import LabelSet
 from jaxdg.detection.average_precision import Detections
 from jaxdg.tasks import load

@@ -9,7 +9,7 @@ import cv2
 import numpy as np
 
 from jaxdg.data.corruptions import KINDS, SEVERITIES, corrupt
-from jaxdg.data.datasets import read_image
+from jaxdg.data.images import read_image
 
 
 def main():

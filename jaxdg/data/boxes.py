@@ -17,7 +17,8 @@ import numpy as np
 
 from jaxdg.data import index, instances, published, records, storage
 from jaxdg.data.annotations import Boxes, CocoBoxes, CocoPart, VocPart, index_coco, index_voc, read_voc
-from jaxdg.data.datasets import STREETS, Dataset, Files, Mixture, Streets, StreetsOptions, read_image, skip_list
+from jaxdg.data.datasets import STREETS, Dataset, Files, Mixture, Streets, StreetsOptions, skip_list
+from jaxdg.data.images import read_image
 from jaxdg.data.labels import CITYSCAPES, LabelSet, palette
 
 

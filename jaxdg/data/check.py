@@ -34,7 +34,8 @@ from rich.text import Text
 from jaxdg import visualize
 from jaxdg.data import published, records, storage
 from jaxdg.data.boxes import COUNTS, BoxFiles, BoxOptions, open_box_files
-from jaxdg.data.datasets import Files, FolderOptions, open_files, read_image
+from jaxdg.data.datasets import Files, FolderOptions, open_files
+from jaxdg.data.images import read_image
 from jaxdg.data.index import Defect
 from jaxdg.data.labels import IGNORE
 from jaxdg.data.workers import read_ahead

@@ -13,7 +13,7 @@ import cv2
 from jaxtyping import Float, Float32, UInt8
 import numpy as np
 
-from jaxdg.data.datasets import read_image
+from jaxdg.data.images import read_image
 from jaxdg.data.index import IMAGE_SUFFIXES
 
 SIDE = 256  # pixels

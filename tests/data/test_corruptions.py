@@ -8,7 +8,8 @@ import pytest
 
 from jaxdg.data import corruptions
 from jaxdg.data.corruptions import KINDS, SEVERITIES, Corrupted, corrupt, frost_texture
-from jaxdg.data.datasets import Streets, StreetsOptions, Subset, read_image
+from jaxdg.data.datasets import Streets, StreetsOptions, Subset
+from jaxdg.data.images import read_image
 
 PAPER = {
     "gaussian_noise", "shot_noise", "impulse_noise", "defocus_blur", "glass_blur", "motion_blur", "zoom_blur", "snow", "frost", "fog",

@@ -15,7 +15,8 @@ import pytest
 
 from jaxdg.data import index
 from jaxdg.data import streets as scenes
-from jaxdg.data.datasets import Dataset, FolderOptions, StreetsOptions, open_domain, read_image, read_label
+from jaxdg.data.datasets import Dataset, FolderOptions, StreetsOptions, open_domain
+from jaxdg.data.images import read_image, read_label
 from jaxdg.data.labels import CAMVID, CITYSCAPES
 
 CLASSES = FolderOptions(images="rgb/{domain}", labels="gt/{domain}", classes=("road", "sky"), id_map={7: 0, 23: 1}, ignore=(0,))
