@@ -17,9 +17,10 @@ import numpy as np
 
 from jaxdg.data import index, instances, published, records, storage
 from jaxdg.data.annotations import Boxes, CocoBoxes, CocoPart, VocPart, index_coco, index_voc, read_voc
-from jaxdg.data.datasets import STREETS, Dataset, Files, Mixture, Streets, StreetsOptions, skip_list
+from jaxdg.data.datasets import STREETS, Dataset, Files, Mixture, Streets, StreetsOptions
 from jaxdg.data.images import read_image
 from jaxdg.data.labels import CITYSCAPES, LabelSet, palette
+from jaxdg.data.skip import skip_list
 
 
 def _like(**classes: str) -> LabelSet:
@@ -169,7 +170,7 @@ def open_boxes(
         train: the images to train on, else those to judge on.
         streets: the generated scenes; None for the defaults.
         own: where the images and boxes of any other domain are.
-        skip: a text file of paths to leave out with their partners, see `skip_list`.
+        skip: a text file of paths to leave out with their partners, see `skip.skip_list`.
 
     Returns:
         The dataset, with the samples of `BoxFiles`: records where the root holds them, else files, which are paired and checked.

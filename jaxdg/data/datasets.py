@@ -18,6 +18,7 @@ import numpy as np
 from jaxdg.data import index, published, records, storage
 from jaxdg.data.images import read_image, read_label
 from jaxdg.data.labels import CITYSCAPES, IGNORE, LabelSet, apply_table, id_table, palette
+from jaxdg.data.skip import skip_list
 
 STREETS = ("clear", "night", "rain", "fog", "dusk_rain")  # as in streets.APPEARANCES
 
@@ -269,7 +270,7 @@ def open_domain(
         streets: the generated scenes.
         folder: where the images and labels of any other domain are.
         mapillary_labels: which classes the ids of Mapillary Vistas mean: vltseg or rein.
-        skip: a text file of paths to leave out with their partners, see `skip_list`; records hold what they were written from.
+        skip: a text file of paths to leave out with their partners, see `skip.skip_list`; records hold what they were written from.
 
     Returns:
         The dataset: records where the root holds them, else files, which are paired and checked.
@@ -368,28 +369,6 @@ def label_table(domain: str, folder: FolderOptions | None, mapillary_labels: str
     if outside:
         raise ValueError(f"data.folder.id_map maps to train ids {outside}, but data.folder.classes has {len(names)} classes")
     return id_table(id_map, ignore=folder.ignore)
-
-
-def skip_list(file: str, root: str) -> frozenset[str]:
-    """The paths in a list of files to leave out.
-
-    Args:
-        file: a text file with one path a line, relative to the data root or absolute; empty lines and lines that begin with # do not count.
-        root: the data root.
-
-    Returns:
-        The paths as the datasets below `root` name them.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-    """
-    if not os.path.isfile(file):
-        raise FileNotFoundError(f"data.skip names {os.path.abspath(file)}, which does not exist")
-    with open(file, encoding="utf-8") as text:
-        lines = [line.strip() for line in text]
-    above = os.path.abspath(root)
-    relative = (os.path.relpath(os.path.join(above, line), above) for line in lines if line and not line.startswith("#"))
-    return frozenset(os.path.join(root, path) for path in relative)
 
 
 def _published(
