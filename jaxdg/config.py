@@ -16,6 +16,7 @@ import types
 import typing
 from typing import Any
 
+from jaxdg import files
 from jaxdg.data import protocols
 from jaxdg.data.boxes import BoxOptions
 from jaxdg.data.datasets import FolderOptions, StreetsOptions
@@ -370,9 +371,6 @@ DECODERS = {
 }
 PROTOCOLS = {"segmentation": protocols.NAMES, "detection": ("voc07", "voc12", "coco")}
 
-# Changing these leaves the run the same, so a resumed run may differ in them.
-FREE_FIELDS = ("mesh.", "data.workers", "data.root", "log_every", "eval_every", "checkpoint_every")
-
 
 def _are_factors(pairs: tuple[tuple[str, float], ...]) -> bool:
     try:
@@ -666,10 +664,7 @@ def experiment(path: str | Path) -> Any:
 
 def save(config: Config, workdir: str | Path) -> None:
     """Writes `config.json` into the workdir, whole or not at all."""
-    path = Path(workdir) / "config.json"
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(dataclasses.asdict(config), indent=2) + "\n")
-    os.replace(partial, path)
+    files.write(Path(workdir) / "config.json", json.dumps(dataclasses.asdict(config), indent=2) + "\n")
 
 
 def load(workdir: str | Path) -> Config:
@@ -677,46 +672,19 @@ def load(workdir: str | Path) -> Config:
 
     Raises:
         FileNotFoundError: the folder holds no config.json.
+        Broken: it is empty, cut or no JSON object.
         ValueError: it is no valid configuration.
     """
     path = Path(workdir) / "config.json"
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist; give the workdir of a training run (the folder given to --workdir)")
     try:
-        return validated(_coerce(json.loads(path.read_text()), Config, ""))
+        content = files.read_json(path)
+        if not isinstance(content, dict):
+            raise files.Broken(f"{path}: broken (no JSON object)")
+    except files.Broken as error:
+        raise files.Broken(f"{error}; run the command that trains it again, which writes it anew and keeps the checkpoints") from None
+    try:
+        return validated(_coerce(content, Config, ""))
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
-
-
-def claim(config: Config, workdir: str | Path) -> None:
-    """Makes `workdir` the folder of this run, or checks that it is.
-
-    Raises:
-        ValueError: it holds a run of another configuration; the message lists the differences.
-    """
-    workdir = Path(workdir)
-    if (workdir / "config.json").is_file():
-        changed = differences(load(workdir), config)
-        if changed:
-            raise ValueError(f"{workdir} holds another run: {'; '.join(changed)}; give another --workdir or the same settings")
-    workdir.mkdir(parents=True, exist_ok=True)
-    save(config, workdir)
-
-
-def read_json(path: Path) -> Any:
-    """The contents of a JSON file, None if there is none."""
-    return json.loads(path.read_text()) if path.is_file() else None
-
-
-def differences(old: Config, new: Config) -> list[str]:
-    """Fields that differ between two configurations and would make them different runs, one phrase each."""
-    a, b = _flat(dataclasses.asdict(old)), _flat(dataclasses.asdict(new))
-    changed = [key for key in sorted(a.keys() | b.keys()) if a.get(key) != b.get(key)]
-    return [f"{key}: {a.get(key)!r} -> {b.get(key)!r}" for key in changed if not key.startswith(FREE_FIELDS)]
-
-
-def _flat(tree: dict, prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return flat

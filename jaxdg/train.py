@@ -22,6 +22,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from jaxdg import cli, distributed, runtime, weights
 from jaxdg import config as config_lib
+from jaxdg import workdir as workdir_lib
 from jaxdg.cli import Interrupt, Stop
 from jaxdg.config import Config
 from jaxdg.data.datasets import Dataset
@@ -43,7 +44,7 @@ def train(config: Config, workdir: Path, console: Console, interrupt: Interrupt,
     traced = parse_steps(profile_steps, config.steps)
     # --- Workdir: a new run, one to go on with, or one that is finished ---------------------------------------------------
     if distributed.is_main():
-        config_lib.claim(config, workdir)
+        workdir_lib.claim(config, workdir)
     multihost_utils.sync_global_devices("claimed")
     if not (workdir / "config.json").is_file():
         raise ValueError(f"{workdir} is not the folder that process 0 writes to; give a --workdir that all hosts share")
@@ -171,7 +172,7 @@ def finished(config: Config, workdir: Path, checkpoints: Checkpoints | None, con
     if not config.eval_every:
         console.print(f"finished: {config.steps} steps in {workdir}, without evaluation (eval_every=0)")
         return True
-    results = config_lib.read_json(workdir / "results.json")
+    results = workdir_lib.results(workdir / "results.json")
     if results is None or results["step"] != config.steps:
         return False
     print_results(results, console)

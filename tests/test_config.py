@@ -12,7 +12,6 @@ import pytest
 from jaxdg import config as config_lib
 from jaxdg import segmentation
 from jaxdg.config import Config
-from jaxdg.data.boxes import BoxOptions
 from jaxdg.data.datasets import FolderOptions, StreetsOptions
 
 CONFIGS = sorted((Path(__file__).resolve().parent.parent / "configs").glob("*.py"))
@@ -257,71 +256,6 @@ def test_no_or_damaged_config_says_where(tmp_path):
         with pytest.raises(ValueError, match=r"config\.json: \S") as error:
             config_lib.load(tmp_path)
         assert "\n" not in str(error.value)
-
-
-def other(value):
-    """A value of the same kind that differs, for any field of the default configuration."""
-    if isinstance(value, bool):
-        return not value
-    if isinstance(value, (int, float)):
-        return value + 1
-    if isinstance(value, str):
-        return value + "x"
-    if isinstance(value, tuple):
-        return (*value[:-1], other(value[-1])) if value else (1,)
-    return "x"
-
-
-def leaves(tree, prefix=""):
-    """Dotted names of all fields that hold no dataclass."""
-    for field in dataclasses.fields(tree):
-        value = getattr(tree, field.name)
-        if dataclasses.is_dataclass(value):
-            yield from leaves(value, f"{prefix}{field.name}.")
-        else:
-            yield f"{prefix}{field.name}"
-
-
-def test_exactly_the_free_fields_may_change():
-    """Each field is changed alone: every change makes another run, but for where it runs and what it writes down."""
-    free, old, objects = set(), Config(), {"data.folder": FolderOptions(), "data.boxes": BoxOptions()}
-    for field in leaves(old):
-        new = Config()
-        holder = config_lib.get(new, field.rpartition(".")[0]) if "." in field else new
-        setattr(holder, field.rpartition(".")[2], objects[field] if field in objects else other(config_lib.get(new, field)))
-        changed = config_lib.differences(old, new)
-        assert len(changed) <= 1 or field in objects, changed
-        assert all(phrase.startswith(field) and " -> " in phrase for phrase in changed)
-        if not changed:
-            free.add(field)
-    assert free == {"mesh.data", "mesh.fsdp", "data.workers", "data.root", "log_every", "eval_every", "checkpoint_every"}
-
-
-def test_a_workdir_keeps_its_run(tmp_path):
-    """A changed configuration is refused with the differences and the stored one kept; free fields are taken over."""
-    workdir = tmp_path / "new" / "run"
-    config = config_lib.validated(Config())
-    config_lib.claim(config, workdir)
-    assert config_lib.load(workdir) == config
-
-    changed = config_lib.validated(Config(seed=1, optimizer=config_lib.OptimizerConfig(clip=2.0)))
-    with pytest.raises(ValueError, match=r"run holds another run: optimizer\.clip: 0\.01 -> 2\.0; seed: 0 -> 1; give another --workdir"):
-        config_lib.claim(changed, workdir)
-    assert config_lib.load(workdir) == config
-
-    moved = config_lib.validated(Config(log_every=1, mesh=config_lib.MeshConfig(1, 1)))
-    config_lib.claim(moved, workdir)
-    assert config_lib.load(workdir) == moved
-
-
-def test_a_folder_that_appears_in_the_configuration_is_a_difference():
-    """From no folder to one, and from no id map to one, are other runs."""
-    old, new = Config(), Config()
-    new.data.folder = FolderOptions()
-    assert any(phrase.startswith("data.folder.") for phrase in config_lib.differences(old, new))
-    mapped = Config()
-    mapped.data.folder = FolderOptions(id_map={7: 0})
-    assert config_lib.differences(new, mapped) == ["data.folder.id_map.7: None -> 0"]
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=[path.stem for path in CONFIGS])

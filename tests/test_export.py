@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxdg import config as config_lib
 from jaxdg import export
+from jaxdg import workdir as workdir_lib
 from jaxdg.config import Config, MeshConfig
 from jaxdg.tasks import Model, Plan, abstract_state, make_task
 from jaxdg.training import sharding
@@ -120,7 +120,7 @@ def test_a_batch_of_any_length():
 def test_the_command(tmp_path):
     """`python -m jaxdg.export` writes both files of a workdir's checkpoint and says so."""
     c, run = config("linear"), tmp_path / "run"
-    config_lib.claim(c, run)
+    workdir_lib.claim(c, run)
     mesh = sharding.make_mesh(c.mesh, jax.devices()[:1])
     checkpoints = Checkpoints(run)
     checkpoints.save(drawn(abstract_state(Plan.of(make_task(c), "none"), c, mesh)[0]))

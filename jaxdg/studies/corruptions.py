@@ -29,7 +29,7 @@ from rich.console import Console
 from rich.table import Table
 
 from jaxdg import config as config_lib
-from jaxdg import runtime
+from jaxdg import files, runtime
 from jaxdg.cli import Interrupt
 from jaxdg.config import Config, MeshConfig
 from jaxdg.data.corruptions import KINDS, SEVERITIES, Corrupted
@@ -77,7 +77,9 @@ class Corruptions(Study):
 
     def score(self, run: Run, domain: str, kind: str, severity: int) -> float | None:
         """The score of a cell, None if it has not been judged on these images."""
-        outcome = config_lib.read_json(self.cell(run, domain, kind, severity))
+        outcome = files.recall(
+            self.cell(run, domain, kind, severity), lambda cell: isinstance(cell, dict) and {"score", "max_images"} <= cell.keys()
+        )
         images = self.judged(run).evaluation.max_images or None
         return outcome["score"] if outcome is not None and outcome["max_images"] == images else None
 
@@ -178,9 +180,7 @@ def judge(study: Corruptions, runs: Sequence[Run], console: Console, interrupt: 
 def _write(path: Path, content: Mapping[str, Any]) -> None:
     """Writes JSON, whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(content, indent=2) + "\n")
-    os.replace(partial, path)
+    files.write(path, json.dumps(content, indent=2) + "\n")
 
 
 def summary(scores: Scores, severities: Sequence[int]) -> dict[str, Any]:

@@ -30,14 +30,15 @@ import sys
 import time
 from typing import IO, Any
 
-from absl import flags
+from absl import flags, logging
 from ml_collections import config_flags
 from rich.console import Console
 from rich.table import Table
 
 import jaxdg
-from jaxdg import cli
+from jaxdg import cli, files
 from jaxdg import config as config_lib
+from jaxdg import workdir as workdir_lib
 from jaxdg.cli import Interrupt, Stop
 from jaxdg.config import Config
 
@@ -135,12 +136,13 @@ class Study:
         self._check_folder()
 
     def _check_folder(self) -> None:
-        other = config_lib.read_json(self.folder / "study.json")
+        other = files.recall(self.folder / "study.json", lambda study: isinstance(study, dict) and "study" in study, logging.warning)
         if other is not None and other["study"] != self.name:
             raise ValueError(f"{self.folder} holds the study {other['study']}; give another --workdir")
         for run in self.runs:
             workdir, config = self.workdir(run), self.config(run)  # of every run, so that a wrong setting is found before any training
-            if (workdir / "config.json").is_file() and (changed := config_lib.differences(config_lib.load(workdir), config)):
+            old = workdir_lib.stored(workdir)
+            if old is not None and workdir_lib.saved(workdir) and (changed := workdir_lib.differences(old, config)):
                 raise ValueError(f"{workdir} holds another run: {'; '.join(changed)}; give its settings or another --workdir, or delete it")
 
     def workdir(self, run: Run) -> Path:
@@ -160,7 +162,7 @@ class Study:
     def results(self, run: Run) -> dict[str, Any] | None:
         """The contents of results.json of a run that has come to its end, else None."""
         workdir, steps = self.workdir(run), self.config(run).steps
-        results = config_lib.read_json(workdir / "results.json")
+        results = workdir_lib.results(workdir / "results.json")
         whole = results is not None and results["step"] == steps and (workdir / "checkpoints" / str(steps)).is_dir()
         return results if whole else None
 
@@ -271,9 +273,7 @@ class Study:
             ],
         }
         self.folder.mkdir(parents=True, exist_ok=True)
-        partial = self.folder / "study.partial"
-        partial.write_text(json.dumps(everything, indent=2) + "\n")
-        os.replace(partial, self.folder / "study.json")
+        files.write(self.folder / "study.json", json.dumps(everything, indent=2) + "\n")
         return everything
 
 

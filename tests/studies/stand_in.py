@@ -40,7 +40,7 @@ def train(folder: Path, steps: int, source: str, seed: int) -> None:
 
 def study() -> None:
     """The command of a study whose runs are made by `train`."""
-    from jaxdg import config as config_lib
+    from jaxdg import workdir as workdir_lib
     from jaxdg.studies import study, transfer
 
     class StandIn(study.Study):
@@ -51,7 +51,7 @@ def study() -> None:
             return [__file__, "train", str(self.workdir(run)), str(c.steps), c.data.source, str(run.seed)]
 
         def train(self, run, console, interrupt):
-            config_lib.claim(self.config(run), self.workdir(run))
+            workdir_lib.claim(self.config(run), self.workdir(run))
             return super().train(run, console, interrupt)
 
     study.main("transfer", transfer.plan, make=StandIn)

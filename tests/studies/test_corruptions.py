@@ -10,6 +10,7 @@ import pytest
 
 import jaxdg
 from jaxdg import cli, config, evaluate, tasks
+from jaxdg import workdir as workdir_lib
 from jaxdg.backbones import VitConfig, zoo
 from jaxdg.config import Config, MeshConfig, validated
 from jaxdg.data.corruptions import KINDS, Corrupted
@@ -52,7 +53,7 @@ def tiny(task: str) -> Config:
 
 def finish(c: Config, workdir: Path) -> None:
     """The workdir of a finished run, as training leaves it, of random parameters."""
-    config.claim(c, workdir)
+    workdir_lib.claim(c, workdir)
     task, mesh = tasks.make_task(c), sharding.make_mesh(MeshConfig())
     plan = tasks.Plan.of(task, "none")
     like, _ = tasks.abstract_state(plan, c, mesh)

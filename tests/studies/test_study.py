@@ -18,6 +18,7 @@ import pytest
 
 import jaxdg
 from jaxdg import config as config_lib
+from jaxdg import workdir as workdir_lib
 from jaxdg.config import Config
 from jaxdg.data.datasets import Subset, open_domain
 from jaxdg.studies import corruptions, freezing, pretraining, seeds, study, transfer
@@ -258,7 +259,9 @@ def test_other_runs_and_wrong_plans_are_refused(tmp_path):
     """Before anything is trained, in one line: the difference, the study a folder belongs to, a misspelt field, a value, a name twice."""
     folder = str(tmp_path / "study")
     planned = made("transfer", StudyOptions(sources={"fog": {}}), folder=folder)
-    config_lib.claim(planned.config(planned.runs[0]), planned.workdir(planned.runs[0]))
+    workdir_lib.claim(planned.config(planned.runs[0]), planned.workdir(planned.runs[0]))
+    made("transfer", StudyOptions(sources={"fog": {}}), folder=folder, steps=9)  # nothing was saved that could be lost
+    (planned.workdir(planned.runs[0]) / "checkpoints/1").mkdir(parents=True)
     made("transfer", StudyOptions(sources={"fog": {}, "night": {}}), folder=folder, **{"data.workers": 2})  # a longer study, other workers
     with pytest.raises(ValueError, match=r"study/runs/from_fog_seed0 holds another run: steps: 1000 -> 9; give its settings or another"):
         made("transfer", StudyOptions(sources={"fog": {}}), folder=folder, steps=9)
