@@ -192,7 +192,7 @@ def index_coco(
 
 
 def _key(kind: str, tree: storage.Tree, parts: Sequence[Any], classes: tuple[str, ...], skip: Collection[str]) -> list[Any]:
-    place = [tree.base, os.path.abspath(tree.base), tree.exact]
+    place = [tree.base, os.path.realpath(tree.base), tree.exact]
     return [kind, VERSION, place, [dataclasses.astuple(part) for part in parts], classes, sorted(skip)]
 
 

@@ -1,15 +1,17 @@
 """Arrays kept from run to run, for as long as what they were made from is unchanged.
 
-They lie, as compiled programs do, under `$JAXDG_CACHE` (else `~/.cache/jaxdg`, and without a home in the temporary folder). A cache saves
-time and is never needed: it may be deleted, and a full or read-only disk is no error.
+They lie, as compiled programs do, under `$JAXDG_CACHE` (else `~/.cache/jaxdg`). A cache saves time and is never needed: it may be deleted,
+and a full or read-only disk is no error.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 import contextlib
 import hashlib
 import json
 import os
 from pathlib import Path
+import stat
 import tempfile
 import time
 from typing import Any
@@ -17,21 +19,14 @@ import zipfile
 
 import numpy as np
 
+from jaxdg.data import storage
+
+THREADS = 16  # that ask a file system, which may be far away
+
 
 def folder() -> Path:
     """Where everything that is kept from run to run lies; it need not exist."""
-    if own := os.environ.get("JAXDG_CACHE"):
-        return Path(os.path.expanduser(own))
-    home = os.path.expanduser("~")
-    if home != "~":
-        return Path(home, ".cache", "jaxdg")
-    # A user without a home, as in many containers. Compiled programs are run, so the folder must be nobody else's.
-    shared = Path(tempfile.gettempdir(), f"jaxdg-{os.getuid()}")
-    with contextlib.suppress(OSError):
-        shared.mkdir(mode=0o700, exist_ok=True)
-        if shared.stat().st_uid == os.getuid():
-            return shared
-    return Path(os.devnull, "jaxdg")  # where nothing can be kept
+    return Path(os.environ.get("JAXDG_CACHE") or Path.home() / ".cache" / "jaxdg")
 
 
 def cached(key: Any, modified: Mapping[str, int], make: Callable[[], dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
@@ -39,7 +34,8 @@ def cached(key: Any, modified: Mapping[str, int], make: Callable[[], dict[str, n
 
     Args:
         key: JSON value that says what is made.
-        modified: filled by `make`: each file and folder it looked at, and when that last changed (nanoseconds).
+        modified: filled by `make`: each file and folder it looked at, and when that last changed (nanoseconds). What was made
+            is good for as long as neither these times nor their sizes change.
         make: what takes time.
 
     Returns:
@@ -52,8 +48,32 @@ def cached(key: Any, modified: Mapping[str, int], make: Callable[[], dict[str, n
         kept = make()
         # What changed a moment ago may change again within the resolution of its clock: the next run looks again.
         if max(modified.values(), default=0) < time.time_ns() - 2_000_000_000:
-            _remember(file, kept | {"modified": encoded(f"{at} {path}" for path, at in modified.items())})
+            _remember(file, kept, modified)
     return kept
+
+
+def fingerprint(paths: Sequence[str]) -> tuple[str, dict[str, int]]:
+    """Tells the files that lie at some paths now from those of another time or place.
+
+    Args:
+        paths: as `storage.read` takes them; there may be very many.
+
+    Returns:
+        A digest of the resolved paths, sizes and modification times (nanoseconds), for members of archives those of the archive; and the
+        file that changed last with its time, as `cached` takes it.
+    """
+    folders: dict[str, list[str]] = {}
+    for path in paths:
+        folder, _, name = path.rpartition("/")
+        folders.setdefault(folder, []).append(name)
+    digest = hashlib.sha256()
+    last = ("", 0)
+    with ThreadPoolExecutor(THREADS) as pool:
+        for names, (lines, latest) in zip(folders.values(), pool.map(_stats, folders.items()), strict=True):
+            digest.update("\0".join([*names, *lines]).encode(errors="surrogateescape"))
+            last = max(last, latest, key=lambda file: file[1])
+    digest.update("\0".join(os.path.basename(path) for path in paths).encode(errors="surrogateescape"))
+    return digest.hexdigest(), dict([last]) if paths else {}
 
 
 def encoded(texts: Any) -> np.ndarray:
@@ -71,16 +91,38 @@ def _recall(file: Path) -> dict[str, np.ndarray] | None:
         with open(file, "rb") as stored, np.load(stored) as arrays:
             kept = dict(arrays)
         for line in decoded(kept.pop("modified")):
-            at, _, path = line.partition(" ")
-            if os.stat(path).st_mtime_ns != int(at):
+            at, size, path = line.split(" ", maxsplit=2)
+            status = os.stat(path)
+            if (status.st_mtime_ns, status.st_size) != (int(at), int(size)):
                 return None
         return kept
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
         return None  # absent or damaged, or a file is gone: made again and replaced
 
 
-def _remember(file: Path, arrays: dict[str, np.ndarray]) -> None:
+def _stats(folder: tuple[str, list[str]]) -> tuple[list[str], tuple[str, int]]:
+    """Where a folder's files really are, their sizes and times; and the latest of them."""
+    path, names = folder
+    if storage.in_archive(f"{path}/{names[0]}"):
+        archive, at = storage.modified(path)
+        return [os.path.realpath(archive), os.path.abspath(path)[len(archive) :], str(at), str(os.path.getsize(archive))], (archive, at)
+    lines = [os.path.realpath(path)]
+    latest = ("", 0)
+    for name in names:
+        file = f"{path}/{name}"
+        status = os.lstat(file)
+        if stat.S_ISLNK(status.st_mode):
+            lines.append(os.path.realpath(file))
+            status = os.stat(file)
+        lines.append(f"{status.st_mtime_ns} {status.st_size}")
+        if status.st_mtime_ns > latest[1]:
+            latest = (os.path.abspath(file), status.st_mtime_ns)
+    return lines, latest
+
+
+def _remember(file: Path, arrays: dict[str, np.ndarray], modified: Mapping[str, int]) -> None:
     with contextlib.suppress(OSError):
+        arrays = arrays | {"modified": encoded(f"{at} {os.path.getsize(path)} {path}" for path, at in modified.items())}
         file.parent.mkdir(parents=True, exist_ok=True)
         handle, temporary = tempfile.mkstemp(dir=file.parent, prefix=file.stem, suffix=".tmp")
         try:

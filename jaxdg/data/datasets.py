@@ -9,15 +9,16 @@ import bisect
 from collections.abc import Collection, Sequence
 import dataclasses
 import itertools
+import math
 import os
 from typing import Any, Protocol, runtime_checkable
 
-from jaxtyping import Int16, UInt8
+from jaxtyping import Int16, Integer, UInt8
 import numpy as np
 
 from jaxdg.data import index, published, records, storage
 from jaxdg.data.images import read_image, read_label
-from jaxdg.data.labels import CITYSCAPES, IGNORE, LabelSet, apply_table, id_table, palette
+from jaxdg.data.labels import CITYSCAPES, IGNORE, LabelSet, apply_table, id_table, own_table, palette
 from jaxdg.data.skip import skip_list
 
 STREETS = ("clear", "night", "rain", "fog", "dusk_rain")  # as in streets.APPEARANCES
@@ -50,8 +51,10 @@ class FolderOptions:
         image_suffix: end of an image's file name behind the part it shares with its label; "" for any image extension.
         label_suffix: the same for label files.
         classes: class names in the order of their train ids.
-        id_map: label file id to train id; empty if the files hold train ids already.
-        ignore: label file ids that neither the loss nor a score sees.
+        id_map: label file id to train id; empty if the files hold train ids already. Where all its file ids
+            lie beyond the train ids, a class that it does not mention keeps its train id as file id: a mask of
+            0 and 255 is `classes=("background", "crack")`, `id_map={255: 1}`.
+        ignore: label file ids that neither the loss nor a score sees. The default 255 gives way to an `id_map` that maps 255.
         colors: RGB, 0-255, one a class; empty for the Cityscapes colours where the classes are Cityscapes', else a palette.
     """
 
@@ -127,6 +130,18 @@ class Files:
         if not path:
             return np.full(self.size(i), IGNORE, np.uint8)
         return self._sized(i, path, apply_table(read_label(path, red=self.red), self.table, path))
+
+    def ids(self, i: int) -> tuple[Integer[np.ndarray, " m"], Integer[np.ndarray, " m"]]:
+        """The ids in the label file of image `i`, ascending, and the pixels of each; 255 where there is no file."""
+        path = self.pairs.labels[i]
+        if not path:
+            return np.array([IGNORE]), np.array([math.prod(self.size(i))])
+        label = self._sized(i, path, read_label(path, red=self.red))
+        if label.dtype not in (np.uint8, np.uint16):
+            apply_table(label, self.table, path)  # an error where ids are outside of any table
+        counts = np.bincount(label.ravel(), minlength=1)
+        ids = np.flatnonzero(counts)
+        return ids, counts[ids]
 
     def _sized(self, i: int, path: str, array: np.ndarray) -> np.ndarray:
         if array.shape[:2] != self.size(i):
@@ -289,7 +304,9 @@ def open_domain(
     found = records.open_records(root, domain, train=train)
     if found is None:
         return open_files(domain, root=root, train=train, folder=folder, mapillary_labels=mapillary_labels, skip=skip)
-    same_table = found.table is not None and np.array_equal(found.table, label_table(domain, folder, mapillary_labels))
+    table = label_table(domain, folder, mapillary_labels)
+    # An id that had no meaning when the records were written is in none of their labels.
+    same_table = found.table is not None and np.array_equal(np.where(found.table < 0, table, found.table), table)
     if not same_table or found.labels.names != label_set(domain, folder).names:
         raise ValueError(
             f"the records {found.directory} were written with other classes or label ids than data.folder or data.mapillary_labels say; "
@@ -364,11 +381,10 @@ def label_table(domain: str, folder: FolderOptions | None, mapillary_labels: str
         return id_table(dataset.table())
     names = label_set(domain, folder).names
     assert folder is not None  # or label_set had raised
-    id_map = folder.id_map or {i: i for i in range(len(names))}
-    outside = sorted({target for target in id_map.values() if target >= len(names) and target != IGNORE})
+    outside = sorted({target for target in folder.id_map.values() if target >= len(names) and target != IGNORE})
     if outside:
         raise ValueError(f"data.folder.id_map maps to train ids {outside}, but data.folder.classes has {len(names)} classes")
-    return id_table(id_map, ignore=folder.ignore)
+    return own_table(names, folder.id_map, folder.ignore)
 
 
 def _published(

@@ -87,7 +87,7 @@ def index_pairs(
             raise ValueError(f"data.skip leaves no image of {os.path.abspath(tree.base)}; shorten the list")
         return {"images": encoded(pairs.images), "labels": encoded(pairs.labels), "sizes": pairs.sizes}
 
-    place = [tree.base, os.path.abspath(tree.base), tree.exact]
+    place = [tree.base, os.path.realpath(tree.base), tree.exact]
     key = ["pairs", VERSION, place, [[i, list(t)] for i, t in folders], image_suffix, label_suffix, sorted(skip)]
     kept = cached(key, tree.modified, make)
     images = decoded(kept["images"])

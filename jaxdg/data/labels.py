@@ -9,7 +9,6 @@ from collections.abc import Iterable, Mapping, Sequence
 import colorsys
 import dataclasses
 from typing import Final
-import unicodedata
 
 from jaxtyping import Int16, Integer, UInt8
 import numpy as np
@@ -34,35 +33,6 @@ class LabelSet:
             raise ValueError(f"{len(self.names)} class names but {len(self.colors)} colours; give one colour a class")
         if not 1 <= len(self.names) <= IGNORE:
             raise ValueError(f"{len(self.names)} classes; label maps are 8-bit and hold between 1 and {IGNORE}")
-        check_names(self.names, "class names")
-
-
-def check_names(names: Sequence[str], what: str, *, any_case: bool = False) -> None:
-    """Refuses class names of which one could be taken for another or for none; any other text is a name.
-
-    Args:
-        names: in the order of their ids.
-        what: they are, for the error message.
-        any_case: names that differ in the case of their letters alone are the same.
-
-    Raises:
-        ValueError: a name is empty, holds control characters such as line breaks, or is there twice; spaces around it, and how its
-            accents are composed, make no difference.
-    """
-    seen: dict[str, int] = {}
-    for i, name in enumerate(names):
-        if not name.strip() or any(unicodedata.category(c) == "Cc" for c in name):
-            raise ValueError(f"{what}[{i}] is {name!r}; allowed: text in one line that is not empty, as every class needs a name")
-        key = unicodedata.normalize("NFC", name).strip()
-        first = seen.setdefault(key.casefold() if any_case else key, i)
-        if first != i:
-            alike = "" if name == names[first] else f", which is read as {names[first]!r}"
-            raise ValueError(f"{what}[{first}] and [{i}] are both {name!r}{alike}; give every class a name of its own")
-
-
-def listed(names: Iterable[str]) -> str:
-    """Names for a message, parted by commas; those that hold commas are in quotes."""
-    return ", ".join(repr(name) if "," in name or name != name.strip() else name for name in names)
 
 
 CITYSCAPES = LabelSet(
@@ -141,6 +111,36 @@ def id_table(id_map: Mapping[int, int], ignore: Iterable[int] = ()) -> Int16[np.
             raise ValueError(f"label id {source} is in the id map (as {table[source]}) and in the ignore list; keep one of the two")
         table[source] = target
     return table
+
+
+def own_table(names: Sequence[str], id_map: Mapping[int, int], ignore: Sequence[int]) -> Int16[np.ndarray, "65536"]:
+    """The look-up table of one's own label files, see `datasets.FolderOptions`.
+
+    Args:
+        names: of the classes.
+        id_map: label file id to train id. Where all its file ids lie beyond the train ids, it adds to
+            them: a class that it does not mention keeps its train id as file id, unless that is ignored.
+        ignore: further label file ids to ignore; 255 alone, the default, gives way to an `id_map` that
+            maps it.
+
+    Returns:
+        As `id_table`.
+
+    Raises:
+        ValueError: as `id_table`, or there is no `id_map` and the id of a class is ignored.
+    """
+    numbers = range(len(names))
+    if not id_map and (both := [i for i in ignore if i in numbers]):
+        meant = ", ".join(f"{i} ({names[i]})" for i in both)
+        raise ValueError(
+            f"data.folder.ignore lists {meant}, which is the id of a class as there is no data.folder.id_map; "
+            "take it off the list, or say in data.folder.id_map which id is which class"
+        )
+    ignored = () if tuple(ignore) == (IGNORE,) and IGNORE in id_map else tuple(ignore)
+    kept: dict[int, int] = {}
+    if all(i >= len(names) for i in id_map):
+        kept = {i: i for i in numbers if i not in id_map.values() and i not in ignored}
+    return id_table({**kept, **id_map}, ignored)
 
 
 def apply_table(label: Integer[np.ndarray, "h w"], table: Int16[np.ndarray, "65536"], path: str) -> UInt8[np.ndarray, "h w"]:

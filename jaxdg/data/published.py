@@ -56,6 +56,7 @@ class Published:
         image_suffix: end of an image's file name behind the part that it shares with its label.
         label_suffix: the same for label files.
         red: label files are 16-bit RGB with the id in the red channel.
+        lacks: classes that its label maps show nowhere.
     """
 
     name: str
@@ -66,6 +67,7 @@ class Published:
     image_suffix: str = ".png"
     label_suffix: str = ".png"
     red: bool = False
+    lacks: tuple[str, ...] = ()
 
     def select(self, domain: str, train: bool) -> tuple[Part, ...]:
         """The parts of a domain: its training images, or those to judge on; both are all where there are no splits.
@@ -113,7 +115,14 @@ GTA5 = Published(
     CITYSCAPES_IDS,
     35,
 )
-SYNTHIA = Published("synthia", (Part("synthia", "all", "RGB", ("GT/LABELS",), 9400),), SYNTHIA_IDS, 23, red=True)
+SYNTHIA = Published(
+    "synthia",
+    (Part("synthia", "all", "RGB", ("GT/LABELS",), 9400),),
+    SYNTHIA_IDS,
+    23,
+    red=True,
+    lacks=("terrain", "truck", "train"),
+)
 CITYSCAPES_DATASET = Published(
     "cityscapes",
     (

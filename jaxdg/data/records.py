@@ -26,7 +26,6 @@ from fsspec.implementations.local import LocalFileSystem
 from jaxtyping import UInt8
 import numpy as np
 
-from jaxdg.data import cache
 from jaxdg.data.labels import LabelSet, id_table
 
 VERSION = "1.0.0"  # of the layout; TFDS names the folder by it
@@ -83,18 +82,27 @@ class Records:
         return self._index["names"][ends[i - 1] if i else 0 : ends[i]].tobytes().decode()
 
     def __getitem__(self, i: int) -> dict[str, np.ndarray]:
+        fields = self._fields(i)
+        return {"image": decode_image(fields["image"].bytes_list.value[0]), **self._truth(fields)}
+
+    def truth(self, i: int) -> dict[str, np.ndarray]:
+        """What item `i` holds beside the image, which is not decoded."""
+        return self._truth(self._fields(i))
+
+    def _fields(self, i: int) -> Any:
         source, parse = self._source
         try:
-            fields = parse(source[i]).features.feature  # TFDS's own parsing copies the pictures once more
+            return parse(source[i]).features.feature  # TFDS's own parsing copies the pictures once more
         except RuntimeError as error:  # array_record's, when a checksum does not hold
             shard = os.path.join(self.directory, self.shards[int(np.searchsorted(self._index["bounds"], i, side="right"))])
             raise ValueError(f"{shard}: damaged ({error}); copy it again, or delete the folder and prepare it again") from error
-        image = {"image": decode_image(fields["image"].bytes_list.value[0])}
+
+    def _truth(self, fields: Any) -> dict[str, np.ndarray]:
         if not self.boxes:
-            return image | {"label": decode_image(fields["label"].bytes_list.value[0], cv2.IMREAD_GRAYSCALE)}
+            return {"label": decode_image(fields["label"].bytes_list.value[0], cv2.IMREAD_GRAYSCALE)}
         types = {"classes": np.int32, "difficult": bool, "crowd": bool}
         boxes = np.array(fields["boxes"].float_list.value, np.float32).reshape(-1, 4)
-        return image | {"boxes": boxes} | {key: np.array(fields[key].int64_list.value, dtype) for key, dtype in types.items()}
+        return {"boxes": boxes} | {key: np.array(fields[key].int64_list.value, dtype) for key, dtype in types.items()}
 
     @functools.cached_property
     def _source(self) -> tuple[Any, Callable[[bytes], Any]]:
@@ -217,9 +225,7 @@ def filesystem(path: str) -> tuple[AbstractFileSystem, str]:
     try:
         return url_to_fs(path)
     except (ImportError, ValueError) as error:
-        extra = {"gs": "gcs", "gcs": "gcs", "s3": "s3", "s3a": "s3"}.get(path.split("://")[0].lower())
-        remedy = f'`pip install "jaxdg[{extra}]"`' if extra else "jaxdg has extras for gs:// (gcs) and s3:// (s3)"
-        raise ValueError(f"{path} cannot be opened: {error}; {remedy}") from error
+        raise ValueError(f"{path} cannot be opened: {error}") from error
 
 
 def digest(path: str) -> str:
@@ -237,7 +243,8 @@ def files_of(metadata: dict[str, Any], split: str) -> list[str]:
 
 def _fetch(system: AbstractFileSystem, inner: str, directory: str, metadata: bytes, split: str) -> str:
     """Copies a split to the local disk unless it is there: under the digest of its metadata, which holds those of the shards."""
-    local = cache.folder() / f"records-{hashlib.sha256(metadata).hexdigest()[:24]}"
+    cache = Path(os.environ.get("JAXDG_CACHE") or Path.home() / ".cache" / "jaxdg")
+    local = cache / f"records-{hashlib.sha256(metadata).hexdigest()[:24]}"
     local.mkdir(parents=True, exist_ok=True)
     files = json.loads(metadata)["files"]
     small = [name for name in map(os.path.basename, system.ls(inner, detail=False)) if name not in files]

@@ -8,19 +8,14 @@ lhoyer/DAFormer), which draws a class with P(c) ~ exp((1 - f_c) / T), f_c its sh
 from collections.abc import Callable
 import dataclasses
 import functools
-import hashlib
-import json
 from typing import NamedTuple
 
-import grain
 from jaxtyping import Float64, Int32, Int64
 import numpy as np
 
-from jaxdg.data.cache import cached
-from jaxdg.data.datasets import Dataset, Files, Mixture
-from jaxdg.data.labels import IGNORE
+from jaxdg.data.class_counts import class_pixels
+from jaxdg.data.datasets import Dataset, Mixture
 from jaxdg.data.transforms import Wanted
-from jaxdg.data.workers import read_ahead
 
 # Keep random streams apart; `pipeline` augments position p by (seed, EXAMPLE, p).
 EXAMPLE, EPOCH, PART, RARE = range(4)
@@ -178,41 +173,6 @@ def class_probabilities(pixels: Int32[np.ndarray, "n k"], temperature: float) ->
     logits = np.where(total > 0, (1 - total / total.sum()) / temperature, -np.inf)
     odds = np.exp(logits - logits.max())
     return odds / odds.sum()
-
-
-def class_pixels(dataset: Dataset, workers: int = 0) -> Int32[np.ndarray, "n k"]:
-    """Pixels of each class in each image, counted once and kept, see `jaxdg.data.cache`.
-
-    What was counted is recalled while the dataset has the same images, sizes, classes and label table, and generated streets the same seed.
-
-    Args:
-        dataset: of label maps.
-        workers: processes that read; 0 reads with threads of this process.
-
-    Returns:
-        One row an image, one column a class.
-    """
-    if isinstance(dataset, Mixture):
-        return np.concatenate([class_pixels(part, workers) for part in dataset.parts])
-    n = len(dataset)
-    digest = hashlib.sha256(json.dumps([dataset.domain, dataset.labels.names, getattr(dataset, "seed", 0)]).encode())
-    digest.update(np.array(getattr(dataset, "table", 0)).tobytes())
-    for i in range(n):
-        digest.update(json.dumps([dataset.name(i), dataset.size(i)]).encode())
-    count = lambda: {"pixels": np.concatenate(list(read_ahead(grain.MapDataset.range(n).map(_Count(dataset)).batch(64), workers)))}
-    return cached(["class pixels", digest.hexdigest()], {}, count)["pixels"]
-
-
-@dataclasses.dataclass
-class _Count:
-    """Pixels of each class in image i; a class and not a closure, so that it reaches worker processes by name."""
-
-    dataset: Dataset
-
-    def __call__(self, i: int) -> Int32[np.ndarray, " k"]:
-        label = self.dataset.label(i) if isinstance(self.dataset, Files) else self.dataset[i]["label"]  # spares reading the image
-        counts = np.bincount(label.ravel(), minlength=IGNORE + 1)
-        return counts[: len(self.dataset.labels.names)].astype(np.int32)
 
 
 @functools.lru_cache(maxsize=8)

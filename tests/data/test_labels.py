@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from jaxdg.data.labels import CAMVID, CITYSCAPES, LabelSet, apply_table, id_table, palette
+from jaxdg.data.labels import CAMVID, CITYSCAPES, LabelSet, apply_table, id_table, own_table, palette
 
 
 def test_cityscapes_classes_and_colors_are_the_official_ones():
@@ -65,3 +65,19 @@ def test_label_sets_need_one_color_a_class():
         LabelSet(("a", "b"), ((0, 0, 0),))
     with pytest.raises(ValueError, match="256 classes"):
         LabelSet(("a",) * 256, ((0, 0, 0),) * 256)
+
+
+def test_an_own_id_map_adds_to_the_train_ids_or_replaces_them():
+    """The table of an own folder, entry by entry, after the rule in `FolderOptions`."""
+    entries = lambda table: {i: int(table[i]) for i in np.flatnonzero(table >= 0).tolist()}
+    two, three = ("background", "crack"), ("a", "b", "c")
+    assert entries(own_table(two, {}, (255,))) == {0: 0, 1: 1, 255: 255}
+    assert entries(own_table(two, {255: 1}, (255,))) == {0: 0, 255: 1}
+    assert entries(own_table(three, {128: 1, 255: 2}, (255,))) == {0: 0, 128: 1, 255: 2}
+    assert entries(own_table(two, {7: 0, 22: 1}, (0, 255))) == {7: 0, 22: 1, 0: 255, 255: 255}
+    assert entries(own_table(three, {7: 1}, (0,))) == {7: 1, 2: 2, 0: 255}  # an ignored id is no class's
+    assert entries(own_table(three, {1: 0, 2: 1}, (255,))) == {1: 0, 2: 1, 255: 255}  # numbers of classes mean what the map says
+    with pytest.raises(ValueError, match="label id 255 is in the id map"):
+        own_table(two, {255: 1}, (0, 255))
+    with pytest.raises(ValueError, match=r"data\.folder\.ignore lists 2 \(c\), which is the id of a class"):
+        own_table(three, {}, (2, 255))

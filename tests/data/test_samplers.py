@@ -1,19 +1,25 @@
 """Order of the examples: permutations, parts by weight, rare classes, and their statistics."""
 
 import dataclasses
+import os
 from pathlib import Path
 import pickle
+import shutil
+import time
 
 import numpy as np
 from PIL import Image
 import pytest
 
-from jaxdg.data import samplers
-from jaxdg.data.datasets import Files, Mixture, Streets, StreetsOptions
+from jaxdg.data import class_counts, samplers
+from jaxdg.data.cache import fingerprint
+from jaxdg.data.class_counts import truth_ids
+from jaxdg.data.datasets import Files, FolderOptions, Mixture, Streets, StreetsOptions, open_files
 from jaxdg.data.index import Pairs
 from jaxdg.data.labels import CAMVID, CITYSCAPES, LabelSet
 from jaxdg.data.samplers import BLOCK, RareClasses, class_pixels, class_probabilities, make_sampler
 from jaxdg.data.transforms import Augmentation, random_crop
+from tests.data import trees
 
 
 @dataclasses.dataclass
@@ -189,6 +195,95 @@ def test_streets_of_another_seed_are_counted_anew(cache):
         streets = Streets("clear", StreetsOptions(seed=seed, images=2, size=(96, 192)), train=True)
         expected = [np.bincount(streets[i]["label"].ravel(), minlength=256)[:19] for i in range(2)]
         np.testing.assert_array_equal(class_pixels(streets), expected)
+
+
+def masks(base: Path, domain: str, ids: list[int], archive: str = "") -> Files:
+    """A label map of each id and images, written long ago."""
+    for i, one in enumerate(ids):
+        trees.write(base, f"{domain}/images/{i}.png", trees.encode(np.zeros((20, 50, 3), np.uint8), "PNG"), archive)
+        trees.write(base, f"{domain}/labels/{i}.png", trees.grey(np.full((20, 50), one)), archive)
+    for path in base.rglob("*"):
+        os.utime(path, ns=(10**18, 10**18))
+    place = f"{archive}/" if archive else ""
+    options = FolderOptions(f"{place}{{domain}}/images", f"{place}{{domain}}/labels", classes=("a", "b", "c"))
+    return open_files(domain, root=str(base), train=True, folder=options)
+
+
+@pytest.fixture
+def read(monkeypatch) -> list[int]:
+    """Receives the images whose labels are read."""
+    read: list[int] = []
+    monkeypatch.setattr(class_counts, "truth_ids", lambda dataset, i: read.append(i) or truth_ids(dataset, i))
+    return read
+
+
+@pytest.mark.parametrize("archive", ["", "all.zip"])
+def test_labels_corrected_in_place_are_counted_anew(cache, tmp_path, read, archive):
+    """Same name, size and bytes long, another content and time: never the old counts; and what has not changed is not read again."""
+    base = tmp_path / "data"
+    np.testing.assert_array_equal(class_pixels(masks(base, "town", [0, 1, 1], archive)), 1000 * np.eye(3, dtype=int)[[0, 1, 1]])
+    files = masks(base, "town", [0, 1, 1], archive) if not archive else open_again(base, archive)
+    assert sorted(read) == [0, 1, 2]
+    class_pixels(files)
+    assert len(read) == 3
+    if archive:
+        (base / archive).unlink()
+    corrected = masks(base, "town", [0, 1, 2], archive)
+    os.utime(base / archive if archive else corrected.pairs.labels[2], ns=(10**18, 10**18 + 1))  # a nanosecond later
+    np.testing.assert_array_equal(class_pixels(corrected), 1000 * np.eye(3, dtype=int))
+    assert len(read) == 6
+
+
+def open_again(base: Path, archive: str) -> Files:
+    options = FolderOptions(f"{archive}/{{domain}}/images", f"{archive}/{{domain}}/labels", classes=("a", "b", "c"))
+    return open_files("town", root=str(base), train=True, folder=options)
+
+
+def test_another_project_of_the_same_relative_names_is_counted_anew(cache, tmp_path, monkeypatch):
+    """Two working folders with `data/town`, equal but for the ids; and one that a link is turned to."""
+    options = FolderOptions("{domain}/images", "{domain}/labels", classes=("a", "b", "c"))
+    opened = lambda root: open_files("town", root=root, train=True, folder=options)
+    for name, ids in {"one": [0, 1], "two": [0, 2]}.items():
+        masks(tmp_path / name / "data", "town", ids)
+        monkeypatch.chdir(tmp_path / name)
+        np.testing.assert_array_equal(class_pixels(opened("data")), 1000 * np.eye(3, dtype=int)[ids])
+    for name, ids in {"one": [0, 1], "two": [0, 2]}.items():
+        (tmp_path / "now").unlink(missing_ok=True)
+        (tmp_path / "now").symlink_to(tmp_path / name / "data")
+        np.testing.assert_array_equal(class_pixels(opened(str(tmp_path / "now"))), 1000 * np.eye(3, dtype=int)[ids])
+        for i in range(2):
+            link = tmp_path / "linked/town/labels" / f"{i}.png"
+            link.parent.mkdir(parents=True, exist_ok=True)
+            link.unlink(missing_ok=True)
+            link.symlink_to(tmp_path / name / f"data/town/labels/{i}.png")
+        shutil.copytree(tmp_path / "one/data/town/images", tmp_path / "linked/town/images", dirs_exist_ok=True)
+        np.testing.assert_array_equal(class_pixels(opened(str(tmp_path / "linked"))), 1000 * np.eye(3, dtype=int)[ids])
+
+
+def test_records_are_counted_by_their_digests(cache, tmp_path, read):
+    """Records that are copied keep their counts, records of other labels below the same names have their own."""
+    from jaxdg.data.prepare import prepare
+    from jaxdg.data.records import Records
+
+    for name, ids in {"one": [0, 1], "two": [0, 2]}.items():
+        where = prepare("town", {"train": masks(tmp_path / name, "town", ids)}, root=str(tmp_path / name), out=str(tmp_path / "out"))
+        np.testing.assert_array_equal(class_pixels(Records(where, "train")), 1000 * np.eye(3, dtype=int)[ids])
+        moved = shutil.move(where, tmp_path / f"moved_{name}")
+        class_pixels(Records(str(moved), "train"))
+    assert len(read) == 4
+
+
+def test_a_fingerprint_of_half_a_million_files_takes_seconds(tmp_path):
+    """By extrapolation from 5 000: a stat of each and little else; equal when taken again, whatever the threads do."""
+    (tmp_path / "a").mkdir()
+    for i in range(5000):
+        (tmp_path / "a" / f"{i}.png").write_bytes(b"")
+    paths = [f"{tmp_path}/a/{i}.png" for i in range(5000)]
+    start = time.perf_counter()
+    first = fingerprint(paths)
+    assert time.perf_counter() - start < 1
+    assert fingerprint(paths) == first
+    assert fingerprint(paths[::-1]) != first
 
 
 def test_counting_reads_no_image(cache, tmp_path):

@@ -1,0 +1,313 @@
+"""Which ids the labels of a dataset hold, how often, and so how many pixels or boxes of each class there are.
+
+All labels are counted once and kept for as long as the label files are the same ones: by their resolved paths, sizes and modification times
+in nanoseconds; records by the digests in their metadata, generated streets by their seed. A look at some evenly spread images is cheaper
+and is kept likewise.
+"""
+
+from collections.abc import Iterable, Sequence
+import dataclasses
+import hashlib
+import json
+import os
+from pathlib import Path
+import time
+from typing import Any
+
+import cv2
+import grain
+from jaxtyping import Int32, Int64, Integer
+import numpy as np
+
+from jaxdg.data import storage
+from jaxdg.data.boxes import BoxFiles, CocoFiles
+from jaxdg.data.cache import cached, fingerprint
+from jaxdg.data.datasets import Dataset, Files, Mixture, Streets, Subset
+from jaxdg.data.index import Defect
+from jaxdg.data.labels import IGNORE
+from jaxdg.data.records import METADATA, Records
+from jaxdg.data.workers import read_ahead
+
+VERSION = 1  # of what is kept
+FIRST = 16  # images that a look begins with; their number doubles until enough was seen
+KINDS = 65536  # ids that a label file may hold
+
+
+@dataclasses.dataclass(frozen=True)
+class Look:
+    """What the labels of some images of a dataset show.
+
+    Attributes:
+        images: how many were looked at.
+        ids: as the label files hold them, each once and ascending; of records and boxes those of the classes.
+        counts: pixels of each id, or boxes of each class.
+        odd: an image whose label holds ids that have no class; -1 if there is none.
+    """
+
+    images: int
+    ids: Integer[np.ndarray, " m"]
+    counts: Int64[np.ndarray, " m"]
+    odd: int = -1
+
+
+@dataclasses.dataclass(frozen=True)
+class Counts:
+    """What all labels of a dataset show.
+
+    Attributes:
+        classes: pixels or boxes of each class in each image.
+        look: the same by the ids of the label files.
+    """
+
+    classes: Int32[np.ndarray, "n k"]
+    look: Look
+
+
+def class_pixels(dataset: Dataset, workers: int = 0) -> Int32[np.ndarray, "n k"]:
+    """Pixels of each class in each image, counted once and kept, see `count`.
+
+    Args:
+        dataset: of label maps.
+        workers: processes that read; 0 reads with threads of this process.
+
+    Returns:
+        One row an image, one column a class.
+    """
+    if isinstance(dataset, Mixture):
+        return np.concatenate([class_pixels(part, workers) for part in dataset.parts])
+    return count(dataset, workers).classes
+
+
+def count(dataset: Dataset, workers: int = 0) -> Counts:
+    """Counts all labels of a dataset, or recalls the counts of label files that have not changed since.
+
+    Args:
+        dataset: no mixture.
+        workers: processes that read; 0 reads with threads of this process.
+
+    Raises:
+        ValueError: a label is damaged, or holds ids that are no class's.
+    """
+    n, k = len(dataset), len(dataset.labels.names)
+    key, modified = _content(dataset)
+
+    def make() -> dict[str, np.ndarray]:
+        classes, total = np.zeros((n, k), np.int32), np.zeros(KINDS, np.int64)
+        table = id_classes(dataset)
+        items = grain.MapDataset.range(n).map(_Read(dataset, strict=True))
+        for i, (ids, found, _) in enumerate(read_ahead(items, workers)):
+            total[ids] += found
+            trained = table[ids]
+            np.add.at(classes[i], trained[trained < k], found[trained < k])
+        ids = np.flatnonzero(total)
+        return {"classes": classes, "ids": ids, "counts": total[ids]}
+
+    kept = cached(["class counts", VERSION, key], modified, make)
+    return Counts(kept["classes"], Look(n, kept["ids"], kept["counts"]))
+
+
+def look(
+    dataset: Dataset,
+    *,
+    most: int,
+    seconds: float,
+    images: Sequence[int] | None = None,
+    defects: list[Defect] | None = None,
+) -> Look:
+    """Looks at ever more evenly spread images, until every class was seen, or all or enough of them were looked at.
+
+    Args:
+        dataset: no mixture.
+        most: images to look at.
+        seconds: that this may take.
+        images: those that count; None for all. Only then is the outcome of an earlier look at the same label files used.
+        defects: receives what is wrong with labels, which then is no error.
+
+    Raises:
+        ValueError: a label is damaged. Ids that are no class's are no error here.
+    """
+    everything = list(range(len(dataset))) if images is None else list(images)
+    modified: dict[str, int] = {}
+
+    def make() -> dict[str, np.ndarray]:
+        total, looked, odd = _progressive(dataset, everything, most, seconds, defects)
+        for path in {storage.modified(path) for path in _label_files(dataset, looked)}:
+            modified.update([path])
+        ids = np.flatnonzero(total)
+        return {"images": np.array(len(looked)), "ids": ids, "counts": total[ids], "odd": np.array(odd)}
+
+    whole = images is None and defects is None
+    kept = cached(["class look", VERSION, _names(dataset), most], modified, make) if whole else make()
+    return Look(int(kept["images"]), kept["ids"], kept["counts"], int(kept["odd"]))
+
+
+def parts_of(dataset: Dataset) -> list[Dataset]:
+    """The datasets that a mixture, or some images of one, consists of."""
+    if isinstance(dataset, Mixture):
+        return [part for mixed in dataset.parts for part in parts_of(mixed)]
+    if not (isinstance(dataset, Subset) and isinstance(dataset.dataset, Mixture)):
+        return [dataset]
+    chosen: dict[int, Subset] = {id(part): Subset(part, 0) for part in dataset.dataset.parts}
+    for part, i in map(dataset.dataset.at, dataset.images):
+        chosen[id(part)].images.append(i)
+    return list(chosen.values())
+
+
+def id_classes(dataset: Dataset) -> Integer[np.ndarray, "KINDS"]:
+    """The class of every id in a `Look`; -1 where it has none, 255 where it is ignored."""
+    if is_mapped(dataset):
+        table = np.full(KINDS, -1, np.int16)
+        k = len(dataset.labels.names)
+        table[:k] = np.arange(k)
+        table[IGNORE] = IGNORE
+        return table
+    return _inner(dataset).table
+
+
+def is_mapped(dataset: Dataset) -> bool:
+    """Whether the ids in a `Look` are those of the classes, as label files cannot be seen any more or there are boxes."""
+    inner = _inner(dataset)
+    return not isinstance(inner, Files) or isinstance(inner, BoxFiles)
+
+
+def _inner(dataset: Dataset) -> Any:
+    return dataset.dataset if isinstance(dataset, Subset) else dataset
+
+
+def _progressive(
+    dataset: Dataset, images: list[int], most: int, seconds: float, defects: list[Defect] | None
+) -> tuple[Int64[np.ndarray, "KINDS"], list[int], int]:
+    """Pixels of every id, the images they are of, and `Look.odd`."""
+    total, table, k = np.zeros(KINDS, np.int64), id_classes(dataset), len(dataset.labels.names)
+    wanted = np.arange(k)
+    order = [images[i] for i in spread(len(images), most)]
+    looked: list[int] = []
+    odd, until = -1, time.monotonic() + seconds
+    while len(looked) < len(order) and time.monotonic() < until:
+        if np.isin(wanted, table[np.flatnonzero(total)]).all():
+            break
+        fresh = order[len(looked) : max(FIRST, 2 * len(looked))]
+        reading = read_ahead(grain.MapDataset.source(fresh).map(_Read(dataset, strict=False)), 0)
+        for i, (ids, found, wrong) in zip(fresh, reading, strict=True):
+            looked.append(i)
+            total[ids] += found
+            if odd < 0 and (table[ids] < 0).any():
+                odd = i
+            if wrong is not None and defects is None:
+                raise ValueError(wrong.path + wrong.text)
+            if wrong is not None and defects is not None:
+                defects.append(wrong)
+            if time.monotonic() > until:
+                break
+        reading.close()
+    return total, looked, odd
+
+
+def spread(items: int, most: int) -> list[int]:
+    """Numbers below `items`, at most so many: the first, the last, and ever denser between them (multiples of the golden ratio)."""
+    if not items:
+        return []
+    between = np.arange(4 * min(items, most)) * ((5**0.5 - 1) / 2) % 1.0 * items
+    rest = range(items) if items <= most else ()
+    return list(dict.fromkeys([0, items - 1, *between.astype(int).tolist(), *rest]))[:most]
+
+
+@dataclasses.dataclass
+class _Read:
+    """Ids in the label of image i, and pixels or boxes of each; a class and not a closure, so that it reaches worker processes by name.
+
+    Attributes:
+        dataset: its images.
+        strict: errors are raised, and ids that have no class are errors; else damage is told beside an empty result.
+    """
+
+    dataset: Dataset
+    strict: bool
+
+    def __call__(self, i: int) -> tuple[Integer[np.ndarray, " m"], Integer[np.ndarray, " m"], Defect | None]:
+        try:
+            ids, counts = truth_ids(self.dataset, i)
+        except (ValueError, cv2.error) as error:
+            if self.strict:
+                raise
+            path = label_path(self.dataset, i)
+            return np.zeros(0, np.int64), np.zeros(0, np.int64), Defect(path, f": {str(error).removeprefix(path).lstrip(': ')}")
+        if self.strict and (id_classes(self.dataset)[ids] < 0).any():
+            self.dataset[i] if not isinstance(self.dataset, Files) else self.dataset.label(i)  # the error that says where
+        return ids, counts, None
+
+
+def truth_ids(dataset: Dataset, i: int) -> tuple[Integer[np.ndarray, " m"], Integer[np.ndarray, " m"]]:
+    """The ids in a label and the pixels of each; of boxes the classes and how many boxes each has, regions of crowds left out.
+
+    Args:
+        dataset: no mixture.
+        i: the image; it is not read.
+
+    Raises:
+        ValueError: the label is damaged.
+    """
+    if isinstance(dataset, Subset):
+        return truth_ids(dataset.dataset, dataset.images[i])
+    if isinstance(dataset, BoxFiles):
+        truth = dataset.boxes(i)
+    elif isinstance(dataset, Files):
+        return dataset.ids(i)
+    elif isinstance(dataset, Records):
+        truth = dataset.truth(i)
+    else:
+        truth = dataset[i]
+    counted = truth["classes"][~truth["crowd"]] if "classes" in truth else truth["label"]
+    counts = np.bincount(counted.ravel(), minlength=1)
+    ids = np.flatnonzero(counts)
+    return ids, counts[ids]
+
+
+def label_path(dataset: Dataset, i: int) -> str:
+    """The file with the label of image `i`, as far as it has one of its own."""
+    if isinstance(dataset, Subset):
+        return label_path(dataset.dataset, dataset.images[i])
+    return (isinstance(dataset, Files) and dataset.pairs.labels[i]) or dataset.name(i)
+
+
+def _label_files(dataset: Dataset, images: Iterable[int]) -> list[str]:
+    """The label files of some images, as far as they are files."""
+    inner = _inner(dataset)
+    if not isinstance(inner, Files) or isinstance(inner, CocoFiles):
+        return []
+    at = dataset.images if isinstance(dataset, Subset) else range(len(dataset))
+    return [inner.pairs.labels[at[i]] or inner.pairs.images[at[i]] for i in images]
+
+
+def _names(dataset: Dataset) -> str:
+    """A digest of what a dataset consists of by name, and of what its labels mean; of records and streets also of their content."""
+    inner = _inner(dataset)
+    chosen = dataset.images if isinstance(dataset, Subset) else len(dataset)
+    digest = hashlib.sha256(json.dumps([dataset.domain, dataset.labels.names, chosen, os.path.realpath(".")]).encode())
+    if isinstance(inner, Files) and not isinstance(inner, CocoFiles):
+        digest.update("\0".join(inner.pairs.labels).encode(errors="surrogateescape"))
+        digest.update(np.asarray(getattr(inner, "table", 0)).tobytes())
+    else:
+        digest.update(json.dumps(_content(inner)[0]).encode())
+    return digest.hexdigest()
+
+
+def _content(dataset: Dataset) -> tuple[list[Any], dict[str, int]]:
+    """What the labels of a dataset depend on; and the file that changed last, with the time (nanoseconds)."""
+    of: list[Any] = [dataset.domain, dataset.labels.names, len(dataset)]
+    if isinstance(dataset, CocoFiles):
+        content = (dataset.content.classes, dataset.content.crowd, dataset.content.ends)
+        return [*of, hashlib.sha256(b"".join(array.tobytes() for array in content)).hexdigest()], {}
+    if isinstance(dataset, Files):
+        table = hashlib.sha256(np.asarray(getattr(dataset, "table", 0)).tobytes()).hexdigest()
+        files, modified = fingerprint(_label_files(dataset, range(len(dataset))))
+        return [*of, table, files], modified
+    if isinstance(dataset, Records):
+        metadata = Path(dataset.directory, METADATA).read_bytes()
+        return [*of, dataset.split, hashlib.sha256(metadata).hexdigest()], {}
+    if isinstance(dataset, Streets):
+        return [*of, dataset.seed, dataset.image_size], {}
+    digest = hashlib.sha256(np.asarray(getattr(dataset, "table", 0)).tobytes())
+    for i in range(len(dataset)):
+        digest.update(json.dumps([dataset.name(i), dataset.size(i)]).encode())
+    return [*of, digest.hexdigest()], {}
