@@ -171,10 +171,12 @@ class Detection(ImageTask):
         for i in images:
             precision.add(*judged[i])
         metrics = {**precision.results(self.config.evaluation.protocol), "images": len(images)}  # pyright: ignore[reportArgumentType]
+        metrics["without_truth"] = [name for name, value in metrics["AP50"].items() if value is None]
+        metrics["classes"] = len(self.labels.names) - len(metrics["without_truth"])
         files, sizes = [dataset.name(i) for i in images], [dataset.size(i) for i in images]
         found = precision.truths, precision.detections
         write = lambda folder, name: write_coco(folder / "detections", name, self.labels.names, files, sizes, *found)
-        return DomainResult(metrics, metrics["mAP50"] or 0.0, [], write=write)
+        return DomainResult(metrics, metrics["mAP50"], [], write=write)
 
     def _example(self, image: np.ndarray, scale: np.ndarray, truth: Truth, found: Detections) -> dict[str, np.ndarray]:
         """See `DomainResult.examples`; the image is `scale` times as large as its boxes say."""

@@ -4,6 +4,7 @@ python -m jaxdg.evaluate --checkpoint runs/streets --domains night,fog
 """
 
 from collections.abc import Callable, Mapping, Sequence
+import contextlib
 import dataclasses
 import itertools
 import json
@@ -20,7 +21,9 @@ from rich.table import Table
 from jaxdg import cli, distributed, runtime
 from jaxdg import config as config_lib
 from jaxdg.config import PROTOCOLS, Config
+from jaxdg.data import overlap, protocols
 from jaxdg.data.datasets import Dataset, Subset
+from jaxdg.data.overlap import Standing, TrainedOn
 from jaxdg.task import DomainResult, Task
 from jaxdg.tasks import locate, make_task, restore_model
 from jaxdg.training import sharding
@@ -29,45 +32,120 @@ EXAMPLE_SIDE = 512  # pixels on the longer side of examples beside results.json
 
 
 def open_domains(task: Task) -> dict[str, Dataset]:
-    """The images that every domain in `evaluation.domains` is judged on, checked."""
+    """The images that every domain in `evaluation.domains` is judged on, checked.
+
+    Raises:
+        ValueError: a domain is named twice; and as `Task.open` says.
+    """
     e = task.config.evaluation
+    if twice := sorted({name for name in e.domains if e.domains.count(name) > 1}):
+        raise ValueError(f"evaluation.domains names {', '.join(twice)} more than once; name every domain once")
     domains = {name: task.open(name, train=False) for name in e.domains}
     return {name: Subset(dataset, e.max_images) for name, dataset in domains.items()} if e.max_images else domains
 
 
+def trained_on(task: Task, source: Dataset, workdir: Path, say: Callable[[str], None]) -> TrainedOn:
+    """What a run that starts, or goes on, is trained on, by its earlier starts too; to be saved in its workdir."""
+    noted = None
+    try:
+        noted = TrainedOn.load(workdir)
+    except ValueError as error:
+        say(f"{error}; it is written again now")
+    return TrainedOn.of(source, task.config.data.root).also(noted or started_from(task.config))
+
+
+def started_from(config: Config) -> TrainedOn | None:
+    """What the whole model was trained on that a run starts from; None if it starts from less."""
+    if config.model.start is None:
+        return None
+    workdir, _ = locate(config.model.start)
+    return TrainedOn.load(workdir) or TrainedOn(tuple(config_lib.load(workdir).data.source.split("+")))
+
+
+def known_source(task: Task, workdir: Path, say: Callable[[str], None]) -> TrainedOn:
+    """What a run was trained on, as its workdir says; if it says nothing, as the images tell that are here; else by name alone."""
+    if (noted := TrainedOn.load(workdir)) is not None:
+        return noted
+    data, before = task.config.data, None
+    with contextlib.suppress(OSError, ValueError):  # the run whose model it started from may be gone
+        before = started_from(task.config)
+    try:
+        return TrainedOn.of(task.open(data.source, train=True), data.root).also(before)
+    except (OSError, ValueError) as error:
+        say(f"whether a domain was trained on is told by its name alone: {workdir} does not say, and the images are not here ({error})")
+        return TrainedOn(tuple(data.source.split("+"))).also(before)
+
+
+def standings(task: Task, datasets: Mapping[str, Dataset], trained: TrainedOn, say: Callable[[str], None]) -> dict[str, Standing]:
+    """How each domain stands to what was trained on; says what the names do not, and which domains will get no score."""
+    for name, dataset in datasets.items():
+        if getattr(dataset.dataset if isinstance(dataset, Subset) else dataset, "unlabelled", False):
+            say(f"{name} has no labels, so it gets no score")
+    return overlap.standings(trained, datasets, task.config.data.root, say)
+
+
 def evaluate_domains(
-    evaluator: Callable[..., DomainResult], state: Any, datasets: Mapping[str, Dataset], config: Config, tick: Callable[[str, int], None]
+    evaluator: Callable[..., DomainResult],
+    state: Any,
+    datasets: Mapping[str, Dataset],
+    standing: Mapping[str, Standing],
+    tick: Callable[[str, int], None],
 ) -> dict[str, DomainResult]:
     """Judges a model on each domain, and in the same pass on its parts; `tick(domain, batch)` is called after every batch and may raise."""
-    results, sources = {}, config.data.source.split("+")
+    results: dict[str, DomainResult] = {}
     for name, dataset in datasets.items():
         if name in results:  # as a part
             continue
         done = itertools.count(1)
         whole = evaluator(state, dataset, lambda name=name, done=done: tick(name, next(done)))
+        seen, trained = standing[name].seen, standing[name].trained_on
         for key, result in {name: whole, **whole.parts}.items():
-            seen = any(domain in sources for domain in (name, key))
-            result.metrics |= {"seen": seen, "part_of": None if key == name else name}
+            mine = range(len(dataset))
+            if key != name:
+                mine = [i for i in mine if protocols.part_of(dataset.domain, dataset.name(i)) == key]
+            result.metrics |= {
+                "seen": seen,
+                "trained_on": None if trained is None else int(trained[list(mine)].sum()),
+                "part_of": standing[name].part_of if key == name else name,
+            }
             results[key] = result
     return results
 
 
 def summary(task: Task, config: Config, step: int, results: Mapping[str, DomainResult]) -> dict[str, Any]:
-    """The contents of results.json: every domain, the mean of those never seen, and rPD (that mean in percent of the seen one's)."""
-    whole = {name: r for name, r in results.items() if r.metrics["part_of"] is None}
-    unseen = [r.score for r in whole.values() if not r.metrics["seen"]]
-    seen = [r.score for r in whole.values() if r.metrics["seen"]]
-    mean_unseen = float(np.mean(unseen)) if unseen else None
+    """The contents of results.json: every domain, the mean of those never seen, and rPD.
+
+    rPD is that mean in percent of the score on the seen domain, or the mean of several: of those judged on no image trained on, if there
+    are such (`overlap.reference`). A domain without truth has no score and is in no mean. `seen_by` says whether the images or only the
+    names told what is seen, `classes_differ` which classes some of the domains lack that enter these figures: {class: [domain, ..]}.
+    """
+    domains = {name: r.metrics for name, r in results.items()}
+    scores = {name: r.score for name, r in results.items() if r.score is not None and r.metrics["part_of"] is None}
+    seen = overlap.reference({name: domains[name] for name in scores})
+    unseen = [name for name in scores if not domains[name]["seen"]]
+    mean = lambda names: float(np.mean([scores[name] for name in names])) if names else None
+    mean_unseen, mean_seen = mean(unseen), mean(seen)
     return {
         "task": config.task,
         "source": config.data.source,
         "protocol": config.evaluation.protocol,
         "max_images": config.evaluation.max_images or None,
         "step": step,
-        "domains": {name: r.metrics for name, r in results.items()},
+        "domains": domains,
         "mean_unseen": mean_unseen,
-        "rPD": 100 * mean_unseen / float(np.mean(seen)) if mean_unseen is not None and seen and np.mean(seen) > 0 else None,
+        "rPD": 100 * mean_unseen / mean_seen if mean_unseen is not None and mean_seen else None,
+        "seen_by": "names" if any(entry["trained_on"] is None for entry in domains.values()) else "images",
+        "classes_differ": classes_differ({name: domains[name] for name in (*seen, *unseen)}),
     }
+
+
+def classes_differ(domains: Mapping[str, Mapping[str, Any]]) -> dict[str, list[str]]:
+    """The classes that have truth in some of the domains and not in others, and those that lack it; `domains`: of results.json."""
+    lacks: dict[str, list[str]] = {}
+    for name, entry in domains.items():
+        for label in entry["without_truth"]:
+            lacks.setdefault(label, []).append(name)
+    return {label: names for label, names in lacks.items() if len(names) < len(domains)}
 
 
 def write_results(everything: dict[str, Any], results: Mapping[str, DomainResult], folder: Path) -> None:
@@ -99,7 +177,7 @@ def shrunk(example: Mapping[str, np.ndarray], side: int) -> dict[str, np.ndarray
 
 
 def print_results(results: dict[str, Any], console: Console) -> None:
-    """A table of every class on every domain, then the means."""
+    """A table of every class on every domain, then the means, and what must be known to read them; of an older version's results too."""
     domains, score = results["domains"], "mAP50" if results["task"] == "detection" else "mIoU"
     of_class = score.removeprefix("m")
     table = Table(
@@ -108,20 +186,54 @@ def print_results(results: dict[str, Any], console: Console) -> None:
     )
     table.add_column("class", no_wrap=True)
     for name, entry in domains.items():
-        table.add_column(name + (" (source)" if entry["seen"] else ""), justify="right", overflow="fold")
-    cell = lambda value: "-" if value is None else f"{value:.1f}"
+        table.add_column(name + _mark(name, entry, results["source"]), justify="right", overflow="fold")
+    cell = lambda value, none="-": none if value is None else f"{value:.1f}"
     for label in next(iter(domains.values()))[of_class]:
         table.add_row(label, *(cell(entry[of_class][label]) for entry in domains.values()))
     table.add_section()
-    table.add_row(score, *(cell(entry[score]) for entry in domains.values()), style="bold")
+    table.add_row(score, *(cell(entry[score], "no truth") for entry in domains.values()), style="bold")
     for subset in next(iter(domains.values())).get("subsets", ()):
         table.add_row(f"mIoU of {subset}", *(cell(entry["subsets"].get(subset)) for entry in domains.values()))
+    if any("classes" in entry for entry in domains.values()):
+        table.add_row("classes counted", *(str(entry.get("classes", "-")) for entry in domains.values()))
+    if any(entry.get("trained_on") for entry in domains.values()):
+        table.add_row("images trained on", *(overlap.share(entry) or "0" for entry in domains.values()))
     console.print(table)
     if results["mean_unseen"] is not None:
         rpd = "" if results["rPD"] is None else f"   rPD {results['rPD']:.1f} %"
         console.print(f"mean of unseen domains {results['mean_unseen']:.1f}{rpd}   protocol {results['protocol']}")
+    for line in remarks(results):
+        console.print(line)
+
+
+def remarks(results: Mapping[str, Any]) -> list[str]:
+    """What must be known to read results, a line each."""
+    domains, score = results["domains"], "mAP50" if results["task"] == "detection" else "mIoU"
+    lines = [f"{name}: {overlap.JUDGED} ({share})" for name, entry in domains.items() if (share := overlap.share(entry))]
+    lines += [f"{name}: no truth, so it has no score and is in no mean" for name, entry in domains.items() if entry[score] is None]
+    if results.get("seen_by") == "names":
+        lines.append("whether a domain was trained on was told by its name alone")
+    for name, entry in domains.items():
+        wrong = [label for label in entry.get("without_truth", ()) if entry[score.removeprefix("m")][label] is not None]
+        if wrong:
+            what = f"{', '.join(wrong)} without truth there but predicted"
+            lines.append(f"{name}: {what}: counted as 0 in its mean, as the official evaluation of Cityscapes does")
+    if differ := results.get("classes_differ"):
+        lacking: dict[tuple[str, ...], list[str]] = {}
+        for label, names in differ.items():
+            lacking.setdefault(tuple(names), []).append(label)
+        told = "; ".join(f"{', '.join(labels)} without truth in {', '.join(names)}" for names, labels in lacking.items())
+        lines.append(f"the domains are judged on different classes, which the mean of unseen domains and rPD compare: {told}")
     if results.get("max_images"):
-        console.print(f"judged on at most {results['max_images']} images of each domain")
+        lines.append(f"judged on at most {results['max_images']} images of each domain")
+    return lines
+
+
+def _mark(name: str, entry: Mapping[str, Any], source: str) -> str:
+    """What stands behind the name of a seen domain."""
+    if not entry["seen"]:
+        return ""
+    return " (source)" if name in source.split("+") else " (seen)"
 
 
 def save_pictures(results: Mapping[str, DomainResult], folder: Path) -> None:
@@ -143,6 +255,8 @@ def main(arguments: Sequence[str]) -> None:
     runtime.set_up()
     workdir, step = locate(_CHECKPOINT.value)
     config = config_lib.load(workdir)
+    if _DOMAINS.value is not None and not all(name.strip() for name in _DOMAINS.value or [""]):
+        raise ValueError("--domains names an empty domain; name each, as in --domains night,fog, or leave the flag out")
     e, d = config.evaluation, config.data
     config.evaluation = dataclasses.replace(
         e,
@@ -158,6 +272,7 @@ def main(arguments: Sequence[str]) -> None:
     config = config_lib.validated(config)
     task, mesh, console = make_task(config), sharding.make_mesh(config.mesh), cli.console(quiet=not distributed.is_main())
     datasets = open_domains(task)
+    standing = standings(task, datasets, known_source(task, workdir, console.print), console.print)
     plan, state, at = restore_model(workdir, step, config, task, mesh)
 
     def tick(name: str, batch: int) -> None:
@@ -165,7 +280,7 @@ def main(arguments: Sequence[str]) -> None:
         if console.is_terminal:
             console.print(f"{name}: {batch} batches of {len(datasets[name])} images", end="\r")
 
-    results = evaluate_domains(task.evaluator(plan.graph, mesh), state, datasets, config, tick)
+    results = evaluate_domains(task.evaluator(plan.graph, mesh), state, datasets, standing, tick)
     out = Path(_OUT.value) if _OUT.value else workdir / f"evaluation_{at}"
     everything = summary(task, config, at, results)
     if distributed.is_main():

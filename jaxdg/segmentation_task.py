@@ -209,9 +209,21 @@ class Segmentation(ImageTask):
     def _result(self, confusion: np.ndarray, images: int, protocol: protocols.Protocol) -> DomainResult:
         iou = 100 * segmentation.iou(confusion)
         per_class = {name: None if np.isnan(v) else float(v) for name, v in zip(self.labels.names, iou, strict=True)}
-        mean = lambda without: float(np.mean([v for name, v in per_class.items() if v is not None and name not in without] or [0.0]))
-        subsets = {name: mean(without) for name, without in protocol.without}
-        return DomainResult({"mIoU": mean(()), "IoU": per_class, "images": images, "subsets": subsets}, mean(()), [])
+        known = {name: v for name, v in per_class.items() if v is not None}
+
+        def mean(without: tuple[str, ...]) -> float | None:
+            values = [v for name, v in known.items() if name not in without]
+            return float(np.mean(values)) if values else None
+
+        metrics = {
+            "mIoU": mean(()),
+            "IoU": per_class,
+            "images": images,
+            "subsets": {name: mean(without) for name, without in protocol.without},
+            "classes": len(known),
+            "without_truth": [name for name, pixels in zip(self.labels.names, confusion.sum(axis=1), strict=True) if not pixels],
+        }
+        return DomainResult(metrics, mean(()), [])
 
 
 def _row(array: Array, row: int) -> np.ndarray:

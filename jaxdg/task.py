@@ -29,7 +29,7 @@ class DomainResult:
 
     Attributes:
         metrics: the domain's entry of results.json.
-        score: the one number it is compared by.
+        score: the one number it is compared by; None where the domain has no truth.
         pictures: uint8 RGB panels of the examples.
         parts: the same of parts of the domain, such as `acdc/fog`, by name.
         write: given the folder of results.json and the domain's name, writes what belongs beside it.
@@ -38,7 +38,7 @@ class DomainResult:
     """
 
     metrics: dict[str, Any]
-    score: float
+    score: float | None
     pictures: list[np.ndarray]
     parts: dict[str, "DomainResult"] = dataclasses.field(default_factory=dict)
     write: Callable[[Path, str], None] = lambda folder, name: None

@@ -27,10 +27,11 @@ from jaxdg.cli import Interrupt, Stop
 from jaxdg.config import Config
 from jaxdg.data import class_check
 from jaxdg.data.datasets import Dataset
+from jaxdg.data.overlap import reference
 from jaxdg.data.pipeline import batch_files, train_batches
 from jaxdg.data.samplers import Sampler, make_sampler
 from jaxdg.data.transforms import Augmentation
-from jaxdg.evaluate import evaluate_domains, open_domains, print_results, summary, write_results
+from jaxdg.evaluate import evaluate_domains, open_domains, print_results, standings, summary, trained_on, write_results
 from jaxdg.tasks import Plan, abstract_state, initial_state, make_task
 from jaxdg.training import optimizer as optimizer_lib
 from jaxdg.training import sharding
@@ -57,8 +58,11 @@ def train(config: Config, workdir: Path, console: Console, interrupt: Interrupt,
     d, task = config.data, make_task(config)
     source = task.open(d.source, train=True)
     domains = open_domains(task) if config.eval_every else {}
+    trained = trained_on(task, source, workdir, console.print)
+    standing = standings(task, domains, trained, console.print)
     if distributed.is_main():
         class_check.before_training(source, domains, console.print)
+        trained.save(workdir)
     if d.rare_class_temperature:
         console.print(f"rare-class sampling: counts the classes of {len(source)} labels, once for all runs")
     rare = {"temperature": d.rare_class_temperature, "min_pixels": d.rare_class_min_pixels}
@@ -98,20 +102,22 @@ def train(config: Config, workdir: Path, console: Console, interrupt: Interrupt,
         step = int(state.step)
         log.say(f"evaluating step {step} on {', '.join(domains)}")
         model_state = (state.trained, state.frozen, state.statistics)
-        results = evaluate_domains(evaluator, model_state, domains, config, lambda *_: interrupt.check())
+        results = evaluate_domains(evaluator, model_state, domains, standing, lambda *_: interrupt.check())
         everything = summary(task, config, step, results)
         for name, result in results.items():
             for i, picture in enumerate(result.pictures):
                 writer.picture(f"{name}/{i}", picture, step)
-        entry = lambda name, r: {"step": step, "domain": name, task.score_name: r.score, "images": r.metrics["images"]}
-        writer.rows(*(entry(name, result) for name, result in results.items()))
+        row = lambda name, r: {"step": step, "domain": name, task.score_name: r.score} | {k: r.metrics[k] for k in ("images", "trained_on")}
+        writer.rows(*(row(name, result) for name, result in results.items()))
         if distributed.is_main():
             write_results(everything, results, workdir)
         # Choosing a checkpoint by unseen domains would be cheating: the best one is the best on the source domain.
-        seen = [result.score for result in results.values() if result.metrics["seen"]]
+        scored = {name: result.metrics for name, result in results.items() if result.score is not None}
+        seen = [scored[name][task.score_name] for name in reference(scored)]
         if seen:
             checkpoints.scored(step, sum(seen) / len(seen))
-        scores = "  ".join(f"{name} {result.score:.1f}" for name, result in results.items())
+        shown = {name: "no truth" if result.score is None else f"{result.score:.1f}" for name, result in results.items()}
+        scores = "  ".join(f"{name} {text}" for name, text in shown.items())
         log.say(f"{scores}  {task.score_name} (protocol {config.evaluation.protocol})")
 
     try:

@@ -363,9 +363,12 @@ def test_the_protocol_chooses_the_score():
 
 
 def test_a_domain_without_boxes_scores_nothing():
-    """No true box at all: AP is null in results.json, and the score to compare by is 0."""
+    """No true box at all, or only difficult ones: AP and score are null, no class counts, and every class is named as without truth."""
     task = detection_task.Detection(validated(tiny(data__source="carla")))
-    none = Truth(np.zeros((0, 4), np.float32), np.zeros(0, int), np.zeros(0, bool), np.zeros(0, bool))
-    result = task._result(Painted(), [0], {0: (none, Detections(np.zeros((0, 4), np.float32), np.zeros(0, np.float32), np.zeros(0, int)))})
-    assert (result.metrics["mAP50"], result.score) == (None, 0.0)
+    found = Detections(np.array([[0, 0, 9, 9]], np.float32), np.array([0.9], np.float32), np.zeros(1, int))
+    for boxes in (0, 1):
+        truth = Truth(np.full((boxes, 4), [0, 0, 9, 9], np.float32), np.zeros(boxes, int), np.ones(boxes, bool), np.zeros(boxes, bool))
+        result = task._result(Painted(), [0], {0: (truth, found)})
+        assert (result.metrics["mAP50"], result.score, result.metrics["classes"]) == (None, None, 0)
+        assert result.metrics["without_truth"] == list(task.labels.names)
     assert isinstance(task.labels, LabelSet)

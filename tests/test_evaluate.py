@@ -15,6 +15,7 @@ from jaxdg import evaluate, segmentation, tasks
 from jaxdg.backbones import VitConfig, zoo
 from jaxdg.config import Config, MeshConfig, validated
 from jaxdg.data.labels import CAMVID, CITYSCAPES
+from jaxdg.data.overlap import Standing, TrainedOn
 from jaxdg.data.pipeline import eval_batches
 from jaxdg.training import sharding
 from tests.data import trees
@@ -175,7 +176,7 @@ def test_a_limit_of_images_takes_them_evenly_and_is_told(native):
     np.testing.assert_array_equal(some[1]["image"], Noise(SIZES)[2]["image"])
     result = native.evaluator(native.state, some, lambda: None)
     assert result.metrics["images"] == 3
-    result.metrics |= {"seen": False, "part_of": None}
+    result.metrics |= {"seen": False, "part_of": None, "trained_on": 0}
     everything = evaluate.summary(native.task, c, 1, {"noise": result})
     assert everything["max_images"] == 3
     console = Console(record=True, quiet=False, width=200)
@@ -191,7 +192,7 @@ def test_parts_of_acdc_come_from_one_pass(native):
     dataset, read = Noise(SIZES, "acdc"), []
     get = dataset.__class__.__getitem__
     watched = type("Watched", (Noise,), {"__getitem__": lambda self, i: read.append(i) or get(self, i)})(SIZES, "acdc")
-    results = evaluate.evaluate_domains(native.evaluator, native.state, {"acdc": watched}, native.config, lambda *_: None)
+    results = evaluate.evaluate_domains(native.evaluator, native.state, {"acdc": watched}, {"acdc": Standing(False)}, lambda *_: None)
     assert sorted(read) == list(range(7))
     assert list(results) == ["acdc", "acdc/fog", "acdc/night"]
     maps = [native.scores(dataset[i]["image"].astype(np.float32)).argmax(-1) for i in range(7)]
@@ -281,7 +282,9 @@ def test_named_protocol_resizes_images_and_scores():
 def test_subsets_of_synthia(native):
     """A model trained on SYNTHIA also gets its means over 16 and 13 classes, those of the IoUs above them."""
     run = Run(config(data__source="synthia"))
-    result = evaluate.evaluate_domains(run.evaluator, run.state, {"noise": Noise(SIZES[:2])}, run.config, lambda *_: None)["noise"]
+    result = evaluate.evaluate_domains(run.evaluator, run.state, {"noise": Noise(SIZES[:2])}, {"noise": Standing(False)}, lambda *_: None)[
+        "noise"
+    ]
     iou = result.metrics["IoU"]
     mean = lambda out: np.mean([v for name, v in iou.items() if v is not None and name not in out])
     assert result.metrics["subsets"] == {
@@ -311,7 +314,11 @@ def test_conditions_of_a_tree(tmp_path, monkeypatch, native, zipped):
     monkeypatch.setenv("JAXDG_CACHE", str(tmp_path / "cache"))
     trees.make("acdc", tmp_path, np.random.default_rng(0), zipped=zipped)
     c = config(evaluation__domains=("acdc", "acdc/fog"), data__root=str(tmp_path))
-    results = evaluate.evaluate_domains(native.evaluator, native.state, evaluate.open_domains(tasks.make_task(c)), c, lambda *_: None)
+    task, said = tasks.make_task(c), []
+    domains = evaluate.open_domains(task)
+    standing = evaluate.standings(task, domains, TrainedOn(("clear",)), said.append)
+    assert said == []  # a condition of a dataset is its part by name
+    results = evaluate.evaluate_domains(native.evaluator, native.state, domains, standing, lambda *_: None)
     assert list(results) == ["acdc", "acdc/fog", "acdc/night", "acdc/rain", "acdc/snow"]
     assert [r.metrics["images"] for r in results.values()] == [8, 2, 2, 2, 2]
     evaluate.write_results(evaluate.summary(native.task, c, 3, results), results, tmp_path)

@@ -22,7 +22,7 @@ from jaxdg.data import index, storage
 from jaxdg.data.cache import cached, decoded, encoded
 from jaxdg.data.index import Defect
 
-VERSION = 1  # of what is kept
+VERSION = 2  # of what is kept
 Boxes = dict[str, np.ndarray]  # `boxes`, `classes`, `difficult` and `crowd` of one image, see `boxes.py`
 
 
@@ -120,10 +120,11 @@ def index_voc(
         if not pairs:
             raise ValueError(f"no images of {os.path.abspath(tree.base)} are left; see its lists, and data.skip")
         images, labels = zip(*pairs, strict=True)
-        return {"images": encoded(images), "labels": encoded(labels), "sizes": np.array([size for size, _ in checked], np.int32)}
+        sizes, fingerprints = index.arrays([header for header, _ in checked])
+        return {"images": encoded(images), "labels": encoded(labels), "sizes": sizes, "fingerprints": fingerprints}
 
     kept = make() if defects is not None else cached(_key("voc", tree, parts, classes, skip), tree.modified, make)
-    return index.Pairs(decoded(kept["images"]), decoded(kept["labels"]), kept["sizes"])
+    return index.Pairs(decoded(kept["images"]), decoded(kept["labels"]), kept["sizes"], kept["fingerprints"])
 
 
 def read_voc(path: str, size: tuple[int, int], classes: tuple[str, ...]) -> Boxes:
@@ -187,7 +188,7 @@ def index_coco(
         return joined | {"images": encoded(images), "names": encoded(names)}
 
     kept = make() if defects is not None else cached(_key("coco", tree, parts, classes, skip), tree.modified, make)
-    pairs = index.Pairs(images := decoded(kept["images"]), [""] * len(images), kept["sizes"])
+    pairs = index.Pairs(images := decoded(kept["images"]), [""] * len(images), kept["sizes"], kept["fingerprints"])
     return CocoBoxes(tuple(decoded(kept["names"])), pairs, kept["boxes"], kept["classes"], kept["crowd"], kept["counts"].cumsum())
 
 
@@ -229,13 +230,13 @@ def _pair(tree: storage.Tree, part: VocPart, skip: frozenset[str], wrong: list[D
     return [(images[stem], annotations[stem]) for stem in stems if stem in images and stem in annotations]
 
 
-def _check_pair(image: str, annotation: str, classes: tuple[str, ...]) -> tuple[tuple[int, int], list[Defect]]:
-    size, wrong = _look(image)
-    return size, wrong or _parse_voc(annotation, size, classes)[1]
+def _check_pair(image: str, annotation: str, classes: tuple[str, ...]) -> tuple[index.Header, list[Defect]]:
+    header, wrong = _look(image)
+    return header, wrong or _parse_voc(annotation, header.size, classes)[1]
 
 
-def _look(image: str) -> tuple[tuple[int, int], list[Defect]]:
-    """Height and width of an image, and what is wrong with the file."""
+def _look(image: str) -> tuple[index.Header, list[Defect]]:
+    """What the header of an image says, and what is wrong with the file."""
     return index.check_pair((image, ""))
 
 
@@ -292,11 +293,12 @@ def _read_coco(
     with ThreadPoolExecutor(index.THREADS) as pool:
         looked = dict(zip(images, pool.map(_look, images.values()), strict=True))
     for e in content["images"]:
-        (h, w), found = looked.get(e["id"], ((e["height"], e["width"]), []))
+        header, found = looked.get(e["id"], (index.Header(e["height"], e["width"], 0), []))
+        (h, w) = header.size
         if not found and (w, h) != (e["width"], e["height"]):
             found.append(Defect(images[e["id"]], f" is {w}x{h} but {file} says {e['width']}x{e['height']}"))
         wrong += found
-    sizes = np.array([size for size, _ in looked.values()], np.int32).reshape(-1, 2)
+    sizes, fingerprints = index.arrays([header for header, _ in looked.values()])
 
     ids = {c["id"]: names.index(c["name"]) if c["name"] in names else -1 for c in content["categories"]}
     known, place = {e["id"] for e in content["images"]}, {image_id: i for i, image_id in enumerate(images)}
@@ -323,6 +325,7 @@ def _read_coco(
     order = order[~np.isin(order, [i for i, _ in misfits])]
     return list(images.values()), {
         "sizes": sizes,
+        "fingerprints": fingerprints,
         "counts": np.bincount(owner[order], minlength=len(images)),
         "boxes": boxes[order],
         "classes": classes[order],

@@ -17,7 +17,7 @@ import numpy as np
 
 from jaxdg.data import index, instances, published, records, storage
 from jaxdg.data.annotations import Boxes, CocoBoxes, CocoPart, VocPart, index_coco, index_voc, read_voc
-from jaxdg.data.datasets import STREETS, Dataset, Files, Mixture, Streets, StreetsOptions
+from jaxdg.data.datasets import STREETS, Dataset, Files, Mixture, Streets, StreetsOptions, domain_names
 from jaxdg.data.images import read_image
 from jaxdg.data.labels import CITYSCAPES, LabelSet, palette
 from jaxdg.data.skip import skip_list
@@ -104,6 +104,11 @@ class CocoFiles(BoxFiles):
     def boxes(self, i: int) -> Boxes:
         return self.content.of(i)
 
+    @property
+    def unlabelled(self) -> bool:
+        """Whether there is no box that counts."""
+        return bool(self.content.crowd.all())
+
 
 class InstanceFiles(BoxFiles):
     """Boxes around the instances of label images."""
@@ -137,7 +142,7 @@ def box_labels(domain: str, own: BoxOptions | None) -> LabelSet:
     Raises:
         ValueError: an unknown domain or one without boxes, or one of one's own whose classes are not named.
     """
-    domain = domain.split("+")[0]
+    domain = domain_names(domain)[0]
     if domain in STREETS:
         return STREETS_THINGS
     if domain in ("carla", "town05"):
@@ -179,9 +184,9 @@ def open_boxes(
         FileNotFoundError: the data root, a folder or file of the domain, or the skip list does not exist.
         ValueError: an unknown domain or one without boxes or without such images, or files that do not pair up or are wrong in themselves.
     """
-    if "+" in domain:
+    if len(parts := domain_names(domain)) > 1:
         options: dict[str, Any] = {"root": root, "train": train, "streets": streets, "own": own, "skip": skip}
-        return Mixture([open_boxes(part, **options) for part in domain.split("+")])
+        return Mixture([open_boxes(part, **options) for part in parts])
     if domain in STREETS:
         return StreetsBoxes(domain, streets or StreetsOptions(), train)
     found = records.open_records(root, domain, train=train, boxes=True)
@@ -219,6 +224,7 @@ def open_box_files(
     root = os.path.normpath(root)
     if not os.path.isdir(root):
         raise FileNotFoundError(f"data root {os.path.abspath(root)} does not exist; set JAXDG_DATA or --config.data.root")
+    domain_names(domain)  # or raises
     left_out = skip_list(skip, root) if skip else ()
     split = "train" if train else "val"
     if (domain, False) in COUNTS and (domain, train) not in COUNTS:

@@ -121,6 +121,11 @@ class Files:
     def name(self, i: int) -> str:
         return self.pairs.images[i]
 
+    @property
+    def unlabelled(self) -> bool:
+        """Whether no image has a label, as far as is known without reading them."""
+        return not any(self.pairs.labels)
+
     def __getitem__(self, i: int) -> dict[str, np.ndarray]:
         return {"image": self._sized(i, self.pairs.images[i], read_image(self.pairs.images[i])), "label": self.label(i)}
 
@@ -248,6 +253,11 @@ class Streets:
     def name(self, i: int) -> str:
         return f"streets/{self.domain}/{i}"
 
+    def scene(self, i: int) -> str:
+        """What picture image `i` is; unlike its name it tells training from validation, and worlds and sizes apart."""
+        h, w = self.image_size
+        return f"streets/{self.domain}/{self.seed}/{i}/{h}x{w}"
+
     def __getitem__(self, i: int) -> dict[str, np.ndarray]:
         from jaxdg.data import streets
 
@@ -295,10 +305,10 @@ def open_domain(
         ValueError: an unknown domain, an empty folder, files that do not pair up or are damaged, or records that are unfinished, damaged or
             written with another label map.
     """
-    if "+" in domain:
+    if len(parts := domain_names(domain)) > 1:
         options: dict[str, Any] = {"root": root, "train": train, "streets": streets, "folder": folder}
         options |= {"mapillary_labels": mapillary_labels, "skip": skip}
-        return Mixture([open_domain(part, **options) for part in domain.split("+")])
+        return Mixture([open_domain(part, **options) for part in parts])
     if domain in STREETS:
         return Streets(domain, streets, train)
     found = records.open_records(root, domain, train=train)
@@ -313,6 +323,23 @@ def open_domain(
             "change these or prepare the records again"
         )
     return found
+
+
+def domain_names(domain: str) -> list[str]:
+    """The domains that are joined by `+`.
+
+    Raises:
+        ValueError: one of them is empty or named twice, or leads to the folder of another one, such as `..`.
+    """
+    names = domain.split("+")
+    for name in names:
+        if not name.strip() or not set(name.split("/")).isdisjoint(("", ".", "..")):
+            raise ValueError(
+                f"domain {domain!r} names {name!r}, which is no domain's name; give one such as clear, acdc/night or gta5+synthia"
+            )
+    if len(set(names)) < len(names):
+        raise ValueError(f"domain {domain!r} names one domain twice; name each once (data.source_weights draws one more often)")
+    return names
 
 
 def open_files(
@@ -359,7 +386,7 @@ def label_set(domain: str, folder: FolderOptions | None) -> LabelSet:
     Raises:
         ValueError: an unknown domain.
     """
-    domain = domain.split("+")[0]
+    domain = domain_names(domain)[0]
     if domain in STREETS:
         return CITYSCAPES
     if dataset := published.find(domain):
@@ -404,7 +431,7 @@ def _published(
                 f"{os.path.abspath(tree.base)} holds no images of {', '.join(start) or domain} in "
                 f"{', '.join(part.images for part in parts)}; fetch {dataset.name} again"
             )
-        pairs = index.Pairs([pairs.images[i] for i in keep], [pairs.labels[i] for i in keep], pairs.sizes[keep])
+        pairs = pairs.take(keep)
     return Files(domain, pairs, id_table(dataset.table()), dataset.labels, dataset.red)
 
 

@@ -9,21 +9,41 @@ noticed when it is read: decoding checks the same things again.
 from collections.abc import Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 import dataclasses
+import hashlib
 import io
 import itertools
 import os
 from typing import NamedTuple
 
-from jaxtyping import Int32
+from jaxtyping import Int32, UInt64
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from jaxdg.data import storage
 from jaxdg.data.cache import cached, decoded, encoded
 
-VERSION = 2
+VERSION = 3
 THREADS = 16
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".ppm", ".pgm", ".tif", ".tiff", ".webp")
+
+
+class Header(NamedTuple):
+    """What is known of an image file without decoding it.
+
+    Attributes:
+        height: pixels.
+        width: pixels.
+        fingerprint: 64 bits of its length and some of its bytes, see `fingerprint`; 0 if it could not be read.
+    """
+
+    height: int
+    width: int
+    fingerprint: int
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width, pixels."""
+        return self.height, self.width
 
 
 class Defect(NamedTuple):
@@ -46,11 +66,18 @@ class Pairs:
         images: paths as `storage.read` takes them.
         labels: paths, one an image; "" where there are only images.
         sizes: height and width of each image and its label, pixels.
+        fingerprints: of the image files, see `fingerprint`; None where nobody took them.
     """
 
     images: list[str]
     labels: list[str]
     sizes: Int32[np.ndarray, "n 2"]
+    fingerprints: UInt64[np.ndarray, " n"] | None = None
+
+    def take(self, keep: Sequence[int]) -> "Pairs":
+        """Some of the pairs, by their places."""
+        fingerprints = None if self.fingerprints is None else self.fingerprints[keep]
+        return Pairs([self.images[i] for i in keep], [self.labels[i] for i in keep], self.sizes[keep], fingerprints)
 
 
 def index_pairs(
@@ -85,13 +112,14 @@ def index_pairs(
             raise ValueError(f"{_some([d.path + d.text for d in defects])}; fetch these files again, or leave them out with data.skip")
         if not pairs.images:
             raise ValueError(f"data.skip leaves no image of {os.path.abspath(tree.base)}; shorten the list")
-        return {"images": encoded(pairs.images), "labels": encoded(pairs.labels), "sizes": pairs.sizes}
+        fingerprints = {} if pairs.fingerprints is None else {"fingerprints": pairs.fingerprints}
+        return {"images": encoded(pairs.images), "labels": encoded(pairs.labels), "sizes": pairs.sizes, **fingerprints}
 
     place = [tree.base, os.path.realpath(tree.base), tree.exact]
     key = ["pairs", VERSION, place, [[i, list(t)] for i, t in folders], image_suffix, label_suffix, sorted(skip)]
     kept = cached(key, tree.modified, make)
     images = decoded(kept["images"])
-    return Pairs(images, decoded(kept["labels"]) or [""] * len(images), kept["sizes"])
+    return Pairs(images, decoded(kept["labels"]) or [""] * len(images), kept["sizes"], kept.get("fingerprints"))
 
 
 def examine(
@@ -131,13 +159,19 @@ def examine(
         defects += [Defect(images[stem], f" has no label ({names[1]})") for stem in sorted(images.keys() - labels.keys())]
         defects += [Defect(labels[stem], f" has no image ({names[0]})") for stem in sorted(labels.keys() - images.keys())]
         pairs += [(images[stem], labels[stem]) for stem in sorted(images.keys() & labels.keys())]
-    sizes = []
+    headers: list[Header] = []
     with ThreadPoolExecutor(THREADS) as pool:  # in blocks: the pool keeps a kilobyte for everything that it is asked
         blocks = (pairs[i : i + 256] for i in range(0, len(pairs), 256))
-        for size, found in itertools.chain.from_iterable(pool.map(lambda block: [check_pair(pair) for pair in block], blocks)):
-            sizes.append(size)
+        for header, found in itertools.chain.from_iterable(pool.map(lambda block: [check_pair(pair) for pair in block], blocks)):
+            headers.append(header)
             defects += found
-    return Pairs([i for i, _ in pairs], [t for _, t in pairs], np.array(sizes, np.int32).reshape(-1, 2)), defects
+    return Pairs([i for i, _ in pairs], [t for _, t in pairs], *arrays(headers)), defects
+
+
+def arrays(headers: Sequence[Header]) -> tuple[Int32[np.ndarray, "n 2"], UInt64[np.ndarray, " n"]]:
+    """Sizes and fingerprints of some images, as `Pairs` has them."""
+    sizes = np.array([header.size for header in headers], np.int32).reshape(-1, 2)
+    return sizes, np.array([header.fingerprint for header in headers], np.uint64)
 
 
 def truncated(path: str, tail: bytes) -> str | None:
@@ -175,35 +209,58 @@ def _by_stem(tree: storage.Tree, folders: Sequence[str], suffix: str) -> dict[st
     return found
 
 
-def check_pair(pair: tuple[str, str]) -> tuple[tuple[int, int], list[Defect]]:
-    """Height and width of an image and its label (or "") by their headers, and what is wrong with them."""
-    sizes: list[tuple[int, int]] = []
+def check_pair(pair: tuple[str, str]) -> tuple[Header, list[Defect]]:
+    """What the headers of an image and its label (or "") say of the image, and what is wrong with them."""
+    headers: list[Header] = []
     defects: list[Defect] = []
     for path in filter(None, pair):
         try:
-            sizes.append(_header(path))
+            headers.append(_header(path))
         except Exception as error:  # Pillow raises whatever its format plugins meet
             text = str(error) if str(error).startswith(path) else f"{path}: unreadable ({type(error).__name__}: {error})"
             defects.append(Defect(path, text.removeprefix(path).replace("\n", " ")))
-    if not defects and sizes[0] != sizes[-1]:
-        (h, w), (label_h, label_w) = sizes
+    if not defects and headers[0].size != headers[-1].size:
+        (h, w), (label_h, label_w) = headers[0].size, headers[-1].size
         defects.append(Defect(pair[1], f" is {label_w}x{label_h} but its image is {w}x{h}"))
-    return (sizes or [(0, 0)])[0], defects
+    return (headers or [Header(0, 0, 0)])[0], defects
 
 
-def _header(path: str) -> tuple[int, int]:
-    """Height and width of an image file, pixels; looks at its end too."""
+def _header(path: str) -> Header:
+    """What the header of an image file says; looks at its end too."""
     # The end of a compressed member cannot be had without the rest.
     with io.BytesIO(storage.read(path)) if storage.in_archive(path) else open(path, "rb") as file:
         file.seek(max(0, file.seek(0, os.SEEK_END) - 1024))
         if wrong := truncated(path, file.read()):
             raise ValueError(f"{path}: {wrong}")
+        mark = fingerprint(path, file)
         file.seek(0)
         try:
             with Image.open(file) as header:
-                return header.height, header.width
+                return Header(header.height, header.width, mark)
         except UnidentifiedImageError:
             raise ValueError(f"{path}: unreadable (no header of an image)") from None
+
+
+def fingerprint(path: str, file: io.BufferedIOBase) -> int:
+    """64 bits that equal files share, and others hardly ever: of the length, the beginning and the end.
+
+    The end of a PNG holds a checksum of all its pixels, and that of a JPEG is as good as random. Formats that do not compress may have
+    black there in many images, so of them bytes in between count too.
+
+    Args:
+        path: its extension says the format.
+        file: its contents.
+
+    Returns:
+        The fingerprint, never 0.
+    """
+    length = file.seek(0, os.SEEK_END)
+    between = 0 if path.lower().endswith((".png", ".jpg", ".jpeg")) else 14
+    digest = hashlib.blake2b(length.to_bytes(8, "little"), digest_size=8)
+    for k in range(between + 2):
+        file.seek(max(0, length - 1024) * k // (between + 1))
+        digest.update(file.read(1024))
+    return int.from_bytes(digest.digest(), "little") or 1
 
 
 def _some(offenders: Sequence[str], limit: int = 10) -> str:

@@ -193,10 +193,15 @@ class _ShardWriter:
     def __call__(self, k: int) -> str:
         path = self.path(k)
         if _note(path) is None:
-            note: dict[str, Any] = {"sizes": [], "names": []}
+            note: dict[str, Any] = {"sizes": [], "names": [], "fingerprints": self._fingerprints(k)}
             _publish(path, lambda part: self._write(part, k, note))
             _publish(f"{path}.json", lambda part: Path(part).write_text(json.dumps(note), encoding="utf-8"))
         return os.path.basename(path)
+
+    def _fingerprints(self, k: int) -> list[int]:
+        """Of the files of a shard's images, if they were taken."""
+        taken = getattr(getattr(self.dataset, "pairs", None), "fingerprints", None)
+        return [] if taken is None else taken[self.bounds[k] : self.bounds[k + 1]].tolist()
 
     def _write(self, part: str, k: int, note: dict[str, Any]) -> None:
         kinds = features(self.dataset.labels, self.boxes)
@@ -335,6 +340,9 @@ def _finish(directory: str, plan: dict[str, Any], writers: Mapping[str, _ShardWr
         index[f"{split}_ends"] = np.cumsum([len(name) for name in names])
         index[f"{split}_sizes"] = np.array([size for note in notes for size in note["sizes"]], np.int32)
         index[f"{split}_bounds"] = np.array(writer.bounds[1:])
+        fingerprints = [mark for note in notes for mark in note.get("fingerprints", ())]
+        if len(fingerprints) == len(names):  # not so if a shard was written before they were noted
+            index[f"{split}_fingerprints"] = np.array(fingerprints, np.uint64)
         infos.append(
             tfds.core.SplitInfo(
                 name=split,

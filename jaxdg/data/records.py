@@ -23,7 +23,7 @@ import cv2
 from fsspec import AbstractFileSystem
 from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
-from jaxtyping import UInt8
+from jaxtyping import UInt8, UInt64
 import numpy as np
 
 from jaxdg.data.labels import LabelSet, id_table
@@ -81,6 +81,11 @@ class Records:
         ends = self._index["ends"]
         return self._index["names"][ends[i - 1] if i else 0 : ends[i]].tobytes().decode()
 
+    @property
+    def fingerprints(self) -> UInt64[np.ndarray, " n"] | None:
+        """Of the files that the images were made of, see `index.fingerprint`; None in records that were written without."""
+        return self._index.get("fingerprints")
+
     def __getitem__(self, i: int) -> dict[str, np.ndarray]:
         fields = self._fields(i)
         return {"image": decode_image(fields["image"].bytes_list.value[0]), **self._truth(fields)}
@@ -117,7 +122,8 @@ class Records:
     @functools.cached_property
     def _index(self) -> dict[str, np.ndarray]:
         with np.load(os.path.join(self.directory, INDEX)) as index:
-            return {key: index[f"{self.split}_{key}"] for key in ("sizes", "names", "ends", "bounds")}
+            keys = ("sizes", "names", "ends", "bounds", "fingerprints")
+            return {key: index[name] for key in keys if (name := f"{self.split}_{key}") in index}
 
 
 def folder(root: str, domain: str, boxes: bool = False) -> str:

@@ -14,6 +14,7 @@ from jaxdg import workdir as workdir_lib
 from jaxdg.backbones import VitConfig, zoo
 from jaxdg.config import Config, MeshConfig, validated
 from jaxdg.data.corruptions import KINDS, Corrupted
+from jaxdg.data.overlap import TrainedOn
 from jaxdg.studies import corruptions
 from jaxdg.studies.corruptions import Trained, judge, summary
 from jaxdg.studies.study import StudyOptions
@@ -65,7 +66,9 @@ def finish(c: Config, workdir: Path) -> None:
     checkpoints.save(state)
     checkpoints.close()
     model = state.trained, state.frozen, state.statistics
-    results = evaluate.evaluate_domains(task.evaluator(plan.graph, mesh), model, evaluate.open_domains(task), c, lambda *_: None)
+    domains = evaluate.open_domains(task)
+    standing = evaluate.standings(task, domains, TrainedOn(("clear",)), print)
+    results = evaluate.evaluate_domains(task.evaluator(plan.graph, mesh), model, domains, standing, lambda *_: None)
     evaluate.write_results(evaluate.summary(task, c, c.steps, results), results, workdir)
 
 
