@@ -13,6 +13,7 @@ Not told: the same picture in another file format, or encoded anew.
 from collections.abc import Callable, Mapping, Sequence
 import dataclasses
 import hashlib
+import io
 import json
 import os
 from pathlib import Path
@@ -22,6 +23,7 @@ import zipfile
 from jaxtyping import Bool, UInt64
 import numpy as np
 
+from jaxdg import files
 from jaxdg.data import published, storage
 from jaxdg.data.datasets import Dataset, Files, Mixture, Streets, Subset
 from jaxdg.data.records import Records
@@ -73,8 +75,8 @@ class Images:
     @classmethod
     def joined(cls, parts: Sequence["Images"], path: Callable[[int], str] = lambda i: "") -> "Images":
         """Those of several, one after another."""
-        files, names, contents = (np.concatenate([getattr(part, key) for part in parts]) for key in ("files", "names", "contents"))
-        return cls(files, names, contents, path)
+        where, names, contents = (np.concatenate([getattr(part, key) for part in parts]) for key in ("files", "names", "contents"))
+        return cls(where, names, contents, path)
 
     def __len__(self) -> int:
         return len(self.names)
@@ -152,13 +154,9 @@ class TrainedOn:
         """Writes `source.npz`, whole or not at all: `about` (JSON: version, domains, count, classes, table), `names`, `contents`."""
         assert self.images is not None
         about = {"version": 1, "domains": self.domains, "count": self.count, "classes": self.classes, "table": self.table}
-        partial = workdir / f".{FILE}.{os.getpid()}.partial"
-        with open(partial, "wb") as file:
-            coded = np.frombuffer(json.dumps(about).encode(), np.uint8)
-            np.savez(file, about=coded, names=self.images.names, contents=self.images.contents)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, workdir / FILE)
+        packed, coded = io.BytesIO(), np.frombuffer(json.dumps(about).encode(), np.uint8)
+        np.savez(packed, about=coded, names=self.images.names, contents=self.images.contents)
+        files.write(workdir / FILE, packed.getvalue())
 
     @classmethod
     def load(cls, workdir: Path) -> "TrainedOn | None":
@@ -171,7 +169,7 @@ class TrainedOn:
         if not path.is_file():
             return None
         try:
-            with open(path, "rb") as file, np.load(file) as arrays:
+            with open(path, "rb") as packed, np.load(packed) as arrays:
                 about, names, contents = json.loads(arrays["about"].tobytes()), arrays["names"], arrays["contents"]
             images = Images(np.zeros(len(names), np.uint64), names, contents)
             return cls(tuple(about["domains"]), about["count"], tuple(about["classes"]), about["table"], images)

@@ -340,7 +340,9 @@ def test_names_that_open_other_domains_images_are_refused(tmp_path, name):
         lambda: open_box_files(name, root=str(tmp_path), train=True, own=own),
         lambda: box_labels(name, own),
     ):
-        with pytest.raises(ValueError, match=r"^domain '.*' names .*(which is no domain's name; give one|one domain twice; name each once).*$"):
+        with pytest.raises(
+            ValueError, match=r"^domain '.*' names .*(which is no domain's name; give one|one domain twice; name each once).*$"
+        ):
             attempt()
 
 
