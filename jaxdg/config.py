@@ -3,6 +3,7 @@
 A file below `configs/` defines `get_config() -> Config`. Every field is documented here with its unit and default.
 """
 
+from collections.abc import Iterator
 import dataclasses
 import difflib
 import importlib.util
@@ -16,10 +17,11 @@ import types
 import typing
 from typing import Any
 
-from jaxdg import files
+from jaxdg import files, paths
 from jaxdg.data import protocols
 from jaxdg.data.boxes import BoxOptions
 from jaxdg.data.datasets import FolderOptions, StreetsOptions
+from jaxdg.data.labels import check_names
 
 
 @dataclasses.dataclass
@@ -76,7 +78,7 @@ class DataConfig:
     source_weights: tuple[float, ...] = ()
     skip: str | None = None
     mapillary_labels: str = "vltseg"
-    root: str = dataclasses.field(default_factory=lambda: os.environ.get("JAXDG_DATA", "data"))
+    root: str = dataclasses.field(default_factory=lambda: os.environ.get("JAXDG_DATA") or "data")
     workers: int = 0
     crop: tuple[int, int] = (128, 128)
     resize: tuple[int, int] | None = None
@@ -456,13 +458,62 @@ _RULES: tuple[tuple[str, str, Any], ...] = (
 )
 
 
+# What a field that names a file or a folder may be; only the data root may be a URL.
+_PATHS = {
+    "data.root": "a folder, or the URL of one with records",
+    "data.skip": "None or a file",
+    "data.pictures": "None or a folder",
+    "model.weights": "None or a file",
+    "model.text_weights": "None or a file",
+    "model.start": "None or a workdir",
+}
+
+# Texts that are documented to mean something when they are empty. An empty regular expression is found in every name.
+_MAY_BE_EMPTY = re.compile(r"evaluation\.protocol|data\.folder\.\w+_suffix|data\.boxes\.lists\[\d\]|optimizer\.\w+_factors\[.*")
+
+
+def _check_texts(config: Config) -> None:
+    """Expands paths in `config`, and refuses texts that name nothing, or two classes alike."""
+    for field, allowed in _PATHS.items():
+        owner, _, name = field.rpartition(".")
+        holder = get(config, owner)
+        if (path := getattr(holder, name)) is not None:
+            setattr(holder, name, paths.given(path, field, allowed=allowed, urls=field == "data.root"))
+    for field, text in _texts(dataclasses.asdict(config)):
+        if not text.strip() and not _MAY_BE_EMPTY.fullmatch(field):
+            raise ValueError(f"{field} is {text!r}; allowed: text that is not empty")
+    for field in ("data.source", "evaluation.domains"):
+        value = get(config, field)
+        for domain in (value,) if isinstance(value, str) else value:
+            if not all(part.strip() for part in domain.split("+")):
+                raise ValueError(f"{field} is {value!r}; allowed: names of domains, several joined by +, none of them empty")
+    if config.data.folder is not None:
+        check_names(config.data.folder.classes, "data.folder.classes")
+    if config.data.boxes is not None:
+        # The XML files of VOC name them in any case.
+        check_names(config.data.boxes.classes, "data.boxes.classes", any_case=True)
+
+
+def _texts(tree: Any, field: str = "") -> Iterator[tuple[str, str]]:
+    """Every text in a tree of dicts and tuples, and where it is."""
+    if isinstance(tree, str):
+        yield field, tree
+    elif isinstance(tree, dict):
+        for key, value in tree.items():
+            yield from _texts(value, f"{field}.{key}" if field else str(key))
+    elif isinstance(tree, tuple):
+        for i, value in enumerate(tree):
+            yield from _texts(value, f"{field}[{i}]")
+
+
 def validated(config: Config) -> Config:
     """A checked copy of `config` with every value of its declared type.
 
     Raises:
         ValueError: a wrong value or combination; the message says which field and what is allowed.
     """
-    config = _coerce(config, Config, "")
+    config = coerce(config, Config, "")
+    _check_texts(config)
     for field, allowed, test in _RULES:
         value = get(config, field)
         if not test(value):
@@ -534,14 +585,14 @@ def get(config: Any, field: str) -> Any:
     return config
 
 
-def _coerce(value: Any, annotation: Any, where: str) -> Any:
-    """`value` as `annotation` says, from dataclasses, JSON or the command line; ValueError names the field and what is allowed."""
+def coerce(value: Any, annotation: Any, where: str) -> Any:
+    """`value` as `annotation` says, from dataclasses or JSON; ValueError names the field `where` and what is allowed."""
     origin, args = typing.get_origin(annotation), typing.get_args(annotation)
     fail = ValueError(f"{where or 'the configuration'} is {value!r}; allowed: {_describe(annotation)}")
     if origin in (typing.Union, types.UnionType):
         if value is None or value == "None":
             return None
-        return _coerce(value, next(a for a in args if a is not types.NoneType), where)
+        return coerce(value, next(a for a in args if a is not types.NoneType), where)
     if dataclasses.is_dataclass(annotation):
         if dataclasses.is_dataclass(value) and not isinstance(value, type):
             value = {f.name: getattr(value, f.name) for f in dataclasses.fields(value)} | vars(value)
@@ -553,24 +604,19 @@ def _coerce(value: Any, annotation: Any, where: str) -> Any:
             if key not in hints:
                 raise ValueError(unknown_field(prefix + key, key, hints))
         make: Any = annotation
-        return make(**{key: _coerce(v, hints[key], prefix + key) for key, v in value.items()})
+        return make(**{key: coerce(v, hints[key], prefix + key) for key, v in value.items()})
     if origin is tuple:
-        if isinstance(value, str):
-            value = [part.strip() for part in value.split(",") if part.strip()]
         if not isinstance(value, (list, tuple)):
             raise fail
         if len(args) == 2 and args[1] is Ellipsis:
-            # The command line hands a,b to a tuple of strings as one string.
-            split = args[0] is str and all(isinstance(v, str) for v in value)
-            items = [part.strip() for v in value for part in v.split(",") if part.strip()] if split else value
-            return tuple(_coerce(v, args[0], f"{where}[{i}]") for i, v in enumerate(items))
+            return tuple(coerce(v, args[0], f"{where}[{i}]") for i, v in enumerate(value))
         if len(value) != len(args):
             raise fail
-        return tuple(_coerce(v, a, f"{where}[{i}]") for i, (v, a) in enumerate(zip(value, args, strict=True)))
+        return tuple(coerce(v, a, f"{where}[{i}]") for i, (v, a) in enumerate(zip(value, args, strict=True)))
     if origin is dict:
         if not isinstance(value, dict):
             raise fail
-        return {_coerce(k, args[0], where): _coerce(v, args[1], f"{where}[{k!r}]") for k, v in value.items()}
+        return {coerce(k, args[0], where): coerce(v, args[1], f"{where}[{k!r}]") for k, v in value.items()}
     try:
         if annotation is bool:
             if not isinstance(value, bool):
@@ -615,25 +661,28 @@ def unknown_field(field: str, key: str, known: Any) -> str:
     )
 
 
-def check_overrides(arguments: list[str]) -> None:
-    """Finds misspelt `--config.X` arguments before the flag parser does, whose message would not name the right one.
+def annotation(field: str) -> Any:
+    """The type of a dotted `field` of the configuration.
 
     Raises:
         ValueError: an unknown field, with the closest known one.
     """
-    for argument in arguments:
-        if not argument.startswith(("--config.", "-config.", "--noconfig.")):
-            continue
-        parts = argument.lstrip("-").removeprefix("no").removeprefix("config.").split("=")[0].split(".")
-        holder: Any = Config
-        for i, part in enumerate(parts):
-            if not dataclasses.is_dataclass(holder):
-                owner = ".".join(parts[:i])
-                raise ValueError(f"unknown field {'.'.join(parts)}; {owner} has no parts, give --config.{owner}=VALUE")
-            hints = typing.get_type_hints(holder)
-            if part not in hints:
-                raise ValueError(unknown_field(".".join(parts[: i + 1]), part, hints))
-            holder = next((a for a in typing.get_args(hints[part]) if dataclasses.is_dataclass(a)), hints[part])
+    parts, found = field.split("."), Config
+    for i, part in enumerate(parts):
+        holder = part_type(found)
+        if not dataclasses.is_dataclass(holder):
+            owner = ".".join(parts[:i])
+            raise ValueError(f"unknown field {field}; {owner} has no parts, give --config.{owner}=VALUE")
+        hints = typing.get_type_hints(holder)
+        if part not in hints:
+            raise ValueError(unknown_field(".".join(parts[: i + 1]), part, hints))
+        found = hints[part]
+    return found
+
+
+def part_type(annotation: Any) -> Any:
+    """The dataclass that a field holds, or may hold instead of None; else the annotation itself."""
+    return next((a for a in typing.get_args(annotation) if dataclasses.is_dataclass(a)), annotation)
 
 
 def let_import(path: str | Path) -> None:
@@ -685,6 +734,6 @@ def load(workdir: str | Path) -> Config:
     except files.Broken as error:
         raise files.Broken(f"{error}; run the command that trains it again, which writes it anew and keeps the checkpoints") from None
     try:
-        return validated(_coerce(content, Config, ""))
+        return validated(coerce(content, Config, ""))
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None

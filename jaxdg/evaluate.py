@@ -291,15 +291,15 @@ def main(arguments: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    _CHECKPOINT = flags.DEFINE_string("checkpoint", None, "A workdir, or one step in it such as DIR/checkpoints/500.", required=True)
-    _DOMAINS = flags.DEFINE_list("domains", None, "Domains to evaluate, by comma; those of the run's configuration if left out.")
+    _CHECKPOINT = cli.define_path("checkpoint", "A workdir, or one step in it such as DIR/checkpoints/500.", required=True)
+    _DOMAINS = cli.define_list("domains", "Domains to evaluate, by comma; those of the run's configuration if left out.")
     _PROTOCOL = flags.DEFINE_enum(
         "protocol", None, sum(PROTOCOLS.values(), ()), "How the task is judged, see evaluation.protocol; the run's own if left out."
     )
-    _DATA_ROOT = flags.DEFINE_string("data_root", None, "Folder of the datasets; $JAXDG_DATA, else the run's, if left out.")
+    _DATA_ROOT = cli.define_path("data_root", "Folder of the datasets; $JAXDG_DATA, else the run's, if left out.", urls=True)
     _BATCH_SIZE = flags.DEFINE_integer("batch_size", None, "Images a step, over all devices.", lower_bound=1)
     _MAX_IMAGES = flags.DEFINE_integer("max_images", None, "Images of each domain, evenly spread; 0 for all.", lower_bound=0)
     _WORKERS = flags.DEFINE_integer("workers", None, "Processes that read images.", lower_bound=0)
-    _OUT = flags.DEFINE_string("out", None, "Folder for results.json and pictures; WORKDIR/evaluation_STEP if left out.")
+    _OUT = cli.define_path("out", "Folder for results.json and pictures; WORKDIR/evaluation_STEP if left out.")
     distributed.define_flags()
     cli.run(main)

@@ -31,7 +31,7 @@ import jax.export  # not loaded by jax itself
 import jax.numpy as jnp
 
 import jaxdg
-from jaxdg import cli, segmentation
+from jaxdg import cli, runtime, segmentation
 from jaxdg.segmentation_task import Segmentation
 from jaxdg.tasks import Model, load
 
@@ -140,6 +140,7 @@ def main(arguments: Sequence[str]) -> None:
     """Exports as the flags say."""
     if len(arguments) > 1:
         raise ValueError(f"unexpected argument {arguments[1]!r}; see --help")
+    runtime.set_up()
     size = parse_size(_SIZE.value) if _SIZE.value else None
     model, out = load(_CHECKPOINT.value), Path(_OUT.value)
     h, w = size or model.task.config.data.crop
@@ -150,8 +151,8 @@ def main(arguments: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    _CHECKPOINT = flags.DEFINE_string("checkpoint", None, "A workdir, or one step in it such as DIR/checkpoints/500.", required=True)
-    _OUT = flags.DEFINE_string("out", None, "File for the program, such as model.stablehlo; model.json comes beside it.", required=True)
+    _CHECKPOINT = cli.define_path("checkpoint", "A workdir, or one step in it such as DIR/checkpoints/500.", required=True)
+    _OUT = cli.define_path("out", "File for the program, such as model.stablehlo; model.json comes beside it.", required=True)
     _SIZE = flags.DEFINE_string("size", None, "Height x width of the images it will take; the run's data.crop if left out.")
     _PLATFORMS = flags.DEFINE_multi_enum("platform", list(PLATFORMS[:2]), PLATFORMS, "Where it will run; may be given several times.")
     _BATCH = flags.DEFINE_bool("batch", False, "Take [n, h, w, 3] for any n.")

@@ -96,7 +96,7 @@ def main(arguments: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    _CHECKPOINT = flags.DEFINE_string("checkpoint", None, "A workdir, or one step in it such as DIR/checkpoints/500.", required=True)
-    _OUT = flags.DEFINE_string("out", None, "Folder for NAME.png (class ids) or NAME.json (boxes), and NAME_overlay.jpg.", required=True)
+    _CHECKPOINT = cli.define_path("checkpoint", "A workdir, or one step in it such as DIR/checkpoints/500.", required=True)
+    _OUT = cli.define_path("out", "Folder for NAME.png (class ids) or NAME.json (boxes), and NAME_overlay.jpg.", required=True)
     _SCORE_THRESHOLD = flags.DEFINE_float("score_threshold", 0.3, "Least score of a box that is written and drawn.", 0.0, 1.0)
     cli.run(main)

@@ -14,10 +14,31 @@ DAYS = 30
 
 
 def set_up() -> None:
-    """Called by a command before it computes anything, and after `jax.distributed` has started, where it does."""
+    """Called by a command before it computes anything, and after `jax.distributed` has started, where it does.
+
+    Raises:
+        ValueError: the environment asks for devices that are not there.
+    """
+    # Parameters, and what checkpoints hold, are float32; with JAX_ENABLE_X64 arrays made beside them would be wider.
+    jax.config.update("jax_enable_x64", False)
     keep_programs()
-    if jax.default_backend() == "cpu":
+    if backend() == "cpu":
         keep_memory()
+
+
+def backend() -> str:
+    """What jax computes on: cpu, gpu, ..
+
+    Raises:
+        ValueError: there is nothing of what the environment asks for.
+    """
+    try:
+        return jax.default_backend()
+    except (RuntimeError, AssertionError) as error:  # jax has the latter where a platform was found and no device of it
+        platforms = os.environ.get("JAX_PLATFORMS")
+        asked = f"JAX_PLATFORMS is {platforms}; unset it or set it to cpu" if platforms else "see JAX_PLATFORMS"
+        told = str(error).strip().split("\n")[0] or "jax names none"
+        raise ValueError(f"jax finds no device to compute on ({told}); {asked}") from error
 
 
 def keep_programs() -> None:

@@ -181,10 +181,10 @@ def predict(config: config_lib.Config, workdir: Path, step: int | None, dataset:
 
 
 if __name__ == "__main__":
-    _CHECKPOINT = flags.DEFINE_string("checkpoint", None, "A workdir, or one step in it such as DIR/checkpoints/500.")
+    _CHECKPOINT = cli.define_path("checkpoint", "A workdir, or one step in it such as DIR/checkpoints/500.")
     _BENCHMARK = flags.DEFINE_enum("benchmark", None, list(BENCHMARKS), "Whose test images.", required=True)
-    _DATA_ROOT = flags.DEFINE_string("data_root", None, "Folder of the datasets; $JAXDG_DATA, else the run's, if left out.")
-    _OUT = flags.DEFINE_string("out", None, "Folder for the predictions and the archive.", required=True)
+    _DATA_ROOT = cli.define_path("data_root", "Folder of the datasets; $JAXDG_DATA, else the run's, if left out.", urls=True)
+    _OUT = cli.define_path("out", "Folder for the predictions and the archive.", required=True)
     _PROTOCOL = flags.DEFINE_enum("protocol", None, list(NAMES), "BENCHMARK_test, with test-time augmentation, if left out.")
     _CHECK = flags.DEFINE_bool("check", False, "Predict nothing: check the predictions that --out holds, and pack them.")
     _BATCH_SIZE = flags.DEFINE_integer("batch_size", 1, "Images a step, over all devices.", lower_bound=1)

@@ -138,7 +138,8 @@ class Model:
         image = np.asarray(image)
         if image.ndim != 3 or image.shape[-1] != 3 or image.dtype != np.uint8 or not image.size:
             raise ValueError(f"predict takes an RGB image uint8 [h, w, 3]; got {image.dtype} {list(image.shape)}")
-        return self._predict(self.state, image)
+        with jax.enable_x64(False):
+            return self._predict(self.state, image)
 
 
 def load(checkpoint: str | Path) -> Model:
@@ -156,9 +157,10 @@ def load(checkpoint: str | Path) -> Model:
     """
     workdir, step = locate(checkpoint)
     config = config_lib.load(workdir)
-    task = make_task(config)
-    mesh = sharding.make_mesh(MeshConfig(data=1, fsdp=1), jax.local_devices()[:1])
-    plan, state, at = restore_model(workdir, step, config, task, mesh)
+    with jax.enable_x64(False):  # a program of one's own may want it; a checkpoint holds what was made without
+        task = make_task(config)
+        mesh = sharding.make_mesh(MeshConfig(data=1, fsdp=1), jax.local_devices()[:1])
+        plan, state, at = restore_model(workdir, step, config, task, mesh)
     return Model(task, plan.graph, state, at)
 
 

@@ -21,7 +21,6 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from jaxdg import cli, distributed, runtime, weights
-from jaxdg import config as config_lib
 from jaxdg import workdir as workdir_lib
 from jaxdg.cli import Interrupt, Stop
 from jaxdg.config import Config
@@ -217,10 +216,10 @@ class Log:
         self.last, self.clock = start, time.perf_counter()
         self.compiled = False
         columns = (
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(),
             MofNCompleteColumn(),
-            TextColumn("{task.fields[note]}"),
+            TextColumn("{task.fields[note]}", markup=False),
             TimeRemainingColumn(),
         )
         self.bar = Progress(*columns, console=console, disable=not console.is_terminal)
@@ -301,10 +300,12 @@ def main(arguments: Sequence[str]) -> None:
     """Trains as the flags say."""
     if len(arguments) > 1:
         raise ValueError(f"unexpected argument {arguments[1]!r}; see --help")
-    if _CONFIG.value is None or _WORKDIR.value is None:
+    config = _CONFIG.value
+    if config is None or _WORKDIR.value is None:
         raise ValueError("--config FILE and --workdir DIR are needed, such as --config configs/streets_tiny.py --workdir runs/streets")
-    config = config_lib.validated(_CONFIG.value)
     runtime.set_up()
+    if jax.config.values["jax_disable_jit"]:
+        raise ValueError("JAX_DISABLE_JIT is set, but a training step is one compiled program; unset it")
     console, interrupt = cli.console(quiet=not distributed.is_main()), Interrupt(distributed.Agreement())
     train(config, Path(_WORKDIR.value), console, interrupt, _PROFILE_STEPS.value)
 
@@ -312,7 +313,7 @@ def main(arguments: Sequence[str]) -> None:
 if __name__ == "__main__":
     _CONFIG = cli.define_config()
     flags.declare_key_flag("config")
-    _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run: made if needed, gone on with if it holds a run.")
+    _WORKDIR = cli.define_path("workdir", "Folder of the run: made if needed, gone on with if it holds a run.")
     distributed.define_flags()
     _PROFILE_STEPS = flags.DEFINE_string("profile_steps", None, "FIRST:LAST, counted from 1: what they do goes to WORKDIR/profile.")
     cli.run(main)

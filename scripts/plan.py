@@ -32,7 +32,6 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for scripts.flops
 
 from jaxdg import cli, tasks
-from jaxdg import config as config_lib
 from jaxdg.backbones import zoo
 from jaxdg.config import Config, MeshConfig
 from jaxdg.data.transforms import BOX_FIELDS
@@ -358,7 +357,7 @@ def main(arguments: Sequence[str]) -> None:
         raise ValueError("--config FILE is needed, such as --config configs/gta5_eva02.py")
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", _DEVICES.value)
-    config = config_lib.validated(_CONFIG.value)
+    config = _CONFIG.value
     mesh = sharding.make_mesh(parse_mesh(_MESH.value) if _MESH.value else config.mesh)
     config.mesh = MeshConfig(**mesh.shape)
     unit = mesh.size * config.optimizer.accumulate

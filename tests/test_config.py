@@ -3,18 +3,22 @@
 import ast
 import dataclasses
 import json
+import os
 from pathlib import Path
 import re
+import subprocess
 import sys
 
 import pytest
 
 from jaxdg import config as config_lib
-from jaxdg import segmentation
+from jaxdg import overrides, segmentation
 from jaxdg.config import Config
+from jaxdg.data.boxes import BoxOptions
 from jaxdg.data.datasets import FolderOptions, StreetsOptions
 
-CONFIGS = sorted((Path(__file__).resolve().parent.parent / "configs").glob("*.py"))
+ROOT = Path(__file__).resolve().parent.parent
+CONFIGS = sorted((ROOT / "configs").glob("*.py"))
 ALL = [
     Config,
     config_lib.MeshConfig,
@@ -58,18 +62,15 @@ def read(tree, tmp_path):
         ("model.weights", "None", None),
         ("model.weights", "a.safetensors", "a.safetensors"),
         ("data.crop", [64, 96], (64, 96)),
-        ("data.crop", "64, 96", (64, 96)),
         ("data.scale", [1, 2], (1.0, 2.0)),
-        ("data.resize", "720,1280", (720, 1280)),
         ("data.resize", "None", None),
         ("data.randaugment", [2, 9], (2, 9.0)),
-        ("data.pixmix", "4,4", (4, 4.0)),
         ("tldr.generalization", [1], (1.0,)),
         ("model.taps", [], ()),
-        ("model.taps", "1,3", (1, 3)),
-        ("evaluation.domains", "night,fog", ("night", "fog")),
-        ("evaluation.domains", ["night, fog"], ("night", "fog")),  # what the flag parser makes of night,fog
         ("evaluation.domains", ["night", "acdc/fog"], ("night", "acdc/fog")),
+        ("evaluation.domains", ["town a, b", "[red]"], ("town a, b", "[red]")),
+        ("data.folder", {"classes": ["road, route", "sky"]}, FolderOptions(classes=("road, route", "sky"))),
+        ("data.boxes", {"classes": ["a,b", "c"]}, BoxOptions(classes=("a,b", "c"))),
         ("optimizer.learning_rate_factors", [["norm", 1]], (("norm", 1.0),)),
         ("optimizer.learning_rate_factors", [["a{1,2}", 0.5], ["b", 2]], (("a{1,2}", 0.5), ("b", 2.0))),
         ("data.folder", {"id_map": {"7": 0, "23": 1.0}}, FolderOptions(id_map={7: 0, 23: 1})),
@@ -77,7 +78,7 @@ def read(tree, tmp_path):
     ],
 )
 def test_values_take_their_declared_type(field, given, expected, tmp_path):
-    """What JSON and the command line write is the declared value, down to the type of each part (written out by hand)."""
+    """What JSON writes is the declared value, down to the type of each part (written out by hand); no text is split."""
     found = config_lib.get(read(with_field(field, given), tmp_path), field)
     assert found == expected
     assert repr(found) == repr(expected)  # 1 == 1.0 == True
@@ -119,6 +120,7 @@ def test_a_dataclass_is_coerced_like_json():
         ("data.crop", [64, "x"], "an integer"),
         ("model.taps", {"a": 1}, "any number of an integer"),
         ("evaluation.domains", ["night", 3], "text"),
+        ("evaluation.domains", "night,fog", "any number of text"),
         ("optimizer.learning_rate_factors", [["norm"]], "2 of "),
         ("optimizer.learning_rate_factors", ["norm", 2], "2 of "),
         ("data", [], "DataConfig"),
@@ -202,22 +204,194 @@ def test_a_misspelt_flag_is_named_with_the_right_one(field, message):
     """Whichever part of a dotted flag is wrong, the message names it from the top and offers the nearest."""
     for arguments in ([f"--config.{field}=1"], ["x", f"-config.{field}", "1"], [f"--noconfig.{field}"]):
         with pytest.raises(ValueError, match=message + "$"):
-            config_lib.check_overrides(arguments)
+            overrides.take(arguments)
 
 
-def test_right_flags_pass():
-    """Every field of the default configuration may be overridden, and what is no override is left alone."""
-    fields = [
-        f"{prefix}{field.name}"
-        for prefix, cls in (
-            ("", Config),
-            ("data.", config_lib.DataConfig),
-            ("data.folder.", FolderOptions),
-            ("mesh.", config_lib.MeshConfig),
-        )
-        for field in dataclasses.fields(cls)
-    ]
-    config_lib.check_overrides([f"--config.{field}=1" for field in fields] + ["--config", "x.y", "--workdir=--config.a", "config.a=1"])
+@pytest.mark.parametrize(
+    ("arguments", "field", "expected"),
+    [
+        (["--config.steps=7"], "steps", 7),
+        (["--config.steps", "7"], "steps", 7),
+        (["-config.steps=7", "--config.steps=8"], "steps", 8),  # the last counts
+        (["--config.optimizer.clip=1e-2"], "optimizer.clip", 0.01),
+        (["--config.mesh.data", "-1"], "mesh.data", -1),
+        (["--config.tldr.on"], "tldr.on", True),
+        (["--config.tldr.on=false"], "tldr.on", False),
+        (["--config.model.remat=1"], "model.remat", True),
+        (["--noconfig.tldr.on"], "tldr.on", False),
+        (["--config.data.resize=None"], "data.resize", None),
+        (["--config.data.resize=720,1280"], "data.resize", (720, 1280)),
+        (["--config.model.weights=None"], "model.weights", None),
+        (["--config.model.weights=a=b.safetensors"], "model.weights", "a=b.safetensors"),
+        (["--config.model.patch_size=None"], "model.patch_size", None),
+        (["--config.data.folder=None"], "data.folder", None),
+        (["--config.data.crop=64, 96"], "data.crop", (64, 96)),
+        (["--config.data.crop=(64, 96)"], "data.crop", (64, 96)),
+        (["--config.data.crop=[64, 96]"], "data.crop", (64, 96)),
+        (["--config.data.pixmix=4,4"], "data.pixmix", (4, 4.0)),
+        (["--config.model.taps=()"], "model.taps", ()),
+        (["--config.model.taps=3"], "model.taps", (3,)),
+        (["--config.model.taps=1,3,"], "model.taps", (1, 3)),
+        (["--config.evaluation.domains=night, fog"], "evaluation.domains", ("night", "fog")),
+        (["--config.evaluation.domains", '"town a, b",fog'], "evaluation.domains", ("town a, b", "fog")),
+        (['--config.evaluation.domains=["town a, b", "fog"]'], "evaluation.domains", ("town a, b", "fog")),
+        (["--config.evaluation.domains=[red],(blue),it's"], "evaluation.domains", ("[red]", "(blue)", "it's")),
+        (['--config.data.folder.classes="road, route",sky'], "data.folder.classes", ("road, route", "sky")),
+        (['--config.data.folder.classes="a ""b"", c",d'], "data.folder.classes", ('a "b", c', "d")),
+        (["--config.data.boxes.classes='a, b','c'"], "data.boxes.classes", ("a, b", "c")),
+        (['--config.data.boxes.lists="",""'], "data.boxes.lists", ("", "")),
+        (["--config.data.folder.id_map={7: 0}"], "data.folder.id_map", {7: 0}),
+        (['--config.data.folder={"id_map": {"7": 0}}'], "data.folder", FolderOptions(id_map={7: 0})),
+        (['--config.optimizer.learning_rate_factors=[["a{1,2}", 1]]'], "optimizer.learning_rate_factors", (("a{1,2}", 1.0),)),
+    ],
+)
+def test_the_command_line_is_read_as_the_fields_type(arguments, field, expected):
+    """Each way to write a value, None and parts of the configuration that were None included; and what is written of it is read back."""
+    rest, given = overrides.take(["x", *arguments, "--workdir=y", "--", "--config.steps=9"])
+    assert rest == ["x", "--workdir=y", "--", "--config.steps=9"]
+    assert given == {field: expected}
+    assert repr(given[field]) == repr(expected)
+    base = Config()
+    assert config_lib.get(overrides.applied(base, given), field) == expected
+    assert base == Config()
+    assert overrides.take([f"--config.{field}={overrides.text_of(expected)}"])[1] == given
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ("--config.steps", r"--config\.steps has no value"),
+        ("--noconfig.steps", r"--noconfig\.steps; allowed: --config\.steps=VALUE"),
+        ("--noconfig.tldr.on=1", r"--noconfig\.tldr\.on=1; allowed: --noconfig\.tldr\.on"),
+        ("--config.tldr.on=yes", r"tldr\.on is 'yes'; allowed: True or False"),
+        ("--config.steps=None", r"steps is 'None'; allowed: an integer"),
+        ("--config.data.crop=None", r"data\.crop\[?.* is .*None.*; allowed: .*an integer"),
+        ("--config.data.crop=1,,2", r"data\.crop is .*; allowed: 2 of an integer"),
+        ('--config.data.folder.classes="a,b', r"data\.folder\.classes is '\"a,b'; allowed: .*quoted as in CSV"),
+        ("--config.data.folder.classes=[1]", r"data\.folder\.classes\[0\] is 1; allowed: text"),
+        ("--config.data.folder=x", r"data\.folder is 'x'; allowed: FolderOptions"),
+        ('--config.data.folder={"id_mpa": 1}', r"unknown field data\.folder\.id_mpa; did you mean data\.folder\.id_map\?"),
+    ],
+)
+def test_a_wrong_value_on_the_command_line_is_refused(argument, message):
+    """In one line with the field, before anything else is looked at."""
+    with pytest.raises(ValueError, match=message) as error:
+        overrides.take([argument])
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("model.weights", "", r"model\.weights is ''; allowed: None or a file"),
+        ("model.text_weights", " ", r"model\.text_weights is ' '; allowed: None or a file"),
+        ("model.start", "", r"model\.start is ''; allowed: None or a workdir"),
+        ("data.skip", "", r"data\.skip is ''; allowed: None or a file"),
+        ("data.pictures", "", r"data\.pictures is ''; allowed: None or a folder"),
+        ("data.root", "", r"data\.root is ''; allowed: a folder, or the URL of one with records"),
+        (
+            "model.weights",
+            "s3://bucket/w.safetensors",
+            r"model\.weights is s3://bucket/w.*, a URL; allowed: None or a file, on a disk",
+        ),
+        ("data.skip", "gs://bucket/skip.txt", r"data\.skip is gs://bucket/skip\.txt, a URL"),
+        (
+            "model.start",
+            "~no_one/run",
+            r"model\.start is ~no_one/run, but ~no_one is no home folder",
+        ),
+        ("model.encoder", "", r"model\.encoder is ''; allowed: text that is not empty"),
+        ("model.freeze", "", r"model\.freeze is ''; allowed: text that is not empty"),
+        ("data.source", "", r"data\.source is ''; allowed: text"),
+        ("data.source", "town+", r"data\.source is 'town\+'; allowed: names of domains"),
+        ("evaluation.domains", ["night", ""], r"evaluation\.domains\[1\] is ''; allowed: text"),
+        ("evaluation.domains", ["night", "a++b"], r"evaluation\.domains is .*; allowed: names of domains"),
+        ("data.folder", {"images": ""}, r"data\.folder\.images is ''; allowed: text"),
+        ("data.folder", {"classes": ["a", ""]}, r"data\.folder\.classes\[1\] is ''; allowed: text"),
+        ("data.folder", {"classes": ["a", "b\nc"]}, r"data\.folder\.classes\[1\] is 'b\\nc'; allowed: text in one line"),
+        ("data.folder", {"classes": ["car", "road", "car"]}, r"data\.folder\.classes\[0\] and \[2\] are both 'car'; give"),
+        ("data.folder", {"classes": ["caf\u00e9", "cafe\u0301 "]}, r"data\.folder\.classes\[0\] and \[1\] are both .*which is read as"),
+        ("data.boxes", {"classes": ["Car", "car"]}, r"data\.boxes\.classes\[0\] and \[1\] are both 'car', which is read as 'Car'"),
+        ("data.boxes", {"images": ["a", ""]}, r"data\.boxes\.images\[1\] is ''; allowed: text"),
+    ],
+)
+def test_texts_that_name_nothing_are_refused(field, value, message, tmp_path):
+    """Empty and doubled names, and paths that are none, in one line that says which; however the configuration comes."""
+    with pytest.raises(ValueError, match=message) as error:
+        read(with_field(field, value), tmp_path)
+    assert "\n" not in str(error.value)
+
+
+def test_texts_that_may_be_empty_are_those_documented(tmp_path):
+    """The protocol's default, suffixes and lists; letters of another case make other classes of label maps."""
+    tree = with_field("data.folder", {"label_suffix": "", "image_suffix": "", "classes": ["Car", "car", "a % b & c_d #1 [x]", " e"]})
+    tree["data"]["boxes"] = {"lists": ["", ""], "classes": ["x, y"]}
+    tree["evaluation"]["protocol"] = ""
+    config = read(tree, tmp_path)
+    assert config.data.folder is not None
+    assert config.data.folder.classes == ("Car", "car", "a % b & c_d #1 [x]", " e")
+    config_lib.save(config, tmp_path)
+    assert config_lib.load(tmp_path) == config
+
+
+def test_home_folders_are_expanded(tmp_path, monkeypatch):
+    """In every path of the configuration; a URL stays, and an empty JAXDG_DATA is none."""
+    monkeypatch.setenv("HOME", "/home/me")
+    fields = ("data.root", "data.skip", "data.pictures", "model.weights", "model.text_weights", "model.start")
+    tree = dataclasses.asdict(Config())
+    for field in fields:
+        owner, name = field.split(".")
+        tree[owner][name] = "~/x"
+    tree["model"].update(decoder="faster_rcnn_c4", encoder="clip_rn50")
+    tree["task"] = "detection"
+    config = read(tree, tmp_path)
+    assert [config_lib.get(config, field) for field in fields] == ["/home/me/x"] * len(fields)
+    assert config_lib.get(read(with_field("data.root", "gs://bucket/~x"), tmp_path), "data.root") == "gs://bucket/~x"
+    monkeypatch.setenv("JAXDG_DATA", "")
+    assert Config().data.root == "data"
+
+
+def test_flags_of_a_command(tmp_path):
+    """A whole command line: the file's argument, overrides wherever they stand, lists, and paths, each refused in one line if wrong."""
+    (tmp_path / "a.py").write_text(
+        "from jaxdg.config import Config\ndef get_config(steps='5'):\n    return Config(steps=int(steps), batch_size=2)\n"
+    )
+    script = (
+        "import sys\n"
+        "from jaxdg import cli\n"
+        "experiment, out, names = cli.define_config(), cli.define_path('out', '', default='x'), cli.define_list('names', '')\n"
+        "url = cli.define_path('url', '', urls=True)\n"
+        "def main(arguments):\n"
+        "    c = experiment.value\n"
+        "    print(c and (c.steps, c.data.resize, c.data.folder and c.data.folder.classes), out.value, names.value, url.value)\n"
+        "    cli.console().print('[red]a[/red] :smile: [/x] ~')\n"
+        "cli.run(main)\n"
+    )
+    (tmp_path / "command.py").write_text(script)
+
+    def run(*arguments, code=0):
+        command = [sys.executable, str(tmp_path / "command.py"), *arguments]
+        own = {**os.environ, "HOME": "/home/me", "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore"}
+        done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=own)
+        assert done.returncode == code, done.stderr
+        return done.stdout if code == 0 else done.stderr
+
+    given = ['--config.data.folder.classes="a, b",c', "--config", "a.py:7", "--config.data.resize=None"]
+    shown = run(*given, "--out=~/o/[x]", '--names="p, q",r', "--url", "s3://b/c")
+    assert shown == "(7, None, ('a, b', 'c')) /home/me/o/[x] ('p, q', 'r') s3://b/c\n[red]a[/red] :smile: [/x] ~\n"
+    assert run() == "None x None None\n[red]a[/red] :smile: [/x] ~\n"
+    for arguments, message in (
+        (["--out="], "--out is ''; allowed: a path"),
+        (["--out", "az://bucket/run"], "--out is az://bucket/run, a URL; allowed: a path, on a disk of this machine or mounted there."),
+        (["--names="], "--names is ''; allowed: names parted by commas, none of them empty"),
+        (["--names=a,,b"], "--names is 'a,,b'; allowed: names"),
+        (["--config.steps=1"], "--config.steps changes a configuration, but there is none; give --config FILE"),
+        (["--config=b.py"], "no config file b.py"),
+        (["--config=a.py", "--config.model.weights="], "model.weights is ''; allowed: None or a file"),
+    ):
+        lines = run(*arguments, code=1).splitlines()
+        assert len(lines) == 1, lines
+        assert lines[0].startswith(f"error: {message}"), lines
 
 
 def test_a_misspelt_field_of_json_or_of_an_object_is_named(tmp_path):

@@ -1,12 +1,19 @@
-"""What commands keep: compiled programs between runs, and memory between steps."""
+"""What commands keep, compiled programs between runs and memory between steps, and what they make of the environment."""
 
 import os
+from pathlib import Path
 import platform
+import pwd
 import subprocess
 import sys
+import tempfile
 import time
 
+import jax
 import pytest
+
+from jaxdg import runtime
+from jaxdg.data import cache
 
 # Compiles a function, with jax's own count of the programs that it found compiled.
 COMPILE = """
@@ -82,3 +89,46 @@ def test_memory_is_kept_and_does_not_grow():
     assert given_back < size
     assert kept > size
     assert most < 2 * size
+
+
+def test_a_user_without_a_home_keeps_things_in_the_temporary_folder(tmp_path, monkeypatch):
+    """As in containers that run as a number: in a folder that is the user's own, and nowhere if someone else has made it."""
+    monkeypatch.setenv("JAXDG_CACHE", "~/own")
+    monkeypatch.setenv("HOME", "/home/me")
+    assert cache.folder() == Path("/home/me/own")
+    monkeypatch.delenv("JAXDG_CACHE")
+    assert cache.folder() == Path("/home/me/.cache/jaxdg")
+    monkeypatch.delenv("HOME")
+
+    def unknown(uid):
+        raise KeyError(f"getpwuid(): uid not found: {uid}")
+
+    monkeypatch.setattr(pwd, "getpwuid", unknown)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    found = cache.folder()
+    assert found == tmp_path / f"jaxdg-{os.getuid()}"
+    assert found.stat().st_mode & 0o777 == 0o700
+    owner = os.getuid()
+    found.rename(tmp_path / f"jaxdg-{owner + 1}")
+    monkeypatch.setattr(os, "getuid", lambda: owner + 1)
+    with pytest.raises(OSError, match="Not a directory"):
+        cache.folder().mkdir(parents=True)
+
+
+def test_devices_that_are_not_there_are_one_line(monkeypatch):
+    """What JAX_PLATFORMS asked for, whichever way jax fails to find it."""
+    monkeypatch.setenv("JAX_PLATFORMS", "cuda")
+    for error in (AssertionError(), RuntimeError("Unable to initialize backend 'cuda'\nmore")):
+
+        def fail(error=error):
+            raise error
+
+        monkeypatch.setattr(jax, "default_backend", fail)
+        with pytest.raises(ValueError, match=r"^jax finds no device to compute on \(.+\); JAX_PLATFORMS is cuda; unset it"):
+            runtime.backend()
+
+
+def test_wide_arrays_are_turned_off():
+    """JAX_ENABLE_X64 would make arrays that no checkpoint holds."""
+    code = "import jax; from jaxdg import runtime; runtime.set_up(); print(jax.numpy.ones(1, float).dtype)"
+    assert python(code, JAX_ENABLE_X64="1", JAXDG_CACHE=os.devnull) == ["float32"]

@@ -208,6 +208,9 @@ def test_misspelt_and_wrong_fields_on_the_command_line(runs):
     assert (done.returncode, done.stderr) == (1, "error: unknown field optimiser; did you mean optimizer?\n")
     done = runs.run("never", "--config.model.dtype=int8")
     assert (done.returncode, done.stderr) == (1, "error: model.dtype is int8; allowed: float32 or bfloat16\n")
+    done = runs.run("never", "--workdir=az://bucket/run")
+    assert done.returncode == 1
+    assert re.fullmatch(r"error: --workdir is az://bucket/run, a URL; .*\n", done.stderr)
     assert not (runs.folder / "never").exists()
 
 
@@ -262,7 +265,7 @@ def test_evaluate_and_predict_commands(runs):
     """`evaluate` on one step of a workdir repeats its numbers; `predict` writes ids of the image's own size and an overlay."""
     module = lambda name, *rest: subprocess.run(
         [sys.executable, "-m", f"jaxdg.{name}", "--checkpoint", str(runs.folder / "whole" / "checkpoints" / "16"), *rest],
-        env=runs.environment,
+        env={**runs.environment, "JAX_ENABLE_X64": "1"},  # which changes nothing
         capture_output=True,
         text=True,
         timeout=300,
@@ -282,6 +285,8 @@ def test_evaluate_and_predict_commands(runs):
     ids = np.asarray(Image.open(runs.folder / "predicted" / "odd.png"))
     assert (ids.dtype, ids.shape) == (np.uint8, (37, 61))
     np.testing.assert_array_equal(ids, jaxdg.load(runs.folder / "whole").predict(image))
+    with jax.enable_x64(True):  # in a program of one's own
+        np.testing.assert_array_equal(ids, jaxdg.load(runs.folder / "whole").predict(image))
     assert (runs.folder / "predicted" / "odd_overlay.jpg").exists()
 
     done = module("predict", "--out", str(runs.folder / "predicted"), str(runs.folder / "nowhere.jpg"))
@@ -289,7 +294,7 @@ def test_evaluate_and_predict_commands(runs):
     assert "nowhere.jpg does not exist" in done.stderr
 
 
-def tiny(root: Path | str = "", **data) -> Config:
+def tiny(root: Path | str = "data", **data) -> Config:
     """A configuration that fails early or finishes in a second."""
     return config.validated(
         Config(

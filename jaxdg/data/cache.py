@@ -1,7 +1,7 @@
 """Arrays kept from run to run, for as long as what they were made from is unchanged.
 
-They lie, as compiled programs do, under `$JAXDG_CACHE` (else `~/.cache/jaxdg`). A cache saves time and is never needed: it may be deleted,
-and a full or read-only disk is no error.
+They lie, as compiled programs do, under `$JAXDG_CACHE` (else `~/.cache/jaxdg`, and without a home in the temporary folder). A cache saves
+time and is never needed: it may be deleted, and a full or read-only disk is no error.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -26,7 +26,18 @@ THREADS = 16  # that ask a file system, which may be far away
 
 def folder() -> Path:
     """Where everything that is kept from run to run lies; it need not exist."""
-    return Path(os.environ.get("JAXDG_CACHE") or Path.home() / ".cache" / "jaxdg")
+    if own := os.environ.get("JAXDG_CACHE"):
+        return Path(os.path.expanduser(own))
+    home = os.path.expanduser("~")
+    if home != "~":
+        return Path(home, ".cache", "jaxdg")
+    # A user without a home, as in many containers. Compiled programs are run, so the folder must be nobody else's.
+    shared = Path(tempfile.gettempdir(), f"jaxdg-{os.getuid()}")
+    with contextlib.suppress(OSError):
+        shared.mkdir(mode=0o700, exist_ok=True)
+        if shared.stat().st_uid == os.getuid():
+            return shared
+    return Path(os.devnull, "jaxdg")  # where nothing can be kept
 
 
 def cached(key: Any, modified: Mapping[str, int], make: Callable[[], dict[str, np.ndarray]]) -> dict[str, np.ndarray]:

@@ -258,7 +258,7 @@ def _open(subject: Subject, console: Console) -> tuple[list[Opened], list[Defect
     opened: list[Opened] = []
     broken: list[Defect] = []
     lost: list[tuple[Split, str]] = []
-    with console.status(f"{subject.name}: pairing files"):
+    with console.status(Text(f"{subject.name}: pairing files")):
         for split in subject.splits:
             defects: list[Defect] = []
             try:
@@ -501,13 +501,13 @@ if __name__ == "__main__":
     from jaxdg.config import DataConfig
     from jaxdg.data import check as this  # by this name worker processes find what they run, not by __main__
 
-    _ROOT = flags.DEFINE_string("data_root", None, "Folder of the datasets; $JAXDG_DATA, else `data`, if left out.")
+    _ROOT = cli.define_path("data_root", "Folder of the datasets; $JAXDG_DATA, else `data`, if left out.")
     _ALL = flags.DEFINE_bool("all", False, f"Decode every image and label instead of {SAMPLE} a split.")
-    _OUT = flags.DEFINE_string("out", "check", "Folder for the contact sheets.")
+    _OUT = cli.define_path("out", "Folder for the contact sheets.", default="check")
     _WORKERS = flags.DEFINE_integer(
         "workers", None, "Processes that decode, 0 for threads; all cores with --all if left out.", lower_bound=0
     )
-    _SKIP = flags.DEFINE_string("write_skip_list", None, "File to write the broken files to, as the configuration's data.skip reads it.")
+    _SKIP = cli.define_path("write_skip_list", "File to write the broken files to, as the configuration's data.skip reads it.")
     _CONFIG = cli.define_config()  # for data.folder, data.boxes and data.mapillary_labels
     flags.declare_key_flag("config")
 

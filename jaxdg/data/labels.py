@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import colorsys
 import dataclasses
 from typing import Final
+import unicodedata
 
 from jaxtyping import Int16, Integer, UInt8
 import numpy as np
@@ -33,6 +34,35 @@ class LabelSet:
             raise ValueError(f"{len(self.names)} class names but {len(self.colors)} colours; give one colour a class")
         if not 1 <= len(self.names) <= IGNORE:
             raise ValueError(f"{len(self.names)} classes; label maps are 8-bit and hold between 1 and {IGNORE}")
+        check_names(self.names, "class names")
+
+
+def check_names(names: Sequence[str], what: str, *, any_case: bool = False) -> None:
+    """Refuses class names of which one could be taken for another or for none; any other text is a name.
+
+    Args:
+        names: in the order of their ids.
+        what: they are, for the error message.
+        any_case: names that differ in the case of their letters alone are the same.
+
+    Raises:
+        ValueError: a name is empty, holds control characters such as line breaks, or is there twice; spaces around it, and how its
+            accents are composed, make no difference.
+    """
+    seen: dict[str, int] = {}
+    for i, name in enumerate(names):
+        if not name.strip() or any(unicodedata.category(c) == "Cc" for c in name):
+            raise ValueError(f"{what}[{i}] is {name!r}; allowed: text in one line that is not empty, as every class needs a name")
+        key = unicodedata.normalize("NFC", name).strip()
+        first = seen.setdefault(key.casefold() if any_case else key, i)
+        if first != i:
+            alike = "" if name == names[first] else f", which is read as {names[first]!r}"
+            raise ValueError(f"{what}[{first}] and [{i}] are both {name!r}{alike}; give every class a name of its own")
+
+
+def listed(names: Iterable[str]) -> str:
+    """Names for a message, parted by commas; those that hold commas are in quotes."""
+    return ", ".join(repr(name) if "," in name or name != name.strip() else name for name in names)
 
 
 CITYSCAPES = LabelSet(

@@ -458,8 +458,8 @@ def _open(domain: str, split: str, root: str, boxes: bool, data: DataConfig) -> 
 if __name__ == "__main__":
     from jaxdg.data import prepare as this  # by this name worker processes find what they run, not by __main__
 
-    _ROOT = flags.DEFINE_string("data_root", None, "Folder of the datasets; $JAXDG_DATA, else `data`, if left out.")
-    _OUT = flags.DEFINE_string("out", None, "Folder or URL that becomes a data root of records.", required=True)
+    _ROOT = cli.define_path("data_root", "Folder of the datasets; $JAXDG_DATA, else `data`, if left out.")
+    _OUT = cli.define_path("out", "Folder or URL that becomes a data root of records.", required=True, urls=True)
     _SPLITS = flags.DEFINE_multi_enum("split", None, ["train", "val"], "What to write; all that the dataset has if left out.")
     _RESIZE = flags.DEFINE_string("resize", None, "HEIGHTxWIDTH, short:N or long:N in pixels; images keep their sizes if left out.")
     _BOXES = flags.DEFINE_bool("boxes", False, "Boxes instead of label maps.")

@@ -26,6 +26,7 @@ from fsspec.implementations.local import LocalFileSystem
 from jaxtyping import UInt8, UInt64
 import numpy as np
 
+from jaxdg.data import cache
 from jaxdg.data.labels import LabelSet, id_table
 
 VERSION = "1.0.0"  # of the layout; TFDS names the folder by it
@@ -231,7 +232,9 @@ def filesystem(path: str) -> tuple[AbstractFileSystem, str]:
     try:
         return url_to_fs(path)
     except (ImportError, ValueError) as error:
-        raise ValueError(f"{path} cannot be opened: {error}") from error
+        extra = {"gs": "gcs", "gcs": "gcs", "s3": "s3", "s3a": "s3"}.get(path.split("://")[0].lower())
+        remedy = f'`pip install "jaxdg[{extra}]"`' if extra else "jaxdg has extras for gs:// (gcs) and s3:// (s3)"
+        raise ValueError(f"{path} cannot be opened: {error}; {remedy}") from error
 
 
 def digest(path: str) -> str:
@@ -249,8 +252,7 @@ def files_of(metadata: dict[str, Any], split: str) -> list[str]:
 
 def _fetch(system: AbstractFileSystem, inner: str, directory: str, metadata: bytes, split: str) -> str:
     """Copies a split to the local disk unless it is there: under the digest of its metadata, which holds those of the shards."""
-    cache = Path(os.environ.get("JAXDG_CACHE") or Path.home() / ".cache" / "jaxdg")
-    local = cache / f"records-{hashlib.sha256(metadata).hexdigest()[:24]}"
+    local = cache.folder() / f"records-{hashlib.sha256(metadata).hexdigest()[:24]}"
     local.mkdir(parents=True, exist_ok=True)
     files = json.loads(metadata)["files"]
     small = [name for name in map(os.path.basename, system.ls(inner, detail=False)) if name not in files]

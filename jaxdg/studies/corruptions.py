@@ -28,12 +28,13 @@ from absl import flags
 from rich.console import Console
 from rich.table import Table
 
+from jaxdg import cli, files, paths, runtime
 from jaxdg import config as config_lib
-from jaxdg import files, runtime
 from jaxdg.cli import Interrupt
 from jaxdg.config import Config, MeshConfig
 from jaxdg.data.corruptions import KINDS, SEVERITIES, Corrupted
 from jaxdg.evaluate import open_domains
+from jaxdg.overrides import text_of
 from jaxdg.studies.study import Plan, Run, Settings, Study, StudyOptions, configured, local, main
 from jaxdg.tasks import make_task, restore_model
 from jaxdg.training import sharding
@@ -115,7 +116,7 @@ class Trained(Corruptions):
         self.name, self.file, self.given, self.options, self.folder = name, *(given[key] for key in ("file", "given", "options", "folder"))
         self.runs, self._found = [], {}
         self._check_folder()
-        for workdir in map(Path, checkpoints):
+        for workdir in (Path(paths.given(checkpoint, "--checkpoint")) for checkpoint in checkpoints):
             config = configured(config_lib.load(workdir), self.given)
             # The data root of this machine, not the one the run was trained on.
             root = self.given.get("data.root") or os.environ.get("JAXDG_DATA") or config.data.root
@@ -231,13 +232,13 @@ def make(*arguments: Any, **given: Any) -> Corruptions:
     made = Trained(_CHECKPOINT.value, *arguments, **given) if _CHECKPOINT.value else Corruptions(*arguments, **given)
     made.check()
     made.max_images = _MAX_IMAGES.value
-    checkpoints = ",".join(map(local, _CHECKPOINT.value or ()))
-    named = {"checkpoint": checkpoints or None, "max_images": made.max_images}
+    checkpoints = text_of([local(checkpoint) for checkpoint in _CHECKPOINT.value or ()])
+    named = {"checkpoint": checkpoints if _CHECKPOINT.value else None, "max_images": made.max_images}
     made.flags = [f"--{name}={value}" for name, value in named.items() if value is not None]
     return made
 
 
 if __name__ == "__main__":
-    _CHECKPOINT = flags.DEFINE_list("checkpoint", None, "Workdirs of finished runs, by comma, to judge instead of training any.")
+    _CHECKPOINT = cli.define_list("checkpoint", "Workdirs of finished runs, by comma, to judge instead of training any.")
     _MAX_IMAGES = flags.DEFINE_integer("max_images", None, "Judge so many images of a domain, evenly spread; 0 for all.", lower_bound=0)
     main("corruptions", plan, judge=judge, entry=entry, make=make)

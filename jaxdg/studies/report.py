@@ -18,7 +18,7 @@ from pathlib import Path
 
 from absl import flags
 
-from jaxdg import cli
+from jaxdg import cli, paths
 from jaxdg.studies import document, plots
 from jaxdg.studies.document import MISSING, Block, Cell, Commands, Document, Facts, Plots, References, Section, Table, TableRow, Text
 from jaxdg.studies.findings import QUESTIONS, corrupted_domains, findings
@@ -435,12 +435,12 @@ def main(arguments: Sequence[str]) -> None:
     """Writes the report of the folders that the arguments name."""
     if len(arguments) < 2:
         raise ValueError("name at least one folder of a study: python -m jaxdg.studies.report DIR... --out FOLDER")
-    folders = [Path(argument) for argument in arguments[1:]]
+    folders = [Path(paths.given(argument, "the folder of a study")) for argument in arguments[1:]]
     for path in write(folders, Path(_OUT.value or folders[0] / "report")):
         print(f"written {path}")
 
 
 if __name__ == "__main__":
-    _OUT = flags.DEFINE_string("out", None, "Folder for the report; DIR/report of the first study if left out.")
+    _OUT = cli.define_path("out", "Folder for the report; DIR/report of the first study if left out.")
     flags.FLAGS.set_gnu_getopt(True)  # --out may follow the folders
     cli.run(main)

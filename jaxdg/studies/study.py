@@ -12,7 +12,6 @@ Not taken care of: a run that takes several machines. `--list` prints every run'
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-import copy
 import dataclasses
 import fcntl
 import functools
@@ -31,12 +30,11 @@ import time
 from typing import IO, Any
 
 from absl import flags, logging
-from ml_collections import config_flags
 from rich.console import Console
 from rich.table import Table
 
 import jaxdg
-from jaxdg import cli, files
+from jaxdg import cli, files, overrides
 from jaxdg import config as config_lib
 from jaxdg import workdir as workdir_lib
 from jaxdg.cli import Interrupt, Stop
@@ -157,7 +155,7 @@ class Study:
         """What trains a run, without the interpreter; `show` writes paths."""
         changes = {**self.given, **run.settings, "seed": run.seed}
         options = ["--config", show(self.file), "--workdir", show(str(self.workdir(run)))]
-        return ["-m", "jaxdg.train", *options, *(f"--config.{field}={show(_text(value))}" for field, value in changes.items())]
+        return ["-m", "jaxdg.train", *options, *(f"--config.{field}={show(overrides.text_of(value))}" for field, value in changes.items())]
 
     def results(self, run: Run) -> dict[str, Any] | None:
         """The contents of results.json of a run that has come to its end, else None."""
@@ -235,7 +233,7 @@ class Study:
         """
         score = "mAP50" if self.base.task == "detection" else "mIoU"
         shown = [f"--config={local(self.file)}", f"--workdir={local(str(self.folder))}"]
-        shown += [*self.flags, *(f"--config.{field}={local(_text(value))}" for field, value in self.given.items())]
+        shown += [*self.flags, *(f"--config.{field}={local(overrides.text_of(value))}" for field, value in self.given.items())]
         runs, groups = [], {run.group: run.settings for run in self.runs}
         for run in self.runs:
             results = self.results(run)
@@ -309,12 +307,7 @@ def mean_and_spread(values: Iterable[float | None]) -> dict[str, Any]:
 
 def configured(base: Config, settings: Settings) -> Config:
     """A checked copy of a configuration with other settings; a wrong one is a ValueError."""
-    config_lib.check_overrides([f"--config.{field}=" for field in settings])
-    config = copy.deepcopy(base)
-    for field, value in settings.items():
-        owner, _, name = field.rpartition(".")
-        setattr(config_lib.get(config, owner) if owner else config, name, value)
-    return config_lib.validated(config)
+    return config_lib.validated(overrides.applied(base, settings))
 
 
 def _lock(file: IO[str]) -> bool:
@@ -323,13 +316,6 @@ def _lock(file: IO[str]) -> bool:
     except BlockingIOError:
         return False
     return True
-
-
-def _text(value: Any) -> str:
-    """A value as the command line takes it."""
-    if isinstance(value, (tuple, list)) and value and not any(isinstance(item, (tuple, list)) for item in value):
-        return ",".join(map(str, value))
-    return str(value)
 
 
 def local(text: str) -> str:
@@ -376,10 +362,10 @@ def main(
         entry: what that adds to a run in study.json.
         make: the study of the arguments of `Study`.
     """
-    cli.define_config()
+    experiment = cli.define_config()
     flags.FLAGS.register_key_flag_for_module(sys.argv[0], flags.FLAGS["config"])
     key: dict[str, Any] = {"module_name": sys.argv[0]}  # --help shows these
-    workdir = flags.DEFINE_string("workdir", None, "Folder of the study: made if needed, gone on with if it holds it.", **key)
+    workdir = cli.define_path("workdir", "Folder of the study: made if needed, gone on with if it holds it.")
     only = flags.DEFINE_integer("run", None, "Make this run alone, counted from 0 as --list shows them.", lower_bound=0, **key)
     listed = flags.DEFINE_bool("list", False, "Print the runs, how far they are, and their commands; do nothing.", **key)
     collect = flags.DEFINE_bool("collect", False, "Write study.json of what there is; make no run.", **key)
@@ -387,12 +373,11 @@ def main(
     def command(arguments: Sequence[str]) -> None:
         if len(arguments) > 1:
             raise ValueError(f"unexpected argument {arguments[1]!r}; see --help")
-        flag = flags.FLAGS["config"]
-        if flag.value is None or workdir.value is None:
+        base = experiment.value
+        if base is None or workdir.value is None:
             raise ValueError("--config FILE and --workdir DIR are needed, such as --config configs/study_tiny.py --workdir runs/study")
-        file, given = config_flags.get_config_filename(flag), config_flags.get_override_values(flag)
+        file, given = experiment.file, experiment.given
         options = getattr(config_lib.experiment(file.split(":")[0]), "get_study", StudyOptions)()
-        base = config_lib.validated(flag.value)
         study = make(name, plan, file=file, given=given, base=base, options=options, folder=Path(workdir.value))
         console = cli.console()
         if only.value is not None and only.value >= len(study.runs):

@@ -11,13 +11,12 @@ import subprocess
 import sys
 import time
 
-from absl import flags
-from ml_collections import config_flags
 import numpy as np
 import pytest
 
 import jaxdg
 from jaxdg import config as config_lib
+from jaxdg import overrides
 from jaxdg import workdir as workdir_lib
 from jaxdg.config import Config
 from jaxdg.data.datasets import Subset, open_domain
@@ -116,23 +115,19 @@ def test_the_plans_are_the_papers():
 FILES = [path for path in sorted((ROOT / "configs").glob("*.py")) if hasattr(config_lib.experiment(path), "get_study")]
 
 
-@pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")  # ml_collections reads the file so
 @pytest.mark.parametrize("name", PLANS)
 @pytest.mark.parametrize("path", FILES, ids=[path.stem for path in FILES])
-def test_the_command_of_a_run_is_its_configuration(path, name, monkeypatch):
+def test_the_command_of_a_run_is_its_configuration(path, name):
     """Of every run that a shipped experiment plans: the flag parser makes of the command what the study compares folders with."""
     options, planned = config_lib.experiment(path).get_study(), 0
     given = {"data.root": "/data", "optimizer.learning_rate_factors": ((r"^a\.", 0.5),), "data.workers": 3}
     base = study.configured(config_lib.from_file(path), given)
     planning = Study(name, PLANS[name], file=str(path), given=given, base=base, options=options, folder=Path("none"))
     for run in planning.runs:
-        values = flags.FlagValues()
-        config_flags.DEFINE_config_file("config", flag_values=values)
         command = planning.command(run)
-        assert command[:6] == ["-m", "jaxdg.train", "--config", str(path), "--workdir", f"none/runs/{run.name}"]
-        monkeypatch.setattr(sys, "argv", ["train", *command[2:4], *command[6:]])  # where ml_collections looks for overrides
-        values(sys.argv)
-        parsed = config_lib.validated(values.config)
+        rest, changes = overrides.take(command)
+        assert rest == ["-m", "jaxdg.train", "--config", str(path), "--workdir", f"none/runs/{run.name}"]
+        parsed = config_lib.validated(overrides.applied(config_lib.from_file(path), changes))
         assert parsed == planning.config(run)
         assert parsed.seed == run.seed
         planned += 1

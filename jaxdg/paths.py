@@ -1,0 +1,40 @@
+"""Paths as people give them, on the command line or in a configuration: `~` is a home folder, and what is empty is no path."""
+
+import os
+import re
+
+
+def is_url(path: str) -> bool:
+    """Whether `path` is on an object store or another server, such as `gs://bucket/data`."""
+    return re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", path) is not None
+
+
+def given(path: str, what: str, *, allowed: str = "a path", urls: bool = False) -> str:
+    """The path that a person means.
+
+    Args:
+        path: as given.
+        what: the flag or field that it is the value of, for the error message.
+        allowed: what may stand there, likewise.
+        urls: whether that includes URLs.
+
+    Returns:
+        `path` with `~` and `~USER` replaced by home folders; URLs as they are.
+
+    Raises:
+        ValueError: it is empty, the home folder of nobody, or a URL that may not be one.
+    """
+    if not path.strip():
+        raise ValueError(f"{what} is {path!r}; allowed: {allowed}")
+    if is_url(path):
+        if urls:
+            return path
+        raise ValueError(
+            f"{what} is {path}, a URL; allowed: {allowed}, on a disk of this machine or mounted there. "
+            "Only records are read and written elsewhere: data.root, --data_root, and --out of jaxdg.data.prepare"
+        )
+    expanded = os.path.expanduser(path)
+    if expanded.startswith("~"):
+        name = path.split("/")[0]
+        raise ValueError(f"{what} is {path}, but {name} is no home folder here; give the whole path, or ./{path} for a folder of that name")
+    return expanded
