@@ -22,7 +22,7 @@ from jaxdg.data import index, storage
 from jaxdg.data.cache import cached, decoded, encoded
 from jaxdg.data.index import Defect
 
-VERSION = 2  # of what is kept
+VERSION = 3  # of what is kept
 Boxes = dict[str, np.ndarray]  # `boxes`, `classes`, `difficult` and `crowd` of one image, see `boxes.py`
 
 
@@ -124,7 +124,7 @@ def index_voc(
         return {"images": encoded(images), "labels": encoded(labels), "sizes": sizes, "fingerprints": fingerprints}
 
     kept = make() if defects is not None else cached(_key("voc", tree, parts, classes, skip), tree.modified, make)
-    return index.Pairs(decoded(kept["images"]), decoded(kept["labels"]), kept["sizes"], kept["fingerprints"])
+    return index.Pairs(decoded(kept["images"]), decoded(kept["labels"]), kept["sizes"], kept["fingerprints"], tree.passed.told())
 
 
 def read_voc(path: str, size: tuple[int, int], classes: tuple[str, ...]) -> Boxes:
@@ -188,7 +188,7 @@ def index_coco(
         return joined | {"images": encoded(images), "names": encoded(names)}
 
     kept = make() if defects is not None else cached(_key("coco", tree, parts, classes, skip), tree.modified, make)
-    pairs = index.Pairs(images := decoded(kept["images"]), [""] * len(images), kept["sizes"], kept["fingerprints"])
+    pairs = index.Pairs(images := decoded(kept["images"]), [""] * len(images), kept["sizes"], kept["fingerprints"], tree.passed.told())
     return CocoBoxes(tuple(decoded(kept["names"])), pairs, kept["boxes"], kept["classes"], kept["crowd"], kept["counts"].cumsum())
 
 
@@ -199,14 +199,7 @@ def _key(kind: str, tree: storage.Tree, parts: Sequence[Any], classes: tuple[str
 
 def _file(tree: storage.Tree, folders: tuple[str, ...], name: str) -> str:
     """The path of a file in the first of `folders` that exists."""
-    places = tree.places(*folders)
-    for place in places:
-        folder, base = os.path.split(path := os.path.join(place, name))
-        archived = storage.in_archive(path) and storage.is_folder(folder) and base in dict(storage.walk(folder))[folder]
-        if archived or os.path.isfile(path):
-            tree.modified.update([storage.modified(path)])
-            return path
-    raise FileNotFoundError(f"{os.path.join(os.path.abspath(places[0]), name)} does not exist; fetch it")
+    return tree.file(folders, name)
 
 
 def _pair(tree: storage.Tree, part: VocPart, skip: frozenset[str], wrong: list[Defect]) -> list[tuple[str, str]]:
@@ -218,7 +211,7 @@ def _pair(tree: storage.Tree, part: VocPart, skip: frozenset[str], wrong: list[D
     if part.listed:
         path = _file(tree, part.lists, part.listed)
         # A list of a single class says behind each name whether it occurs there.
-        stems = list(dict.fromkeys(line.split()[0] for line in storage.read(path).decode().splitlines() if line.strip()))
+        stems = list(dict.fromkeys(line.split()[0] for line in storage.composed(storage.read(path).decode()).splitlines() if line.strip()))
         wrong += [
             Defect(path, f" lists {stem}, which is neither an image nor an annotation")
             for stem in stems
@@ -288,7 +281,7 @@ def _read_coco(
     """The images of a file, and their sizes, boxes and numbers of boxes; notes what is wrong."""
     files, folder, file = tree.files(part.images), tree.places(part.images)[0], os.path.basename(path)
     names_of = {e["id"]: e["file_name"].removeprefix(part.start) for e in content["images"] if e["file_name"].startswith(part.start)}
-    images = {i: files.get(name, os.path.join(folder, name)) for i, name in names_of.items()}
+    images = {i: files.get(storage.composed(name), os.path.join(folder, name)) for i, name in names_of.items()}
     images = {i: image for i, image in images.items() if image not in skip}
     with ThreadPoolExecutor(index.THREADS) as pool:
         looked = dict(zip(images, pool.map(_look, images.values()), strict=True))

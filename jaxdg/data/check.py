@@ -149,10 +149,14 @@ def subjects(
 def _there(root: str) -> tuple[list[str], list[str]]:
     """The known datasets that have a folder below the data root, even if it is spelt otherwise; and folders of nothing known."""
     plain = lambda name: re.sub(r"\W|_", "", name).lower()
-    folders = [folder for folder in storage.subfolders(root) if not folder.startswith(".")]
+    folders = storage.subfolders(root)
     known = {plain(name): name for name in (*published.PUBLISHED, *BOX_FOLDERS)}
     mine = {known[plain(folder)] for folder in folders if plain(folder) in known}
-    return [name for name in known.values() if name in mine], [folder for folder in folders if plain(folder) not in known]
+    # Of a dataset whose folder is there by its own name, no other spelling is read.
+    others = [
+        folder for folder in folders if plain(folder) not in known or (folder != known[plain(folder)] and known[plain(folder)] in folders)
+    ]
+    return [name for name in known.values() if name in mine], others
 
 
 def _published(name: str, root: str, mapillary_labels: str) -> list[Subject]:
@@ -241,6 +245,8 @@ def check(subject: Subject, *, everything: bool, workers: int, console: Console,
         file.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(contact_sheet([(o.split.name, o.dataset, _spread(o.telling or o.intact, SHOWN)) for o in opened])).save(file)
         console.print(Text(f"contact sheet: {file}"))
+    for note in dict.fromkeys(note for o in opened for note in o.dataset.pairs.notes):
+        console.print(Text(note))
     for warning in warnings:
         console.print(Text.assemble(("warning: ", "yellow"), warning))
     _list_broken(broken, console)

@@ -15,6 +15,7 @@ import numpy as np
 
 from jaxdg.data.images import read_image
 from jaxdg.data.index import IMAGE_SUFFIXES
+from jaxdg.data.storage import is_hidden
 
 SIDE = 256  # pixels
 WALKERS, FIRST, STEPS = 2048, 16, 80  # points that jump at once; jumps before, and while, they are drawn
@@ -39,7 +40,8 @@ class Pictures:
         """
         if folder is None:
             return cls()
-        files = tuple(str(path) for path in sorted(Path(folder).rglob("*")) if path.suffix.lower() in IMAGE_SUFFIXES)
+        found = sorted(path for path in Path(folder).rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
+        files = tuple(str(path) for path in found if not any(map(is_hidden, path.relative_to(folder).parts)))
         if not files:
             raise FileNotFoundError(f"no images ({' '.join(IMAGE_SUFFIXES)}) below {folder}, which data.pictures names")
         return cls(files)

@@ -22,7 +22,7 @@ from PIL import Image, UnidentifiedImageError
 from jaxdg.data import storage
 from jaxdg.data.cache import cached, decoded, encoded
 
-VERSION = 3
+VERSION = 4
 THREADS = 16
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".ppm", ".pgm", ".tif", ".tiff", ".webp")
 
@@ -67,17 +67,19 @@ class Pairs:
         labels: paths, one an image; "" where there are only images.
         sizes: height and width of each image and its label, pixels.
         fingerprints: of the image files, see `fingerprint`; None where nobody took them.
+        notes: what was passed over when the files were listed, a line each; () where an earlier listing was recalled.
     """
 
     images: list[str]
     labels: list[str]
     sizes: Int32[np.ndarray, "n 2"]
     fingerprints: UInt64[np.ndarray, " n"] | None = None
+    notes: tuple[str, ...] = ()
 
     def take(self, keep: Sequence[int]) -> "Pairs":
         """Some of the pairs, by their places."""
         fingerprints = None if self.fingerprints is None else self.fingerprints[keep]
-        return Pairs([self.images[i] for i in keep], [self.labels[i] for i in keep], self.sizes[keep], fingerprints)
+        return Pairs([self.images[i] for i in keep], [self.labels[i] for i in keep], self.sizes[keep], fingerprints, self.notes)
 
 
 def index_pairs(
@@ -165,7 +167,7 @@ def examine(
         for header, found in itertools.chain.from_iterable(pool.map(lambda block: [check_pair(pair) for pair in block], blocks)):
             headers.append(header)
             defects += found
-    return Pairs([i for i, _ in pairs], [t for _, t in pairs], *arrays(headers)), defects
+    return Pairs([i for i, _ in pairs], [t for _, t in pairs], *arrays(headers), tree.passed.told()), defects
 
 
 def arrays(headers: Sequence[Header]) -> tuple[Int32[np.ndarray, "n 2"], UInt64[np.ndarray, " n"]]:
@@ -196,17 +198,33 @@ def truncated(path: str, tail: bytes) -> str | None:
 def _by_stem(tree: storage.Tree, folders: Sequence[str], suffix: str) -> dict[str, str]:
     """Files below a folder by what remains of their relative path without the suffix."""
     found: dict[str, str] = {}
+    suffix = storage.composed(suffix)
     for name, path in tree.files(*folders).items():
-        stem, extension = (name[: -len(suffix)], suffix) if suffix else os.path.splitext(name)
-        if not (name.endswith(suffix) if suffix else extension.lower() in IMAGE_SUFFIXES):
+        stem = _stem(name, suffix)
+        if stem is None:
             continue
         if stem in found:
             raise ValueError(f"{found[stem]} and {path} share a name; keep one, or say which with a suffix (data.folder.image_suffix)")
         found[stem] = path
     if not found:
         folder = os.path.abspath(tree.places(*folders)[0])
-        raise ValueError(f"folder {folder} holds no *{suffix or ' .png, .jpg, .. image'} files; fetch them, or check data.folder")
+        passed = "".join(f" ({line})" for line in tree.passed.told())
+        raise ValueError(f"folder {folder} holds no *{suffix or ' .png, .jpg, .. image'} files{passed}; fetch them, or check data.folder")
     return found
+
+
+def _stem(name: str, suffix: str) -> str | None:
+    """What remains of a name without the suffix, or without any image extension where that is ""; None if it ends otherwise."""
+    if not suffix:
+        stem, extension = os.path.splitext(name)
+        return stem if extension.lower() in IMAGE_SUFFIXES else None
+    if name.endswith(suffix):
+        return name[: -len(suffix)]
+    start, extension = os.path.splitext(suffix)
+    start, extension = (start, extension) if extension else ("", start)  # of ".png", os.path takes all for the name
+    # Cameras and Windows write .PNG and .JPG.
+    same = name.lower().endswith(extension.lower()) and name[: -len(extension)].endswith(start)
+    return name[: -len(suffix)] if same else None
 
 
 def check_pair(pair: tuple[str, str]) -> tuple[Header, list[Defect]]:

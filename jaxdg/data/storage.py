@@ -2,14 +2,52 @@
 
 A path is that of a file, or of a member of a zip archive as if the archive were a folder:
 `ROOT/cityscapes/gtFine_trainvaltest.zip/gtFine/val/..`. Only such strings reach worker processes; every process opens the archives itself.
+
+Hidden entries and those that systems leave behind are never listed (`is_hidden`). Links are
+followed, but no folder is listed twice. The same letters may be stored as one code point or as
+several (Unicode's NFC and NFD), depending on the system that wrote a name: names are compared
+composed, and paths stay as they are on disk.
 """
 
+from collections import deque
 from collections.abc import Iterator
+import dataclasses
 import functools
 import os
 import re
+import unicodedata
 import zipfile
 import zlib
+
+# What file managers, NAS systems and archivers leave in folders, in lower case; all else of this kind begins with a dot.
+SYSTEM = frozenset(
+    {
+        "@eadir",
+        "@recycle",
+        "@tmp",
+        "#recycle",
+        "#snapshot",
+        "__macosx",
+        "$recycle.bin",
+        "desktop.ini",
+        "ehthumbs.db",
+        "icon\r",
+        "lost+found",
+        "recycler",
+        "system volume information",
+        "thumbs.db",
+    }
+)
+
+
+def is_hidden(name: str) -> bool:
+    """Whether a file or folder of this name is hidden or a system's own, and so never part of a dataset."""
+    return name.startswith(".") or name.lower() in SYSTEM
+
+
+def composed(name: str) -> str:
+    """A name by which it is compared: NFC, in which a letter and its accents are one code point where there is such a one."""
+    return name if name.isascii() else unicodedata.normalize("NFC", name)
 
 
 def read(path: str) -> bytes:
@@ -52,28 +90,149 @@ def is_folder(path: str) -> bool:
     return os.path.isdir(path) if archive is None else inner in archive.subfolders
 
 
+def is_file(path: str) -> bool:
+    """Whether `path` is a file or a member of an archive."""
+    archive, inner = _split(path)
+    return os.path.isfile(path) if archive is None else inner in archive.names
+
+
+def size(path: str) -> int:
+    """Bytes of a file or of a member of an archive; what the archive says of it, without reading it."""
+    archive, inner = _split(path)
+    return os.stat(path).st_size if archive is None else archive.names[inner].file_size
+
+
 def subfolders(folder: str) -> list[str]:
-    """Names of the folders in a folder, an archive, or a folder in an archive; sorted."""
+    """Names of the folders in a folder, an archive, or a folder in an archive; sorted, no hidden ones."""
     archive, inner = _split(folder)
     if archive is not None:
-        return sorted(archive.subfolders[inner])
-    return sorted(entry.name for entry in os.scandir(folder) if entry.is_dir())
+        names = [*archive.subfolders[inner]]
+    else:
+        with os.scandir(folder) as entries:
+            names = [entry.name for entry in entries if _is_folder(entry)]
+    return sorted(name for name in names if not is_hidden(name))
 
 
-def walk(folder: str) -> Iterator[tuple[str, list[str]]]:
-    """The folder itself and each folder below, links followed, with the names of the files directly in it.
+def spelt(base: str, path: str) -> str:
+    """Where `path` is below `base`, although the letters of its names may be composed otherwise on disk.
+
+    Args:
+        base: a folder, an archive, or a folder in an archive.
+        path: of a file or folder, relative to it.
+
+    Returns:
+        The path of what is there, else the two joined.
+    """
+    joined = os.path.join(base, path)
+    if path.isascii() or is_folder(joined) or is_file(joined):
+        return joined
+    place = base
+    for part in path.split("/"):
+        alike = [name for name in _names(place) if composed(name) == composed(part)]
+        place = os.path.join(place, alike[0] if alike and part not in alike else part)
+    return place
+
+
+@dataclasses.dataclass
+class Passed:
+    """What listings of folders passed over.
+
+    Attributes:
+        hidden: number of hidden and system entries, by folder.
+        example: one of them.
+        links: links to folders that are listed by another name, or that hold the link itself.
+    """
+
+    hidden: dict[str, int] = dataclasses.field(default_factory=dict)
+    example: str = ""
+    links: set[str] = dataclasses.field(default_factory=set)
+
+    def told(self) -> tuple[str, ...]:
+        """A line about each kind that there is."""
+        lines = []
+        if count := sum(self.hidden.values()):
+            lines.append(f"{count} hidden or system entr{'y' if count == 1 else 'ies'} skipped, such as {self.example}")
+        if self.links:
+            links = f"{len(self.links)} link{'s' * (len(self.links) > 1)}"
+            lines.append(f"{links} skipped that lead to folders listed already, such as {min(self.links)}")
+        return tuple(lines)
+
+    def note(self, folder: str, hidden: list[str]) -> None:
+        """Notes the hidden names in a folder."""
+        if hidden:
+            self.hidden[folder] = len(hidden)
+            self.example = self.example or os.path.join(folder, min(hidden))
+
+
+def walk(folder: str, passed: Passed | None = None, seen: set[str] | None = None) -> Iterator[tuple[str, list[str]]]:
+    """The folder itself and each folder below, with the names of the files directly in it; nothing hidden.
+
+    Links are followed. A folder that several paths lead to is listed once, by the path without
+    links if there is one; a link to a folder that it is in is passed over.
+
+    Args:
+        folder: a folder, an archive, or a folder in an archive.
+        passed: receives what was passed over.
+        seen: real paths of folders that are not to be listed again; receives those that are listed.
 
     Raises:
         OSError: a folder cannot be listed, which must not read as an empty one.
     """
+    passed = Passed() if passed is None else passed
+    seen = set() if seen is None else seen
+    if in_archive(folder):
+        yield from _walk_archive(folder, passed)
+        return
+    folders = deque([(folder, os.path.realpath(folder))])  # the path, and the real one
+    links: deque[tuple[str, str]] = deque()
+    while folders or links:
+        place, real = folders.popleft() if folders else links.popleft()
+        if real in seen:
+            passed.links.update([place] if os.path.islink(place) else [])
+            continue
+        seen.add(real)
+        names, hidden, below, linked = [], [], [], []
+        with os.scandir(place) as entries:
+            for entry in entries:
+                if is_hidden(entry.name):
+                    hidden.append(entry.name)
+                elif not _is_folder(entry):
+                    names.append(entry.name)
+                elif not entry.is_symlink():
+                    below.append((entry.path, os.path.join(real, entry.name)))
+                else:
+                    linked.append((entry.path, os.path.realpath(entry.path)))
+        passed.note(place, hidden)
+        loops = [path for path, target in linked if f"{real}/".startswith(f"{target.rstrip('/')}/")]
+        passed.links.update(loops)
+        folders.extend(sorted(below))
+        links.extend(link for link in sorted(linked) if link[0] not in loops)
+        yield place, names
+
+
+def _walk_archive(folder: str, passed: Passed) -> Iterator[tuple[str, list[str]]]:
     archive, inner = _split(folder)
-    if archive is None:
-        for parent, _, names in os.walk(folder, followlinks=True, onerror=_refuse):
-            yield parent, names
-    else:
-        for name in subfolders(folder):
-            yield from walk(os.path.join(folder, name))
-        yield folder, archive.files.get(inner, [])
+    assert archive is not None
+    files, folders = archive.files.get(inner, []), archive.subfolders[inner]
+    passed.note(folder, [name for name in (*files, *folders) if is_hidden(name)])
+    yield folder, [name for name in files if not is_hidden(name)]
+    for name in subfolders(folder):
+        yield from _walk_archive(os.path.join(folder, name), passed)
+
+
+def _is_folder(entry: os.DirEntry) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link that leads to itself
+        return False
+
+
+def _names(folder: str) -> list[str]:
+    """All names in a folder, an archive, or a folder in an archive; sorted; none if there is no such folder."""
+    archive, inner = _split(folder)
+    if archive is not None:
+        return sorted([*archive.subfolders.get(inner, ()), *archive.files.get(inner, ())])
+    return sorted(os.listdir(folder)) if os.path.isdir(folder) else []
 
 
 def modified(folder: str) -> tuple[str, int]:
@@ -86,8 +245,9 @@ def modified(folder: str) -> tuple[str, int]:
 class Tree:
     """The folder of a dataset as downloaded: what is unpacked in it and what its zip archives hold, merged.
 
-    What is unpacked, and every archive, may lie one folder deeper, as `bdd100k/images/10k/..` does in its archives. A file that is both
-    unpacked and in an archive is read unpacked.
+    What is unpacked, and every archive, may lie one folder deeper, as `bdd100k/images/10k/..` does
+    in its archives. A file that is both unpacked and in an archive is read unpacked if both have
+    the same size. Anything else that is there twice is an error.
     """
 
     def __init__(self, base: str, *, exact: bool = False):
@@ -100,32 +260,54 @@ class Tree:
         self.base = base
         self.exact = exact
         self.modified: dict[str, int] = {}  # what `files` has looked at, and when it last changed
+        self.passed = Passed()
 
     def files(self, *folders: str) -> dict[str, str]:
-        """All files below the first of `folders` that exists.
+        """All files below the one of `folders` that exists.
 
         Args:
             folders: alternatives, relative to `base`.
 
         Returns:
-            The path of each file by its path relative to the folder; no hidden ones.
+            The path of each file by its path relative to the folder, composed; no hidden ones.
 
         Raises:
             FileNotFoundError: none of the folders exists; says where one was found instead.
-            ValueError: an archive is damaged.
+            ValueError: an archive is damaged; there are two candidates for the folder or for a file.
         """
         found: dict[str, str] = {}
+        seen: set[str] = set()
         for place in self.places(*folders):
-            for parent, names in walk(place):
+            for parent, names in walk(place, self.passed, seen):
                 self.modified.update([modified(parent)])
                 below = parent[len(place) + 1 :]
                 for name in names:
-                    if not name.startswith("."):
-                        found.setdefault(f"{below}/{name}" if below else name, os.path.join(parent, name))
+                    path = os.path.join(parent, name)
+                    key = composed(f"{below}/{name}" if below else name)
+                    found[key] = _choose(found[key], path) if key in found else path
         return found
 
+    def file(self, folders: tuple[str, ...], name: str) -> str:
+        """The path of a file in the one of `folders` that exists.
+
+        Args:
+            folders: as for `files`.
+            name: its path relative to the folder.
+
+        Raises:
+            FileNotFoundError: as for `files`; or there is no such file.
+            ValueError: as for `files`.
+        """
+        places = self.places(*folders)
+        found = [path for place in places if is_file(path := spelt(place, name))]
+        if not found:
+            raise FileNotFoundError(f"{os.path.join(os.path.abspath(places[0]), name)} does not exist; fetch it")
+        path = functools.reduce(_choose, found)
+        self.modified.update([modified(path)])
+        return path
+
     def places(self, *folders: str) -> list[str]:
-        """Where the first of `folders` that exists is: unpacked first, then in each archive.
+        """Where the one of `folders` that exists is: unpacked first, then in each archive.
 
         Args:
             folders: as for `files`.
@@ -135,7 +317,7 @@ class Tree:
             ValueError: as for `files`.
         """
         if self.exact:
-            found = [path for folder in folders if is_folder(path := os.path.join(self.base, folder))][:1]
+            found = [path for folder in folders if is_folder(path := spelt(self.base, folder.rstrip("/")))][:1]
             if not found:
                 raise FileNotFoundError(
                     f"folder {os.path.abspath(os.path.join(self.base, folders[0]))} does not exist; "
@@ -145,14 +327,18 @@ class Tree:
         if os.path.isdir(self.base):
             self.modified.update([modified(self.base)])  # changes when an archive or a folder is added
             sources = self._sources()
-            for folder in folders:
-                if found := [place for source in sources for place in _within(source, folder)]:
-                    return found
+            spellings = [places for folder in folders if (places := [p for source in sources for p in _within(source, folder)])]
+            for first, *_ in spellings[1:]:
+                if not _is_same(spellings[0][0], first):
+                    raise ValueError(_twice(spellings[0][0], first))
+            if spellings:
+                return spellings[0]
         raise FileNotFoundError(self._lost(folders))
 
     def _sources(self) -> list[str]:
-        entries = sorted(entry.path for entry in os.scandir(self.base) if entry.is_file() and entry.name.lower().endswith(".zip"))
-        return [self.base, *entries]
+        with os.scandir(self.base) as entries:
+            archives = [entry for entry in entries if entry.name.lower().endswith(".zip") and entry.is_file()]
+        return [self.base, *sorted(entry.path for entry in archives if not is_hidden(entry.name))]
 
     def _lost(self, folders: tuple[str, ...]) -> str:
         base = os.path.abspath(self.base)
@@ -161,7 +347,7 @@ class Tree:
             return f"{wanted}, but {elsewhere[0]} was found instead; move it, or set JAXDG_DATA or --config.data.root"
         if not os.path.isdir(base):
             return f"{wanted}, but does not exist; check JAXDG_DATA or --config.data.root"
-        entries = sorted(os.listdir(base))
+        entries = sorted(name for name in os.listdir(base) if not is_hidden(name))
         return f"{wanted}, but holds {', '.join(entries[:8]) or 'nothing'}{', ..' if len(entries) > 8 else ''}; fetch what is missing"
 
     def _elsewhere(self, base: str, folder: str) -> Iterator[str]:
@@ -184,15 +370,42 @@ class Tree:
 
 
 def _within(source: str, folder: str) -> list[str]:
-    """`folder` in `source`, or else in the folders of `source`."""
-    if is_folder(direct := os.path.join(source, folder)):
-        return [direct]
-    deeper = [os.path.join(source, name, folder) for name in subfolders(source) if name != "__MACOSX"]
-    return [path for path in deeper if is_folder(path)]
+    """`folder` in `source`, and in the folders of `source`."""
+    sources = [source, *(os.path.join(source, name) for name in subfolders(source))]
+    return [path for source in sources if is_folder(path := spelt(source, folder))]
 
 
-def _refuse(error: OSError) -> None:
-    raise error
+def _is_same(first: str, second: str) -> bool:
+    """Whether two folders are one: a link to the other, or another spelling where the disk does not tell capitals apart."""
+    return not in_archive(first) and not in_archive(second) and os.path.samefile(first, second)
+
+
+def _choose(first: str, second: str) -> str:
+    """Which of two files of one name counts: what is unpacked, if it is as long as in the archive.
+
+    Raises:
+        ValueError: neither, for one of the two is a mistake.
+    """
+    archived = [in_archive(path) for path in (first, second)]
+    if sum(archived) == 1:
+        unpacked, packed = (second, first) if archived[0] else (first, second)
+        if size(unpacked) == size(packed):
+            return unpacked
+        sizes = f"differ: {size(unpacked)} and {size(packed)} bytes"
+        raise ValueError(f"{unpacked} and {packed} {sizes}; keep the right one: delete the file, or move the archive elsewhere")
+    if first == second:
+        raise ValueError(f"{first} is in its archive twice, with different contents; unpack the archive and keep one")
+    raise ValueError(_twice(first, second))
+
+
+def _twice(first: str, second: str) -> str:
+    """An error about two files or folders of which one is too many."""
+    names = [os.path.basename(path) for path in (first, second)]
+    if composed(first) == composed(second):
+        forms = " and ".join(ascii(name) for name in names)
+        return f"{first} and {second} differ only in how their letters are composed ({forms}); keep one"
+    remedy = "keep one, and move the other, or what it is in, out of the dataset's folder"
+    return f"{first} and {second} are two candidates for the same place; {remedy}"
 
 
 class _Archive:
@@ -207,8 +420,10 @@ class _Archive:
         for info in self.zip.infolist():
             folder, _, name = info.filename.removeprefix("./").rpartition("/")
             self._add(folder)
-            if name:
-                self.names[f"{folder}/{name}" if folder else name] = info
+            path = f"{folder}/{name}" if folder else name
+            other = self.names.get(path)
+            if name and (other is None or (other.CRC, other.file_size) != (info.CRC, info.file_size)):
+                self.names[path] = info
                 self.files.setdefault(folder, []).append(name)
 
     def _add(self, folder: str) -> None:

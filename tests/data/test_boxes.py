@@ -304,3 +304,16 @@ def test_streets_boxes_are_those_of_the_scenes():
         for key in ("boxes", "classes"):
             np.testing.assert_array_equal(fog[i][key], clear[i][key])
     assert (fog[0]["image"] != clear[0]["image"]).any()
+
+
+def test_hidden_files_are_no_images_and_names_are_composed(tmp_path):
+    """`._a.jpg` and checkpoints of notebooks do not count; list, image and annotation may compose a name differently."""
+    base = tmp_path / "pets/VOC2007"
+    write_voc(base, {"Zu\u0308rich": xml(thing("dog", 1, 1, 9, 9))}, trainval=["Z\xfcrich"])
+    (base / "Annotations/Zu\u0308rich.xml").rename(base / "Annotations/Z\xfcrich.xml")
+    for name in ("JPEGImages/._a.jpg", "Annotations/._a.xml", "JPEGImages/.ipynb_checkpoints/a.jpg"):
+        (base / name).parent.mkdir(exist_ok=True)
+        (base / name).write_text("hidden")
+    for own in (OWN, BoxOptions(lists=("", ""), classes=OWN.classes)):
+        dataset = open_boxes("pets", root=str(tmp_path), train=True, own=own)
+        assert [Path(dataset.name(i)).name for i in range(len(dataset))] == ["Zu\u0308rich.jpg"]

@@ -365,3 +365,32 @@ def test_real_data(data_path, tmp_path):
     for line in ("camvid/train      305         305   480x360", "town05/val       249         249   640x380"):
         assert line in printed
     assert {path.name for path in tmp_path.glob("*.png")} == {"camvid.png", "carla_towns.png"}
+
+
+def test_what_was_passed_over_is_counted(tmp_path):
+    """Hidden entries and links that lead back are told with an example, in both tasks, and are nothing broken."""
+    trees.make("gta5", tmp_path, np.random.default_rng(0))
+    trees.write(tmp_path / "gta5", "images/.ipynb_checkpoints/00001-checkpoint.png", b"")
+    trees.write(tmp_path / "gta5", "labels/Thumbs.db", b"")
+    (tmp_path / "gta5/images/back").symlink_to("..")
+    clear = tmp_path / "diverse_weather/daytime_clear"
+    voc(clear, {"one": [("car", 1, 1, 9, 9)]}, "train")
+    trees.write(clear, "VOC2007/JPEGImages/._one.jpg", b"")
+    whole, printed = run(tmp_path)
+    assert whole
+    assert f"2 hidden or system entries skipped, such as {tmp_path}/gta5/images/.ipynb_checkpoints" in printed
+    assert f"1 link skipped that lead to folders listed already, such as {tmp_path}/gta5/images/back" in printed
+    assert f"1 hidden or system entry skipped, such as {clear}/VOC2007/JPEGImages/._one.jpg" in printed
+    assert "broken: " not in printed.split("diverse_weather")[0]
+
+
+def test_a_dataset_that_is_there_twice_is_broken(tmp_path):
+    """The check names both candidates; another spelling of a dataset's folder is said to be read by nothing."""
+    trees.make("gta5", tmp_path, np.random.default_rng(0), zipped=True)
+    shutil.copy(tmp_path / "gta5/01_images.zip", tmp_path / "gta5/01_images (1).zip")
+    (tmp_path / "GTA-5").mkdir()
+    whole, printed = run(tmp_path)
+    assert not whole
+    twice = "gta5/01_images (1).zip/images/00001.png and "
+    assert f"broken: {tmp_path}/{twice}{tmp_path}/gta5/01_images.zip/images/00001.png are two candidates" in printed
+    assert "not checked, as these are folders of no known dataset: GTA-5" in printed

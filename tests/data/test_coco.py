@@ -215,3 +215,26 @@ def test_acdc(tmp_path, packed):
         sample = rain[0]
         np.testing.assert_array_equal(sample["boxes"], [[0, 2, 3, 6]])
         assert (THINGS.names[sample["classes"][0]], sample["image"].shape) == ("person", (20, 30, 3))
+
+
+def test_names_composed_differently_are_the_same_names(tmp_path):
+    """The JSON file spells composed what the disk holds decomposed, the settings the other way round."""
+    truth = content(count=2)
+    for e in truth["images"]:
+        e["file_name"] = f"Zu\u0308rich/{e['file_name']}"
+    write(tmp_path, truth, "Zu\u0308rich.json", "Zu\u0308rich photos")
+    composed = json.dumps(truth, ensure_ascii=False).replace("u\u0308", "\xfc")
+    (tmp_path / "Zu\u0308rich.json").write_text(composed)
+    own = BoxOptions(images=("Z\xfcrich photos",) * 2, annotations=("Z\xfcrich.json",) * 2)
+    dataset = open_own(tmp_path, own)
+    assert [dataset.name(i) for i in range(2)] == [f"{tmp_path}/Zu\u0308rich photos/{e['file_name']}" for e in truth["images"]]
+
+
+def test_an_annotation_file_in_two_places_is_an_error(tmp_path):
+    """ACDC's boxes in two archives of which one was fetched twice; the JSON file of the first was read."""
+    for archive in ("gt_detection.zip", "gt_detection (1).zip"):
+        (tmp_path / "acdc").mkdir(exist_ok=True)
+        with zipfile.ZipFile(tmp_path / "acdc" / archive, "w") as file:
+            file.writestr("gt_detection/fog/instancesonly_fog_val_gt_detection.json", json.dumps(content()))
+    with pytest.raises(ValueError, match=r"gt_detection \(1\)\.zip/.*\.json and .*gt_detection\.zip/.*\.json are two candidates"):
+        open_boxes("acdc/fog", root=str(tmp_path), train=False)

@@ -82,6 +82,9 @@ def test_pictures_of_a_folder(tmp_path):
     for i, file in enumerate(("a.png", "below/b.png")):
         Image.fromarray(ramp + np.array([0, 0, 100 * i], np.uint8)).save(tmp_path / file)
     (tmp_path / "notes.txt").write_text("no image")
+    (tmp_path / ".cache").mkdir()
+    for name in ("._a.png", ".cache/c.png"):
+        (tmp_path / name).write_text("hidden")
     pictures, seen = Pictures.of(str(tmp_path)), set()
     for seed in range(40):
         picture = pictures.draw((20, 10), np.random.default_rng(seed)).astype(int)

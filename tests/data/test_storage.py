@@ -3,8 +3,10 @@
 import os
 from pathlib import Path
 import pickle
+import shutil
 import subprocess
 import sys
+import unicodedata
 import zipfile
 
 import numpy as np
@@ -184,6 +186,215 @@ def test_own_folders_may_be_in_an_archive_and_are_taken_literally(tmp_path):
     assert (dataset[0]["label"] == 3).all()
     with pytest.raises(FileNotFoundError, match=r"folder /.*/images does not exist"):
         opened("mine", tmp_path, folder=FolderOptions("images", "labels"))
+
+
+def write_pair(root: Path, name: str, images: str = "images", labels: str = "labels") -> None:
+    trees.write(root, f"{images}/{name}", trees.encode(np.zeros((4, 6, 3), np.uint8), "PNG"))
+    trees.write(root, f"{labels}/{name}", trees.grey(np.full((4, 6), 3)))
+
+
+def opened_own(root: Path, **options) -> list[str]:
+    """Where the images of `images` and `labels` are, relative to the root."""
+    dataset = opened("mine", root, folder=FolderOptions("images", "labels"), **options)
+    return [os.path.relpath(dataset.name(i), root) for i in range(len(dataset))]
+
+
+HIDDEN = (
+    ".a.png",
+    "._b.png",
+    ".ipynb_checkpoints/b-checkpoint.png",
+    ".Trash-1000/files/b.png",
+    "@eaDir/b.png/SYNOPHOTO_THUMB_M.png",
+    "city/.AppleDouble/b.png",
+    "__MACOSX/images/b.png",
+    "lost+found/b.png",
+    "$RECYCLE.BIN/b.png",
+    "System Volume Information/b.png",
+    "Thumbs.db",
+    "desktop.ini",
+)
+
+
+@pytest.mark.parametrize("zipped", [False, True], ids=["unpacked", "zip"])
+def test_hidden_and_system_entries_are_no_images_and_are_counted(tmp_path, zipped):
+    """In folders and in archives, whether on one side or on both; their number and an example are told."""
+    archive = "town.zip" if zipped else ""
+    for kind in ("images", "labels"):
+        for name in ("b.png", "city/c.png"):
+            trees.write(tmp_path, f"{kind}/{name}", trees.grey(np.full((4, 6), 3)), archive)
+        for name in HIDDEN[::2] if kind == "labels" else HIDDEN:
+            trees.write(tmp_path, f"{kind}/{name}", b"junk", archive)
+    base = tmp_path / archive
+    tree = storage.Tree(str(base), exact=True)
+    pairs, defects = index.examine(tree, [("images", ("labels",))], image_suffix="", label_suffix=".png")
+    assert [os.path.relpath(path, base) for path in pairs.images] == ["images/b.png", "images/city/c.png"]
+    assert not defects
+    (note,) = pairs.notes
+    assert note.startswith(f"{len(HIDDEN) + len(HIDDEN[::2])} hidden or system entries skipped, such as {base}/images/")
+
+
+def test_a_hidden_archive_or_wrapper_is_no_part_of_a_dataset(tmp_path):
+    """`._01_images.zip`, which macOS leaves beside a copied archive, was called a damaged one."""
+    trees.make("gta5", tmp_path, np.random.default_rng(0), zipped=True)
+    trees.write(tmp_path / "gta5", "._01_images.zip", b"resource fork")
+    trees.write(tmp_path / "gta5", "__MACOSX/images/00001.png", b"junk")
+    trees.write(tmp_path / "gta5", ".Trash/images/00001.png", b"junk")
+    assert len(opened("gta5", tmp_path)) == 2
+
+
+def test_links_are_followed_and_loops_end(tmp_path):
+    """Each image once: links to a folder above, to the folder itself, to a neighbour, in a circle, and to a folder elsewhere."""
+    root = tmp_path / "data"
+    for name in ("1.png", "x/2.png", "x/deep/3.png"):
+        write_pair(root, name)
+    write_pair(tmp_path / "elsewhere", "4.png")
+    for kind in ("images", "labels"):
+        for link, target in (
+            ("a", "."),
+            ("up", ".."),
+            ("top", "../.."),
+            ("b", "x"),
+            ("x/deep/back", "../../x"),
+            ("x/self", "self"),
+            ("far", tmp_path / "elsewhere" / kind),
+            ("far2", tmp_path / "elsewhere" / kind),
+        ):
+            (root / kind / link).symlink_to(target)
+    (tmp_path / "elsewhere/images/home").symlink_to(root / "images")
+    assert opened_own(root) == ["images/1.png", "images/far/4.png", "images/x/2.png", "images/x/deep/3.png"]
+    passed = storage.Passed()
+    assert len([*storage.walk(str(root / "images"), passed)]) == 4
+    skipped = {os.path.relpath(path, root / "images") for path in passed.links}
+    assert skipped == {"a", "up", "top", "b", "x/deep/back", "far2", "far/home"}
+    (note,) = passed.told()
+    assert note == f"7 links skipped that lead to folders listed already, such as {root}/images/a"
+
+
+def test_links_of_folders_and_files_still_lead_to_images(tmp_path):
+    """A dataset put together of links alone: the folders, a city in one, single files."""
+    write_pair(tmp_path / "store", "1.png")
+    write_pair(tmp_path / "store", "city/2.png")
+    root = tmp_path / "data"
+    for kind in ("images", "labels"):
+        (root / "pool" / kind).mkdir(parents=True)
+        (root / kind).symlink_to(root / "pool" / kind)
+        (root / "pool" / kind / "town").symlink_to(tmp_path / "store" / kind / "city")
+        (root / "pool" / kind / "one.png").symlink_to(tmp_path / "store" / kind / "1.png")
+    assert opened_own(root) == ["images/one.png", "images/town/2.png"]
+
+
+NAME = "Zu\u0308rich"  # decomposed, as macOS stored it
+
+
+@pytest.mark.parametrize("zipped", [False, True], ids=["unpacked", "zip"])
+def test_names_composed_differently_pair(tmp_path, zipped):
+    """A decomposed image and a composed label are partners, folders and settings included; paths stay as they are on disk."""
+    archive = "photos.zip" if zipped else ""
+    city = unicodedata.normalize("NFC", NAME)
+    assert city != NAME
+    image, label = (trees.encode(np.zeros((4, 6, 3), np.uint8), "PNG"), trees.grey(np.full((4, 6), 3)))
+    trees.write(tmp_path, f"{NAME} images/{NAME}/{city}.png", image, archive)
+    trees.write(tmp_path, f"labels/{city}/{NAME}_{NAME}.png", label, archive)
+    inside = f"{archive}/" if zipped else ""
+    dataset = opened("mine", tmp_path, folder=FolderOptions(f"{inside}{city} images", f"{inside}labels", "", f"_{city}.png"))
+    assert [os.path.relpath(dataset.name(i), tmp_path) for i in range(len(dataset))] == [f"{inside}{NAME} images/{NAME}/{city}.png"]
+    assert (dataset[0]["label"] == 3).all()
+
+
+def test_names_that_differ_only_in_composition_are_an_error(tmp_path):
+    """They look alike; the error names both and shows how they differ."""
+    city = unicodedata.normalize("NFC", NAME)
+    for name in (NAME, city):
+        write_pair(tmp_path, f"{name}.png")
+    with pytest.raises(ValueError, match="differ only in how their letters are composed") as error:
+        opened_own(tmp_path)
+    assert "'Zu\\u0308rich.png'" in str(error.value)
+    assert "'Z\\xfcrich.png'" in str(error.value)
+
+
+def test_an_extension_in_capitals_is_the_same_extension(tmp_path):
+    """`b.PNG` was left out without a word where the suffixes are given; the rest of a suffix keeps its case."""
+    for name in ("a_x.png", "b_x.PNG", "c_X.png"):
+        write_pair(tmp_path, name)
+    folder = FolderOptions("images", "labels", "_x.png", "_x.png")
+    dataset = opened("mine", tmp_path, folder=folder)
+    assert [Path(dataset.name(i)).name for i in range(len(dataset))] == ["a_x.png", "b_x.PNG"]
+    trees.write(tmp_path, "images/a_x.PNG", b"")
+    with pytest.raises(ValueError, match=r"a_x\.(png|PNG) and .*a_x\.(png|PNG) share a name; keep one"):
+        opened("mine", tmp_path, folder=folder)
+
+
+def candidates(root: Path, first: str, second: str) -> None:
+    """Opening names both files and says what to do."""
+    with pytest.raises(ValueError, match="two candidates for the same place; keep one, and move the other") as error:
+        opened("gta5", root)
+    assert f"{root}/gta5/{first} and {root}/gta5/{second} are" in str(error.value)
+
+
+def test_the_same_dataset_twice_is_an_error(tmp_path):
+    """A copy one folder deeper, two wrappers, an archive fetched twice, a second archive with some of the images."""
+    copied, wrapped, fetched, partly = (tmp_path / name for name in ("copied", "wrapped", "fetched", "partly"))
+    trees.make("gta5", copied, np.random.default_rng(0), count=1)
+    shutil.copytree(copied / "gta5", wrapped / "gta5/old")
+    shutil.copytree(copied / "gta5", wrapped / "gta5/new")
+    shutil.copytree(copied / "gta5", copied / "gta5/gta5 copy")
+    candidates(copied, "images/00001.png", "gta5 copy/images/00001.png")
+    candidates(wrapped, "new/images/00001.png", "old/images/00001.png")
+    for root in (fetched, partly):
+        trees.make("gta5", root, np.random.default_rng(0), zipped=True)
+    shutil.copy(fetched / "gta5/01_images.zip", fetched / "gta5/01_images (1).zip")
+    candidates(fetched, "01_images (1).zip/images/00001.png", "01_images.zip/images/00001.png")
+    trees.write(partly / "gta5", "images/00002.png", b"other", "extra.zip")
+    candidates(partly, "02_images.zip/images/00002.png", "extra.zip/images/00002.png")
+
+
+def test_a_link_to_a_wrapper_is_no_second_dataset(tmp_path):
+    """`current -> v2` beside `v2` are the same images."""
+    trees.make("gta5", tmp_path / "made", np.random.default_rng(0))
+    (tmp_path / "gta5").mkdir()
+    shutil.move(tmp_path / "made/gta5", tmp_path / "gta5/v2")
+    (tmp_path / "gta5/current").symlink_to("v2")
+    assert len(opened("gta5", tmp_path)) == 2
+
+
+def test_an_archive_beside_its_unpacked_folder(tmp_path):
+    """The unpacked files are read if they have the archive's sizes, else both are named with their sizes."""
+    trees.make("gta5", tmp_path, np.random.default_rng(0), zipped=True)
+    for archive in (tmp_path / "gta5").glob("*.zip"):
+        zipfile.ZipFile(archive).extractall(tmp_path / "gta5")
+    dataset = opened("gta5", tmp_path)
+    assert [os.path.relpath(dataset.name(i), tmp_path) for i in range(2)] == ["gta5/images/00001.png", "gta5/images/00002.png"]
+    with open(tmp_path / "gta5/images/00002.png", "ab") as file:
+        file.write(b"more")
+    length = (tmp_path / "gta5/images/00002.png").stat().st_size
+    wanted = rf"gta5/images/00002\.png and .*/02_images\.zip/images/00002\.png differ: {length} and {length - 4} bytes; keep the right one"
+    with pytest.raises(ValueError, match=wanted):
+        opened("gta5", tmp_path)
+
+
+@pytest.mark.filterwarnings("ignore:Duplicate name")
+def test_a_member_twice_in_an_archive(tmp_path):
+    """The same bytes under one name are one file, other bytes are an error."""
+    trees.make("gta5", tmp_path, np.random.default_rng(0), zipped=True)
+    with zipfile.ZipFile(tmp_path / "gta5/01_images.zip", "a") as archive:
+        archive.writestr("images/00001.png", archive.read("images/00001.png"))
+    assert len(opened("gta5", tmp_path)) == 2
+    trees.write(tmp_path / "gta5", "images/00001.png", b"other", "01_images.zip")
+    with pytest.raises(ValueError, match=r"01_images\.zip/images/00001\.png is in its archive twice, with different contents; unpack"):
+        opened("gta5", tmp_path)
+
+
+def test_two_spellings_of_a_folder_are_two_candidates(tmp_path):
+    """Of `night_sunny` and `Night-Sunny` the first by the program's list was read; a link from one to the other is one folder."""
+    for name in ("night_sunny", "Night-Sunny"):
+        trees.write(tmp_path, f"{name}/JPEGImages/1.jpg", b"")
+    tree = storage.Tree(str(tmp_path))
+    with pytest.raises(ValueError, match="two candidates") as error:
+        tree.files("night_sunny/JPEGImages", "night-sunny/JPEGImages", "Night-Sunny/JPEGImages")
+    assert f"{tmp_path}/night_sunny/JPEGImages and {tmp_path}/Night-Sunny/JPEGImages are" in str(error.value)
+    shutil.rmtree(tmp_path / "night_sunny")
+    (tmp_path / "night_sunny").symlink_to("Night-Sunny")
+    assert [*tree.files("night_sunny/JPEGImages", "Night-Sunny/JPEGImages")] == ["1.jpg"]
 
 
 MILLION = """
