@@ -19,6 +19,7 @@ import jax
 from jax.experimental import multihost_utils
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.text import Text
 
 from jaxdg import cli, distributed, runtime, weights
 from jaxdg import workdir as workdir_lib
@@ -26,9 +27,9 @@ from jaxdg.cli import Interrupt, Stop
 from jaxdg.config import Config
 from jaxdg.data import class_check
 from jaxdg.data.datasets import Dataset
-from jaxdg.data.overlap import reference
+from jaxdg.data.overlap import TrainedOn, reference
 from jaxdg.data.pipeline import batch_files, train_batches
-from jaxdg.data.samplers import Sampler, make_sampler
+from jaxdg.data.samplers import Sampler, class_totals, make_sampler
 from jaxdg.data.transforms import Augmentation
 from jaxdg.evaluate import evaluate_domains, open_domains, print_results, standings, summary, trained_on, write_results
 from jaxdg.tasks import Plan, abstract_state, initial_state, make_task
@@ -61,11 +62,15 @@ def train(config: Config, workdir: Path, console: Console, interrupt: Interrupt,
     standing = standings(task, domains, trained, console.print)
     if distributed.is_main():
         class_check.before_training(source, domains, console.print)
-        trained.save(workdir)
     if d.rare_class_temperature:
         console.print(f"rare-class sampling: counts the classes of {len(source)} labels, once for all runs")
     rare = {"temperature": d.rare_class_temperature, "min_pixels": d.rare_class_min_pixels}
     sampler = make_sampler(source, seed=config.seed, weights=d.source_weights, **rare, workers=d.workers)
+    if distributed.is_main():
+        trained = dataclasses.replace(trained, pixels=class_totals(sampler))
+        if checkpoints.steps():
+            say_changes(trained, config.data.source, workdir, console)
+        trained.save(workdir)
 
     # --- Model and state ---------------------------------------------------------------------------------------------------
     mesh = sharding.make_mesh(config.mesh)
@@ -161,6 +166,16 @@ def train(config: Config, workdir: Path, console: Console, interrupt: Interrupt,
         checkpoints.close()
     if distributed.is_main():
         finished(config, workdir, None, console)
+
+
+def say_changes(trained: TrainedOn, source: str, workdir: Path, console: Console) -> None:
+    """Says what changed in the source of a run that goes on; an error where its classes did."""
+    try:
+        before = TrainedOn.load(workdir)
+    except ValueError:
+        return  # `trained_on` has said so
+    if before is not None and (changed := trained.changes(before, source)):
+        console.print(Text.assemble(("warning: ", "bold yellow"), changed))
 
 
 def due(step: int, every: int, last: int) -> bool:

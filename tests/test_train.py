@@ -346,6 +346,25 @@ def test_bad_files_are_named(tmp_path):
         start(tiny(tmp_path / "nowhere", source="camvid"), tmp_path / "run5")
 
 
+def test_a_run_that_goes_on_with_fewer_images_says_what_that_means(tmp_path, capsys):
+    """An image and its label are taken away after the first step: the run goes on, and says that it is another one from here."""
+
+    class AtOnce(cli.Interrupt):
+        asked = True
+
+    c = folder_config(tmp_path, label=np.eye(40, dtype=np.uint8))
+    for kind, suffix in (("images", "jpg"), ("labels", "png")):
+        shutil.copy(tmp_path / f"{kind}/town/a.{suffix}", tmp_path / f"{kind}/town/b.{suffix}")
+    train.train(c, tmp_path / "run", cli.console(), AtOnce())
+    assert "changed" not in capsys.readouterr().out
+    for kind, suffix in (("images", "jpg"), ("labels", "png")):
+        (tmp_path / f"{kind}/town/b.{suffix}").unlink()
+    start(c, tmp_path / "run")
+    out = capsys.readouterr().out
+    assert "warning: town has changed since the run's last start: 1 images instead of 2; from here on other images come in" in out
+    assert out.index("warning") < out.index("resuming from step 1") < out.index("finished")
+
+
 def test_non_finite_loss_names_step_and_files(tmp_path):
     """A learning rate that blows up stops the run at the step, names its images, and saves nothing of it."""
     c = tiny()

@@ -121,6 +121,7 @@ class TrainedOn:
         classes: names of its classes.
         table: SHA-256 of what the ids of its label files mean, "" where there are no label maps.
         images: of all `domains`; None where nobody noted them.
+        pixels: of the classes that rare-class sampling draws by, see `samplers.class_totals`.
     """
 
     domains: tuple[str, ...]
@@ -128,6 +129,7 @@ class TrainedOn:
     classes: tuple[str, ...] = ()
     table: str = ""
     images: Images | None = None
+    pixels: tuple[int, ...] = ()
 
     @classmethod
     def of(cls, source: Dataset, root: str) -> "TrainedOn":
@@ -150,10 +152,47 @@ class TrainedOn:
         more = dataclasses.replace(more, files=np.zeros(len(more), np.uint64))  # `path` knows this one's alone
         return dataclasses.replace(self, domains=domains, images=Images.joined([self.images, more], self.images.path))
 
+    def changes(self, before: "TrainedOn", source: str) -> str | None:
+        """What is not as at the run's last start, and what that means for a run that goes on; None if nothing changed.
+
+        Args:
+            before: what the run's workdir says.
+            source: its name.
+
+        Raises:
+            ValueError: the classes, or what the ids of the label files mean, changed.
+        """
+        if before.classes and before.classes != self.classes:
+            raise ValueError(
+                f"the run was trained on the classes {', '.join(before.classes)}, and now {source} has {', '.join(self.classes)}; "
+                "give another --workdir, or the dataset with the classes of before"
+            )
+        if before.table and before.table != self.table:
+            raise ValueError(
+                f"the ids in the label files of {source} mean other classes than at the run's last start; "
+                "give another --workdir, or the label map of before (data.folder, data.mapillary_labels, or the records)"
+            )
+        found = []
+        if before.count != self.count:
+            found.append(f"{self.count} images instead of {before.count}")
+        elif self.images is not None and before.images is not None:
+            own = self.images.take(range(self.count))
+            if others := int((~own.among(before.images)).sum()):
+                found.append(f"{others} of its {self.count} images that were not there")
+        if before.pixels and self.pixels and before.pixels != self.pixels:
+            found.append("labels with other numbers of pixels of the classes, by which rare classes are drawn")
+        if not found:
+            return None
+        return (
+            f"{source} has changed since the run's last start: {' and '.join(found)}; from here on other images come in another order, "
+            "and the run is no longer the one that it would have been"
+        )
+
     def save(self, workdir: Path) -> None:
-        """Writes `source.npz`, whole or not at all: `about` (JSON: version, domains, count, classes, table), `names`, `contents`."""
+        """Writes `source.npz`, whole or not at all: `about` (JSON: all but the images), `names`, `contents`."""
         assert self.images is not None
         about = {"version": 1, "domains": self.domains, "count": self.count, "classes": self.classes, "table": self.table}
+        about["pixels"] = self.pixels
         packed, coded = io.BytesIO(), np.frombuffer(json.dumps(about).encode(), np.uint8)
         np.savez(packed, about=coded, names=self.images.names, contents=self.images.contents)
         files.write(workdir / FILE, packed.getvalue())
@@ -172,7 +211,8 @@ class TrainedOn:
             with open(path, "rb") as packed, np.load(packed) as arrays:
                 about, names, contents = json.loads(arrays["about"].tobytes()), arrays["names"], arrays["contents"]
             images = Images(np.zeros(len(names), np.uint64), names, contents)
-            return cls(tuple(about["domains"]), about["count"], tuple(about["classes"]), about["table"], images)
+            pixels = tuple(about.get("pixels", ()))
+            return cls(tuple(about["domains"]), about["count"], tuple(about["classes"]), about["table"], images, pixels)
         except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
             raise ValueError(
                 f"{path} is damaged ({type(error).__name__}: {error}); delete it, and the run's own command writes it again"

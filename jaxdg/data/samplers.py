@@ -72,6 +72,7 @@ class RareClasses:
         if not pixels.any():
             raise ValueError("no label shows any class, so that none can be drawn; run `python -m jaxdg.data.check`")
         self.seed, self.min_pixels = seed, min_pixels
+        self.total: list[int] = pixels.sum(axis=0, dtype=np.int64).tolist()
         self.probabilities = class_probabilities(pixels, temperature)
         self.images = [np.flatnonzero(column >= min_pixels).astype(np.int32) for column in pixels.T]
         for name, most, images in zip(names, pixels.max(axis=0), self.images, strict=True):
@@ -157,6 +158,13 @@ def make_sampler(
         return of(dataset, (seed,))
     parts = dataset.parts if isinstance(dataset, Mixture) else (dataset,)
     return Weighted(seed, [of(part, (seed, PART, k)) for k, part in enumerate(parts)], [len(part) for part in parts], weights)
+
+
+def class_totals(sampler: Sampler) -> tuple[int, ...]:
+    """Pixels of each class that a sampler of rare classes draws by, part after part; () where none are counted."""
+    if isinstance(sampler, Weighted):
+        return tuple(total for part in sampler.parts for total in class_totals(part))
+    return tuple(sampler.total) if isinstance(sampler, RareClasses) else ()
 
 
 def class_probabilities(pixels: Int32[np.ndarray, "n k"], temperature: float) -> Float64[np.ndarray, " k"]:

@@ -357,3 +357,29 @@ def test_the_films_of_camvid_as_they_are(data_path):
         assert found == {source: (True, 0, None), **{name: (*entry, None) for name, entry in domains.items()}}
         seen = {name: n for name, (seen, n) in domains.items() if seen}
         assert said == [f"{k}: {n} of its {171 if k == 'day' else 124} images are trained on; it counts as seen" for k, n in seen.items()]
+
+
+def test_what_changed_since_the_last_start_is_told(tmp_path):
+    """Another number of images, other images, other counts of classes: a sentence; other classes or another table: an error."""
+    town(tmp_path, "a", 4)
+    of = lambda **folder: TrainedOn.of(opened(tmp_path, "a", True, folder=FolderOptions(**folder)), str(tmp_path))
+    began = dataclasses.replace(of(), pixels=(7, 5))
+    began.save(tmp_path)
+    before = TrainedOn.load(tmp_path)
+    assert before is not None
+    assert before.pixels == (7, 5)
+    assert began.changes(before, "a") is None
+    assert of().changes(before, "a") is None  # nothing is counted any more
+    assert "labels with other numbers of pixels" in str(dataclasses.replace(began, pixels=(7, 6)).changes(before, "a"))
+    with pytest.raises(ValueError, match=r"trained on the classes road, .*, and now a has one, two, three, four; give another --workdir"):
+        of(classes=("one", "two", "three", "four")).changes(before, "a")
+    with pytest.raises(ValueError, match="the ids in the label files of a mean other classes than at the run's last start"):
+        of(id_map={0: 1, 1: 0, 2: 2, 3: 3}).changes(before, "a")
+    for kind in ("images", "labels"):
+        (tmp_path / kind / "a/3.png").unlink()
+    assert "a has changed since the run's last start: 3 images instead of 4; from here on" in str(of().changes(before, "a"))
+    write_images(tmp_path / "images/b", 1, seed=9)
+    shutil.move(tmp_path / "images/b/0.png", tmp_path / "images/a/new.png")
+    write_images(tmp_path / "labels/b", 1, seed=9, mode="L")
+    shutil.move(tmp_path / "labels/b/0.png", tmp_path / "labels/a/new.png")
+    assert "1 of its 4 images that were not there" in str(of().changes(before, "a"))
