@@ -585,6 +585,20 @@ def get(config: Any, field: str) -> Any:
     return config
 
 
+def flat(tree: dict, prefix: str = "") -> dict[str, Any]:
+    """The values in a tree of dicts by dotted name."""
+    found: dict[str, Any] = {}
+    for key, value in tree.items():
+        found |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return found
+
+
+def common(config: Any) -> dict[str, Any]:
+    """The fields of a configuration that all processes of a run must share: all but where the data lie and who reads them."""
+    fields = flat(dataclasses.asdict(config))
+    return {field: value for field, value in fields.items() if field not in ("data.root", "data.workers")}
+
+
 def coerce(value: Any, annotation: Any, where: str) -> Any:
     """`value` as `annotation` says, from dataclasses or JSON; ValueError names the field `where` and what is allowed."""
     origin, args = typing.get_origin(annotation), typing.get_args(annotation)

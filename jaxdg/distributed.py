@@ -6,16 +6,24 @@ process, one process writes, all stop at the same step, and none waits for ever 
 - A process that was killed, frozen or cut off sends no heartbeats. Jax notices within `HEARTBEAT` seconds, at once if the first process was
   killed, and aborts all others with a message.
 - A process that fails prints its error and ends without waiting for the others, which then miss it.
+- A process that was started otherwise than the first, by another configuration, code or data, or that belongs to another run, is named, and
+  all end.
 - A process that hangs, in a read from a dead file system for instance, still sends heartbeats. All get stuck with it, and each ends when
   for `--patience` minutes no step and no batch has, printing where it stands.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 import contextlib
 import faulthandler
+import hashlib
+from importlib.metadata import version
 import importlib.util
+import itertools
+import json
 import os
+from pathlib import Path
 import pickle
+import platform
 import socket
 import sys
 import threading
@@ -24,6 +32,7 @@ from typing import Any
 
 from absl import flags
 import jax
+from jax._src.distributed import global_state as meeting  # nothing public reaches the service by which processes meet
 from jax.experimental import multihost_utils
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
@@ -31,6 +40,14 @@ import numpy as np
 
 HEARTBEAT = 100  # seconds without a sign of life from another process
 LINGER = 3  # seconds that a failed process has for its last words
+DAY = 86_400_000  # milliseconds; whoever waits so long has been ended by `_watch` before
+# What launchers call a run. Under `mpirun` Slurm's names are those of the steps by which it has started processes, one a host.
+RUN_NAMES = {
+    "OMPI_COMM_WORLD_SIZE": ("PMIX_NAMESPACE", "OMPI_MCA_ess_base_jobid"),
+    "SLURM_STEP_NODELIST": ("SLURM_JOB_ID", "SLURM_STEP_ID"),
+}
+# Settings of jax by which equal programs compute different numbers.
+JAX_SETTINGS = ("jax_default_prng_impl", "jax_threefry_partitionable", "jax_default_matmul_precision", "jax_disable_jit")
 
 _progress = time.monotonic()  # when a step or a batch has ended last
 
@@ -55,10 +72,19 @@ def joined() -> Iterator[None]:
     if not start(f.coordinator, f.processes, f.process_id):
         yield
         return
-    me = f"process {jax.process_index()} of {jax.process_count()} on {socket.gethostname()}"
+    # What would ask jax itself would start the devices, which versions that differ may keep from finding each other.
+    me = f"process {meeting.process_id} of {meeting.num_processes} on {socket.gethostname()}"
     threading.Thread(target=_watch, args=(me, 60 * f.patience), daemon=True).start()
     try:
+        if f.coordinator is None:
+            launcher = next((names for variable, names in RUN_NAMES.items() if variable in os.environ), ())
+            agree({name: os.environ.get(name) for name in launcher}, "two runs have met: give each a --coordinator HOST:PORT of its own")
+        agree(versions(), "install the same on all hosts and start all processes alike")
+        agree({"devices": ", ".join(sorted(device.device_kind for device in jax.local_devices()))}, "give each process the same devices")
         yield
+    except Disagreement:
+        jax.distributed.shutdown()  # in order, as all end by it
+        raise
     except BaseException:
         print(f"{me} ends by the error below, the others within {HEARTBEAT} seconds", file=sys.stderr, flush=True)
         # Left to itself, the interpreter would wait at its exit for the others, who wait for this one.
@@ -85,6 +111,8 @@ def start(coordinator: str | None, processes: int | None, process_id: int | None
     """
     if processes == 1 or (coordinator is processes is process_id is None and not launched()):
         return False
+    if coordinator is None and "OMPI_COMM_WORLD_SIZE" not in os.environ and "SLURM_STEP_NODELIST" in os.environ:
+        os.environ.setdefault("JAX_COORDINATOR_PORT", str(slurm_port()))
     # `cli.Interrupt` listens to SIGTERM, and in evaluation too, where this service has no steps to agree on.
     jax.config.update("jax_enable_preemption_service", False)
     try:
@@ -92,7 +120,14 @@ def start(coordinator: str | None, processes: int | None, process_id: int | None
     except (ValueError, RuntimeError) as error:
         raise ValueError(f"the processes of the run did not find each other: {error} See docs/clusters.md") from error
     progress()
-    return jax.process_count() > 1
+    return (meeting.num_processes or 1) > 1
+
+
+def slurm_port() -> int:
+    """The port of process 0 in a step of a Slurm job. Jax would derive it from the job alone, and two steps on one node would meet."""
+    environment = os.environ
+    job, step = int(environment.get("SLURM_JOB_ID", 0)), int(environment.get("SLURM_STEP_ID", 0))
+    return 61_440 + (job + 1009 * step) % 4096  # as jax, in the upper range of ephemeral ports
 
 
 def launched() -> bool:
@@ -129,6 +164,53 @@ def gathered(mine: dict[Any, Any]) -> dict[Any, Any]:
     sizes = multihost_utils.process_allgather(np.array(data.size))
     padded = multihost_utils.process_allgather(np.pad(data, (0, sizes.max() - data.size)))
     return {key: value for part, size in zip(padded, sizes, strict=True) for key, value in pickle.loads(part[:size].tobytes()).items()}
+
+
+class Disagreement(ValueError):
+    """A process is not like the first; raised by all processes at once."""
+
+
+def agree(mine: Mapping[str, Any], remedy: str) -> None:
+    """Holds what is known here against what process 0 knows; all processes must ask, in the same order.
+
+    Args:
+        mine: values by what they are, such as fields of the configuration; they are compared as `repr` shows them.
+        remedy: what to do about a difference.
+
+    Raises:
+        Disagreement: some process has other values; names it, its host, and up to three values with those of process 0.
+    """
+    client: Any = meeting.client
+    if client is None:
+        return
+    here, known = socket.gethostname(), {name: repr(value) for name, value in mine.items()}
+    place = f"jaxdg/agree/{next(_asked)}"
+    if meeting.process_id == 0:
+        client.key_value_set(f"{place}/first", json.dumps([here, known]))
+    there, wanted = json.loads(client.blocking_key_value_get(f"{place}/first", DAY))
+    differing = [name for name in {**wanted, **known} if wanted.get(name) != known.get(name)]
+    phrases = [f"{name} {known.get(name)} instead of {wanted.get(name)}" for name in differing[:3]]
+    more = f" and {len(differing) - 3} more differences" if len(differing) > 3 else ""
+    found = f"process {meeting.process_id} on {here} has {', '.join(phrases)}{more}" if differing else ""
+    client.key_value_set(f"{place}/found/{meeting.process_id:06d}", found)
+    client.wait_at_barrier(place, DAY)
+    told = [text for _, text in sorted(client.key_value_dir_get(f"{place}/found/")) if text]
+    if told:
+        others = f" (and {len(told) - 1} other processes differ)" if len(told) > 1 else ""
+        raise Disagreement(f"{told[0]} as process 0 on {there}{others}; {remedy}")
+
+
+_asked = itertools.count()  # how often `agree` has been called, the same in all processes
+
+
+def versions() -> dict[str, str]:
+    """What a process runs: versions, the source of this package, and settings of jax that change what is computed."""
+    source = hashlib.sha256()
+    for file in sorted(Path(__file__).parent.rglob("*.py")):
+        source.update(file.read_bytes())
+    packages = {name: version(name) for name in ("jax", "jaxlib", "flax", "optax", "numpy")}
+    settings = {name.upper(): str(jax.config.values[name]) for name in JAX_SETTINGS}
+    return {"the source of jaxdg": source.hexdigest()[:12], **packages, "Python": platform.python_version(), **settings}
 
 
 def progress() -> None:

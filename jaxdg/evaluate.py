@@ -6,6 +6,7 @@ python -m jaxdg.evaluate --checkpoint runs/streets --domains night,fog
 from collections.abc import Callable, Mapping, Sequence
 import contextlib
 import dataclasses
+import hashlib
 import itertools
 import json
 import os
@@ -14,6 +15,7 @@ from typing import Any
 
 from absl import flags
 import cv2
+import jax
 import numpy as np
 from rich.console import Console
 from rich.table import Table
@@ -42,6 +44,24 @@ def open_domains(task: Task) -> dict[str, Dataset]:
         raise ValueError(f"evaluation.domains names {', '.join(twice)} more than once; name every domain once")
     domains = {name: task.open(name, train=False) for name in e.domains}
     return {name: Subset(dataset, e.max_images) for name, dataset in domains.items()} if e.max_images else domains
+
+
+def agree_on_images(datasets: Mapping[str, Dataset], config: Config) -> None:
+    """Ends all processes of a run unless each sees the same images and converted weights, wherever they lie on its host."""
+    if jax.process_count() == 1:
+        return
+    known: dict[str, Any] = {}
+    above = os.path.normpath(config.data.root) + "/"
+    for name, dataset in datasets.items():
+        digest = hashlib.sha256()
+        for i in range(len(dataset)):
+            line = f"{dataset.name(i).removeprefix(above)}\0{dataset.size(i)}\n"
+            digest.update(line.encode(errors="surrogateescape"))
+        known[f"images of {name}"] = f"{len(dataset)} ({digest.hexdigest()[:12]})"
+    for field in ("weights", "text_weights"):
+        file = getattr(config.model, field)
+        known[f"bytes of model.{field}"] = os.path.getsize(file) if file and os.path.isfile(file) else None
+    distributed.agree(known, "give all hosts the same files")
 
 
 def trained_on(task: Task, source: Dataset, workdir: Path, say: Callable[[str], None]) -> TrainedOn:
@@ -270,8 +290,11 @@ def main(arguments: Sequence[str]) -> None:
     config.data = dataclasses.replace(d, root=root, workers=d.workers if _WORKERS.value is None else _WORKERS.value)
     config.mesh = config_lib.MeshConfig()
     config = config_lib.validated(config)
+    given = {"--checkpoint": _CHECKPOINT.value, "--out": _OUT.value, "the step": step}
+    distributed.agree({**config_lib.common(config), **given}, "start all processes by the same command")
     task, mesh, console = make_task(config), sharding.make_mesh(config.mesh), cli.console(quiet=not distributed.is_main())
     datasets = open_domains(task)
+    agree_on_images(datasets, config)
     standing = standings(task, datasets, known_source(task, workdir, console.print), console.print)
     plan, state, at = restore_model(workdir, step, config, task, mesh)
 

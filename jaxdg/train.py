@@ -22,6 +22,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.text import Text
 
 from jaxdg import cli, distributed, runtime, weights
+from jaxdg import config as config_lib
 from jaxdg import workdir as workdir_lib
 from jaxdg.cli import Interrupt, Stop
 from jaxdg.config import Config
@@ -31,7 +32,7 @@ from jaxdg.data.overlap import TrainedOn, reference
 from jaxdg.data.pipeline import batch_files, train_batches
 from jaxdg.data.samplers import Sampler, class_totals, make_sampler
 from jaxdg.data.transforms import Augmentation
-from jaxdg.evaluate import evaluate_domains, open_domains, print_results, standings, summary, trained_on, write_results
+from jaxdg.evaluate import agree_on_images, evaluate_domains, open_domains, print_results, standings, summary, trained_on, write_results
 from jaxdg.tasks import Plan, abstract_state, initial_state, make_task
 from jaxdg.training import optimizer as optimizer_lib
 from jaxdg.training import sharding
@@ -58,6 +59,7 @@ def train(config: Config, workdir: Path, console: Console, interrupt: Interrupt,
     d, task = config.data, make_task(config)
     source = task.open(d.source, train=True)
     domains = open_domains(task) if config.eval_every else {}
+    agree_on_images({f"the source {d.source}": source, **domains}, config)
     trained = trained_on(task, source, workdir, console.print)
     standing = standings(task, domains, trained, console.print)
     if distributed.is_main():
@@ -318,6 +320,7 @@ def main(arguments: Sequence[str]) -> None:
     config = _CONFIG.value
     if config is None or _WORKDIR.value is None:
         raise ValueError("--config FILE and --workdir DIR are needed, such as --config configs/streets_tiny.py --workdir runs/streets")
+    distributed.agree({**config_lib.common(config), "--workdir": _WORKDIR.value}, "start all processes by the same command")
     runtime.set_up()
     if jax.config.values["jax_disable_jit"]:
         raise ValueError("JAX_DISABLE_JIT is set, but a training step is one compiled program; unset it")

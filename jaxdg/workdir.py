@@ -128,14 +128,14 @@ def results(path: Path, say: Say | None = None) -> dict[str, Any] | None:
 
 def differences(old: Config, new: Config) -> list[str]:
     """Fields that differ between two configurations and would make them different runs, one phrase each."""
-    a, b = _flat(dataclasses.asdict(old)), _flat(dataclasses.asdict(new))
+    a, b = config_lib.flat(dataclasses.asdict(old)), config_lib.flat(dataclasses.asdict(new))
     changed = [key for key in sorted(a.keys() | b.keys()) if a.get(key) != b.get(key) and not key.startswith(FREE_FIELDS)]
     return [f"{key}: {a.get(key)!r} -> {b.get(key)!r}" for key in changed if not _harmless(key, a.get(key), b.get(key))]
 
 
 def recorded(old: Config, new: Config, workdir: Path) -> list[dict[str, Any]]:
     """What changed between two configurations of one run and is recorded: the field, what it was and what it is."""
-    a, b = _flat(dataclasses.asdict(old)), _flat(dataclasses.asdict(new))
+    a, b = config_lib.flat(dataclasses.asdict(old)), config_lib.flat(dataclasses.asdict(new))
     fields = [key for key in sorted(a.keys() | b.keys()) if a.get(key) != b.get(key) and _harmless(key, a.get(key), b.get(key))]
     changes = [{"field": key, "old": a.get(key), "new": b.get(key)} for key in fields if key != "data.skip"]
     before, now = _skipped_before(old, new, workdir), _skipped(new)
@@ -173,10 +173,3 @@ def _skipped(config: Config) -> frozenset[str]:
     """The files that a run leaves out, relative to its data root."""
     d = config.data
     return frozenset() if d.skip is None else frozenset(os.path.relpath(path, d.root) for path in skip_list(d.skip, d.root))
-
-
-def _flat(tree: dict, prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return flat

@@ -13,6 +13,7 @@ import tempfile
 import time
 
 import jax
+from PIL import Image
 import pytest
 import yaml
 
@@ -32,6 +33,7 @@ distributed.define_flags()
 
 @distributed.joined()
 def main(_):
+    distributed.agree({{"steps": 3, "seed": int(trouble == "differs") * jax.process_index()}}, "start them alike")
     interrupt, step = cli.Interrupt(distributed.Agreement()), 0
     print(distributed.gathered({{jax.process_index(): "x" * 10 ** jax.process_index()}}))
     print(distributed.from_main(lambda: jax.process_index() == 0))
@@ -58,6 +60,7 @@ def by_flags(port: int, i: int) -> tuple[list[str], dict[str, str]]:
 def by_slurm(port: int, i: int) -> tuple[list[str], dict[str, str]]:
     """As `srun` does."""
     step = {"SLURM_JOB_ID": "1", "SLURM_STEP_NODELIST": "localhost", "SLURM_NTASKS": "2", "SLURM_PROCID": f"{i}", "SLURM_LOCALID": f"{i}"}
+    step |= {"SLURM_STEP_ID": "0"}
     return [], {"JAX_COORDINATOR_PORT": f"{port}", **step}
 
 
@@ -144,6 +147,113 @@ def test_asked_one_all_stop_together(host):
     assert lines[0] == lines[1]
     assert lines[0][:2] == ["{0: 'x', 1: 'xxxxxxxxxx'}", "True"]
     assert re.fullmatch(r"stopped at \d+", lines[0][-1])
+
+
+def differing(launcher, **second: str):
+    """A launcher whose second process has other variables besides."""
+    return lambda port, i: (launcher(port, i)[0], launcher(port, i)[1] | (second if i else {}))
+
+
+@pytest.mark.parametrize(
+    ("trouble", "launcher", "said"),
+    [
+        ("differs", by_flags, "seed 1 instead of 0 as process 0 on {host}; start them alike"),
+        ("meet", differing(by_slurm, SLURM_STEP_ID="1"), "SLURM_STEP_ID '1' instead of '0' as process 0 on {host}; two runs have met: "),
+        (
+            "sets",
+            differing(by_open_mpi, JAX_DEFAULT_PRNG_IMPL="rbg"),
+            "JAX_DEFAULT_PRNG_IMPL 'rbg' instead of 'threefry2x32' as process 0 ",
+        ),
+    ],
+)
+def test_processes_that_are_not_alike_end_together(host, trouble, launcher, said):
+    """Another value, another step of a job on the same port, another setting of jax: one line, the same in all processes, and exit code 1."""
+    with host(trouble, launcher=launcher) as two:
+        assert [process.wait(timeout=60) for process in two.processes] == [1, 1], two.printed()
+    expected = f"error: process 1 on {socket.gethostname()} has " + said.format(host=socket.gethostname())
+    for text in two.printed():
+        lines = [line for line in text.splitlines() if not line.startswith("[Gloo]")]
+        assert len(lines) == 1, text
+        assert lines[0].startswith(expected), text
+
+
+def train_command(folder: Path) -> list[str]:
+    """A run on pairs of images below two roots; the second lacks one."""
+    (folder / "tiny.py").write_text(CONFIG)
+    for root in ("r0", "r1"):
+        for kind in ("images", "labels"):
+            (folder / root / kind / "town").mkdir(parents=True)
+            for k in range(4 if root == "r0" else 3):
+                Image.new("L" if kind == "labels" else "RGB", (48, 48)).save(folder / root / kind / "town" / f"{k}.png")
+    return ["-m", "jaxdg.train", f"--config={folder}/tiny.py", f"--workdir={folder}/run"]
+
+
+def evaluate_command(folder: Path) -> list[str]:
+    """Of a run that has been claimed."""
+    config_lib.save(config_lib.validated(config_lib.Config()), folder)
+    return ["-m", "jaxdg.evaluate", f"--checkpoint={folder}"]
+
+
+@pytest.mark.parametrize(
+    ("command", "own", "said"),
+    [
+        (
+            train_command,
+            ([], ["--config.seed=1", "--config.optimizer.clip=2"]),
+            "seed 1 instead of 0, optimizer.clip 2.0 instead of 0.01 as",
+        ),
+        (
+            train_command,
+            tuple(
+                ["--config.data.source=town", "--config.data.folder.images=images/{domain}", f"--config.data.root={r}"]
+                for r in ("r0", "r1")
+            ),
+            "images of the source town '3 (",
+        ),
+        (evaluate_command, ([], ["--domains=fog"]), "evaluation.domains ('fog',) instead of ('clear', 'night', "),
+    ],
+    ids=["another configuration", "other images", "another evaluation"],
+)
+def test_commands_compare_before_they_begin(tmp_path, command, own, said):
+    """What is compared: the configuration and flags of `train` and `evaluate`, and the images once they are open, wherever they lie."""
+
+    def launcher(port, i):
+        flags, environment = by_flags(port, i)
+        return flags + [flag.replace("=r", f"={tmp_path}/r") if "root" in flag else flag for flag in own[i]], environment
+
+    with Two(command(tmp_path), tmp_path, launcher, JAXDG_CACHE=str(tmp_path / "cache")) as two:
+        assert [process.wait(timeout=120) for process in two.processes] == [1, 1], two.printed()
+    for text in two.printed():
+        assert f"error: process 1 on {socket.gethostname()} has {said}" in text, text
+        assert len([line for line in text.splitlines() if "error" in line]) == 1, text
+
+
+def test_steps_of_a_job_have_ports_of_their_own(monkeypatch):
+    """Neighbouring jobs and steps do not share one; the port of Open MPI is jax's, and one that was chosen is kept."""
+    for name in list(os.environ):
+        if name.startswith(("SLURM_", "OMPI_", "JAX_COORDINATOR")):
+            monkeypatch.delenv(name)
+    found = []
+    monkeypatch.setattr(jax.distributed, "initialize", lambda *_, **__: found.append(os.environ.get("JAX_COORDINATOR_PORT")))
+    preemption = jax.config.values["jax_enable_preemption_service"]
+    monkeypatch.setenv("SLURM_STEP_NODELIST", "a[1-2]")
+    monkeypatch.setenv("SLURM_NTASKS", "2")
+    for job, step in [(job, step) for job in range(12345, 12355) for step in range(10)]:
+        monkeypatch.setenv("JAX_COORDINATOR_PORT", "")
+        monkeypatch.delenv("JAX_COORDINATOR_PORT")
+        monkeypatch.setenv("SLURM_JOB_ID", str(job))
+        monkeypatch.setenv("SLURM_STEP_ID", str(step))
+        distributed.start(None, None, None)
+    assert len(set(found)) == 100
+    assert all(61_440 <= int(port) < 65_536 for port in found)
+    monkeypatch.setenv("JAX_COORDINATOR_PORT", "7")
+    distributed.start(None, None, None)
+    assert found[-1] == "7"
+    monkeypatch.delenv("JAX_COORDINATOR_PORT")
+    monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "2")
+    distributed.start(None, None, None)
+    assert found[-1] is None
+    jax.config.update("jax_enable_preemption_service", preemption)
 
 
 @pytest.mark.parametrize(
