@@ -115,12 +115,30 @@ def start(coordinator: str | None, processes: int | None, process_id: int | None
         os.environ.setdefault("JAX_COORDINATOR_PORT", str(slurm_port()))
     # `cli.Interrupt` listens to SIGTERM, and in evaluation too, where this service has no steps to agree on.
     jax.config.update("jax_enable_preemption_service", False)
+    if process_id == 0 or (process_id is None and "0" in (os.environ.get("SLURM_PROCID"), os.environ.get("OMPI_COMM_WORLD_RANK"))):
+        _check_port((coordinator or "").rpartition(":")[2] or os.environ.get("JAX_COORDINATOR_PORT"))
     try:
         jax.distributed.initialize(coordinator, processes, process_id, heartbeat_timeout_seconds=HEARTBEAT)
     except (ValueError, RuntimeError) as error:
         raise ValueError(f"the processes of the run did not find each other: {error} See docs/clusters.md") from error
     progress()
     return (meeting.num_processes or 1) > 1
+
+
+def _check_port(port: str | None) -> None:
+    """Refuses a port that another program listens on: if that is another run, processes of both would join either."""
+    if port is None or not port.isdigit():
+        return
+    with socket.socket() as trial:
+        trial.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # a run that has just ended does not count
+        try:
+            trial.bind(("", int(port)))
+        except (OSError, OverflowError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise ValueError(
+                f"port {port} is not free ({reason}), so the processes cannot meet there; give another --coordinator HOST:PORT to all, "
+                "or set JAX_COORDINATOR_PORT"
+            ) from error
 
 
 def slurm_port() -> int:

@@ -162,12 +162,12 @@ def differing(launcher, **second: str):
         (
             "sets",
             differing(by_open_mpi, JAX_DEFAULT_PRNG_IMPL="rbg"),
-            "JAX_DEFAULT_PRNG_IMPL 'rbg' instead of 'threefry2x32' as process 0 ",
+            "JAX_DEFAULT_PRNG_IMPL 'rbg' instead of 'threefry2x32' as process",
         ),
     ],
 )
 def test_processes_that_are_not_alike_end_together(host, trouble, launcher, said):
-    """Another value, another step of a job on the same port, another setting of jax: one line, the same in all processes, and exit code 1."""
+    """Another value, another step of a job on the same port, another setting of jax: one line, the same in all processes; exit code 1."""
     with host(trouble, launcher=launcher) as two:
         assert [process.wait(timeout=60) for process in two.processes] == [1, 1], two.printed()
     expected = f"error: process 1 on {socket.gethostname()} has " + said.format(host=socket.gethostname())
@@ -226,6 +226,24 @@ def test_commands_compare_before_they_begin(tmp_path, command, own, said):
     for text in two.printed():
         assert f"error: process 1 on {socket.gethostname()} has {said}" in text, text
         assert len([line for line in text.splitlines() if "error" in line]) == 1, text
+
+
+def test_a_port_in_use_is_refused(monkeypatch):
+    """By the first process, in one line; two services on one port would share the processes of both runs, or crash."""
+    monkeypatch.setattr(jax.distributed, "initialize", lambda *_, **__: pytest.fail("it was started"))
+    preemption = jax.config.values["jax_enable_preemption_service"]
+    with socket.socket() as other:
+        other.bind(("localhost", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        with pytest.raises(ValueError, match=rf"port {port} is not free \(Address already in use\), .*; give another --coordinator"):
+            distributed.start(f"localhost:{port}", 2, 0)
+        for name, value in by_slurm(port, 0)[1].items():
+            monkeypatch.setenv(name, value)
+        monkeypatch.delenv("OMPI_COMM_WORLD_SIZE", raising=False)
+        with pytest.raises(ValueError, match=rf"port {port} is not free"):
+            distributed.start(None, None, None)
+    jax.config.update("jax_enable_preemption_service", preemption)
 
 
 def test_steps_of_a_job_have_ports_of_their_own(monkeypatch):
