@@ -18,7 +18,7 @@ from jaxdg import distributed, visualize, weights
 from jaxdg.backbones import text_embeddings
 from jaxdg.config import Config, ModelConfig
 from jaxdg.data import protocols
-from jaxdg.data.boxes import box_labels, open_boxes
+from jaxdg.data.boxes import box_labels, check_room, known_counts, open_boxes
 from jaxdg.data.datasets import Dataset
 from jaxdg.data.transforms import BOX_FIELDS, Fit
 from jaxdg.detection.average_precision import AveragePrecision, Detections, Truth
@@ -49,7 +49,11 @@ class Detection(ImageTask):
     def open(self, domain: str, train: bool) -> Dataset:
         """See `Task.open`."""
         d = self.config.data
-        return open_boxes(domain, root=d.root, train=train, streets=d.streets, own=d.boxes, skip=d.skip)
+        dataset = open_boxes(domain, root=d.root, train=train, streets=d.streets, own=d.boxes, skip=d.skip)
+        if train:
+            self.check_labels(dataset)
+            check_room(dataset, d.max_boxes)
+        return dataset
 
     def model(self, rngs: nnx.Rngs, boundaries: Sequence[int] = ()) -> Detector:
         """See `Task.model`."""
@@ -143,7 +147,9 @@ class Detection(ImageTask):
                             judged[i] = _truth({key: value[row] for key, value in truth.items()}), mine
                 waiting.clear()
 
-            options = {"protocol": self.fit, "max_boxes": data.max_boxes, "workers": data.workers, "shard": shard}
+            # A domain may hold fuller images than the source: padding the truth changes no score.
+            max_boxes = max(data.max_boxes, int(known_counts(dataset).max(initial=0)))
+            options = {"protocol": self.fit, "max_boxes": max_boxes, "workers": data.workers, "shard": shard}
             for batch in eval_batches(dataset, batch_size=batch_size, **options):
                 inside = [self.fit.inside(dataset.size(int(i))) if i >= 0 else (1, 1) for i in batch["index"]]
                 fields = {key: batch[key] for key in ("image", "index", "valid", *BOX_FIELDS)} | {"inside": np.array(inside, np.float32)}
@@ -193,7 +199,7 @@ class Detection(ImageTask):
 
 def _truth(row: Mapping[str, np.ndarray]) -> Truth:
     """The true boxes of one image of a batch."""
-    return Truth(*(row[key][row["valid"]] for key in ("boxes", "classes", "difficult", "crowd")))
+    return Truth(*(row[key][row["valid"]] for key in ("boxes", "classes", "difficult", "crowd", "areas")))
 
 
 def head_config(m: ModelConfig) -> FcosConfig | RcnnConfig | C4Config:

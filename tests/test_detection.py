@@ -16,8 +16,9 @@ import jaxdg
 from jaxdg import cli, config, detection_task, evaluate, predict, tasks, train
 from jaxdg.backbones import VitConfig, zoo
 from jaxdg.config import Config, MeshConfig, ModelConfig, validated
-from jaxdg.data.boxes import CARLA, BoxOptions, open_boxes
+from jaxdg.data.boxes import CARLA, BoxOptions, open_box_files, open_boxes
 from jaxdg.data.labels import LabelSet
+from jaxdg.data.prepare import prepare
 from jaxdg.detection.average_precision import AveragePrecision, Detections, Truth
 from jaxdg.detection.coco_format import read_coco
 from jaxdg.detection.fcos import FcosConfig
@@ -242,6 +243,26 @@ def test_other_classes_and_too_many_boxes_are_refused():
         judge(tiny(data__source="carla", data__max_boxes=2), Painted())
 
 
+class Counted(Painted):
+    """Knows before it is read how many boxes its images have."""
+
+    def __init__(self):
+        super().__init__()
+        self.box_counts = self.counts
+
+
+def test_fuller_images_than_training_has_room_for_are_judged_whole():
+    """A domain that knows its boxes gets room for all of them: the numbers are those of a run with room enough."""
+    mesh = sharding.make_mesh(MeshConfig(1, 1), jax.devices()[:1])
+    empty = nnx.state(nnx.Dict())
+    results = []
+    for max_boxes in (2, 4):
+        c = validated(tiny(data__source="carla", data__max_boxes=max_boxes))
+        evaluator = Seer(c).evaluator(nnx.graphdef(nnx.Dict()), mesh)
+        results.append(evaluator((empty, empty, empty), Counted(), lambda: None).metrics)
+    assert results[0] == results[1]
+
+
 @pytest.mark.parametrize("decoder", ["fcos", "faster_rcnn"])
 def test_eight_devices_do_what_one_does(decoder):
     """The same batch, with images of none and of many boxes, and the same parameters: loss terms and gradients."""
@@ -346,6 +367,30 @@ def test_broken_annotations_are_named_before_a_step(tmp_path, monkeypatch):
     assert task.labels.names == ("car",)
     for dataset in (task.open("town", train=True), evaluate.open_domains(task)["town"]):
         np.testing.assert_array_equal(dataset[0]["boxes"], [[9, 9, 30, 30]])
+
+
+def test_too_many_boxes_are_told_before_a_step(tmp_path, monkeypatch):
+    """The largest number of boxes of an image is known at the start, in files and in records; records of other classes are refused."""
+    monkeypatch.setenv("JAXDG_CACHE", str(tmp_path / "cache"))
+    open_source = lambda c: tasks.make_task(validated(c)).open("town", train=True)
+    c = voc_config(tmp_path / "data", (10, 10, 30, 30))
+    folder = tmp_path / "data/town/VOC2007"
+    text = (folder / "Annotations/a.xml").read_text()
+    things = text[text.index("<object>") : text.index("</annotation>")]
+    (folder / "Annotations/a.xml").write_text(text.replace(things, 5 * things))
+    c.data.max_boxes = 4
+    told = r"a\.jpg has 5 boxes, and 1 of 1 images of town have more than data\.max_boxes, 4; allowed: at least 5"
+    with pytest.raises(ValueError, match=told):
+        open_source(c)
+    own = c.data.boxes
+    files = {split: open_box_files("town", root=c.data.root, train=split == "train", own=own) for split in ("train", "val")}
+    prepare("town", files, root=c.data.root, out=str(tmp_path / "records"))
+    c.data.root = str(tmp_path / "records")
+    with pytest.raises(ValueError, match=told):
+        open_source(c)
+    c.data.boxes = BoxOptions(classes=("truck",))
+    with pytest.raises(ValueError, match=r"records .* were written with the classes car, but those of town are truck"):
+        open_source(c)
 
 
 def test_the_protocol_chooses_the_score():

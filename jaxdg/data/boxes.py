@@ -16,8 +16,10 @@ from typing import Any
 import numpy as np
 
 from jaxdg.data import index, instances, published, records, storage
-from jaxdg.data.annotations import Boxes, CocoBoxes, CocoPart, VocPart, index_coco, index_voc, read_voc
-from jaxdg.data.datasets import STREETS, Dataset, Files, Mixture, Streets, StreetsOptions, domain_names
+from jaxdg.data.annotations import CocoBoxes, VocPart, index_coco, index_voc, read_voc
+from jaxdg.data.box_fields import Boxes, areas_of
+from jaxdg.data.coco_json import CocoPart
+from jaxdg.data.datasets import STREETS, Dataset, Files, Mixture, Streets, StreetsOptions, Subset, domain_names
 from jaxdg.data.images import read_image
 from jaxdg.data.labels import CITYSCAPES, LabelSet, palette
 from jaxdg.data.skip import skip_list
@@ -57,7 +59,7 @@ class BoxOptions:
         images: image folders below the data root, to train on and to judge on; they may be in an archive, as `photos.zip/images`.
         annotations: for each a folder of VOC's XML files, or a JSON file as COCO's.
         lists: for each a text file of the names that count, as VOC has them; "" for all images.
-        classes: class names in the order of their ids; empty for those of the JSON file, by their ids.
+        classes: class names in the order of their ids, all that the annotations hold; empty for those of the JSON file, by their ids.
     """
 
     images: tuple[str, str] = ("{domain}/VOC2007/JPEGImages", "{domain}/VOC2007/JPEGImages")
@@ -71,7 +73,10 @@ class BoxFiles(Files):
 
     Attributes:
         pairs: the images, their sizes, and the files with their boxes if each has one.
+        box_counts: number of boxes of each image; None where only reading tells.
     """
+
+    box_counts: np.ndarray | None = None
 
     def __init__(self, domain: str, pairs: index.Pairs, labels: LabelSet):
         self.domain = domain
@@ -79,7 +84,11 @@ class BoxFiles(Files):
         self.labels = labels
 
     def __getitem__(self, i: int) -> dict[str, np.ndarray]:
-        """`image` uint8 RGB [h, w, 3]; `boxes` float32 [n, 4]; `classes` int32, `difficult` bool and `crowd` bool, all [n]."""
+        """`image` uint8 RGB [h, w, 3]; `boxes` float32 [n, 4]; `classes` int32, `difficult` and `crowd` bool, `areas` float32, all [n].
+
+        An area is that of the object in square pixels, by which COCO's evaluation tells small from large: what the file says, or the pixels
+        of the instance, else those of the box.
+        """
         return {"image": self._sized(i, self.name(i), read_image(self.name(i))), **self.boxes(i)}
 
     def boxes(self, i: int) -> Boxes:
@@ -89,6 +98,11 @@ class BoxFiles(Files):
 
 class VocFiles(BoxFiles):
     """Boxes in XML files."""
+
+    def __init__(self, domain: str, found: tuple[index.Pairs, np.ndarray], labels: LabelSet):
+        pairs, counts = found
+        super().__init__(domain, pairs, labels)
+        self.box_counts = counts
 
     def boxes(self, i: int) -> Boxes:
         return read_voc(self.pairs.labels[i], self.size(i), self.labels.names)
@@ -100,6 +114,7 @@ class CocoFiles(BoxFiles):
     def __init__(self, domain: str, content: CocoBoxes, labels: LabelSet):
         super().__init__(domain, content.pairs, labels)
         self.content = content
+        self.box_counts = np.diff(content.ends, prepend=0)
 
     def boxes(self, i: int) -> Boxes:
         return self.content.of(i)
@@ -129,7 +144,8 @@ class StreetsBoxes(Streets):
     def _sample(self, scene: Any) -> dict[str, np.ndarray]:
         names = [STREETS_THINGS.names.index(CITYSCAPES.names[k]) for k in scene.box_labels.tolist()]
         none = np.zeros(len(names), bool)
-        return {"image": scene.image, "boxes": scene.boxes, "classes": np.array(names, np.int32), "difficult": none, "crowd": none.copy()}
+        flags = {"difficult": none, "crowd": none.copy(), "areas": areas_of(scene.boxes)}
+        return {"image": scene.image, "boxes": scene.boxes, "classes": np.array(names, np.int32), **flags}
 
 
 def box_labels(domain: str, own: BoxOptions | None) -> LabelSet:
@@ -182,7 +198,8 @@ def open_boxes(
 
     Raises:
         FileNotFoundError: the data root, a folder or file of the domain, or the skip list does not exist.
-        ValueError: an unknown domain or one without boxes or without such images, or files that do not pair up or are wrong in themselves.
+        ValueError: an unknown domain or one without boxes or without such images, files that do not pair up or are wrong in themselves, or
+            records of other classes.
     """
     if len(parts := domain_names(domain)) > 1:
         options: dict[str, Any] = {"root": root, "train": train, "streets": streets, "own": own, "skip": skip}
@@ -190,7 +207,45 @@ def open_boxes(
     if domain in STREETS:
         return StreetsBoxes(domain, streets or StreetsOptions(), train)
     found = records.open_records(root, domain, train=train, boxes=True)
-    return open_box_files(domain, root=root, train=train, own=own, skip=skip) if found is None else found
+    if found is None:
+        return open_box_files(domain, root=root, train=train, own=own, skip=skip)
+    if domain in KNOWN or (own is not None and own.classes):
+        names = box_labels(domain, own).names
+        if found.labels.names != names:
+            raise ValueError(
+                f"the records {found.directory} were written with the classes {', '.join(found.labels.names)}, but those of {domain} are "
+                f"{', '.join(names)}; change data.boxes.classes or prepare the records again"
+            )
+    return found
+
+
+def known_counts(dataset: Dataset) -> np.ndarray:
+    """Number of boxes of each image of a dataset, int64 [n]; 0 where only reading tells."""
+    if isinstance(dataset, Mixture):
+        return np.concatenate([known_counts(part) for part in dataset.parts])
+    if isinstance(dataset, Subset):
+        return known_counts(dataset.dataset)[dataset.images]
+    counts = getattr(dataset, "box_counts", None)
+    return np.zeros(len(dataset), np.int64) if counts is None else counts.astype(np.int64)
+
+
+def check_room(dataset: Dataset, max_boxes: int) -> None:
+    """Whether every image has room for its boxes, as far as that is known before reading.
+
+    Args:
+        dataset: any with boxes.
+        max_boxes: boxes are padded to so many an image.
+
+    Raises:
+        ValueError: an image has more; names the fullest.
+    """
+    counts = known_counts(dataset)
+    i = int(counts.argmax())
+    if counts[i] > max_boxes:
+        raise ValueError(
+            f"{dataset.name(i)} has {counts[i]} boxes, and {np.count_nonzero(counts > max_boxes)} of {len(counts)} images of "
+            f"{dataset.domain} have more than data.max_boxes, {max_boxes}; allowed: at least {counts[i]}"
+        )
 
 
 def open_box_files(

@@ -10,7 +10,7 @@ from jaxtyping import Float32, Integer
 import numpy as np
 
 from jaxdg.data import index, storage
-from jaxdg.data.annotations import Boxes
+from jaxdg.data.box_fields import Boxes
 from jaxdg.data.labels import CITYSCAPES_IDS, SYNTHIA_IDS
 
 FIRST, COUNT = 11, 8  # train ids of the things: person, rider, car, truck, bus, train, motorcycle, bicycle
@@ -46,10 +46,10 @@ def cityscapes(label: Integer[np.ndarray, "h w"], path: str) -> Boxes:
         label: as read.
         path: of the file.
     """
-    ids, boxes = extents(np.where(label >= min(THING_IDS), label, 0))
+    ids, boxes, areas = extents(np.where(label >= min(THING_IDS), label, 0))
     table = np.full(65536, -1, np.int32)
     table[list(THING_IDS)] = list(THING_IDS.values())
-    return _boxes(boxes, table[np.where(ids >= 1000, ids // 1000, ids)], ids < 1000)
+    return _boxes(boxes, areas, table[np.where(ids >= 1000, ids // 1000, ids)], ids < 1000)
 
 
 def bdd100k(label: Integer[np.ndarray, "h w 4"], path: str) -> Boxes:
@@ -67,8 +67,8 @@ def bdd100k(label: Integer[np.ndarray, "h w 4"], path: str) -> Boxes:
     if (red := label[..., 2]).max() > COUNT:
         raise ValueError(f"{path}: holds category {red.max()}; allowed are 0 to {COUNT}; fetch the file again")
     words = np.ascontiguousarray(label).view("<u4")[..., 0]  # alpha, red, green and blue from the highest byte down
-    ids, boxes = extents(np.where(red > 0, words, 0))
-    return _boxes(boxes, (ids >> 16 & 255).astype(np.int32) - 1, (ids >> 8 & 3) > 0)
+    ids, boxes, areas = extents(np.where(red > 0, words, 0))
+    return _boxes(boxes, areas, (ids >> 16 & 255).astype(np.int32) - 1, (ids >> 8 & 3) > 0)
 
 
 def synthia(label: Integer[np.ndarray, "h w 3"], path: str) -> Boxes:
@@ -87,8 +87,8 @@ def synthia(label: Integer[np.ndarray, "h w 3"], path: str) -> Boxes:
     table = np.full(23, -1, np.int64)
     table[list(SYNTHIA_IDS)] = [train - FIRST for train in SYNTHIA_IDS.values()]
     thing = table[red]
-    ids, boxes = extents(np.where(thing >= 0, thing + 1 << 16 | green, 0))
-    return _boxes(boxes, (ids >> 16) - 1, ids & 65535 == 0)
+    ids, boxes, areas = extents(np.where(thing >= 0, thing + 1 << 16 | green, 0))
+    return _boxes(boxes, areas, (ids >> 16) - 1, ids & 65535 == 0)
 
 
 THING_IDS = {i: train - FIRST for i, train in CITYSCAPES_IDS.items() if train >= FIRST}
@@ -100,14 +100,16 @@ READERS: dict[str, tuple[int, Callable[[np.ndarray, str], Boxes]]] = {
 }
 
 
-def extents(ids: Integer[np.ndarray, "h w"]) -> tuple[Integer[np.ndarray, " n"], Float32[np.ndarray, "n 4"]]:
-    """Tight boxes around the pixels of each id.
+def extents(
+    ids: Integer[np.ndarray, "h w"],
+) -> tuple[Integer[np.ndarray, " n"], Float32[np.ndarray, "n 4"], Float32[np.ndarray, " n"]]:
+    """Tight boxes around the pixels of each id, and how many these are.
 
     Args:
         ids: 0 where there is nothing.
 
     Returns:
-        The ids in ascending order, and x0 y0 x1 y1 in pixels of each.
+        The ids in ascending order, x0 y0 x1 y1 in pixels of each, and the number of its pixels.
     """
     h, w = ids.shape
     edges = np.ones((h, w), bool)  # where runs of equal pixels begin: there are far fewer runs than pixels
@@ -120,14 +122,15 @@ def extents(ids: Integer[np.ndarray, "h w"]) -> tuple[Integer[np.ndarray, " n"],
     owner, rows, left, right = owner[keep], start[keep] // w, start[keep] % w, (stop[keep] - 1) % w + 1
     first = np.flatnonzero(np.diff(owner, prepend=0))
     if not len(first):
-        return owner, np.zeros((0, 4), np.float32)
+        return owner, np.zeros((0, 4), np.float32), np.zeros(0, np.float32)
     low = [np.minimum.reduceat(at, first) for at in (left, rows)]
     high = [np.maximum.reduceat(at, first) for at in (right, rows + 1)]
-    return owner[first], np.stack([*low, *high], 1).astype(np.float32)
+    pixels = np.add.reduceat(right - left, first)
+    return owner[first], np.stack([*low, *high], 1).astype(np.float32), pixels.astype(np.float32)
 
 
-def _boxes(boxes: np.ndarray, classes: np.ndarray, crowd: np.ndarray) -> Boxes:
+def _boxes(boxes: np.ndarray, areas: np.ndarray, classes: np.ndarray, crowd: np.ndarray) -> Boxes:
     """Those of a thing."""
-    keep = classes >= 0
-    boxes, classes, crowd = boxes[keep], classes[keep].astype(np.int32), crowd[keep]
-    return {"boxes": boxes, "classes": classes, "difficult": np.zeros(len(boxes), bool), "crowd": crowd}
+    none = np.zeros(len(boxes), bool)
+    fields = {"boxes": boxes, "classes": classes.astype(np.int32), "difficult": none, "crowd": crowd, "areas": areas}
+    return {key: field[classes >= 0] for key, field in fields.items()}

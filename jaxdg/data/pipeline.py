@@ -12,6 +12,7 @@ import grain
 from jaxtyping import Int32, Int64, UInt8
 import numpy as np
 
+from jaxdg.data.box_fields import areas_of
 from jaxdg.data.datasets import Dataset
 from jaxdg.data.fractals import Pictures
 from jaxdg.data.labels import IGNORE
@@ -54,9 +55,9 @@ def train_batches(
 
     Returns:
         An iterator over batches of `image` uint8 [b, crop height, crop width, 3], b = batch size / hosts, with `label` uint8 [b, crop
-        height, crop width], or with `boxes` float32 [b, n, 4], `classes` int32, `difficult`, `crowd` and `valid` bool, all [b, n], n =
-        max_boxes, `valid` False where padded; and with `style` uint8 like `image`, if asked for. Its `close()`, or dropping it, ends the
-        workers.
+        height, crop width], or with `boxes` float32 [b, n, 4], `classes` int32, `areas` float32, `difficult`, `crowd` and `valid` bool, all
+        [b, n], n = max_boxes, `valid` False where padded; and with `style` uint8 like `image`, if asked for. Its `close()`, or dropping it,
+        ends the workers.
 
     Raises:
         FileNotFoundError: there are no pictures in the folder named.
@@ -184,6 +185,8 @@ def _read(dataset: Dataset, i: int, max_boxes: int) -> dict[str, np.ndarray]:
     n = len(sample.get("boxes", ()))
     if n > max_boxes:
         raise ValueError(f"{dataset.name(i)} has {n} boxes; data.max_boxes is {max_boxes}; allowed: at least {n}")
+    if "boxes" in sample and "areas" not in sample:
+        sample = {**sample, "areas": areas_of(sample["boxes"])}
     return sample
 
 

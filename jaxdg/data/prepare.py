@@ -45,6 +45,7 @@ from tensorflow_datasets.core.splits import SplitDict
 from jaxdg import cli
 from jaxdg.config import DataConfig
 from jaxdg.data import published, records, storage
+from jaxdg.data.box_fields import areas_of
 from jaxdg.data.boxes import COUNTS, open_box_files
 from jaxdg.data.datasets import STREETS, Dataset, open_files
 from jaxdg.data.labels import LabelSet
@@ -142,6 +143,7 @@ def features(labels: LabelSet, boxes: bool) -> tfds.features.FeaturesDict:
             "classes": tfds.features.Sequence(tfds.features.ClassLabel(names=names)),
             "difficult": tfds.features.Sequence(np.bool_),
             "crowd": tfds.features.Sequence(np.bool_),
+            "areas": tfds.features.Sequence(np.float32),  # square pixels of the object in a box
         }
     return tfds.features.FeaturesDict(
         {
@@ -193,7 +195,7 @@ class _ShardWriter:
     def __call__(self, k: int) -> str:
         path = self.path(k)
         if _note(path) is None:
-            note: dict[str, Any] = {"sizes": [], "names": [], "fingerprints": self._fingerprints(k)}
+            note: dict[str, Any] = {"sizes": [], "names": [], "counts": [], "fingerprints": self._fingerprints(k)}
             _publish(path, lambda part: self._write(part, k, note))
             _publish(f"{path}.json", lambda part: Path(part).write_text(json.dumps(note), encoding="utf-8"))
         return os.path.basename(path)
@@ -212,6 +214,7 @@ class _ShardWriter:
             example = self._example(i)
             note["sizes"].append([example["height"], example["width"]])
             note["names"].append(example["name"])
+            note["counts"].append(len(example.get("boxes", ())))
             # Fields in a fixed order: the bytes of a shard must not depend on the process.
             writer.write(serializer.get_tf_example(kinds.encode_example(example)).SerializeToString(deterministic=True))
         writer.close()
@@ -224,6 +227,8 @@ class _ShardWriter:
         image = _jpeg(self.dataset.name(i), sample["image"]) if new == old else None
         sample = resize_sample(sample, new)
         name = _relative(self.dataset.name(i), self.root)
+        if self.boxes and "areas" not in sample:
+            sample = {**sample, "areas": areas_of(sample["boxes"])}
         example = {**sample, "image": image or png(sample["image"]), "name": name, "height": new[0], "width": new[1]}
         return example if self.boxes else {**example, "label": png(sample["label"])}
 
@@ -343,6 +348,8 @@ def _finish(directory: str, plan: dict[str, Any], writers: Mapping[str, _ShardWr
         fingerprints = [mark for note in notes for mark in note.get("fingerprints", ())]
         if len(fingerprints) == len(names):  # not so if a shard was written before they were noted
             index[f"{split}_fingerprints"] = np.array(fingerprints, np.uint64)
+        if plan["boxes"] and all("counts" in note for note in notes):
+            index[f"{split}_counts"] = np.array([count for note in notes for count in note["counts"]], np.int32)
         infos.append(
             tfds.core.SplitInfo(
                 name=split,

@@ -27,6 +27,7 @@ from jaxtyping import UInt8, UInt64
 import numpy as np
 
 from jaxdg.data import cache
+from jaxdg.data.box_fields import areas_of
 from jaxdg.data.labels import LabelSet, id_table
 
 VERSION = "1.0.0"  # of the layout; TFDS names the folder by it
@@ -108,7 +109,14 @@ class Records:
             return {"label": decode_image(fields["label"].bytes_list.value[0], cv2.IMREAD_GRAYSCALE)}
         types = {"classes": np.int32, "difficult": bool, "crowd": bool}
         boxes = np.array(fields["boxes"].float_list.value, np.float32).reshape(-1, 4)
-        return {"boxes": boxes} | {key: np.array(fields[key].int64_list.value, dtype) for key, dtype in types.items()}
+        areas = np.array(fields["areas"].float_list.value, np.float32) if "areas" in fields else areas_of(boxes)  # older ones have none
+        flags = {key: np.array(fields[key].int64_list.value, dtype) for key, dtype in types.items()}
+        return {"boxes": boxes, **flags, "areas": areas}
+
+    @property
+    def box_counts(self) -> np.ndarray | None:
+        """Number of boxes of each image; None for label maps, and where the records are too old to tell."""
+        return self._index.get("counts")
 
     @functools.cached_property
     def _source(self) -> tuple[Any, Callable[[bytes], Any]]:
@@ -123,7 +131,7 @@ class Records:
     @functools.cached_property
     def _index(self) -> dict[str, np.ndarray]:
         with np.load(os.path.join(self.directory, INDEX)) as index:
-            keys = ("sizes", "names", "ends", "bounds", "fingerprints")
+            keys = ("sizes", "names", "ends", "bounds", "fingerprints", "counts")
             return {key: index[name] for key in keys if (name := f"{self.split}_{key}") in index}
 
 

@@ -15,11 +15,18 @@ import cv2
 from jaxtyping import Float, Int, UInt8
 import numpy as np
 
+from jaxdg.data.box_fields import areas_of, rounded
 from jaxdg.data.labels import IGNORE
 
 PAD_COLOR = (124, 116, 104)  # ImageNet's mean colour: near zero once normalised
 TRIES = 10
-BOX_FIELDS = {"boxes": ((4,), np.float32), "classes": ((), np.int32), "difficult": ((), np.bool_), "crowd": ((), np.bool_)}  # of one box
+BOX_FIELDS = {  # of one box
+    "boxes": ((4,), np.float32),
+    "classes": ((), np.int32),
+    "difficult": ((), np.bool_),
+    "crowd": ((), np.bool_),
+    "areas": ((), np.float32),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -148,19 +155,25 @@ def move_boxes(sample: dict[str, np.ndarray], matrix: Float[np.ndarray, "2 3"], 
     """Boxes under an affine map: upright again, clipped, and dropped where less than a pixel wide or high remains.
 
     Args:
-        sample: `boxes` float32 [n, 4], x0 y0 x1 y1 in pixels; `classes` int32, `difficult` bool and `crowd` bool, all [n].
+        sample: `boxes` float32 [n, 4], x0 y0 x1 y1 in pixels; `classes` int32, `difficult` bool and `crowd` bool, all [n]; maybe `areas`
+            float32 [n], square pixels of the objects in the boxes, else those of the boxes count.
         matrix: from old to new coordinates, (x, y, 1) to (x, y).
         size: height and width they are clipped to, pixels.
 
     Returns:
-        The four fields of the boxes that remain.
+        The five fields of the boxes that remain; of an area the share that remains of its box.
     """
     x0, y0, x1, y1 = sample["boxes"].T.astype(np.float64)
     corners = np.array([[x0, x1, x0, x1], [y0, y0, y1, y1]])
     moved = np.tensordot(matrix[:, :2], corners, 1) + matrix[:, 2, None, None]
-    boxes = np.concatenate([moved.min(1), moved.max(1)]).T.clip(0, [*size[::-1], *size[::-1]])
+    low, high = moved.min(1), moved.max(1)
+    boxes = np.concatenate([low, high]).T.clip(0, [*size[::-1], *size[::-1]])
     keep = (boxes[:, 2:] - boxes[:, :2] >= 1).all(1)
-    return {key: (boxes.astype(np.float32) if key == "boxes" else sample[key])[keep] for key in BOX_FIELDS}
+    left = np.prod(boxes[:, 2:] - boxes[:, :2], axis=1) / np.maximum(np.prod(high - low, axis=0), 1e-9)
+    grown = abs(np.linalg.det(matrix[:, :2]))
+    areas = rounded(sample.get("areas", areas_of(sample["boxes"])) * left * grown)
+    new = {**sample, "boxes": boxes.astype(np.float32), "areas": areas}
+    return {key: new[key][keep] for key in BOX_FIELDS}
 
 
 def _base_size(size: tuple[int, ...], a: Augmentation) -> tuple[int | float, ...]:

@@ -102,7 +102,8 @@ class AveragePrecision:
             detections: those found.
 
         Raises:
-            ValueError: the arrays differ in length, a number is not finite, a box ends before it begins, or a class has no name.
+            ValueError: the arrays differ in length, a number is not finite, a box ends before it begins, an area is below 0, or a class has
+                no name.
         """
         where = f"image {len(self.truths)} (counted from 0)"
         areas = {} if truth.areas is None else {"areas": truth.areas}
@@ -199,6 +200,8 @@ def _check(what: str, num_classes: int, **arrays: np.ndarray) -> None:
         if not np.isfinite(array).all():
             raise ValueError(f"{what}: {name} hold a value that is not finite: {array[~np.isfinite(array)][0]}")
     boxes, classes = arrays["boxes"], arrays["classes"]
+    if (arrays.get("areas", boxes[:0]) < 0).any():
+        raise ValueError(f"{what}: the area {arrays['areas'].min():g} is below 0")
     turned = (boxes[:, 2:] < boxes[:, :2]).any(axis=1)
     if turned.any():
         raise ValueError(f"{what}: the box {boxes[turned][0].tolist()} ends before it begins; boxes are x0 y0 x1 y1")

@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image
 import pytest
 
-from jaxdg.data import annotations, streets
+from jaxdg.data import annotations, box_fields, streets
 from jaxdg.data.boxes import CARLA, COUNTS, DIVERSE_WEATHER, STREETS_THINGS, BoxFiles, BoxOptions, open_box_files, open_boxes
 from jaxdg.data.datasets import Dataset, StreetsOptions
 from jaxdg.data.labels import CITYSCAPES
@@ -108,6 +108,7 @@ def test_samples_hold_arrays_of_the_agreed_types_and_survive_pickling(data_path)
             "classes": (np.dtype(np.int32), (counts[i],)),
             "difficult": (np.dtype(bool), (counts[i],)),
             "crowd": (np.dtype(bool), (counts[i],)),
+            "areas": (np.dtype(np.float32), (counts[i],)),
         }
 
 
@@ -124,10 +125,10 @@ def test_readers_import_no_jax(data_path):
 def test_convention():
     """VOC's inclusive pixels from 1 become [x0, x1); one pixel beyond the image is clipped, counted from 0 or 1."""
     written = np.array([[1, 1, 60, 40], [5, 6, 5, 6], [0, -1, 61, 41], [2.5, 3, 7.25, 9]])
-    boxes, wrong = annotations.fit(written, np.array([[40, 60]] * 4), first=1)
+    boxes, wrong = box_fields.fit(written, np.array([[40, 60]] * 4), first=1)
     assert not wrong
     np.testing.assert_array_equal(boxes, np.array([[0, 0, 60, 40], [4, 5, 5, 6], [0, 0, 60, 40], [1.5, 2, 7.25, 9]], np.float32))
-    boxes, wrong = annotations.fit(np.array([[0, 0, 60, 40], [-0.5, 0, 60.5, 1]]), np.array([[40, 60]] * 2), first=0)
+    boxes, wrong = box_fields.fit(np.array([[0, 0, 60, 40], [-0.5, 0, 60.5, 1]]), np.array([[40, 60]] * 2), first=0)
     assert not wrong
     np.testing.assert_array_equal(boxes, np.array([[0, 0, 60, 40], [0, 0, 60, 1]], np.float32))
 
@@ -156,13 +157,59 @@ def test_voc_folder_by_its_options(tmp_path):
         open_boxes("pets", root=str(tmp_path), train=True, own=BoxOptions())
 
 
+THING = thing("dog", 1, 1, 9, 9)
+PART = "<part><name>head</name><bndbox><xmin>1</xmin><ymin>1</ymin><xmax>2</xmax><ymax>2</ymax></bndbox></part>"
+SAME = {
+    "as it is": xml(THING),
+    "namespace": xml(THING).replace("<annotation>", '<annotation xmlns="http://host.xtuc.uestc.edu.cn/">'),
+    "upper case": re.sub(r"</?\w+>", lambda tag: tag[0].upper(), xml(THING)),
+    "parts": xml(thing("dog", 1, 1, 9, 9, part=PART + PART)),
+    "BOM": "\ufeff" + xml(THING),
+}
+
+
+@pytest.mark.parametrize("case", SAME)
+def test_the_same_thing_however_it_is_written(tmp_path, case):
+    """Namespaces, upper-case tags, parts with boxes of their own and a byte-order mark change nothing."""
+    sample = pets(tmp_path, {"a": SAME[case]})[0]
+    assert (sample["boxes"].tolist(), sample["classes"].tolist(), sample["areas"].tolist()) == ([[0, 0, 9, 9]], [1], [81])
+
+
+@pytest.mark.parametrize("yes", ["1", "1 ", "1.0", "True", "true", "yes", " YES\n"])
+def test_difficult_in_every_spelling(tmp_path, yes):
+    """Whatever a writer calls yes marks an object as difficult, what it calls no, or nothing, does not."""
+    said = (yes, "0", "0.0", "False", "no", "")
+    objects = [thing("dog", 1, 1, 9, 9, difficult=f"<difficult>{value}</difficult>") for value in said]
+    sample = pets(tmp_path, {"a": xml("".join(objects) + THING.replace("<difficult>0</difficult>", ""))})[0]
+    assert sample["difficult"].tolist() == [True] + [False] * 6
+
+
 WRONG = {
+    "another file": ("<html><body>404</body></html>", " is no file of VOC's: it begins with <html> instead of <annotation>"),
+    "many files": (f"<annotations>{xml(THING)}</annotations>", "it begins with <annotations> instead of <annotation>"),
+    "objects deeper": (xml(f"<objects>{THING}</objects>"), ": holds an <object> that is not directly in <annotation>"),
+    "objects by another name": (xml(THING.replace("object", "item")), ": holds a <bndbox> that is not directly in an <object>"),
+    "two boxes": (xml(THING.replace("</object>", "<bndbox/></object>")), "object 1 has 2 <bndbox>; which one counts is not known"),
+    "two names": (xml(THING.replace("</object>", "<name>cat</name></object>")), "object 1 has 2 <name>; which one counts"),
+    "a corner twice": (xml(THING.replace("<ymin>", "<xmin>5</xmin><ymin>")), "object 1 has a <bndbox> that says one of its corners twice"),
+    "a part's box alone": (xml(f"<object><name>dog</name>{PART}</object>"), "object 1 has no <bndbox>, only <part>"),
+    "a polygon alone": (xml("<object><name>dog</name><polygon/></object>"), "object 1 has no <bndbox>, only <polygon>"),
+    "neither yes nor no": (
+        xml(thing("dog", 1, 1, 9, 9, difficult="<difficult>2</difficult>")),
+        "object 1 has a <difficult> of '2', which is neither yes (1) nor no (0)",
+    ),
+    "decimal comma": (xml(THING.replace("<xmin>1<", "<xmin>1,5<")), "object 1 has no box of four numbers (xmin is '1,5')"),
+    "a corner missing": (xml(THING.replace("<ymin>1</ymin>", "")), "object 1 has no box of four numbers (no ymin)"),
+    "sides swapped": (
+        xml(size="<size><width>40</width><height>60</height></size>"),
+        "says 40x60 but its image is 60x40; they are swapped, or the image was turned after it was annotated",
+    ),
     "no xml": ("<annotation><object>", "does not parse as XML"),
     "no text": ("", "does not parse as XML"),
     "another size": (xml(size="<size><width>80</width><height>40</height></size>"), "says 80x40 but its image is 60x40"),
     "unknown class": (xml(thing("dog", 1, 1, 9, 9) + thing("horse", 1, 1, 9, 9)), "object 2 has the unknown class 'horse'"),
-    "no name": (xml("<object><bndbox/></object>"), "object 1 has the unknown class ''"),
-    "no box": (xml("<object><name>dog</name></object>"), "object 1 has no box of four numbers"),
+    "no name": (xml("<object><bndbox/></object>"), "object 1 has no name"),
+    "no box": (xml("<object><name>dog</name></object>"), "object 1 has no <bndbox>"),
     "no number": (xml(thing("dog", 1, 1, 9, 9).replace(">9<", ">nine<")), "object 1 has no box of four numbers"),
     "infinity": (xml(thing("dog", 1, 1, 1e999, 9)), "object 1 has no box of four numbers"),
     "negative": (xml(thing("dog", 9, 1, 3, 9)), "object 1 has a box of -5x9 pixels"),
@@ -192,6 +239,64 @@ def test_wrong_annotations_are_named(tmp_path, case):
     assert len(pets(tmp_path, files, skip=str(tmp_path / "skip.txt"))) == 1
 
 
+LINES = {
+    "a\n": ["a"],
+    "my image\na\n": ["my image", "a"],
+    "a 1\nb -1\nmy image  0\n": ["a", "b", "my image"],
+    "c 1\n": ["c 1"],  # an image of that name goes before a flag
+    "a\t1\n": ["a"],
+    "a.jpg\nb.xml\n": ["a", "b"],
+    "sub/d\n./sub/e.jpg\nsub\\f\n": ["sub/d", "sub/e", "sub/f"],
+    "\ufeffa\r\n\r\nb\r\n": ["a", "b"],
+    "# which\na\na 1\n  b\n": ["a", "b"],
+}
+
+
+@pytest.mark.parametrize("lines", LINES)
+def test_lines_of_lists(tmp_path, lines):
+    """Names with spaces, flags, extensions, sub-folders, a byte-order mark, other line ends, comments and repetitions."""
+    for name in ("a", "b", "c", "c 1", "my image", "sub/d", "sub/e", "sub/f"):
+        for kind in ("JPEGImages", "Annotations"):
+            (tmp_path / "pets/VOC2007" / kind / "sub").mkdir(parents=True, exist_ok=True)
+        write_voc(tmp_path / "pets/VOC2007", {name: xml(THING)})
+    (tmp_path / "pets/VOC2007/ImageSets/Main/trainval.txt").write_text(lines, newline="")
+    dataset = open_box_files("pets", root=str(tmp_path), train=True, own=OWN)
+    folder = tmp_path / "pets/VOC2007/JPEGImages"
+    assert [Path(dataset.name(i)).relative_to(folder).with_suffix("").as_posix() for i in range(len(dataset))] == LINES[lines]
+
+
+def test_lines_that_name_nothing_are_told_by_number(tmp_path):
+    """A word behind a name that is no flag, another extension, another folder, a typo, another encoding."""
+    pets(tmp_path, {"a": xml(THING)})
+    listed = tmp_path / "pets/VOC2007/ImageSets/Main/trainval.txt"
+    for line in ("a 2", "a car", "a.png", "/home/me/a.jpg", "b"):
+        listed.write_text(f"a\n{line}\n")
+        with pytest.raises(ValueError, match=re.escape(f"{listed}: line 2 lists {line}, which is neither an image nor an annotation")):
+            open_box_files("pets", root=str(tmp_path), train=True, own=OWN)
+    listed.write_bytes("a\n".encode("utf-16"))
+    with pytest.raises(ValueError, match=re.escape(f"{listed} is no text in UTF-8")):
+        open_box_files("pets", root=str(tmp_path), train=True, own=OWN)
+
+
+def test_two_images_of_one_name_are_named_both(tmp_path):
+    """Which of them the annotation is of is not known; leaving one out decides it."""
+    pets(tmp_path, {"a": xml(THING), "b": xml()})
+    folder = tmp_path / "pets/VOC2007/JPEGImages"
+    Image.fromarray(np.zeros((40, 60, 3), np.uint8)).save(folder / "a.png")
+    with pytest.raises(ValueError, match=re.escape(f"{folder}/a.jpg and {folder}/a.png have one name; keep one")):
+        pets(tmp_path, {"a": xml(THING), "b": xml()})
+    (tmp_path / "skip.txt").write_text("pets/VOC2007/JPEGImages/a.jpg\n")
+    dataset = open_box_files("pets", root=str(tmp_path), train=True, own=OWN, skip=str(tmp_path / "skip.txt"))
+    assert [Path(dataset.name(i)).name for i in range(2)] == ["a.png", "b.jpg"]
+
+
+def test_classes_that_differ_by_case_alone_are_refused(tmp_path):
+    """VOC's names are compared without case, so that one of the two would never occur."""
+    write_voc(tmp_path / "pets/VOC2007", {"a": xml(THING)}, trainval=["a"])
+    with pytest.raises(ValueError, match="the classes Dog, dog differ in the case of their letters alone"):
+        open_box_files("pets", root=str(tmp_path), train=True, own=BoxOptions(classes=("Dog", "cat", "dog")))
+
+
 def test_missing_and_broken_images_are_named(tmp_path):
     """Annotation without image, image without annotation, a listed name without either, a truncated image, a missing list."""
     files = {name: xml(thing("dog", 1, 1, 9, 9)) for name in ("a", "b", "c", "d")}
@@ -201,9 +306,9 @@ def test_missing_and_broken_images_are_named(tmp_path):
     (folder / "Annotations/b.xml").unlink()
     (folder / "JPEGImages/c.jpg").write_bytes((folder / "JPEGImages/c.jpg").read_bytes()[:-500])
     (folder / "ImageSets/Main/trainval.txt").write_text("a\nb\nc\nd\nnobody\n")
-    with pytest.raises(ValueError, match="lists nobody, which is neither") as error:
+    with pytest.raises(ValueError, match="line 5 lists nobody, which is neither") as error:
         open_box_files("pets", root=str(tmp_path), train=True, own=OWN)
-    for told in (r"a\.xml has no image", r"b\.jpg has no annotation", r"c\.jpg: truncated", r"trainval\.txt lists nobody"):
+    for told in (r"a\.xml has no image", r"b\.jpg has no annotation", r"c\.jpg: truncated", r"trainval\.txt: line 5 lists nobody"):
         assert re.search(told, str(error.value)), told
     (folder / "ImageSets/Main/trainval.txt").unlink()
     with pytest.raises(FileNotFoundError, match=r"ImageSets/Main/trainval\.txt does not exist"):

@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 import re
+from typing import Any
 import zipfile
 
 import numpy as np
@@ -11,6 +12,7 @@ import pytest
 
 from jaxdg.data import annotations
 from jaxdg.data.boxes import THINGS, BoxFiles, BoxOptions, open_box_files, open_boxes
+from jaxdg.detection.average_precision import AveragePrecision, Detections, Truth
 from tests.data.test_boxes import settle
 
 OWN = BoxOptions(images=("photos", "photos"), annotations=("instances.json", "instances.json"))
@@ -96,7 +98,8 @@ def test_classes_of_the_options_count(tmp_path):
     dataset = open_own(tmp_path, named("dog", "toothbrush", "cat", "car"))
     expected = [{3: 3, 17: 2, 90: 1}[a["category_id"]] for a in truth["annotations"] if a["image_id"] == 99]
     assert dataset.boxes(1)["classes"].tolist() == expected
-    with pytest.raises(ValueError, match=r"s\d/\d\.png: annotation \d+ of instances\.json has the unknown class 90 \(known are car, cat\)"):
+    told = r"instances\.json: annotation 14 and 8 more are of the category 'toothbrush', which is none of the classes car, cat; name it in"
+    with pytest.raises(ValueError, match=told):
         open_own(tmp_path, named("car", "cat"))
 
 
@@ -165,12 +168,12 @@ def test_wrong_files_are_named(tmp_path):
         open_own(tmp_path)
     e = truth["images"][2]
     for told in (
-        r"photos/s1/3\.png: unreadable \(FileNotFoundError",
+        r"photos/s1/3\.png is listed by instances\.json as image 97, but does not exist",
         rf"photos/s0/2\.png is 8x9 but instances\.json says {e['width']}x{e['height']}",
         r"instances\.json: annotation 7 is of image 5, which is not listed",
     ):
         assert re.search(told, str(error.value)), told
-    for text in ("[]", "{}", '{"images": [{}], "annotations": [], "categories": []}', "{"):
+    for text in ("[]", "{}", '{"images": [3], "annotations": [], "categories": []}', "{"):
         (tmp_path / "instances.json").write_text(text)
         with pytest.raises(ValueError, match=r"instances\.json: no COCO annotation file"):
             open_own(tmp_path)
@@ -238,3 +241,267 @@ def test_an_annotation_file_in_two_places_is_an_error(tmp_path):
             file.writestr("gt_detection/fog/instancesonly_fog_val_gt_detection.json", json.dumps(content()))
     with pytest.raises(ValueError, match=r"gt_detection \(1\)\.zip/.*\.json and .*gt_detection\.zip/.*\.json are two candidates"):
         open_boxes("acdc/fog", root=str(tmp_path), train=False)
+
+
+def small() -> dict:
+    """Two images of 60x40 pixels with a box each."""
+    sides = {"width": 60, "height": 40}
+    return {
+        "images": [{"id": 1, "file_name": "a.png", **sides}, {"id": 2, "file_name": "b.png", **sides}],
+        "categories": [{"id": 3, "name": "car"}, {"id": 5, "name": "cat"}],
+        "annotations": [
+            {"id": 1, "image_id": 1, "category_id": 3, "bbox": [1, 2, 10, 10], "area": 50, "iscrowd": 0},
+            {"id": 2, "image_id": 2, "category_id": 5, "bbox": [5, 5, 20, 20], "area": 300.5, "iscrowd": 0},
+        ],
+    }
+
+
+def write_small(root: Path, truth: dict | list | str | bytes, images: tuple[str, str] = ("a.png", "b.png")) -> BoxOptions:
+    """Writes the two images and a file as it is."""
+    for name in images:
+        (root / "photos" / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.zeros((40, 60, 3), np.uint8)).save(root / "photos" / name)
+    text = truth if isinstance(truth, str | bytes) else json.dumps(truth)
+    (root / "instances.json").write_bytes(text if isinstance(text, bytes) else text.encode())
+    return BoxOptions(OWN.images, OWN.annotations, classes=("car", "cat"))
+
+
+def changed(where: str, value: Any) -> dict:
+    """`small` with another value at a path such as `images.0.id`, or without that key where the value is `...`."""
+    truth: dict = small()
+    *path, last = (int(key) if key.isdigit() else key for key in where.split("."))
+    entry: Any = truth
+    for key in path:
+        entry = entry[key]
+    if value is ...:
+        del entry[last]
+    else:
+        entry[last] = value
+    return truth
+
+
+FAULTS = [
+    ("images.1.id", 1, ": the images 'a.png' and 'b.png' have one id, 1; renumber"),
+    ("images.1.file_name", "a.png", ": the images 1 and 2 are one file, a.png; make them one"),
+    ("images.1.file_name", "./a.png", ": the images 1 and 2 are one file, ./a.png; make them one"),
+    ("images.1.file_name", 7, ": image 2 has the file_name 7"),
+    ("images.1.file_name", "", ": image 2 has the file_name ''"),
+    ("categories.1.id", 3, ": the categories 'car' and 'cat' have one id, 3"),
+    ("categories.1.name", "car", ": the categories 3 and 5 have one name, 'car'"),
+    ("categories.1.name", " ", ": category 5 has the name ' '"),
+    (
+        "categories.0.name",
+        "Car",
+        ": annotation 1 is of the category 'Car', which is none of the classes car, cat; name it in data.boxes.classes",
+    ),
+    ("annotations.1.image_id", "2", ": annotation 2 is of image '2' (a text, where the file has the number 2), which is not listed"),
+    ("images.1.id", "2", ": annotation 2 is of image 2 (a number, where the file has the text '2'), which is not listed"),
+    ("annotations.1.image_id", True, ": annotation 2 has the image_id True; an id is a whole number or a text"),
+    ("annotations.1.image_id", [2], ": annotation 2 has the image_id [2]"),
+    ("annotations.1.category_id", 9, ": annotation 2 of instances.json has the unknown class 9 (known are 3 car, 5 cat)"),
+    ("annotations.1.category_id", "5", "has the unknown class '5' (a text, where the file has the number 5)"),
+    ("annotations.1.category_id", 5.5, ": annotation 2 of instances.json has the category_id 5.5"),
+    ("annotations.1.bbox", [True, 2, 3, 4], ": annotation 2 of instances.json has no box of four numbers"),
+    ("annotations.1.bbox", [float("nan"), 2, 3, 4], ": annotation 2 of instances.json has no box of four numbers"),
+    ("annotations.1.bbox", [10**400, 2, 3, 4], ": annotation 2 of instances.json has no box of four numbers"),
+    (
+        "annotations.1.iscrowd",
+        "maybe",
+        ": annotation 2 of instances.json has the iscrowd 'maybe', which is neither yes (1) nor no (0)",
+    ),
+    ("annotations.1.iscrowd", 2, "has the iscrowd 2, which is neither yes"),
+    ("annotations.1.iscrowd", [], "has the iscrowd [], which is neither yes"),
+    ("annotations.1.ignore", "some", "has the ignore 'some', which is neither yes"),
+    ("annotations.1.area", -1, ": annotation 2 of instances.json has the area -1; allowed is a number of square pixels from 0"),
+    ("annotations.1.area", "300", "has the area '300'; allowed"),
+    ("annotations.1.area", float("nan"), "has the area nan; allowed"),
+    ("annotations", {"1": {}}, ": no COCO annotation file ('annotations' is no list of objects)"),
+    *[("images.1.width", v, f": image 2 (b.png) has the width {v!r}; allowed is a whole number") for v in (0, -1, "60", 60.5, True)],
+    *[(key, ..., f": no COCO annotation file (it has no '{key}', only ") for key in ("images", "annotations", "categories")],
+    *[(f"images.1.{key}", ..., f": image 2 has no {key}") for key in ("file_name",)],
+    *[(f"images.1.{key}", ..., f": image 2 (b.png) has no {key}") for key in ("width", "height")],
+    *[(f"{kind}s.1.id", ..., f": {kind} number 2 (counted from 1) has no id") for kind in ("annotation", "image")],
+    ("categories.1.id", ..., ": category number 2 (counted from 1) has no id"),
+    ("categories.1.name", ..., ": category 5 has no name"),
+    ("annotations.1.image_id", ..., ": annotation 2 has no image_id"),
+    ("annotations.1.category_id", ..., ": annotation 2 of instances.json has no category_id"),
+    ("annotations.1.bbox", ..., ": annotation 2 of instances.json has no bbox"),
+]
+
+
+@pytest.mark.parametrize(("where", "value", "told"), FAULTS, ids=[f"{where} {value!r}"[:50] for where, value, _ in FAULTS])
+def test_what_is_said_twice_or_not_at_all_is_named(tmp_path, where, value, told):
+    """Entries of one id, one name or one file, ids of another type, missing keys, flags, sizes and areas that are none: entry and key."""
+    own = write_small(tmp_path, changed(where, value))
+    with pytest.raises(ValueError, match=re.escape(told)) as error:
+        open_own(tmp_path, own)
+    assert "\n" not in str(error.value)
+    defects: list = []
+    if "no COCO annotation file" not in told:
+        open_own(tmp_path, own, defects=defects)
+        assert any(told in defect.path + defect.text for defect in defects)
+
+
+FORMS = {
+    "results": (json.dumps([{"image_id": 1, "score": 1}]), "a list, as files of results are"),
+    "a key twice": (json.dumps(small())[:-1] + ', "annotations": []}', "the key 'annotations' occurs twice in one object"),
+    "a key twice, deeper": (
+        json.dumps(small()).replace('"id": 2,', '"id": 2, "id": 3,', 1),
+        "the key 'id' occurs twice in the object of id 3",
+    ),
+    "JSON lines": ("\n".join(json.dumps(a) for a in small()["annotations"]), "a file with one JSON value a line is not read"),
+    "cut": (json.dumps(small())[:-9], "no COCO annotation file"),
+    "bytes": (b"\x89PNG\xff\xfe\x00", "no COCO annotation file"),
+}
+
+
+@pytest.mark.parametrize("case", FORMS)
+def test_files_of_another_form_say_which(tmp_path, case):
+    """A list, keys that would replace each other, several values, half a file, another format."""
+    text, told = FORMS[case]
+    own = write_small(tmp_path, text)
+    with pytest.raises(ValueError, match=re.escape(f"{tmp_path}/instances.json: no COCO annotation file")) as error:
+        open_own(tmp_path, own)
+    assert told in str(error.value)
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+def test_texts_of_every_encoding_of_json(tmp_path, encoding):
+    """A byte-order mark changes nothing."""
+    own = write_small(tmp_path, json.dumps(small()).encode(encoding))
+    assert open_own(tmp_path, own).boxes(0)["boxes"].tolist() == [[1, 2, 11, 12]]
+
+
+def test_flags_in_every_spelling(tmp_path):
+    """What a writer calls yes is yes, what it calls no, null or nothing is no; `ignore` and `difficult` both mark difficult boxes."""
+    yes, no = ("1", 1, 1.0, True, "true", " Yes "), ("0", 0, 0.0, False, "false", "no", "", None)
+    truth = small()
+    rows = [(value, "iscrowd") for value in yes + no] + [(1, "ignore"), ("true", "difficult"), (0, "ignore")]
+    truth["annotations"] = [
+        {"id": i, "image_id": 1, "category_id": 3, "bbox": [i, 2, 3, 4], key: value} for i, (value, key) in enumerate(rows)
+    ]
+    found = open_own(tmp_path, write_small(tmp_path, truth)).boxes(0)
+    assert found["crowd"].tolist() == [True] * 6 + [False] * 11
+    assert found["difficult"].tolist() == [False] * 14 + [True, True, False]
+
+
+def test_ids_that_are_equal_numbers_or_texts(tmp_path):
+    """Floats that are whole, texts throughout, and annotations of two images that share an id read as what they are."""
+    truth = changed("annotations.1.category_id", 5.0)
+    truth["annotations"][1]["id"] = 1
+    assert open_own(tmp_path, write_small(tmp_path, truth)).boxes(1)["classes"].tolist() == [1]
+    truth["annotations"].append({**truth["annotations"][0]})
+    with pytest.raises(ValueError, match="annotation 1 occurs twice; take one out"):
+        open_own(tmp_path, write_small(tmp_path, truth))
+    truth["annotations"].pop()
+    for key, kind in (("id", "images"), ("image_id", "annotations"), ("id", "categories"), ("category_id", "annotations")):
+        for entry in truth[kind]:
+            entry[key] = f"n{entry[key]:g}"
+    assert open_own(tmp_path, write_small(tmp_path, truth)).boxes(1)["boxes"].tolist() == [[5, 5, 25, 25]]
+
+
+NAMES = {
+    "./a.png": "a.png",
+    ".\\a.png": "a.png",
+    "s\\a.png": "s/a.png",
+    "photos/a.png": "a.png",
+    "s/../a.png": "a.png",
+    "photos/photos/a.png": "photos/a.png",
+}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_names_that_mean_one_file_find_it(tmp_path, name):
+    """Dots, backslashes and the image folder's own name in front."""
+    own = write_small(tmp_path, changed("images.0.file_name", name), (NAMES[name], "b.png"))
+    assert open_own(tmp_path, own).name(0) == f"{tmp_path}/photos/{NAMES[name]}"
+
+
+@pytest.mark.parametrize("name", ["x/a.png", "/home/me/a.png", "http://host/photos/a.png", "C:\\photos\\a.png", "A.PNG"])
+def test_names_of_files_elsewhere_are_not_guessed(tmp_path, name):
+    """They are named with the file that may be meant; an absolute path of the file itself is read."""
+    own = write_small(tmp_path, changed("images.0.file_name", name))
+    with pytest.raises(ValueError, match=r"is listed by instances\.json as image 1, but does not exist.*if a\.png is meant, write that"):
+        open_own(tmp_path, own)
+    own = write_small(tmp_path, changed("images.0.file_name", f"{tmp_path}/photos/a.png"))
+    assert open_own(tmp_path, own).boxes(0)["boxes"].tolist() == [[1, 2, 11, 12]]
+
+
+def test_archives_say_the_same(tmp_path):
+    """From a zip archive the boxes, areas and errors are those of the folder."""
+    own = write_small(tmp_path, small())
+    packed = BoxOptions(("all.zip/photos", "all.zip/photos"), ("all.zip/instances.json", "all.zip/instances.json"), classes=own.classes)
+
+    def pack() -> None:
+        with zipfile.ZipFile(tmp_path / "all.zip", "w") as archive:
+            for name in ("instances.json", "photos/a.png", "photos/b.png"):
+                archive.write(tmp_path / name, name)
+
+    pack()
+    for i in range(2):
+        for key, array in open_own(tmp_path, own).boxes(i).items():
+            np.testing.assert_array_equal(open_own(tmp_path, packed).boxes(i)[key], array)
+    write_small(tmp_path, changed("images.1.id", 1))
+    pack()
+    with pytest.raises(ValueError, match=r"all\.zip/instances\.json: the images 'a\.png' and 'b\.png' have one id, 1"):
+        open_own(tmp_path, packed)
+
+
+def test_areas_are_those_of_the_file(tmp_path):
+    """Also 0, and above the box's; without one, or null, it is the box's; none crosses a border of COCO's sizes as it is rounded."""
+    areas = [0, 12.5, 900, 1024, 1024.00001, 1023.99999, 9216.0001, None, ...]
+    truth = small()
+    truth["annotations"] = [{"id": i, "image_id": 2, "category_id": 3, "bbox": [i, 1, 4, 5], "area": area} for i, area in enumerate(areas)]
+    del truth["annotations"][-1]["area"]
+    found = open_own(tmp_path, write_small(tmp_path, truth)).boxes(1)["areas"]
+    assert found.dtype == np.float32
+    np.testing.assert_allclose(found, [*areas[:-2], 20, 20], rtol=1e-6)
+    assert (np.sign(found[3:7] - np.array([1024, 1024, 1024, 9216], np.float32))).tolist() == [0, 1, -1, 1]
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_twelve_numbers_equal_pycocotools_on_the_file(tmp_path, seed, capsys):
+    """What is read of a file with areas other than its boxes', crowds and differing sizes is judged as pycocotools judges that very file.
+
+    Without the file's areas the numbers by size differ, so that the test would notice if they were not read.
+    """
+    coco, cocoeval = pytest.importorskip("pycocotools.coco"), pytest.importorskip("pycocotools.cocoeval")
+    truth, rng = content(8, seed), np.random.default_rng(seed)
+    truth["images"] = [{**e, "width": 400, "height": 300, "id": i + 1} for i, e in enumerate(truth["images"])]
+    truth["annotations"], results = [], []
+    for k in range(160):
+        image, category = int(rng.integers(1, 9)), int(rng.choice([3, 90, 17]))
+        sides = np.exp(rng.uniform(np.log(8), np.log(200), 2)).round(2)
+        x, y = (rng.random(2) * ([400, 300] - sides)).round(2).tolist()
+        w, h = sides.tolist()
+        area = round(float(w * h * rng.uniform(0.1, 1)), 3)
+        row = {"image_id": image, "category_id": category, "bbox": [x, y, w, h]}
+        truth["annotations"].append({**row, "id": k + 1, "area": area, "iscrowd": int(rng.random() < 0.15), "ignore": int(k % 5 == 0)})
+        for _ in range(int(rng.integers(0, 3))):
+            shift = rng.normal(scale=0.1, size=2) * sides
+            box = [x + float(shift[0]), y + float(shift[1]), w, h]
+            results.append({**row, "bbox": np.array(box, np.float32).astype(float).tolist(), "score": float(rng.random(dtype=np.float32))})
+    write(tmp_path, truth)
+    dataset = open_own(tmp_path)
+    scores = {given: AveragePrecision(dataset.labels.names) for given in (True, False)}
+    ids = sorted(c["id"] for c in truth["categories"])
+    for i, e in enumerate(truth["images"]):
+        mine = [r for r in results if r["image_id"] == e["id"]]
+        boxes = np.array([r["bbox"] for r in mine]).reshape(-1, 4)
+        found = Detections(
+            np.concatenate([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], 1),
+            np.array([r["score"] for r in mine]),
+            np.array([ids.index(r["category_id"]) for r in mine], np.int32),
+        )
+        fields = dataset.boxes(i)
+        for given, score in scores.items():
+            areas = fields["areas"] if given else None
+            score.add(Truth(**{**fields, "areas": areas}), found)
+    oracle = coco.COCO(str(tmp_path / "instances.json"))
+    judge = cocoeval.COCOeval(oracle, oracle.loadRes(results), "bbox")
+    judge.evaluate()
+    judge.accumulate()
+    judge.summarize()
+    numbers = {given: np.array([-1 if v is None else v / 100 for v in s.results()["coco"].values()]) for given, s in scores.items()}
+    np.testing.assert_allclose(numbers[True], judge.stats, rtol=0, atol=1e-9)
+    assert np.abs(numbers[False] - judge.stats)[3:6].max() > 0.01

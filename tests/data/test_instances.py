@@ -55,26 +55,27 @@ def save(root: Path, dataset: str, label: np.ndarray, split: str = "train") -> B
     return open_box_files(dataset, root=str(root), train=split == "train")
 
 
-def check(dataset: BoxFiles, expected: list[tuple[str, bool, list[int]]]) -> None:
+def check(dataset: BoxFiles, expected: list[tuple[str, bool, list[int], int]]) -> None:
     sample = dataset[0]
     assert sample["image"].shape == (H, W, 3)
     assert (sample["boxes"].dtype, sample["classes"].dtype) == (np.float32, np.int32)
     assert (sample["crowd"].dtype, sample["difficult"].tolist()) == (bool, [False] * len(expected))
-    found = zip((THINGS.names[k] for k in sample["classes"]), sample["crowd"].tolist(), sample["boxes"].tolist(), strict=True)
+    fields = (sample[key].tolist() for key in ("crowd", "boxes", "areas"))
+    found = zip((THINGS.names[k] for k in sample["classes"]), *fields, strict=True)
     assert sorted(found) == sorted(expected)
 
 
 @pytest.mark.parametrize("seed", range(4))
 def test_cityscapes(tmp_path, seed):
-    """Instances of the eight things, crowds by class id; stuff, caravans, trailers and static objects have no box."""
+    """Instances of the eight things with their pixels, crowds by class id; stuff, caravans, trailers and static objects have no box."""
     things = {24: "person", 25: "rider", 26: "car", 27: "truck", 28: "bus", 31: "train", 32: "motorcycle", 33: "bicycle"}
     values = [7, 0, 23, 24, 24000, 24001, 25003, 26, 26000, 26017, 27000, 28001, 29, 29001, 30000, 31000, 32000, 33, 33002]
     label = blobs(np.random.default_rng(seed), values).astype(np.uint16)
     expected = []
     for (value,), box in slow(label).items():
         name = things.get(value // 1000 if value >= 1000 else value)
-        expected += [(name, value < 1000, box)] if name else []
-    assert any(crowd for _, crowd, _ in expected)
+        expected += [(name, value < 1000, box, np.sum(label == value))] if name else []
+    assert any(crowd for _, crowd, _, _ in expected)
     check(save(tmp_path, "cityscapes", label, "val" if seed else "train"), expected)
 
 
@@ -85,7 +86,8 @@ def test_bdd100k(tmp_path, seed):
     values = [[0, 0, 0, 0], [1, 0, 0, 1], [1, 8, 0, 2], [2, 4, 1, 2], [3, 1, 0, 3], [3, 2, 2, 3], [4, 12, 0, 4], [5, 0, 0, 255]]
     values += [[6, 3, 1, 0], [7, 0, 0, 7], [8, 0, 255, 255]]
     label = blobs(np.random.default_rng(seed), values).astype(np.uint8)
-    expected = [(names[v[0]], v[1] % 4 > 0, box) for v, box in slow(label).items() if v[0]]
+    pixels = {v: np.sum((label == v).all(2)) for v in slow(label)}
+    expected = [(names[v[0]], v[1] % 4 > 0, box, pixels[v]) for v, box in slow(label).items() if v[0]]
     check(save(tmp_path, "bdd100k", label, "val" if seed else "train"), expected)
 
 
@@ -96,17 +98,18 @@ def test_synthia(tmp_path, seed):
     values = [[3, 0, 0], [2, 5, 0], [8, 300, 0], [8, 301, 0], [8, 0, 0], [10, 40000, 0], [10, 7, 0], [17, 7, 0], [19, 1, 0]]
     values += [[12, 2, 0], [11, 3, 0], [0, 9, 0]]
     label = blobs(np.random.default_rng(seed), values).astype(np.uint16)
-    expected = [(things[v[0]], v[1] == 0, box) for v, box in slow(label).items() if v[0] in things]
+    pixels = {v: np.sum((label == v).all(2)) for v in slow(label)}
+    expected = [(things[v[0]], v[1] == 0, box, pixels[v]) for v, box in slow(label).items() if v[0] in things]
     check(save(tmp_path, "synthia", label, "val" if seed else "train"), expected)
 
 
 def test_extents_on_large_images_and_on_nothing():
     """As many ids as pixels, the largest id, and an empty image."""
-    ids, boxes = instances.extents(np.arange(12).reshape(3, 4))
-    assert ids.tolist() == list(range(1, 12))
+    ids, boxes, pixels = instances.extents(np.arange(12).reshape(3, 4))
+    assert (ids.tolist(), pixels.tolist()) == (list(range(1, 12)), [1] * 11)
     np.testing.assert_array_equal(boxes, [[k % 4, k // 4, k % 4 + 1, k // 4 + 1] for k in range(1, 12)])
-    ids, boxes = instances.extents(np.full((2, 3), 65535, np.uint16))
-    assert (ids.tolist(), boxes.tolist()) == ([65535], [[0, 0, 3, 2]])
+    ids, boxes, pixels = instances.extents(np.full((2, 3), 65535, np.uint16))
+    assert (ids.tolist(), boxes.tolist(), pixels.tolist()) == ([65535], [[0, 0, 3, 2]], [6])
     assert instances.extents(np.zeros((2, 3), np.uint16))[1].shape == (0, 4)
 
 

@@ -135,11 +135,12 @@ class Boxed:
             "classes": rng.integers(0, 2, i).astype(np.int32),
             "difficult": rng.integers(0, 2, i).astype(bool),
             "crowd": rng.integers(0, 2, i).astype(bool),
+            "areas": rng.uniform(0, 50, i).astype(np.float32),
         }
 
 
 def test_boxes_come_back_bit_for_bit(tmp_path):
-    """Boxes, classes and flags of images with any number of boxes, none included; they lie beside label maps of the same domain."""
+    """Boxes, classes, flags and areas of images with any number of boxes, none included; they lie beside label maps of the same domain."""
     dataset = Boxed()
     directory = prepare("towns", {"val": dataset}, root="", out=str(tmp_path))
     assert directory == f"{tmp_path}/towns/boxes/1.0.0"
@@ -148,6 +149,7 @@ def test_boxes_come_back_bit_for_bit(tmp_path):
     assert got.labels == dataset.labels
     assert_same((got[i] for i in range(len(got))), (dataset[i] for i in range(len(dataset))))
     assert [got.size(i) for i in range(4)] == [dataset.size(i) for i in range(4)]
+    assert got.box_counts.tolist() == [0, 1, 2, 3]
     source = tfds.data_source("towns/boxes", data_dir=tmp_path, split="val")
     assert source.dataset_info.features["classes"].feature.names == ["car", "traffic light"]
     np.testing.assert_array_equal(source[3]["boxes"], dataset[3]["boxes"])

@@ -300,5 +300,18 @@ def test_boxes_of_less_than_a_pixel_are_dropped():
     np.testing.assert_array_equal(got["boxes"], [[0, 0, 1, 9], [3, 9, 9, 10], [0, 0, 10, 10]])
     np.testing.assert_array_equal(got["difficult"], [False, False, True])
     np.testing.assert_array_equal(got["crowd"], [True, False, False])
+    np.testing.assert_allclose(got["areas"], [9, 6, 100])  # those of the boxes, where none are told
     none = move_boxes({key: value[:0] for key, value in sample.items()}, np.eye(2, 3), (10, 10))
     assert none["boxes"].shape == (0, 4)
+
+
+def test_areas_follow_their_boxes():
+    """An area grows with the picture and keeps the share of its box that is left; as it is, not a bit changes."""
+    sample = {"boxes": np.array([[0, 0, 10, 10], [2, 3, 8, 6]], np.float32), "classes": np.zeros(2, np.int32)}
+    sample |= {"difficult": np.zeros(2, bool), "crowd": np.zeros(2, bool), "areas": np.array([33.3, 5], np.float32)}
+    same = move_boxes(sample, np.eye(2, 3), (10, 10))
+    np.testing.assert_array_equal(same["areas"], sample["areas"])
+    twice = move_boxes(sample, np.array([[2.0, 0, 0], [0, 3, 0]]), (30, 20))
+    np.testing.assert_allclose(twice["areas"], 6 * sample["areas"], rtol=1e-6)
+    half = move_boxes(sample, np.array([[1.0, 0, -5], [0, 1, 0]]), (10, 10))
+    np.testing.assert_allclose(half["areas"], [33.3 / 2, 5 * 3 / 6], rtol=1e-6)
