@@ -22,6 +22,7 @@ from rich.table import Table
 
 from jaxdg import cli, distributed, runtime
 from jaxdg import config as config_lib
+from jaxdg import results as results_lib
 from jaxdg.config import PROTOCOLS, Config
 from jaxdg.data import overlap, protocols
 from jaxdg.data.datasets import Dataset, Subset
@@ -136,12 +137,12 @@ def summary(task: Task, config: Config, step: int, results: Mapping[str, DomainR
     """The contents of results.json: every domain, the mean of those never seen, and rPD.
 
     rPD is that mean in percent of the score on the seen domain, or the mean of several: of those judged on no image trained on, if there
-    are such (`overlap.reference`). A domain without truth has no score and is in no mean. `seen_by` says whether the images or only the
+    are such (`results.reference`). A domain without truth has no score and is in no mean. `seen_by` says whether the images or only the
     names told what is seen, `classes_differ` which classes some of the domains lack that enter these figures: {class: [domain, ..]}.
     """
     domains = {name: r.metrics for name, r in results.items()}
     scores = {name: r.score for name, r in results.items() if r.score is not None and r.metrics["part_of"] is None}
-    seen = overlap.reference({name: domains[name] for name in scores})
+    seen = results_lib.reference({name: domains[name] for name in scores})
     unseen = [name for name in scores if not domains[name]["seen"]]
     mean = lambda names: float(np.mean([scores[name] for name in names])) if names else None
     mean_unseen, mean_seen = mean(unseen), mean(seen)
@@ -155,17 +156,8 @@ def summary(task: Task, config: Config, step: int, results: Mapping[str, DomainR
         "mean_unseen": mean_unseen,
         "rPD": 100 * mean_unseen / mean_seen if mean_unseen is not None and mean_seen else None,
         "seen_by": "names" if any(entry["trained_on"] is None for entry in domains.values()) else "images",
-        "classes_differ": classes_differ({name: domains[name] for name in (*seen, *unseen)}),
+        "classes_differ": results_lib.classes_differ({name: domains[name] for name in (*seen, *unseen)}),
     }
-
-
-def classes_differ(domains: Mapping[str, Mapping[str, Any]]) -> dict[str, list[str]]:
-    """The classes that have truth in some of the domains and not in others, and those that lack it; `domains`: of results.json."""
-    lacks: dict[str, list[str]] = {}
-    for name, entry in domains.items():
-        for label in entry["without_truth"]:
-            lacks.setdefault(label, []).append(name)
-    return {label: names for label, names in lacks.items() if len(names) < len(domains)}
 
 
 def write_results(everything: dict[str, Any], results: Mapping[str, DomainResult], folder: Path) -> None:
@@ -198,7 +190,7 @@ def shrunk(example: Mapping[str, np.ndarray], side: int) -> dict[str, np.ndarray
 
 def print_results(results: dict[str, Any], console: Console) -> None:
     """A table of every class on every domain, then the means, and what must be known to read them; of an older version's results too."""
-    domains, score = results["domains"], "mAP50" if results["task"] == "detection" else "mIoU"
+    domains, score = results["domains"], results_lib.score_name(results)
     of_class = score.removeprefix("m")
     table = Table(
         title=f"{of_class} in % at step {results['step']}, trained on {results['source']}, protocol {results['protocol']}",
@@ -206,54 +198,26 @@ def print_results(results: dict[str, Any], console: Console) -> None:
     )
     table.add_column("class", no_wrap=True)
     for name, entry in domains.items():
-        table.add_column(name + _mark(name, entry, results["source"]), justify="right", overflow="fold")
+        table.add_column(name + results_lib.mark(name, entry, results["source"]), justify="right", overflow="fold")
     cell = lambda value, none="-": none if value is None else f"{value:.1f}"
     for label in next(iter(domains.values()))[of_class]:
         table.add_row(label, *(cell(entry[of_class][label]) for entry in domains.values()))
     table.add_section()
-    table.add_row(score, *(cell(entry[score], "no truth") for entry in domains.values()), style="bold")
+    table.add_row(score, *(cell(entry[score], results_lib.NO_TRUTH) for entry in domains.values()), style="bold")
     for subset in next(iter(domains.values())).get("subsets", ()):
         table.add_row(f"mIoU of {subset}", *(cell(entry["subsets"].get(subset)) for entry in domains.values()))
     if any("classes" in entry for entry in domains.values()):
         table.add_row("classes counted", *(str(entry.get("classes", "-")) for entry in domains.values()))
     if any(entry.get("trained_on") for entry in domains.values()):
-        table.add_row("images trained on", *(overlap.share(entry) or "0" for entry in domains.values()))
+        table.add_row("images trained on", *(results_lib.share(entry) or "0" for entry in domains.values()))
     console.print(table)
     if results["mean_unseen"] is not None:
         rpd = "" if results["rPD"] is None else f"   rPD {results['rPD']:.1f} %"
         console.print(f"mean of unseen domains {results['mean_unseen']:.1f}{rpd}   protocol {results['protocol']}")
-    for line in remarks(results):
+    for line in results_lib.remarks(results):
         console.print(line)
-
-
-def remarks(results: Mapping[str, Any]) -> list[str]:
-    """What must be known to read results, a line each."""
-    domains, score = results["domains"], "mAP50" if results["task"] == "detection" else "mIoU"
-    lines = [f"{name}: {overlap.JUDGED} ({share})" for name, entry in domains.items() if (share := overlap.share(entry))]
-    lines += [f"{name}: no truth, so it has no score and is in no mean" for name, entry in domains.items() if entry[score] is None]
-    if results.get("seen_by") == "names":
-        lines.append("whether a domain was trained on was told by its name alone")
-    for name, entry in domains.items():
-        wrong = [label for label in entry.get("without_truth", ()) if entry[score.removeprefix("m")][label] is not None]
-        if wrong:
-            what = f"{', '.join(wrong)} without truth there but predicted"
-            lines.append(f"{name}: {what}: counted as 0 in its mean, as the official evaluation of Cityscapes does")
-    if differ := results.get("classes_differ"):
-        lacking: dict[tuple[str, ...], list[str]] = {}
-        for label, names in differ.items():
-            lacking.setdefault(tuple(names), []).append(label)
-        told = "; ".join(f"{', '.join(labels)} without truth in {', '.join(names)}" for names, labels in lacking.items())
-        lines.append(f"the domains are judged on different classes, which the mean of unseen domains and rPD compare: {told}")
     if results.get("max_images"):
-        lines.append(f"judged on at most {results['max_images']} images of each domain")
-    return lines
-
-
-def _mark(name: str, entry: Mapping[str, Any], source: str) -> str:
-    """What stands behind the name of a seen domain."""
-    if not entry["seen"]:
-        return ""
-    return " (source)" if name in source.split("+") else " (seen)"
+        console.print(f"judged on at most {results['max_images']} images of each domain")
 
 
 def save_pictures(results: Mapping[str, DomainResult], folder: Path) -> None:

@@ -28,11 +28,12 @@ from jaxdg.cli import Interrupt, Stop
 from jaxdg.config import Config
 from jaxdg.data import class_check
 from jaxdg.data.datasets import Dataset
-from jaxdg.data.overlap import TrainedOn, reference
+from jaxdg.data.overlap import TrainedOn
 from jaxdg.data.pipeline import batch_files, train_batches
 from jaxdg.data.samplers import Sampler, class_totals, make_sampler
 from jaxdg.data.transforms import Augmentation
 from jaxdg.evaluate import agree_on_images, evaluate_domains, open_domains, print_results, standings, summary, trained_on, write_results
+from jaxdg.results import NO_TRUTH, reference
 from jaxdg.tasks import Plan, abstract_state, initial_state, make_task
 from jaxdg.training import optimizer as optimizer_lib
 from jaxdg.training import sharding
@@ -122,7 +123,7 @@ def train(config: Config, workdir: Path, console: Console, interrupt: Interrupt,
         seen = [scored[name][task.score_name] for name in reference(scored)]
         if seen:
             checkpoints.scored(step, sum(seen) / len(seen))
-        shown = {name: "no truth" if result.score is None else f"{result.score:.1f}" for name, result in results.items()}
+        shown = {name: NO_TRUTH if result.score is None else f"{result.score:.1f}" for name, result in results.items()}
         scores = "  ".join(f"{name} {text}" for name, text in shown.items())
         log.say(f"{scores}  {task.score_name} (protocol {config.evaluation.protocol})")
 

@@ -331,3 +331,75 @@ def test_other_classes_are_refused(native):
     """A domain with CamVid's classes names both lists."""
     with pytest.raises(ValueError, match=r"domain noise has the classes sky, .* but the model was trained on road"):
         native.evaluator(native.state, Noise(SIZES, labels=CAMVID), lambda: None)
+
+
+def test_domains_without_truth_are_in_no_mean(native, tmp_path):
+    """A domain whose labels are all ignored has no score: null in results.json and its means are those without it; a part likewise."""
+    blank = type(
+        "Blank", (Noise,), {"__getitem__": lambda self, i: {**Noise.__getitem__(self, i), "label": np.full(SIZES[i], 255, np.uint8)}}
+    )
+    domains = {"noise": Noise(SIZES[:2]), "test": blank(SIZES[:2]), "source": Noise(SIZES[2:4])}
+    standing = {"noise": Standing(False), "test": Standing(False), "source": Standing(True, np.array([True, False]))}
+    results = evaluate.evaluate_domains(native.evaluator, native.state, domains, standing, lambda *_: None)
+    everything = evaluate.summary(native.task, native.config, 3, results)
+    evaluate.write_results(everything, results, tmp_path)
+    stored = json.loads((tmp_path / "results.json").read_text())
+    entry = stored["domains"]["test"]
+    assert (entry["mIoU"], entry["classes"], entry["without_truth"]) == (None, 0, list(CITYSCAPES.names))
+    assert stored["mean_unseen"] == stored["domains"]["noise"]["mIoU"]
+    assert stored["rPD"] == pytest.approx(100 * stored["mean_unseen"] / stored["domains"]["source"]["mIoU"])
+    assert [e["trained_on"] for e in stored["domains"].values()] == [None, None, 1]
+    truth = {name: {int(v) for i in range(2) for v in np.unique(dataset[i]["label"])} - {255} for name, dataset in domains.items()}
+    lacks = {name: [c for k, c in enumerate(CITYSCAPES.names) if k not in truth[name]] for name in truth}
+    assert {name: e["without_truth"] for name, e in stored["domains"].items()} == lacks
+    assert {c for c, names in stored["classes_differ"].items()} == set(lacks["noise"]) ^ set(lacks["source"])
+    only = evaluate.summary(native.task, native.config, 3, {"test": results["test"]})
+    assert (only["mean_unseen"], only["rPD"], only["classes_differ"]) == (None, None, {})
+
+
+def test_a_domain_is_named_once(native):
+    """`fog,fog` would be judged once and counted once without a word."""
+    c = config()
+    c.evaluation.domains = ("fog", "night", "fog")
+    with pytest.raises(ValueError, match=r"^evaluation\.domains names fog more than once; name every domain once$"):
+        evaluate.open_domains(tasks.make_task(c))
+
+
+def test_a_published_split_without_labels_is_named_early(tmp_path, monkeypatch):
+    """ACDC's test images have no labels: said as soon as they are opened, of a subset too; its validation images have."""
+    monkeypatch.setenv("JAXDG_CACHE", str(tmp_path / "cache"))
+    trees.make("acdc", tmp_path, np.random.default_rng(0))
+    said = []
+    c = config(evaluation__domains=("acdc/test", "acdc/fog/val"), evaluation__max_images=2, data__root=str(tmp_path))
+    task = tasks.make_task(c)
+    evaluate.standings(task, evaluate.open_domains(task), TrainedOn(("clear",)), said.append)
+    assert said == ["acdc/test has no labels, so it gets no score"]
+
+
+def test_what_was_trained_on_is_asked_of_workdir_then_images_then_names(tmp_path, monkeypatch):
+    """source.npz first, the source's images where they are here, else the names, which is said; and of the run it started from as well."""
+    monkeypatch.setenv("JAXDG_CACHE", str(tmp_path / "cache"))
+    trees.make("acdc", tmp_path / "data", np.random.default_rng(0))
+    here = tasks.make_task(config(data__source="acdc/night", data__root=str(tmp_path / "data")))
+    elsewhere = tasks.make_task(config(data__source="acdc/night", data__root=str(tmp_path / "nothing")))
+    run, before, said = tmp_path / "run", tmp_path / "before", []
+    for folder in (run, before):
+        folder.mkdir()
+    found = evaluate.known_source(here, run, said.append)
+    assert (found.domains, found.count, len(found.images), said) == (("acdc/night",), 2, 2, [])
+    found = evaluate.known_source(elsewhere, run, said.append)
+    assert (found.domains, found.images) == (("acdc/night",), None)
+    assert len(said) == 1
+    assert "told by its name alone" in said[0]
+    started = evaluate.trained_on(here, here.open("acdc/night", train=True), run, said.append)
+    started.save(run)
+    assert evaluate.known_source(elsewhere, run, said.append).images is not None
+    (before / "source.npz").write_bytes((run / "source.npz").read_bytes())
+    c = config(data__source="clear", model__start=str(before))
+    task = tasks.make_task(c)
+    found = evaluate.trained_on(task, task.open("clear", train=True), tmp_path, said.append)
+    assert (found.domains, found.count, len(found.images)) == (("clear", "acdc/night"), 1000, 1002)
+    (run / "source.npz").write_bytes(b"")
+    assert evaluate.trained_on(here, here.open("acdc/night", train=True), run, said.append).count == 2
+    assert said[1:] == [line for line in said[1:] if "source.npz is damaged" in line]
+    assert len(said) == 2

@@ -29,7 +29,6 @@ from jaxdg.data.datasets import Dataset, Files, Mixture, Streets, Subset
 from jaxdg.data.records import Records
 
 FILE = "source.npz"
-JUDGED = "judged on images it was trained on"  # said beside every such score
 CONFIRMED = 64  # pairs of files of one fingerprint that are compared byte by byte, evenly spread
 Hashes = UInt64[np.ndarray, " n"]
 
@@ -279,21 +278,6 @@ def standings(
         for (name, dataset), mask in zip(domains.items(), masks.values(), strict=True)
     }
     return {name: Standing(name in seen, judged[name], part_of.get(name)) for name in domains}
-
-
-def reference(domains: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """The seen domains that others are compared with: those judged on no image trained on, or all where there are none such.
-
-    Args:
-        domains: the entries of results.json, of this version or an older one.
-    """
-    seen = [name for name, entry in domains.items() if entry["seen"] and entry["part_of"] is None]
-    return [name for name in seen if not domains[name].get("trained_on")] or seen
-
-
-def share(entry: Mapping[str, Any]) -> str:
-    """Of a domain's entry in results.json how many of its judged images were trained on, `100 of 171`; "" if none, or not known."""
-    return f"{entry['trained_on']} of {entry['images']}" if entry.get("trained_on") else ""
 
 
 def _parts(unseen: Sequence[str], images: Mapping[str, Images], say: Callable[[str], None]) -> dict[str, str]:

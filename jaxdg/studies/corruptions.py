@@ -35,6 +35,7 @@ from jaxdg.config import Config, MeshConfig
 from jaxdg.data.corruptions import KINDS, SEVERITIES, Corrupted
 from jaxdg.evaluate import open_domains
 from jaxdg.overrides import text_of
+from jaxdg.results import NO_TRUTH
 from jaxdg.studies.study import Plan, Run, Settings, Study, StudyOptions, configured, local, main
 from jaxdg.tasks import make_task, restore_model
 from jaxdg.training import sharding
@@ -76,13 +77,18 @@ class Corruptions(Study):
         name = f"{kind}_{severity}" if severity else kind
         return self.workdir(run) / f"corruptions_{self.config(run).steps}" / domain.replace("/", "_") / f"{name}.json"
 
-    def score(self, run: Run, domain: str, kind: str, severity: int) -> float | None:
-        """The score of a cell, None if it has not been judged on these images."""
+    def outcome(self, run: Run, domain: str, kind: str, severity: int) -> Mapping[str, Any] | None:
+        """What is known of a cell, None if it has not been judged on these images."""
         outcome = files.recall(
             self.cell(run, domain, kind, severity), lambda cell: isinstance(cell, dict) and {"score", "max_images"} <= cell.keys()
         )
         images = self.judged(run).evaluation.max_images or None
-        return outcome["score"] if outcome is not None and outcome["max_images"] == images else None
+        return outcome if outcome is not None and outcome["max_images"] == images else None
+
+    def score(self, run: Run, domain: str, kind: str, severity: int) -> float | None:
+        """The score of a cell, None if it has not been judged on these images, or they have no truth."""
+        outcome = self.outcome(run, domain, kind, severity)
+        return None if outcome is None else outcome["score"]
 
     def scores(self, run: Run, domain: str) -> Scores:
         """What is known of a run on a domain."""
@@ -157,7 +163,7 @@ def judge(study: Corruptions, runs: Sequence[Run], console: Console, interrupt: 
             (domain, kind, severity)
             for domain in config.evaluation.domains
             for kind, severity in study.cells()
-            if study.score(run, domain, kind, severity) is None
+            if study.outcome(run, domain, kind, severity) is None
         ]
         if not missing:
             continue
@@ -174,7 +180,8 @@ def judge(study: Corruptions, runs: Sequence[Run], console: Console, interrupt: 
             _write(study.cell(run, domain, kind, severity), outcome)
             left = (time.perf_counter() - start) / i * (len(missing) - i) / 60
             what = f"{domain} {kind} {severity}" if severity else f"{domain} clean"
-            console.print(f"{run.name}: {what}: {result.score:.1f} {task.score_name}  ({i} of {len(missing)}, ETA {left:.1f} min)")
+            told = NO_TRUTH if result.score is None else f"{result.score:.1f} {task.score_name}"
+            console.print(f"{run.name}: {what}: {told}  ({i} of {len(missing)}, ETA {left:.1f} min)")
     show(study, runs, console)
 
 

@@ -413,7 +413,7 @@ def _tex_cell(cell: Cell) -> str:
 
 _TEX = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", **{c: "\\" + c for c in "&%$#_{}"}}
 _TEX |= {"±": r"$\pm$", "→": r"$\to$", "−": "$-$", "<": "$<$", ">": "$>$", "|": "$|$", "Ø": r"\O{}", "ø": r"\o{}", "°": r"$^\circ$"}  # noqa: RUF001
-_TEX |= {"–": "--", "×": r"$\times$", "“": "``", "”": "''", "[": "{[}", "]": "{]}"}  # noqa: RUF001
+_TEX |= {"–": "--", "×": r"$\times$", "“": "``", "”": "''", "[": "{[}", "]": "{]}", "†": r"$\dagger$"}  # noqa: RUF001
 
 
 def _tex(text: str) -> str:

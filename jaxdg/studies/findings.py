@@ -93,8 +93,9 @@ def _corruptions(study: Study) -> str:
 
 
 def corrupted_domains(study: Study) -> list[str]:
-    """The domains whose images were corrupted."""
-    return list(dict.fromkeys(domain for run in study.json["runs"] for domain in run.get("corruptions") or {}))
+    """The domains whose images were corrupted, and that have a truth to judge by."""
+    domains = dict.fromkeys(domain for run in study.json["runs"] for domain in run.get("corruptions") or {})
+    return [domain for domain in domains if domain not in study.without_truth()]
 
 
 def _transfer(study: Study) -> str:

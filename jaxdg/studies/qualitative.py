@@ -13,7 +13,7 @@ import cv2
 import numpy as np
 from PIL import Image
 
-from jaxdg import visualize
+from jaxdg import results, visualize
 from jaxdg.data.labels import CAMVID, CITYSCAPES, IGNORE, LabelSet, palette
 from jaxdg.studies.document import Pictures, Tile
 from jaxdg.studies.reading import Study
@@ -41,7 +41,8 @@ def pictures(study: Study) -> list[Pictures]:
             present |= classes
         if rows:
             legend = tuple((labels.names[k], labels.colors[k]) for k in sorted(present)) if draw is _label_maps else ()
-            which = "source" if entry["seen"] else "unseen"
+            which = results.mark(domain, entry, study.json["source"]).strip(" ()") or "unseen"
+            which = f"{which}; {results.JUDGED}: {told}" if (told := results.share(entry)) else which
             grids.append(Pictures(domain.replace("/", "_"), tuple(rows), f"Images of {domain} ({which}).{_HOW[draw]}", legend))
     return grids
 

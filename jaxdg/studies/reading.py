@@ -7,6 +7,7 @@ from pathlib import Path
 import statistics
 from typing import Any
 
+from jaxdg import results
 from jaxdg.studies.published import TABLES, Published
 from jaxdg.studies.study import mean_and_spread
 
@@ -58,13 +59,32 @@ class Study:
         """The domains that the runs of a group are trained on."""
         return next(run["source"] for run in self.json["runs"] if run["group"] == group["group"]).split("+")
 
+    def seen(self, group: Group, domain: str) -> bool:
+        """Whether the runs of a group were trained on a domain: on its images, or on others of its dataset."""
+        judged = [run["results"]["domains"][domain] for run in self.finished(group) if domain in run["results"]["domains"]]
+        return any(entry["seen"] for entry in judged) if judged else domain in self.sources(group)
+
+    def trained_on(self, group: Group, domain: str) -> str:
+        """How many of the images that a group is judged on in a domain it was trained on, `100 of 171`; "" if none, or nobody knows."""
+        entries = [run["results"]["domains"].get(domain) for run in self.finished(group)]
+        return next((told for entry in entries if entry and (told := results.share(entry))), "")
+
+    def without_truth(self) -> list[str]:
+        """Domains that have no score, as they have no truth."""
+        return [name for name, entry in self.entries().items() if entry[self.score] is None]
+
+    def remarks(self) -> list[str]:
+        """What must be known to read the scores, a line each."""
+        return results.remarks_of({group["group"]: [run["results"] for run in self.finished(group)] for group in self.groups})
+
     def values(self, group: Group, column: str) -> list[float]:
         """What each finished run of a group has on a domain, as `mean_unseen`, as `rPD`, or, as `seen`, on the domains trained on."""
         found = []
         for run in self.finished(group):
             domains = run["results"]["domains"]
-            own = [entry[self.score] for entry in domains.values() if entry["seen"] and entry["part_of"] is None]
             if column == "seen":
+                scored = {name: entry for name, entry in domains.items() if entry[self.score] is not None}
+                own = [scored[name][self.score] for name in results.reference(scored)]
                 found.append(statistics.fmean(own) if own else None)
             else:
                 found.append(run["results"][column] if column in MEANS else domains.get(column, {}).get(self.score))

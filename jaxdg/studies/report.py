@@ -18,7 +18,7 @@ from pathlib import Path
 
 from absl import flags
 
-from jaxdg import cli, paths
+from jaxdg import cli, paths, results
 from jaxdg.studies import document, plots
 from jaxdg.studies.document import MISSING, Block, Cell, Commands, Document, Facts, Plots, References, Section, Table, TableRow, Text
 from jaxdg.studies.findings import QUESTIONS, corrupted_domains, findings
@@ -27,6 +27,7 @@ from jaxdg.studies.qualitative import pictures
 from jaxdg.studies.reading import MEANS, STUDIES, Figure, Group, Study, load
 
 PICTURES = "report_pictures"  # beside report.md
+TRAINED = "†"  # behind scores on images that were trained on
 NONE = "–"  # where there is no such figure  # noqa: RUF001
 _TITLES = {
     "pretraining": "Pre-training",
@@ -64,16 +65,17 @@ class Citations:
 # --- Tables -------------------------------------------------------------------------------------------------------------------
 
 
-def cell(figure: Figure, runs: int, digits: int = 1) -> Cell:
+def cell(figure: Figure, runs: int, digits: int = 1, none: str = NONE) -> Cell:
     """A mean with its spread; missing where no run is finished, a dash where finished runs have no such figure.
 
     Args:
         figure: mean, spread and n.
         runs: finished runs of the row, which its own column says; another n is written into the cell.
         digits: after the point.
+        none: what stands where finished runs have no such figure.
     """
     if figure["mean"] is None:
-        return Cell(NONE if runs else MISSING)
+        return Cell(none if runs else MISSING)
     spread = "" if figure["spread"] is None else f"± {figure['spread']:.{digits}f}"
     number = f"(n = {figure['n']})" if figure["n"] != runs else ""
     return Cell(f"{figure['mean']:.{digits}f}", f"{spread} {number}".strip())
@@ -100,8 +102,10 @@ def _number_of_runs(study: Study, group: Group) -> Cell:
 
 
 def _own_row(study: Study, group: Group, columns: Sequence[str]) -> TableRow:
-    runs = len(study.finished(group))
-    return TableRow(group["group"], (_number_of_runs(study, group), *(cell(study.figure(group, column), runs) for column in columns)))
+    runs, lacking = len(study.finished(group)), study.without_truth()
+    none = lambda column: results.NO_TRUTH if column in lacking else NONE
+    figures = (cell(study.figure(group, column), runs, none=none(column)) for column in columns)
+    return TableRow(group["group"], (_number_of_runs(study, group), *figures))
 
 
 def _published_rows(table: Published, columns: Sequence[str], citations: Citations) -> list[TableRow]:
@@ -123,11 +127,17 @@ def _score_tables(study: Study, citations: Citations) -> list[Table]:
         rows += [dataclasses.replace(row, cells=(Cell(NONE), *row.cells)) for row in _published_rows(table, columns, citations)]
         source |= {row.name: [row.source] for row in table.rows if row.source}
         notes.append(f"Rows with a number in brackets are published, on the same data by the same protocol. {table.note}".strip())
-    own = lambda row, i: 0 < i <= len(domains) and domains[i - 1] in source.get(row.head, [])
+    groups = {group["group"]: group for group in study.groups}
+
+    def own(row: TableRow, i: int) -> bool:
+        """Whether the i-th cell of a row is the score on a domain trained on."""
+        domain = domains[i - 1] if 0 < i <= len(domains) else None
+        return domain is not None and (study.seen(groups[row.head], domain) if row.head in groups else domain in source.get(row.head, []))
+
     heads = domains
     if study.name != "transfer":
         rows = embolden(rows)
-        heads = [f"{name} (source)" if name in study.json["source"].split("+") else name for name in domains]
+        heads = [name + results.mark(name, study.entries()[name], study.json["source"]) for name in domains]
     else:
         if notes:  # several rows of each source: they compete
             rows = [
@@ -137,23 +147,41 @@ def _score_tables(study: Study, citations: Citations) -> list[Table]:
             ]
         else:  # the sources compete, each on what is not its own
             rows = embolden(rows, own)
-        rows = [
-            dataclasses.replace(
-                row,
-                cells=tuple(dataclasses.replace(c, text=c.text + "*") if own(row, i) and c.ranked else c for i, c in enumerate(row.cells)),
-            )
-            for row in rows
-        ]
+        rows = [_marked(row, "*", [i for i in range(len(row.cells)) if own(row, i)]) for row in rows]
         notes.insert(
             0,
             "*: the domain trained on; bold among the others." if not notes else "*: the domain trained on; bold among rows of one source.",
         )
+    rows = [_marked_where_trained_on(study, row, domains, first=1) for row in rows]
     note = "n: finished runs of those planned; ±: their sample standard deviation. rPD: mean unseen in % of the score on the source."
-    tables = [Table(f"{study.score} in %", ("", "n", *heads, *MEANS.values()), tuple(rows), " ".join([note, *notes]))]
+    remarks = _remarks(study)
+    tables = [Table(f"{study.score} in %", ("", "n", *heads, *MEANS.values()), tuple(rows), " ".join([note, *notes, *remarks]))]
     if parts := study.domains(parts=True):
-        rows = embolden([_own_row(study, group, parts) for group in study.groups])
-        tables.append(Table(f"{study.score} in % on parts of domains", ("", "n", *parts), tuple(rows), "Parts do not enter the means."))
+        rows = [
+            _marked_where_trained_on(study, row, parts, 1) for row in embolden([_own_row(study, group, parts) for group in study.groups])
+        ]
+        note = " ".join(["Parts do not enter the means.", *remarks])
+        tables.append(Table(f"{study.score} in % on parts of domains", ("", "n", *parts), tuple(rows), note))
     return tables
+
+
+def _marked(row: TableRow, sign: str, places: Sequence[int]) -> TableRow:
+    """A row with a sign behind the scores in some of its cells."""
+    cells = (dataclasses.replace(c, text=c.text + sign) if i in places and c.ranked else c for i, c in enumerate(row.cells))
+    return dataclasses.replace(row, cells=tuple(cells))
+
+
+def _marked_where_trained_on(study: Study, row: TableRow, domains: Sequence[str], first: int) -> TableRow:
+    """A row with a sign behind the scores on images trained on; the cell `first` is that of the first domain. Notes say how many."""
+    group = next((group for group in study.groups if group["group"] == row.head), None)
+    if group is None or row.cite is not None:
+        return row
+    return _marked(row, TRAINED, [first + i for i, domain in enumerate(domains) if study.trained_on(group, domain)])
+
+
+def _remarks(study: Study) -> list[str]:
+    """What must be known to read the scores, a sentence each."""
+    return [f"{TRAINED if results.JUDGED in line else ''}{line}." for line in study.remarks()]
 
 
 def _separate_tables(study: Study, citations: Citations) -> list[Table]:
@@ -188,6 +216,7 @@ def _corruption_tables(study: Study) -> list[Table]:
             rows.append(TableRow(group["group"], (_number_of_runs(study, group), *(_complete(figure, runs) for figure in figures))))
         caption = f"{study.score} in % on {domain}, mean over kinds of corruption ({len(study.kinds())})"
         note = "kept: mean over all kinds and severities in % of clean. A mean with a gap among its parts is missing."
+        note = " ".join([note, *(line for line in _remarks(study) if f"{domain}: " in line)])
         heads = ("", "n", "clean", *(f"severity {s}" for s in severities), "mean", "kept in %")
         tables.append(Table(caption, heads, tuple(embolden(rows)), note))
         for kind in _in_families(study.kinds()):
@@ -220,19 +249,19 @@ def _run_table(study: Study) -> Table:
     rows = []
     for run in study.json["runs"]:
         done = run["status"] == "finished"
-        scores = [
-            entry[study.score]
-            for entry in (run["results"]["domains"].values() if done else ())
-            if entry["part_of"] is None and entry["seen"]
-        ]
+        entries = run["results"]["domains"] if done else {}
+        scored = {name: entry for name, entry in entries.items() if entry[study.score] is not None}
+        own = results.reference(scored)
         unseen = run["results"]["mean_unseen"] if done else None
-        figures = [sum(scores) / len(scores) if scores else None, unseen]
+        figures = [sum(scored[name][study.score] for name in own) / len(own) if own else None, unseen]
+        signs = [TRAINED * any(results.share(scored[name]) != "" for name in own), ""]
         cells = [
             Cell(str(run["step"]) if done else MISSING),
-            *(Cell(MISSING if not done else NONE if v is None else f"{v:.1f}") for v in figures),
+            *(Cell(MISSING if not done else NONE if v is None else f"{v:.1f}{sign}") for v, sign in zip(figures, signs, strict=True)),
         ]
         rows.append(TableRow(run["name"], (Cell(str(run["seed"])), *cells)))
-    return Table(f"The runs: {study.score} in %", ("", "seed", "step", "source", "mean unseen"), tuple(rows))
+    note = " ".join(line for line in _remarks(study) if line.startswith(TRAINED))
+    return Table(f"The runs: {study.score} in %", ("", "seed", "step", "source", "mean unseen"), tuple(rows), note)
 
 
 # --- Plots --------------------------------------------------------------------------------------------------------------------
@@ -241,7 +270,8 @@ def _run_table(study: Study) -> Table:
 def _bar(study: Study, group: Group, column: str, more: str = "") -> plots.Bar:
     figure, planned = study.figure(group, column), group["of"]
     if figure["mean"] is None:
-        return plots.Bar(None, None, f"{MISSING} (0 of {planned} runs)" if not study.finished(group) else "not judged")
+        none = results.NO_TRUTH if column in study.without_truth() else "not judged"
+        return plots.Bar(None, None, f"{MISSING} (0 of {planned} runs)" if not study.finished(group) else none)
     spread = "" if figure["spread"] is None else f" ± {figure['spread']:.1f}"
     of = "" if figure["n"] == planned else f" of {planned}"
     values = study.values(group, column)
@@ -255,7 +285,13 @@ def _domain_bars(study: Study) -> Plots:
     for column in ("mean_unseen", *study.domains()):
         groups = [plots.BarGroup(group["group"], (_bar(study, group, column),)) for group in study.groups]
         drawn.append((f"bars_{_file(column)}", plots.bars(MEANS.get(column, column), groups, (), f"{study.score} in %")))
-    return Plots(tuple(drawn), "Mean over seeds; whiskers: sample standard deviation; dots: single runs. No whisker, no spread: one run.")
+    caption = "Mean over seeds; whiskers: sample standard deviation; dots: single runs. No whisker, no spread: one run."
+    return Plots(tuple(drawn), _captioned(study, caption))
+
+
+def _captioned(study: Study, caption: str) -> str:
+    """A caption of plots, and what must be known to read them."""
+    return " ".join([caption, *(f"{line}." for line in study.remarks())])
 
 
 def _gap_bars(study: Study) -> Plots:
@@ -266,7 +302,8 @@ def _gap_bars(study: Study) -> Plots:
         more = "" if rpd is None else f", rPD {rpd:.0f} %"
         groups.append(plots.BarGroup(group["group"], (_bar(study, group, "seen"), _bar(study, group, "mean_unseen", more))))
     drawn = plots.bars("The gap between domains", groups, ("domain trained on", "mean of unseen domains"), f"{study.score} in %")
-    return Plots((("gap", drawn),), "What is lost from the domain trained on to domains never seen. rPD: the second bar in % of the first.")
+    caption = "What is lost from the domain trained on to domains never seen. rPD: the second bar in % of the first."
+    return Plots((("gap", drawn),), _captioned(study, caption))
 
 
 def _frozen(group: Group) -> tuple[str, int] | None:
@@ -294,9 +331,8 @@ def _freezing_plots(study: Study) -> Plots:
                     plots.lines(f"The {which} blocks frozen", series, axis, f"{study.score} in %", [(n, str(n)) for n in counts]),
                 )
             )
-    return Plots(
-        tuple(drawn), "Mean over seeds by the number of frozen blocks; whiskers: sample standard deviation. The axis does not begin at 0."
-    )
+    caption = "Mean over seeds by the number of frozen blocks; whiskers: sample standard deviation. The axis does not begin at 0."
+    return Plots(tuple(drawn), _captioned(study, caption))
 
 
 def _published_freezing() -> Plots:
@@ -324,10 +360,8 @@ def _severity_plots(study: Study) -> Plots:
                 plots.Line(group["group"], tuple(plots.Point(s, f["mean"], f["spread"]) for s, f in zip(severities, figures, strict=True)))
             )
         drawn.append((f"severity_{_file(domain)}", plots.lines(domain, series, "severity", f"{study.score} in %", ticks)))
-    return Plots(
-        tuple(drawn),
-        f"Mean over {len(study.kinds())} kinds of corruption by severity; whiskers: spread over seeds. The axis does not begin at 0.",
-    )
+    caption = f"Mean over {len(study.kinds())} kinds of corruption by severity; whiskers: spread over seeds. The axis does not begin at 0."
+    return Plots(tuple(drawn), _captioned(study, caption))
 
 
 def _published_severities(study: Study) -> Plots:
@@ -348,16 +382,17 @@ def _published_severities(study: Study) -> Plots:
 
 def _facts(study: Study) -> Facts:
     j = study.json
-    judged = [
-        f"{name} ({entry['images']} images{', source' * entry['seen']})"
-        for name, entry in study.entries().items()
-        if entry["part_of"] is None
-    ]
+    judged = []
+    for name, entry in study.entries().items():
+        which = "" if study.name == "transfer" else results.mark(name, entry, j["source"]).strip(" ()")
+        if entry["part_of"] is None:
+            count = f"{entry['images']} images"
+            judged.append(f"{name} ({', '.join(filter(None, (count, which)))})")
     limits = [f"at most {limit} images of a domain" for limit in study.limited()]
     facts = {
         "Task and score": f"{j['task']}, {study.score} in %",
         "Trained on": ", ".join(dict.fromkeys(run["source"] for run in j["runs"])),
-        "Judged on": ", ".join(judged) if study.name != "transfer" else ", ".join(text.replace(", source", "") for text in judged),
+        "Judged on": ", ".join(judged),
         "Protocol": ", ".join([j["protocol"], *limits]),
         "Seeds": ", ".join(map(str, sorted({run["seed"] for run in j["runs"]}))),
         "Runs": f"{len(study.finished())} finished of {len(j['runs'])} planned",

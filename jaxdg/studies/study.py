@@ -36,6 +36,7 @@ from rich.table import Table
 import jaxdg
 from jaxdg import cli, files, overrides
 from jaxdg import config as config_lib
+from jaxdg import results as results_lib
 from jaxdg import workdir as workdir_lib
 from jaxdg.cli import Interrupt, Stop
 from jaxdg.config import Config
@@ -339,6 +340,9 @@ def show(everything: Mapping[str, Any], console: Console) -> None:
         cells = ["-" if f is None or f["mean"] is None else _figure(f) for f in figures] if group["n"] else ["missing"] * len(figures)
         table.add_row(group["group"], *cells, str(group["n"]) if group["n"] == group["of"] else f"{group['n']} of {group['of']}")
     console.print(table)
+    finished = {g["group"]: [run["results"] for run in everything["runs"] if run["group"] == g["group"] and run["results"]] for g in groups}
+    for line in results_lib.remarks_of(finished):
+        console.print(line)
 
 
 def _figure(figure: Mapping[str, Any]) -> str:

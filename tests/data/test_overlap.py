@@ -14,7 +14,7 @@ import pytest
 from jaxdg.data import index, overlap, records, storage
 from jaxdg.data.boxes import BoxOptions, box_labels, open_box_files, open_boxes
 from jaxdg.data.datasets import FolderOptions, StreetsOptions, Subset, label_set, open_domain, open_files
-from jaxdg.data.overlap import Images, TrainedOn, family, reference, standings
+from jaxdg.data.overlap import Images, TrainedOn, family, standings
 from jaxdg.data.prepare import prepare
 from tests.data import trees
 
@@ -317,14 +317,6 @@ def test_a_model_was_trained_on_what_it_started_from_too(tmp_path):
     assert b.also(TrainedOn(("x",))).domains == ("b", "x")
     found = standings(both, {name: opened(tmp_path, name) for name in "abc"}, str(tmp_path))
     assert {name: int(s.trained_on.sum()) for name, s in found.items()} == {"a": 3, "b": 4, "c": 2}
-
-
-def test_the_reference_is_judged_on_no_image_trained_on():
-    """Seen domains that were not trained on count alone where there are such; parts never; entries of older versions as they were."""
-    entry = lambda seen, trained=0, part=None: {"seen": seen, "trained_on": trained, "part_of": part}
-    assert reference({"a": entry(True), "b": entry(True, 5), "c": entry(False), "d": entry(True, 0, "a")}) == ["a"]
-    assert reference({"b": entry(True, 5), "c": entry(False)}) == ["b"]
-    assert reference({"a": {"seen": True, "part_of": None}, "b": {"seen": True, "part_of": None}}) == ["a", "b"]
 
 
 @pytest.mark.parametrize("name", ["", " ", "town+", "+town", "a++b", "a+a", "..", "a/../b", "town/", "/town", "."])

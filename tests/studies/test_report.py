@@ -546,3 +546,41 @@ def test_what_is_no_study_is_refused(tmp_path):
     (tmp_path / "study.json").write_text(json.dumps(content | {"study": "other"}))
     with pytest.raises(ValueError, match="is of a study 'other'; allowed: pretraining"):
         reading.load(tmp_path)
+
+
+def test_scores_on_images_trained_on_are_marked_everywhere(tmp_path):
+    """A dagger at the score, and how many of how many in notes and captions; a domain without truth says so."""
+    for name in ("transfer", "pretraining", "corruptions"):
+        study = write_study(tmp_path / name, name, seeds=(0,))
+        for run in study["runs"]:
+            domains = run["results"]["domains"]
+            for entry in domains.values():
+                entry |= {"trained_on": 0, "classes": len(CAMVID.names), "without_truth": []}
+            domains["day"] |= {"seen": True, "trained_on": 10}
+            domains["dusk"] |= {"mIoU": None, "IoU": dict.fromkeys(CAMVID.names), "without_truth": list(CAMVID.names), "classes": 0}
+        for group in study["groups"]:
+            group |= summary([r for r in study["runs"] if r["group"] == group["group"]], "mIoU")
+        (tmp_path / name / "study.json").write_text(json.dumps(study))
+    report.write([tmp_path / name for name in ("transfer", "pretraining", "corruptions")], tmp_path / "out")
+    text = (tmp_path / "out" / "report.html").read_text()
+    page, sections = Reader(text), re.split(r"<section", text)[1:]
+    told, none = "day: judged on images it was trained on (10 of 30)", "dusk: no truth, so it has no score and is in no mean"
+    scores = [t for t in page.tables if t[0][1:5] in (["n", "camvid", "day", "dusk"], ["n", "camvid (source)", "day (seen)", "dusk"])]
+    assert len(scores) == 2
+    for table in scores:
+        for row in table[1:]:
+            assert row[3].endswith("†")
+            assert "†" not in row[2]
+            assert row[4] == "no truth"
+    assert all("*†" in row[3] for row in next(t for t in scores if t[0][2] == "camvid")[1:])
+    for section in sections[:3]:  # the last are references
+        noted = re.findall(r'<p class="note">(.*?)</p>|<figcaption>(.*?)</figcaption>', section)
+        assert sum(told in note + caption for note, caption in noted) >= 2
+        assert any(none in note + caption for note, caption in noted)
+    assert ">dusk, corrupted" not in text
+    assert "of corruption (3)" in text
+    assert not any("on dusk, mean over kinds" in section for section in sections)
+    latex = (tmp_path / "out" / "tables.tex").read_text()
+    assert r"$\dagger$" in latex
+    assert latex.isascii()
+    assert "†day: judged on images it was trained on (10 of 30)." in (tmp_path / "out" / "report.md").read_text()

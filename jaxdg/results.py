@@ -1,0 +1,74 @@
+"""What the entries of results.json say: which domains are compared, and what must be known to read their scores.
+
+Results of older versions lack some entries; nothing is said then of what these would tell.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+Entry = Mapping[str, Any]  # of a domain
+JUDGED = "judged on images it was trained on"  # said beside every such score
+NO_TRUTH = "no truth"  # stands in place of a score
+
+
+def score_name(results: Mapping[str, Any]) -> str:
+    """What a domain is judged by."""
+    return "mAP50" if results["task"] == "detection" else "mIoU"
+
+
+def reference(domains: Mapping[str, Entry]) -> list[str]:
+    """The seen domains that the unseen ones are compared with: those judged on no image trained on, or all if there are none such."""
+    seen = [name for name, entry in domains.items() if entry["seen"] and entry["part_of"] is None]
+    return [name for name in seen if not domains[name].get("trained_on")] or seen
+
+
+def share(entry: Entry) -> str:
+    """How many of a domain's judged images were trained on, `100 of 171`; "" if none were, or nobody knows."""
+    return f"{entry['trained_on']} of {entry['images']}" if entry.get("trained_on") else ""
+
+
+def mark(name: str, entry: Entry, source: str) -> str:
+    """What stands behind the name of a seen domain."""
+    if not entry["seen"]:
+        return ""
+    return " (source)" if name in source.split("+") else " (seen)"
+
+
+def classes_differ(domains: Mapping[str, Entry]) -> dict[str, list[str]]:
+    """The classes that have truth in some of the domains and not in others, and those others."""
+    lacks: dict[str, list[str]] = {}
+    for name, entry in domains.items():
+        for label in entry.get("without_truth", ()):
+            lacks.setdefault(label, []).append(name)
+    return {label: names for label, names in lacks.items() if len(names) < len(domains)}
+
+
+def remarks(results: Mapping[str, Any]) -> list[str]:
+    """What must be known to read the scores of a run, a line each."""
+    domains, score = results["domains"], score_name(results)
+    lines = [f"{name}: {JUDGED} ({told})" for name, entry in domains.items() if (told := share(entry))]
+    lines += [f"{name}: {NO_TRUTH}, so it has no score and is in no mean" for name, entry in domains.items() if entry[score] is None]
+    if results.get("seen_by") == "names":
+        lines.append("whether a domain was trained on was told by its name alone")
+    for name, entry in domains.items():
+        wrong = [label for label in entry.get("without_truth", ()) if entry[score.removeprefix("m")][label] is not None]
+        if wrong:
+            what = f"{', '.join(wrong)} predicted but without truth"
+            lines.append(f"{name}: {what}; counted as 0 in its mean, as the official evaluation of Cityscapes does")
+    if differ := results.get("classes_differ"):
+        lacking: dict[tuple[str, ...], list[str]] = {}
+        for label, names in differ.items():
+            lacking.setdefault(tuple(names), []).append(label)
+        told = "; ".join(f"{', '.join(labels)} without truth in {', '.join(names)}" for names, labels in lacking.items())
+        lines.append(f"the mean of unseen domains and rPD compare different classes: {told}")
+    return lines
+
+
+def remarks_of(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[str]:
+    """The same of several groups of runs by name; a line that not all groups have names those that have it."""
+    said: dict[str, list[str]] = {}
+    for group, results in runs.items():
+        for line in dict.fromkeys(line for one in results for line in remarks(one)):
+            said.setdefault(line, []).append(group)
+    judged = [group for group, results in runs.items() if results]
+    return [line if groups == judged else f"{', '.join(groups)}: {line}" for line, groups in said.items()]

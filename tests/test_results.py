@@ -1,0 +1,110 @@
+"""What is said beside scores: of images trained on, of domains without truth, of classes that differ; and of older results nothing new."""
+
+import io
+
+import pytest
+from rich.console import Console
+
+from jaxdg import results
+from jaxdg.evaluate import print_results
+
+CLASSES = ("road", "car", "train")
+
+
+def entry(score, seen=False, trained=0, lacks=(), part=None, iou=None) -> dict:
+    """A domain of 171 images in results.json."""
+    iou = {name: None if name in lacks else score for name in CLASSES} | (iou or {})
+    known = [v for v in iou.values() if v is not None]
+    return {"mIoU": score, "IoU": iou, "images": 171, "subsets": {}, "classes": len(known), "without_truth": list(lacks)} | {
+        "seen": seen, "trained_on": trained, "part_of": part
+    }  # fmt: skip
+
+
+def everything(domains: dict, **changes) -> dict:
+    """The contents of results.json."""
+    differ = results.classes_differ({name: e for name, e in domains.items() if e["mIoU"] is not None})
+    common = {"task": "segmentation", "source": "camvid_day", "protocol": "native", "max_images": None, "step": 3, "seen_by": "images"}
+    return {**common, "domains": domains, "mean_unseen": 40.0, "rPD": 80.0, "classes_differ": differ, **changes}
+
+
+def printed(contents: dict) -> str:
+    """The table and what is below it."""
+    console = Console(record=True, width=200, file=io.StringIO())
+    print_results(contents, console)
+    return console.export_text()
+
+
+DOMAINS = {
+    "camvid_day": entry(50.0, seen=True),
+    "day": entry(60.0, seen=True, trained=100),
+    "dusk": entry(40.0, lacks=("train",)),
+    "fog": entry(44.0, lacks=("train", "car"), iou={"car": 0.0}),
+    "test": entry(None, lacks=CLASSES),
+}
+
+
+def test_remarks():
+    """Each thing that falsifies a reading is one line that names the domain; of clean results there is none."""
+    assert results.remarks(everything(DOMAINS)) == [
+        "day: judged on images it was trained on (100 of 171)",
+        "test: no truth, so it has no score and is in no mean",
+        "fog: car predicted but without truth; counted as 0 in its mean, as the official evaluation of Cityscapes does",
+        "the mean of unseen domains and rPD compare different classes: train without truth in dusk, fog; car without truth in fog",
+    ]
+    clean = {"camvid_day": entry(50.0, seen=True, lacks=("train",)), "dusk": entry(40.0, lacks=("train",))}
+    assert results.remarks(everything(clean)) == []
+    assert results.remarks(everything(clean, seen_by="names")) == ["whether a domain was trained on was told by its name alone"]
+
+
+def test_the_table_says_it_beside_the_scores():
+    """Heads tell source from seen, a domain without truth has no number, and rows count classes and images trained on."""
+    text = printed(everything(DOMAINS))
+    rows = {line.split("│")[1].strip(): [cell.strip() for cell in line.split("│")[2:-1]] for line in text.splitlines() if "│" in line}
+    head = next(line for line in text.splitlines() if "class" in line and "camvid_day" in line)
+    assert [cell.strip() for cell in head.split("┃")[2:-1]] == ["camvid_day (source)", "day (seen)", "dusk", "fog", "test"]
+    assert rows["mIoU"] == ["50.0", "60.0", "40.0", "44.0", "no truth"]
+    assert rows["classes counted"] == ["3", "3", "2", "2", "0"]
+    assert rows["images trained on"] == ["0", "100 of 171", "0", "0", "0"]
+    for line in results.remarks(everything(DOMAINS)):
+        assert line in text
+
+
+def test_results_of_older_versions_open():
+    """Without the newer entries a table says what it always said."""
+    new = ("classes", "without_truth", "trained_on")
+    old = everything({name: {k: v for k, v in e.items() if k not in new} for name, e in clean_domains().items()}, classes_differ={})
+    text = printed({key: value for key, value in old.items() if key not in ("seen_by", "classes_differ")})
+    assert "camvid_day (source)" in text
+    assert "40.0" in text
+    assert not any(word in text for word in ("trained on (", "counted", "truth", "told"))
+    assert results.remarks_of({"a": [old]}) == []
+
+
+def clean_domains() -> dict:
+    """Nothing to remark."""
+    return {"camvid_day": entry(50.0, seen=True), "dusk": entry(40.0)}
+
+
+def test_remarks_of_groups_name_those_that_they_are_about():
+    """What all groups share is said once; else with the groups; a group without a run says nothing."""
+    a, b = everything(DOMAINS), everything({**DOMAINS, "day": entry(60.0)})
+    said = results.remarks_of({"from day": [a, a], "from dusk": [b], "from fog": []})
+    assert said[0] == "from day: day: judged on images it was trained on (100 of 171)"
+    assert said[1] == "test: no truth, so it has no score and is in no mean"
+    assert len(said) == len(results.remarks(a))
+
+
+def test_the_reference_is_judged_on_no_image_trained_on():
+    """Seen domains that were not trained on count alone where there are such; parts never; entries of older versions as they were."""
+    one = lambda seen, trained=0, part=None: {"seen": seen, "trained_on": trained, "part_of": part}
+    assert results.reference({"a": one(True), "b": one(True, 5), "c": one(False), "d": one(True, 0, "a")}) == ["a"]
+    assert results.reference({"b": one(True, 5), "c": one(False)}) == ["b"]
+    assert results.reference({"a": {"seen": True, "part_of": None}, "b": {"seen": True, "part_of": None}}) == ["a", "b"]
+
+
+@pytest.mark.parametrize(
+    ("name", "source", "seen", "expected"), [("a", "a+b", True, " (source)"), ("c", "a+b", True, " (seen)"), ("c", "a", False, "")]
+)
+def test_marks(name, source, seen, expected):
+    """The source is called so, what is seen for another reason otherwise."""
+    assert results.mark(name, {"seen": seen}, source) == expected
