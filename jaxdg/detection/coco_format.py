@@ -78,25 +78,26 @@ def read_coco(truth_file: Path, detections_file: Path) -> tuple[tuple[str, ...],
 
     Raises:
         FileNotFoundError: a file is absent.
-        ValueError: a file is not JSON, lacks a key, or names an image or a class that the truth does not list.
+        ValueError: a file is not JSON, lacks a key, has two entries of one id or a flag that is neither 0 nor 1, or names an image or a
+            class that the truth does not list.
     """
     content, results = _read(truth_file), _read(detections_file)
     try:
         categories = sorted(content["categories"], key=lambda c: c["id"])
-        class_of = {c["id"]: k for k, c in enumerate(categories)}
-        image_of = {id_: i for i, id_ in enumerate(sorted(image["id"] for image in content["images"]))}
+        class_of = _places(truth_file, "categories", [c["id"] for c in categories])
+        image_of = _places(truth_file, "images", sorted(image["id"] for image in content["images"]))
         names = tuple(c["name"] for c in categories)
         true = _by_image(truth_file, content["annotations"], image_of, class_of)
     except (KeyError, TypeError) as error:
         raise ValueError(f"{truth_file}: not a COCO annotation file: {error!r}") from error
     try:
-        found = _by_image(detections_file, results, image_of, class_of)
+        found = _by_image(detections_file, results, image_of, class_of, "score")
         detections = [Detections(boxes, np.array([r["score"] for r in rows], float), classes) for boxes, classes, rows in found]
     except (KeyError, TypeError) as error:
         raise ValueError(f"{detections_file}: not a COCO results file: {error!r}") from error
     truths = []
     for boxes, classes, rows in true:
-        difficult, crowd = (np.array([bool(r.get(key, 0)) for r in rows], bool) for key in ("difficult", "iscrowd"))
+        difficult, crowd = (np.array([_flag(truth_file, r, key) for r in rows], bool) for key in ("difficult", "iscrowd"))
         areas = np.array([r.get("area", r["bbox"][2] * r["bbox"][3]) for r in rows], float)
         truths.append(Truth(boxes, classes, difficult, crowd, areas))
     return names, truths, detections
@@ -114,12 +115,32 @@ def _read(path: Path) -> Any:
         raise ValueError(f"{path}: not JSON: {error}") from error
 
 
+def _places(path: Path, kind: str, ids: list[int]) -> dict[int, int]:
+    """The place of each id in a list."""
+    places = {id_: i for i, id_ in enumerate(ids)}
+    if len(places) < len(ids):
+        twice = next(id_ for id_ in ids if ids.count(id_) > 1)
+        raise ValueError(f"{path}: two of the {kind} have one id, {twice}; renumber one")
+    return places
+
+
+def _flag(path: Path, row: dict[str, Any], key: str) -> bool:
+    """Whether a flag is set; text is read too, as "0" is no yes."""
+    said = {"0": False, "false": False, "0.0": False, "1": True, "true": True, "1.0": True}
+    text = str(row.get(key) or 0).strip().lower()
+    if text not in said:
+        raise ValueError(f"{path}: an annotation of image {row['image_id']} has the {key} {row[key]!r}; allowed are 0 and 1")
+    return said[text]
+
+
 def _by_image(
-    path: Path, rows: list[dict[str, Any]], image_of: dict[int, int], class_of: dict[int, int]
+    path: Path, rows: list[dict[str, Any]], image_of: dict[int, int], class_of: dict[int, int], *more: str
 ) -> list[tuple[np.ndarray, np.ndarray, list[dict[str, Any]]]]:
-    """Boxes x0 y0 x1 y1, classes and rows of each image."""
+    """Boxes x0 y0 x1 y1, classes and rows of each image; a row needs `more` keys too."""
     images: list[list[dict[str, Any]]] = [[] for _ in image_of]
-    for row in rows:
+    for number, row in enumerate(rows, start=1):
+        if lacking := [key for key in ("image_id", "category_id", "bbox", *more) if key not in row]:
+            raise ValueError(f"{path}: entry {number} (counted from 1) has no {lacking[0]!r}")
         for key, known in (("image_id", image_of), ("category_id", class_of)):
             if row[key] not in known:
                 raise ValueError(f"{path}: {key} {row[key]} is not in the annotation file")

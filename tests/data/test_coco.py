@@ -228,7 +228,7 @@ def test_names_composed_differently_are_the_same_names(tmp_path):
     write(tmp_path, truth, "Zu\u0308rich.json", "Zu\u0308rich photos")
     composed = json.dumps(truth, ensure_ascii=False).replace("u\u0308", "\xfc")
     (tmp_path / "Zu\u0308rich.json").write_text(composed)
-    own = BoxOptions(images=("Z\xfcrich photos",) * 2, annotations=("Z\xfcrich.json",) * 2)
+    own = BoxOptions(images=("Z\xfcrich photos", "Z\xfcrich photos"), annotations=("Z\xfcrich.json", "Z\xfcrich.json"))
     dataset = open_own(tmp_path, own)
     assert [dataset.name(i) for i in range(2)] == [f"{tmp_path}/Zu\u0308rich photos/{e['file_name']}" for e in truth["images"]]
 

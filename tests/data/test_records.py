@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 import pickle
 import shutil
+from typing import Any
 import uuid
 
 import fsspec
@@ -12,7 +13,9 @@ import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 
+from jaxdg.data import prepare as prepare_lib
 from jaxdg.data import records
+from jaxdg.data.boxes import BoxOptions, open_box_files, open_boxes
 from jaxdg.data.datasets import FolderOptions, StreetsOptions, open_domain, open_files
 from jaxdg.data.labels import CITYSCAPES, LabelSet
 from jaxdg.data.pipeline import eval_batches, train_batches
@@ -153,6 +156,66 @@ def test_boxes_come_back_bit_for_bit(tmp_path):
     source = tfds.data_source("towns/boxes", data_dir=tmp_path, split="val")
     assert source.dataset_info.features["classes"].feature.names == ["car", "traffic light"]
     np.testing.assert_array_equal(source[3]["boxes"], dataset[3]["boxes"])
+
+
+def test_records_written_before_areas_were_still_open(tmp_path, monkeypatch):
+    """Areas are then those of the boxes; how many boxes an image has is not known before it is read."""
+    kinds, example = prepare_lib.features, prepare_lib._ShardWriter._example
+
+    def without(writer: Any, i: int) -> dict[str, Any]:
+        return {key: value for key, value in example(writer, i).items() if key != "areas"}
+
+    def fewer(*arguments: Any) -> Any:
+        return tfds.features.FeaturesDict({key: kind for key, kind in kinds(*arguments).items() if key != "areas"})
+
+    monkeypatch.setattr(prepare_lib._ShardWriter, "_example", without)
+    monkeypatch.setattr(prepare_lib, "features", fewer)
+    dataset = Boxed()
+    index = Path(prepare("towns", {"val": dataset}, root="", out=str(tmp_path)), records.INDEX)
+    with np.load(index) as stored:
+        older = {key: array for key, array in stored.items() if not key.endswith("_counts")}
+    length = index.stat().st_size
+    np.savez(index, **older)
+    metadata = index.parent / records.METADATA
+    metadata.write_text(metadata.read_text().replace(str(length), str(index.stat().st_size)))
+    got = open_records(str(tmp_path), "towns", train=False, boxes=True)
+    assert got.box_counts is None
+    for i in range(4):
+        box = dataset[i]["boxes"].astype(float)
+        np.testing.assert_allclose(got[i]["areas"], (box[:, 2] - box[:, 0]) * (box[:, 3] - box[:, 1]), rtol=1e-6)
+        np.testing.assert_array_equal(got[i]["boxes"], dataset[i]["boxes"])
+
+
+def test_records_of_annotations_say_what_the_annotations_say(tmp_path, monkeypatch):
+    """COCO's areas, crowds and difficult boxes come back; entries that share an id are refused before a record is written."""
+    monkeypatch.setenv("JAXDG_CACHE", str(tmp_path / "cache"))
+    truth: dict[str, Any] = {
+        "images": [{"id": i, "file_name": f"{i}.png", "width": 8, "height": 6} for i in (1, 2)],
+        "categories": [{"id": 4, "name": "car"}],
+        "annotations": [
+            {"id": 1, "image_id": 2, "category_id": 4, "bbox": [1, 1, 4, 4], "area": 7.5, "iscrowd": "0", "ignore": 1},
+            {"id": 2, "image_id": 2, "category_id": 4, "bbox": [0, 0, 8, 6], "area": 20, "iscrowd": "1"},
+        ],
+    }
+    for e in truth["images"]:
+        trees.write(tmp_path, f"photos/{e['file_name']}", trees.encode(np.zeros((6, 8, 3), np.uint8), "PNG"))
+    (tmp_path / "t.json").write_text(json.dumps(truth))
+    own = BoxOptions(("photos", "photos"), ("t.json", "t.json"), classes=("car",))
+    files = open_box_files("town", root=str(tmp_path), train=True, own=own)
+    prepare("town", {"train": files}, root=str(tmp_path), out=str(tmp_path / "out"))
+    got = open_boxes("town", root=str(tmp_path / "out"), train=True, own=own)
+    assert_same((got[i] for i in range(2)), (files[i] for i in range(2)))
+    assert {key: got[1][key].tolist() for key in ("difficult", "crowd", "areas")} == {
+        "difficult": [True, False],
+        "crowd": [False, True],
+        "areas": [7.5, 20],
+    }
+    truth["images"][1]["id"] = 1
+    (tmp_path / "t.json").write_text(json.dumps(truth))
+    with pytest.raises(ValueError, match=r"the images '1\.png' and '2\.png' have one id, 1"):
+        open_box_files("town", root=str(tmp_path), train=True, own=own)
+    with pytest.raises(ValueError, match=r"records .* were written with the classes car, but those of town are dog"):
+        open_boxes("town", root=str(tmp_path / "out"), train=True, own=dataclasses.replace(own, classes=("dog",)))
 
 
 def test_a_pickle_holds_no_images(written):

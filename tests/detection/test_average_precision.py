@@ -221,6 +221,7 @@ def test_areas_default_to_those_of_the_boxes():
         ({}, {"classes": np.array([7])}, "image 1 .*detections: class 7, but there are 2 classes"),
         ({}, {"scores": np.array([0.5, 0.6])}, "image 1 .*detections: one entry a box .* boxes 1, classes 1, scores 2"),
         ({"classes": np.array([-1])}, {}, "image 1 .*truth: class -1"),
+        ({"areas": np.array([-1.0])}, {}, "image 1 .*truth: the area -1 is below 0"),
         ({"difficult": np.zeros(3, bool)}, {}, "image 1 .*truth: one entry a box .* difficult 3"),
     ],
 )

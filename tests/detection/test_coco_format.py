@@ -137,3 +137,24 @@ def test_mistakes_are_said(tmp_path, drawn):
         read_coco(other, detections_file)
     with pytest.raises(ValueError, match="night: 1 files, 1 sizes, 30 truths and 30 detections"):
         write_coco(tmp_path, "night", NAMES, ["a"], [(1, 1)], *drawn)
+
+
+def test_entries_of_one_id_and_flags_that_are_none_are_refused(tmp_path, drawn):
+    """Two images or classes of one id and a missing key are named; flags written as text are what they say."""
+    truth_file, detections_file = write(tmp_path, *drawn)
+    whole = json.loads(truth_file.read_text())
+    for key in ("images", "categories"):
+        doubled = {**whole, key: [*whole[key], whole[key][0]]}
+        truth_file.write_text(json.dumps(doubled))
+        with pytest.raises(ValueError, match=rf"night_truth\.json: two of the {key} have one id, 1; renumber one"):
+            read_coco(truth_file, detections_file)
+    rows = [{**row, "iscrowd": str(row["iscrowd"]), "difficult": "True" if row["difficult"] else "false"} for row in whole["annotations"]]
+    truth_file.write_text(json.dumps({**whole, "annotations": rows}))
+    for truth, expected in zip(read_coco(truth_file, detections_file)[1], drawn[0], strict=True):
+        np.testing.assert_array_equal(truth.crowd, expected.crowd)
+        np.testing.assert_array_equal(truth.difficult, expected.difficult)
+    for change, told in (({"iscrowd": "some"}, "has the iscrowd 'some'; allowed are 0 and 1"), ({"bbox": ...}, "entry 1 .* has no 'bbox'")):
+        row = {key: value for key, value in {**whole["annotations"][0], **change}.items() if value is not ...}
+        truth_file.write_text(json.dumps({**whole, "annotations": [row]}))
+        with pytest.raises(ValueError, match=told):
+            read_coco(truth_file, detections_file)
