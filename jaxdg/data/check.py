@@ -13,6 +13,8 @@ from collections.abc import Callable, Collection, Iterable, Sequence
 import dataclasses
 import functools
 import glob
+import json
+import math
 import os
 from pathlib import Path
 import re
@@ -32,8 +34,10 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from jaxdg import visualize
-from jaxdg.data import published, records, storage
+from jaxdg.data import class_check, published, records, storage
 from jaxdg.data.boxes import COUNTS, BoxFiles, BoxOptions, open_box_files
+from jaxdg.data.class_check import Shown
+from jaxdg.data.class_counts import Look, look
 from jaxdg.data.datasets import Files, FolderOptions, open_files
 from jaxdg.data.images import read_image
 from jaxdg.data.index import Defect
@@ -82,11 +86,15 @@ class Subject:
         name: for people; with `boxes` behind it where label maps have the name.
         folder: where its files are.
         splits: what it consists of.
+        own: described by the configuration and not published.
+        judged_only: no source of the configuration, so that it may lack classes.
     """
 
     name: str
     folder: str
     splits: tuple[Split, ...]
+    own: bool = False
+    judged_only: bool = False
 
 
 @dataclasses.dataclass
@@ -100,6 +108,7 @@ class Opened:
         intact: images that were decoded and have nothing wrong.
         telling: those of them that show a class.
         counts: pixels by train id, or boxes by class, of the images that were decoded.
+        ids: pixels by the ids of the label files, or boxes without crowds by class, of the same images.
     """
 
     split: Split
@@ -108,6 +117,7 @@ class Opened:
     intact: list[int] = dataclasses.field(default_factory=list)
     telling: list[int] = dataclasses.field(default_factory=list)
     counts: Int64[np.ndarray, "256"] = dataclasses.field(default_factory=lambda: np.zeros(256, np.int64))
+    ids: Int64[np.ndarray, "65536"] = dataclasses.field(default_factory=lambda: np.zeros(65536, np.int64))
 
 
 def subjects(
@@ -118,6 +128,7 @@ def subjects(
     boxes: BoxOptions | None = None,
     mapillary_labels: str = "vltseg",
     recorded: Collection[str] = (),
+    judged_only: Collection[str] = (),
 ) -> list[Subject]:
     """What there is to check.
 
@@ -128,13 +139,14 @@ def subjects(
         boxes: as `own` for `open_boxes`.
         mapillary_labels: as for `open_files`.
         recorded: domains of which there are records, so that the files need not be there.
+        judged_only: domains of one's own that no run trains on.
 
     Raises:
         ValueError: an unknown name.
     """
     found: list[Subject] = []
     for name in names:
-        mine = _published(name, root, mapillary_labels) or _voc(name, root) or _own(name, root, folder, boxes)
+        mine = _published(name, root, mapillary_labels) or _voc(name, root) or _own(name, root, folder, boxes, name in judged_only)
         if any(f"{domain}/".startswith(f"{name}/") for domain in recorded):
             mine = [s for s in mine if any(os.path.isdir(s.folder) and all(_holds(s.folder, i) for i in t.images) for t in s.splits)]
         elif not mine:
@@ -195,9 +207,10 @@ def _voc(name: str, root: str) -> list[Subject]:
     return []
 
 
-def _own(name: str, root: str, folder: FolderOptions | None, boxes: BoxOptions | None) -> list[Subject]:
+def _own(name: str, root: str, folder: FolderOptions | None, boxes: BoxOptions | None, judged_only: bool) -> list[Subject]:
     def subject(title: str, opening: Callable[..., Files], splits: tuple[str, ...]) -> Subject:
-        return Subject(title, root, tuple(Split(f"{name}/{s}", functools.partial(opening, train=s != "val")) for s in splits))
+        opened = tuple(Split(f"{name}/{s}", functools.partial(opening, train=s != "val")) for s in splits)
+        return Subject(title, root, opened, own=True, judged_only=judged_only)
 
     found = []
     if folder:
@@ -232,7 +245,10 @@ def check(subject: Subject, *, everything: bool, workers: int, console: Console,
     """
     opened, broken, warnings = _open(subject, console)
     _decode(subject.name, opened, everything, workers, console)
-    broken = list(dict.fromkeys([*broken, *(defect for o in opened for defect in o.broken)]))
+    shown = _shown(subject, opened, console)
+    lacking, lines = class_check.findings(shown, own=subject.own, judged_only=subject.judged_only) if shown else ([], [])
+    warnings += [line for line, is_warning in lines if is_warning]
+    broken = list(dict.fromkeys([*broken, *(defect for o in opened for defect in o.broken), *(Defect("", line) for line in lacking)]))
     console.print(Text.assemble((subject.name, "bold"), f"  {subject.folder}"))
     if opened:
         console.print(_table(opened))
@@ -240,6 +256,8 @@ def check(subject: Subject, *, everything: bool, workers: int, console: Console,
     if any(o.counts.any() for o in opened):
         console.print(_histogram(opened))
         console.print()
+    for one in shown if subject.own else ():
+        console.print(Text(class_check.ids_seen(one)))
     if any(o.intact for o in opened):
         file = out / (re.sub(r"[^\w-]", "_", subject.name) + ".png")
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -247,6 +265,8 @@ def check(subject: Subject, *, everything: bool, workers: int, console: Console,
         console.print(Text(f"contact sheet: {file}"))
     for note in dict.fromkeys(note for o in opened for note in o.dataset.pairs.notes):
         console.print(Text(note))
+    for line in (line for line, is_warning in lines if not is_warning):
+        console.print(Text(line))
     for warning in warnings:
         console.print(Text.assemble(("warning: ", "yellow"), warning))
     _list_broken(broken, console)
@@ -291,15 +311,15 @@ def _decode(name: str, opened: Sequence[Opened], everything: bool, workers: int,
     """Decodes what nothing is known to be wrong with, and adds to what is known."""
     items: list[tuple[int, int]] = []
     for k, o in enumerate(opened):
-        broken, pairs = {path for path, _ in o.broken}, zip(o.dataset.pairs.images, o.dataset.pairs.labels, strict=True)
-        rest = [i for i, pair in enumerate(pairs) if broken.isdisjoint(pair)]
+        rest = _whole(o)
         items += [(k, i) for i in (rest if everything else _spread(rest, SAMPLE))]
     if not items:
         return
     looks = read_ahead(grain.MapDataset.range(len(items)).map(_Look([o.dataset for o in opened], items)), workers)
     looks = track(looks, name, len(items), console=console, transient=True, disable=not console.is_terminal)
-    for (k, i), (counts, wrong) in zip(items, looks, strict=True):
+    for (k, i), (counts, (ids, found), wrong) in zip(items, looks, strict=True):
         opened[k].counts += counts
+        opened[k].ids[ids] += found
         opened[k].broken += wrong
         opened[k].intact += [] if wrong else [i]
         opened[k].telling += [i] if counts[:IGNORE].any() and not wrong else []
@@ -312,20 +332,74 @@ class _Look:
     datasets: list[Files]
     items: list[tuple[int, int]]
 
-    def __call__(self, j: int) -> tuple[Int64[np.ndarray, "256"], list[Defect]]:
+    def __call__(self, j: int) -> tuple[Int64[np.ndarray, "256"], tuple[np.ndarray, np.ndarray], list[Defect]]:
         k, i = self.items[j]
         dataset, counts, wrong = self.datasets[k], np.zeros(256, np.int64), []
+        ids = np.zeros(0, np.int64), np.zeros(0, np.int64)
         image, label = dataset.name(i), dataset.pairs.labels[i] or dataset.name(i)
         try:
             read_image(image)
         except (ValueError, cv2.error) as error:
             wrong.append(_defect(image, error))
         try:
-            truth = dataset.boxes(i)["classes"] if isinstance(dataset, BoxFiles) else dataset.label(i)
-            counts = np.bincount(truth.ravel(), minlength=256)
+            counts, ids = _truth(dataset, i)
         except (ValueError, cv2.error) as error:
             wrong.append(_defect(label, error))
-        return counts, wrong
+        return counts, ids, wrong
+
+
+def _truth(dataset: Files, i: int) -> tuple[Int64[np.ndarray, "256"], tuple[np.ndarray, np.ndarray]]:
+    """Of the label of image `i` what `Opened.counts` and `Opened.ids` say, the latter as ids and the count of each."""
+    if isinstance(dataset, BoxFiles):
+        truth = dataset.boxes(i)
+        counts = np.bincount(truth["classes"], minlength=256)
+        return counts, np.unique(truth["classes"][~truth["crowd"]], return_counts=True)
+    ids, found = dataset.ids(i)
+    classes = dataset.table[ids]
+    if (classes < 0).any():
+        dataset.label(i)  # the error that says which ids, and where
+    counts = np.zeros(256, np.int64)
+    np.add.at(counts, classes, found)
+    return counts, (ids, found)
+
+
+def _shown(subject: Subject, opened: Sequence[Opened], console: Console) -> list[Shown]:
+    """What the labels of the splits show; looks at more of them where a class was not seen, and at all where nothing else will tell."""
+    decoded = [o for o in opened if o.intact]
+    shown = []
+    for o in decoded:
+        ids = np.flatnonzero(o.ids)
+        shown.append(Shown(o.dataset, Look(len(o.intact), ids, o.ids[ids]), o.split.name))
+    if not shown:
+        return []
+    each = subject.own or not class_check.union(shown).all()  # what one published split lacks another may have
+    doubtful = [not one.classes.all() if each else class_check.fault([one]) is not None for one in shown]
+    with console.status(Text(f"{subject.name}: looking for classes")):
+        return [_look_further(o, one, len(shown)) if doubt else one for o, one, doubt in zip(decoded, shown, doubtful, strict=True)]
+
+
+def _look_further(o: Opened, shown: Shown, parts: int) -> Shown:
+    """What more labels show, as before training; a split with too few classes is read to its end."""
+    rest = _whole(o)
+    if shown.look is None or shown.look.images >= len(rest):
+        return shown
+    seconds = class_check.SECONDS / parts
+    further = look(o.dataset, most=class_check.MOST, seconds=seconds, images=rest, defects=o.broken)
+    found = dataclasses.replace(shown, look=further)
+    if class_check.fault([found]) and further.images < len(rest):
+        found = dataclasses.replace(shown, look=look(o.dataset, most=len(rest), seconds=math.inf, images=rest, defects=o.broken))
+    if found.look is not None and found.look.odd >= 0:
+        try:
+            o.dataset.label(found.look.odd)
+        except ValueError as error:  # says which ids
+            o.broken.append(_defect(o.dataset.pairs.labels[found.look.odd], error))
+    return found
+
+
+def _whole(o: Opened) -> list[int]:
+    """Images with whose files nothing is known to be wrong."""
+    broken = {path for path, _ in o.broken}
+    return [i for i, pair in enumerate(zip(o.dataset.pairs.images, o.dataset.pairs.labels, strict=True)) if broken.isdisjoint(pair)]
 
 
 def _defect(path: str, error: Exception) -> Defect:
@@ -409,13 +483,14 @@ def _join(tiles: Sequence[UInt8[np.ndarray, "_ _ 3"]], gap: int = 12) -> UInt8[n
     return canvas
 
 
-def check_records(names: Sequence[str], root: str, console: Console) -> dict[str, list[Defect]]:
+def check_records(names: Sequence[str], root: str, console: Console, everything: bool = False) -> dict[str, list[Defect]]:
     """Verifies the records below a data root and prints what it finds.
 
     Args:
         names: of datasets and domains; none for all.
         root: data root.
         console: where to print.
+        everything: look at every label, also where all classes were seen.
 
     Returns:
         What is broken in the records of each domain that has some.
@@ -432,9 +507,27 @@ def check_records(names: Sequence[str], root: str, console: Console) -> dict[str
         except (ValueError, OSError) as error:
             found[domain] = [Defect("", str(error))]
         console.print(Text.assemble((f"records of {domain}", "bold"), f"  {directory}: {'broken' if found[domain] else 'whole'}"))
+        if not found[domain]:
+            found[domain] += _classes_of_records(directory, domain, everything, console)
         _list_broken(found[domain], console)
         console.print()
     return found
+
+
+def _classes_of_records(directory: str, domain: str, everything: bool, console: Console) -> list[Defect]:
+    """What is wrong with the classes that whole records show; prints what else there is to say."""
+    metadata = json.loads(Path(directory, records.METADATA).read_text(encoding="utf-8"))
+    if "classes" not in metadata:
+        return []  # not written by `prepare`, which training says
+    shown = []
+    for split in dict.fromkeys(metadata["splits"].values()):
+        dataset = records.Records(directory, split)
+        most, seconds = (len(dataset), math.inf) if everything else (class_check.MOST, class_check.SECONDS)
+        shown.append(Shown(dataset, look(dataset, most=most, seconds=seconds), f"{domain}/{split}"))
+    broken, lines = class_check.findings(shown, own=published.find(domain) is None)
+    for line, is_warning in lines:
+        console.print(Text.assemble(("warning: ", "yellow") if is_warning else "", line))
+    return [Defect("", line) for line in broken]
 
 
 def write_skip_list(file: Path, broken: Iterable[Defect], root: str) -> int:
@@ -479,7 +572,7 @@ def main(
     root = os.path.normpath(root)
     if not console.is_terminal:
         console.width = 240  # nobody reads it as it is printed: nothing is cut off
-    recorded = check_records(names, root, console)
+    recorded = check_records(names, root, console, everything)
     there, others = _there(root)
     everyone = subjects(names or there, root=root, recorded=recorded, **options)
     if not everyone and not recorded:
@@ -517,6 +610,11 @@ if __name__ == "__main__":
     _CONFIG = cli.define_config()  # for data.folder, data.boxes and data.mapillary_labels
     flags.declare_key_flag("config")
 
+    def _judged_only() -> frozenset[str]:
+        """The domains of the configuration that it does not train on."""
+        config = _CONFIG.value
+        return frozenset(config.evaluation.domains) - set(config.data.source.split("+")) if config else frozenset()
+
     def _main(arguments: list[str]) -> None:
         data = _CONFIG.value.data if _CONFIG.value else DataConfig()
         whole = this.main(
@@ -530,6 +628,7 @@ if __name__ == "__main__":
             folder=data.folder,
             boxes=data.boxes,
             mapillary_labels=data.mapillary_labels,
+            judged_only=_judged_only(),
         )
         sys.exit(0 if whole else 1)
 

@@ -34,10 +34,15 @@ class Shown:
     Attributes:
         dataset: its images.
         look: what was seen; None of generated streets, which show every class.
+        name: for people; that of the dataset's domain if empty.
     """
 
     dataset: Dataset
     look: Look | None
+    name: str = ""
+
+    def __str__(self) -> str:
+        return self.name or self.dataset.domain
 
     @functools.cached_property
     def classes(self) -> Bool[np.ndarray, " k"]:
@@ -55,6 +60,12 @@ class Shown:
         """Whether there are boxes instead of label maps."""
         inner = _inner(self.dataset)
         return isinstance(inner, BoxFiles | StreetsBoxes) or (isinstance(inner, Records) and inner.boxes)
+
+    @property
+    def unlabelled(self) -> bool:
+        """Whether there are images alone, as of a published test split."""
+        inner = _inner(self.dataset)
+        return isinstance(inner, Files) and not self.boxes and not any(inner.pairs.labels)
 
 
 def show(dataset: Dataset, most: int, seconds: float) -> list[Shown]:
@@ -98,9 +109,36 @@ def before_training(source: Dataset, domains: Mapping[str, Dataset], say: Callab
         say(Text.assemble(("warning: ", "bold yellow"), line) if loud else Text(f"note: {line}"))
 
 
+def findings(shown: Sequence[Shown], *, own: bool, judged_only: bool = False) -> tuple[list[str], list[tuple[str, bool]]]:
+    """What is to be said of the splits of a dataset that may be trained on.
+
+    Args:
+        shown: what was seen in each, the one to train on first.
+        own: whether it is a folder of one's own: its label maps are broken if a class never occurs. Of a published dataset, of boxes, and
+            of a split to judge on that is no more than a warning.
+        judged_only: nobody trains on it, so that all is a warning.
+
+    Returns:
+        What is broken; and other lines, each with whether it is a warning.
+    """
+    shown = [one for one in shown if not one.unlabelled] or list(shown)
+    faults = {k: wrong for k, one in enumerate(shown) if (wrong := fault([one]))}
+    sound = [one for k, one in enumerate(shown) if k not in faults]
+    lines: list[tuple[str, bool]] = []
+    broken = list(faults.values())
+    if own and sound and not sound[0].boxes:
+        lacking = [missing([one]) for one in sound]
+        if sound[0] is shown[0]:
+            broken += [line for line, _ in lacking.pop(0)]
+        lines += [line for of_one in lacking for line in of_one]
+    elif sound:
+        lines += missing(sound)
+    return ([], [(line, True) for line in broken] + lines) if judged_only else (broken, lines)
+
+
 def fault(shown: Sequence[Shown]) -> str | None:
     """Why nothing can be learnt from a source as a whole, if that is so."""
-    first, seen = shown[0], _union(shown)
+    first, seen = shown[0], union(shown)
     names, source = first.dataset.labels.names, _name(shown)
     if first.boxes:
         return None if seen.any() else f"{source} has no box to learn from in {_looked(shown)}; see the annotation files"
@@ -117,9 +155,9 @@ def fault(shown: Sequence[Shown]) -> str | None:
 
 def missing(shown: Sequence[Shown]) -> list[tuple[str, bool]]:
     """Classes of a source that never occur, and parts that show nothing: a line each, and whether it is to be loud."""
-    names, absent = shown[0].dataset.labels.names, ~_union(shown)
+    names, absent = shown[0].dataset.labels.names, ~union(shown)
     lines = [
-        (f"{one.dataset.domain} shows no class at all in {_looked([one])}; {ids_seen(one)}", True)
+        (f"{one} shows no class at all in {_looked([one])}; {ids_seen(one)}", True)
         for one in shown
         if len(shown) > 1 and not one.classes.any()
     ]
@@ -145,10 +183,9 @@ def known_to_lack(domain: str) -> tuple[str, ...]:
 def ids_seen(shown: Shown) -> str:
     """How often each id was seen, as in `ids in the label files: 0 93.1 % (background), 255 6.9 % (ignored)`."""
     if shown.look is None:
-        return f"{shown.dataset.domain} is generated"
-    inner = _inner(shown.dataset)
-    if isinstance(inner, Files) and not shown.boxes and not any(inner.pairs.labels):
-        return f"{shown.dataset.domain} has no label files"
+        return f"{shown} is generated"
+    if shown.unlabelled:
+        return f"{shown} has no label files"
     ids, counts, names = shown.look.ids, shown.look.counts, shown.dataset.labels.names
     if shown.boxes:
         return "boxes: " + (_some([f"{names[k]} {n}" for k, n in zip(ids.tolist(), counts.tolist(), strict=True)]) or "none")
@@ -158,14 +195,14 @@ def ids_seen(shown: Shown) -> str:
     share = 100 * counts / max(1, counts.sum())
     percent = lambda x: f"{x:.1f} %" if x >= 0.95 else f"{x:.2g} %"
     if is_mapped(shown.dataset):
-        return f"classes in {shown.dataset.domain}: " + _some([f"{meaning[int(classes[ids[j]])]} {percent(share[j])}" for j in order])
+        return f"classes in {shown}: " + _some([f"{meaning[int(classes[ids[j]])]} {percent(share[j])}" for j in order])
     told = _some([f"{ids[j]} {percent(share[j])} ({meaning.get(int(classes[ids[j]]), 'no class')})" for j in order])
-    return f"ids in the label files of {shown.dataset.domain}: {told}"
+    return f"ids in the label files of {shown}: {told}"
 
 
 def _against(source: Sequence[Shown], name: str, shown: Sequence[Shown]) -> list[tuple[str, bool]]:
     """What the classes of a domain mean for its score, beside those of the source."""
-    names, seen, learnt = shown[0].dataset.labels.names, _union(shown), _union(source)
+    names, seen, learnt = shown[0].dataset.labels.names, union(shown), union(source)
     if names != source[0].dataset.labels.names:
         return []  # said elsewhere
     looked, score = _looked(shown), "AP50" if shown[0].boxes else "IoU"
@@ -185,12 +222,13 @@ def _against(source: Sequence[Shown], name: str, shown: Sequence[Shown]) -> list
     return lines
 
 
-def _union(shown: Sequence[Shown]) -> Bool[np.ndarray, " k"]:
+def union(shown: Sequence[Shown]) -> Bool[np.ndarray, " k"]:
+    """Whether each class was seen in any of them."""
     return np.logical_or.reduce([one.classes for one in shown])
 
 
 def _name(shown: Sequence[Shown]) -> str:
-    return "+".join(one.dataset.domain for one in shown)
+    return "+".join(map(str, shown))
 
 
 def _looked(shown: Sequence[Shown]) -> str:

@@ -5,6 +5,7 @@ import io
 import json
 import os
 from pathlib import Path
+import re
 import shutil
 import subprocess
 import sys
@@ -269,7 +270,9 @@ def test_own_folders_and_boxes(tmp_path):
     """Data described by a configuration: label folders, and COCO's JSON with a box outside and an image that is not there."""
     for split in ("train", "val"):
         trees.write(tmp_path, f"rgb/{split}/a.png", trees.encode(np.zeros((24, 40, 3), np.uint8), "PNG"))
-        trees.write(tmp_path, f"gt/{split}/a.png", trees.grey(np.full((24, 40), 2 if split == "train" else 9)))
+        trees.write(
+            tmp_path, f"gt/{split}/a.png", trees.grey(np.arange(960).reshape(24, 40) % 3 if split == "train" else np.full((24, 40), 9))
+        )
     folder = FolderOptions(images="rgb/{split}", labels="gt/{split}", classes=("a", "b", "c"))
     images = [{"id": i, "file_name": f"{name}.png", "width": 40, "height": 24} for i, name in enumerate("ab")]
     box = {"id": 7, "image_id": 0, "category_id": 1, "bbox": [30, 2, 15, 3]}
@@ -286,6 +289,105 @@ def test_own_folders_and_boxes(tmp_path):
     }
     listed = [line for line in (tmp_path / "skip").read_text().splitlines() if not line.startswith("#")]
     assert sorted(listed) == ["gt/val/a.png", "rgb/train/a.png", "rgb/train/b.png"]
+
+
+def masks(root: Path, domain: str, maps: list[list[int]]) -> None:
+    """Label maps of 10 x 20 pixels that show the given ids in turn, and images."""
+    for i, ids in enumerate(maps):
+        trees.write(root, f"{domain}/images/{i:03}.png", trees.encode(np.zeros((10, 20, 3), np.uint8), "PNG"))
+        trees.write(root, f"{domain}/labels/{i:03}.png", trees.grey(np.resize(ids, 200).reshape(10, 20)))
+
+
+def test_classes_of_own_folders(tmp_path):
+    """One class, no label, a class that never occurs: broken, with the ids of the files; a folder to judge on may lack classes."""
+    folder = lambda **options: FolderOptions("{domain}/images", "{domain}/labels", **options)
+    masks(tmp_path, "walls", [[0, 255]] * 3)
+    two = {"classes": ("background", "crack")}
+    ids = "ids in the label files of walls/all: 0 50.0 % (background), 255 50.0 % (ignored)"
+    whole, printed = run(tmp_path, "walls", folder=folder(**two))
+    assert not whole
+    assert f"\n{ids}\n" in printed
+    way = 'if 255 marks crack, set classes=("background", "crack"), id_map={255: 1} in data.folder'
+    only = "only background occurs in the labels of walls/all, in all 3 images: a model that answers nothing else scores 100"
+    assert f"broken: {only}; {ids}; {way}\n" in printed
+    assert "1 broken, 0 warnings" in printed
+    assert "has the single class crack" in run(tmp_path, "walls", folder=folder(classes=("crack",)))[1]
+    whole, printed = run(tmp_path, "walls", folder=folder(**two, id_map={255: 1}))
+    assert whole
+    assert "ids in the label files of walls/all: 0 50.0 % (background), 255 50.0 % (crack)\n" in printed
+    whole, printed = run(tmp_path, "walls", folder=folder(**two, id_map={0: 255, 255: 255}))
+    assert not whole
+    assert "broken: no label of walls/all shows a class, in all 3 images" in printed
+
+    three = folder(classes=("a", "b", "c"), id_map={0: 0, 255: 1})
+    whole, printed = run(tmp_path, "walls", folder=three)
+    assert not whole
+    assert "broken: c never occurs in walls/all, in all 3 images" in printed
+    assert "; data.folder.id_map maps no id to c\n" in printed
+    for options in {"folder": three}, {"folder": folder(**two)}:
+        whole, printed = run(tmp_path, "walls", judged_only=("walls",), **options)
+        assert whole
+        assert "0 broken, 1 warning;" in printed
+
+
+def test_a_sample_that_lacks_a_class_is_followed_by_a_look_at_more(tmp_path):
+    """A class in one of 200 label maps, none of the 20 that are decoded, occurs; and what is damaged among the others is found."""
+    folder = FolderOptions("{domain}/images", "{domain}/labels", classes=("a", "b", "c"))
+    masks(tmp_path, "walls", [[0, 1]] * 77 + [[2]] + [[0, 1]] * 122)
+    assert run(tmp_path, "walls", folder=folder)[0]
+    masks(tmp_path, "bare", [[0]] * 77 + [[1]] + [[0]] * 122)
+    whole, printed = run(tmp_path, "bare", folder=folder)
+    assert not whole
+    assert "broken: c never occurs in bare/all, in all 200 images" in printed
+    label = tmp_path / "bare/labels/050.png"
+    label.write_bytes(trees.grey(np.full((10, 20), 9)))
+    broken = [line for line in run(tmp_path, "bare", folder=folder)[1].splitlines() if line.startswith("broken: ")]
+    assert broken[0].startswith(f"broken: {label}: 200 pixels have label ids outside the id map: 9")
+    assert broken[1].startswith("broken: c never occurs in bare/all")
+
+
+def test_classes_of_published_datasets_and_of_boxes(tmp_path):
+    """What no split has is a warning, one class alone is broken; no box is broken, a class without one a warning."""
+    items = trees.make("acdc", tmp_path, np.random.default_rng(8))
+    for item in items:
+        if item.label:
+            gone = (3, 5) if item.split == "train" else (5,)
+            Path(item.label).write_bytes(trees.grey(np.where(np.isin(item.ids, gone), 255, item.ids)))
+    whole, printed = run(tmp_path)
+    assert whole
+    warnings = [line for line in printed.splitlines() if line.startswith("warning: ") and "never" in line]
+    assert len(warnings) == 1
+    assert warnings[0].startswith("warning: pole never occurs in acdc/fog/train+acdc/night/train+")
+    for item in items:
+        if item.label and item.domain == "acdc/night" and item.split == "val":
+            Path(item.label).write_bytes(trees.grey(np.zeros_like(item.ids)))
+    whole, printed = run(tmp_path)
+    assert not whole
+    assert "broken: only road occurs in the labels of acdc/night/val, in all 2 images" in printed
+
+    voc(tmp_path / "diverse_weather/night_rainy", {"a": [("car", 5, 5, 20, 9)]}, "train")
+    voc(tmp_path / "diverse_weather/dusk_rainy", {"a": []}, "train")
+    assert "warning: bus, bike, motor, person, rider, truck never occur in night_rainy/val" in run(tmp_path, "night_rainy")[1]
+    whole, printed = run(tmp_path, "dusk_rainy")
+    assert not whole
+    assert "broken: dusk_rainy/val has no box to learn from in all 1 image" in printed
+
+
+def test_classes_of_records(tmp_path):
+    """Records of one's own masks are broken as the masks are, by the names of the classes."""
+    from jaxdg.data.prepare import prepare
+
+    masks(tmp_path / "in", "walls", [[0, 255]] * 3)
+    masks(tmp_path / "in", "roads", [[0, 1]] * 3)
+    for name in ("walls", "roads"):
+        folder = FolderOptions("{domain}/images", "{domain}/labels", classes=("background", "crack"))
+        files = open_domain(name, root=str(tmp_path / "in"), train=True, streets=StreetsOptions(), folder=folder)
+        prepare(name, {"train": files}, root=str(tmp_path / "in"), out=str(tmp_path / "out"))
+    whole, printed = run(tmp_path / "out", "walls")
+    assert not whole
+    shares = r"; classes in walls/train: background 50\.0 %, ignored 50\.0 %"
+    assert re.search(rf"broken: only background occurs in the labels of walls/train, in all 3 images: .*{shares}\n", printed)
+    assert run(tmp_path / "out", "roads")[0]
 
 
 def test_records_are_verified(tmp_path):
