@@ -46,7 +46,7 @@ from jaxdg import cli
 from jaxdg.config import DataConfig
 from jaxdg.data import published, records, storage
 from jaxdg.data.box_fields import areas_of
-from jaxdg.data.boxes import COUNTS, open_box_files
+from jaxdg.data.boxes import COUNTS, BoxFiles, open_box_files
 from jaxdg.data.datasets import STREETS, Dataset, open_files
 from jaxdg.data.labels import LabelSet
 from jaxdg.data.records import COMPLETE, INDEX, METADATA, UNFINISHED, VERSION, filesystem
@@ -110,6 +110,7 @@ def prepare(
         "resize": resize,
         "splits": splits,
         "images": {split: names[split] for split in writers},
+        "annotations": {split: _annotations(datasets[split]) for split in writers},
         "bounds": {split: writer.bounds for split, writer in writers.items()},
     }
     plan = json.loads(json.dumps(plan))
@@ -300,6 +301,17 @@ def _digest(dataset: Dataset, root: str) -> str:
     return digest.hexdigest()
 
 
+def _annotations(dataset: Dataset) -> str | None:
+    """Tells boxes from corrected ones; None where only reading the label images would."""
+    if not isinstance(dataset, BoxFiles) or dataset.box_counts is None:
+        return None
+    digest = hashlib.sha256()
+    for i in range(len(dataset)):
+        for key, array in sorted(dataset.boxes(i).items()):
+            digest.update(key.encode() + array.tobytes())
+    return digest.hexdigest()
+
+
 def _note(path: str) -> dict[str, Any] | None:
     """What was noted of a shard when it was written, if it is whole."""
     system, inner = filesystem(path)
@@ -317,7 +329,8 @@ def _is_complete(directory: str, plan: dict[str, Any]) -> bool:
         if not system.exists(f"{inner}/{name}"):
             continue
         metadata = json.loads(system.cat_file(f"{inner}/{found}")) if system.exists(f"{inner}/{found}") else {}
-        if differing := [key for key in plan if metadata.get(key) != plan[key]]:
+        older = {"annotations": plan["annotations"]}  # as what was not noted when they were written
+        if differing := [key for key in plan if (older | metadata).get(key) != plan[key]]:
             raise ValueError(
                 f"{directory} holds records that differ in {', '.join(differing)}; delete the folder, write to another --out, "
                 "or give the arguments that they were made with"

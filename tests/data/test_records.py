@@ -177,7 +177,10 @@ def test_records_written_before_areas_were_still_open(tmp_path, monkeypatch):
     length = index.stat().st_size
     np.savez(index, **older)
     metadata = index.parent / records.METADATA
-    metadata.write_text(metadata.read_text().replace(str(length), str(index.stat().st_size)))
+    noted = json.loads(metadata.read_text().replace(str(length), str(index.stat().st_size)))
+    del noted["annotations"]
+    metadata.write_text(json.dumps(noted))
+    assert prepare("towns", {"val": dataset}, root="", out=str(tmp_path)) == str(index.parent)
     got = open_records(str(tmp_path), "towns", train=False, boxes=True)
     assert got.box_counts is None
     for i in range(4):
@@ -187,7 +190,7 @@ def test_records_written_before_areas_were_still_open(tmp_path, monkeypatch):
 
 
 def test_records_of_annotations_say_what_the_annotations_say(tmp_path, monkeypatch):
-    """COCO's areas, crowds and difficult boxes come back; entries that share an id are refused before a record is written."""
+    """COCO's areas, crowds and difficult boxes come back; once corrected, records are to be made anew; two images of one id are refused."""
     monkeypatch.setenv("JAXDG_CACHE", str(tmp_path / "cache"))
     truth: dict[str, Any] = {
         "images": [{"id": i, "file_name": f"{i}.png", "width": 8, "height": 6} for i in (1, 2)],
@@ -210,6 +213,12 @@ def test_records_of_annotations_say_what_the_annotations_say(tmp_path, monkeypat
         "crowd": [False, True],
         "areas": [7.5, 20],
     }
+    again = {"root": str(tmp_path), "out": str(tmp_path / "out")}
+    assert prepare("town", {"train": files}, **again) == got.directory
+    truth["annotations"][0]["bbox"] = [1, 1, 4, 3]
+    (tmp_path / "t.json").write_text(json.dumps(truth))
+    with pytest.raises(ValueError, match=r"town/boxes/1\.0\.0 holds records that differ in annotations; delete the folder"):
+        prepare("town", {"train": open_box_files("town", root=str(tmp_path), train=True, own=own)}, **again)
     truth["images"][1]["id"] = 1
     (tmp_path / "t.json").write_text(json.dumps(truth))
     with pytest.raises(ValueError, match=r"the images '1\.png' and '2\.png' have one id, 1"):
