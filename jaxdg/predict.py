@@ -87,7 +87,7 @@ def main(arguments: Sequence[str]) -> None:
     runtime.set_up()
     model, out = load(_CHECKPOINT.value), Path(_OUT.value)
     for file, name in images:
-        image = read_image(str(file))
+        image = read_image(str(file), upright=True)
         seen = model.predict(image)
         if isinstance(seen, Detections):
             print(write_boxes(out / name, image, seen, model.labels, _SCORE_THRESHOLD.value), flush=True)

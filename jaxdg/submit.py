@@ -22,7 +22,7 @@ from PIL import Image
 
 from jaxdg import cli, runtime
 from jaxdg import config as config_lib
-from jaxdg.data import index, published
+from jaxdg.data import images, published
 from jaxdg.data.datasets import Dataset
 from jaxdg.data.labels import CITYSCAPES, CITYSCAPES_IDS
 from jaxdg.data.pipeline import eval_batches
@@ -115,7 +115,7 @@ def check(folder: Path, files: Mapping[str, tuple[int, int]], benchmark: Benchma
         (h, w), outside = files[name], sorted(set(np.unique(label).tolist()) - set(benchmark.ids))
         if kind != ("PNG", "L"):
             wrong.append(f"{name}: {' '.join(map(str, kind))}; it must be a grey 8-bit PNG")
-        elif cut := index.truncated(name, data):
+        elif cut := images.truncated(io.BytesIO(data)):
             wrong.append(f"{name}: {cut}")
         elif label.shape != (h, w):
             wrong.append(f"{name}: {label.shape[1]}x{label.shape[0]}; its image is {w}x{h}")

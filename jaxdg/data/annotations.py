@@ -23,7 +23,7 @@ from jaxdg.data.cache import cached, decoded, encoded
 from jaxdg.data.coco_json import CocoPart
 from jaxdg.data.index import Defect
 
-VERSION = 4  # of what is kept
+VERSION = 5  # of what is kept
 FLAGS = ("-1", "0", "1")  # behind a name in the list of a single class: absent, difficult, present
 
 
@@ -276,7 +276,7 @@ def _check_pair(image: str, annotation: str, classes: tuple[str, ...]) -> tuple[
 
 def _look(image: str) -> tuple[index.Header, list[Defect]]:
     """What the header of an image says, and what is wrong with the file."""
-    return index.check_pair((image, ""))
+    return index.check_pair((image, ""), boxes=True)
 
 
 def _report(wrong: Sequence[Defect], defects: list[Defect] | None, limit: int = 10) -> None:

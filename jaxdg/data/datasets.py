@@ -18,7 +18,7 @@ import numpy as np
 
 from jaxdg.data import index, published, records, storage
 from jaxdg.data.images import read_image, read_label
-from jaxdg.data.labels import CITYSCAPES, IGNORE, LabelSet, apply_table, id_table, own_table, palette
+from jaxdg.data.labels import CITYSCAPES, IGNORE, LabelSet, apply_table, class_ids, id_table, own_table, palette
 from jaxdg.data.skip import skip_list
 
 STREETS = ("clear", "night", "rain", "fog", "dusk_rain")  # as in streets.APPEARANCES
@@ -102,6 +102,7 @@ class Files:
         pairs: their paths and sizes.
         table: label file id to train id, see `labels.id_table`.
         red: the ids are in the red channel of the label files.
+        colors: by which the palettes of label files are known, see `labels.class_ids`.
     """
 
     def __init__(self, domain: str, pairs: index.Pairs, table: np.ndarray, labels: LabelSet, red: bool = False):
@@ -110,6 +111,7 @@ class Files:
         self.table = table
         self.labels = labels
         self.red = red
+        self.colors = class_ids(table, labels)
 
     def __len__(self) -> int:
         return len(self.pairs.images)
@@ -134,16 +136,17 @@ class Files:
         path = self.pairs.labels[i]
         if not path:
             return np.full(self.size(i), IGNORE, np.uint8)
-        return self._sized(i, path, apply_table(read_label(path, red=self.red), self.table, path))
+        return self._sized(i, path, apply_table(read_label(path, red=self.red, colors=self.colors), self.table, path))
 
     def ids(self, i: int) -> tuple[Integer[np.ndarray, " m"], Integer[np.ndarray, " m"]]:
         """The ids in the label file of image `i`, ascending, and the pixels of each; 255 where there is no file."""
         path = self.pairs.labels[i]
         if not path:
             return np.array([IGNORE]), np.array([math.prod(self.size(i))])
-        label = self._sized(i, path, read_label(path, red=self.red))
+        label = self._sized(i, path, read_label(path, red=self.red, colors=self.colors))
         if label.dtype not in (np.uint8, np.uint16):
             apply_table(label, self.table, path)  # an error where ids are outside of any table
+            label = label.astype(np.uint16)  # negative ids are those of the same 16 bits
         counts = np.bincount(label.ravel(), minlength=1)
         ids = np.flatnonzero(counts)
         return ids, counts[ids]

@@ -52,7 +52,7 @@ class Pictures:
         Raises:
             ValueError: a file that cannot be read, by name.
         """
-        picture = read_image(self.files[rng.integers(len(self.files))]) if self.files else generate(rng)
+        picture = read_image(self.files[rng.integers(len(self.files))], upright=True) if self.files else generate(rng)
         factor = max(new / old for new, old in zip(size, picture.shape, strict=False))
         h, w = (max(new, round(old * factor)) for new, old in zip(size, picture.shape, strict=False))
         interpolation = cv2.INTER_AREA if factor < 1 else cv2.INTER_LINEAR

@@ -17,12 +17,12 @@ from typing import NamedTuple
 
 from jaxtyping import Int32, UInt64
 import numpy as np
-from PIL import Image, UnidentifiedImageError
 
 from jaxdg.data import storage
 from jaxdg.data.cache import cached, decoded, encoded
+from jaxdg.data.images import TURNS, Stored, read_header
 
-VERSION = 4
+VERSION = 5
 THREADS = 16
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".ppm", ".pgm", ".tif", ".tiff", ".webp")
 
@@ -176,25 +176,6 @@ def arrays(headers: Sequence[Header]) -> tuple[Int32[np.ndarray, "n 2"], UInt64[
     return sizes, np.array([header.fingerprint for header in headers], np.uint64)
 
 
-def truncated(path: str, tail: bytes) -> str | None:
-    """What is missing at the end of a PNG or JPEG file, if anything.
-
-    Args:
-        path: its extension says the format.
-        tail: the last bytes of the file, or all of it.
-
-    Returns:
-        None for whole files and other formats, else what is wrong.
-    """
-    # Some encoders write padding or metadata behind the end marker; entropy-coded JPEG data never holds FFD9.
-    end = {".jpg": b"\xff\xd9", ".jpeg": b"\xff\xd9", ".png": b"IEND"}.get(os.path.splitext(path)[1].lower(), b"")
-    if not tail:
-        return "empty (0 bytes)"
-    if end in tail[-1024:]:
-        return None
-    return "truncated (no PNG end chunk)" if end == b"IEND" else "truncated (no JPEG end marker)"
-
-
 def _by_stem(tree: storage.Tree, folders: Sequence[str], suffix: str) -> dict[str, str]:
     """Files below a folder by what remains of their relative path without the suffix."""
     found: dict[str, str] = {}
@@ -227,36 +208,62 @@ def _stem(name: str, suffix: str) -> str | None:
     return name[: -len(suffix)] if same else None
 
 
-def check_pair(pair: tuple[str, str]) -> tuple[Header, list[Defect]]:
-    """What the headers of an image and its label (or "") say of the image, and what is wrong with them."""
+def check_pair(pair: tuple[str, str], *, boxes: bool = False) -> tuple[Header, list[Defect]]:
+    """Looks at the headers and ends of an image and its label.
+
+    Args:
+        pair: their paths; "" for no label.
+        boxes: something else says what is where in the image.
+
+    Returns:
+        What is known of the image, and what is wrong.
+    """
     headers: list[Header] = []
+    stored: list[Stored] = []
     defects: list[Defect] = []
-    for path in filter(None, pair):
-        try:
-            headers.append(_header(path))
-        except Exception as error:  # Pillow raises whatever its format plugins meet
-            text = str(error) if str(error).startswith(path) else f"{path}: unreadable ({type(error).__name__}: {error})"
-            defects.append(Defect(path, text.removeprefix(path).replace("\n", " ")))
-    if not defects and headers[0].size != headers[-1].size:
-        (h, w), (label_h, label_w) = headers[0].size, headers[-1].size
-        defects.append(Defect(pair[1], f" is {label_w}x{label_h} but its image is {w}x{h}"))
+    for path, label in zip(pair, (False, True), strict=True):
+        if path:
+            try:
+                header, form = _header(path, label)
+                headers.append(header)
+                stored.append(form)
+            except Exception as error:  # Pillow raises whatever its format plugins meet
+                text = str(error) if str(error).startswith(path) else f"{path}: unreadable ({type(error).__name__}: {error})"
+                defects.append(Defect(path, text.removeprefix(path).replace("\n", " ")))
+    if not defects and (boxes or pair[1]):
+        defects += _misfits(pair, stored)
     return (headers or [Header(0, 0, 0)])[0], defects
 
 
-def _header(path: str) -> Header:
-    """What the header of an image file says; looks at its end too."""
+def _misfits(pair: tuple[str, str], stored: Sequence[Stored]) -> list[Defect]:
+    """Sizes that differ, and an orientation that leaves open which pixels the label or the boxes are of; see `images.py`."""
+    (size, turn), (label_size, label_turn) = stored[0], stored[-1]
+    path, odd = (pair[0], turn) if turn > 1 else (pair[1], label_turn)
+    orientation = f"its orientation (EXIF {odd}: {TURNS[odd]})"
+    bake = "turn its pixels by `mogrify -auto-orient FILE`"
+    one_lies = (turn >= 5) != (label_turn >= 5)
+    if size != label_size:
+        (h, w), (label_h, label_w) = size, label_size
+        text = f" is {label_w}x{label_h} but its image is {w}x{h}"
+        if one_lies and size == label_size[::-1]:
+            text += f", as viewers do not show {os.path.basename(path)} by {orientation}; {bake}"
+        return [Defect(pair[1], text)]
+    alone = len(stored) == 1
+    sizes_tell = one_lies and size[0] != size[1]  # had the other been drawn on the turned pixels, its size would be turned too
+    if (alone and turn > 1) or (turn != label_turn and not sizes_tell):
+        text = f": {orientation} leaves open whether the {'boxes' if alone else 'label'} fit the stored or the turned pixels"
+        return [Defect(path, f"{text}; {bake} if the turned ones, else take the orientation off by `exiftool -Orientation= FILE`")]
+    return []
+
+
+def _header(path: str, label: bool) -> tuple[Header, Stored]:
     # The end of a compressed member cannot be had without the rest.
     with io.BytesIO(storage.read(path)) if storage.in_archive(path) else open(path, "rb") as file:
-        file.seek(max(0, file.seek(0, os.SEEK_END) - 1024))
-        if wrong := truncated(path, file.read()):
-            raise ValueError(f"{path}: {wrong}")
-        mark = fingerprint(path, file)
-        file.seek(0)
         try:
-            with Image.open(file) as header:
-                return Header(header.height, header.width, mark)
-        except UnidentifiedImageError:
-            raise ValueError(f"{path}: unreadable (no header of an image)") from None
+            stored = read_header(file, label=label)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
+        return Header(*stored.size, 0 if label else fingerprint(path, file)), stored
 
 
 def fingerprint(path: str, file: io.BufferedIOBase) -> int:

@@ -5,12 +5,11 @@ Pixels of a thing that belong to no instance are a crowd, one box a class.
 
 from collections.abc import Callable
 
-import cv2
 from jaxtyping import Float32, Integer
 import numpy as np
 
-from jaxdg.data import index, storage
 from jaxdg.data.box_fields import Boxes
+from jaxdg.data.images import read_channels
 from jaxdg.data.labels import CITYSCAPES_IDS, SYNTHIA_IDS
 
 FIRST, COUNT = 11, 8  # train ids of the things: person, rider, car, truck, bus, train, motorcycle, bicycle
@@ -30,12 +29,9 @@ def read(path: str, channels: int) -> np.ndarray:
     Raises:
         ValueError: the file is unreadable, truncated, damaged or of another form; names it.
     """
-    data, (dtype, form) = storage.read(path), FORMS[channels]
-    wrong = index.truncated(path, data)
-    label = None if wrong else cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
-    if label is None or label.dtype != dtype or label.shape[2:] != ((channels,) if channels > 1 else ()):
-        wrong = wrong or ("damaged" if label is None else f"a label with instances must be a {form} image; use the instance files")
-        raise ValueError(f"{path}: {wrong}; fetch the file again, or leave it out with data.skip")
+    (dtype, form), label = FORMS[channels], read_channels(path)
+    if label.dtype != dtype or label.shape[2:] != ((channels,) if channels > 1 else ()):
+        raise ValueError(f"{path}: a label with instances must be a {form} image; use the instance files")
     return label
 
 

@@ -5,7 +5,7 @@ their colours are those of `cityscapesscripts` (Cordts et al. 2016); CamVid's 11
 dictionary does not name are ignored; `published.py` says which ids a dataset has at all.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 import colorsys
 import dataclasses
 from typing import Final
@@ -15,6 +15,8 @@ from jaxtyping import Int16, Integer, UInt8
 import numpy as np
 
 IGNORE = 255
+LOWEST, HIGHEST = -(2**15), 2**16 - 1  # ids of label files
+ClassIds = Mapping[tuple[int, int, int], tuple[str, Collection[int]]]  # by colour: a class and its ids in label files
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,19 +126,22 @@ def id_table(id_map: Mapping[int, int], ignore: Iterable[int] = ()) -> Int16[np.
     """A look-up table from the ids of label files to train ids.
 
     Args:
-        id_map: label file id (0-65535) to train id (0-254, or 255 to ignore).
+        id_map: label file id (-32768 to 65535) to train id (0-254, or 255 to ignore). A negative id is the one of the same 16 bits: -1 in a
+            file of signed numbers is 65535 in one of 16 bits.
         ignore: further label file ids to ignore.
 
     Returns:
-        The train id of each label file id; 255 where ignored, -1 where the id is outside the table.
+        The train id of each label file id, of negative ones from the end; 255 where ignored, -1 where the id is outside the table.
 
     Raises:
         ValueError: an id is out of range, or both mapped and ignored.
     """
     table = np.full(65536, -1, np.int16)
     for source, target in [*id_map.items(), *((i, IGNORE) for i in ignore)]:
-        if not (0 <= source < 65536 and 0 <= target <= IGNORE):
-            raise ValueError(f"id map entry {source}: {target} is out of range; file ids are 0 to 65535, train ids 0 to {IGNORE}")
+        if not (LOWEST <= source <= HIGHEST and 0 <= target <= IGNORE):
+            raise ValueError(
+                f"id map entry {source}: {target} is out of range; file ids are {LOWEST} to {HIGHEST}, train ids 0 to {IGNORE}"
+            )
         if table[source] not in (-1, target):
             raise ValueError(f"label id {source} is in the id map (as {table[source]}) and in the ignore list; keep one of the two")
         table[source] = target
@@ -187,19 +192,59 @@ def apply_table(label: Integer[np.ndarray, "h w"], table: Int16[np.ndarray, "655
     Raises:
         ValueError: the image holds ids outside the table.
     """
-    inside = label if label.dtype == np.uint8 or label.dtype == np.uint16 else np.clip(label, 0, 65535)
+    inside = label if label.dtype == np.uint8 or label.dtype == np.uint16 else np.clip(label, LOWEST, HIGHEST)
     train = np.take(table, inside)  # four times as fast as an index
     unknown = train < 0
     if inside is not label:
         unknown |= inside != label
     if unknown.any():
         ids, counts = np.unique(label[unknown], return_counts=True)
-        raise ValueError(
-            f"{path}: {counts.sum()} pixels have label ids outside the id map: {_some(ids.tolist())}; "
+        remedy = (
             "add them to the id map or to the ignore list (data.folder.id_map, data.folder.ignore), "
             "or fetch the file again if it is a published one"
         )
+        if ids[0] < LOWEST or ids[-1] > HIGHEST:
+            remedy = f"ids are {LOWEST} to {HIGHEST}: these are no classes but perhaps colours or instances; use the files of class ids"
+        raise ValueError(f"{path}: {counts.sum()} pixels have label ids outside the id map: {_some(ids.tolist())}; {remedy}")
     return train.astype(np.uint8)
+
+
+def class_ids(table: Int16[np.ndarray, "65536"], labels: LabelSet) -> ClassIds:
+    """The ids of classes in label files by their colours.
+
+    Args:
+        table: made by `id_table`.
+        labels: the classes; those that share a colour or are grey do not count, as anything may have such colours.
+    """
+    return {
+        color: (name, np.flatnonzero(table == k).tolist())
+        for k, (name, color) in enumerate(zip(labels.names, labels.colors, strict=True))
+        if len(set(color)) > 1 and labels.colors.count(color) == 1
+    }
+
+
+def palette_fault(palette: Sequence[int], expected: ClassIds) -> str | None:
+    """Whether a palette has the colours of the classes at ids of others.
+
+    Args:
+        palette: red, green and blue of index 0, of index 1, ..
+        expected: from `class_ids`.
+
+    Returns:
+        What is wrong, with a remedy; None for a palette in the expected order, and for one of other colours, which tells nothing.
+    """
+    if list(palette[3:12]) == [128, 0, 0, 0, 128, 0, 128, 128, 0]:
+        return None  # that of PASCAL VOC, which labelling tools give to any classes; it has nearly every colour somewhere
+    places: dict[tuple[int, int, int], list[int]] = {}
+    for i, (r, g, b) in enumerate(zip(palette[::3], palette[1::3], palette[2::3], strict=False)):
+        places.setdefault((r, g, b), []).append(i)
+    known = {color: ids for color, (_, ids) in expected.items() if color in places and ids}
+    strange = [color for color, ids in known.items() if not set(places[color]) & set(ids)]
+    if len(known) < max(2, len(expected) / 2) or len(strange) < 2:
+        return None
+    told = ", ".join(f"{places[c][0]} the colour of {expected[c][0]} (id {', '.join(map(str, known[c]))})" for c in strange[:5])
+    more = f" and {len(strange) - 5} more" if len(strange) > 5 else ""
+    return f"its palette gives index {told}{more}; correct the file ids (data.folder.id_map), or use the files of class ids"
 
 
 def _some(ids: Sequence[int], limit: int = 10) -> str:

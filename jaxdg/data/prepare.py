@@ -44,10 +44,10 @@ from tensorflow_datasets.core.splits import SplitDict
 
 from jaxdg import cli
 from jaxdg.config import DataConfig
-from jaxdg.data import published, records, storage
+from jaxdg.data import jpeg, published, records, storage
 from jaxdg.data.box_fields import areas_of
 from jaxdg.data.boxes import COUNTS, BoxFiles, open_box_files
-from jaxdg.data.datasets import STREETS, Dataset, open_files
+from jaxdg.data.datasets import STREETS, Dataset, Files, open_files
 from jaxdg.data.labels import LabelSet
 from jaxdg.data.records import COMPLETE, INDEX, METADATA, UNFINISHED, VERSION, filesystem
 from jaxdg.data.transforms import move_boxes
@@ -225,7 +225,7 @@ class _ShardWriter:
         sample = self.dataset[i]
         old = sample["image"].shape[:2]
         new = resized(old, self.resize)
-        image = _jpeg(self.dataset.name(i), sample["image"]) if new == old else None
+        image = _jpeg(self.dataset.name(i), sample["image"]) if new == old and isinstance(self.dataset, Files) else None
         sample = resize_sample(sample, new)
         name = _relative(self.dataset.name(i), self.root)
         if self.boxes and "areas" not in sample:
@@ -275,10 +275,11 @@ def png(pixels: UInt8[np.ndarray, "h w *c"]) -> bytes:
 
 
 def _jpeg(path: str, pixels: UInt8[np.ndarray, "h w 3"]) -> bytes | None:
-    """The file, if it is an RGB JPEG that the readers of records decode to the same pixels."""
-    if not path.lower().endswith((".jpg", ".jpeg")):
-        return None
+    """The file without what follows its end, if it is an RGB JPEG that the readers of records decode to the same pixels."""
     data = storage.read(path)
+    if not data.startswith(jpeg.START):
+        return None
+    data = data if data.endswith(jpeg.END) else data[: jpeg.end(data)]
     is_rgb = Image.open(io.BytesIO(data)).mode == "RGB"
     return data if is_rgb and np.array_equal(records.decode_image(data), pixels) else None
 

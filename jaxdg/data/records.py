@@ -26,7 +26,7 @@ from fsspec.implementations.local import LocalFileSystem
 from jaxtyping import UInt8, UInt64
 import numpy as np
 
-from jaxdg.data import cache
+from jaxdg.data import cache, jpeg
 from jaxdg.data.box_fields import areas_of
 from jaxdg.data.labels import LabelSet, id_table
 
@@ -90,7 +90,14 @@ class Records:
 
     def __getitem__(self, i: int) -> dict[str, np.ndarray]:
         fields = self._fields(i)
-        return {"image": decode_image(fields["image"].bytes_list.value[0]), **self._truth(fields)}
+        try:
+            image = decode_image(fields["image"].bytes_list.value[0])
+        except ValueError as error:
+            raise ValueError(
+                f"{self.name(i)} in {self.directory}: {error}, and was so when the records were written; "
+                "prepare them again from a whole file, or without it (data.skip)"
+            ) from error
+        return {"image": image, **self._truth(fields)}
 
     def truth(self, i: int) -> dict[str, np.ndarray]:
         """What item `i` holds beside the image, which is not decoded."""
@@ -224,8 +231,13 @@ def decode_image(data: bytes, channels: int = cv2.IMREAD_COLOR_RGB) -> UInt8[np.
     Args:
         data: a PNG or JPEG file.
         channels: for OpenCV; RGB or grey.
+
+    Raises:
+        ValueError: the JPEG file is damaged; says how, not where.
     """
-    # Some JPEG files say which way is up, label files never do.
+    if data.startswith(jpeg.START) and (pixels := jpeg.decode(data)) is not None:
+        return pixels
+    # Some files say which way is up; the stored pixels count, see `images.py`.
     return np.asarray(cv2.imdecode(np.frombuffer(data, np.uint8), channels | cv2.IMREAD_IGNORE_ORIENTATION), np.uint8)
 
 

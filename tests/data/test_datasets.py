@@ -13,7 +13,6 @@ import numpy as np
 from PIL import Image
 import pytest
 
-from jaxdg.data import index
 from jaxdg.data import streets as scenes
 from jaxdg.data.datasets import Dataset, FolderOptions, StreetsOptions, open_domain
 from jaxdg.data.images import read_image, read_label
@@ -236,7 +235,7 @@ def test_the_index_saves_the_check_until_a_folder_changes(root, cache, monkeypat
     first = open_town(root)
     opened = []
     real = Image.open
-    monkeypatch.setattr(index.Image, "open", lambda *a, **k: opened.append(a) or real(*a, **k))
+    monkeypatch.setattr(Image, "open", lambda *a, **k: opened.append(a) or real(*a, **k))
     second = open_town(root)
     assert not opened
     assert second.pairs.images == first.pairs.images

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from jaxdg.data.labels import CAMVID, CITYSCAPES, LabelSet, apply_table, id_table, own_table, palette
+from jaxdg.data.labels import CAMVID, CITYSCAPES, LabelSet, apply_table, class_ids, id_table, own_table, palette, palette_fault
 
 
 def test_cityscapes_classes_and_colors_are_the_official_ones():
@@ -43,17 +43,79 @@ def test_sixteen_bit_ids_are_not_folded():
 
 @pytest.mark.parametrize("bad", [9, -1, 65536 + 7, -65529])
 def test_an_id_outside_the_table_is_named_with_file_and_remedy(bad):
-    """No id slips through, not even one that wraps round to a known one."""
-    with pytest.raises(ValueError, match=rf"town/a\.png: 2 pixels .* {bad}; add .*data\.folder\.id_map.*data\.folder\.ignore") as error:
-        apply_table(np.array([[7, bad], [bad, 7]], np.int32), id_table({7: 0}), "town/a.png")
+    """No id slips through, not even one that wraps round to a known one; the list is proposed where it can hold the id, and then works."""
+    can = -32768 <= bad <= 65535
+    remedy = "add .*data\\.folder\\.id_map.*data\\.folder\\.ignore" if can else "ids are -32768 to 65535: these are no classes"
+    label = np.array([[7, bad], [bad, 7]], np.int32)
+    with pytest.raises(ValueError, match=rf"town/a\.png: 2 pixels .* {bad}; {remedy}") as error:
+        apply_table(label, id_table({7: 0}), "town/a.png")
     assert "\n" not in str(error.value)
+    if can:
+        np.testing.assert_array_equal(apply_table(label, id_table({7: 0}, ignore=(bad,)), "town/a.png"), [[0, 255], [255, 0]])
+
+
+def test_negative_ids_are_those_of_the_same_16_bits():
+    """-1 of signed files of 16 and 32 bits is 65535 of unsigned ones, and cannot mean something else beside it."""
+    table = id_table({0: 0, -2: 1}, ignore=(-1,))
+    for dtype in (np.int16, np.int32, np.int64):
+        np.testing.assert_array_equal(apply_table(np.array([[0, -2, -1]], dtype), table, "a.png"), [[0, 1, 255]])
+    np.testing.assert_array_equal(apply_table(np.array([[0, 65534, 65535]], np.uint16), table, "a.png"), [[0, 1, 255]])
+    with pytest.raises(ValueError, match="label id 65535 is in the id map"):
+        id_table({-1: 0}, ignore=(65535,))
+
+
+COLORS = LabelSet(("road", "car", "sky", "pole"), ((128, 64, 128), (0, 0, 142), (70, 130, 180), (153, 153, 153)))
+
+
+def palette_of(**indices: int) -> list[int]:
+    """A palette of distinct strange colours but for those of some classes."""
+    colors = [[i, 1, 2] for i in range(40)]
+    for name, i in indices.items():
+        colors[i] = list(COLORS.colors[COLORS.names.index(name)])
+    return [value for color in colors for value in color]
+
+
+@pytest.mark.parametrize(
+    ("palette", "fault"),
+    [
+        pytest.param(palette_of(road=7, car=26, sky=23, pole=17), None, id="expected"),
+        pytest.param(
+            palette_of(road=0, car=1, sky=2),
+            "index 0 the colour of road (id 7, 8), 1 the colour of car (id 26), 2 the colour of sky (id 23)",
+            id="train-ids",
+        ),
+        pytest.param(palette_of(road=8, car=23, sky=26), "index 23 the colour of car (id 26), 26 the colour of sky (id 23)", id="swapped"),
+        pytest.param(palette_of(road=8, car=26, sky=23), None, id="one-of-two-ids"),
+        pytest.param([*palette_of(road=7, car=26), 0, 0, 142], None, id="a-colour-twice"),
+        pytest.param(palette_of(), None, id="other-colours"),
+        pytest.param(palette_of(road=3), None, id="one-by-chance"),
+        pytest.param([i for i in range(256) for _ in range(3)], None, id="grey"),
+        pytest.param([0] * 768, None, id="black"),
+        pytest.param([], None, id="none"),
+    ],
+)
+def test_palettes_are_compared_with_the_colors_of_the_classes(palette, fault):
+    """A palette with the classes' colours at other classes' ids is told with both; one of other colours tells nothing."""
+    found = palette_fault(palette, class_ids(id_table({7: 0, 8: 0, 26: 1, 23: 2, 17: 3}), COLORS))
+    if fault is None:
+        assert found is None
+    else:
+        assert found == f"its palette gives {fault}; correct the file ids (data.folder.id_map), or use the files of class ids"
+
+
+def test_the_palette_of_pascal_voc_tells_nothing():
+    """Labelling tools give it to any classes, and it holds most of CamVid's colours at other ids."""
+    voc = [sum(((i >> 3 * j + c) & 1) << 7 - j for j in range(3)) for i in range(256) for c in range(3)]
+    assert voc[3:12] == [128, 0, 0, 0, 128, 0, 128, 128, 0]
+    assert sum(list(color) in np.reshape(voc, (-1, 3)).tolist() for color in CAMVID.colors) >= 8
+    assert palette_fault(voc, class_ids(id_table({i: i for i in range(11)}), CAMVID)) is None
 
 
 def test_tables_that_contradict_themselves_are_refused():
     """An id is either mapped or ignored, and ids and train ids are within range."""
     with pytest.raises(ValueError, match=r"label id 7 is in the id map .* ignore list"):
         id_table({7: 0}, ignore=(7,))
-    for bad in ({-1: 0}, {65536: 0}, {7: -1}, {7: 256}):
+    for bad in ({-32769: 0}, {65536: 0}, {7: -1}, {7: 256}):
         with pytest.raises(ValueError, match="out of range"):
             id_table(bad)
     assert id_table({7: 255}, ignore=(7,))[7] == 255

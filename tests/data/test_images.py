@@ -1,0 +1,328 @@
+"""Image and label files of every kind: read as documented, or refused by name."""
+
+import io
+from pathlib import Path
+import struct
+import zlib
+
+import cv2
+import numpy as np
+from PIL import Image
+import pytest
+
+from jaxdg.data import images, index, jpeg
+from jaxdg.data.images import read_image, read_label
+
+RNG = np.random.default_rng(0)
+H, W = 48, 64
+SMOOTH = np.asarray(Image.fromarray(RNG.integers(0, 256, (6, 8, 3), np.uint8)).resize((W, H), Image.Resampling.BICUBIC))
+NOISE = RNG.integers(0, 256, (H, W, 3), np.uint8)
+LARGE = np.asarray(Image.fromarray(RNG.integers(0, 256, (60, 80, 3), np.uint8)).resize((640, 480), Image.Resampling.BICUBIC))
+GREY = RNG.integers(0, 256, (H, W), np.uint8)
+IDS = RNG.integers(0, 19, (H, W), np.uint8)
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch) -> None:
+    """Each test keeps its outcomes in a folder of its own."""
+    monkeypatch.setenv("JAXDG_CACHE", str(tmp_path / "cache"))
+
+
+def look(pair: tuple[str, str]) -> tuple[tuple[int, int], list[index.Defect]]:
+    """The start-up check of one image."""
+    header, defects = index.check_pair(pair)
+    return header.size, defects
+
+
+def encoded(pixels: np.ndarray | Image.Image, kind: str, **options) -> bytes:
+    data = io.BytesIO()
+    (pixels if isinstance(pixels, Image.Image) else Image.fromarray(pixels)).save(data, kind, **options)
+    return data.getvalue()
+
+
+def with_orientation(turn: int) -> Image.Exif:
+    exif = Image.Exif()
+    exif[274] = turn
+    return exif
+
+
+def chunk(kind: bytes, data: bytes) -> bytes:
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+
+def png(rows: list[bytes], width: int, depth: int, color: int, *before: bytes, after: bytes = b"") -> bytes:
+    """A PNG file of raw rows after ISO/IEC 15948, with chunks before and after its data."""
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, len(rows), depth, color, 0, 0, 0))
+    body = chunk(b"IDAT", zlib.compress(b"".join(b"\0" + row for row in rows)))
+    return images.PNG_START + header + b"".join(before) + body + after + chunk(b"IEND", b"")
+
+
+def tiff(pixels: np.ndarray, bits: int, sample_format: int = 1, white_is: int = 1) -> bytes:
+    """An uncompressed little-endian TIFF of one channel after TIFF 6.0."""
+    h, w = pixels.shape
+    raw = pixels.tobytes()
+    fields = [(256, w * 8 * pixels.itemsize // bits), (257, h), (258, bits), (259, 1), (262, white_is)]
+    fields += [(273, 8), (277, 1), (278, h), (279, len(raw)), (339, sample_format)]
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in fields)
+    return b"II*\0" + struct.pack("<I", 8 + len(raw)) + raw + struct.pack("<H", len(fields)) + entries + bytes(4)
+
+
+def write(path: Path, data: bytes) -> str:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(data)
+    return str(path)
+
+
+def sixteen(pixels: np.ndarray) -> list[bytes]:
+    return [row.astype(">u2").tobytes() for row in pixels]
+
+
+DEEP = RNG.integers(0, 65536, (H, W)).astype(np.uint16)
+DEEP_RGB = RNG.integers(0, 65536, (H, W, 3)).astype(np.uint16)
+ALPHA = np.dstack([NOISE, GREY])
+GREY3 = np.dstack([GREY] * 3)
+PALETTE = RNG.integers(0, 256, (19, 3), np.uint8)
+INDEXED = Image.fromarray(IDS)
+INDEXED.putpalette(PALETTE.tobytes())
+
+READ = {  # file content, pixels
+    "PNG RGB": (encoded(NOISE, "PNG"), NOISE),
+    "PNG grey": (encoded(GREY, "PNG"), GREY3),
+    "PNG alpha": (encoded(ALPHA, "PNG"), NOISE),
+    "PNG grey alpha": (encoded(Image.merge("LA", [Image.fromarray(GREY), Image.fromarray(NOISE[..., 0])]), "PNG"), GREY3),
+    "PNG transparent colour": (encoded(NOISE, "PNG", transparency=tuple(NOISE[0, 0].tolist())), NOISE),
+    "PNG palette": (encoded(INDEXED, "PNG"), PALETTE[IDS]),
+    "PNG palette alpha": (encoded(INDEXED, "PNG", transparency=bytes(range(19))), PALETTE[IDS]),
+    "PNG 1 bit": (encoded(Image.fromarray(GREY > 99), "PNG"), np.where(GREY3 > 99, 255, 0)),
+    "PNG 4 bits": (png([bytes((0x0F, 0x29))], 4, 4, 0), np.array([[[0] * 3, [255] * 3, [34] * 3, [153] * 3]])),
+    "PNG 16 bits grey": (png(sixteen(DEEP), W, 16, 0), np.dstack([DEEP >> 8] * 3)),
+    "PNG 16 bits RGB": (png(sixteen(DEEP_RGB.reshape(H, -1)), W, 16, 2), DEEP_RGB >> 8),
+    "TIFF RGB": (encoded(NOISE, "TIFF", compression="tiff_lzw"), NOISE),
+    "TIFF alpha": (encoded(ALPHA, "TIFF"), NOISE),
+    "TIFF white is 0": (tiff(GREY, 8, white_is=0), 255 - GREY3),
+    "TIFF 16 bits": (tiff(DEEP, 16), np.dstack([DEEP >> 8] * 3)),
+    "WebP": (encoded(NOISE, "WEBP", lossless=True), NOISE),
+    "BMP": (encoded(NOISE, "BMP"), NOISE),
+    "PPM": (encoded(NOISE, "PPM"), NOISE),
+    "PGM 12 bits": (b"P5 4 1 4095\n" + struct.pack(">4H", 0, 1365, 2730, 4095), np.array([[[v] * 3 for v in (0, 85, 170, 255)]])),
+    "GIF": (encoded(INDEXED, "GIF"), PALETTE[IDS]),
+}
+
+
+@pytest.mark.parametrize("name", ["x.jpg", "x.png"])
+@pytest.mark.parametrize("kind", READ)
+def test_images_are_read_as_documented(tmp_path, kind, name):
+    """Every lossless kind gives the pixels that went in, whatever the name says, and passes the check at the start."""
+    data, pixels = READ[kind]
+    path = write(tmp_path / name, data)
+    np.testing.assert_array_equal(read_image(path), pixels)
+    assert look((path, "")) == (pixels.shape[:2], [])
+
+
+@pytest.mark.parametrize("options", [{}, {"progressive": True}, {"optimize": True}, {"subsampling": 0}, {"restart_marker_blocks": 3}])
+@pytest.mark.parametrize("name", ["x.jpg", "x.png"])
+def test_jpeg_files_equal_pillow_and_opencv(tmp_path, options, name):
+    """Three builds of libjpeg-turbo agree to the bit."""
+    for pixels in (SMOOTH, SMOOTH[..., 0]):
+        data = encoded(pixels, "JPEG", **options)
+        got = read_image(write(tmp_path / name, data))
+        np.testing.assert_array_equal(got, np.asarray(Image.open(io.BytesIO(data)).convert("RGB")))
+        np.testing.assert_array_equal(got, cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR_RGB))
+
+
+def test_cmyk_files_have_the_colors_that_went_in(tmp_path):
+    """Adobe stores CMYK inverted; the colours come back within the loss of the compression."""
+    path = write(tmp_path / "x.jpg", encoded(Image.fromarray(SMOOTH).convert("CMYK"), "JPEG", quality=100, subsampling=0))
+    np.testing.assert_allclose(read_image(path).astype(int), SMOOTH, atol=4)
+    data = bytearray(Path(path).read_bytes())
+    Path(path).write_bytes(data[: len(data) // 2] + b"\xff\xd9")
+    with pytest.raises(ValueError, match=r"x\.jpg: damaged \(Corrupt JPEG data: premature end"):
+        read_image(path)
+
+
+FEW_BITS = "a 16-bit image of which no value uses more than 12 bits, so that it would be nearly black; convert it to 8 bits"
+REFUSED = {  # file content, what is said of it; at the start too?
+    "PNG 12 of 16 bits": (png(sixteen(DEEP % 4096), W, 16, 0), FEW_BITS, False),
+    "PNG 12 of 16 bits RGB": (png(sixteen((DEEP_RGB % 4096).reshape(H, -1)), W, 16, 2), FEW_BITS, False),
+    "TIFF 12 of 16 bits": (tiff(DEEP % 4096, 16), FEW_BITS, False),
+    "TIFF floats": (encoded(GREY.astype(np.float32), "TIFF"), "an image must have 8 or 16 bits a channel, this one has floats", True),
+    "TIFF integers": (encoded(GREY.astype(np.int32), "TIFF"), "an image must have 8 or 16 bits a channel, this one has 32-bit", True),
+    "animated PNG": (encoded(NOISE, "PNG", save_all=True, append_images=[Image.fromarray(SMOOTH)]), "has 2 frames or pages", True),
+    "animated WebP": (encoded(NOISE, "WEBP", save_all=True, append_images=[Image.fromarray(SMOOTH)]), "has 2 frames or pages", True),
+    "TIFF pages": (encoded(NOISE, "TIFF", save_all=True, append_images=[Image.fromarray(SMOOTH)]), "has 2 frames or pages", True),
+    "a web page": (b"\n<!DOCTYPE html><html>404</html>", "unreadable (a web page", True),
+    "a pointer": (b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n", "unreadable (a pointer of Git LFS", True),
+    "HEIC": (b"\0\0\0\x18ftypheic" + bytes(99), "unreadable (a HEIC or AVIF image", True),
+    "garbage": (b"garbage" * 99, "unreadable (no header of an image)", True),
+    "nothing": (b"", "empty (0 bytes)", True),
+    "cut WebP": (encoded(NOISE, "WEBP", lossless=True)[:-1], "truncated (", True),
+    "cut BMP": (encoded(NOISE, "BMP")[:-1], "damaged (OSError: image file is truncated", False),
+    "cut TIFF": (encoded(np.asarray(LARGE), "TIFF", compression="tiff_lzw")[:5000], "", True),
+}
+
+
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF data|Truncated File Read|Metadata Warning")
+@pytest.mark.parametrize("kind", REFUSED)
+def test_what_cannot_be_meant_is_refused_by_name(tmp_path, kind):
+    """One line with the file and what is wrong, when read and, where a header tells, at the start."""
+    data, told, early = REFUSED[kind]
+    path = write(tmp_path / "x.png", data)
+    with pytest.raises(ValueError) as error:  # noqa: PT011
+        read_image(path)
+    assert str(error.value).startswith(f"{path}: {told}")
+    assert "\n" not in str(error.value)
+    _, defects = look((path, ""))
+    assert [d.path for d in defects] == [path] * early
+    assert all(d.text.startswith(f": {told}") for d in defects)
+
+
+FILM = b"\0\0\0\x18ftypmp42" + RNG.bytes(70_000)
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "progressive", "PNG", "WEBP"])
+def test_what_follows_the_end_does_not_count(tmp_path, kind):
+    """Motion photos and padding are whole at the start and when read; the same files cut before their end are not."""
+    options = {"progressive": {"progressive": True}, "WEBP": {"lossless": True}}.get(kind, {})
+    whole = encoded(LARGE, "JPEG" if kind == "progressive" else kind, **options)
+    pixels = read_image(write(tmp_path / "whole.jpg", whole))
+    for tail in (b"\0" * 3000, FILM, FILM + b"\xff\xd9"):
+        path = write(tmp_path / "x.jpg", whole + tail)
+        np.testing.assert_array_equal(read_image(path), pixels)
+        assert look((path, "")) == (LARGE.shape[:2], [])
+    cut = write(tmp_path / "cut.jpg", whole[: 2 * len(whole) // 3])
+    assert look((cut, ""))[1][0].text.startswith(": truncated (")
+    with pytest.raises(ValueError, match=r"cut\.jpg: truncated \("):
+        read_image(cut)
+
+
+def test_a_thumbnail_does_not_pass_for_the_end(tmp_path):
+    """The end marker of the small image in the metadata is not that of a JPEG file cut short."""
+    exif = with_orientation(1)
+    data = encoded(LARGE, "JPEG", exif=exif)
+    thumbnail = b"Exif\0\0" + encoded(SMOOTH, "JPEG")
+    data = data[:2] + b"\xff\xe1" + struct.pack(">H", 2 + len(thumbnail)) + thumbnail + data[2:]
+    assert look((write(tmp_path / "x.jpg", data), ""))[1] == []
+    assert look((write(tmp_path / "x.jpg", data[:20_000]), ""))[1][0].text == ": truncated (no JPEG end marker)"
+
+
+def test_an_mpo_file_is_its_first_image(tmp_path):
+    """Phones append previews and depth as further images of a JPEG file."""
+    data = encoded(LARGE, "MPO", save_all=True, append_images=[Image.fromarray(LARGE[::2, ::2])])
+    path = write(tmp_path / "x.jpg", data)
+    with Image.open(path) as image:
+        assert image.n_frames == 2
+    assert look((path, "")) == (LARGE.shape[:2], [])
+    np.testing.assert_array_equal(read_image(path), cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR_RGB))
+
+
+HOLES = {
+    "end marker amid": lambda data, at: data[:at] + b"\xff\xd9" + data[at:],
+    "early end": lambda data, at: data[:at] + b"\xff\xd9",
+    "missing part": lambda data, at: data[:at] + data[at + 1000 :],
+    "hole of zeros": lambda data, at: data[:at] + bytes(2048) + data[at + 2048 :],
+    "small hole of zeros": lambda data, at: data[:at] + bytes(128) + data[at + 128 :],
+    "overwritten": lambda data, at: data[:at] + b"\xff" * 512 + data[at + 512 :],
+    "of another file": lambda data, at: data[:at] + encoded(NOISE, "JPEG")[700:3000] + data[at + 2300 :],
+}
+
+
+@pytest.mark.parametrize("harm", HOLES)
+@pytest.mark.parametrize("options", [{}, {"progressive": True}, {"restart_marker_blocks": 7}], ids=["baseline", "progressive", "restarts"])
+def test_a_jpeg_with_a_hole_is_refused(tmp_path, options, harm):
+    """Wherever it is, however it is filled: header and end are whole, the picture is not.
+
+    A few zeros in a progressive file may be data: there, short codes of zeros are common.
+    """
+    if options.get("progressive") and harm == "small hole of zeros":
+        return
+    data = encoded(LARGE, "JPEG", quality=90, **options)
+    for part in (0.3, 0.5, 0.7):
+        path = write(tmp_path / "x.jpg", HOLES[harm](data, int(part * len(data))))
+        assert look((path, ""))[1] == []
+        with pytest.raises(ValueError, match=r"x\.jpg: damaged \(.*\); fetch the file again, or leave it out with data\.skip"):
+            read_image(path)
+
+
+@pytest.mark.parametrize("options", [{"optimize": True}, {"progressive": True}, {}, {"restart_marker_blocks": 7}])
+def test_flat_jpeg_files_are_whole(options):
+    """Black frames and borders compress to long runs of zeros, which are no hole."""
+    border = LARGE.copy()
+    border[100:] = 0
+    for pixels in (np.zeros((1200, 1600, 3), np.uint8), np.full((1200, 1600, 3), 128, np.uint8), border, border[..., 0]):
+        for quality in (10, 75, 100):
+            data = encoded(pixels, "JPEG", quality=quality, **options)
+            assert jpeg.decode(data) is not None
+
+
+def test_harmless_oddities_of_jpeg_files_are_read(tmp_path):
+    """Padding between segments and before the end marker, fill bytes, and an unknown Adobe transform are no damage."""
+    data = encoded(LARGE, "JPEG")
+    pixels = read_image(write(tmp_path / "x.jpg", data))
+    at = data.index(b"\xff\xdb")
+    adobe = b"\xff\xee" + struct.pack(">H", 14) + b"Adobe\0\x64\0\0\0\0\x07"
+    odd = [data[:at] + b"\0\0\0" + data[at:], data[:2] + adobe + data[2:]]
+    odd += [data[:-2] + padding + data[-2:] for padding in (b"\0", b"\xff\xff")]
+    for content in odd:
+        np.testing.assert_array_equal(read_image(write(tmp_path / "x.jpg", content)), pixels)
+        assert jpeg.end(content + FILM) == len(content)
+
+
+def test_images_above_the_guards_of_pillow_are_read(tmp_path, monkeypatch):
+    """179 megapixels are Pillow's limit and 2^30 pixels OpenCV's; what the one refuses the other reads, for images and labels alike."""
+    path = write(tmp_path / "x.png", png([bytes(2500)] * 9000, 20_000, 1, 0))
+    assert look((path, path)) == ((9000, 20_000), [])
+    label = read_label(path)
+    assert (label.shape, label.max()) == ((9000, 20_000), 0)
+    small = write(tmp_path / "small.png", encoded(NOISE, "PNG"))
+    refuse = lambda *_: (_ for _ in ()).throw(cv2.error("Image size is more than OPENCV_IO_MAX_IMAGE_PIXELS"))
+    monkeypatch.setattr(cv2, "imdecode", refuse)
+    np.testing.assert_array_equal(read_image(small), NOISE)
+
+
+LABELS = {  # content of a label file, what is said of it or the ids
+    "PNG": (encoded(IDS, "PNG"), IDS),
+    "palette": (encoded(INDEXED, "PNG"), IDS),
+    "palette with alpha": (encoded(INDEXED, "PNG", transparency=bytes(19)), IDS),
+    "1 bit": (encoded(Image.fromarray(IDS > 9), "PNG"), IDS > 9),
+    "16 bits": (encoded(DEEP, "PNG"), DEEP),
+    "TIFF": (encoded(IDS, "TIFF", compression="tiff_lzw"), IDS),
+    "TIFF 4 bits": (tiff(np.array([[0x0F, 0x29]], np.uint8), 4), np.array([[0, 15, 2, 9]])),
+    "TIFF 16 bits": (tiff(DEEP, 16), DEEP),
+    "TIFF signed 16 bits": (tiff(IDS.astype(np.int16) - 1, 16, 2), IDS.astype(int) - 1),
+    "TIFF signed 32 bits": (tiff(IDS.astype(np.int32) - 1, 32, 2), IDS.astype(int) - 1),
+    "GIF": (encoded(INDEXED, "GIF"), IDS),
+    "BMP": (encoded(IDS, "BMP"), IDS),
+    "PGM": (encoded(IDS, "PPM"), IDS),
+    "JPEG": (encoded(IDS, "JPEG", quality=100), "a label must not be a JPEG image, whose compression alters ids"),
+    "MPO": (encoded(IDS, "MPO", save_all=True, append_images=[Image.fromarray(IDS)]), "a label must not be a JPEG image"),
+    "lossy WebP": (encoded(np.dstack([IDS] * 3), "WEBP"), "a label must not be a WebP image"),
+    "lossless WebP": (encoded(np.dstack([IDS] * 3), "WEBP", lossless=True), "a label must not be a WebP image, which holds colours"),
+    "JPEG in TIFF": (encoded(IDS, "TIFF", compression="jpeg"), "a label must not be a JPEG image"),
+    "RGB": (encoded(NOISE, "PNG"), "a label must be a grey or palette image of class ids, this one is RGB"),
+    "floats": (encoded(IDS.astype(np.float32), "TIFF"), "a label must be a grey or palette image of class ids, this one is of floats"),
+    "white is 0": (tiff(IDS, 8, white_is=0), "a label as TIFF must not count from white"),
+    "PGM up to 18": (b"P5 4 1 18\n" + bytes((0, 1, 2, 18)), "a label as PGM must state 255 or 65535"),
+    "PBM": (b"P4 8 1\n\xaa", "a label as PGM must state 255 or 65535"),
+    "animated": (encoded(IDS, "PNG", save_all=True, append_images=[Image.fromarray(IDS + 1)]), "has 2 frames or pages"),
+}
+EARLY = ("JPEG", "MPO", "lossy WebP", "lossless WebP", "JPEG in TIFF", "animated")
+
+
+@pytest.mark.parametrize("kind", LABELS)
+def test_labels_are_ids_as_stored_or_refused(tmp_path, kind):
+    """No id is altered, scaled or inverted on the way, and what compression may have altered is no label, at the start already."""
+    data, expected = LABELS[kind]
+    path = write(tmp_path / "x.png", data)
+    shape = expected.shape if isinstance(expected, np.ndarray) else (H, W)
+    _, defects = look((write(tmp_path / "image.png", encoded(np.zeros((*shape, 3), np.uint8), "PNG")), path))
+    if isinstance(expected, str):
+        with pytest.raises(ValueError) as error:  # noqa: PT011
+            read_label(path)
+        assert str(error.value).startswith(f"{path}: {expected}")
+        early = [d for d in defects if d.text.startswith(f": {expected}")]
+        assert len(early) == (kind in EARLY)
+    else:
+        assert defects == []
+        got = read_label(path)
+        assert got.dtype.kind in "ui"
+        np.testing.assert_array_equal(got, expected)
