@@ -30,7 +30,7 @@ import numpy as np
 
 from conversion import checkpoint, mapping, models, torchscript, vitdet, vltseg
 import jaxdg
-from jaxdg import backbones, weights
+from jaxdg import backbones, paths, weights
 from jaxdg import config as config_lib
 from jaxdg.tasks import locate, stored_tensors
 
@@ -199,13 +199,20 @@ def _grid(positions: np.ndarray) -> str:
     return f"{side}x{side} positions and {positions.shape[1] - side * side} for tokens without one, stored as they are; load resizes them"
 
 
+def _path(text: str) -> Path:
+    try:
+        return Path(paths.given(text, "a file"))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
 def main(arguments: list[str] | None = None) -> int:
     """The command; returns its exit code."""
     parser = argparse.ArgumentParser(prog="torch_to_flax.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", metavar="NAME", help="a name that --list shows; needed where the file does not tell")
-    parser.add_argument("--checkpoint", metavar="FILE", type=Path, help="file to convert")
+    parser.add_argument("--checkpoint", metavar="FILE", type=_path, help="file to convert")
     parser.add_argument(
-        "--out", metavar="FILE", type=Path, help="file to write; .safetensors unless --reverse; a folder for vltseg and vitdet"
+        "--out", metavar="FILE", type=_path, help="file to write; .safetensors unless --reverse; a folder for vltseg and vitdet"
     )
     parser.add_argument("--reverse", action="store_true", help="from jaxdg's names back to the publisher's; --out chooses the kind of file")
     parser.add_argument("--layout", metavar="NAME", help="with --reverse, whose names to write; a wrong one lists those there are")

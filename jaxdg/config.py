@@ -487,6 +487,11 @@ def _check_texts(config: Config) -> None:
         for domain in (value,) if isinstance(value, str) else value:
             if not all(part.strip() for part in domain.split("+")):
                 raise ValueError(f"{field} is {value!r}; allowed: names of domains, several joined by +, none of them empty")
+    taken: dict[str, str] = {}
+    for domain in config.evaluation.domains:
+        other = taken.setdefault(domain.replace("/", "_"), domain)
+        if other != domain:
+            raise ValueError(f"evaluation.domains has {other!r} and {domain!r}, whose files would have one name; rename one")
     if config.data.folder is not None:
         check_names(config.data.folder.classes, "data.folder.classes")
     if config.data.boxes is not None:

@@ -15,7 +15,7 @@ from absl import flags
 import numpy as np
 from PIL import Image
 
-from jaxdg import cli, runtime, visualize
+from jaxdg import cli, paths, runtime, visualize
 from jaxdg.data.images import read_image
 from jaxdg.data.labels import LabelSet
 from jaxdg.detection.average_precision import Detections
@@ -83,7 +83,7 @@ def main(arguments: Sequence[str]) -> None:
     """Predicts the images that the arguments name."""
     if len(arguments) < 2:
         raise ValueError("name at least one image or folder: python -m jaxdg.predict --checkpoint DIR --out DIR IMAGE_OR_FOLDER...")
-    images = find_images(arguments[1:])
+    images = find_images([paths.given(argument, "an image or folder") for argument in arguments[1:]])
     runtime.set_up()
     model, out = load(_CHECKPOINT.value), Path(_OUT.value)
     for file, name in images:

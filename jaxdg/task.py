@@ -15,7 +15,7 @@ from jaxdg import tldr
 from jaxdg.backbones import zoo
 from jaxdg.config import Config
 from jaxdg.data.datasets import Dataset
-from jaxdg.data.labels import LabelSet
+from jaxdg.data.labels import LabelSet, listed
 from jaxdg.training import photometric
 from jaxdg.training.step import Batch
 
@@ -139,8 +139,8 @@ class ImageTask:
         """ValueError where a domain has other classes than the model."""
         if dataset.labels.names != self.labels.names:
             raise ValueError(
-                f"domain {dataset.domain} has the classes {', '.join(dataset.labels.names)}, but the model was trained on "
-                f"{', '.join(self.labels.names)}; evaluate it on domains with the same classes"
+                f"domain {dataset.domain} has the classes {listed(dataset.labels.names)}, but the model was trained on "
+                f"{listed(self.labels.names)}; evaluate it on domains with the same classes"
             )
 
     def batch_size(self, mesh: Mesh) -> int:

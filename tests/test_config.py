@@ -305,6 +305,7 @@ def test_a_wrong_value_on_the_command_line_is_refused(argument, message):
         ("data.source", "", r"data\.source is ''; allowed: text"),
         ("data.source", "town+", r"data\.source is 'town\+'; allowed: names of domains"),
         ("evaluation.domains", ["night", ""], r"evaluation\.domains\[1\] is ''; allowed: text"),
+        ("evaluation.domains", ["a/b", "c", "a_b"], r"evaluation\.domains has 'a/b' and 'a_b', whose files would have one name"),
         ("evaluation.domains", ["night", "a++b"], r"evaluation\.domains is .*; allowed: names of domains"),
         ("data.folder", {"images": ""}, r"data\.folder\.images is ''; allowed: text"),
         ("data.folder", {"classes": ["a", ""]}, r"data\.folder\.classes\[1\] is ''; allowed: text"),

@@ -61,7 +61,8 @@ def write_coco(
         "categories": [{"id": k, "name": name} for k, name in enumerate(names, start=1)],
         "annotations": annotations,
     }
-    for path, content in ((folder / f"{domain}_truth.json", annotation_file), (folder / f"{domain}.json", results)):
+    inside = "/".join(part for part in domain.split("/") if part not in ("", ".", ".."))  # a domain may be the path of a folder
+    for path, content in ((folder / f"{inside}_truth.json", annotation_file), (folder / f"{inside}.json", results)):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(content))
 

@@ -10,6 +10,7 @@ import dataclasses
 from html import escape
 import re
 import unicodedata
+from urllib.parse import quote
 
 from jaxdg.studies import plots
 
@@ -306,7 +307,7 @@ def markdown(document: Document, folder: str) -> tuple[str, dict[str, bytes]]:
 
     def keep(name: str, data: bytes, alt: str) -> str:
         files[name] = data
-        return f"![{_md(alt)}]({folder}/{name})"
+        return f"![{_md(alt)}]({quote(f'{folder}/{name}')})"
 
     parts = [f"# {_md(document.title)}", *(_md(block.text) for block in document.introduction)]
     parts.append("\n".join(f"- [{_md(s.title)}](#{_anchor(s.title)})" for s in document.sections))
@@ -341,16 +342,28 @@ def _md_block(block: Block, key: str, keep: Callable[[str, bytes, str], str]) ->
             colors = "; ".join(f"{name} #{r:02x}{g:02x}{b:02x}" for name, (r, g, b) in legend)
             return f"**{_md(caption)}**\n\n" + "\n".join(lines) + (f"\n\nColours: {_md(colors)}." if colors else "")
         case Facts(facts, code):
-            return "\n".join(f"- {_md(term)}: {f'`{text}`' if term in code else _md(text)}" for term, text in facts)
+            return "\n".join(f"- {_md(term)}: {_md_code(text) if term in code else _md(text)}" for term, text in facts)
         case Commands(caption, shell):
-            return "\n".join([_md(caption), "", "```", *shell, "```"])
+            fence = "`" * max(3, 1 + _ticks("\n".join(shell)))
+            return "\n".join([_md(caption), "", fence, *shell, fence])
         case References(sources):
             return "\n".join(f"{i}. {_md(text)}{f' <{url}>' if url else ''}" for i, (text, url) in enumerate(sources, 1))
 
 
 def _md(text: str) -> str:
-    """Text as Markdown shows it unchanged."""
-    return re.sub(r"([\\`*_\[\]<>|#])", r"\\\1", text)
+    """Text as Markdown shows it unchanged; `$` begins mathematics, `~` a deletion, `&..;` a letter and `:..:` a picture on some hosts."""
+    return re.sub(r"([\\`*_\[\]<>|#$~]|&(?=#?\w+;)|:(?=[\w+-]+:))", r"\\\1", text)
+
+
+def _md_code(text: str) -> str:
+    """Text as typed, between more backticks than it holds."""
+    ticks = "`" * (1 + _ticks(text))
+    return f"{ticks} {text} {ticks}" if len(ticks) > 1 else f"`{text}`"
+
+
+def _ticks(text: str) -> int:
+    """The most backticks that follow each other in a text."""
+    return max(map(len, re.findall("`+", text)), default=0)
 
 
 def _md_row(cells: Iterable[str]) -> str:
@@ -372,7 +385,7 @@ def _anchor(title: str) -> str:
 
 def latex(document: Document) -> str:
     """The tables of the report, to be read into a document that uses the packages booktabs and graphicx."""
-    parts = [f"% {_ascii(document.title)}", "% Needs \\usepackage{booktabs,graphicx} in the preamble."]
+    parts = [f"% {document.title}", "% Needs \\usepackage{booktabs,graphicx} in the preamble."]
     for section in document.sections:
         for block in section.blocks:
             if isinstance(block, Table):
@@ -413,13 +426,16 @@ def _tex_cell(cell: Cell) -> str:
 
 _TEX = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", **{c: "\\" + c for c in "&%$#_{}"}}
 _TEX |= {"±": r"$\pm$", "→": r"$\to$", "−": "$-$", "<": "$<$", ">": "$>$", "|": "$|$", "Ø": r"\O{}", "ø": r"\o{}", "°": r"$^\circ$"}  # noqa: RUF001
+_TEX |= {"`": r"\textasciigrave{}", '"': "''"}
 _TEX |= {"–": "--", "×": r"$\times$", "“": "``", "”": "''", "[": "{[}", "]": "{]}", "†": r"$\dagger$"}  # noqa: RUF001
 
 
 def _tex(text: str) -> str:
-    """Text as LaTeX prints it unchanged; letters that plain LaTeX may lack lose their accents."""
-    return "".join(_TEX.get(c) or _ascii(c) for c in text)
+    """Text as LaTeX prints it unchanged; letters that plain LaTeX may lack lose their accents, or stay if nothing of them would be left."""
+    plain = "".join(_TEX.get(c) or _ascii(c) or c for c in text.replace("--", "-\0-").replace("--", "-\0-"))
+    plain = plain.replace("\0", "{}")  # two hyphens are a dash
+    return f"{{*}}{plain[1:]}" if plain.startswith("*") else plain  # which a row must not begin with
 
 
 def _ascii(text: str) -> str:
-    return "".join(c if c.isascii() else unicodedata.normalize("NFKD", c).encode("ascii", "ignore").decode() or "?" for c in text)
+    return "".join(c if c.isascii() else unicodedata.normalize("NFKD", c).encode("ascii", "ignore").decode() for c in text)

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tensorboardX import SummaryWriter
+from tensorboardX import SummaryWriter, summary
 
 
 class Writer:
@@ -40,12 +40,18 @@ class Writer:
             group = f"evaluation/{row['domain']}" if "domain" in row else "training"
             for key, value in row.items():
                 if key != "step" and isinstance(value, (int, float)):
-                    self._events.add_scalar(f"{group}/{key}", value, row["step"])
+                    self._show(f"{group}/{key}", summary.scalar("", value), row["step"])
 
     def picture(self, name: str, image: np.ndarray, step: int) -> None:
         """Shows an RGB picture [h, w, 3] uint8 in TensorBoard."""
         if self._on:
-            self._events.add_image(name, image, step, dataformats="HWC")
+            self._show(name, summary.image("", image, dataformats="HWC"), step)
+
+    def _show(self, tag: str, event: Any, step: int) -> None:
+        """Adds an event under a name of any characters, which `add_scalar` and `add_image` would replace by underscores."""
+        event.value[0].tag = tag
+        file: Any = self._events.file_writer
+        file.add_summary(event, step)
 
     def close(self) -> None:
         """Flushes and closes both."""

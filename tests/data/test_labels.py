@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from jaxdg.data.labels import CAMVID, CITYSCAPES, LabelSet, apply_table, class_ids, id_table, own_table, palette, palette_fault
+from jaxdg.data.labels import CAMVID, CITYSCAPES, LabelSet, apply_table, class_ids, id_table, listed, own_table, palette, palette_fault
 
 
 def test_cityscapes_classes_and_colors_are_the_official_ones():
@@ -22,6 +22,32 @@ def test_every_class_list_has_one_distinct_color_a_class():
         assert np.array(colors).min() >= 0
         assert np.array(colors).max() <= 255
     assert palette(60)[:5] == palette(5)
+
+
+def test_any_distinct_text_is_a_class_name():
+    """Commas, brackets, quotes, other scripts and letters of another case stay as they are; in messages commas do not part a name."""
+    names = ("road, route", "[red]a[/red]", "a/b", "50 % & c_d #1", "it's", ' "x" ', "道路", "Car", "car", "a+b", ":smile:")
+    assert LabelSet(names, palette(len(names))).names == names
+    assert listed(names[:3] + names[5:6]) == "'road, route', [red]a[/red], a/b, ' \"x\" '"
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (("a", ""), r"class names\[1\] is ''; allowed: text"),
+        ((" ", "a"), r"class names\[0\] is ' '; allowed: text"),
+        (("a", "b\nc"), r"class names\[1\] is 'b\\nc'; allowed: text in one line"),
+        (("a\x1b[31m", "b"), r"class names\[0\] is .*; allowed: text in one line"),
+        (("car", "bus", "car"), r"class names\[0\] and \[2\] are both 'car'; give every class a name of its own"),
+        (("car", "car "), r"class names\[0\] and \[1\] are both 'car ', which is read as 'car'"),
+        (("caf\u00e9", "cafe\u0301"), r"class names\[0\] and \[1\] are both "),
+    ],
+)
+def test_names_that_are_none_or_alike_are_refused(names, message):
+    """Wherever the classes come from: results are kept by name, and one of two alike would be lost."""
+    with pytest.raises(ValueError, match=message) as error:
+        LabelSet(names, palette(len(names)))
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.int32, np.dtype(">u2")])

@@ -17,7 +17,7 @@ from jaxdg.data import prepare as prepare_lib
 from jaxdg.data import records
 from jaxdg.data.boxes import BoxOptions, open_box_files, open_boxes
 from jaxdg.data.datasets import FolderOptions, StreetsOptions, open_domain, open_files
-from jaxdg.data.labels import CITYSCAPES, LabelSet
+from jaxdg.data.labels import CITYSCAPES, LabelSet, palette
 from jaxdg.data.pipeline import eval_batches, train_batches
 from jaxdg.data.prepare import prepare
 from jaxdg.data.records import Records, open_records
@@ -341,5 +341,53 @@ def test_a_remote_shard_that_was_altered_is_named(bucket):
         open_either("gta5", f"memory://{place}")
     with pytest.raises(FileNotFoundError, match="has no records of cityscapes"):
         open_either("cityscapes", f"memory://{place}")
-    with pytest.raises(ValueError, match=r"nosuch://bucket/gta5/1.0.0 cannot be opened: Protocol not known"):
+    with pytest.raises(ValueError, match=r"nosuch://bucket/gta5/1.0.0 cannot be opened: Protocol not known.*extras for gs:// \(gcs\)"):
         open_either("gta5", "nosuch://bucket")
+
+
+def test_a_store_without_its_package_is_told_what_to_install(monkeypatch):
+    """The extra of this package that brings it."""
+
+    def absent(path):
+        raise ImportError("Install s3fs to access S3")
+
+    monkeypatch.setattr(records, "url_to_fs", absent)
+    with pytest.raises(ValueError, match=r's3://b/x cannot be opened: Install s3fs to access S3; `pip install "jaxdg\[s3\]"`'):
+        records.filesystem("s3://b/x")
+
+
+def test_class_names_of_any_characters_are_kept(tmp_path):
+    """In records of label maps and of boxes, read by this package and by TFDS."""
+    names = ("road, route", "[red] a/b", "50 % & c_d #1", '道路 "x"')
+    labels = LabelSet(names, palette(len(names)))
+    image = np.zeros((8, 8, 3), np.uint8)
+    none = np.zeros(1, bool)
+    boxes = {"boxes": np.array([[0, 0, 4, 4]], np.float32), "classes": np.array([3], np.int32), "difficult": none, "crowd": none}
+    for truth in ({"label": np.full((8, 8), 3, np.uint8)}, boxes):
+
+        class One:
+            domain = "town a, [b]"
+
+            def __init__(self, truth):
+                self.labels, self.truth = labels, truth
+
+            def __len__(self):
+                return 1
+
+            def size(self, i):
+                return 8, 8
+
+            def name(self, i):
+                return "/data/x.png"
+
+            def __getitem__(self, i):
+                return {"image": image, **self.truth}
+
+        directory = prepare("town a, [b]", {"val": One(truth)}, root="/data", out=str(tmp_path))
+        assert Path(directory).is_relative_to(tmp_path / "town a, [b]")
+        found = records.open_records(str(tmp_path), "town a, [b]", train=False, boxes="boxes" in truth)
+        assert found is not None
+        assert found.labels.names == names
+        features = tfds.builder_from_directory(directory).info.features
+        kind = features["classes"].feature if "boxes" in truth else features["label"]
+        assert tuple(kind.names) == names

@@ -70,6 +70,18 @@ def test_files_read_back(tmp_path, drawn):
     assert coco_numbers(names, truths, detections) == coco_numbers(NAMES, *drawn)
 
 
+@pytest.mark.parametrize("domain", ["/elsewhere/town", "../elsewhere/./town"])
+def test_a_domain_that_is_a_path_is_written_inside(tmp_path, drawn, domain):
+    """Below the folder of results, and not beside the images; class names of any characters are kept."""
+    names = [f"{name}, [red] %" for name in NAMES]
+    write_coco(tmp_path / "out", domain, names, ["a.jpg"], [(240, 320)], drawn[0][:1], drawn[1][:1])
+    assert sorted(p.relative_to(tmp_path).as_posix() for p in tmp_path.rglob("*.json")) == [
+        "out/elsewhere/town.json",
+        "out/elsewhere/town_truth.json",
+    ]
+    assert read_coco(tmp_path / "out/elsewhere/town_truth.json", tmp_path / "out/elsewhere/town.json")[0] == tuple(names)
+
+
 def test_the_files_say_exactly_this(tmp_path):
     """Keys, 1-based ids, x y width height, and a domain with a slash in its name; an image without boxes stays listed."""
     empty = np.zeros((0, 4), np.float32), np.zeros(0, np.int64)

@@ -15,7 +15,7 @@ from PIL import Image
 import pytest
 
 from jaxdg.data.labels import CAMVID
-from jaxdg.studies import plots, published, reading, report
+from jaxdg.studies import document, plots, published, reading, report
 from jaxdg.studies.document import Cell, TableRow
 from jaxdg.studies.qualitative import _judged
 from jaxdg.studies.study import summary
@@ -463,11 +463,42 @@ def test_names_are_escaped_everywhere(tmp_path):
     assert page.tables[0][1][0] == name
     row = next(line for line in (tmp_path / "out" / "tables.tex").read_text().split("\n") if line.startswith("{[}a"))
     head = row.split(" & ")[0]
-    assert head == (r"{[}a{]}\&b $<$i$>$50\%$<$/i$>$ \#1\_\$x\$ \{y\} \textasciitilde{} \textasciicircum{} \textbackslash{}z $|$ `q` *s*")
+    signs = r"\textasciitilde{} \textasciicircum{} \textbackslash{}z $|$ \textasciigrave{}q\textasciigrave{} *s*"
+    assert head == r"{[}a{]}\&b $<$i$>$50\%$<$/i$>$ \#1\_\$x\$ \{y\} " + signs
     md = next(line for line in (tmp_path / "out" / "report.md").read_text().split("\n") if line.startswith(r"| \[a\]&b"))
-    assert r"\<i\>50%\</i\> \#1\_$x$ {y} ~ ^ \\z \| \`q\` \*s\*" in md
+    assert r"\<i\>50%\</i\> \#1\_\$x\$ {y} \~ ^ \\z \| \`q\` \*s\*" in md
     for svg in re.findall(r"<svg.*?</svg>", (tmp_path / "out" / "report.html").read_text()):
         assert name in "".join(ElementTree.fromstring(svg).itertext())
+
+
+@pytest.mark.parametrize(
+    ("text", "tex", "md"),
+    [
+        ("road, route", "road, route", "road, route"),
+        ("a--b---c", "a-{}-b-{}-{}-c", "a--b---c"),
+        ("*a*", "{*}a*", r"\*a\*"),
+        ('"a"', "''a''", '"a"'),
+        ("é道", "e道", "é道"),
+        ("R&amp;D :smile: 1:2", r"R\&amp;D :smile: 1:2", r"R\&amp;D \:smile: 1:2"),
+    ],
+)
+def test_text_is_shown_as_it_is(text, tex, md):
+    """Neither is a dash, a star behind the end of a row, an entity or a picture made of a name, nor is one lost."""
+    assert document._tex(text) == tex
+    assert document._md(text) == md
+
+
+def test_markdown_around_any_text():
+    """Code holds backticks, and a link leads to a file whose name has spaces and brackets."""
+    facts = document.Facts((("Command", "a `b` ``c``"),), ("Command",))
+    shell = document.Commands("all:", ("a ```b```",))
+    shown = document.Plots((("bars_a (b) [c]", "<svg></svg>"),), "plots")
+    report = document.Document("t", (), (document.Section("s", "s", (facts, shell, shown)),))
+    text, files = document.markdown(report, "pictures")
+    assert "- Command: ``` a `b` ``c`` ```" in text
+    assert "\n````\na ```b```\n````" in text
+    assert "](pictures/s_bars_a%20%28b%29%20%5Bc%5D.svg)" in text
+    assert list(files) == ["s_bars_a (b) [c].svg"]
 
 
 def test_same_folders_same_bytes(everything, tmp_path):

@@ -136,8 +136,15 @@ def test_tensorboard_holds_the_same_numbers(open_writer, tmp_path):
     writer.rows(row(1, note="text is no scalar"))
     writer.rows({"step": 4, "domain": "night", "mIoU": 12.5})
     writer.picture("night/0", np.zeros((6, 9, 3), np.uint8), 4)
+    names = ("a b", "a_b", "[red] 50 %, é", "/abs")  # as they are: two must not become one
+    for i, name in enumerate(names):
+        writer.rows({"step": 5, "domain": name, "mIoU": i + 0.5})
+        writer.picture(f"{name}/0", np.zeros((6, 9, 3), np.uint8), 5)
     writer.close()
     scalars, images, _ = events(tmp_path / "tensorboard")
+    for i, name in enumerate(names):
+        assert scalars.pop((f"evaluation/{name}/mIoU", 5)) == i + 0.5
+        assert images.pop((f"{name}/0", 5)) == (6, 9)
     assert scalars == {("training/loss", 1): 1.0, ("evaluation/night/mIoU", 4): 12.5}
     assert images == {("night/0", 4): (6, 9)}
     again = open_writer(2)
