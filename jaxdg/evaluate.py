@@ -26,6 +26,7 @@ from jaxdg import results as results_lib
 from jaxdg.config import PROTOCOLS, Config
 from jaxdg.data import overlap, protocols
 from jaxdg.data.datasets import Dataset, Subset
+from jaxdg.data.fractals import Pictures
 from jaxdg.data.overlap import Standing, TrainedOn
 from jaxdg.task import DomainResult, Task
 from jaxdg.tasks import locate, make_task, restore_model
@@ -72,7 +73,18 @@ def trained_on(task: Task, source: Dataset, workdir: Path, say: Callable[[str], 
         noted = TrainedOn.load(workdir)
     except ValueError as error:
         say(f"{error}; it is written again now")
-    return TrainedOn.of(source, task.config.data.root).also(noted or started_from(task.config))
+    return own_source(task, source).also(noted or started_from(task.config))
+
+
+def own_source(task: Task, source: Dataset) -> TrainedOn:
+    """What a run takes images from: its source, and the folder of its pictures if it uses one; from nothing if it makes no step."""
+    c = task.config
+    trained = TrainedOn.of(source, c.data.root)
+    if not c.steps:
+        return trained.without_images()
+    if c.data.pictures and (c.data.pixmix[0] or c.tldr.on):
+        return trained.with_pictures(Pictures.of(c.data.pictures).files, c.data.root)
+    return trained
 
 
 def started_from(config: Config) -> TrainedOn | None:
@@ -85,13 +97,16 @@ def started_from(config: Config) -> TrainedOn | None:
 
 def known_source(task: Task, workdir: Path, say: Callable[[str], None]) -> TrainedOn:
     """What a run was trained on, as its workdir says; if it says nothing, as the images tell that are here; else by name alone."""
-    if (noted := TrainedOn.load(workdir)) is not None:
-        return noted
+    try:
+        if (noted := TrainedOn.load(workdir)) is not None:
+            return noted
+    except ValueError as error:
+        say(str(error))
     data, before = task.config.data, None
     with contextlib.suppress(OSError, ValueError):  # the run whose model it started from may be gone
         before = started_from(task.config)
     try:
-        return TrainedOn.of(task.open(data.source, train=True), data.root).also(before)
+        return own_source(task, task.open(data.source, train=True)).also(before)
     except (OSError, ValueError) as error:
         say(f"whether a domain was trained on is told by its name alone: {workdir} does not say, and the images are not here ({error})")
         return TrainedOn(tuple(data.source.split("+"))).also(before)

@@ -401,5 +401,24 @@ def test_what_was_trained_on_is_asked_of_workdir_then_images_then_names(tmp_path
     assert (found.domains, found.count, len(found.images)) == (("clear", "acdc/night"), 1000, 1002)
     (run / "source.npz").write_bytes(b"")
     assert evaluate.trained_on(here, here.open("acdc/night", train=True), run, said.append).count == 2
+    assert evaluate.known_source(here, run, said.append).count == 2
     assert said[1:] == [line for line in said[1:] if "source.npz is damaged" in line]
-    assert len(said) == 2
+    assert len(said) == 3
+
+
+def test_pictures_that_are_mixed_in_are_trained_on(tmp_path, monkeypatch):
+    """A folder of pictures with a domain's images makes it seen where PixMix or TLDR use it, and only there; no step trains on nothing."""
+    monkeypatch.setenv("JAXDG_CACHE", str(tmp_path / "cache"))
+    trees.make("acdc", tmp_path, np.random.default_rng(0))
+    c = config(data__root=str(tmp_path), evaluation__domains=("acdc/fog", "acdc/night", "clear"))
+    for pictures, pixmix, expected in ((None, 4, (0, 0)), ("acdc/rgb_anon/fog/val", 0, (0, 0)), ("acdc/rgb_anon/fog/val", 4, (2, 0))):
+        c.data.pictures, c.data.pixmix = pictures and str(tmp_path / pictures), (pixmix, 4.0)
+        task = tasks.make_task(c)
+        trained = evaluate.own_source(task, task.open("clear", train=True))
+        found = evaluate.standings(task, evaluate.open_domains(task), trained, lambda line: None)
+        assert tuple(int(found[name].trained_on.sum()) for name in ("acdc/fog", "acdc/night")) == expected
+        assert found["acdc/fog"].seen == (expected[0] > 0)
+        assert found["clear"].seen
+    c.steps, c.data.source = 0, "acdc"
+    task = tasks.make_task(c)
+    assert len(evaluate.own_source(task, task.open("acdc", train=True)).images) == 0

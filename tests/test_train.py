@@ -20,6 +20,7 @@ import jaxdg
 from jaxdg import backbones, cli, config, segmentation, tasks, train, weights
 from jaxdg.config import Config, DataConfig, EvaluationConfig, MeshConfig, ModelConfig, OptimizerConfig
 from jaxdg.data.datasets import FolderOptions, StreetsOptions, open_domain
+from jaxdg.data.overlap import TrainedOn
 from jaxdg.training import sharding
 from jaxdg.training.checkpoint import Checkpoints
 from jaxdg.training.writer import read_metrics
@@ -391,3 +392,39 @@ def test_missing_weights_are_refused_before_training(tmp_path):
     c.model.weights = str(tmp_path / "absent.safetensors")
     with pytest.raises(FileNotFoundError, match=r"absent\.safetensors; convert a checkpoint with conversion/torch_to_flax\.py"):
         start(c, tmp_path / "run")
+
+
+def test_what_was_trained_on_is_named_kept_and_told(tmp_path, capsys):
+    """A copy of the source and a domain without truth are named before the first step, kept in source.npz, and out of every mean."""
+    rng = np.random.default_rng(0)
+    labels = {"town": (0, 1), "copy": (0, 1), "other": (0, 1), "blank": (255,)}
+    for name, ids in labels.items():
+        for kind in ("images", "labels"):
+            (tmp_path / kind / name).mkdir(parents=True)
+        for i in range(2):
+            image = rng.integers(0, 255, (40, 40, 3), np.uint8)
+            Image.fromarray(image).save(tmp_path / "images" / name / f"{i}.png")
+            Image.fromarray(rng.choice(ids, (40, 40)).astype(np.uint8)).save(tmp_path / "labels" / name / f"{i}.png")
+    shutil.copyfile(tmp_path / "images/town/1.png", tmp_path / "images/copy/0.png")
+    c = tiny(tmp_path, source="town", folder=FolderOptions(classes=("one", "two")))
+    c.eval_every, c.evaluation.domains = 2, tuple(labels)
+    start(c, tmp_path / "run")
+    said = " ".join(capsys.readouterr().out.split())
+    for line in ("town: all of its 2 images are trained on; it counts as seen", "copy: 1 of its 2 images is trained on; it counts as seen"):
+        assert said.index(line) < said.index("step 1/2")
+    assert "blank no truth" in said
+    assert "town: judged on images it was trained on (2 of 2)" in said
+    assert "blank: no truth, so it has no score and is in no mean" in said
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    entries = results["domains"]
+    assert {name: (e["seen"], e["trained_on"]) for name, e in entries.items()} == {
+        "town": (True, 2), "copy": (True, 1), "other": (False, 0), "blank": (False, 0)
+    }  # fmt: skip
+    assert entries["blank"]["mIoU"] is None
+    assert (results["mean_unseen"], results["seen_by"]) == (entries["other"]["mIoU"], "images")
+    own = (entries["town"]["mIoU"] + entries["copy"]["mIoU"]) / 2  # both were trained on
+    assert results["rPD"] == pytest.approx(100 * entries["other"]["mIoU"] / own)
+    assert json.loads((tmp_path / "run" / "checkpoints" / "best.json").read_text())["score"] == pytest.approx(own)
+    assert TrainedOn.load(tmp_path / "run").count == 2
+    rows = {row["domain"]: row for row in read_metrics(tmp_path / "run") if "domain" in row}
+    assert (rows["blank"]["mIoU"], rows["copy"]["trained_on"]) == (None, 1)

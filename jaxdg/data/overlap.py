@@ -62,14 +62,28 @@ class Images:
             return cls.of(inner.dataset, root).take(inner.images)
         if isinstance(inner, Mixture):
             return cls.joined([cls.of(part, root) for part in inner.parts], inner.name)
+        if isinstance(inner, Files):
+            return cls.of_files(inner.pairs.images, root, inner.pairs.fingerprints, inner.name)
         n = len(dataset)
         names = [inner.scene(i) if isinstance(inner, Streets) else _relative(dataset.name(i), root) for i in range(n)]
         unknown = np.zeros(n, np.uint64)
-        if isinstance(inner, Files):
-            contents = inner.pairs.fingerprints
-            return cls(_hashes(_resolved(inner.pairs.images)), _hashes(names), unknown if contents is None else contents, inner.name)
         contents = inner.fingerprints if isinstance(inner, Records) else None
         return cls(unknown, _hashes(names), unknown if contents is None else contents)
+
+    @classmethod
+    def of_files(
+        cls, paths: Sequence[str], root: str, contents: Hashes | None = None, path: Callable[[int], str] = lambda i: ""
+    ) -> "Images":
+        """Those of files.
+
+        Args:
+            paths: theirs.
+            root: the data root; they may lie elsewhere.
+            contents: their fingerprints, if they were taken.
+            path: of a place, the path.
+        """
+        contents = np.zeros(len(paths), np.uint64) if contents is None else contents
+        return cls(_hashes(_resolved(paths)), _hashes([_relative(path, root) for path in paths]), contents, path)
 
     @classmethod
     def joined(cls, parts: Sequence["Images"], path: Callable[[int], str] = lambda i: "") -> "Images":
@@ -139,6 +153,15 @@ class TrainedOn:
             root: the data root that they were opened in.
         """
         return cls(tuple(source.domain.split("+")), len(source), source.labels.names, _table(source), Images.of(source, root))
+
+    def without_images(self) -> "TrainedOn":
+        """The same domains, of which no image is trained on."""
+        return dataclasses.replace(self, images=None if self.images is None else self.images.take([]))
+
+    def with_pictures(self, paths: Sequence[str], root: str) -> "TrainedOn":
+        """This, and besides pictures that are mixed into the images, or whose styles these are given."""
+        assert self.images is not None
+        return dataclasses.replace(self, images=Images.joined([self.images, Images.of_files(paths, root)], self.images.path))
 
     def also(self, other: "TrainedOn | None") -> "TrainedOn":
         """This, and besides the domains and images of another."""
