@@ -18,7 +18,7 @@ from typing import Any
 from jaxdg import config as config_lib
 from jaxdg import files, locks
 from jaxdg.config import Config
-from jaxdg.data.skip import skip_list
+from jaxdg.data import skip
 
 # Changing these leaves the run the same, so a resumed run may differ in them.
 FREE_FIELDS = ("mesh.", "data.workers", "data.root", "log_every", "eval_every", "checkpoint_every")
@@ -156,7 +156,7 @@ def _no_longer_skipped(old: Config, new: Config, workdir: Path) -> list[str]:
     before = _skipped_before(old, new, workdir)
     if new.data.skip is None or before is None:  # the first is a difference of the configurations
         return []
-    lost = sorted(before - _skipped(new))
+    lost = skip.no_longer(before, _skipped(new), new.data.root)
     return [f"data.skip: {new.data.skip} no longer lists {', '.join(lost[:3])}{', ..' if len(lost) > 3 else ''}"] if lost else []
 
 
@@ -170,6 +170,6 @@ def _skipped_before(old: Config, new: Config, workdir: Path) -> frozenset[str] |
 
 
 def _skipped(config: Config) -> frozenset[str]:
-    """The files that a run leaves out, relative to its data root."""
+    """What a run leaves out, as its list says it."""
     d = config.data
-    return frozenset() if d.skip is None else frozenset(os.path.relpath(path, d.root) for path in skip_list(d.skip, d.root))
+    return frozenset() if d.skip is None else skip.entries(d.skip, d.root)

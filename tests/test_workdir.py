@@ -147,21 +147,29 @@ def test_what_results_mean_may_not_change(tmp_path, change):
 def test_a_skip_list_may_grow(tmp_path):
     """One more image left out, in the same file or in another, is recorded by name; one less is another run, and so is no list."""
     run, one, two = with_checkpoint(tmp_path / "run"), tmp_path / "one.txt", tmp_path / "two.txt"
+    (tmp_path / "a").mkdir()
+    for i in range(1, 4):
+        (tmp_path / f"a/{i}.png").touch()
+    listed = lambda file: config(data__skip=str(file), data__root=str(tmp_path))
     one.write_text("a/1.png\n")
-    workdir.claim(config(data__skip=str(one)), run)
+    workdir.claim(listed(one), run)
     assert (run / "skip.txt").read_text() == "a/1.png\n"
-    workdir.claim(config(data__skip=str(one)), run, say=pytest.fail)
+    workdir.claim(listed(one), run, say=pytest.fail)
     one.write_text("# found later\na/1.png\na/2.png\n")
-    workdir.claim(config(data__skip=str(one)), run, step=3)
+    workdir.claim(listed(one), run, step=3)
     two.write_text("a/3.png\na/2.png\na/1.png\n")
-    workdir.claim(config(data__skip=str(two)), run, step=7)
+    workdir.claim(listed(two), run, step=7)
     rows = [json.loads(line) for line in (run / "changes.jsonl").read_text().splitlines()]
     assert [(row["step"], row["field"], row["added"]) for row in rows] == [(3, "data.skip", ["a/2.png"]), (7, "data.skip", ["a/3.png"])]
     assert (run / "skip.txt").read_text() == "a/1.png\na/2.png\na/3.png\n"
     with pytest.raises(ValueError, match=r"holds another run: data\.skip: .*one\.txt no longer lists a/3\.png; give another"):
-        workdir.claim(config(data__skip=str(one)), run)
+        workdir.claim(listed(one), run)
     with pytest.raises(ValueError, match=r"holds another run: data\.skip: '.*two\.txt' -> None"):
         workdir.claim(config(), run)
+    (tmp_path / "a/3.png").unlink()
+    workdir.claim(listed(one), run)  # what is deleted need not be listed
+    one.write_text('"old\\root\\a\\1.png"\n/old/root/a/2.png\n')
+    workdir.claim(listed(one), run)  # other ways to write the same
 
 
 def test_a_run_without_a_skip_list_may_get_one(tmp_path):

@@ -22,7 +22,7 @@ from jaxdg.data.coco_json import CocoPart
 from jaxdg.data.datasets import STREETS, Dataset, Files, Mixture, Streets, StreetsOptions, Subset, domain_names
 from jaxdg.data.images import read_image
 from jaxdg.data.labels import CITYSCAPES, LabelSet, palette
-from jaxdg.data.skip import skip_list
+from jaxdg.data.skip import skip_list, without
 
 
 def _like(**classes: str) -> LabelSet:
@@ -191,7 +191,7 @@ def open_boxes(
         train: the images to train on, else those to judge on.
         streets: the generated scenes; None for the defaults.
         own: where the images and boxes of any other domain are.
-        skip: a text file of paths to leave out with their partners, see `skip.skip_list`.
+        skip: a text file of paths to leave out with their partners, see `skip.py`.
 
     Returns:
         The dataset, with the samples of `BoxFiles`: records where the root holds them, else files, which are paired and checked.
@@ -216,7 +216,7 @@ def open_boxes(
                 f"the records {found.directory} were written with the classes {', '.join(found.labels.names)}, but those of {domain} are "
                 f"{', '.join(names)}; change data.boxes.classes or prepare the records again"
             )
-    return found
+    return without(found, skip, root) if skip else found
 
 
 def known_counts(dataset: Dataset) -> np.ndarray:

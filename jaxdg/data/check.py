@@ -26,7 +26,7 @@ import cv2
 import grain
 from jaxtyping import Int64, UInt8
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 from rich.box import SIMPLE
 from rich.console import Console
 from rich.progress import track
@@ -42,8 +42,10 @@ from jaxdg.data.datasets import Files, FolderOptions, open_files
 from jaxdg.data.images import read_image
 from jaxdg.data.index import Defect
 from jaxdg.data.labels import IGNORE
+from jaxdg.data.skip import HEADER
 from jaxdg.data.workers import read_ahead
 
+SOFTWARE = "jaxdg.data.check"  # which contact sheets say they were written by
 SAMPLE = 20  # images of a split that are decoded without --all
 SHOWN, TILE = 3, 480  # images of a split on a contact sheet, and their width in pixels if theirs is not smaller
 
@@ -259,10 +261,8 @@ def check(subject: Subject, *, everything: bool, workers: int, console: Console,
     for one in shown if subject.own else ():
         console.print(Text(class_check.ids_seen(one)))
     if any(o.intact for o in opened):
-        file = out / (re.sub(r"[^\w-]", "_", subject.name) + ".png")
-        file.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(contact_sheet([(o.split.name, o.dataset, _spread(o.telling or o.intact, SHOWN)) for o in opened])).save(file)
-        console.print(Text(f"contact sheet: {file}"))
+        rows = [(o.split.name, o.dataset, _spread(o.telling or o.intact, SHOWN)) for o in opened]
+        console.print(Text(save_sheet(out / (re.sub(r"[^\w-]", "_", subject.name) + ".png"), contact_sheet(rows))))
     for note in dict.fromkeys(note for o in opened for note in o.dataset.pairs.notes):
         console.print(Text(note))
     for line in (line for line, is_warning in lines if not is_warning):
@@ -445,6 +445,28 @@ def _histogram(opened: Sequence[Opened]) -> Table:
     return table
 
 
+def save_sheet(file: Path, sheet: UInt8[np.ndarray, "h w 3"]) -> str:
+    """Saves a contact sheet, unless it would replace another picture; returns a line about it."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    if file.exists() and _software(file) != SOFTWARE:
+        return f"contact sheet not written: {file} is there and is none that this command wrote; move it, or give another --out"
+    mark = PngImagePlugin.PngInfo()
+    mark.add_text("Software", SOFTWARE)
+    partial = file.with_name(f".{file.name}.partial")
+    Image.fromarray(sheet).save(partial, "PNG", pnginfo=mark)
+    os.replace(partial, file)
+    return f"contact sheet: {file}"
+
+
+def _software(file: Path) -> str | None:
+    """What a picture says it was written by."""
+    try:
+        with Image.open(file) as picture:
+            return picture.info.get("Software")
+    except OSError:
+        return None
+
+
 def contact_sheet(rows: Iterable[tuple[str, Files, list[int]]]) -> UInt8[np.ndarray, "h w 3"]:
     """Images with their label maps or boxes drawn over them, and a legend each.
 
@@ -530,11 +552,17 @@ def _classes_of_records(directory: str, domain: str, everything: bool, console: 
     return [Defect("", line) for line in broken]
 
 
+def _is_replaceable(file: Path) -> bool:
+    """Whether a file is a list that `write_skip_list` wrote, or empty."""
+    content = file.read_bytes() if file.is_file() else None
+    return content is not None and content.startswith(HEADER.encode()[: len(content)])
+
+
 def write_skip_list(file: Path, broken: Iterable[Defect], root: str) -> int:
     """Writes the broken files as `data.skip` reads them, each below what is wrong with it.
 
     Args:
-        file: is replaced.
+        file: is replaced if it is such a list.
         broken: what `check` returns; that which is no single image or annotation cannot be left out.
         root: data root.
 
@@ -544,10 +572,12 @@ def write_skip_list(file: Path, broken: Iterable[Defect], root: str) -> int:
     reasons: dict[str, list[str]] = {}
     for path, text in broken:
         if path and not path.lower().endswith((".txt", ".json")):  # lists of images and COCO's files hold many images
-            reasons.setdefault(os.path.relpath(path, root), []).append(f"# {' '.join(text.lstrip(':').split())}\n")
+            line = os.path.relpath(path, root)
+            line = f"./{line}" if line.startswith("#") else line  # or it would be a comment
+            reasons.setdefault(line, []).append(f"# {' '.join(text.lstrip(':').split())}\n")
     file.parent.mkdir(parents=True, exist_ok=True)
     lines = (line for path, why in reasons.items() for line in (*why, f"{path}\n"))
-    file.write_text("".join(("# written by python -m jaxdg.data.check\n", *lines)), encoding="utf-8")
+    file.write_text("".join((HEADER, *lines)), encoding="utf-8", errors="surrogateescape")
     return len(reasons)
 
 
@@ -569,6 +599,8 @@ def main(
     """
     if not os.path.isdir(root):
         raise FileNotFoundError(f"data root {os.path.abspath(root)} does not exist; set JAXDG_DATA or --data_root")
+    if skip_list and skip_list.exists() and not _is_replaceable(skip_list):
+        raise ValueError(f"{skip_list} is there and is no list that --write_skip_list wrote; move it, or name another file")
     root = os.path.normpath(root)
     if not console.is_terminal:
         console.width = 240  # nobody reads it as it is printed: nothing is cut off

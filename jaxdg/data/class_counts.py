@@ -304,7 +304,7 @@ def _content(dataset: Dataset) -> tuple[list[Any], dict[str, int]]:
         return [*of, table, files], modified
     if isinstance(dataset, Records):
         metadata = Path(dataset.directory, METADATA).read_bytes()
-        return [*of, dataset.split, hashlib.sha256(metadata).hexdigest()], {}
+        return [*of, dataset.split, list(dataset.left_out), hashlib.sha256(metadata).hexdigest()], {}
     if isinstance(dataset, Streets):
         return [*of, dataset.seed, dataset.image_size], {}
     digest = hashlib.sha256(np.asarray(getattr(dataset, "table", 0)).tobytes())

@@ -19,7 +19,7 @@ import numpy as np
 from jaxdg.data import index, published, records, storage
 from jaxdg.data.images import read_image, read_label
 from jaxdg.data.labels import CITYSCAPES, IGNORE, LabelSet, apply_table, class_ids, id_table, own_table, palette
-from jaxdg.data.skip import skip_list
+from jaxdg.data.skip import skip_list, without
 
 STREETS = ("clear", "night", "rain", "fog", "dusk_rain")  # as in streets.APPEARANCES
 
@@ -298,7 +298,7 @@ def open_domain(
         streets: the generated scenes.
         folder: where the images and labels of any other domain are.
         mapillary_labels: which classes the ids of Mapillary Vistas mean: vltseg or rein.
-        skip: a text file of paths to leave out with their partners, see `skip.skip_list`; records hold what they were written from.
+        skip: a text file of paths to leave out with their partners, see `skip.py`.
 
     Returns:
         The dataset: records where the root holds them, else files, which are paired and checked.
@@ -325,7 +325,7 @@ def open_domain(
             f"the records {found.directory} were written with other classes or label ids than data.folder or data.mapillary_labels say; "
             "change these or prepare the records again"
         )
-    return found
+    return without(found, skip, root) if skip else found
 
 
 def domain_names(domain: str) -> list[str]:

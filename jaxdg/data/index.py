@@ -111,7 +111,8 @@ def index_pairs(
     def make() -> dict[str, np.ndarray]:
         pairs, defects = examine(tree, folders, image_suffix=image_suffix, label_suffix=label_suffix, skip=skip)
         if defects:
-            raise ValueError(f"{_some([d.path + d.text for d in defects])}; fetch these files again, or leave them out with data.skip")
+            remedy = "fetch these files again, or leave them out with data.skip (a text file with their paths, one a line)"
+            raise ValueError(f"{_some([d.path + d.text for d in defects])}; {remedy}")
         if not pairs.images:
             raise ValueError(f"data.skip leaves no image of {os.path.abspath(tree.base)}; shorten the list")
         fingerprints = {} if pairs.fingerprints is None else {"fingerprints": pairs.fingerprints}

@@ -196,10 +196,16 @@ class _ShardWriter:
     def __call__(self, k: int) -> str:
         path = self.path(k)
         if _note(path) is None:
-            note: dict[str, Any] = {"sizes": [], "names": [], "counts": [], "fingerprints": self._fingerprints(k)}
+            note: dict[str, Any] = {"sizes": [], "names": [], "counts": []}
+            note |= {"labels": self._labels(k), "fingerprints": self._fingerprints(k)}
             _publish(path, lambda part: self._write(part, k, note))
             _publish(f"{path}.json", lambda part: Path(part).write_text(json.dumps(note), encoding="utf-8"))
         return os.path.basename(path)
+
+    def _labels(self, k: int) -> list[str]:
+        """The label files of a shard's images, by which lists of what to leave out may name them; "" where there is none."""
+        paths = self.dataset.pairs.labels[self.bounds[k] : self.bounds[k + 1]] if isinstance(self.dataset, Files) else []
+        return [_relative(path, self.root) for path in paths]
 
     def _fingerprints(self, k: int) -> list[int]:
         """Of the files of a shard's images, if they were taken."""
@@ -359,6 +365,10 @@ def _finish(directory: str, plan: dict[str, Any], writers: Mapping[str, _ShardWr
         index[f"{split}_ends"] = np.cumsum([len(name) for name in names])
         index[f"{split}_sizes"] = np.array([size for note in notes for size in note["sizes"]], np.int32)
         index[f"{split}_bounds"] = np.array(writer.bounds[1:])
+        labels = [label.encode() for note in notes for label in note.get("labels", ())]
+        if len(labels) == len(names):  # not so if a shard was written before they were noted
+            index[f"{split}_labels"] = np.frombuffer(b"".join(labels), np.uint8)
+            index[f"{split}_label_ends"] = np.cumsum([len(label) for label in labels])
         fingerprints = [mark for note in notes for mark in note.get("fingerprints", ())]
         if len(fingerprints) == len(names):  # not so if a shard was written before they were noted
             index[f"{split}_fingerprints"] = np.array(fingerprints, np.uint64)

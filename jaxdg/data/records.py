@@ -7,10 +7,12 @@ and the size and digest of every shard, `index.npz` the names and sizes of the i
 Shards are read from local disks. Those of `gs://..` and `s3://..` are fetched into `$JAXDG_CACHE` (else `~/.cache/jaxdg`) when opened.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+import copy
 import functools
 import hashlib
+import io
 import json
 import os
 from pathlib import Path
@@ -23,10 +25,10 @@ import cv2
 from fsspec import AbstractFileSystem
 from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
-from jaxtyping import UInt8, UInt64
+from jaxtyping import Int64, Integer, UInt8, UInt64
 import numpy as np
 
-from jaxdg.data import cache, jpeg
+from jaxdg.data import cache, jpeg, storage
 from jaxdg.data.box_fields import areas_of
 from jaxdg.data.labels import LabelSet, id_table
 
@@ -40,7 +42,10 @@ class Records:
 
     Attributes:
         table: label file id to train id when the records were written, see `labels.id_table`; None for boxes.
+        left_out: places among all images of the split of those that do not count, ascending.
     """
+
+    left_out: tuple[int, ...] = ()
 
     def __init__(self, directory: str, split: str):
         """Checks that the shards are there and as long as they were written.
@@ -68,25 +73,46 @@ class Records:
                 raise ValueError(f"{path} {wrong}; copy it again, or delete the folder and prepare it again")
 
     def __getstate__(self) -> dict:
-        return {key: value for key, value in self.__dict__.items() if key not in ("_source", "_index")}  # each process opens its own
+        return {
+            key: value for key, value in self.__dict__.items() if key not in ("_source", "_index", "_kept")
+        }  # each process opens its own
+
+    def without(self, images: Sequence[int]) -> "Records":
+        """The same without some images; order and samples of the others stay as they are."""
+        if not images:
+            return self
+        fewer = copy.copy(self)
+        fewer.left_out = tuple(sorted({*self.left_out, *(int(self._kept[i]) for i in images)}))
+        return fewer
 
     def __len__(self) -> int:
-        return len(self._index["sizes"])
+        return len(self._kept)
 
     def size(self, i: int) -> tuple[int, int]:
         """Height and width of image `i`, pixels."""
-        h, w = self._index["sizes"][i].tolist()
+        h, w = self._index["sizes"][self._kept[i]].tolist()
         return h, w
 
     def name(self, i: int) -> str:
         """Path of the file that image `i` was made of, below its data root."""
-        ends = self._index["ends"]
-        return self._index["names"][ends[i - 1] if i else 0 : ends[i]].tobytes().decode()
+        return self._text("names", int(self._kept[i]))
+
+    def names(self) -> list[str]:
+        """What `name` says of every image."""
+        return [self.name(i) for i in range(len(self))]
+
+    def label_names(self) -> list[str]:
+        """The same of every image's label; none if there are none, or they were not noted."""
+        return [self._text("labels", i) for i in self._kept.tolist()] if "labels" in self._index else []
+
+    def _text(self, key: str, i: int) -> str:
+        return _text(self._index[key], self._index["ends" if key == "names" else "label_ends"], i)
 
     @property
     def fingerprints(self) -> UInt64[np.ndarray, " n"] | None:
         """Of the files that the images were made of, see `index.fingerprint`; None in records that were written without."""
-        return self._index.get("fingerprints")
+        taken = self._index.get("fingerprints")
+        return None if taken is None else taken[self._kept]
 
     def __getitem__(self, i: int) -> dict[str, np.ndarray]:
         fields = self._fields(i)
@@ -105,6 +131,7 @@ class Records:
 
     def _fields(self, i: int) -> Any:
         source, parse = self._source
+        i = int(self._kept[i])
         try:
             return parse(source[i]).features.feature  # TFDS's own parsing copies the pictures once more
         except RuntimeError as error:  # array_record's, when a checksum does not hold
@@ -123,7 +150,8 @@ class Records:
     @property
     def box_counts(self) -> np.ndarray | None:
         """Number of boxes of each image; None for label maps, and where the records are too old to tell."""
-        return self._index.get("counts")
+        counts = self._index.get("counts")
+        return None if counts is None else counts[self._kept]
 
     @functools.cached_property
     def _source(self) -> tuple[Any, Callable[[bytes], Any]]:
@@ -138,8 +166,12 @@ class Records:
     @functools.cached_property
     def _index(self) -> dict[str, np.ndarray]:
         with np.load(os.path.join(self.directory, INDEX)) as index:
-            keys = ("sizes", "names", "ends", "bounds", "fingerprints", "counts")
+            keys = ("sizes", "names", "ends", "labels", "label_ends", "bounds", "fingerprints", "counts")
             return {key: index[name] for key in keys if (name := f"{self.split}_{key}") in index}
+
+    @functools.cached_property
+    def _kept(self) -> Int64[np.ndarray, " n"]:
+        return np.delete(np.arange(len(self._index["sizes"]), dtype=np.int64), self.left_out)
 
 
 def folder(root: str, domain: str, boxes: bool = False) -> str:
@@ -196,6 +228,38 @@ def open_records(root: str, domain: str, *, train: bool, boxes: bool = False) ->
     if not isinstance(system, LocalFileSystem):
         inner = _fetch(system, inner, directory, metadata, splits[split])
     return Records(inner, split)
+
+
+def names_below(root: str) -> Iterator[tuple[list[str], list[str]]]:
+    """The names of the images in each split of all finished records below a data root, and of their labels as far as they were noted.
+
+    Args:
+        root: a folder or a URL.
+    """
+    system, inner = filesystem(root)
+
+    def folders(folder: str) -> list[str]:
+        if isinstance(system, LocalFileSystem):  # its own listing looks at every file
+            return [os.path.join(folder, name) for name in storage.subfolders(folder)]
+        return [entry["name"] for entry in system.ls(folder, detail=True) if entry["type"] == "directory"]
+
+    for folder in folders(inner) if system.exists(inner) else []:
+        for place in (folder, *folders(folder)):
+            if not system.exists(f"{place}/{VERSION}/{COMPLETE}"):
+                continue
+            data: Any = system.cat_file(f"{place}/{VERSION}/{INDEX}")
+            with np.load(io.BytesIO(data)) as stored:
+                index = dict(stored)
+            for split in (key.removesuffix("_names") for key in index if key.endswith("_names")):
+                kinds = (("names", "ends"), ("labels", "label_ends"))
+                pairs = [(index[f"{split}_{a}"], index[f"{split}_{b}"]) for a, b in kinds if f"{split}_{a}" in index]
+                names, *labels = ([_text(text, ends, i) for i in range(len(ends))] for text, ends in pairs)
+                yield names, labels[0] if labels else []
+
+
+def _text(texts: UInt8[np.ndarray, " m"], ends: Integer[np.ndarray, " n"], i: int) -> str:
+    """Text `i` of many that lie one behind another."""
+    return texts[ends[i - 1] if i else 0 : ends[i]].tobytes().decode()
 
 
 def verify(directory: str) -> list[str]:

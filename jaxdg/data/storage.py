@@ -113,6 +113,14 @@ def subfolders(folder: str) -> list[str]:
     return sorted(name for name in names if not is_hidden(name))
 
 
+def entries(folder: str) -> list[str]:
+    """All names in a folder, an archive, or a folder in an archive; sorted; none if there is no such folder."""
+    archive, inner = _split(folder)
+    if archive is not None:
+        return sorted([*archive.subfolders.get(inner, ()), *archive.files.get(inner, ())])
+    return sorted(os.listdir(folder)) if os.path.isdir(folder) else []
+
+
 def spelt(base: str, path: str) -> str:
     """Where `path` is below `base`, although the letters of its names may be composed otherwise on disk.
 
@@ -128,7 +136,7 @@ def spelt(base: str, path: str) -> str:
         return joined
     place = base
     for part in path.split("/"):
-        alike = [name for name in _names(place) if composed(name) == composed(part)]
+        alike = [name for name in entries(place) if composed(name) == composed(part)]
         place = os.path.join(place, alike[0] if alike and part not in alike else part)
     return place
 
@@ -225,14 +233,6 @@ def _is_folder(entry: os.DirEntry) -> bool:
         return entry.is_dir()
     except OSError:  # a link that leads to itself
         return False
-
-
-def _names(folder: str) -> list[str]:
-    """All names in a folder, an archive, or a folder in an archive; sorted; none if there is no such folder."""
-    archive, inner = _split(folder)
-    if archive is not None:
-        return sorted([*archive.subfolders.get(inner, ()), *archive.files.get(inner, ())])
-    return sorted(os.listdir(folder)) if os.path.isdir(folder) else []
 
 
 def modified(folder: str) -> tuple[str, int]:

@@ -496,3 +496,19 @@ def test_a_dataset_that_is_there_twice_is_broken(tmp_path):
     twice = "gta5/01_images (1).zip/images/00001.png and "
     assert f"broken: {tmp_path}/{twice}{tmp_path}/gta5/01_images.zip/images/00001.png are two candidates" in printed
     assert "not checked, as these are folders of no known dataset: GTA-5" in printed
+
+
+def test_files_of_others_are_not_replaced(tmp_path):
+    """A skip list or contact sheet of an earlier check is written anew; another file of its name stays and is named."""
+    trees.make("gta5", tmp_path, np.random.default_rng(0), count=2)
+    sheets, skip = tmp_path / "sheets", tmp_path / "skip.txt"
+    for _ in range(2):
+        assert f"contact sheet: {sheets}/gta5.png" in run(tmp_path, "gta5", skip_list=skip)[1]
+    Image.new("RGB", (3, 3)).save(sheets / "gta5.png")
+    kept = (sheets / "gta5.png").read_bytes()
+    assert f"contact sheet not written: {sheets}/gta5.png is there and is none" in run(tmp_path, "gta5")[1]
+    assert (sheets / "gta5.png").read_bytes() == kept
+    skip.write_text("my notes")
+    with pytest.raises(ValueError, match=r"skip\.txt is there and is no list that --write_skip_list wrote; move it"):
+        run(tmp_path, "gta5", skip_list=skip)
+    assert skip.read_text() == "my notes"
