@@ -20,7 +20,9 @@ def flag(value: Any) -> bool | None:
     Returns:
         Whether it says yes; None where it says neither.
     """
-    text = "" if value is None else str(value).strip().lower()
+    if value is None or type(value) is int:  # as almost all files have it
+        return bool(value) if value in (None, 0, 1) else None
+    text = str(value).strip().lower()
     return True if text in YES else False if text in NO else None
 
 

@@ -14,7 +14,7 @@ import math
 import os
 import posixpath
 from reprlib import repr as short
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -122,27 +122,26 @@ def read(
     kept = {i: image for i, image in images.items() if not looked[i][1]}
     sizes, fingerprints = index.arrays([header for header, _ in looked.values()])
     rows = reader.annotations(content["annotations"], set(listed), kept, classes)
-    return list(images.values()), {"sizes": sizes, "fingerprints": fingerprints, **_arrays(rows, list(images), sizes, wrong)}
+    return list(images.values()), {"sizes": sizes, "fingerprints": fingerprints, **_arrays(rows, images, sizes, reader)}
 
 
-@dataclasses.dataclass(frozen=True)
-class _Row:
-    """One box as it is written, and how to name it."""
+class _Row(NamedTuple):
+    """One box as it is written."""
 
-    image: Hashable
+    entry: Entry
     class_id: int
     corners: tuple[float, float, float, float]
     difficult: bool
     crowd: bool
     area: float
-    where: Defect
 
 
-def _arrays(rows: list[_Row], images: list[Hashable], sizes: np.ndarray, wrong: list[Defect]) -> dict[str, np.ndarray]:
+def _arrays(rows: list[_Row], images: Mapping[Hashable, str], sizes: np.ndarray, reader: "_Reader") -> dict[str, np.ndarray]:
     place = {i: k for k, i in enumerate(images)}
-    owner = np.array([place[row.image] for row in rows], np.int32)
+    owner = np.array([place[row.entry["image_id"]] for row in rows], np.int32)
     boxes, misfits = fit(np.array([row.corners for row in rows], np.float64).reshape(-1, 4), sizes[owner], first=0)
-    wrong += [Defect(rows[i].where.path, f"{rows[i].where.text} {what}") for i, what in misfits]
+    for i, what in misfits:
+        reader.say_of(rows[i].entry, images, what)
     order = np.argsort(owner, kind="stable")
     order = order[~np.isin(order, [i for i, _ in misfits])]
     stated = np.array([row.area for row in rows], np.float64)
@@ -167,6 +166,10 @@ class _Reader:
     def say(self, text: str) -> None:
         """Notes what is wrong with the file."""
         self.wrong.append(Defect(self.path, f": {text}"))
+
+    def say_of(self, e: Entry, images: Mapping[Hashable, str], text: str) -> None:
+        """Notes what is wrong with an annotation of one of `images`."""
+        self.wrong.append(Defect(images[e["image_id"]], f": annotation {e['id']} of {os.path.basename(self.path)} {text}"))
 
     def categories(self, entries: list[Entry]) -> dict[Hashable, str]:
         """The name of each category by its id."""
@@ -230,25 +233,23 @@ class _Reader:
     ) -> list[_Row]:
         """The boxes in `images`; `listed` are the ids of all images."""
         rows: list[_Row] = []
-        seen: set[Hashable] = set()
+        seen: dict[tuple[Hashable, Hashable], Any] = {}
         foreign: dict[str, list[Any]] = {}
         ids = {name: k for k, name in enumerate(self.names)}
-        file = os.path.basename(self.path)
         known = ", ".join(f"{i} {name}" for i, name in classes.items())
         for n, e in enumerate(entries, start=1):
             if fault := _id_fault(e, "id") or _id_fault(e, "image_id"):
                 self.say(f"{_title('annotation', e, n)} {fault}")
                 continue
-            same = (e["id"], e["image_id"], str(e.get("bbox")))
-            if same in seen:
+            known_as = (e["id"], e["image_id"])
+            if known_as in seen and seen[known_as] == e.get("bbox"):
                 self.say(f"annotation {e['id']} occurs twice; take one out")
-            seen.add(same)
+            seen[known_as] = e.get("bbox")
             if e["image_id"] not in listed:
                 self.say(f"annotation {e['id']} is of image {_spelt(e['image_id'], listed)}, which is not listed")
                 continue
             if e["image_id"] not in images:
                 continue
-            where = Defect(images[e["image_id"]], f": annotation {e['id']} of {file}")
             category = None if _id_fault(e, "category_id") else classes.get(e["category_id"])
             if category is not None and category not in ids:
                 foreign.setdefault(category, []).append(e["id"])
@@ -257,13 +258,12 @@ class _Reader:
             if not fault and category is None:
                 fault = f"has the unknown class {_spelt(e['category_id'], classes)} (known are {known})"
             if fault := fault or _values_fault(e):
-                self.wrong.append(Defect(where.path, f"{where.text} {fault}"))
+                self.say_of(e, images, fault)
                 continue
             assert category is not None  # or there had been a fault
             difficult = bool(flag(e.get("difficult")) or flag(e.get("ignore")))
-            corners = _corners(e["bbox"])
             area = math.nan if e.get("area") is None else float(e["area"])
-            rows.append(_Row(e["image_id"], ids[category], corners, difficult, bool(flag(e.get("iscrowd"))), area, where))
+            rows.append(_Row(e, ids[category], _corners(e["bbox"]), difficult, bool(flag(e.get("iscrowd"))), area))
         for category, mine in foreign.items():
             self.say(
                 f"annotation {mine[0]}{f' and {len(mine) - 1} more are' if len(mine) > 1 else ' is'} of the category {category!r}, which "
