@@ -23,7 +23,7 @@ from jaxdg.data.cache import cached, decoded, encoded
 from jaxdg.data.coco_json import CocoPart
 from jaxdg.data.index import Defect
 
-VERSION = 5  # of what is kept
+VERSION = 6  # of what is kept
 FLAGS = ("-1", "0", "1")  # behind a name in the list of a single class: absent, difficult, present
 
 
@@ -106,23 +106,24 @@ def index_voc(
         pairs = [pair for part in parts for pair in _pair(tree, part, frozenset(skip), wrong)]
         with ThreadPoolExecutor(index.THREADS) as pool:
             checked = list(pool.map(lambda pair: _check_pair(pair[0], pair[1], classes), pairs))
-        _report(wrong + [defect for _, _, found in checked for defect in found], defects)
+        _report(wrong + [defect for *_, found in checked for defect in found], defects)
         if not pairs:
             raise ValueError(f"no images of {os.path.abspath(tree.base)} are left; see its lists, and data.skip")
         images, labels = zip(*pairs, strict=True)
-        sizes, fingerprints = index.arrays([header for header, _, _ in checked])
-        counts = np.array([count for _, count, _ in checked], np.int32)
+        sizes, fingerprints = index.arrays([header for header, *_ in checked])
+        counts = np.array([count for _, count, *_ in checked], np.int32)
         return {
             "images": encoded(images),
             "labels": encoded(labels),
             "sizes": sizes,
             "fingerprints": fingerprints,
             "counts": counts,
+            "notes": encoded(_mistaken(pairs, [said for *_, said, _ in checked])),
         }
 
     kept = make() if defects is not None else cached(_key("voc", tree, parts, classes, skip), tree.modified, make)
-    pairs = index.Pairs(decoded(kept["images"]), decoded(kept["labels"]), kept["sizes"], kept["fingerprints"], tree.passed.told())
-    return pairs, kept["counts"]
+    notes = (*tree.passed.told(), *decoded(kept["notes"]))
+    return index.Pairs(decoded(kept["images"]), decoded(kept["labels"]), kept["sizes"], kept["fingerprints"], notes), kept["counts"]
 
 
 def read_voc(path: str, size: tuple[int, int], classes: tuple[str, ...]) -> Boxes:
@@ -137,7 +138,7 @@ def read_voc(path: str, size: tuple[int, int], classes: tuple[str, ...]) -> Boxe
         ValueError: a file that does not parse, is none of VOC's or states another size, or objects of unknown class, without a name or one
             box of four numbers, of no size, or outside the image; names all of them.
     """
-    boxes, wrong = voc_xml.read(path, size, classes)
+    boxes, _, wrong = voc_xml.read(path, size, classes)
     _report(wrong, None)
     return boxes
 
@@ -268,10 +269,25 @@ def _stem(name: str, images: Mapping[str, Sequence[str]], annotations: Mapping[s
     return stem if any(os.path.basename(path) == os.path.basename(plain) for path in own) else None
 
 
-def _check_pair(image: str, annotation: str, classes: tuple[str, ...]) -> tuple[index.Header, int, list[Defect]]:
+def _check_pair(image: str, annotation: str, classes: tuple[str, ...]) -> tuple[index.Header, int, str, list[Defect]]:
+    """Also the number of boxes, and the image that they are said to be of."""
     header, wrong = _look(image)
-    boxes, found = voc_xml.read(annotation, header.size, classes)
-    return header, len(boxes["boxes"]), wrong or found
+    boxes, said, found = voc_xml.read(annotation, header.size, classes)
+    return header, len(boxes["boxes"]), said, wrong or found
+
+
+def _mistaken(pairs: Sequence[tuple[str, str]], said: Sequence[str]) -> tuple[str, ...]:
+    """A line on annotations that say they are of another image that is there too: files may have been renamed, or mixed up."""
+    stems = [os.path.splitext(os.path.basename(image))[0] for image, _ in pairs]
+    known = set(stems)
+    others = [i for i, name in enumerate(said) if name != stems[i] and name in known]
+    if not others:
+        return ()
+    (image, annotation), name = pairs[others[0]], said[others[0]]
+    return (
+        f"{len(others)} of {len(pairs)} annotations name another image than their own in <filename>, such as {annotation} with {name}; "
+        f"they count for the image of their own name, {os.path.basename(image)} there: look whether files were mixed up",
+    )
 
 
 def _look(image: str) -> tuple[index.Header, list[Defect]]:

@@ -111,6 +111,7 @@ class Opened:
         telling: those of them that show a class.
         counts: pixels by train id, or boxes by class, of the images that were decoded.
         ids: pixels by the ids of the label files, or boxes without crowds by class, of the same images.
+        flagged: boxes of the same images that are difficult, and those around crowds.
     """
 
     split: Split
@@ -120,6 +121,7 @@ class Opened:
     telling: list[int] = dataclasses.field(default_factory=list)
     counts: Int64[np.ndarray, "256"] = dataclasses.field(default_factory=lambda: np.zeros(256, np.int64))
     ids: Int64[np.ndarray, "65536"] = dataclasses.field(default_factory=lambda: np.zeros(65536, np.int64))
+    flagged: Int64[np.ndarray, "2"] = dataclasses.field(default_factory=lambda: np.zeros(2, np.int64))
 
 
 def subjects(
@@ -250,6 +252,11 @@ def check(subject: Subject, *, everything: bool, workers: int, console: Console,
     shown = _shown(subject, opened, console)
     lacking, lines = class_check.findings(shown, own=subject.own, judged_only=subject.judged_only) if shown else ([], [])
     warnings += [line for line, is_warning in lines if is_warning]
+    warnings += [
+        f"all {o.flagged[0]} boxes in {len(o.intact)} images of {o.split.name} are difficult, of which VOC's AP counts none"
+        for o in opened
+        if 0 < o.counts.sum() == o.flagged[0]
+    ]
     broken = list(dict.fromkeys([*broken, *(defect for o in opened for defect in o.broken), *(Defect("", line) for line in lacking)]))
     console.print(Text.assemble((subject.name, "bold"), f"  {subject.folder}"))
     if opened:
@@ -317,8 +324,9 @@ def _decode(name: str, opened: Sequence[Opened], everything: bool, workers: int,
         return
     looks = read_ahead(grain.MapDataset.range(len(items)).map(_Look([o.dataset for o in opened], items)), workers)
     looks = track(looks, name, len(items), console=console, transient=True, disable=not console.is_terminal)
-    for (k, i), (counts, (ids, found), wrong) in zip(items, looks, strict=True):
+    for (k, i), (counts, (ids, found), flagged, wrong) in zip(items, looks, strict=True):
         opened[k].counts += counts
+        opened[k].flagged += flagged
         opened[k].ids[ids] += found
         opened[k].broken += wrong
         opened[k].intact += [] if wrong else [i]
@@ -332,35 +340,36 @@ class _Look:
     datasets: list[Files]
     items: list[tuple[int, int]]
 
-    def __call__(self, j: int) -> tuple[Int64[np.ndarray, "256"], tuple[np.ndarray, np.ndarray], list[Defect]]:
+    def __call__(self, j: int) -> tuple[Int64[np.ndarray, "256"], tuple[np.ndarray, np.ndarray], Int64[np.ndarray, "2"], list[Defect]]:
         k, i = self.items[j]
         dataset, counts, wrong = self.datasets[k], np.zeros(256, np.int64), []
-        ids = np.zeros(0, np.int64), np.zeros(0, np.int64)
+        ids, flagged = (np.zeros(0, np.int64), np.zeros(0, np.int64)), np.zeros(2, np.int64)
         image, label = dataset.name(i), dataset.pairs.labels[i] or dataset.name(i)
         try:
             read_image(image)
         except (ValueError, cv2.error) as error:
             wrong.append(_defect(image, error))
         try:
-            counts, ids = _truth(dataset, i)
+            counts, ids, flagged = _truth(dataset, i)
         except (ValueError, cv2.error) as error:
             wrong.append(_defect(label, error))
-        return counts, ids, wrong
+        return counts, ids, flagged, wrong
 
 
-def _truth(dataset: Files, i: int) -> tuple[Int64[np.ndarray, "256"], tuple[np.ndarray, np.ndarray]]:
-    """Of the label of image `i` what `Opened.counts` and `Opened.ids` say, the latter as ids and the count of each."""
+def _truth(dataset: Files, i: int) -> tuple[Int64[np.ndarray, "256"], tuple[np.ndarray, np.ndarray], Int64[np.ndarray, "2"]]:
+    """Of the label of image `i` what `Opened.counts`, `ids` and `flagged` say, the second as ids and the count of each."""
     if isinstance(dataset, BoxFiles):
         truth = dataset.boxes(i)
         counts = np.bincount(truth["classes"], minlength=256)
-        return counts, np.unique(truth["classes"][~truth["crowd"]], return_counts=True)
+        flagged = np.array([np.count_nonzero(truth[key]) for key in ("difficult", "crowd")])
+        return counts, np.unique(truth["classes"][~truth["crowd"]], return_counts=True), flagged
     ids, found = dataset.ids(i)
     classes = dataset.table[ids]
     if (classes < 0).any():
         dataset.label(i)  # the error that says which ids, and where
     counts = np.zeros(256, np.int64)
     np.add.at(counts, classes, found)
-    return counts, (ids, found)
+    return counts, (ids, found), np.zeros(2, np.int64)
 
 
 def _shown(subject: Subject, opened: Sequence[Opened], console: Console) -> list[Shown]:
@@ -413,8 +422,10 @@ def _spread(items: list[int], count: int) -> list[int]:
 
 
 def _table(opened: Iterable[Opened]) -> Table:
+    opened = list(opened)
+    boxes = ("boxes", "difficult", "crowds") if any(isinstance(o.dataset, BoxFiles) for o in opened) else ()
     table = Table(
-        *(Column(name, justify="right") for name in ("", "images", "published", "pixels", "decoded", "broken files")),
+        *(Column(name, justify="right") for name in ("", "images", "published", "pixels", "decoded", *boxes, "broken files")),
         box=SIMPLE,
         show_edge=False,
     )
@@ -426,7 +437,9 @@ def _table(opened: Iterable[Opened]) -> Table:
         images = Text(str(found), style="" if o.split.count in (None, found) else "yellow")
         broken = len({path for path, _ in o.broken})
         stated = "-" if o.split.count is None else str(o.split.count)
-        table.add_row(Text(o.split.name), images, stated, pixels, str(len(o.intact)), Text(str(broken), style="red" if broken else ""))
+        seen = (str(n) for n in (o.counts.sum(), *o.flagged)[: len(boxes)])
+        last = Text(str(broken), style="red" if broken else "")
+        table.add_row(Text(o.split.name), images, stated, pixels, str(len(o.intact)), *seen, last)
     return table
 
 

@@ -19,8 +19,8 @@ from jaxdg.data.index import Defect
 CORNERS = ("xmin", "ymin", "xmax", "ymax")
 
 
-def read(path: str, size: tuple[int, int], classes: Sequence[str]) -> tuple[Boxes, list[Defect]]:
-    """The boxes of a file, and what is wrong in it.
+def read(path: str, size: tuple[int, int], classes: Sequence[str]) -> tuple[Boxes, str, list[Defect]]:
+    """The boxes of a file, the name without extension of the image that it says they are of, and what is wrong in it.
 
     Args:
         path: as `storage.read` takes it.
@@ -54,16 +54,8 @@ def read(path: str, size: tuple[int, int], classes: Sequence[str]) -> tuple[Boxe
         "crowd": np.zeros(len(objects), bool),
         "areas": areas_of(boxes),
     }
-    return result, [Defect(path, text) for text in wrong]
-
-
-def named_file(path: str) -> str:
-    """The name, without extension, of the image that a file says it belongs to; "" if it says none or cannot be read."""
-    try:
-        said = _text(_root(path), "filename")
-    except ValueError:
-        return ""
-    return os.path.splitext(said.replace("\\", "/").rpartition("/")[2])[0]
+    said, _ = os.path.splitext(_text(root, "filename").replace("\\", "/").rpartition("/")[2])
+    return result, said, [Defect(path, text) for text in wrong]
 
 
 def _root(path: str) -> ElementTree.Element:

@@ -202,7 +202,7 @@ def test_shares_of_classes_are_those_of_the_label_files(tmp_path):
     items = trees.make("gta5", tmp_path, np.random.default_rng(2), count=5)
     voc(tmp_path / "diverse_weather/night_rainy", {"a": [("car", 5, 5, 20, 9), ("bus", 1, 1, 8, 8)], "b": [("car", 5, 5, 9, 9)]}, "train")
     _, printed = run(tmp_path)
-    shares, boxes = printed.split("boxes ")
+    shares, boxes = printed.rsplit("boxes ", 1)
     ids = np.concatenate([item.ids.ravel() for item in items])
     cells = {line.split("■")[1].rsplit(maxsplit=1)[0].strip(): line.split()[-1] for line in shares.splitlines() if "■" in line}
     for i, name in ((7, "road"), (33, "bicycle"), (24, "person")):
@@ -388,6 +388,46 @@ def test_classes_of_records(tmp_path):
     shares = r"; classes in walls/train: background 50\.0 %, ignored 50\.0 %"
     assert re.search(rf"broken: only background occurs in the labels of walls/train, in all 3 images: .*{shares}\n", printed)
     assert run(tmp_path / "out", "roads")[0]
+
+
+def test_difficult_boxes_and_crowds_are_counted(tmp_path):
+    """Beside all boxes of the decoded images; where all are crowds nothing can be learnt, and where all are difficult VOC counts none."""
+    sides = {"width": 40, "height": 24}
+    images = [{"id": i, "file_name": f"{i}.png", **sides} for i in (1, 2)]
+    for e in images:
+        trees.write(tmp_path, f"rgb/{e['file_name']}", trees.encode(np.zeros((24, 40, 3), np.uint8), "PNG"))
+    rows = [{"id": i, "image_id": 1 + i % 2, "category_id": 1, "bbox": [i, 2, 5, 3], "iscrowd": i % 3 == 0} for i in range(7)]
+    rows[1]["ignore"] = 1
+    content = {"images": images, "categories": [{"id": 1, "name": "dog"}], "annotations": rows}
+    boxes = BoxOptions(images=("rgb", "rgb"), annotations=("boxes.json", "boxes.json"), lists=("", ""))
+
+    def told(**same: object) -> tuple[bool, str]:
+        (tmp_path / "boxes.json").write_text(json.dumps(content | {"annotations": [row | same for row in rows]}))
+        return run(tmp_path, "town", boxes=boxes)
+
+    whole, printed = told()
+    assert whole
+    assert ["town/all", "2", "-", "40x24", "2", "7", "1", "3", "0"] in [line.split() for line in printed.splitlines()]
+    assert [line.split()[-1] for line in printed.splitlines() if "■ dog" in line] == ["7"]
+    whole, printed = told(iscrowd="1")
+    assert not whole
+    assert "broken: town/all has no box to learn from in all 2 images" in printed
+    whole, printed = told(iscrowd="0", difficult=True)
+    assert whole
+    assert "warning: all 7 boxes in 2 images of town/all are difficult, of which VOC's AP counts none" in printed
+
+
+def test_annotations_that_name_another_image_are_told(tmp_path):
+    """Only where that image is there too: what was renamed as a whole is no sign of files mixed up."""
+    folder = tmp_path / "diverse_weather/night_rainy"
+    voc(folder, {name: [("car", 5, 5, 20, 9)] for name in "abc"}, "train")
+    for name, said in (("a", "b.jpg"), ("b", "C:\\photos\\a.png"), ("c", "other.jpg")):
+        path = folder / f"VOC2007/Annotations/{name}.xml"
+        path.write_text(path.read_text().replace("<annotation>", f"<annotation><filename>{said}</filename>"))
+    whole, printed = run(tmp_path)
+    assert whole
+    path = folder / "VOC2007/Annotations/a.xml"
+    assert f"2 of 3 annotations name another image than their own in <filename>, such as {path} with b; they count for" in printed
 
 
 def test_records_are_verified(tmp_path):
