@@ -63,7 +63,7 @@ def train(config: Config, workdir: Path, console: Console, interrupt: Interrupt,
     agree_on_images({f"the source {d.source}": source, **domains}, config)
     trained = trained_on(task, source, workdir, console.print)
     standing = standings(task, domains, trained, console.print)
-    if distributed.is_main():
+    if distributed.is_main() and config.steps:
         class_check.before_training(source, domains, console.print)
     if d.rare_class_temperature:
         console.print(f"rare-class sampling: counts the classes of {len(source)} labels, once for all runs")
