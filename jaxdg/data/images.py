@@ -143,11 +143,9 @@ def truncated(file: io.BufferedIOBase) -> str | None:
     Returns:
         None for whole files and for formats that do not tell, else what is wrong.
     """
-    size = file.seek(0, os.SEEK_END)
+    tail, size = _tail(file), file.tell()
     if not size:
         return "empty (0 bytes)"
-    file.seek(max(0, size - TAIL))
-    tail = file.read()
     file.seek(0)
     head = file.read(16)
     if head.startswith(PNG_START):
@@ -158,6 +156,11 @@ def truncated(file: io.BufferedIOBase) -> str | None:
     if head[:4] == b"RIFF" and (whole := 8 + int.from_bytes(head[4:8], "little")) > size:
         return f"truncated ({size} of {whole} bytes)"
     return None
+
+
+def _tail(file: io.BufferedIOBase) -> bytes:
+    file.seek(max(0, file.seek(0, os.SEEK_END) - TAIL))
+    return file.read()
 
 
 def read_header(file: io.BufferedIOBase, *, label: bool) -> Stored:
@@ -176,8 +179,7 @@ def read_header(file: io.BufferedIOBase, *, label: bool) -> Stored:
     try:
         image = _opened(file)
         wrong = (_lossy(image) if label else _no_colors(image)) or _frames(image)
-        file.seek(-min(TAIL, file.seek(0, os.SEEK_END)), os.SEEK_END)
-        turn = _orientation(image, file.read())
+        turn = _orientation(image, _tail(file) if image.format == "PNG" else b"")
     except UnidentifiedImageError:
         file.seek(0)
         raise ValueError(_unknown(file.read(64))) from None
@@ -293,7 +295,7 @@ def _orientation(image: Image.Image, tail: bytes) -> int:
     """The orientation of an image that is not loaded; `tail` is the end of its file, where a PNG may say it."""
     found = None
     with contextlib.suppress(Exception):  # what viewers cannot read they do not obey
-        exif = image.getexif()
+        exif = Image.Image.getexif(image)  # that of PNG images would decode the pixels first
         at = tail.rfind(b"eXIf") if image.format == "PNG" and ORIENTATION not in exif else -1
         if at >= 4:
             exif.load(b"Exif\0\0" + tail[at + 4 : at + 4 + int.from_bytes(tail[at - 4 : at])])

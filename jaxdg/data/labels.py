@@ -239,7 +239,7 @@ def palette_fault(palette: Sequence[int], expected: ClassIds) -> str | None:
     for i, (r, g, b) in enumerate(zip(palette[::3], palette[1::3], palette[2::3], strict=False)):
         places.setdefault((r, g, b), []).append(i)
     known = {color: ids for color, (_, ids) in expected.items() if color in places and ids}
-    strange = [color for color, ids in known.items() if not set(places[color]) & set(ids)]
+    strange = sorted((color for color, ids in known.items() if not set(places[color]) & set(ids)), key=lambda color: places[color])
     if len(known) < max(2, len(expected) / 2) or len(strange) < 2:
         return None
     told = ", ".join(f"{places[c][0]} the colour of {expected[c][0]} (id {', '.join(map(str, known[c]))})" for c in strange[:5])

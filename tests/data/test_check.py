@@ -11,6 +11,7 @@ import subprocess
 import sys
 import zipfile
 
+import cv2
 import numpy as np
 from PIL import Image
 import pytest
@@ -552,3 +553,51 @@ def test_files_of_others_are_not_replaced(tmp_path):
     with pytest.raises(ValueError, match=r"skip\.txt is there and is no list that --write_skip_list wrote; move it"):
         run(tmp_path, "gta5", skip_list=skip)
     assert skip.read_text() == "my notes"
+
+
+def test_images_and_labels_that_are_not_what_they_seem_are_named(tmp_path):
+    """Own folders: what would train to a plausible, wrong result is said before any training, from folders and from an archive."""
+    rng, base = np.random.default_rng(0), tmp_path / "root" / "town"
+    pixels = np.asarray(Image.fromarray(rng.integers(0, 256, (12, 16, 3), np.uint8)).resize((160, 120), Image.Resampling.BICUBIC))
+    ids = np.arange(120 * 160).reshape(120, 160) % 3
+    jpeg, label = trees.encode(pixels, "JPEG"), trees.grey(ids)
+    half_turn = Image.Exif()
+    half_turn[0x0112] = 3
+    turned, permuted = io.BytesIO(), io.BytesIO()
+    Image.fromarray(pixels).save(turned, "JPEG", exif=half_turn)
+    palette = Image.fromarray(ids.astype(np.uint8))
+    palette.putpalette([244, 35, 232, 128, 64, 128, 70, 130, 180])
+    palette.save(permuted, "PNG")
+    deep = cv2.imencode(".png", rng.integers(0, 4096, (120, 160)).astype(np.uint16))[1].tobytes()
+    files = {  # image, label, what is said of which
+        "film": (jpeg + bytes(5000), label, None),
+        "png": (trees.encode(pixels, "PNG"), label, None),
+        "hole": (jpeg[:2000] + bytes(700) + jpeg[2700:], label, "images/hole.jpg: damaged ("),
+        "early_end": (jpeg[:3000] + b"\xff\xd9", label, "images/early_end.jpg: damaged (Corrupt JPEG data: premature end of data segment)"),
+        "cut": (jpeg[:3000], label, "images/cut.jpg: truncated (no JPEG end marker)"),
+        "turned": (
+            turned.getvalue(),
+            label,
+            "images/turned.jpg: its orientation (EXIF 3: turned by 180 degrees) leaves open whether the label",
+        ),
+        "deep": (deep, label, "images/deep.jpg: a 16-bit image of which no value uses more than 12 bits"),
+        "lossy": (jpeg, trees.encode(ids.astype(np.uint8), "JPEG"), "labels/lossy.png: a label must not be a JPEG image"),
+        "permuted": (
+            jpeg,
+            permuted.getvalue(),
+            "labels/permuted.png: its palette gives index 0 the colour of walk (id 1), 1 the colour of road",
+        ),
+    }
+    for name, (image, truth, _) in files.items():
+        for kind, data in ((f"images/{name}.jpg", image), (f"labels/{name}.png", truth)):
+            trees.write(base, kind, data)
+            trees.write(tmp_path / "root", kind, data, "zipped.zip")
+    colors = ((128, 64, 128), (244, 35, 232), (70, 130, 180))
+    for domain, place in (("town", "town"), ("zipped", "zipped.zip")):
+        folder = FolderOptions(images=f"{place}/images", labels=f"{place}/labels", classes=("road", "walk", "sky"), colors=colors)
+        whole, printed = run(tmp_path / "root", domain, folder=folder)
+        assert not whole
+        told = [told for _, _, told in files.values() if told]
+        for text in told:
+            assert printed.count(f"broken: {tmp_path}/root/{place}/{text}") == 1, text
+        assert printed.count("broken: ") == len(told)

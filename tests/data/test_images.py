@@ -3,6 +3,7 @@
 import io
 from pathlib import Path
 import struct
+import zipfile
 import zlib
 
 import cv2
@@ -11,7 +12,13 @@ from PIL import Image
 import pytest
 
 from jaxdg.data import images, index, jpeg
+from jaxdg.data.boxes import BoxOptions, open_box_files
+from jaxdg.data.datasets import FolderOptions, StreetsOptions, open_domain, open_files
 from jaxdg.data.images import read_image, read_label
+from jaxdg.data.labels import CITYSCAPES, CITYSCAPES_IDS
+from jaxdg.data.prepare import prepare
+from jaxdg.data.records import Records, open_records
+from tests.data import trees
 
 RNG = np.random.default_rng(0)
 H, W = 48, 64
@@ -326,3 +333,180 @@ def test_labels_are_ids_as_stored_or_refused(tmp_path, kind):
         got = read_label(path)
         assert got.dtype.kind in "ui"
         np.testing.assert_array_equal(got, expected)
+
+
+def shown(pixels: np.ndarray, turn: int) -> np.ndarray:
+    """What viewers show, by the table of the EXIF standard: where the stored row 0 and column 0 are."""
+    return {
+        1: pixels,
+        2: pixels[:, ::-1],
+        3: pixels[::-1, ::-1],
+        4: pixels[::-1],
+        5: pixels.transpose(1, 0, 2),
+        6: np.rot90(pixels, -1),
+        7: np.rot90(pixels, -1)[::-1],
+        8: np.rot90(pixels),
+    }[turn]
+
+
+def oriented(kind: str, turn: int) -> bytes:
+    """An image of `SMOOTH` or `NOISE` that asks to be turned."""
+    if kind == "PNG, at its end":
+        exif = with_orientation(turn).tobytes().removeprefix(b"Exif\0\0")
+        return png([row.tobytes() for row in NOISE], W, 8, 2, after=chunk(b"eXIf", exif))
+    options = {"WEBP": {"lossless": True}, "JPEG": {"quality": 95}}.get(kind, {})
+    return encoded(SMOOTH if kind == "JPEG" else NOISE, kind, exif=with_orientation(turn), **options)
+
+
+ORIENTED = ("JPEG", "PNG", "PNG, at its end", "WEBP", "TIFF")
+
+
+@pytest.mark.parametrize("turn", range(1, 9))
+@pytest.mark.parametrize("kind", ORIENTED)
+def test_stored_pixels_count_and_a_picture_alone_is_upright(tmp_path, kind, turn):
+    """The orientation changes nothing for datasets and records, and what `predict` reads is what viewers show."""
+    stored = read_image(write(tmp_path / "plain", oriented(kind, 1)))
+    path = write(tmp_path / "x.png", oriented(kind, turn))
+    np.testing.assert_array_equal(read_image(path), stored)
+    np.testing.assert_array_equal(read_image(path, upright=True), shown(stored, turn))
+    assert look((path, "")) == ((H, W), [])
+    if kind == "TIFF":
+        ids = encoded(IDS, "TIFF", exif=with_orientation(turn))
+        np.testing.assert_array_equal(read_label(write(tmp_path / "ids.png", ids)), IDS)
+
+
+@pytest.mark.parametrize("turn", range(1, 9))
+@pytest.mark.parametrize("kind", ORIENTED)
+def test_an_orientation_that_leaves_open_what_was_labelled_is_refused(tmp_path, kind, turn):
+    """Half turns and mirrors never pass; a quarter turn does where the sizes tell that the label is of the stored pixels."""
+    image = write(tmp_path / "x.png", oriented(kind, turn))
+    label = write(tmp_path / "ids.png", encoded(IDS, "PNG"))
+    found = look((image, label))[1]
+    if turn in (1, 5, 6, 7, 8):
+        assert found == []
+    else:
+        assert [d.path for d in found] == [image]
+        assert found[0].text.startswith(f": its orientation (EXIF {turn}: ")
+        assert "mogrify -auto-orient FILE" in found[0].text
+        assert "exiftool -Orientation= FILE" in found[0].text
+    turned = write(tmp_path / "turned.png", encoded(np.ascontiguousarray(IDS.T), "PNG"))
+    (other,) = look((image, turned))[1]
+    assert other.text.startswith(f" is {H}x{W} but its image is {W}x{H}")
+    assert ("viewers" in other.text and "mogrify" in other.text) == (turn >= 5)
+    assert [d.path for d in index.check_pair((image, ""), boxes=True)[1]] == [image] * (turn > 1)
+
+
+def test_square_images_and_labels_with_an_orientation(tmp_path):
+    """Sizes of squares tell nothing; a label that asks for the same turn fits, one that asks for another does not."""
+    square = Image.fromarray(NOISE[:, :H])
+    ids = Image.fromarray(IDS[:, :H])
+    for image_turn, label_turn, fits in ((6, 1, False), (6, 6, True), (3, 3, True), (1, 3, False), (6, 8, False)):
+        image = write(tmp_path / "x.png", encoded(square, "PNG", exif=with_orientation(image_turn)))
+        label = write(tmp_path / "ids.png", encoded(ids, "PNG", exif=with_orientation(label_turn)))
+        found = look((image, label))[1]
+        assert [d.path for d in found] == ([] if fits else [image if image_turn > 1 else label])
+
+
+def test_the_start_decodes_no_pixels(tmp_path, monkeypatch):
+    """Not even where Pillow would, to look for an orientation behind the pixels of a PNG."""
+    monkeypatch.setattr("PIL.ImageFile.ImageFile.load", lambda self: pytest.fail("pixels were decoded"))
+    for kind in ORIENTED:
+        path = write(tmp_path / "x.png", oriented(kind, 3))
+        assert "180 degrees" in index.check_pair((path, ""), boxes=True)[1][0].text
+
+
+FOLDER = FolderOptions(images="{domain}/images", labels="{domain}/labels", classes=("road", "car"))
+
+
+@pytest.fixture
+def town(tmp_path) -> Path:
+    """Four images of every lossy and lossless kind, with labels of 0 and 1."""
+    for name, data in (
+        ("a.jpg", encoded(LARGE, "JPEG") + FILM),
+        ("b.jpg", encoded(LARGE, "PNG")),
+        ("c.png", encoded(LARGE, "JPEG", progressive=True)),
+        ("d.jpg", encoded(LARGE, "WEBP", lossless=True)),
+        ("e.jpg", encoded(LARGE, "JPEG", exif=with_orientation(6))),
+    ):
+        write(tmp_path / "root/town/images" / name, data)
+        write(tmp_path / "root/town/labels" / f"{name[0]}.png", encoded((LARGE[..., 0] > 99).astype(np.uint8), "PNG"))
+    return tmp_path / "root"
+
+
+def test_records_hold_what_files_are_read_as(town, tmp_path):
+    """Whatever names, trailing bytes and orientations say; a JPEG is stored as it is up to its end, anything else without loss."""
+    files = open_files("town", root=str(town), train=True, folder=FOLDER)
+    prepare("town", {"train": files}, root=str(town), out=str(tmp_path / "out"))
+    found = open_records(str(tmp_path / "out"), "town", train=True)
+    assert isinstance(found, Records)
+    assert len(found) == len(files) == 5
+    for i in range(5):
+        for key, array in files[i].items():
+            np.testing.assert_array_equal(found[i][key], array)
+    stored = [found._fields(i)["image"].bytes_list.value[0] for i in range(5)]
+    assert stored[0] == (town / "town/images/a.jpg").read_bytes()[: -len(FILM)]
+    assert stored[2] == (town / "town/images/c.png").read_bytes()
+    assert [data[:2] for data in stored] == [b"\xff\xd8", b"\x89P", b"\xff\xd8", b"\x89P", b"\xff\xd8"]
+    assert b"Exif" in stored[4]
+
+
+def test_a_hole_in_old_records_is_named(town, tmp_path, monkeypatch):
+    """Records that an earlier version wrote of a damaged JPEG say which image it is when it is read."""
+    data = encoded(LARGE, "JPEG", quality=90)
+    (town / "town/images/a.jpg").write_bytes(data[: len(data) // 2] + data[len(data) // 2 + 1000 :])
+    old = lambda data, *_: cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION)
+    with monkeypatch.context() as patch:
+        patch.setattr(jpeg, "decode", old)
+        files = open_files("town", root=str(town), train=True, folder=FOLDER)
+        prepare("town", {"train": files}, root=str(town), out=str(tmp_path / "out"))
+    found = open_records(str(tmp_path / "out"), "town", train=True)
+    assert found is not None
+    with pytest.raises(ValueError, match=r"town/images/a\.jpg in .*/out/town/1\.0\.0: damaged \(Corrupt JPEG data: .*prepare them again"):
+        found[0]
+    assert found[1]["image"].shape == LARGE.shape
+
+
+@pytest.mark.parametrize("zipped", [False, True])
+def test_permuted_palettes_of_published_labels_are_refused(tmp_path, zipped):
+    """GTA5's own palettes have Cityscapes' colours at Cityscapes' ids and pass; the same at train ids are named when read."""
+    items = trees.make("gta5", tmp_path, np.random.default_rng(0), zipped=zipped, count=2)
+    colors = np.full((256, 3), 1, np.uint8)
+    for train, (file_id, name_color) in enumerate(
+        zip(sorted(CITYSCAPES_IDS, key=CITYSCAPES_IDS.__getitem__), CITYSCAPES.colors, strict=True)
+    ):
+        assert CITYSCAPES_IDS[file_id] == train
+        colors[file_id] = name_color
+    official = Image.fromarray(items[0].ids.astype(np.uint8))
+    official.putpalette(colors.tobytes())
+    permuted = Image.fromarray(items[0].ids.astype(np.uint8))
+    permuted.putpalette(np.array(CITYSCAPES.colors, np.uint8).tobytes())
+    for image, told in ((official, None), (permuted, r"its palette gives index 0 the colour of road \(id 7\), 1 the colour of sidewalk")):
+        if zipped:
+            with zipfile.ZipFile(tmp_path / "gta5" / "labels_again.zip", "w") as file:
+                file.writestr("one.png", encoded(image, "PNG"))
+            path = str(tmp_path / "gta5" / "labels_again.zip" / "one.png")
+        else:
+            path = write(Path(items[0].label), encoded(image, "PNG"))
+        dataset = open_domain("gta5", root=str(tmp_path), train=True, streets=StreetsOptions(), folder=None)
+        dataset.pairs.labels[0] = path
+        if told is None:
+            assert dataset[0]["label"].shape == items[0].ids.shape
+        else:
+            with pytest.raises(ValueError, match=told):
+                dataset[0]
+            assert dataset[1]["label"].shape == items[1].ids.shape
+
+
+def test_boxes_around_images_of_every_kind(town):
+    """With boxes too: content counts, and an orientation is refused whatever the sizes, as nothing was drawn on pixels."""
+    box = "<bndbox><xmin>5</xmin><ymin>5</ymin><xmax>20</xmax><ymax>9</ymax></bndbox>"
+    things = f"<annotation><object><name>car</name>{box}</object></annotation>"
+    for name in "abcde":
+        write(town / f"town/xml/{name}.xml", things.encode())
+    own = BoxOptions(images=("{domain}/images",) * 2, annotations=("{domain}/xml",) * 2, lists=("", ""), classes=("car",))
+    with pytest.raises(ValueError, match=r"e\.jpg: its orientation \(EXIF 6: turned by 90 degrees\) leaves open whether the boxes fit"):
+        open_box_files("town", root=str(town), train=True, own=own)
+    (town / "town/images/e.jpg").unlink()
+    (town / "town/xml/e.xml").unlink()
+    dataset = open_box_files("town", root=str(town), train=True, own=own)
+    assert [dataset[i]["image"].shape for i in range(4)] == [LARGE.shape] * 4
