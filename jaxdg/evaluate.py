@@ -254,8 +254,6 @@ def main(arguments: Sequence[str]) -> None:
     runtime.set_up()
     workdir, step = locate(_CHECKPOINT.value)
     config = config_lib.load(workdir)
-    if _DOMAINS.value is not None and not all(name.strip() for name in _DOMAINS.value or [""]):
-        raise ValueError("--domains names an empty domain; name each, as in --domains night,fog, or leave the flag out")
     e, d = config.evaluation, config.data
     config.evaluation = dataclasses.replace(
         e,

@@ -218,7 +218,8 @@ def _against(source: Sequence[Shown], name: str, shown: Sequence[Shown]) -> list
         lines.append((f"{name} has {what}, of which {_name(source)} shows none: the {score} there counts in its mean all the same", True))
     if (gone := learnt & ~seen).any():
         what = _some([names[k] for k in np.flatnonzero(gone)])
-        lines.append((f"{what} not seen in {name}, in {looked}: what a domain lacks stays out of its mean", False))
+        rest = "" if shown[0].boxes else ", unless the model predicts it there, which counts as 0"
+        lines.append((f"{what} not seen in {name}, in {looked}: what a domain lacks stays out of its mean{rest}", False))
     return lines
 
 

@@ -166,7 +166,8 @@ def test_domains_are_held_against_the_source(tmp_path):
     assert lines[2:] == [
         "warning: rich has c, of which walls shows none: the IoU there counts in its mean all the same",
         "warning: poor has c, of which walls shows none: the IoU there counts in its mean all the same",
-        "note: a not seen in poor, in all 3 images: what a domain lacks stays out of its mean",
+        "note: a not seen in poor, in all 3 images: what a domain lacks stays out of its mean, "
+        "unless the model predicts it there, which counts as 0",
     ]
     with pytest.raises(ValueError, match=r"odd/labels/0000\.png: .*9"):
         said(opened(tmp_path, "walls", **options), **domain("odd"))
