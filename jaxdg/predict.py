@@ -5,94 +5,218 @@
 Segmentation writes `NAME.png` (class ids, uint8, of the image's size). Detection writes `NAME.json`: a list of boxes as in COCO's results,
 {"category": class name, "category_id": its number from 1, "bbox": [x, y, width, height] in pixels of the image, "score"}, the best first.
 Both write `NAME_overlay.jpg`.
+
+NAME is the image's path below the folder that was given, without extension. Where two images would
+have one name, both get their extension behind it (`a_png`, `a_jpg`) or the folders that they are in
+before it (`x/a`, `y/a`). Nothing is replaced but what an earlier run wrote there (see `outputs.py`),
+and what a run wrote is no image to predict.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+import functools
+import io
 import json
+import os
 from pathlib import Path
+import sys
 
 from absl import flags
+import cv2
+import jax
 import numpy as np
 from PIL import Image
 
-from jaxdg import cli, paths, runtime, visualize
+from jaxdg import cli, outputs, paths, runtime, visualize
+from jaxdg import config as config_lib
+from jaxdg.data import storage
 from jaxdg.data.images import read_image
+from jaxdg.data.index import IMAGE_SUFFIXES
 from jaxdg.data.labels import LabelSet
 from jaxdg.detection.average_precision import Detections
-from jaxdg.tasks import load
+from jaxdg.tasks import load, locate
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
+NAMED = 5  # files that a line about files names
+Say = Callable[[str], None]
+Write = Callable[[Path, bytes], None]
 
 
-def find_images(paths: Iterable[str]) -> list[tuple[Path, Path]]:
-    """(image file, its name below --out without suffix) of every image given or found in the folders given, in order.
+def find_images(paths: Iterable[str], say: Say = lambda line: None) -> list[tuple[Path, Path]]:
+    """(image file, its name below --out without suffix) of every image given or found in the folders given, in order; each once.
+
+    Args:
+        paths: of images and folders.
+        say: receives a line about each kind of file that is passed over.
 
     Raises:
         FileNotFoundError: a path does not exist.
-        ValueError: a folder holds no images, or two images would be written to the same file.
+        ValueError: a folder holds no images.
     """
-    found: list[tuple[Path, Path]] = []
+    found: dict[str, tuple[Path, Path]] = {}  # by real path
+    written: list[str] = []
     for path in map(Path, paths):
         if path.is_dir():
-            files = sorted(f for f in path.rglob("*") if f.suffix.lower() in SUFFIXES)
-            if not files:
-                raise ValueError(f"{path} holds no images ({' '.join(SUFFIXES)})")
-            found += [(f, f.relative_to(path).with_suffix("")) for f in files]
+            files = _in_folder(path, written, say)
         elif path.is_file():
-            found.append((path, Path(path.stem)))
+            files = [(path, Path(path.stem))]
+            if os.path.realpath(path) in outputs.written_above(os.path.dirname(path) or "."):
+                written.append(str(path))
+                continue
         else:
             raise FileNotFoundError(f"{path} does not exist")
-    taken: dict[Path, Path] = {}
-    for file, name in found:
-        if name in taken:
-            raise ValueError(f"{taken[name]} and {file} would both be written as {name}; predict them into different folders")
-        taken[name] = file
-    return found
+        for file, name in files:
+            found.setdefault(os.path.realpath(file), (file, name))
+    if written:
+        say(f"passed over, as predict wrote them: {_some(written)}")
+    if not found:
+        raise ValueError("no image is left to predict; name others")
+    return list(zip((file for file, _ in found.values()), _distinct([*found.values()]), strict=True))
 
 
-def write_label(target: Path, image: np.ndarray, label: np.ndarray, labels: LabelSet) -> str:
+def _in_folder(path: Path, written: list[str], say: Say) -> list[tuple[Path, Path]]:
+    """The images below a folder and their names; adds to what predict itself wrote."""
+    passed, files, others = storage.Passed(), [], []
+    mine = outputs.written_above(str(path))
+    before = len(written)
+    for parent, names in storage.walk(str(path), passed):
+        real = os.path.realpath(parent)
+        mine |= {os.path.join(real, name) for name in outputs.Outputs(Path(parent)).digests}
+        for name in names:
+            file = os.path.join(parent, name)
+            if os.path.join(real, name) in mine:
+                written.append(file)
+            else:
+                (files if name.lower().endswith(IMAGE_SUFFIXES) else others).append(file)
+    for line in passed.told():
+        say(line)
+    if others:
+        say(f"passed over, as their types are not read: {_some(sorted(others))}")
+    if not files and len(written) == before:
+        raise ValueError(f"{path} holds no images ({' '.join(IMAGE_SUFFIXES)})")
+    return [(file, file.relative_to(path).with_suffix("")) for file in sorted(map(Path, files))]
+
+
+def _some(names: Sequence[str]) -> str:
+    more = f", .. ({len(names)} files)" if len(names) > NAMED else ""
+    return ", ".join(names[:NAMED]) + more
+
+
+def _distinct(found: Sequence[tuple[Path, Path]]) -> list[Path]:
+    """A name for each image: its own where no other image has it."""
+    groups: dict[Path, list[int]] = {}
+    for i, (_, name) in enumerate(found):
+        groups.setdefault(name, []).append(i)
+    names = [name for _, name in found]
+    taken = {name for name, members in groups.items() if len(members) == 1}
+    for members in (members for members in groups.values() if len(members) > 1):
+        proposals = next(made for made in _proposals([found[i] for i in members]) if len({*made}) == len(made) and taken.isdisjoint(made))
+        taken |= {*proposals}
+        for i, name in zip(members, proposals, strict=True):
+            names[i] = name
+    return names
+
+
+def _proposals(group: Sequence[tuple[Path, Path]]) -> Iterator[list[Path]]:
+    """Names for images that have the same one, the shortest first: with extensions, with the folders above, with both."""
+    above = [Path(os.path.abspath(file)).parts[1 : -len(name.parts)] for file, name in group]
+    for depth in range(max(map(len, above)) + 1):
+        names = [Path(*parts[len(parts) - min(depth, len(parts)) :], name) for parts, (_, name) in zip(above, group, strict=True)]
+        if depth:
+            yield names
+        yield [Path(f"{name}_{file.suffix[1:]}") for name, (file, _) in zip(names, group, strict=True)]
+    for number in range(1, sys.maxsize):  # an image is called as another would be
+        yield [Path(f"{name}_{number}_{file.suffix[1:]}") for name, (file, _) in zip(names, group, strict=True)]
+
+
+def check_outputs(out: outputs.Outputs, images: Sequence[tuple[Path, Path]], suffix: str) -> None:
+    """Makes sure that predicting these images replaces nothing that predict did not write.
+
+    Args:
+        out: the folder to write to.
+        images: from `find_images`.
+        suffix: of what is written beside the overlays.
+
+    Raises:
+        ValueError: a file would be replaced, or images and predictions would lie in one folder; names the first.
+    """
+    real = functools.cache(os.path.realpath)
+    folders = {real(file.parent): file for file, _ in images}
+    for _, name in images:
+        folder = (out.folder / name).parent
+        if image := folders.get(real(folder)):
+            raise ValueError(f"--out would put predictions into {folder}, the folder of the image {image}; give another folder")
+        for target in (Path(f"{out.folder / name}{suffix}"), Path(f"{out.folder / name}_overlay.jpg")):
+            if not out.may_write(target):
+                raise ValueError(
+                    f"{target} is there and is not what predict wrote there ({out.folder / outputs.NAME} lists that); "
+                    "give another --out, or move the file"
+                )
+
+
+def write_label(target: Path, image: np.ndarray, label: np.ndarray, labels: LabelSet, write: Write | None = None) -> str:
     """Writes `TARGET.png` and `TARGET_overlay.jpg` of a label map uint8 [h, w]; returns a line about it."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(label).save(f"{target}.png")
-    _save(f"{target}_overlay.jpg", visualize.overlay(image, label, labels.colors, labels.names))
+    write = write or outputs.Outputs(target.parent).write
+    write(Path(f"{target}.png"), _encoded(label, "PNG"))
+    write(Path(f"{target}_overlay.jpg"), _encoded(visualize.overlay(image, label, labels.colors, labels.names), "JPEG"))
     ids, counts = np.unique(label, return_counts=True)
     shares = sorted(zip(counts / label.size, ids, strict=True), reverse=True)[:3]
     return f"{target}.png  " + ", ".join(f"{labels.names[i]} {100 * share:.0f} %" for share, i in shares)
 
 
-def write_boxes(target: Path, image: np.ndarray, found: Detections, labels: LabelSet, score_threshold: float) -> str:
+def write_boxes(
+    target: Path, image: np.ndarray, found: Detections, labels: LabelSet, score_threshold: float, write: Write | None = None
+) -> str:
     """Writes `TARGET.json` and `TARGET_overlay.jpg` of the boxes of at least this score; returns a line about them."""
+    write = write or outputs.Outputs(target.parent).write
     sure = found.scores >= score_threshold
     boxes, scores, classes = found.boxes[sure], found.scores[sure], found.classes[sure]
     entries = [
         {"category": labels.names[k], "category_id": k + 1, "bbox": [x0, y0, x1 - x0, y1 - y0], "score": score}
         for (x0, y0, x1, y1), score, k in zip(boxes.tolist(), scores.tolist(), classes.tolist(), strict=True)
     ]
-    target.parent.mkdir(parents=True, exist_ok=True)
-    Path(f"{target}.json").write_text(json.dumps(entries))
-    _save(f"{target}_overlay.jpg", visualize.box_overlay(image, boxes, classes, labels.colors, labels.names, scores))
+    write(Path(f"{target}.json"), json.dumps(entries).encode())
+    write(
+        Path(f"{target}_overlay.jpg"), _encoded(visualize.box_overlay(image, boxes, classes, labels.colors, labels.names, scores), "JPEG")
+    )
     counts = ((np.count_nonzero(classes == k), name) for k, name in enumerate(labels.names))
     return f"{target}.json  " + (", ".join(f"{count} {name}" for count, name in counts if count) or "nothing")
 
 
-def _save(path: str, picture: np.ndarray) -> None:
-    Image.fromarray(picture).save(path, quality=92)
+def _encoded(picture: np.ndarray, form: str) -> bytes:
+    data = io.BytesIO()
+    Image.fromarray(picture).save(data, form, quality=92)
+    return data.getvalue()
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
 
 
 def main(arguments: Sequence[str]) -> None:
     """Predicts the images that the arguments name."""
     if len(arguments) < 2:
         raise ValueError("name at least one image or folder: python -m jaxdg.predict --checkpoint DIR --out DIR IMAGE_OR_FOLDER...")
-    images = find_images([paths.given(argument, "an image or folder") for argument in arguments[1:]])
+    images = find_images([paths.given(argument, "an image or folder") for argument in arguments[1:]], _say)
+    out = outputs.Outputs(Path(_OUT.value))
+    boxes = config_lib.load(locate(_CHECKPOINT.value)[0]).task == "detection"
+    check_outputs(out, images, ".json" if boxes else ".png")
     runtime.set_up()
-    model, out = load(_CHECKPOINT.value), Path(_OUT.value)
+    model, failed = load(_CHECKPOINT.value), 0
     for file, name in images:
-        image = read_image(str(file), upright=True)
-        seen = model.predict(image)
+        try:
+            image = read_image(str(file), upright=True)
+            seen = model.predict(image)
+        except (ValueError, cv2.error, jax.errors.JaxRuntimeError) as error:  # the last: an image too large for the memory
+            failed += 1
+            told = str(error).split("; fetch the file again")[0].removeprefix(f"{file}: ")
+            _say(f"failed: {file}: {' '.join(told.split())}")
+            continue
+        target = out.folder / name
         if isinstance(seen, Detections):
-            print(write_boxes(out / name, image, seen, model.labels, _SCORE_THRESHOLD.value), flush=True)
+            print(write_boxes(target, image, seen, model.labels, _SCORE_THRESHOLD.value, out.write), flush=True)
         else:
-            print(write_label(out / name, image, seen, model.labels), flush=True)
+            print(write_label(target, image, seen, model.labels, out.write), flush=True)
+    if failed:
+        raise ValueError(f"{failed} of {len(images)} images could not be predicted and are named above; the others are in {out.folder}")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,225 @@
+"""What `predict` takes for images, how it names what it writes, and what it never replaces."""
+
+import json
+import os
+from pathlib import Path
+import types
+
+import numpy as np
+from PIL import Image
+import pytest
+
+from jaxdg import outputs, predict
+from jaxdg.config import Config
+from jaxdg.data.labels import CITYSCAPES
+from jaxdg.detection.average_precision import Detections
+
+
+def picture(file: Path, shade: int = 90) -> Path:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", (12, 8), (shade, shade, shade)).save(file)
+    return file
+
+
+def bytes_below(folder: Path) -> dict[str, bytes]:
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+class Stand:
+    """In place of a trained model: every pixel has the class that is the red value over 10, or one box is seen."""
+
+    labels = CITYSCAPES
+
+    def __init__(self, boxes: bool):
+        self.boxes = boxes
+
+    def predict(self, image: np.ndarray) -> np.ndarray | Detections:
+        if not self.boxes:
+            return (image[..., 0] // 10 % 19).astype(np.uint8)
+        found = np.array([[1, 1, 5, 5]], np.float32), np.array([0.9], np.float32), np.array([image[0, 0, 0] // 10], np.int32)
+        return Detections(*found)
+
+
+@pytest.fixture(params=["segmentation", "detection"])
+def command(request, monkeypatch):
+    """The command with a stand-in for the model, for both tasks; and the extension of what it writes."""
+    config = Config()
+    config.task = request.param
+    monkeypatch.setattr(predict.config_lib, "load", lambda workdir: config)
+    monkeypatch.setattr(predict, "load", lambda checkpoint: Stand(request.param == "detection"))
+    monkeypatch.setattr(predict.runtime, "set_up", lambda: None)
+    monkeypatch.setattr(predict, "_CHECKPOINT", types.SimpleNamespace(value="run"), raising=False)
+    monkeypatch.setattr(predict, "_SCORE_THRESHOLD", types.SimpleNamespace(value=0.3), raising=False)
+
+    def run(out: Path, *images: object) -> None:
+        monkeypatch.setattr(predict, "_OUT", types.SimpleNamespace(value=str(out)), raising=False)
+        predict.main(["predict", *map(str, images)])
+
+    return run, {"segmentation": ".png", "detection": ".json"}[request.param]
+
+
+def test_a_folder_is_predicted_twice_alike(command, tmp_path):
+    """Label maps or boxes and overlays below --out; a second run replaces its own and takes no output for an image."""
+    run, end = command
+    for i, name in enumerate(("a.png", "day/b.JPG", "day/c.tif")):
+        picture(tmp_path / "images" / name, 30 * i)
+    inputs = bytes_below(tmp_path / "images")
+    run(tmp_path / "out", tmp_path / "images")
+    first = bytes_below(tmp_path / "out")
+    assert {name for name in first if name != outputs.NAME} == {
+        f"{name}{suffix}" for name in ("a", "day/b", "day/c") for suffix in (end, "_overlay.jpg")
+    }
+    run(tmp_path / "out", tmp_path / "images")
+    assert bytes_below(tmp_path / "out") == first
+    assert bytes_below(tmp_path / "images") == inputs
+    if end == ".png":
+        assert (np.asarray(Image.open(tmp_path / "out/day/c.png")) == 6).all()
+
+
+def test_the_folder_of_the_images_is_refused_as_out(command, tmp_path):
+    """As it is, through a link, below a link, and for a single image; before the model is looked at, and nothing changes."""
+    run, _ = command
+    images = tmp_path / "images"
+    for name in ("a.png", "sub/b.jpg"):
+        picture(images / name)
+    (tmp_path / "link").symlink_to(images)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/sub").symlink_to(images / "sub")
+    before = bytes_below(tmp_path)
+    for out in (images, images / "../images", tmp_path / "link", tmp_path / "out"):
+        with pytest.raises(ValueError, match=r"--out would put predictions into .*, the folder of the image .*; give another folder"):
+            run(out, images)
+    with pytest.raises(ValueError, match=r"the folder of the image .*/a\.png"):
+        run(images, images / "a.png")
+    assert bytes_below(tmp_path) == before
+
+
+@pytest.mark.parametrize("kind", ["foreign", "corrected", "folder", "link"])
+def test_files_of_others_are_never_replaced(command, tmp_path, kind):
+    """A file of the user's, a prediction that was corrected by hand, a folder, a link to a photograph: named before anything is done."""
+    run, end = command
+    picture(tmp_path / "images/a.png")
+    picture(tmp_path / "images/b.png")
+    out, target = tmp_path / "out", tmp_path / f"out/b{end}"
+    out.mkdir()
+    if kind == "corrected":
+        run(out, tmp_path / "images")
+        target.write_bytes(b"corrected")
+    elif kind == "folder":
+        target.mkdir()
+    elif kind == "link":
+        target.symlink_to(picture(tmp_path / "photo.png"))
+    else:
+        target.write_bytes(b"mine")
+    before = bytes_below(tmp_path)
+    with pytest.raises(ValueError, match=rf"/out/b\{end} is there and is not what predict wrote there .*; give another --out, or move"):
+        run(out, tmp_path / "images")
+    assert bytes_below(tmp_path) == before
+
+
+def test_what_predict_wrote_is_no_image(command, tmp_path, capsys):
+    """A folder of outputs among the images, its files given by name, a folder in it: passed over and said."""
+    run, _ = command
+    picture(tmp_path / "images/a.png")
+    picture(tmp_path / "images/day/b.png")
+    out = tmp_path / "images/predicted"
+    for _ in range(2):
+        run(out, tmp_path / "images")
+    written = bytes_below(out)
+    assert len(written) == 5
+    assert f"passed over, as predict wrote them: {out}/" in capsys.readouterr().err
+    assert bytes_below(out) == written
+    said = []
+    assert [file.name for file, _ in predict.find_images(map(str, (*out.glob("*.jpg"), tmp_path / "images/a.png")), said.append)] == [
+        "a.png"
+    ]
+    for path in (out, out / "day", out / "a_overlay.jpg"):
+        with pytest.raises(ValueError, match="no image is left to predict"):
+            predict.find_images([str(path)])
+
+
+def test_a_broken_image_does_not_end_the_rest(command, tmp_path, capsys):
+    """It is named, the others are predicted, and the error at the end counts."""
+    run, end = command
+    for name in ("a.png", "c.png"):
+        picture(tmp_path / "images" / name)
+    (tmp_path / "images/b.png").write_bytes((tmp_path / "images/a.png").read_bytes()[:-20])
+    (tmp_path / "images/d.jpg").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"2 of 4 images could not be predicted and are named above; the others are in .*/out"):
+        run(tmp_path / "out", tmp_path / "images")
+    said = capsys.readouterr().err
+    assert f"failed: {tmp_path}/images/b.png: " in said
+    assert f"failed: {tmp_path}/images/d.jpg: empty (0 bytes)\n" in said
+    assert "data.skip" not in said
+    assert {path.name for path in (tmp_path / "out").glob(f"*{end}")} == {f"a{end}", f"c{end}", *([outputs.NAME] if end == ".json" else [])}
+
+
+def test_hidden_files_and_other_types_are_passed_over_and_said(tmp_path):
+    """Hidden ones are counted, files of other types named, up to five; a folder without images is an error."""
+    for name in ("a.png", "._a.png", ".ipynb_checkpoints/a.png", "@eaDir/a.png"):
+        picture(tmp_path / "images" / name)
+    (tmp_path / "images/loop").symlink_to(".")
+    for i in range(7):
+        (tmp_path / f"images/{i}.heic").touch()
+    said: list[str] = []
+    assert predict.find_images([str(tmp_path / "images")], said.append) == [(tmp_path / "images/a.png", Path("a"))]
+    assert said[0].startswith(f"3 hidden or system entries skipped, such as {tmp_path}/images/")
+    assert said[1].startswith("1 link skipped")
+    named = ", ".join(f"{tmp_path}/images/{i}.heic" for i in range(5))
+    assert said[2:] == [f"passed over, as their types are not read: {named}, .. (7 files)"]
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match=r"/empty holds no images \(\.png"):
+        predict.find_images([str(tmp_path / "images"), str(tmp_path / "empty")])
+    with pytest.raises(FileNotFoundError, match="nowhere does not exist"):
+        predict.find_images(["nowhere"])
+
+
+@pytest.mark.parametrize(
+    ("given", "names"),
+    [
+        (["f"], {"f/a.png": "a_png", "f/a.jpg": "a_jpg", "f/b.png": "b"}),
+        (["x/a.png", "y/a.png", "x/b.png"], {"x/a.png": "x/a", "y/a.png": "y/a", "x/b.png": "b"}),
+        (["x", "y"], {"x/a.png": "x/a", "x/b.png": "x/b", "x/c.png": "c", "y/a.png": "y/a", "y/b.png": "y/b"}),
+        (["x/a.png", "y/a.png", "y/a.jpg"], {"x/a.png": "x/a_png", "y/a.png": "y/a_png", "y/a.jpg": "y/a_jpg"}),
+        (["p/s/a.png", "q/s/a.png"], {"p/s/a.png": "p/s/a", "q/s/a.png": "q/s/a"}),
+        (["g"], {"g/a.png": "g/a_png", "g/a.jpg": "g/a_jpg", "g/a_png.png": "a_png"}),
+        (["h"], {"h/a.png": "a", "h/a_overlay.png": "a_overlay", "h/a_overlay_overlay.jpg": "a_overlay_overlay"}),
+        (["x", "x/a.png", "./x/../x/b.png"], {"x/a.png": "a", "x/b.png": "b", "x/c.png": "c"}),
+        (["s/d.a.png", "s/d.b.png"], {"s/d.a.png": "d.a", "s/d.b.png": "d.b"}),
+    ],
+)
+def test_names_are_distinct_and_stay_where_no_two_meet(tmp_path, monkeypatch, given, names):
+    """Extensions or folders part images of one name; no two write one file, whatever the task; the same image twice is one."""
+    monkeypatch.chdir(tmp_path)
+    for file in {*names, "x/a.png", "x/b.png", "x/c.png", "y/a.png", "y/b.png"}:
+        picture(Path(file))
+    found = predict.find_images(given)
+    assert {os.path.normpath(file): str(name) for file, name in found} == names
+    for end in (".png", ".json"):
+        targets = [f"{name}{suffix}" for _, name in found for suffix in (end, "_overlay.jpg")]
+        assert len(set(targets)) == len(targets)
+    assert predict.find_images(given) == found
+
+
+def test_a_killed_run_leaves_no_half_file(tmp_path, monkeypatch):
+    """What it noted and did not write is no hindrance to the next; nor is a line of the notes that was cut."""
+    out = outputs.Outputs(tmp_path / "out")
+    out.write(tmp_path / "out/a.png", b"first")
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        for name in ("a.png", "b.png"):
+            with pytest.raises(KeyboardInterrupt):
+                out.write(tmp_path / "out" / name, b"second")
+    assert bytes_below(tmp_path / "out").keys() == {"a.png", outputs.NAME}
+    with open(tmp_path / "out" / outputs.NAME, "a") as notes:
+        notes.write('{"file": "c.p')
+    again = outputs.Outputs(tmp_path / "out")
+    assert again.may_write(tmp_path / "out/a.png")
+    assert again.may_write(tmp_path / "out/b.png")
+    again.write(tmp_path / "out/a.png", b"third")
+    assert outputs.Outputs(tmp_path / "out").may_write(tmp_path / "out/a.png")
+    assert (tmp_path / "out/a.png").read_bytes() == b"third"
+    (tmp_path / "out/a.png").write_bytes(b"other")
+    assert not outputs.Outputs(tmp_path / "out").may_write(tmp_path / "out/a.png")
+    lines = (tmp_path / "out" / outputs.NAME).read_text().split("\n")
+    assert json.loads(lines[1]).keys() == {"file", "sha256"}
