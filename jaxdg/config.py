@@ -499,6 +499,16 @@ def _check_texts(config: Config) -> None:
         check_names(config.data.boxes.classes, "data.boxes.classes", any_case=True)
 
 
+def _once_empty(content: dict[str, Any]) -> dict[str, Any]:
+    """The contents of config.json with what an empty path meant where one was still allowed: none, or the current folder."""
+    for field, allowed in _PATHS.items():
+        owner, _, name = field.partition(".")
+        holder = content.get(owner)
+        if isinstance(holder, dict) and holder.get(name) == "":
+            holder[name] = None if allowed.startswith("None") else "."
+    return content
+
+
 def _texts(tree: Any, field: str = "") -> Iterator[tuple[str, str]]:
     """Every text in a tree of dicts and tuples, and where it is."""
     if isinstance(tree, str):
@@ -753,6 +763,6 @@ def load(workdir: str | Path) -> Config:
     except files.Broken as error:
         raise files.Broken(f"{error}; run the command that trains it again, which writes it anew and keeps the checkpoints") from None
     try:
-        return validated(coerce(content, Config, ""))
+        return validated(coerce(_once_empty(content), Config, ""))
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None

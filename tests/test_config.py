@@ -316,11 +316,20 @@ def test_a_wrong_value_on_the_command_line_is_refused(argument, message):
         ("data.boxes", {"images": ["a", ""]}, r"data\.boxes\.images\[1\] is ''; allowed: text"),
     ],
 )
-def test_texts_that_name_nothing_are_refused(field, value, message, tmp_path):
-    """Empty and doubled names, and paths that are none, in one line that says which; however the configuration comes."""
+def test_texts_that_name_nothing_are_refused(field, value, message):
+    """Empty and doubled names, and paths that are none, in one line that says which."""
     with pytest.raises(ValueError, match=message) as error:
-        read(with_field(field, value), tmp_path)
+        config_lib.validated(config_lib.coerce(with_field(field, value), Config, ""))
     assert "\n" not in str(error.value)
+
+
+def test_a_workdir_of_the_days_of_empty_paths_opens(tmp_path):
+    """It holds them as values: no file, and the current folder."""
+    tree = dataclasses.asdict(Config())
+    tree["data"].update(root="", skip="", pictures="")
+    tree["model"].update(weights="", text_weights="", start="")
+    config = read(tree, tmp_path)
+    assert config == config_lib.validated(Config(data=config_lib.DataConfig(root=".")))
 
 
 def test_texts_that_may_be_empty_are_those_documented(tmp_path):

@@ -5,7 +5,7 @@ import io
 import pytest
 from rich.console import Console
 
-from jaxdg import results
+from jaxdg import cli, results
 from jaxdg.evaluate import print_results
 
 CLASSES = ("road", "car", "train")
@@ -108,3 +108,14 @@ def test_the_reference_is_judged_on_no_image_trained_on():
 def test_marks(name, source, seen, expected):
     """The source is called so, what is seen for another reason otherwise."""
     assert results.mark(name, {"seen": seen}, source) == expected
+
+
+def test_names_are_no_markup(capsys):
+    """Markup, emoji codes and signs in the names of classes and domains are printed as they are, in heads, rows, titles and remarks."""
+    names, domain = ("road, route", "[red]a/b[/red]", "50 % :smile: [/x]"), "town [b], c"
+    of = {domain: {**entry(50.0, seen=True, trained=3), "IoU": dict.fromkeys(names, 50.0)}}
+    print_results(everything(of, source=domain), cli.console())
+    shown = capsys.readouterr().out
+    assert f"trained on {domain}, protocol" in shown
+    for name in (*names, domain):
+        assert f" {name} " in shown, shown
