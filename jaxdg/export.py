@@ -112,11 +112,36 @@ def description(model: Model, exported: jax.export.Exported) -> dict[str, Any]:
     }
 
 
-def write(model: Model, exported: jax.export.Exported, out: Path) -> Path:
-    """Writes the program to `out` and its description beside it, each whole or not at all; returns the description's path."""
+def check_out(out: Path) -> Path:
+    """Makes sure, before anything is computed, that an export replaces nothing but an earlier one; returns its description's path.
+
+    Args:
+        out: file for the program.
+
+    Raises:
+        ValueError: it has the name of its description, or one of the two is another file.
+    """
     beside = out.with_suffix(".json")
     if beside == out:
         raise ValueError(f"--out is {out}; its description goes to a file of that name; choose another suffix, such as .stablehlo")
+    described = _is_description(beside)
+    for path in (beside, out):
+        if path.exists() and not (described and path.is_file()):
+            raise ValueError(f"--out {out} would replace {path}, which is there and is none of an export; give another name, or move it")
+    return beside
+
+
+def _is_description(path: Path) -> bool:
+    try:
+        content = json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return False
+    return isinstance(content, dict) and {"task", "input", "output", "platforms", "versions"} <= content.keys()
+
+
+def write(model: Model, exported: jax.export.Exported, out: Path) -> Path:
+    """Writes the program to `out` and its description beside it, each whole or not at all; returns the description's path."""
+    beside = check_out(out)
     out.parent.mkdir(parents=True, exist_ok=True)
     for path, content in ((out, exported.serialize()), (beside, (json.dumps(description(model, exported), indent=2) + "\n").encode())):
         partial = path.with_name(path.name + ".partial")
@@ -142,7 +167,9 @@ def main(arguments: Sequence[str]) -> None:
         raise ValueError(f"unexpected argument {arguments[1]!r}; see --help")
     runtime.set_up()
     size = parse_size(_SIZE.value) if _SIZE.value else None
-    model, out = load(_CHECKPOINT.value), Path(_OUT.value)
+    out = Path(_OUT.value)
+    check_out(out)
+    model = load(_CHECKPOINT.value)
     h, w = size or model.task.config.data.crop
     exported = export(model, (h, w), _PLATFORMS.value, _BATCH.value)
     beside = write(model, exported, out)

@@ -9,7 +9,7 @@ Both take a zip archive of one grey 8-bit PNG an image, of the image's size.
   (github.com/brdav/cma, github.com/lhoyer/MIC) write; the server publishes no checking program.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 import dataclasses
 import io
 import os
@@ -27,6 +27,7 @@ from jaxdg.data.datasets import Dataset
 from jaxdg.data.labels import CITYSCAPES, CITYSCAPES_IDS
 from jaxdg.data.pipeline import eval_batches
 from jaxdg.data.protocols import NAMES
+from jaxdg.data.storage import is_hidden
 from jaxdg.segmentation_task import Segmentation
 from jaxdg.tasks import locate, make_task, restore_model
 from jaxdg.training import sharding
@@ -99,7 +100,7 @@ def check(folder: Path, files: Mapping[str, tuple[int, int]], benchmark: Benchma
     Returns:
         One line for every offender; empty if all is well.
     """
-    found = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+    found = _files(folder)
     wrong = [f"{name}: missing" for name in sorted(files.keys() - found)]
     wrong += [f"{name}: belongs to no test image" for name in sorted(found - files.keys())]
     if len(files) != benchmark.count:
@@ -124,6 +125,36 @@ def check(folder: Path, files: Mapping[str, tuple[int, int]], benchmark: Benchma
     return wrong
 
 
+def check_out(folder: Path, files: Collection[str], archive: Path) -> None:
+    """Makes sure, before anything is predicted, that all in a folder is of a submission and that the archive replaces no other.
+
+    Args:
+        folder: of the submission.
+        files: of a submission.
+        archive: that will be written.
+
+    Raises:
+        ValueError: the folder or the archive holds something else; names it.
+    """
+    if foreign := sorted(_files(folder) - set(files)):
+        raise ValueError(f"{folder} holds {foreign[0]}, which is no prediction of a test image; give another --out, or move it")
+    if not archive.exists():
+        return
+    try:
+        with zipfile.ZipFile(archive) as packed:
+            foreign = sorted(set(packed.namelist()) - set(files))
+    except (OSError, zipfile.BadZipFile) as error:
+        foreign = [str(error)]
+    if foreign:
+        raise ValueError(f"{archive} is there and is no submission ({foreign[0]}); give another --out, or move it")
+
+
+def _files(folder: Path) -> set[str]:
+    """What lies below a folder, hidden and system files aside."""
+    found = (path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
+    return {path.as_posix() for path in found if not any(map(is_hidden, path.parts))}
+
+
 def pack(folder: Path, files: Sequence[str], archive: Path) -> None:
     """Writes the archive, whole or not at all."""
     partial = archive.with_suffix(".partial")
@@ -145,7 +176,9 @@ def main(arguments: Sequence[str]) -> None:
     config.data.root = _DATA_ROOT.value or os.environ.get("JAXDG_DATA") or config.data.root
     dataset = Segmentation(config).open(benchmark.domain, train=False)
     folder, files = Path(_OUT.value, _BENCHMARK.value), expected(benchmark, dataset)
+    archive = folder.with_suffix(".zip")
     if not _CHECK.value:
+        check_out(folder, files, archive)
         runtime.set_up()
         config.mesh = config_lib.MeshConfig()
         config.evaluation.protocol = _PROTOCOL.value or f"{_BENCHMARK.value}_test"
@@ -155,7 +188,7 @@ def main(arguments: Sequence[str]) -> None:
     if wrong := check(folder, files, benchmark):
         console.print("\n".join(wrong))
         raise ValueError(f"{folder} would not be accepted: {len(wrong)} offenders, listed above; nothing was packed")
-    archive = folder.with_suffix(".zip")
+    check_out(folder, files, archive)
     pack(folder, list(files), archive)
     console.print(f"{archive}: {len(files)} images, {archive.stat().st_size / 1e6:.1f} MB")
 

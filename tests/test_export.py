@@ -132,3 +132,20 @@ def test_the_command(tmp_path):
     assert (tmp_path / "m.json").is_file()
     with pytest.raises(ValueError, match="--size is '32'; allowed: height x width"):
         export.parse_size("32")
+
+
+def test_an_export_replaces_nothing_but_an_export(tmp_path):
+    """Neither a run's config.json beside it, nor a file of its name, nor a folder; an earlier export is replaced."""
+    described = json.dumps(dict.fromkeys(("task", "input", "output", "platforms", "versions")))
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "photo.png").write_bytes(b"mine")
+    (tmp_path / "folder.json").mkdir()
+    for name, replaced in (("config.stablehlo", "config.json"), ("photo.png", "photo.png"), ("folder", "folder.json")):
+        with pytest.raises(ValueError, match=rf"would replace /.*/{replaced}, which is there and is none of an export; give another name"):
+            export.check_out(tmp_path / name)
+    with pytest.raises(ValueError, match="its description goes to a file of that name"):
+        export.check_out(tmp_path / "model.json")
+    (tmp_path / "model.json").write_text(described)
+    (tmp_path / "model.stablehlo").write_bytes(b"earlier")
+    for name in ("model.stablehlo", "new.stablehlo"):
+        assert export.check_out(tmp_path / name) == (tmp_path / name).with_suffix(".json")

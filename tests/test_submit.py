@@ -155,3 +155,26 @@ def test_commands_write_the_models_label_maps(tmp_path, monkeypatch, compiled_qu
         np.testing.assert_array_equal(stored, np.array(benchmark.ids)[model.predict(dataset[i]["image"])])
     again = command("--check")
     assert (again.returncode, again.stderr) == (1, done.stderr)
+
+
+def test_a_submission_is_not_put_among_other_files(tmp_path):
+    """Said before anything is predicted; hidden files do not count, an earlier submission and its archive are replaced."""
+    out, files, archive = tmp_path / "cityscapes", ["a.png", "b.png"], tmp_path / "cityscapes.zip"
+    submit.check_out(out, files, archive)
+    out.mkdir()
+    for name in (*files, ".DS_Store", "Thumbs.db"):
+        (out / name).write_bytes(b"")
+    submit.pack(out, files, archive)
+    submit.check_out(out, files, archive)
+    (out / "leftImg8bit").mkdir()
+    (out / "leftImg8bit/c.png").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"/cityscapes holds leftImg8bit/c\.png, which is no prediction of a test image; give another"):
+        submit.check_out(out, files, archive)
+    (out / "leftImg8bit/c.png").unlink()
+    with zipfile.ZipFile(archive, "a") as packed:
+        packed.writestr("leftImg8bit/c.png", b"")
+    with pytest.raises(ValueError, match=r"cityscapes\.zip is there and is no submission \(leftImg8bit/c\.png\); give another"):
+        submit.check_out(out, files, archive)
+    archive.write_bytes(b"other")
+    with pytest.raises(ValueError, match=r"cityscapes\.zip is there and is no submission \(File is not a zip file\)"):
+        submit.check_out(out, files, archive)
