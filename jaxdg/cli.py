@@ -162,23 +162,34 @@ def console(quiet: bool = False) -> Console:
 
 
 class Stop(Exception):
-    """The run was asked to stop (SIGTERM or Ctrl-C)."""
+    """The run was asked to stop, by one of the signals of `Interrupt`."""
 
 
 class Interrupt:
-    """Notes SIGTERM and the first Ctrl-C; a second Ctrl-C ends the program at once."""
+    """Notes the signals that ask a run to save and stop; a second Ctrl-C ends the program at once.
+
+    They are SIGTERM, the first Ctrl-C, SIGUSR1 (Slurm's `--signal=USR1@120`) and SIGHUP (the terminal was closed), which is ignored where
+    it was ignored from the start, as under nohup.
+    """
 
     def __init__(self, agree: Callable[[bool], bool] = bool):
         """Args:
         agree: makes of whether this process was asked to stop whether any of a run was; see `distributed.Agreement`.
         """
         self._agree, self._noted = agree, False
-        signal.signal(signal.SIGTERM, self._note)
-        signal.signal(signal.SIGINT, self._note)
+        self._terminals = [number for number in (1, 2) if os.isatty(number)]
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP):
+            if number == signal.SIGINT or signal.getsignal(number) != signal.SIG_IGN:
+                signal.signal(number, self._note)
 
     def _note(self, number: int, _) -> None:
         if self._noted and number == signal.SIGINT:
             sys.exit(130)
+        if number == signal.SIGHUP:  # what is printed from now on would be an error, and the run has yet to save
+            null = os.open(os.devnull, os.O_WRONLY)
+            for terminal in self._terminals:
+                os.dup2(null, terminal)
+            os.close(null)
         self._noted = True
 
     @property

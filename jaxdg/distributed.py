@@ -174,6 +174,11 @@ def from_main(question: Callable[[], bool]) -> bool:
     return bool(multihost_utils.broadcast_one_to_all(np.array(is_main() and question())))
 
 
+def from_main_list(question: Callable[[], list[str]]) -> list[str]:
+    """As `from_main`, for a list of texts."""
+    return gathered({0: question()} if is_main() else {})[0]
+
+
 def gathered(mine: dict[Any, Any]) -> dict[Any, Any]:
     """The entries of every process's dictionary, on all; what they hold is pickled and should be small."""
     if jax.process_count() == 1:

@@ -186,7 +186,7 @@ def restore_model(workdir: Path, step: int | None, config: Config, task: Task, m
     like, _ = abstract_state(plan, config, mesh)
     if not (workdir / "checkpoints").is_dir():
         raise FileNotFoundError(f"{workdir} holds no checkpoints; train first, or give another workdir")
-    checkpoints = Checkpoints(workdir, config.keep_checkpoints)
+    checkpoints = Checkpoints(workdir, read_only=True)
     stored = checkpoints.restore_model(like, step)
     checkpoints.close()
     if stored is None:

@@ -6,7 +6,8 @@ Run it again on the same workdir and it goes on where it stopped. Order of what 
 of the workdir; else the whole model of another run (`model.start`); else random parameters with the encoder's converted weights put in.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+import contextlib
 import dataclasses
 import functools
 import math
@@ -37,27 +38,35 @@ from jaxdg.results import NO_TRUTH, reference
 from jaxdg.tasks import Plan, abstract_state, initial_state, make_task
 from jaxdg.training import optimizer as optimizer_lib
 from jaxdg.training import sharding
-from jaxdg.training.checkpoint import Checkpoints
+from jaxdg.training.checkpoint import Checkpoints, check_path
 from jaxdg.training.profile import parse_steps, profiled
 from jaxdg.training.step import TrainState, make_step
 from jaxdg.training.writer import Writer, read_metrics
 
 
 def train(config: Config, workdir: Path, console: Console, interrupt: Interrupt, profile_steps: str | None = None) -> None:
-    """Trains to the end, or until interrupted, in which case `cli.Stop` is raised after a checkpoint; see the flags at the end."""
+    """Trains to the end, or until interrupted, in which case it returns after a checkpoint; see the flags at the end."""
     traced = parse_steps(profile_steps, config.steps)
-    # --- Workdir: a new run, one to go on with, or one that is finished ---------------------------------------------------
+    check_path(workdir.resolve() / "checkpoints")
     if distributed.is_main():
-        workdir_lib.claim(config, workdir)
-    multihost_utils.sync_global_devices("claimed")
-    if not (workdir / "config.json").is_file():
-        raise ValueError(f"{workdir} is not the folder that process 0 writes to; give a --workdir that all hosts share")
-    checkpoints = Checkpoints(workdir, config.keep_checkpoints)
-    if distributed.from_main(lambda: finished(config, workdir, checkpoints, console)):
+        workdir_lib.check(config, workdir)
+    if distributed.from_main(lambda: finished(config, workdir, console)):
         return
+    with workdir_lib.reserved(workdir, console.print) if distributed.is_main() else contextlib.nullcontext():
+        multihost_utils.sync_global_devices("reserved")
+        if not (workdir / "lock").is_file():
+            raise ValueError(f"{workdir} is not the folder that process 0 writes to; give a --workdir that all hosts share")
+        with contextlib.ExitStack() as closing:
+            run(config, workdir, console, interrupt, traced, closing)
 
+
+def run(config: Config, workdir: Path, console: Console, interrupt: Interrupt, traced: range, closing: contextlib.ExitStack) -> None:
+    """Trains in a reserved workdir, which is claimed when everything is open; `closing` closes what was opened."""
     # --- Data: everything is opened and checked before the first step -----------------------------------------------------
     d, task = config.data, make_task(config)
+    if config.model.start is None and not workdir_lib.saved(workdir):
+        for file in filter(None, (config.model.weights, config.model.text_weights)):
+            weights.metadata(file)  # fails early where there is no such file
     source = task.open(d.source, train=True)
     domains = open_domains(task) if config.eval_every else {}
     agree_on_images({f"the source {d.source}": source, **domains}, config)
@@ -71,9 +80,8 @@ def train(config: Config, workdir: Path, console: Console, interrupt: Interrupt,
     sampler = make_sampler(source, seed=config.seed, weights=d.source_weights, **rare, workers=d.workers)
     if distributed.is_main():
         trained = dataclasses.replace(trained, pixels=class_totals(sampler))
-        if checkpoints.steps():
+        if workdir_lib.saved(workdir):
             say_changes(trained, config.data.source, workdir, console)
-        trained.save(workdir)
 
     # --- Model and state ---------------------------------------------------------------------------------------------------
     mesh = sharding.make_mesh(config.mesh)
@@ -84,9 +92,8 @@ def train(config: Config, workdir: Path, console: Console, interrupt: Interrupt,
         )
     plan = Plan.of(task, config.model.freeze)
     like, optimizer = abstract_state(plan, config, mesh)
-    if config.model.start is None and not checkpoints.steps():
-        for file in filter(None, (config.model.weights, config.model.text_weights)):
-            weights.metadata(file)  # fails early where there is no such file
+    checkpoints = Checkpoints(workdir, config.keep_checkpoints, say=console.print)
+    closing.callback(checkpoints.close)
     state = checkpoints.restore(like, say=console.print)
     if state is None:
         state = initial_state(task, plan, like, optimizer)
@@ -94,62 +101,85 @@ def train(config: Config, workdir: Path, console: Console, interrupt: Interrupt,
         console.print(f"resuming from step {int(state.step)}")
     describe(config, plan, source, mesh, console)
 
-    # --- Loop --------------------------------------------------------------------------------------------------------------
+    # --- What a step needs -------------------------------------------------------------------------------------------------
     start = int(state.step)
-    writer = Writer(workdir, start, distributed.is_main())
     shardings = jax.tree.map(lambda leaf: leaf.sharding, like)
     key, parts = jax.random.key(config.seed), config.optimizer.accumulate
     step_fn = make_step(plan.graph, optimizer, task.normalizer, task.losses, key, shardings, parts)
     step_fn = profiled(step_fn, traced, start, workdir / "profile")
     prepare, evaluator = task.preparation(mesh), task.evaluator(plan.graph, mesh)
+    batches = train_batches(
+        source,
+        sampler,
+        Augmentation(**{field.name: getattr(d, field.name) for field in dataclasses.fields(Augmentation)}),
+        seed=config.seed,
+        batch_size=config.batch_size,
+        start=start,
+        stop=config.steps,
+        max_boxes=d.max_boxes,
+        styles=config.tldr.on,
+        workers=d.workers,
+        shard=(jax.process_index(), jax.process_count()),
+    )
+    closing.callback(batches.close)
+    if start < config.steps:
+        checkpoints.check_room(state, start + 1)
+
+    # --- The workdir is this run's from here on: all processes have opened everything --------------------------------------
+    multihost_utils.sync_global_devices("open")
+    if distributed.is_main():
+        workdir_lib.claim(config, workdir, start, console.print)
+        trained.save(workdir)
+    writer = Writer(workdir, start, distributed.is_main(), console.print)
+    closing.callback(writer.close)
     log = Log(config, source, sampler, writer, console, start)
 
-    def evaluate(state: TrainState) -> None:
-        """Judges the state on every domain; its checkpoint is on its way to disk already, so stopping here loses nothing."""
+    def evaluate(state: TrainState, names: Sequence[str]) -> None:
+        """Judges the state on domains; its checkpoint is on its way to disk already, so stopping here loses nothing."""
         step = int(state.step)
-        log.say(f"evaluating step {step} on {', '.join(domains)}")
+        log.say(f"evaluating step {step} on {', '.join(names)}")
         model_state = (state.trained, state.frozen, state.statistics)
-        results = evaluate_domains(evaluator, model_state, domains, standing, lambda *_: interrupt.check())
+        chosen = {name: domains[name] for name in names}
+        results = evaluate_domains(evaluator, model_state, chosen, standing, lambda *_: interrupt.check())
         everything = summary(task, config, step, results)
         for name, result in results.items():
             for i, picture in enumerate(result.pictures):
                 writer.picture(f"{name}/{i}", picture, step)
-        row = lambda name, r: {"step": step, "domain": name, task.score_name: r.score} | {k: r.metrics[k] for k in ("images", "trained_on")}
-        writer.rows(*(row(name, result) for name, result in results.items()))
-        if distributed.is_main():
-            write_results(everything, results, workdir)
         # Choosing a checkpoint by unseen domains would be cheating: the best one is the best on the source domain.
         scored = {name: result.metrics for name, result in results.items() if result.score is not None}
-        seen = [scored[name][task.score_name] for name in reference(scored)]
+        seen = reference(scored)
+        if distributed.is_main():
+            write_results(everything, results, workdir)
+            known = {row.get("domain") for row in read_metrics(workdir) if row["step"] == step}
+            row = lambda name, r: {
+                "step": step,
+                "domain": name,
+                task.score_name: r.score,
+                "images": r.metrics["images"],
+                "trained_on": r.metrics["trained_on"],
+                "decides": name in seen,
+            }
+            writer.rows(*(row(name, result) for name, result in results.items() if name not in known))
         if seen:
-            checkpoints.scored(step, sum(seen) / len(seen))
+            checkpoints.scored(step, sum(scored[name][task.score_name] for name in seen) / len(seen))
         shown = {name: NO_TRUTH if result.score is None else f"{result.score:.1f}" for name, result in results.items()}
         scores = "  ".join(f"{name} {text}" for name, text in shown.items())
         log.say(f"{scores}  {task.score_name} (protocol {config.evaluation.protocol})")
 
+    # --- Loop --------------------------------------------------------------------------------------------------------------
+    at = start
     try:
         with log:
-            if not config.steps:
+            if not config.steps and not workdir_lib.saved(workdir):
                 checkpoints.save(state)  # nothing is trained: what was loaded is the result
-            missing = (start or not config.steps) and due(start, config.eval_every, config.steps)
-            if missing and distributed.from_main(lambda: not evaluated(workdir, start)):
-                evaluate(state)  # or the run died between this step's checkpoint and the end of its evaluation
-            shard = (jax.process_index(), jax.process_count())
-            batches = train_batches(
-                source,
-                sampler,
-                Augmentation(**{field.name: getattr(d, field.name) for field in dataclasses.fields(Augmentation)}),
-                seed=config.seed,
-                batch_size=config.batch_size,
-                start=start,
-                stop=config.steps,
-                max_boxes=d.max_boxes,
-                styles=config.tldr.on,
-                workers=d.workers,
-                shard=shard,
-            )
+                state = checkpoints.reread(like, 0)
+            expected = domains if (start or not config.steps) and due(start, config.eval_every, config.steps) else {}
+            # The run died between this step's checkpoint and the end of its evaluation, or domains were added.
+            if missing := distributed.from_main_list(lambda: unjudged(workdir, start, expected, console)):
+                evaluate(state, missing)
             for step, batch in enumerate(batches, start + 1):
                 state, metrics = step_fn(state, prepare(sharding.to_devices(batch, mesh), step - 1))
+                at = step
                 log.step(step, metrics)
                 evaluates = due(step, config.eval_every, config.steps)
                 if interrupt.asked or evaluates or due(step, config.checkpoint_every, config.steps):
@@ -157,18 +187,18 @@ def train(config: Config, workdir: Path, console: Console, interrupt: Interrupt,
                     with log.pause():
                         checkpoints.save(state)
                         interrupt.check()
+                        if step == config.steps:
+                            state = None  # it need not fit twice
+                            state = checkpoints.reread(like, step)  # what is judged and called finished is what is on the disk
                         if evaluates:
-                            evaluate(state)
+                            evaluate(state, list(domains))
         checkpoints.wait()
     except Stop:
         checkpoints.wait()
-        console.print(f"stopped at step {int(state.step)}; run the same command to go on")
+        console.print(f"stopped at step {at}; run the same command to go on")
         return
-    finally:
-        writer.close()
-        checkpoints.close()
     if distributed.is_main():
-        finished(config, workdir, None, console)
+        finished(config, workdir, console)
 
 
 def say_changes(trained: TrainedOn, source: str, workdir: Path, console: Console) -> None:
@@ -186,20 +216,23 @@ def due(step: int, every: int, last: int) -> bool:
     return every > 0 and (step % every == 0 or step == last)
 
 
-def evaluated(workdir: Path, step: int) -> bool:
-    """Whether the evaluation of `step` has been written (all its rows are written at once)."""
-    return any(row["step"] == step and "domain" in row for row in read_metrics(workdir))
+def unjudged(workdir: Path, step: int, domains: Iterable[str], console: Console) -> list[str]:
+    """The domains whose results at `step` have not been written; a broken results.json is set aside."""
+    results = workdir_lib.results(workdir / "results.json", console.print)
+    written = results["domains"] if results is not None and results["step"] == step else ()
+    rows = {row.get("domain") for row in read_metrics(workdir) if row["step"] == step}
+    return [name for name in domains if name not in written or name not in rows]
 
 
-def finished(config: Config, workdir: Path, checkpoints: Checkpoints | None, console: Console) -> bool:
-    """Prints the results of a run that has come to its end; False if it has not."""
-    if checkpoints is not None and config.steps not in checkpoints.steps():
+def finished(config: Config, workdir: Path, console: Console) -> bool:
+    """Prints the results of a run that has come to its end; False if it has not, or domains were added since."""
+    if not (workdir / "checkpoints" / str(config.steps)).is_dir():
         return False
     if not config.eval_every:
         console.print(f"finished: {config.steps} steps in {workdir}, without evaluation (eval_every=0)")
         return True
     results = workdir_lib.results(workdir / "results.json")
-    if results is None or results["step"] != config.steps:
+    if results is None or results["step"] != config.steps or not set(config.evaluation.domains) <= results["domains"].keys():
         return False
     print_results(results, console)
     console.print(f"finished: {workdir}/results.json")

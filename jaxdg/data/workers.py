@@ -91,13 +91,13 @@ def _from_processes(items: grain.MapDataset, workers: int) -> Items:
 
 @contextlib.contextmanager
 def _inherited():
-    """What processes started here inherit: SIGINT and SIGTERM blocked, and no main module.
+    """What processes started here inherit: the signals of `cli.Interrupt` blocked, and no main module.
 
-    Ctrl-C and schedulers signal every process of a run, and the main process still needs its workers to finish the step. And a worker
-    would otherwise import the main module, with flax and all of a training run, though it needs the datasets alone.
+    Ctrl-C, schedulers and closed terminals signal every process of a run, and the main process still needs its workers to finish the
+    step. And a worker would otherwise import the main module, with flax and all of a training run, though it needs the datasets alone.
     """
     main = sys.modules["__main__"]
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP))
     sys.modules["__main__"] = types.ModuleType("__main__")
     try:
         yield

@@ -34,7 +34,7 @@ from rich.console import Console
 from rich.table import Table
 
 import jaxdg
-from jaxdg import cli, files, overrides
+from jaxdg import cli, files, locks, overrides
 from jaxdg import config as config_lib
 from jaxdg import results as results_lib
 from jaxdg import workdir as workdir_lib
@@ -191,9 +191,10 @@ class Study:
         """
         workdir = self.workdir(run)
         workdir.mkdir(parents=True, exist_ok=True)
-        with (workdir / "lock").open("w") as lock:
+        with (workdir / "study.lock").open("w") as lock:
             said = False
-            while not _lock(lock):  # the process that trains holds it too, and keeps it if this one is killed
+            # The process that trains holds it too, and keeps it if this one is killed. One that was started by hand holds its own.
+            while not _lock(lock) or locks.holder(workdir / "lock") is not None:
                 if not said:
                     console.print(f"{run.name}: waits for another process that trains it")
                 said = True

@@ -4,41 +4,73 @@ Each holds two items, so that evaluation need not read the optimiser: `model` (s
 Both carry a fingerprint of their bits, since the storage format itself does not notice a changed byte in an array.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+import contextlib
+import errno
+import glob
 import json
+import math
 import os
 from pathlib import Path
 import shutil
 from typing import Any
 
 from absl import logging
+from etils.epath.gpath import PosixGPath
 import jax
 from jax.experimental import multihost_utils
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers as policies
 
-from jaxdg import distributed
+from jaxdg import distributed, files
 from jaxdg.training.step import TrainState
+from jaxdg.training.writer import read_metrics
 
 
 class Checkpoints:
     """The `checkpoints` folder of a workdir."""
 
-    def __init__(self, workdir: str | Path, keep: int = 2):
+    def __init__(self, workdir: str | Path, keep: int = 2, *, read_only: bool = False, say: Callable[[str], None] = logging.warning):
         """Args:
         workdir: of the run; the folder is made if needed.
         keep: newest checkpoints kept, besides the one with the best score.
+        read_only: nothing is made, cleared up or mended, as beside a process that trains there.
+        say: receives a line for what is mended.
+
+        Raises:
+            ValueError: the storage library cannot take the path.
         """
         self.folder = Path(workdir).resolve() / "checkpoints"
-        path = self.folder / "best.json"
-        self._best = (best["step"], best["score"]) if path.exists() and (best := json.loads(path.read_text())) else None
+        check_path(self.folder)
+        self._best = self._noted_best(None if read_only else say)
         kept = policies.AnyPreservationPolicy([policies.LatestN(keep), _Best(self)])
         self._manager = ocp.CheckpointManager(
-            self.folder,
+            LiteralPath(self.folder),
             item_handlers={"model": ocp.StandardCheckpointHandler(), "optimizer": ocp.StandardCheckpointHandler()},
-            options=ocp.CheckpointManagerOptions(preservation_policy=kept),
+            options=ocp.CheckpointManagerOptions(
+                preservation_policy=kept,
+                create=not read_only,
+                cleanup_tmp_directories=not read_only,  # what a killed run had half written would lie there for ever
+            ),
         )
+
+    def _noted_best(self, say: Callable[[str], None] | None) -> tuple[int, float] | None:
+        """Step and score in best.json; if that is broken, what metrics.jsonl says, which is noted anew."""
+        path = self.folder / "best.json"
+        noted = files.recall(path, _is_best, say, "taken from metrics.jsonl instead")
+        if noted is not None:
+            return noted["step"], noted["score"]
+        if say is None or not path.with_name("best.json.broken").exists():
+            return None
+        seen: dict[int, list[float]] = {}
+        for row in read_metrics(self.folder.parent):
+            if row.get("decides"):
+                seen.setdefault(row["step"], []).append(next(row[name] for name in ("mIoU", "mAP50") if name in row))
+        best = max(((sum(scores) / len(scores), step) for step, scores in seen.items()), default=None)
+        if best is not None and distributed.is_main():
+            files.write(path, json.dumps({"step": best[1], "score": best[0]}))
+        return None if best is None else (best[1], best[0])
 
     def steps(self) -> list[int]:
         """Steps that have a finished checkpoint, oldest first."""
@@ -54,9 +86,7 @@ class Checkpoints:
             return
         self._best = step, score
         if distributed.is_main():
-            partial = self.folder / "best.partial"
-            partial.write_text(json.dumps({"step": step, "score": score}))
-            os.replace(partial, self.folder / "best.json")
+            files.write(self.folder / "best.json", json.dumps({"step": step, "score": score}))
 
     def save(self, state: TrainState) -> None:
         """Starts writing `state`; returns before it is on disk. A step that is stored already is left as it is.
@@ -71,16 +101,40 @@ class Checkpoints:
         if step in self._manager.all_steps():
             return
         self.wait()
-        # Looked at before, because the storage library meets a full disk with hundreds of lines and half a checkpoint.
-        needed, free = sum(leaf.nbytes for leaf in jax.tree.leaves(state)), shutil.disk_usage(self.folder).free
+        self.check_room(state, step)
+        stored = {name: ocp.args.StandardSave({"fingerprint": fingerprint(part), **part}) for name, part in _items(state).items()}
+        with self._explained():
+            self._manager.save(step, args=ocp.args.Composite(**stored))
+
+    def check_room(self, state: TrainState, step: int) -> None:
+        """Looks whether the disk has room for a state, or for one of these shapes.
+
+        Done before it is written, because the storage library meets a full disk with hundreds of lines and half a checkpoint.
+
+        Raises:
+            OSError: it has not.
+        """
+        needed = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
+        free = shutil.disk_usage(self.folder).free
         if free < 1.25 * needed:
-            kept = ", ".join(map(str, self.steps())) or "none"
             raise OSError(
                 f"disk full: the checkpoint of step {step} needs {needed / 1e6:.0f} MB and {self.folder} has {free / 1e6:.0f} MB free; "
-                f"the checkpoints before it are whole ({kept}); free some space and run the same command"
+                f"the checkpoints before it are whole ({self._kept()}); free some space and run the same command"
             )
-        stored = {name: ocp.args.StandardSave({"fingerprint": fingerprint(part), **part}) for name, part in _items(state).items()}
-        self._manager.save(step, args=ocp.args.Composite(**stored))
+
+    def _kept(self) -> str:
+        return ", ".join(map(str, self.steps())) or "none"
+
+    @contextlib.contextmanager
+    def _explained(self) -> Iterator[None]:
+        """Says in one line why a checkpoint could not be written."""
+        try:
+            yield
+        except Exception as error:  # the storage library wraps what the system says in errors of its own
+            full = any(sign in str(e) for e in _chain(error) for sign in ("No space left", "ENOSPC", "quota exceeded", "EDQUOT"))
+            what = "disk full: a checkpoint did not fit into" if full else f"a checkpoint could not be written ({_short(error)}) into"
+            remedy = "free some space and run the same command" if full else "see to that folder and run the same command"
+            raise OSError(f"{what} {self.folder}; the checkpoints before it are whole ({self._kept()}); {remedy}") from error
 
     def wait(self) -> None:
         """Returns once everything saved is on disk.
@@ -88,11 +142,35 @@ class Checkpoints:
         Raises:
             OSError: it could not be written.
         """
-        self._manager.wait_until_finished()
+        with self._explained():
+            self._manager.wait_until_finished()
 
     def close(self) -> None:
         """Waits for pending writes and frees the threads."""
         self._manager.close()
+
+    def reread(self, like: TrainState, step: int) -> TrainState:
+        """The state of `step` as it came to the disk: a run is not finished by a checkpoint that nobody can read.
+
+        Args:
+            like: as for `restore`.
+            step: saved just before.
+
+        Raises:
+            ValueError: it is not what was saved; it has been moved out of the folder.
+            OSError: it cannot be read, or could not be written.
+        """
+        self.wait()
+        try:
+            state = self.restore(like, step)
+        except ValueError as error:
+            aside = self._move_aside([step], lambda line: None)
+            raise ValueError(
+                f"the checkpoint of step {step} was written and cannot be read back ({error.__cause__ or error}); it is kept in {aside}; "
+                f"look at the disk of {self.folder} and run the same command, which goes on from the checkpoints before it ({self._kept()})"
+            ) from error
+        assert state is not None
+        return state
 
     def restore(self, like: TrainState, step: int | None = None, say: Callable[[str], None] = logging.warning) -> TrainState | None:
         """The newest readable state, passing over corrupted ones; None if there is no checkpoint at all.
@@ -113,16 +191,23 @@ class Checkpoints:
             return TrainState(**self._read(at, "model", like), **self._read(at, "optimizer", like))
 
         state, corrupted = self._newest_readable(read, step, say)
-        for at in corrupted if distributed.is_main() else ():
+        if corrupted:
+            self._move_aside(corrupted, say)
+        return state
+
+    def _move_aside(self, steps: Sequence[int], say: Callable[[str], None]) -> Path:
+        """Moves checkpoints out of the folder, saying where to; returns the last of these places."""
+        aside = self.folder.parent
+        for at in steps:
             aside = self.folder.parent / f"corrupted_checkpoint_{at}"
             while aside.exists():
                 aside = aside.with_name(aside.name + "_")
-            (self.folder / str(at)).rename(aside)
-            say(f"corrupted checkpoint moved to {aside}")
-        if corrupted:
-            multihost_utils.sync_global_devices("corrupted checkpoints moved")
-            self._manager.reload()
-        return state
+            if distributed.is_main():
+                (self.folder / str(at)).rename(aside)
+                say(f"corrupted checkpoint moved to {aside}")
+        multihost_utils.sync_global_devices("corrupted checkpoints moved")
+        self._manager.reload()
+        return aside
 
     def restore_model(
         self, like: TrainState, step: int | None = None, say: Callable[[str], None] = logging.warning
@@ -132,38 +217,62 @@ class Checkpoints:
 
     def _newest_readable(self, read: Callable[[int], Any], step: int | None, say: Callable[[str], None]) -> tuple[Any, list[int]]:
         """What `read` makes of the newest checkpoint it can read, and the newer ones that it cannot."""
-        steps = self.steps()
-        if step is not None and step not in steps:
-            raise ValueError(f"{self.folder} has no checkpoint of step {step}; it has {', '.join(map(str, steps)) or 'none'}")
+        if step is not None and step not in self.steps():
+            raise ValueError(f"{self.folder} has no checkpoint of step {step}; it has {self._kept()}")
         failed: dict[int, Exception] = {}
-        for at in steps[::-1] if step is None else [step]:
+        while (at := self._next(step, failed)) is not None:
             try:
                 found = read(at)
             except Unshared:
                 raise
             except Exception as error:  # the storage library raises whatever a damaged file leads to
+                self._check_blame(at, error)
                 failed[at] = error
                 continue
-            for bad, error in failed.items():
+            newer = {bad: error for bad, error in failed.items() if bad > at and self._exists(bad)}
+            for bad, error in newer.items():
                 say(f"checkpoint {self.folder / str(bad)} is corrupted ({_short(error)}); falling back to step {at}")
-            return found, list(failed)
+            return found, list(newer)
         if not failed:
             return None, []
         at, error = next(iter(failed.items()))
+        if not self._exists(at):
+            raise ValueError(f"checkpoint {self.folder / str(at)} was removed while it was read, by a run that keeps the newest; try again")
         remedy = "start again in a new workdir" if step is None else "choose another step"
-        raise ValueError(
-            f"no readable checkpoint: {self.folder / str(at)} is corrupted or belongs to another model ({_short(error)}); {remedy}"
-        ) from error
+        raise ValueError(f"no readable checkpoint: {self.folder / str(at)} is corrupted ({_short(error)}); {remedy}") from error
+
+    def _next(self, step: int | None, failed: dict[int, Exception]) -> int | None:
+        """The newest checkpoint that has not failed yet, or `step`; None if there is no other."""
+        if step is not None:
+            return None if failed else step
+        if failed and jax.process_count() == 1:
+            self._manager.reload()  # beside a run that trains: newer ones have come, and what failed was being removed
+        return max(set(self.steps()) - failed.keys(), default=None)
+
+    def _exists(self, step: int) -> bool:
+        return (self.folder / str(step)).is_dir()
+
+    def _check_blame(self, step: int, error: Exception) -> None:
+        """Raises an error that says so where a checkpoint was not read for another reason than its bytes."""
+        folder = self.folder / str(step)
+        if isinstance(error, Foreign):
+            raise ValueError(f"checkpoint {folder} belongs to another model ({error}); give the settings of its own run")
+        if any(isinstance(e, MemoryError) or "RESOURCE_EXHAUSTED" in str(e) for e in _chain(error)):
+            raise OSError(f"checkpoint {folder} does not fit into memory ({_short(error)})") from error
+        if (reason := _unreadable(folder)) is not None:
+            raise OSError(f"checkpoint {folder} cannot be read ({reason}); it was left as it is; once it can be read, run the same command")
 
     def _read(self, step: int, item: str, like: TrainState) -> dict[str, Any]:
         """An item of a checkpoint, placed as `like` says; an error unless it is what was saved."""
         checksum = jax.ShapeDtypeStruct((), jnp.uint32, sharding=like.step.sharding)
         wanted = {"fingerprint": checksum, **_items(like)[item]}
-        if item == "model":  # the storage library's own message would not name the parameter
-            there, here = _shapes(self._manager.item_metadata(step)[item].tree), _shapes(wanted)
-            for name in sorted(there.keys() | here.keys()):
-                if there.get(name) != here.get(name):
-                    raise ValueError(f"{name} is {there.get(name, 'absent')} there and {here.get(name, 'absent')} in this model")
+        # The storage library's own message would not name the parameter.
+        there, here = _described(self._manager.item_metadata(step)[item].tree), _described(wanted)
+        for name in sorted(there.keys() | here.keys()):
+            if there.get(name) != here.get(name):
+                (shape, dtype), (own_shape, own_dtype) = there.get(name, ("absent", "")), here.get(name, ("absent", ""))
+                kinds = (shape, own_shape) if shape != own_shape else (dtype, own_dtype)
+                raise Foreign(f"{name} is {kinds[0]} there and {kinds[1]} in this model")
         try:
             stored = dict(self._manager.restore(step, args=ocp.args.Composite(**{item: ocp.args.StandardRestore(wanted)}))[item])
         except Exception as error:
@@ -177,6 +286,10 @@ class Checkpoints:
         if found != expected:
             raise ValueError(f"its {item} arrays do not add up to their fingerprint: {found:08x}, not {expected:08x}")
         return stored
+
+
+class Foreign(ValueError):
+    """A checkpoint holds other parameters than the model."""
 
 
 class Unshared(OSError):
@@ -194,6 +307,33 @@ class _Best(policies.PreservationPolicy):
     def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> Sequence[bool]:
         best = self._checkpoints.best()
         return [best is not None and info.step == best[0] for info in checkpoints]
+
+
+class LiteralPath(PosixGPath):
+    """A local path as it is written. The storage library would search below it with the path as a part of the pattern, in which `[1]`
+    and `*` mean something else, and would take `/gs/..` or `/s3/..` for a bucket.
+    """
+
+    @property
+    def _uri_scheme(self) -> None:
+        return None
+
+    def glob(self, pattern: str) -> Iterator["LiteralPath"]:
+        return (self._new(found) for found in glob.glob(os.path.join(glob.escape(os.fspath(self)), pattern)))
+
+
+def check_path(path: Path) -> None:
+    """Refuses the few paths that the storage library cannot take.
+
+    Raises:
+        ValueError: the message says why.
+    """
+    text = str(path)
+    if any("\ud800" <= letter <= "\udfff" for letter in text):
+        raise ValueError(f"{text.encode(errors='surrogateescape')!r} is no UTF-8, which checkpoints need; rename the folder")
+    for sign in ("\\", *(f"/{scheme}:/" for scheme in ("gs", "s3", "az", "hf"))):
+        if sign in f"{text}/":
+            raise ValueError(f"the path {text} holds {sign}, which the checkpoint library reads as something else; rename the folder")
 
 
 @jax.jit
@@ -219,10 +359,39 @@ def _items(state: TrainState) -> dict[str, dict[str, Any]]:
     return {"model": fields, "optimizer": optimizer}
 
 
-def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
-    """Shapes by dotted name, of an abstract state or of a checkpoint's metadata, which spells attributes as keys."""
+def _described(tree: Any) -> dict[str, tuple[tuple[int, ...], str]]:
+    """Shapes and types by dotted name, of an abstract state or of a checkpoint's metadata, which spells attributes as keys."""
     name = lambda path: ".".join(str(getattr(key, "key", getattr(key, "name", key))) for key in path)
-    return {name(path): tuple(leaf.shape) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {name(path): (tuple(leaf.shape), str(leaf.dtype)) for path, leaf in leaves}
+
+
+def _is_best(content: Any) -> bool:
+    """Whether this is what best.json should hold."""
+    good = isinstance(content, dict) and type(content.get("step")) is int and isinstance(content.get("score"), (int, float))
+    return good and math.isfinite(content["score"])
+
+
+def _unreadable(folder: Path) -> str | None:
+    """Why the system does not let a file of a folder be read, in words; None if it does, whatever they hold."""
+    failures: list[OSError] = []
+    for parent, _, names in os.walk(folder, onerror=failures.append):
+        for name in names:
+            try:
+                with open(os.path.join(parent, name), "rb") as file:
+                    while file.read(1 << 24):
+                        pass
+            except OSError as error:
+                failures.append(error)
+    real = [error for error in failures if error.errno != errno.ENOENT]
+    return f"{real[0].filename}: {real[0].strerror}" if real else None
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    """An error and those that led to it."""
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
 
 
 def _short(error: Exception) -> str:

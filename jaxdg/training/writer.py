@@ -1,45 +1,61 @@
 """`metrics.jsonl` and TensorBoard events of a run, written so that a resumed run reads as if it had never stopped."""
 
+from collections.abc import Callable
 import json
-import os
 from pathlib import Path
+import socket
+import struct
+import time
 from typing import Any
 
+from absl import logging
 import numpy as np
-from tensorboardX import SummaryWriter, summary
+from tensorboardX import summary
+from tensorboardX.proto.event_pb2 import Event, SessionLog  # pyright: ignore[reportAttributeAccessIssue]  made at import
+from tensorboardX.record_writer import masked_crc32c
+
+from jaxdg import files
+
+FLUSH = 10  # seconds after which TensorBoard's events are on the disk
 
 
 class Writer:
     """Appends one flushed JSON object a row and mirrors its numbers to TensorBoard."""
 
-    def __init__(self, workdir: str | Path, resume_step: int, on: bool = True):
+    def __init__(self, workdir: str | Path, resume_step: int, on: bool = True, say: Callable[[str], None] = logging.warning):
         """Args:
         workdir: of the run.
-        resume_step: step the run goes on from; rows past it, and a half-written last line, are dropped.
+        resume_step: step the run goes on from; rows past it, and lines that are no rows, are dropped.
         on: False writes nothing at all, as in all processes of a run but one.
+        say: receives a line where lines of metrics.jsonl are broken; the file is then kept aside as it was.
+
+        Raises:
+            OSError: the disk is full, or the folder cannot be written to; so do the methods.
         """
         self._on = on
         if not on:
             return
-        self.path = Path(workdir) / "metrics.jsonl"
-        kept = [row for row in read_metrics(workdir) if row["step"] <= resume_step] if self.path.exists() else []
-        partial = self.path.with_suffix(".partial")
-        partial.write_text("".join(json.dumps(row) + "\n" for row in kept))
-        os.replace(partial, self.path)
-        self._file = self.path.open("a")
-        # purge_step hides events past it from earlier, killed runs.
-        self._events = SummaryWriter(str(Path(workdir) / "tensorboard"), purge_step=resume_step + 1, flush_secs=10)
+        self.path = Path(workdir).absolute() / "metrics.jsonl"
+        rows, broken = _read(self.path)
+        if broken:
+            aside = files.set_aside(self.path).name
+            say(f"{self.path}: broken at line {', '.join(map(str, broken))}; it is kept as {aside} and goes on without these lines")
+        files.write(self.path, "".join(json.dumps(row) + "\n" for row in rows if row["step"] <= resume_step))
+        with files.naming(self.path):
+            self._file = self.path.open("a")
+        self._events = _Events(self.path.parent / "tensorboard", resume_step)
 
     def rows(self, *rows: dict[str, Any]) -> None:
         """Writes rows, all or none of them; `row["step"]` places one, `row["domain"]`, where present, groups it."""
         if not self._on:
             return
-        self._file.write("".join(json.dumps(row) + "\n" for row in rows))
-        self._file.flush()
+        with files.naming(self.path):
+            self._file.write("".join(json.dumps(row) + "\n" for row in rows))
+            self._file.flush()
         for row in rows:
             group = f"evaluation/{row['domain']}" if "domain" in row else "training"
             for key, value in row.items():
-                if key != "step" and isinstance(value, (int, float)):
+                if key != "step" and isinstance(value, (int, float)) and not isinstance(value, bool):
                     self._show(f"{group}/{key}", summary.scalar("", value), row["step"])
 
     def picture(self, name: str, image: np.ndarray, step: int) -> None:
@@ -48,24 +64,76 @@ class Writer:
             self._show(name, summary.image("", image, dataformats="HWC"), step)
 
     def _show(self, tag: str, event: Any, step: int) -> None:
-        """Adds an event under a name of any characters, which `add_scalar` and `add_image` would replace by underscores."""
+        """Adds an event under a name of any characters, which tensorboardX would replace by underscores."""
         event.value[0].tag = tag
-        file: Any = self._events.file_writer
-        file.add_summary(event, step)
+        self._events.add(step, summary=event)
 
     def close(self) -> None:
         """Flushes and closes both."""
-        if self._on:
-            self._file.close()
+        if not self._on:
+            return
+        try:
+            with files.naming(self.path):
+                self._file.close()
+        finally:
             self._events.close()
 
 
+class _Events:
+    """TensorBoard's file of events, written by the thread that calls, so that a full disk ends the run and not a thread of its own."""
+
+    def __init__(self, folder: Path, resume_step: int):
+        self.path = folder / f"events.out.tfevents.{time.time():.0f}.{socket.gethostname()}"
+        with files.naming(self.path):
+            folder.mkdir(parents=True, exist_ok=True)
+            self._file = self.path.open("ab")
+        self._flushed = 0.0
+        self.add(0, file_version="brain.Event:2")
+        # Hides events past this step from earlier, killed runs.
+        self.add(resume_step + 1, session_log=SessionLog(status=SessionLog.START))
+
+    def add(self, step: int, **what: Any) -> None:
+        """Appends an event, and every `FLUSH` seconds sees to it that all reach the disk."""
+        data = Event(wall_time=time.time(), step=step, **what).SerializeToString()
+        length = struct.pack("<Q", len(data))
+        with files.naming(self.path):
+            self._file.write(length + struct.pack("<I", masked_crc32c(length)) + data + struct.pack("<I", masked_crc32c(data)))
+            if time.monotonic() > self._flushed + FLUSH:
+                self._file.flush()
+                self._flushed = time.monotonic()
+
+    def close(self) -> None:
+        """Flushes and closes the file."""
+        with files.naming(self.path):
+            self._file.close()
+
+
 def read_metrics(workdir: str | Path) -> list[dict[str, Any]]:
-    """The rows of a run's `metrics.jsonl`; a line that was being written when the run died is left out."""
-    rows = []
-    for line in (Path(workdir) / "metrics.jsonl").read_text().splitlines():
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            continue
-    return rows
+    """The rows of a run's `metrics.jsonl`, none if there is no such file; lines that are no rows are left out."""
+    return _read(Path(workdir) / "metrics.jsonl")[0]
+
+
+def _read(path: Path) -> tuple[list[dict[str, Any]], list[int]]:
+    """The rows of a file, and the numbers of the lines that are none, but for a last one that was being written when the run died."""
+    try:
+        content = path.read_bytes()
+    except FileNotFoundError:
+        return [], []
+    *lines, last = content.split(b"\n")
+    rows, broken = [], []
+    for number, line in enumerate([*lines, last], 1):
+        row = _row(line)
+        if row is not None:
+            rows.append(row)
+        elif (number <= len(lines) and line.strip()) or b"\0" in line:
+            broken.append(number)
+    return rows, broken
+
+
+def _row(line: bytes) -> dict[str, Any] | None:
+    """What a line says, None if it is no row."""
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    return row if isinstance(row, dict) and type(row.get("step")) is int else None

@@ -228,7 +228,7 @@ def test_no_flipped_bit_goes_unnoticed(one, workdir, opened):
             try:
                 stored = checkpoints.restore_model(one, 3)
             except ValueError as error:
-                assert "checkpoints/3 is corrupted or belongs to another model" in str(error)  # noqa: PT017  either is right
+                assert "checkpoints/3 is corrupted (" in str(error)  # noqa: PT017  either is right
                 found += 1
             else:
                 same(dataclasses.replace(state, **stored), state)
@@ -273,15 +273,22 @@ def test_another_models_checkpoint_is_refused(saved, opened):
     """Another width, another split into trained and frozen: one line with checkpoint, parameter and both shapes; nothing is moved."""
     mesh = sharding.make_mesh(MeshConfig(1, 1), jax.devices()[:1])
     wider = abstract(mesh, width=32)
-    where = r"checkpoints/3 is corrupted or belongs to another model \(ValueError: "
+    where = r"checkpoints/3 belongs to another model \("
     for restore in (opened(saved).restore, opened(saved).restore_model):
-        with pytest.raises(ValueError, match=where + r"frozen\.old_kernel\.value is \(16, 24\) there and \(16, 32\) in this model\)"):
+        told = r"frozen\.old_kernel\.value is \(16, 24\) there and \(16, 32\) in this model\); give the settings of its own run$"
+        with pytest.raises(ValueError, match=where + told):
             restore(wider, say=pytest.fail)
     like = abstract(mesh)
     unfrozen = dataclasses.replace(like, trained=nnx.merge_state(like.trained, like.frozen), frozen=nnx.State({}))
     with pytest.raises(ValueError, match=where + r"frozen\.old_kernel\.value is \(16, 24\) there and absent in this model\)") as error:
         opened(saved).restore(unfrozen, say=pytest.fail)
     assert "\n" not in str(error.value)
+    counts = dataclasses.replace(like, step=jax.ShapeDtypeStruct((), np.float32, sharding=like.step.sharding))
+    with pytest.raises(ValueError, match=where + r"step is int32 there and float32 in this model\)"):
+        opened(saved).restore_model(counts, say=pytest.fail)
+    moments = dataclasses.replace(like, opt_state=())
+    with pytest.raises(ValueError, match=where + r"opt_state\.\[0\]\.count is \(\) there and absent in this model\)"):
+        opened(saved).restore(moments, say=pytest.fail)
     assert opened(saved).steps() == [1, 2, 3]
     assert not list(saved.glob("corrupted*"))
 
@@ -302,6 +309,152 @@ def test_best_score_survives_a_kill(one, workdir, opened):
     (workdir / "checkpoints" / "best.partial").write_text("{")
     assert opened(workdir).best() == (2, 12.5)
     assert json.loads((workdir / "checkpoints" / "best.json").read_text()) == {"step": 2, "score": 12.5}
+
+
+@pytest.mark.parametrize("damage", [b"", b"\0" * 30, b'{"step": 2', b"[]", b'{"step": "2", "score": 1}', b"\xff"], ids=range(6))
+def test_a_broken_best_score_is_taken_from_the_metrics(one, workdir, opened, damage):
+    """What a crash left of best.json is set aside; the best of the rows judged on the source stands in its place, the newer of equals."""
+    rows = [
+        {"step": step, "domain": domain, "mIoU": score, "decides": domain == "clear"}
+        for step, domain, score in ((1, "clear", 12.5), (1, "fog", 90.0), (2, "clear", 12.5), (3, "clear", 7.0))
+    ]
+    (workdir / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    best = workdir / "checkpoints" / "best.json"
+    best.write_bytes(damage)
+    assert Checkpoints(workdir, read_only=True).best() is None  # beside a run that trains nothing is touched
+    assert best.read_bytes() == damage
+    said = []
+    assert Checkpoints(workdir, say=said.append).best() == (2, 12.5)
+    assert len(said) == 1
+    assert said[0].startswith(f"{best}: broken (")
+    assert json.loads(best.read_text()) == {"step": 2, "score": 12.5}
+    assert best.with_name("best.json.broken").read_bytes() == damage
+    assert opened(workdir).steps() == [1, 2, 3]
+
+
+PATHS = ("a[1]", "a*b", "a**b", "q?", "sp ace", "p%41#", "quo'te\"", "unié", "-lead", "co:lon", "new\nline", "$x;{y}|", "~")
+
+
+@pytest.mark.parametrize("name", PATHS)
+def test_any_path_will_do(one, tmp_path, opened, name):
+    """Characters that mean something to a search or a shell mean nothing in a path: what is saved there is there, and nowhere else."""
+    checkpoints = opened(tmp_path / name / "run")
+    checkpoints.save(values(one, 4))
+    checkpoints.wait()
+    same(opened(tmp_path / name / "run").restore(one), values(one, 4))
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
+def test_a_path_is_no_pattern(one, tmp_path, opened):
+    """A folder `a*` beside `ab`, which holds another run's half-written checkpoint of the same step, saves its own arrays alone."""
+    for name, step in (("ab", 1), ("a*", 2)):
+        checkpoints = opened(tmp_path / name)
+        checkpoints.save(dataclasses.replace(values(one, step), step=jax.device_put(jnp.int32(7), one.step.sharding)))
+        checkpoints.wait()
+        if name == "ab":
+            (tmp_path / "ab/checkpoints/7/model").rename(tmp_path / "ab/checkpoints/7/model.orbax-checkpoint-tmp")
+            (tmp_path / "ab/checkpoints/7").rename(tmp_path / "ab/checkpoints/7.orbax-checkpoint-tmp")
+    stored = opened(tmp_path / "a*").restore(one)
+    np.testing.assert_array_equal(jax.tree.leaves(stored.trained)[0], jax.tree.leaves(values(one, 2).trained)[0])
+
+
+@pytest.mark.parametrize("name", ["back\\slash", "gs:", "s3:", "\udcff"])
+def test_paths_that_cannot_hold_checkpoints_are_refused(tmp_path, name):
+    """The storage library would write elsewhere: one line says which folder to rename, before anything is made."""
+    with pytest.raises(ValueError, match=r"rename the folder$") as error:
+        Checkpoints(tmp_path / name / "run")
+    assert "\n" not in str(error.value)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("path", ["model/_METADATA", "model/manifest.ocdbt", "optimizer/manifest.ocdbt"])
+def test_what_the_system_does_not_let_be_read_is_not_corrupted(one, workdir, opened, path):
+    """No permission, a network that is away (here a link to itself): said as such, nothing is moved, no step is trained anew."""
+    file = workdir / "checkpoints/3" / path
+    file.rename(file.with_name("kept"))
+    file.symlink_to(file)
+    told = rf"^checkpoint {workdir}/checkpoints/3 cannot be read \({file}: Too many levels of symbolic links\); it was left as it is; once"
+    with pytest.raises(OSError, match=told):
+        opened(workdir).restore(one, say=pytest.fail)
+    file.unlink()
+    file.with_name("kept").rename(file)
+    same(opened(workdir).restore(one, say=pytest.fail), values(one, 3))
+
+
+def test_too_little_memory_is_not_corruption(one, workdir, opened, monkeypatch):
+    """A device that cannot hold a checkpoint says so; falling back would lose steps and help nothing."""
+    checkpoints = opened(workdir)
+
+    def restore(*_, **__):
+        raise RuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 17 bytes")
+
+    monkeypatch.setattr(checkpoints._manager, "restore", restore)
+    with pytest.raises(OSError, match=r"checkpoints/3 does not fit into memory \(RuntimeError: RESOURCE_EXHAUSTED"):
+        checkpoints.restore(one, say=pytest.fail)
+
+
+def test_reading_beside_a_run_that_trains(one, workdir, opened, monkeypatch):
+    """The checkpoint being read is removed, as by a run that keeps its newest: the newer one is read, and nothing is called corrupted."""
+    trains, reads = opened(workdir), Checkpoints(workdir, read_only=True)
+    read = reads._read
+
+    def slowly(step, item, like):
+        if step == 3:
+            trains.save(values(one, 8))
+            trains.wait()
+            shutil.rmtree(workdir / "checkpoints/3")
+        return read(step, item, like)
+
+    monkeypatch.setattr(reads, "_read", slowly)
+    assert int(reads.restore_model(one, say=pytest.fail)["step"]) == 8
+    monkeypatch.setattr(reads, "_read", lambda step, item, like: shutil.rmtree(workdir / "checkpoints/8") or read(step, item, like))
+    with pytest.raises(ValueError, match=r"checkpoints/8 was removed while it was read, by a run that keeps the newest; try again$"):
+        reads.restore_model(one, 8, say=pytest.fail)
+    reads.close()
+
+
+def test_only_a_run_that_trains_clears_up(one, workdir, opened):
+    """What is half written is left alone by a reader, since a run may be writing it, and removed by the run that comes next."""
+    half = workdir / "checkpoints/9.orbax-checkpoint-tmp"
+    shutil.copytree(workdir / "checkpoints/3", half)
+    reads = Checkpoints(workdir, read_only=True)
+    assert reads.steps() == [1, 2, 3]
+    reads.restore_model(one)
+    reads.close()
+    assert half.is_dir()
+    trains = opened(workdir)
+    trains.save(values(one, 9))
+    trains.wait()
+    assert not half.exists()
+    same(trains.restore(one), values(one, 9))
+
+
+def test_a_last_checkpoint_is_read_back(one, workdir, opened):
+    """What came to the disk is what a run ends with; if it is not what was saved, it is kept aside and the error names it."""
+    checkpoints = opened(workdir)
+    same(checkpoints.reread(one, 3), values(one, 3))
+    flip(array_files(workdir, 3, "optimizer")[0])
+    told = rf"checkpoint of step 3 was written and cannot be read back \(.*\); it is kept in {workdir}/corrupted_checkpoint_3; .*\(1, 2\)$"
+    with pytest.raises(ValueError, match=told) as error:
+        checkpoints.reread(one, 3)
+    assert "\n" not in str(error.value)
+    assert checkpoints.steps() == [1, 2]
+
+
+def test_a_disk_that_fills_while_writing_is_one_line(one, workdir, monkeypatch):
+    """The room looked at before was taken by others: the storage library's errors become one line, what was saved before stays whole."""
+    checkpoints = Checkpoints(workdir, keep=3)
+
+    def wait():
+        raise ValueError("FAILED: Error writing local file [OS error 28: ENOSPC No space left on device]")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoints._manager, "wait_until_finished", wait)
+        with pytest.raises(
+            OSError, match=r"^disk full: a checkpoint did not fit into .*checkpoints; .* whole \(1, 2, 3\); free some space"
+        ):
+            checkpoints.wait()
+    checkpoints.close()
 
 
 def slow_fingerprint(arrays):

@@ -1,5 +1,6 @@
 """metrics.jsonl reads as if a run had never stopped; TensorBoard's file holds the same numbers."""
 
+import errno
 import json
 import struct
 from types import SimpleNamespace
@@ -15,8 +16,8 @@ def open_writer(tmp_path):
     """Opens writers on one workdir and closes them."""
     opened = []
 
-    def open_one(resume_step=0):
-        opened.append(Writer(tmp_path, resume_step))
+    def open_one(resume_step=0, say=pytest.fail):
+        opened.append(Writer(tmp_path, resume_step, say=say))
         return opened[-1]
 
     yield open_one
@@ -62,7 +63,66 @@ def test_resuming_drops_later_rows_and_a_half_line(open_writer, tmp_path, half):
     for one in (row(4), row(5)):
         again.rows(one)
     assert (tmp_path / "metrics.jsonl").read_text() == "".join(json.dumps(one) + "\n" for one in [*rows, row(5)])
-    assert not (tmp_path / "metrics.partial").exists()
+    assert not list(tmp_path.glob("*.partial"))
+
+
+GARBAGE = (b"\0\0\0\0", b"\xff\xfe\xfa", b'{"step": 2, "lo', b"[2]", b'{"step": "2"}', b'{"loss": 1.0}', b'{"step": true}', b"7")
+
+
+@pytest.mark.parametrize("garbage", GARBAGE, ids=range(len(GARBAGE)))
+def test_broken_lines_are_named_and_dropped(open_writer, tmp_path, garbage):
+    """Whatever a crash left in the middle or at the end: the lines are named, the file kept as it was, all other rows are there."""
+    good = [json.dumps(row(step)).encode() for step in (1, 2, 3)]
+    content = b"\n".join([good[0], garbage, *good[1:], garbage]) + b"\n"
+    (tmp_path / "metrics.jsonl").write_bytes(content)
+    assert read_metrics(tmp_path) == [row(1), row(2), row(3)]
+    said = []
+    open_writer(3, said.append).rows(row(4))
+    assert said == [
+        f"{tmp_path}/metrics.jsonl: broken at line 2, 5; it is kept as metrics.jsonl.broken and goes on without these lines",
+    ]
+    assert (tmp_path / "metrics.jsonl.broken").read_bytes() == content
+    assert read_metrics(tmp_path) == [row(1), row(2), row(3), row(4)]
+
+
+@pytest.mark.parametrize("content", [b"", b"\0" * 300])
+def test_an_emptied_file_begins_anew(open_writer, tmp_path, content):
+    """A file that a crash left without length, or full of zeros, is no error."""
+    (tmp_path / "metrics.jsonl").write_bytes(content)
+    open_writer(5, lambda line: None).rows(row(6))
+    assert read_metrics(tmp_path) == [row(6)]
+
+
+def full(*_):
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+@pytest.mark.parametrize(("stream", "file"), [("_file", "metrics.jsonl"), ("_events", "tensorboard/events.out.tfevents")])
+def test_a_disk_that_fills_is_one_line(open_writer, tmp_path, monkeypatch, stream, file):
+    """The error of the row that did not fit names the file and what to do; closing does not wait for a thread that is gone."""
+    writer = open_writer()
+    writer.rows(row(1))
+    target = writer if stream == "_file" else writer._events
+    monkeypatch.setattr(target, "_file", SimpleNamespace(write=full, flush=full, close=full))
+    with pytest.raises(
+        OSError, match=rf"^disk full: {tmp_path}/{file}\S* cannot be written .*what was saved before is whole; free"
+    ) as error:
+        writer.rows(row(2))
+    assert "\n" not in str(error.value)
+    monkeypatch.undo()
+
+
+@pytest.mark.parametrize("name", ["a[1]", "a*", "q?", "back\\slash", "sp ace", "#%41", "quo'te\"", "unié", "-lead", "gs:"])
+def test_any_folder_will_do(tmp_path, name):
+    """Characters that mean something elsewhere mean nothing in a workdir's path: rows and events lie where they should."""
+    folder = tmp_path / name
+    folder.mkdir()
+    writer = Writer(folder, 0)
+    writer.rows(row(1))
+    writer.close()
+    assert read_metrics(folder) == [row(1)]
+    assert events(folder / "tensorboard")[0] == {("training/loss", 1): 1.0}
+    assert [path.name for path in tmp_path.iterdir()] == [name]
 
 
 def test_a_new_run_drops_what_an_unsaved_one_wrote(open_writer, tmp_path):
