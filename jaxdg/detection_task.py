@@ -50,8 +50,8 @@ class Detection(ImageTask):
         """See `Task.open`."""
         d = self.config.data
         dataset = open_boxes(domain, root=d.root, train=train, streets=d.streets, own=d.boxes, skip=d.skip)
+        self.check_labels(dataset)
         if train:
-            self.check_labels(dataset)
             check_room(dataset, d.max_boxes)
         return dataset
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 import contextlib
 import dataclasses
 import hashlib
+import io
 import itertools
 import json
 import os
@@ -20,10 +21,11 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from jaxdg import cli, distributed, runtime
+from jaxdg import cli, distributed, files, locks, runtime
 from jaxdg import config as config_lib
 from jaxdg import results as results_lib
-from jaxdg.config import PROTOCOLS, Config
+from jaxdg import workdir as workdir_lib
+from jaxdg.config import PROTOCOLS, Config, EvaluationConfig
 from jaxdg.data import overlap, protocols
 from jaxdg.data.datasets import Dataset, Subset
 from jaxdg.data.fractals import Pictures
@@ -31,6 +33,7 @@ from jaxdg.data.overlap import Standing, TrainedOn
 from jaxdg.task import DomainResult, Task
 from jaxdg.tasks import locate, make_task, restore_model
 from jaxdg.training import sharding
+from jaxdg.training.checkpoint import fingerprint
 
 EXAMPLE_SIDE = 512  # pixels on the longer side of examples beside results.json
 
@@ -70,7 +73,7 @@ def trained_on(task: Task, source: Dataset, workdir: Path, say: Callable[[str], 
     """What a run that starts, or goes on, is trained on, by its earlier starts too; to be saved in its workdir."""
     noted = None
     try:
-        noted = TrainedOn.load(workdir)
+        noted = TrainedOn.load(workdir) if workdir_lib.saved(workdir) else None
     except ValueError as error:
         say(f"{error}; it is written again now")
     return own_source(task, source).also(noted or started_from(task.config))
@@ -155,38 +158,48 @@ def summary(task: Task, config: Config, step: int, results: Mapping[str, DomainR
     are such (`results.reference`). A domain without truth has no score and is in no mean. `seen_by` says whether the images or only the
     names told what is seen, `classes_differ` which classes some of the domains lack that enter these figures: {class: [domain, ..]}.
     """
-    domains = {name: r.metrics for name, r in results.items()}
-    scores = {name: r.score for name, r in results.items() if r.score is not None and r.metrics["part_of"] is None}
-    seen = results_lib.reference({name: domains[name] for name in scores})
-    unseen = [name for name in scores if not domains[name]["seen"]]
-    mean = lambda names: float(np.mean([scores[name] for name in names])) if names else None
-    mean_unseen, mean_seen = mean(unseen), mean(seen)
     return {
         "task": config.task,
         "source": config.data.source,
         "protocol": config.evaluation.protocol,
         "max_images": config.evaluation.max_images or None,
         "step": step,
-        "domains": domains,
-        "mean_unseen": mean_unseen,
-        "rPD": 100 * mean_unseen / mean_seen if mean_unseen is not None and mean_seen else None,
-        "seen_by": "names" if any(entry["trained_on"] is None for entry in domains.values()) else "images",
-        "classes_differ": results_lib.classes_differ({name: domains[name] for name in (*seen, *unseen)}),
+        **results_lib.figures({name: r.metrics for name, r in results.items()}, task.score_name),
     }
 
 
-def write_results(everything: dict[str, Any], results: Mapping[str, DomainResult], folder: Path) -> None:
-    """Writes results.json, whole or not at all, and before it what belongs beside it."""
+def write_results(everything: dict[str, Any], results: Mapping[str, DomainResult], folder: Path) -> dict[str, Any]:
+    """Writes results.json, whole or not at all, and before it what belongs beside it.
+
+    Domains that were judged there before stay, if their results are of the same step, protocol and so on.
+
+    Returns:
+        The contents of results.json.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     for name, result in results.items():
         result.write(folder, name)
         for i, example in enumerate(result.examples):
             path = folder / "qualitative" / f"{name.replace('/', '_')}_{i}.npz"
             path.parent.mkdir(exist_ok=True)
-            np.savez_compressed(path, **shrunk(example, EXAMPLE_SIDE))  # pyright: ignore[reportArgumentType]
-    partial = folder / "results.partial"
-    partial.write_text(json.dumps(everything, indent=2) + "\n")
-    os.replace(partial, folder / "results.json")
+            packed = io.BytesIO()
+            np.savez_compressed(packed, **shrunk(example, EXAMPLE_SIDE))  # pyright: ignore[reportArgumentType]
+            files.write(path, packed.getvalue())
+    old = workdir_lib.results(folder / "results.json")
+    if old is not None and not results_lib.foreign(old, everything):
+        everything = results_lib.merged(old, everything)
+    files.write(folder / "results.json", json.dumps(everything, indent=2) + "\n")
+    return everything
+
+
+def own_folder(workdir: Path, step: int, run: EvaluationConfig, asked: EvaluationConfig) -> Path:
+    """Where results belong if no folder is given: those that are judged otherwise than the run judges itself have one of their own."""
+    name = f"evaluation_{step}"
+    if asked.protocol != run.protocol:
+        name += f"_{asked.protocol}"
+    if asked.max_images != run.max_images:
+        name += f"_{asked.max_images or 'all'}_images"
+    return workdir / name
 
 
 def shrunk(example: Mapping[str, np.ndarray], side: int) -> dict[str, np.ndarray]:
@@ -274,6 +287,12 @@ def main(arguments: Sequence[str]) -> None:
     agree_on_images(datasets, config)
     standing = standings(task, datasets, known_source(task, workdir, console.print), console.print)
     plan, state, at = restore_model(workdir, step, config, task, mesh)
+    out = Path(_OUT.value) if _OUT.value else own_folder(workdir, at, e, config.evaluation)
+    # The bits of the model, as results of another must not be taken for its own.
+    model = {"model": f"{int(fingerprint(dict(zip(('trained', 'frozen', 'statistics'), state, strict=True)))):08x}"}
+    there = workdir_lib.results(out / "results.json", console.print)
+    if there is not None and (differ := results_lib.foreign(there, {**summary(task, config, at, {}), **model})):
+        raise ValueError(f"{out}/results.json holds other results ({'; '.join(differ)}); give another --out")
 
     def tick(name: str, batch: int) -> None:
         distributed.progress()
@@ -281,10 +300,11 @@ def main(arguments: Sequence[str]) -> None:
             console.print(f"{name}: {batch} batches of {len(datasets[name])} images", end="\r")
 
     results = evaluate_domains(task.evaluator(plan.graph, mesh), state, datasets, standing, tick)
-    out = Path(_OUT.value) if _OUT.value else workdir / f"evaluation_{at}"
-    everything = summary(task, config, at, results)
+    everything = {**summary(task, config, at, results), **model}
     if distributed.is_main():
-        write_results(everything, results, out)
+        out.mkdir(parents=True, exist_ok=True)
+        with locks.held(out / "results.lock", f"{out}/results.json", console.print, wait=600):  # of two at once none is lost
+            everything = write_results(everything, results, out)
         save_pictures(results, out)
     print_results(everything, console)
     console.print(f"written to {out}/results.json and {out}/pictures")
@@ -300,6 +320,6 @@ if __name__ == "__main__":
     _BATCH_SIZE = flags.DEFINE_integer("batch_size", None, "Images a step, over all devices.", lower_bound=1)
     _MAX_IMAGES = flags.DEFINE_integer("max_images", None, "Images of each domain, evenly spread; 0 for all.", lower_bound=0)
     _WORKERS = flags.DEFINE_integer("workers", None, "Processes that read images.", lower_bound=0)
-    _OUT = cli.define_path("out", "Folder for results.json and pictures; WORKDIR/evaluation_STEP if left out.")
+    _OUT = cli.define_path("out", "Folder for results.json and pictures; one in the workdir, evaluation_STEP.., if left out.")
     distributed.define_flags()
     cli.run(main)

@@ -25,7 +25,7 @@ class InUse(OSError):
 
 
 @contextlib.contextmanager
-def held(path: Path, what: str, say: Callable[[str], None], wait: float = 0) -> Iterator[None]:
+def held(path: Path, what: str, say: Callable[[str], None], wait: int = 0) -> Iterator[None]:
     """Holds the lock `path` inside; the file is removed in the end.
 
     Args:
@@ -107,7 +107,8 @@ def _note(handle: int) -> dict[str, Any]:
 def _words(note: dict[str, Any]) -> str:
     if not note:
         return "another process"
-    return f"process {note.get('pid')} on host {note.get('host')} since {note.get('since')} ({note.get('command')})"
+    words = f"process {note.get('pid')} on host {note.get('host')} since {note.get('since')} ({note.get('command')})"
+    return " ".join(words.split())
 
 
 def _living(note: dict[str, Any]) -> str | None:

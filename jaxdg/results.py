@@ -6,6 +6,8 @@ Results of older versions lack some entries; nothing is said then of what these 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 Entry = Mapping[str, Any]  # of a domain
 JUDGED = "judged on images it was trained on"  # said beside every such score
 NO_TRUTH = "no truth"  # stands in place of a score
@@ -41,6 +43,43 @@ def classes_differ(domains: Mapping[str, Entry]) -> dict[str, list[str]]:
         for label in entry.get("without_truth", ()):
             lacks.setdefault(label, []).append(name)
     return {label: names for label, names in lacks.items() if len(names) < len(domains)}
+
+
+def figures(domains: Mapping[str, Entry], score: str) -> dict[str, Any]:
+    """The part of results.json that follows from its domains, and these.
+
+    Args:
+        domains: their entries, of this version or an older one.
+        score: `score_name`.
+    """
+    scores = {name: entry[score] for name, entry in domains.items() if entry[score] is not None and entry["part_of"] is None}
+    seen = reference({name: domains[name] for name in scores})
+    unseen = [name for name in scores if not domains[name]["seen"]]
+    mean = lambda names: float(np.mean([scores[name] for name in names])) if names else None
+    mean_unseen, mean_seen = mean(unseen), mean(seen)
+    return {
+        "domains": dict(domains),
+        "mean_unseen": mean_unseen,
+        "rPD": 100 * mean_unseen / mean_seen if mean_unseen is not None and mean_seen else None,
+        "seen_by": "names" if any(entry.get("trained_on") is None for entry in domains.values()) else "images",
+        "classes_differ": classes_differ({name: domains[name] for name in (*seen, *unseen)}),
+    }
+
+
+def foreign(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """Why two results do not belong into one file, a phrase for each reason; what an older version did not write is no reason."""
+    keys = [key for key in ("task", "source", "protocol", "max_images", "step", "model") if key in old and key in new]
+    return [f"{key}: {old[key]!r} there, {new[key]!r} now" for key in keys if old[key] != new[key]]
+
+
+def merged(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
+    """Results of one model on the domains of both, the newer where both have one; means are taken anew."""
+    domains = {**old["domains"], **new["domains"]}
+    for name, entry in old["domains"].items():
+        # A part stays one though it was judged again alone, as long as the whole is there.
+        if entry["part_of"] in domains:
+            domains[name] = {**domains[name], "part_of": entry["part_of"]}
+    return {**new, **figures(domains, score_name(new))}
 
 
 def remarks(results: Mapping[str, Any]) -> list[str]:

@@ -38,7 +38,9 @@ class Segmentation(ImageTask):
         d, protocol = self.config.data, self.config.evaluation.protocol
         mapillary_labels = protocol if not train and protocol in protocols.MAPILLARY_LABELS else d.mapillary_labels
         options: dict[str, Any] = dict(root=d.root, streets=d.streets, folder=d.folder, skip=d.skip)
-        return open_domain(domain, train=train, mapillary_labels=mapillary_labels, **options)
+        dataset = open_domain(domain, train=train, mapillary_labels=mapillary_labels, **options)
+        self.check_labels(dataset)
+        return dataset
 
     def model(self, rngs: nnx.Rngs, boundaries: Sequence[int] = ()) -> segmentation.Segmenter:
         """See `Task.model`."""

@@ -1,13 +1,17 @@
 """A run as a whole: interrupted at any moment it goes on to the same end, and what goes wrong is said in one line."""
 
+import contextlib
 import json
 import os
 from pathlib import Path
+import pty
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
+import threading
 import time
 
 from flax import nnx
@@ -58,9 +62,20 @@ class Runs:
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         }
 
-    def start(self, workdir: str, *overrides: str) -> subprocess.Popen:
+    def start(self, workdir: str, *overrides: str, terminal: int | None = None) -> subprocess.Popen:
+        """Starts training; on a terminal of its own if one is given."""
         command = [sys.executable, "-m", "jaxdg.train", "--config", str(self.config), "--workdir", str(self.folder / workdir), *overrides]
-        return subprocess.Popen(command, env=self.environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        if terminal is None:
+            return subprocess.Popen(command, env=self.environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        # A new session takes the first terminal it opens for its own, whose closing ends in SIGHUP.
+        name = os.ttyname(terminal)
+        shell = ["sh", "-c", f'exec "$@" <{name} >{name} 2>{name}', "sh", *command]
+        return subprocess.Popen(shell, env=self.environment, start_new_session=True)
+
+    def module(self, name: str, *arguments: str) -> subprocess.CompletedProcess:
+        """Runs another command to its end."""
+        command = [sys.executable, "-m", f"jaxdg.{name}", *arguments]
+        return subprocess.run(command, env=self.environment, capture_output=True, text=True, timeout=300)
 
     def run(self, workdir: str, *overrides: str) -> subprocess.CompletedProcess:
         process = self.start(workdir, *overrides)
@@ -163,6 +178,115 @@ def test_sigterm_saves_and_exits_0(runs):
     saved.close()
     assert runs.run("stopped").returncode == 0
     runs.assert_same("stopped", "whole")
+
+
+def test_a_closed_terminal_and_a_schedulers_warning_save_too(runs):
+    """SIGHUP, with a terminal that nothing can be printed to any more, and SIGUSR1 are heeded as SIGTERM is; the end is the same."""
+    ours, terminal = pty.openpty()
+    process = runs.start("hung_up", terminal=terminal)
+    os.close(terminal)
+    threading.Thread(target=drain, args=(ours,), daemon=True).start()
+    runs.wait_for("hung_up", process, lambda rows: any(row["step"] >= 3 for row in rows))
+    os.close(ours)
+    assert process.wait(timeout=120) == 0
+    saved = Checkpoints(runs.folder / "hung_up", read_only=True).steps()[-1]
+    assert 3 <= saved < 16
+    process = runs.start("hung_up")
+    runs.wait_for("hung_up", process, lambda rows: any(row["step"] > saved for row in rows))
+    process.send_signal(signal.SIGUSR1)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    assert "stopped at step" in out
+    assert runs.run("hung_up").returncode == 0
+    runs.assert_same("hung_up", "whole")
+
+
+def drain(terminal: int) -> None:
+    """Reads what is printed, until the terminal is closed."""
+    with contextlib.suppress(OSError):
+        while os.read(terminal, 65536):
+            pass
+
+
+def test_nohup_is_heeded():
+    """Where SIGHUP is ignored from the start, it stays so, and the run goes on without its terminal."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        interrupt = cli.Interrupt()
+        os.kill(os.getpid(), signal.SIGHUP)
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+        assert not interrupt.asked
+        os.kill(os.getpid(), signal.SIGUSR1)
+        assert interrupt.asked
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_two_processes_in_one_workdir(runs):
+    """The second is told who works there; judging beside it is fine; the lock of a process that was killed stops nobody."""
+    first = runs.start("shared", "--config.steps=4000", "--config.eval_every=0")
+    runs.wait_for("shared", first, lambda rows: any(row["step"] >= 4 for row in rows))
+    other = runs.run("shared", "--config.steps=4000", "--config.eval_every=0")
+    assert other.returncode == 1
+    assert re.fullmatch(
+        rf"error: workdir \S*shared is in use by process {first.pid} on host {re.escape(socket.gethostname())} since \S+ \S+ "
+        r"\(\S*python\S* -m jaxdg\.train .*\); wait for its end, stop it, or give another folder \(its lock is \S*shared/lock\)\n",
+        other.stderr,
+    ), other.stderr
+    judged = runs.module("evaluate", "--checkpoint", str(runs.folder / "shared"), "--domains", "fog")
+    assert judged.returncode == 0, judged.stderr
+    assert "corrupted" not in judged.stdout + judged.stderr
+    assert first.poll() is None
+    first.kill()
+    first.communicate()
+    again = runs.start("shared", "--config.steps=4000", "--config.eval_every=0")
+    last = read_metrics(runs.folder / "shared")[-1]["step"]
+    runs.wait_for("shared", again, lambda rows: any(row["step"] > last for row in rows))
+    assert again.poll() is None
+    again.terminate()
+    assert again.wait(timeout=120) == 0
+    again.communicate()
+    assert not (runs.folder / "shared" / "lock").exists()
+
+
+def test_a_domain_added_to_a_finished_run(runs):
+    """The new one alone is judged, the rest stays to the digit, the change is recorded; the means are those of all."""
+    shutil.copytree(runs.folder / "whole", runs.folder / "longer")
+    done = runs.run("longer", "--config.evaluation.domains=clear,fog,night", "--config.evaluation.batch_size=2")
+    assert done.returncode == 0, done.stderr
+    assert "evaluating step 16 on night\n" in done.stdout
+    old, new = (json.loads((runs.folder / name / "results.json").read_text()) for name in ("whole", "longer"))
+    assert new["domains"].keys() == {"clear", "fog", "night"}
+    assert {name: new["domains"][name] for name in ("clear", "fog")} == old["domains"]
+    unseen = [new["domains"][name]["mIoU"] for name in ("fog", "night")]
+    assert new["mean_unseen"] == pytest.approx(np.mean(unseen))
+    changes = [json.loads(line) for line in (runs.folder / "longer" / "changes.jsonl").read_text().splitlines()]
+    assert [(change["step"], change["field"]) for change in changes] == [(16, "evaluation.batch_size"), (16, "evaluation.domains")]
+    rows = [row["domain"] for row in runs.rows("longer") if row["step"] == 16 and "domain" in row]
+    assert rows == ["clear", "fog", "night"]
+
+
+def test_what_a_crash_breaks_is_named_and_made_again(runs):
+    """All small files of a run at once, emptied, cut or full of zeros: the same command says so and ends with the same results."""
+    broken = runs.folder / "broken"
+    shutil.copytree(runs.folder / "whole", broken)
+    (broken / "config.json").write_bytes(b"")
+    (broken / "results.json").write_bytes((broken / "results.json").read_bytes()[:-40])
+    (broken / "checkpoints" / "best.json").write_bytes(b"\0" * 30)
+    rows = (broken / "metrics.jsonl").read_bytes().split(b"\n")
+    (broken / "metrics.jsonl").write_bytes(b"\n".join([*rows[:3], b"\xff\xfe\0", *rows[3:]]) + b'{"step": 17, "lo')
+    judged = runs.module("predict", "--checkpoint", str(broken), "--out", str(runs.folder / "nothing"), str(runs.folder / "tiny.py"))
+    assert judged.returncode == 1
+    assert "config.json: broken (empty); run the command that trains it again" in judged.stderr
+    done = runs.run("broken")
+    assert done.returncode == 0, done.stderr
+    for name in ("config.json", "results.json", "checkpoints/best.json"):
+        assert f"{broken}/{name}: broken (" in done.stdout, done.stdout
+        assert (broken / f"{name}.broken").is_file()
+    assert f"{broken}/metrics.jsonl: broken at line 4; it is kept as metrics.jsonl.broken" in done.stdout
+    for name in ("config.json", "results.json", "checkpoints/best.json"):
+        assert json.loads((broken / name).read_text()) == json.loads((runs.folder / "whole" / name).read_text())
+    runs.assert_same("broken", "whole")
 
 
 def test_worker_processes_change_nothing(runs):
@@ -428,3 +552,66 @@ def test_what_was_trained_on_is_named_kept_and_told(tmp_path, capsys):
     assert TrainedOn.load(tmp_path / "run").count == 2
     rows = {row["domain"]: row for row in read_metrics(tmp_path / "run") if "domain" in row}
     assert (rows["blank"]["mIoU"], rows["copy"]["trained_on"]) == (None, 1)
+
+
+def wrong(tmp_path: Path) -> dict[str, tuple[Config, str]]:
+    """Configurations that fail, each late in what is opened, with the message."""
+    pictures, absent, strange = tiny(), tiny(), tiny()
+    other = folder_config(tmp_path / "data")
+    other.eval_every, other.evaluation.domains = 2, ("town", "clear")
+    pictures.data.pixmix, pictures.data.pictures = (1, 1.0), str(tmp_path / "nowhere")
+    absent.model.weights = str(tmp_path / "absent.safetensors")
+    strange.model.start = str(tmp_path / "no_run")
+    return {
+        "classes": (other, r"domain clear has the classes road, .*but the model was trained on one, two"),
+        "pictures": (pictures, r"nowhere, which data\.pictures names"),
+        "weights": (absent, r"absent\.safetensors"),
+        "start": (strange, r"no_run/config\.json does not exist"),
+        "data": (tiny(tmp_path / "no_data", source="camvid"), r"no_data does not exist"),
+    }
+
+
+@pytest.mark.parametrize("what", ["classes", "pictures", "weights", "start", "data"])
+def test_a_first_command_that_fails_leaves_nothing(tmp_path, what):
+    """Whatever is wrong with it, and be it found last of all: the workdir was not made, so the corrected command is the first."""
+    c, message = wrong(tmp_path)[what]
+    (tmp_path / "runs").mkdir()
+    with pytest.raises((ValueError, OSError), match=message):
+        start(c, tmp_path / "runs" / "deep" / "run")
+    assert not list((tmp_path / "runs").iterdir())
+
+
+def test_a_last_checkpoint_that_cannot_be_read_ends_in_an_error(tmp_path, monkeypatch):
+    """What came to the disk is not what was saved: the run does not say finished and keeps it aside; the next start repairs it."""
+    c = tiny()
+    c.checkpoint_every = 1
+    reread = Checkpoints.reread
+
+    def damaged(self, like, step):
+        self.wait()
+        files = [f for f in (self.folder / str(step) / "model").rglob("d/*") if f.is_file()]
+        biggest = max(files, key=lambda f: f.stat().st_size)
+        biggest.write_bytes(biggest.read_bytes()[: biggest.stat().st_size // 2])
+        return reread(self, like, step)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Checkpoints, "reread", damaged)
+        with pytest.raises(ValueError, match=r"the checkpoint of step 2 cannot be read back .*corrupted_checkpoint_2; .*\(1\)$"):
+            start(c, tmp_path / "run")
+    start(c, tmp_path / "run")
+    assert (tmp_path / "run/checkpoints/2").is_dir()
+
+
+def test_paths_with_special_characters(tmp_path):
+    """A workdir, a data root and a folder of pictures whose names mean something to a search: trained, judged, loaded again."""
+    place = tmp_path / "a [1]*?#%41 'é'"
+    c = folder_config(place / "data [x]*", label=np.eye(40, dtype=np.uint8))
+    c.data.pixmix, c.data.pictures = (1, 1.0), str(place / "data [x]*" / "images")
+    c.eval_every, c.evaluation.domains = 2, ("town",)
+    start(c, place / "-run [2]")
+    assert json.loads((place / "-run [2]" / "results.json").read_text())["step"] == 2
+    assert jaxdg.load(place / "-run [2]").step == 2
+    assert sorted(path.name for path in tmp_path.iterdir()) == [place.name]
+    with pytest.raises(ValueError, match=r"holds .*, which the checkpoint library reads as something else; rename the folder$"):
+        start(c, place / "back\\slash")
+    assert not (place / "back\\slash").exists()

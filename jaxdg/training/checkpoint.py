@@ -166,7 +166,7 @@ class Checkpoints:
         except ValueError as error:
             aside = self._move_aside([step], lambda line: None)
             raise ValueError(
-                f"the checkpoint of step {step} was written and cannot be read back ({error.__cause__ or error}); it is kept in {aside}; "
+                f"the checkpoint of step {step} cannot be read back ({_short(error.__cause__ or error)}); it is in {aside}; "
                 f"look at the disk of {self.folder} and run the same command, which goes on from the checkpoints before it ({self._kept()})"
             ) from error
         assert state is not None
@@ -394,7 +394,7 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
         error = error.__cause__ or error.__context__
 
 
-def _short(error: Exception) -> str:
+def _short(error: BaseException) -> str:
     """The first line of an error, cut to a readable length."""
     text = str(error).strip().splitlines()
     return f"{type(error).__name__}: {text[0][:200] if text else ''}"

@@ -434,7 +434,7 @@ def test_a_last_checkpoint_is_read_back(one, workdir, opened):
     checkpoints = opened(workdir)
     same(checkpoints.reread(one, 3), values(one, 3))
     flip(array_files(workdir, 3, "optimizer")[0])
-    told = rf"checkpoint of step 3 was written and cannot be read back \(.*\); it is kept in {workdir}/corrupted_checkpoint_3; .*\(1, 2\)$"
+    told = rf"checkpoint of step 3 cannot be read back \(.*\); it is in {workdir}/corrupted_checkpoint_3; .*\(1, 2\)$"
     with pytest.raises(ValueError, match=told) as error:
         checkpoints.reread(one, 3)
     assert "\n" not in str(error.value)
