@@ -64,7 +64,7 @@ def write_coco(
     inside = "/".join(part for part in domain.split("/") if part not in ("", ".", ".."))  # a domain may be the path of a folder
     for path, content in ((folder / f"{inside}_truth.json", annotation_file), (folder / f"{inside}.json", results)):
         path.parent.mkdir(parents=True, exist_ok=True)
-        files.write(path, json.dumps(content))
+        write(path, json.dumps(content))
 
 
 def read_coco(truth_file: Path, detections_file: Path) -> tuple[tuple[str, ...], list[Truth], list[Detections]]:
