@@ -23,7 +23,7 @@ from jaxdg.data.cache import cached, decoded, encoded
 from jaxdg.data.coco_json import CocoPart
 from jaxdg.data.index import Defect
 
-VERSION = 6  # of what is kept
+VERSION = 7  # of what is kept
 FLAGS = ("-1", "0", "1")  # behind a name in the list of a single class: absent, difficult, present
 
 

@@ -22,7 +22,7 @@ from jaxdg.data import storage
 from jaxdg.data.cache import cached, decoded, encoded
 from jaxdg.data.images import TURNS, Stored, read_header
 
-VERSION = 5
+VERSION = 6
 THREADS = 16
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".ppm", ".pgm", ".tif", ".tiff", ".webp")
 
@@ -264,26 +264,28 @@ def _header(path: str, label: bool) -> tuple[Header, Stored]:
             stored = read_header(file, label=label)
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
-        return Header(*stored.size, 0 if label else fingerprint(path, file)), stored
+        return Header(*stored.size, 0 if label else fingerprint(file)), stored
 
 
-def fingerprint(path: str, file: io.BufferedIOBase) -> int:
+def fingerprint(file: io.BufferedIOBase) -> int:
     """64 bits that equal files share, and others hardly ever: of the length, the beginning and the end.
 
     The end of a PNG holds a checksum of all its pixels, and that of a JPEG is as good as random. Formats that do not compress may have
     black there in many images, so of them bytes in between count too.
 
     Args:
-        path: its extension says the format.
-        file: its contents.
+        file: its contents, whatever its name says.
 
     Returns:
         The fingerprint, never 0.
     """
     length = file.seek(0, os.SEEK_END)
-    between = 0 if path.lower().endswith((".png", ".jpg", ".jpeg")) else 14
     digest = hashlib.blake2b(length.to_bytes(8, "little"), digest_size=8)
-    for k in range(between + 2):
+    file.seek(0)
+    head = file.read(1024)
+    between = 0 if head.startswith((b"\x89PNG", b"\xff\xd8")) else 14
+    digest.update(head)
+    for k in range(1, between + 2):
         file.seek(max(0, length - 1024) * k // (between + 1))
         digest.update(file.read(1024))
     return int.from_bytes(digest.digest(), "little") or 1
