@@ -58,7 +58,7 @@ class BoxOptions:
     Attributes:
         images: image folders below the data root, to train on and to judge on; they may be in an archive, as `photos.zip/images`.
         annotations: for each a folder of VOC's XML files, or a JSON file as COCO's.
-        lists: for each a text file of the names that count, as VOC has them; "" for all images.
+        lists: for each a text file of the names that count, as VOC has them; "" for all images. A JSON file says itself which these are.
         classes: class names in the order of their ids, all that the annotations hold; empty for those of the JSON file, by their ids.
     """
 
@@ -346,6 +346,11 @@ def _instances(domain: str, tree: storage.Tree, split: str, skip: Collection[str
 def _own(domain: str, tree: storage.Tree, at: int, own: BoxOptions, skip: Collection[str], defects: list[index.Defect] | None) -> BoxFiles:
     images, annotations, listed = (paths[at].replace("{domain}", domain) for paths in (own.images, own.annotations, own.lists))
     if annotations.lower().endswith(".json"):
+        if listed and own.lists != BoxOptions.lists:
+            raise ValueError(
+                f"data.boxes.lists names {listed}, but only of VOC's XML files a list is read; take what is not to count out of "
+                f"{annotations}, or leave it out with data.skip"
+            )
         content = index_coco(tree, [CocoPart(images, *os.path.split(annotations))], own.classes, skip, defects)
         return CocoFiles(domain, content, LabelSet(content.names, palette(len(content.names))))
     if not own.classes:

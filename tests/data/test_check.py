@@ -418,6 +418,33 @@ def test_difficult_boxes_and_crowds_are_counted(tmp_path):
     assert "warning: all 7 boxes in 2 images of town/all are difficult, of which VOC's AP counts none" in printed
 
 
+def test_annotations_of_another_kind_are_broken(tmp_path):
+    """A page instead of XML, a line of a list with a junk word, images of one name; a JSON file joined by hand and one without a list."""
+    folder = tmp_path / "diverse_weather/night_rainy"
+    voc(folder, {"a": [("car", 5, 5, 20, 9)], "b": [("car", 5, 5, 20, 9)], "c": []}, "train")
+    base = folder / "VOC2007"
+    (base / "Annotations/a.xml").write_text("<html><body>404</body></html>")
+    trees.write(base, "JPEGImages/b.png", trees.encode(np.full((40, 60, 3), 90, np.uint8), "PNG"))
+    (base / "ImageSets/Main/train.txt").write_text("a 1\nb -1\nc sunny\n")
+    whole, printed = run(tmp_path)
+    assert not whole
+    for line in (
+        f"{base}/Annotations/a.xml is no file of VOC's: it begins with <html>",
+        f"{base}/JPEGImages/b.jpg and {base}/JPEGImages/b.png have one name",
+        f"{base}/ImageSets/Main/train.txt: line 3 lists c sunny, which is neither",
+    ):
+        assert f"broken: {line}" in printed
+    images = [{"id": 1, "file_name": name, "width": 60, "height": 40} for name in ("b.jpg", "c.jpg")]
+    content: dict = {"images": images, "categories": [{"id": 1, "name": "car"}], "annotations": []}
+    boxes = BoxOptions(images=("photos", "photos"), annotations=("t.json", "t.json"), lists=("", ""))
+    (base / "JPEGImages").rename(tmp_path / "photos")
+    for change, told in (({}, "the images 'b.jpg' and 'c.jpg' have one id, 1"), ({"images": 3}, "no COCO annotation file ('images' is no")):
+        (tmp_path / "t.json").write_text(json.dumps(content | change))
+        whole, printed = run(tmp_path, "town", boxes=boxes)
+        assert not whole
+        assert f"broken: {tmp_path}/t.json: {told}" in printed
+
+
 def test_annotations_that_name_another_image_are_told(tmp_path):
     """Only where that image is there too: what was renamed as a whole is no sign of files mixed up."""
     folder = tmp_path / "diverse_weather/night_rainy"

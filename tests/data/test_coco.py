@@ -505,3 +505,30 @@ def test_twelve_numbers_equal_pycocotools_on_the_file(tmp_path, seed, capsys):
     numbers = {given: np.array([-1 if v is None else v / 100 for v in s.results()["coco"].values()]) for given, s in scores.items()}
     np.testing.assert_allclose(numbers[True], judge.stats, rtol=0, atol=1e-9)
     assert np.abs(numbers[False] - judge.stats)[3:6].max() > 0.01
+
+
+def test_lists_of_names_are_refused(tmp_path):
+    """A JSON file lists its images itself: another list would be passed over in silence."""
+    own = write_small(tmp_path, small())
+    own.lists = ("train.txt", "val.txt")
+    with pytest.raises(ValueError, match=r"data\.boxes\.lists names train\.txt, but only of VOC's XML files a list is read"):
+        open_own(tmp_path, own)
+    own.lists = ("", "")
+    assert len(open_own(tmp_path, own)) == 2
+
+
+def test_files_that_order_their_categories_otherwise(tmp_path):
+    """With classes named both mean the same; without, each has its own order, and they are not mixed."""
+    own = write_small(tmp_path, small())
+    other = small()
+    other["categories"] = [{"id": 9, "name": "car"}, {"id": 4, "name": "cat"}]
+    for row, category in zip(other["annotations"], (9, 4), strict=True):
+        row["category_id"] = category
+    (tmp_path / "one.json").write_text((tmp_path / "instances.json").read_text())
+    (tmp_path / "two.json").write_text(json.dumps(other))
+    own = BoxOptions(OWN.images, ("{domain}.json", "{domain}.json"), classes=("cat", "car"))
+    options: dict[str, Any] = {"root": str(tmp_path), "train": True}
+    mixed = open_boxes("one+two", **options, own=own)
+    assert [mixed[i]["classes"].tolist() for i in range(4)] == [[1], [0], [1], [0]]
+    with pytest.raises(ValueError, match="'one' and 'two' cannot be mixed, their classes differ: car, cat and cat, car"):
+        open_boxes("one+two", **options, own=BoxOptions(OWN.images, own.annotations))
