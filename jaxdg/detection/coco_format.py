@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from jaxdg.detection.average_precision import Detections, Truth, box_areas
+from jaxdg.files import write
 
 
 def write_coco(
