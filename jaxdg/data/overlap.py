@@ -198,7 +198,7 @@ class TrainedOn:
         if before.count != self.count:
             found.append(f"{self.count} images instead of {before.count}")
         elif self.images is not None and before.images is not None:
-            own = self.images.take(range(self.count))
+            own = self.images.take(range(min(self.count, len(self.images))))  # a run of no step is trained on none
             if others := int((~own.among(before.images)).sum()):
                 found.append(f"{others} of its {self.count} images that were not there")
         if before.pixels and self.pixels and before.pixels != self.pixels:
