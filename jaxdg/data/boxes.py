@@ -216,7 +216,7 @@ def open_boxes(
                 f"the records {found.directory} were written with the classes {', '.join(found.labels.names)}, but those of {domain} are "
                 f"{', '.join(names)}; change data.boxes.classes or prepare the records again"
             )
-    return without(found, skip, root) if skip else found
+    return without(found, skip, root, strict=train) if skip else found
 
 
 def known_counts(dataset: Dataset) -> np.ndarray:
@@ -280,7 +280,7 @@ def open_box_files(
     if not os.path.isdir(root):
         raise FileNotFoundError(f"data root {os.path.abspath(root)} does not exist; set JAXDG_DATA or --config.data.root")
     domain_names(domain)  # or raises
-    left_out = skip_list(skip, root) if skip else ()
+    left_out = skip_list(skip, root, strict=train) if skip else ()
     split = "train" if train else "val"
     if (domain, False) in COUNTS and (domain, train) not in COUNTS:
         raise ValueError(f"domain {domain!r} is kept unseen and has no training images; train on daytime_clear or carla")

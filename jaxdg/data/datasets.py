@@ -325,7 +325,7 @@ def open_domain(
             f"the records {found.directory} were written with other classes or label ids than data.folder or data.mapillary_labels say; "
             "change these or prepare the records again"
         )
-    return without(found, skip, root) if skip else found
+    return without(found, skip, root, strict=train) if skip else found
 
 
 def domain_names(domain: str) -> list[str]:
@@ -372,7 +372,7 @@ def open_files(
     root = os.path.normpath(root)
     if not os.path.isdir(root):
         raise FileNotFoundError(f"data root {os.path.abspath(root)} does not exist; set JAXDG_DATA or --config.data.root")
-    left_out = skip_list(skip, root) if skip else ()
+    left_out = skip_list(skip, root, strict=train) if skip else ()
     if dataset := published.find(domain, mapillary_labels):
         return _published(domain, dataset, root, train, left_out, defects)
     assert folder is not None  # or label_set had raised

@@ -24,13 +24,15 @@ HEADER = "# written by python -m jaxdg.data.check\n"  # the first line of a list
 TOLD = 3  # lines that match nothing of which an error says all
 
 
-def skip_list(file: str, root: str, opened: records.Records | None = None) -> frozenset[str]:
+def skip_list(file: str, root: str, opened: records.Records | None = None, *, strict: bool = True) -> frozenset[str]:
     """The paths in a list of files to leave out.
 
     Args:
         file: a text file, see above.
         root: the data root, a folder or the URL of records.
         opened: records below it that are to be read.
+        strict: lines about a folder that the root does not have are errors too. They are not where
+            images are judged on: a run may be evaluated where its source is not.
 
     Returns:
         The paths as the datasets below `root` name them; of images and labels in records, the image
@@ -46,26 +48,27 @@ def skip_list(file: str, root: str, opened: records.Records | None = None) -> fr
     for number, line in _lines(file):
         paths = place.find(line)
         found.update(paths)
-        if not paths:
+        if not paths and (strict or place.has_folder_of(line)):
             lost.append((number, line))
     if lost:
         raise ValueError(_told(file, place, lost))
     return frozenset(found)
 
 
-def without(dataset: records.Records, file: str, root: str) -> records.Records:
+def without(dataset: records.Records, file: str, root: str, *, strict: bool = True) -> records.Records:
     """Records without the images in a list.
 
     Args:
         dataset: records below `root`.
         file: as for `skip_list`.
         root: as for `skip_list`.
+        strict: as for `skip_list`.
 
     Raises:
         FileNotFoundError: as for `skip_list`.
         ValueError: as for `skip_list`; or no image is left.
     """
-    left_out = skip_list(file, root, dataset)
+    left_out = skip_list(file, root, dataset, strict=strict)
     drop = [i for i, name in enumerate(dataset.names()) if os.path.join(root, name) in left_out]
     if len(drop) == len(dataset):
         raise ValueError(f"data.skip leaves no image of {dataset.directory}; shorten the list")
@@ -171,6 +174,12 @@ class _Root:
             inside = os.path.relpath(os.path.join(above, reading), above)
             path = path if inside.startswith("../") and os.path.isabs(reading) else inside
         return [path, *("/".join(parts[i:]) for i in range(1, len(parts) - 1))]
+
+    def has_folder_of(self, line: str) -> bool:
+        """Whether the root has the folder that a line begins with."""
+        *_, reading = _readings(line)
+        system, inner = records.filesystem(self.root)
+        return system.exists(f"{inner}/{self.tails(reading)[0].partition('/')[0]}")
 
     def _here(self, path: str) -> list[str]:
         """The paths by which the datasets that are opened know what is at a path relative to the root."""

@@ -1,6 +1,7 @@
 """Lists of what to leave out: what a line may look like, what it means in folders, archives and records, and which lines are refused."""
 
 from pathlib import Path
+import pickle
 import re
 import shutil
 import unicodedata
@@ -9,7 +10,7 @@ import zipfile
 import numpy as np
 import pytest
 
-from jaxdg.data import records
+from jaxdg.data import class_counts, records
 from jaxdg.data.boxes import BoxOptions, open_box_files, open_boxes
 from jaxdg.data.datasets import FolderOptions, StreetsOptions, open_domain, open_files
 from jaxdg.data.prepare import prepare
@@ -118,6 +119,20 @@ def test_a_line_that_names_nothing_is_an_error(root, line, told):
         open_boxes("acdc/night", root=str(root), train=True, skip=skip)
 
 
+def test_a_run_is_evaluated_where_its_source_is_not(root):
+    """The list speaks of the source's dataset too; of those that are there every line still has to name a file."""
+    options = {"root": str(root), "streets": StreetsOptions(), "folder": None}
+    elsewhere = ("synthia/RGB/1.png", "/train/root/synthia/RGB/2.png", "gta5/images/00002.png")
+    skip = listed(root.parent, *elsewhere)
+    for _ in range(2):
+        assert len(open_domain("gta5", train=False, skip=skip, **options)) == 3
+        with pytest.raises(ValueError, match=r"line 1: 'synthia/RGB/1\.png' is no file"):
+            open_domain("gta5", train=True, skip=skip, **options)
+        recorded(root, both=True)
+    with pytest.raises(ValueError, match=r"line 4: 'gta5/images/2\.png' is no file"):
+        open_domain("gta5", train=False, skip=listed(root.parent, *elsewhere, "gta5/images/2.png"), **options)
+
+
 def test_a_list_serves_all_datasets_below_a_root(root):
     """A file of another dataset, or of this one and of no pair, is no mistake; of many mistakes the first are told."""
     trees.make("acdc", root, np.random.default_rng(1))
@@ -128,10 +143,18 @@ def test_a_list_serves_all_datasets_below_a_root(root):
         left(root, listed(root.parent, *(f"gta5/images/{i}.jpg" for i in range(20))))
 
 
-def recorded(root: Path, domain: str = "gta5") -> None:
-    """Writes records of what is below a root, and leaves nothing else there."""
+def recorded(root: Path, domain: str = "gta5", both: bool = False) -> None:
+    """Writes records of what is below a root, of training or of both kinds, and leaves nothing else there."""
+    if not (root / domain / "images").is_dir() and not [*(root / domain).glob("*.zip")]:
+        return
     dataset = open_files(domain, root=str(root), train=True, folder=None)
-    prepare(domain, {"train": dataset}, root=str(root), out=str(root.parent / "out"), shard_pixels=2 * 24 * 40)
+    prepare(
+        domain,
+        {"train": dataset, **({"val": dataset} if both else {})},
+        root=str(root),
+        out=str(root.parent / "out"),
+        shard_pixels=2 * 24 * 40,
+    )
     shutil.rmtree(root)
     (root.parent / "out").rename(root)
 
@@ -148,6 +171,12 @@ def test_records_without_some_images_are_the_files_without_them(root):
     assert [found.name(i) for i in range(len(found))] == found.names() == ["gta5/images/00001.png", "gta5/images/00004.png"]
     assert found.label_names() == ["gta5/labels/00001.png", "gta5/labels/00004.png"]
     assert [found.size(i) for i in range(2)] == expected[1]
+    found = pickle.loads(pickle.dumps(found))  # as a worker process receives it
+    counted = class_counts._content(found)
+    other = open_domain(
+        "gta5", root=str(root), **{**options, "skip": listed(root.parent, "gta5/images/00002.png", "gta5/images/00001.png")}
+    )
+    assert class_counts._content(other) != counted  # which keys what was counted of the labels
     np.testing.assert_array_equal(found.fingerprints, expected[2])
     for i in range(2):
         for key, array in expected[0][i].items():
