@@ -201,7 +201,7 @@ def _grid(positions: np.ndarray) -> str:
 
 def _path(text: str) -> Path:
     try:
-        return Path(paths.given(text, "a file"))
+        return Path(paths.given(text, "the file"))
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
 

@@ -31,7 +31,7 @@ def given(path: str, what: str, *, allowed: str = "a path", urls: bool = False) 
             return path
         raise ValueError(
             f"{what} is {path}, a URL; allowed: {allowed}, on a disk of this machine or mounted there. "
-            "Only records are read and written elsewhere: data.root, --data_root, and --out of jaxdg.data.prepare"
+            "Only records lie elsewhere: in data.root, where --out of jaxdg.data.prepare has put them"
         )
     expanded = os.path.expanduser(path)
     if expanded.startswith("~"):
