@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxdg import config as config_lib
 from jaxdg import export
 from jaxdg import workdir as workdir_lib
 from jaxdg.config import Config, MeshConfig

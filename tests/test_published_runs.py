@@ -19,9 +19,10 @@ import pytest
 from configs import cityscapes_eva02, cityscapes_test_server, gta5_eva02
 import jaxdg
 from jaxdg import cli, submit, tasks, train
-from jaxdg.config import Config, DataConfig, differences, validated
+from jaxdg.config import Config, DataConfig, validated
 from jaxdg.data import prepare
 from jaxdg.training.writer import read_metrics
+from jaxdg.workdir import differences
 from tests.data import trees
 
 ROOT = Path(__file__).resolve().parent.parent
