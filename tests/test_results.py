@@ -1,12 +1,15 @@
 """What is said beside scores: of images trained on, of domains without truth, of classes that differ; and of older results nothing new."""
 
 import io
+import json
+from pathlib import Path
 
 import pytest
 from rich.console import Console
 
 from jaxdg import cli, results
-from jaxdg.evaluate import print_results
+from jaxdg.config import EvaluationConfig
+from jaxdg.evaluate import own_folder, print_results, write_results
 
 CLASSES = ("road", "car", "train")
 
@@ -119,3 +122,60 @@ def test_names_are_no_markup(capsys):
     assert f"trained on {domain}, protocol" in shown
     for name in (*names, domain):
         assert f" {name} " in shown, shown
+
+
+def judged(domains: dict, **changes) -> dict:
+    """The contents of results.json as they are written."""
+    return everything(domains, model="0a", **changes) | results.figures(domains, "mIoU")
+
+
+def test_a_second_evaluation_keeps_the_domains_of_the_first(tmp_path):
+    """Judged on other domains, both are there and the means are those of all; judged on the same, the newer counts."""
+    write_results(judged({"day": entry(60.0, seen=True), "dusk": entry(40.0)}), {}, tmp_path)
+    returned = write_results(judged({"fog": entry(20.0), "day": entry(80.0, seen=True)}), {}, tmp_path)
+    kept = json.loads((tmp_path / "results.json").read_text())
+    assert returned == kept
+    assert {name: e["mIoU"] for name, e in kept["domains"].items()} == {"day": 80.0, "dusk": 40.0, "fog": 20.0}
+    assert (kept["mean_unseen"], kept["rPD"]) == (30.0, 37.5)
+    assert [path.name for path in tmp_path.iterdir()] == ["results.json"]
+
+
+def test_a_part_judged_again_alone_stays_a_part(tmp_path):
+    """acdc/night after acdc does not enter the mean beside the whole it lies in; before it, the whole's evaluation says so."""
+    parts = {"acdc": entry(40.0), "acdc/night": entry(30.0, part="acdc")}
+    for order in ([parts, {"acdc/night": entry(30.0)}], [{"acdc/night": entry(30.0)}, parts]):
+        folder = tmp_path / str(len(list(tmp_path.iterdir())))
+        for domains in order:
+            write_results(judged(domains), {}, folder)
+        kept = json.loads((folder / "results.json").read_text())
+        assert kept["domains"]["acdc/night"]["part_of"] == "acdc"
+        assert kept["mean_unseen"] == 40.0
+
+
+@pytest.mark.parametrize(
+    "change", [{"protocol": "rein"}, {"max_images": 9}, {"step": 4}, {"source": "gta5"}, {"task": "detection"}, {"model": "0b"}], ids=str
+)
+def test_results_of_other_meaning_are_foreign(change):
+    """Another protocol, number of images, step, source, task or model is named; what an older version did not write is no difference."""
+    old = judged({"dusk": entry(40.0)})
+    ((key, value),) = change.items()
+    assert results.foreign(old, {**old, **change}) == [f"{key}: {old[key]!r} there, {value!r} now"]
+    assert results.foreign({k: v for k, v in old.items() if k != key}, {**old, **change}) == []
+    assert results.foreign(old, old) == []
+
+
+def test_a_protocol_of_its_own_has_a_folder_of_its_own():
+    """What is judged otherwise than the run judges itself does not meet its results."""
+    run = EvaluationConfig(protocol="native", max_images=0)
+    folder = lambda **asked: own_folder(Path("run"), 5, run, EvaluationConfig(**{"protocol": "native", "max_images": 0} | asked)).name
+    assert folder() == folder(domains=("fog",), batch_size=1) == "evaluation_5"
+    assert folder(protocol="rein") == "evaluation_5_rein"
+    assert folder(max_images=9) == "evaluation_5_9_images"
+    assert own_folder(Path("run"), 5, EvaluationConfig(protocol="rein", max_images=9), run).name == "evaluation_5_native_all_images"
+
+
+def test_broken_results_are_written_anew(tmp_path):
+    """What a crash left there is no obstacle and nothing of it is kept."""
+    (tmp_path / "results.json").write_bytes(b"")
+    write_results(judged({"dusk": entry(40.0)}), {}, tmp_path)
+    assert json.loads((tmp_path / "results.json").read_text())["mean_unseen"] == 40.0

@@ -401,6 +401,11 @@ def test_evaluate_and_predict_commands(runs):
     results = [json.loads((folder / "results.json").read_text()) for folder in (out, runs.folder / "whole")]
     assert results[0]["domains"]["fog"] == results[1]["domains"]["fog"]
     assert (out / "pictures" / "fog_0.jpg").exists()
+    again = module("evaluate", "--domains", "fog", "--protocol", "rein", "--out", str(out))
+    assert again.returncode == 1
+    told = f"error: {out}/results.json holds other results (protocol: 'native' there, 'rein' now); give another --out\n"
+    assert again.stderr.endswith(told), again.stderr
+    assert json.loads((out / "results.json").read_text()) == results[0]
 
     image = np.random.default_rng(0).integers(0, 255, (37, 61, 3), np.uint8)
     (runs.folder / "images").mkdir()
