@@ -223,3 +223,25 @@ def test_a_killed_run_leaves_no_half_file(tmp_path, monkeypatch):
     assert not outputs.Outputs(tmp_path / "out").may_write(tmp_path / "out/a.png")
     lines = (tmp_path / "out" / outputs.NAME).read_text().split("\n")
     assert json.loads(lines[1]).keys() == {"file", "sha256"}
+
+
+def test_pictures_are_upright_and_read_by_their_content(command, tmp_path, capsys):
+    """A photo that asks to be turned is predicted and drawn as viewers show it; what cannot be meant is named."""
+    run, suffix = command
+    pixels = np.repeat(np.repeat(np.arange(3, dtype=np.uint8)[:, None] * 60, 16, 0), 64, 1)[..., None].repeat(3, 2)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    photo = tmp_path / "photos" / "photo.jpg"
+    photo.parent.mkdir()
+    Image.fromarray(pixels).save(photo, "PNG", exif=exif)
+    photo.write_bytes(photo.read_bytes() + b"\0\0\0\x18ftypmp42" + bytes(5000))
+    deep = tmp_path / "photos" / "deep.png"
+    Image.fromarray(np.full((8, 8), 4095, np.uint16)).save(deep)
+    with pytest.raises(ValueError, match="1 of 2 images could not be predicted"):
+        run(tmp_path / "out", tmp_path / "photos")
+    assert f"failed: {deep}: a 16-bit image of which no value uses more than 12 bits" in capsys.readouterr().err
+    with Image.open(tmp_path / "out" / "photo_overlay.jpg") as overlay:
+        assert overlay.height > overlay.width  # the stored pixels are wider than high
+    if suffix == ".png":
+        ids = np.asarray(Image.open(tmp_path / "out" / "photo.png"))
+        np.testing.assert_array_equal(ids, np.rot90(pixels[..., 0], -1) // 10 % 19)

@@ -54,7 +54,8 @@ class FolderOptions:
         id_map: label file id to train id; empty if the files hold train ids already. Where all its file ids
             lie beyond the train ids, a class that it does not mention keeps its train id as file id: a mask of
             0 and 255 is `classes=("background", "crack")`, `id_map={255: 1}`.
-        ignore: label file ids that neither the loss nor a score sees. The default 255 gives way to an `id_map` that maps 255.
+        ignore: label file ids that neither the loss nor a score sees; those of signed files may be negative. The default 255 gives
+            way to an `id_map` that maps 255.
         colors: RGB, 0-255, one a class; empty for the Cityscapes colours where the classes are Cityscapes', else a palette.
     """
 

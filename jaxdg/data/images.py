@@ -30,7 +30,7 @@ from typing import NamedTuple
 import cv2
 from jaxtyping import Integer, Shaped, UInt8
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, PngImagePlugin, UnidentifiedImageError
 
 from jaxdg.data import jpeg, storage
 from jaxdg.data.labels import ClassIds, palette_fault
@@ -46,8 +46,9 @@ IDS = ("1", "L", "P", "I", "I;16", "I;16B")  # modes that are labels
 PGM_HEADER = re.compile(rb"P[25]" + 3 * rb"(?:\s|#[^\n]*\n)+(\d+)")
 REMEDY = "fetch the file again, or leave it out with data.skip"
 
-# Pillow's guard against hostile files ends at 179 megapixels what OpenCV reads; these files are one's own.
+# Pillow's guards against hostile files refuse what OpenCV reads: more than 179 megapixels, a megabyte of text. These files are one's own.
 Image.MAX_IMAGE_PIXELS = None
+PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY
 
 
 class Stored(NamedTuple):
@@ -126,7 +127,7 @@ def read_channels(path: str) -> Shaped[np.ndarray, "h w *c"]:
         ValueError: the file is unreadable, truncated, damaged or no PNG file; names it.
     """
     data = _whole(path)
-    label = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED) if data.startswith(PNG_START) else None
+    label = _by_opencv(data, cv2.IMREAD_UNCHANGED) if data.startswith(PNG_START) else None
     if label is None:
         image, _ = _load(path, data)  # or it says what is wrong
         told = _lossy(image) or f"a label of several channels or 16 bits must be a PNG file, this one is {image.format}; use the id files"
@@ -326,7 +327,7 @@ def _frames(image: Image.Image) -> str | None:
 
 def _no_colors(image: Image.Image) -> str | None:
     """Why it is no image, if its mode is none."""
-    deep = image.mode.startswith("I;16") or (image.mode, image.format) == ("I", "PPM")
+    deep = image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM"))
     kind = {"I": "32-bit integers", "F": "floats"}.get(image.mode, image.mode)
     return None if deep or image.mode in COLORS else f"an image must have 8 or 16 bits a channel, this one has {kind}; convert it to 8 bits"
 

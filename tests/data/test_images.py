@@ -1,5 +1,6 @@
 """Image and label files of every kind: read as documented, or refused by name."""
 
+import dataclasses
 import io
 from pathlib import Path
 import struct
@@ -102,6 +103,7 @@ READ = {  # file content, pixels
     "PNG palette alpha": (encoded(INDEXED, "PNG", transparency=bytes(range(19))), PALETTE[IDS]),
     "PNG 1 bit": (encoded(Image.fromarray(GREY > 99), "PNG"), np.where(GREY3 > 99, 255, 0)),
     "PNG 4 bits": (png([bytes((0x0F, 0x29))], 4, 4, 0), np.array([[[0] * 3, [255] * 3, [34] * 3, [153] * 3]])),
+    "PNG with much text": (png([row.tobytes() for row in NOISE], W, 8, 2, chunk(b"zTXt", b"a\0\0" + zlib.compress(bytes(1 << 21)))), NOISE),
     "PNG 16 bits grey": (png(sixteen(DEEP), W, 16, 0), np.dstack([DEEP >> 8] * 3)),
     "PNG 16 bits RGB": (png(sixteen(DEEP_RGB.reshape(H, -1)), W, 16, 2), DEEP_RGB >> 8),
     "TIFF RGB": (encoded(NOISE, "TIFF", compression="tiff_lzw"), NOISE),
@@ -510,3 +512,21 @@ def test_boxes_around_images_of_every_kind(town):
     (town / "town/xml/e.xml").unlink()
     dataset = open_box_files("town", root=str(town), train=True, own=own)
     assert [dataset[i]["image"].shape for i in range(4)] == [LARGE.shape] * 4
+
+
+def test_minus_one_can_be_ignored(town, tmp_path):
+    """32-bit labels with -1: the message proposes the list, and the list holds it, from files and through records."""
+    ids = np.where(LARGE[..., 0] > 99, 1, -1).astype(np.int32)
+    for label in (town / "town/labels").iterdir():
+        label.write_bytes(encoded(ids, "TIFF"))
+    options = {"root": str(town), "train": True}
+    with pytest.raises(ValueError, match=r"a\.png: \d+ pixels have label ids outside the id map: -1; add .*data\.folder\.ignore"):
+        open_files("town", **options, folder=FOLDER)[0]
+    folder = dataclasses.replace(FOLDER, ignore=(-1,))
+    files = open_files("town", **options, folder=folder)
+    np.testing.assert_array_equal(files[0]["label"], np.where(ids == 1, 1, 255))
+    assert dict(zip(*(array.tolist() for array in files.ids(0)), strict=True)) == {1: (ids == 1).sum(), 65535: (ids == -1).sum()}
+    prepare("town", {"train": files}, root=str(town), out=str(tmp_path / "out"))
+    found = open_domain("town", root=str(tmp_path / "out"), train=True, streets=StreetsOptions(), folder=folder)
+    assert isinstance(found, Records)
+    np.testing.assert_array_equal(found[0]["label"], files[0]["label"])

@@ -5,6 +5,7 @@ import re
 
 import cv2
 import numpy as np
+from PIL import Image
 import pytest
 
 from jaxdg.data import instances
@@ -148,3 +149,22 @@ def test_labels_of_another_form_and_damaged_ones_are_named(tmp_path, dataset):
     path.with_name(path.name.replace("0", "1", 1)).write_bytes(data)
     with pytest.raises(ValueError, match="has no label"):
         open_box_files(dataset, root=str(tmp_path), train=True)
+
+
+@pytest.mark.parametrize("dataset", STEMS)
+@pytest.mark.parametrize("kind", ["JPEG", "WEBP"])
+def test_lossy_labels_are_refused_at_the_start_and_when_read(tmp_path, dataset, kind):
+    """A JPEG or WebP file in the place of a label with instances, whatever its name says; other formats are asked for as PNG."""
+    form = {"cityscapes": np.zeros((H, W), np.uint16), "bdd100k": np.zeros((H, W, 4), np.uint8), "synthia": np.zeros((H, W, 3), np.uint16)}
+    files = save(tmp_path, dataset, form[dataset])
+    assert files[0]["boxes"].shape == (0, 4)
+    path = Path(files.pairs.labels[0])
+    Image.fromarray(np.zeros((H, W, 3), np.uint8)).save(path, kind)
+    with pytest.raises(ValueError, match=re.escape(f"{path}: a label must not be a {'WebP' if kind == 'WEBP' else kind} image")):
+        files[0]
+    found: list = []
+    open_box_files(dataset, root=str(tmp_path), train=True, defects=found)
+    assert [defect.path for defect in found] == [str(path)]
+    Image.fromarray(np.zeros((H, W, 3), np.uint8)).save(path, "TIFF")
+    with pytest.raises(ValueError, match=re.escape(f"{path}: a label of several channels or 16 bits must be a PNG file, this one is TIFF")):
+        files[0]
