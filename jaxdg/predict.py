@@ -66,7 +66,7 @@ def find_images(paths: Iterable[str], say: Say = lambda line: None) -> list[tupl
         for file, name in files:
             found.setdefault(os.path.realpath(file), (file, name))
     if written:
-        say(f"passed over, as predict wrote them: {_some(written)}")
+        say(f"passed over, as predict wrote them: {_some(sorted(written))}")
     if not found:
         raise ValueError("no image is left to predict; name others")
     return list(zip((file for file, _ in found.values()), _distinct([*found.values()]), strict=True))
