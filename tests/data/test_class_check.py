@@ -303,25 +303,21 @@ def test_a_look_at_damage(tmp_path):
 
 
 def test_a_run_ends_before_its_first_step(tmp_path):
-    """The command: one line, exit code 1, no metrics; with the line's own advice it trains."""
+    """The command: one line, exit code 1, no metrics."""
     write(tmp_path / "data", "walls", [[0, 255]] * 3)
-    text = """
+    (tmp_path / "c.py").write_text(f"""
 from jaxdg.config import Config
 from jaxdg.data.datasets import FolderOptions
 def get_config():
     c = Config(steps=1, batch_size=8, eval_every=0)
-    c.model.pyramid = "none"
-    c.data.root, c.data.source = ROOT, "walls"
-    c.data.folder = FolderOptions("{domain}/images", "{domain}/labels", OPTIONS)
+    c.data.root, c.data.source = {str(tmp_path / "data")!r}, "walls"
+    c.data.folder = FolderOptions("{{domain}}/images", "{{domain}}/labels", classes=("background", "crack"))
     return c
-"""
-    for options, code in ('classes=("background", "crack")', 1), ('classes=("background", "crack"), id_map={255: 1}', 0):
-        (tmp_path / "c.py").write_text(text.replace("ROOT", repr(str(tmp_path / "data"))).replace("OPTIONS", options))
-        line = [sys.executable, "-m", "jaxdg.train", "--config", str(tmp_path / "c.py"), "--workdir", str(tmp_path / f"run{code}")]
-        done = subprocess.run(line, capture_output=True, text=True, check=False)
-        assert done.returncode == code, done.stderr
-        if code:
-            assert done.stderr.startswith("error: only background occurs in the labels of walls")
-            assert len(done.stderr.splitlines()) == 1
-            assert WAY in done.stderr
-    assert not (tmp_path / "run1/metrics.jsonl").exists()
+""")
+    line = [sys.executable, "-m", "jaxdg.train", "--config", str(tmp_path / "c.py"), "--workdir", str(tmp_path / "run")]
+    done = subprocess.run(line, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: only background occurs in the labels of walls")
+    assert len(done.stderr.splitlines()) == 1
+    assert WAY in done.stderr
+    assert not (tmp_path / "run/metrics.jsonl").exists()
