@@ -35,10 +35,10 @@ def get_config(head: str = "c4") -> Config:
     c.model.encoder = "clip_rn101"
     c.model.weights = "weights/clip_rn101.safetensors"
     c.model.dtype = "bfloat16"
-    c.model.rcnn.rpn_convs = 1
     if head == "fpn":
         c.model.decoder = "faster_rcnn"
-        c.model.rcnn.convs, c.model.rcnn.fcs = 0, 2
+        c.model.faster_rcnn.rpn.convs = 1
+        c.model.faster_rcnn.roi.convs, c.model.faster_rcnn.roi.fcs = 0, 2
     else:
         c.model.decoder = "faster_rcnn_c4"
         c.model.text_weights = "weights/clip_rn101_text.safetensors" if head == "c4_text" else None

@@ -14,7 +14,7 @@ import numpy as np
 from conversion.mapping import CONV, Layout, Misfit, Row, Transform
 from conversion.mask2former import BIAS, DENSE
 from jaxdg.detection.pyramid import Fpn
-from jaxdg.detection.rcnn import Rcnn, RcnnConfig
+from jaxdg.detection.rcnn import RcnnConfig
 from jaxdg.detection.roi_heads import CASCADE, RoiHeadsConfig
 from jaxdg.detection.rpn import RpnConfig
 
@@ -87,7 +87,7 @@ def heads(config: RcnnConfig, num_classes: int, stages: Sequence[int], image_siz
     shapes = [(-(-image_size[0] // stride), -(-image_size[1] // stride)) for stride in strides]
     return nnx.Dict(
         neck=Fpn(stages, config.levels, config.channels, **kw),
-        head=Rcnn(config, num_classes, nnx.Module(), shapes, strides, image_size=image_size, **kw),
+        head=config.build(nnx.Module(), num_classes, shapes, strides, image_size=image_size, **kw),
     )
 
 

@@ -3,8 +3,8 @@
 The encoder is SAM's, whose classes compute the same: SAM's authors took it from here. It is called `sam_b16`, `sam_l16` or `sam_h16` by its
 size. Positions are those of the pre-training, with one for a class token that ViTDet does not have, and are resized as ViTDet does it.
 
-All published sizes but the number of classes are those of `RcnnOptions`. Detectors of LVIS are refused by the name of their class weights
-(`fed_loss_cls_weights`): they score by sigmoid.
+All published sizes but the number of classes are the defaults of `ModelConfig.cascade_rcnn` and `faster_rcnn`. Detectors of LVIS are
+refused by the name of their class weights (`fed_loss_cls_weights`): they score by sigmoid.
 """
 
 from collections import Counter
@@ -21,7 +21,7 @@ from conversion.mask2former import DENSE, NORM
 from conversion.vltseg import DOUBLE
 from jaxdg import backbones
 from jaxdg import config as config_lib
-from jaxdg.config import Config, RcnnOptions
+from jaxdg.config import Config, ModelConfig
 from jaxdg.data.boxes import BoxOptions
 
 NAME = "vitdet"
@@ -32,7 +32,6 @@ LISTED = (
 )
 MASKS = "the mask head: only boxes are predicted"
 SETTINGS = "pixel statistics: those of the encoder"
-SIZES = RcnnOptions()
 STEPS, BATCH_SIZE = 184_375, 64  # of 100 epochs
 # fmt: off
 COCO = (  # the classes of its box annotations, by their ids
@@ -110,7 +109,7 @@ def of_checkpoint(file: Checkpoint) -> Config:
         Counter(_length(file, f"backbone.net.blocks.{i}.attn.rel_pos_{side}") for i in encoder.global_blocks).most_common(1)[0][0]
         for side in "hw"
     )
-    c = Config(steps=STEPS, batch_size=BATCH_SIZE, task="detection")
+    c = Config(steps=STEPS, batch_size=BATCH_SIZE, task="detection", model=ModelConfig())
     c.data.source, c.evaluation.domains, c.evaluation.protocol = "coco", ("coco",), "coco"
     c.data.crop = (rows + 1) // 2 * encoder.patch_size, (columns + 1) // 2 * encoder.patch_size
     c.data.boxes = BoxOptions(
@@ -119,7 +118,7 @@ def of_checkpoint(file: Checkpoint) -> Config:
         lists=("", ""),
         classes=COCO if k == len(COCO) else tuple(f"class_{i}" for i in range(k)),
     )
-    c.model.encoder, c.model.decoder, c.model.rcnn = name, "cascade_rcnn" if cascade else "faster_rcnn", SIZES
+    c.model.encoder, c.model.decoder = name, "cascade_rcnn" if cascade else "faster_rcnn"
     return config_lib.validated(c)
 
 

@@ -17,24 +17,23 @@ import types
 import typing
 from typing import Any
 
-from jaxdg import files, paths
+from jaxdg import files, methods, paths
+from jaxdg.backbones import EncoderOptions
 from jaxdg.data import protocols
 from jaxdg.data.boxes import BoxOptions
 from jaxdg.data.datasets import FolderOptions, StreetsOptions
 from jaxdg.data.labels import check_names
-
-
-@dataclasses.dataclass
-class MeshConfig:
-    """How devices are arranged; the product must be the number of devices, -1 meaning "the rest".
-
-    Attributes:
-        data: copies of the model, each with its own part of the batch. Default -1.
-        fsdp: devices among which one copy's parameters, gradients and optimiser state are divided. Default 1.
-    """
-
-    data: int = -1
-    fsdp: int = 1
+from jaxdg.detection.fcos import FcosConfig
+from jaxdg.detection.head import HeadConfig
+from jaxdg.detection.rcnn import C4Config, RcnnConfig, single_stage
+from jaxdg.methods.tldr import TldrOptions
+from jaxdg.segmentation.clip_text import ClipTextOptions
+from jaxdg.segmentation.decoder import DecoderOptions
+from jaxdg.segmentation.linear import LinearOptions
+from jaxdg.segmentation.mask2former import Mask2FormerOptions
+from jaxdg.segmentation.segformer import SegformerOptions
+from jaxdg.training.optimizer import OptimizerConfig
+from jaxdg.training.sharding import MeshConfig
 
 
 @dataclasses.dataclass
@@ -102,207 +101,48 @@ class DataConfig:
     boxes: BoxOptions | None = None
 
 
-@dataclasses.dataclass
-class Mask2FormerOptions:
-    """Sizes of the Mask2Former decoder; the defaults are VLTSeg's.
+@dataclasses.dataclass(unsafe_hash=True, kw_only=True)
+class ModelConfig(EncoderOptions):
+    """What is trained. The fields of `EncoderOptions` say what the encoder is, and those of the chosen decoder are heeded.
 
     Attributes:
-        hidden: channels of everything inside; a multiple of 32 and of `heads`. Default 256.
-        queries: masks predicted for an image; at least the number of classes. Default 100.
-        heads: of all attention. Default 8.
-        pixel_layers: of deformable attention in the pixel decoder. Default 6.
-        pixel_ffn: channels inside their MLPs. Default 1024.
-        layers: of the transformer decoder. Default 9.
-        ffn: channels inside their MLPs. Default 2048.
-        sampling_points: read by a head of the deformable attention on each level. Default 4.
-        points: at which matching and losses compare masks. Default 12544.
-        published_init: start as the authors' code does: most kernels by Xavier, sampling points on a compass. False: every kernel,
-            and where sampling points lie, within 1 / sqrt(fan_in), as transformers' modules start when they are built one by one.
-            Default True.
-    """
-
-    hidden: int = 256
-    queries: int = 100
-    heads: int = 8
-    pixel_layers: int = 6
-    pixel_ffn: int = 1024
-    layers: int = 9
-    ffn: int = 2048
-    sampling_points: int = 4
-    points: int = 12544
-    published_init: bool = True
-
-
-@dataclasses.dataclass
-class FcosOptions:
-    """Sizes of the light single-stage head of detectors.
-
-    Attributes:
-        channels: of the pyramid and the towers; a multiple of `groups`. Default 128.
-        convs: convolutions of each tower. Default 2.
-        groups: of the GroupNorm after each. Default 32.
-        levels: of the pyramid, 0 to 3 with 4 to 32 pixels a feature, beside one more that is coarser. Default 1, 2, 3.
-        score_threshold: least score of a detection. Default 0.05.
-        candidates: best ones of an image that suppression chooses from. Default 1000.
-        nms: IoU above which the better of two boxes of a class suppresses the other. Default 0.6.
-        detections: most boxes found in an image. Default 100.
-    """
-
-    channels: int = 128
-    convs: int = 2
-    groups: int = 32
-    levels: tuple[int, ...] = (1, 2, 3)
-    score_threshold: float = 0.05
-    candidates: int = 1000
-    nms: float = 0.6
-    detections: int = 100
-
-
-@dataclasses.dataclass
-class RcnnOptions:
-    """Sizes of two-stage detectors; the defaults are ViTDet's.
-
-    Attributes:
-        channels: of the pyramid and of convolutions in the box heads. Default 256.
-        levels: of the pyramid that boxes are pooled from, 0 to 3 with 4 to 32 pixels a feature. Default 0, 1, 2, 3.
-        anchors: roots of the areas of anchors in pixels, one for each level and one more; those of C4 are all on one level.
-            Default 32, 64, 128, 256, 512.
-        rpn_convs: convolutions of the proposal network. Default 2.
-        rpn_samples: anchors drawn for the losses of an image. Default 256.
-        before: best proposals of a level that suppression chooses from, in training and in inference. Default 2000, 1000.
-        after: best proposals of an image that are left of them. Default 1000, 1000.
-        convs: convolutions of a box head. Default 4.
-        fcs: linear layers of a box head. Default 1.
-        hidden: channels of those. Default 1024.
-        proposals: drawn for the losses of an image. Default 512.
-        score_threshold: least score of a detection. Default 0.05.
-        nms: IoU above which the better of two boxes of a class suppresses the other. Default 0.5.
-        detections: most boxes found in an image. Default 100.
-        attention_pool: of C4: the encoder's attention pool makes a vector of a proposal, and not the mean. Default True.
-    """
-
-    channels: int = 256
-    levels: tuple[int, ...] = (0, 1, 2, 3)
-    anchors: tuple[float, ...] = (32.0, 64.0, 128.0, 256.0, 512.0)
-    rpn_convs: int = 2
-    rpn_samples: int = 256
-    before: tuple[int, int] = (2000, 1000)
-    after: tuple[int, int] = (1000, 1000)
-    convs: int = 4
-    fcs: int = 1
-    hidden: int = 1024
-    proposals: int = 512
-    score_threshold: float = 0.05
-    nms: float = 0.5
-    detections: int = 100
-    attention_pool: bool = True
-
-
-@dataclasses.dataclass
-class ModelConfig:
-    """What is trained.
-
-    Attributes:
-        encoder: a name of the zoo (`jaxdg.backbones.ZOO`). Default scratch_ti8.
         weights: converted weights of the encoder; None trains from scratch. Default None.
         text_weights: converted text tower beside the encoder, for the decoder clip_text, or to classify by class names in faster_rcnn_c4.
             Default None.
         start: workdir of another run, or one step in it, whose whole model this one starts from instead of `weights`. Default None.
-        taps: blocks whose features are read, from 0; () for the zoo's choice. Default ().
-        patch_size: side of the encoder's patches in pixels; None for that of its pre-training. Default None.
-        patch_resize: how the kernel of stored patches of another size is resized: flexi (FlexiViT's pseudo-inverse) or bicubic. Default
-            flexi.
-        window: rows and columns of tokens in the windows that most blocks of EVA-02 attend in, for large images (ViTDet: 16); 0: every
-            block attends to the whole image. Default 0.
         pyramid: none, or four levels with layer or batch normalisation; encoders with levels of their own need none and get none.
             Detectors have their own instead, ViTDet's or an FPN. Default layer.
         decoder: linear, segformer (MLP), mask2former, which needs a pyramid, or clip_text: CLIP's features against class names, without
             a step of training. Of detection fcos (light, one stage), faster_rcnn, cascade_rcnn, or faster_rcnn_c4, which looks at proposals
             with the last stage of a CLIP ResNet. Default linear.
-        mask2former: sizes of that decoder.
-        fcos: sizes of that decoder.
-        rcnn: sizes of the two-stage detectors.
-        segformer_channels: inside the segformer decoder; SegFormer has 256 on mit_b0 and mit_b1, and 768 on larger ones. Default 256.
         freeze: what stays as loaded: none, all (the encoder), `first N` (embeddings and first N blocks), `last N` (last N blocks),
             or a regular expression searched in parameter names such as `backbone.blocks.3.attn.qkv.kernel`. N counts the stages of a
             hierarchical encoder. Default none.
-        drop_path: probability of skipping the branches of the encoder's last block. Default 0.
-        remat: recompute encoder blocks in the backward pass: less memory, a third more time. Default False.
-        dtype: compute type, float32 or bfloat16; parameters stay float32. Default float32.
+        linear: settings of that decoder.
+        segformer: settings of that decoder.
+        mask2former: settings of that decoder.
+        clip_text: settings of that decoder.
+        fcos: settings of that detector.
+        faster_rcnn: settings of that detector.
+        cascade_rcnn: settings of that detector.
+        faster_rcnn_c4: settings of that detector.
     """
 
-    encoder: str = "scratch_ti8"
     weights: str | None = None
     text_weights: str | None = None
     start: str | None = None
-    taps: tuple[int, ...] = ()
-    patch_size: int | None = None
-    patch_resize: str = "flexi"
-    window: int = 0
     pyramid: str = "layer"
     decoder: str = "linear"
-    mask2former: Mask2FormerOptions = dataclasses.field(default_factory=Mask2FormerOptions)
-    fcos: FcosOptions = dataclasses.field(default_factory=FcosOptions)
-    rcnn: RcnnOptions = dataclasses.field(default_factory=RcnnOptions)
-    segformer_channels: int = 256
     freeze: str = "none"
-    drop_path: float = 0.0
-    remat: bool = False
-    dtype: str = "float32"
-
-
-@dataclasses.dataclass
-class OptimizerConfig:
-    """AdamW with a polynomial schedule.
-
-    Attributes:
-        learning_rate: peak. Default 1e-4.
-        encoder_factor: of the encoder's learning rate when it starts from `model.weights`; from scratch it is 1. Default 0.1.
-        warmup_steps: steps of linear warm-up from 0. Default 0.
-        hold_steps: steps at the peak after that, before the decay begins. Default 0.
-        power: of the polynomial decay to 0 at the last step; 0 keeps the rate constant. Default 0.9.
-        betas: decay of AdamW's moments. Default 0.9, 0.999.
-        epsilon: of AdamW. Default 1e-8.
-        weight_decay: decoupled, multiplied by the learning rate. Default 0.05.
-        clip: largest global L2 norm of the gradient; 0 turns clipping off. Default 0.01.
-        accumulate: parts a batch is computed in, one after another, for less memory; the result is that of the whole. Default 1.
-        learning_rate_factors: (regex, factor) pairs; the first regex found in a parameter's name counts. Default ().
-        weight_decay_factors: likewise. Default: no decay on norms, layer scales, class and register tokens, and embeddings of
-            positions, queries and levels.
-    """
-
-    learning_rate: float = 1e-4
-    encoder_factor: float = 0.1
-    warmup_steps: int = 0
-    hold_steps: int = 0
-    power: float = 0.9
-    betas: tuple[float, float] = (0.9, 0.999)
-    epsilon: float = 1e-8
-    weight_decay: float = 0.05
-    clip: float = 0.01
-    accumulate: int = 1
-    learning_rate_factors: tuple[tuple[str, float], ...] = ()
-    weight_decay_factors: tuple[tuple[str, float], ...] = (
-        (r"norm|_ln\.|gamma$|(cls_token|(register|storage)_tokens|(pos|query|level)_embed|query_feat)$", 0.0),
-    )
-
-
-@dataclasses.dataclass
-class TldrOptions:
-    """TLDR, a comparison that trains on images in random styles besides; needs `model.weights`. See `jaxdg/tldr.py`.
-
-    Attributes:
-        on: whether it is used; a step then sends three times as many images through the encoder. Default False.
-        regularization: weights of how much the textures of images may change, of the encoder's quarters or stages, shallow to deep; the
-            deepest may be left out. Default 0.005, 0.0005, 0.00005, 0.000005.
-        generalization: likewise of how well textures of stylised images become those of their styles. Default 0.005, 0.0005.
-        threshold: by how much an entry of a Gram matrix must exceed the original's, for the style to show in it. Default 0.1.
-    """
-
-    on: bool = False
-    regularization: tuple[float, ...] = (0.005, 0.0005, 0.00005, 0.000005)
-    generalization: tuple[float, ...] = (0.005, 0.0005)
-    threshold: float = 0.1
+    # Every decoder and detector by the name that `decoder` knows it by.
+    linear: LinearOptions = dataclasses.field(default_factory=LinearOptions)
+    segformer: SegformerOptions = dataclasses.field(default_factory=SegformerOptions)
+    mask2former: Mask2FormerOptions = dataclasses.field(default_factory=Mask2FormerOptions)
+    clip_text: ClipTextOptions = dataclasses.field(default_factory=ClipTextOptions)
+    fcos: FcosConfig = dataclasses.field(default_factory=FcosConfig)
+    faster_rcnn: RcnnConfig = dataclasses.field(default_factory=single_stage)
+    cascade_rcnn: RcnnConfig = dataclasses.field(default_factory=RcnnConfig)
+    faster_rcnn_c4: C4Config = dataclasses.field(default_factory=C4Config)
 
 
 @dataclasses.dataclass
@@ -368,8 +208,8 @@ class Config:
 
 # What a task allows for model.decoder, and for evaluation.protocol, of which the first is the default.
 DECODERS = {
-    "segmentation": ("linear", "segformer", "mask2former", "clip_text"),
-    "detection": ("fcos", "faster_rcnn", "cascade_rcnn", "faster_rcnn_c4"),
+    task: tuple(name for name, hint in typing.get_type_hints(ModelConfig).items() if isinstance(hint, type) and issubclass(hint, kind))
+    for task, kind in (("segmentation", DecoderOptions), ("detection", HeadConfig))
 }
 PROTOCOLS = {"segmentation": protocols.NAMES, "detection": ("voc07", "voc12", "coco")}
 
@@ -395,18 +235,30 @@ _RULES: tuple[tuple[str, str, Any], ...] = (
     ("model.patch_resize", "flexi or bicubic", lambda v: v in ("flexi", "bicubic")),
     ("model.window", "0 (off) or more", lambda v: v >= 0),
     ("model.pyramid", "none, layer or batch", lambda v: v in ("none", "layer", "batch")),
-    ("model.segformer_channels", "at least 1", lambda v: v >= 1),
+    ("model.segformer.hidden", "at least 1", lambda v: v >= 1),
     *(
         (f"model.mask2former.{field.name}", "at least 1", lambda v: v >= 1)
         for field in dataclasses.fields(Mask2FormerOptions)
         if field.type is int
     ),
     *((f"model.fcos.{name}", "at least 1", lambda v: v >= 1) for name in ("channels", "convs", "groups", "candidates", "detections")),
-    *((f"model.rcnn.{name}", "at least 1", lambda v: v >= 1) for name in ("channels", "rpn_samples", "hidden", "proposals", "detections")),
-    *((f"model.rcnn.{name}", "0 or more", lambda v: v >= 0) for name in ("rpn_convs", "convs", "fcs")),
-    *((f"model.rcnn.{name}", "two numbers of at least 1", lambda v: min(v) >= 1) for name in ("before", "after")),
-    *((f"model.{head}.{name}", "0 to 1", lambda v: 0 <= v <= 1) for head in ("fcos", "rcnn") for name in ("score_threshold", "nms")),
-    ("model.rcnn.anchors", "sides of more than 0 pixels", lambda v: min(v, default=0) > 0),
+    *(
+        rule
+        for head in ("faster_rcnn", "cascade_rcnn", "faster_rcnn_c4")
+        for rule in (
+            *((f"model.{head}.{name}", "at least 1", lambda v: v >= 1) for name in ("rpn.samples", "roi.proposals", "roi.detections")),
+            *((f"model.{head}.roi.{name}", "at least 1", lambda v: v >= 1) for name in ("channels", "hidden", "size")),
+            *((f"model.{head}.{name}", "0 or more", lambda v: v >= 0) for name in ("rpn.convs", "roi.convs", "roi.fcs")),
+            *((f"model.{head}.rpn.{name}", "two numbers of at least 1", lambda v: min(v) >= 1) for name in ("before", "after")),
+            *((f"model.{head}.{name}", "0 to 1", lambda v: 0 <= v <= 1) for name in ("rpn.nms", "roi.score_threshold", "roi.nms")),
+            (
+                f"model.{head}.rpn.sizes",
+                "sides of more than 0 pixels",
+                lambda v: min((min(sides, default=0) for sides in v), default=0) > 0,
+            ),
+        )
+    ),
+    *((f"model.fcos.{name}", "0 to 1", lambda v: 0 <= v <= 1) for name in ("score_threshold", "nms")),
     ("model.dtype", "float32 or bfloat16", lambda v: v in ("float32", "bfloat16")),
     ("mesh.data", "-1 (the rest) or at least 1", lambda v: v == -1 or v >= 1),
     ("mesh.fsdp", "-1 (the rest) or at least 1", lambda v: v == -1 or v >= 1),
@@ -445,11 +297,6 @@ _RULES: tuple[tuple[str, str, Any], ...] = (
     ("optimizer.accumulate", "at least 1", lambda v: v >= 1),
     ("optimizer.learning_rate_factors", "(regular expression, factor of 0 or more) pairs", _are_factors),
     ("optimizer.weight_decay_factors", "(regular expression, factor of 0 or more) pairs", _are_factors),
-    *(
-        (f"tldr.{name}", "at most 4 weights of 0 or more", lambda v: len(v) <= 4 and min(v, default=0) >= 0)
-        for name in ("regularization", "generalization")
-    ),
-    ("tldr.threshold", "0 or more", lambda v: v >= 0),
     ("evaluation.domains", "at least one", lambda v: len(v) >= 1),
     ("evaluation.stride", "two steps of at least 1 pixel", lambda v: min(v) >= 1),
     ("evaluation.batch_size", "at least 1", lambda v: v >= 1),
@@ -527,7 +374,7 @@ def validated(config: Config) -> Config:
     Raises:
         ValueError: a wrong value or combination; the message says which field and what is allowed.
     """
-    config = coerce(config, Config, "")
+    config = coerce(config, type(config), "")  # an experiment may add methods in a class of its own
     _check_texts(config)
     for field, allowed, test in _RULES:
         value = get(config, field)
@@ -545,8 +392,8 @@ def validated(config: Config) -> Config:
     if not untrained and o.warmup_steps + o.hold_steps >= config.steps:
         before = f"optimizer.warmup_steps is {o.warmup_steps} and hold_steps is {o.hold_steps}"
         raise ValueError(f"{before}; allowed: together less than steps {config.steps}")
-    if config.tldr.on and config.model.weights is None:
-        raise ValueError("tldr.on is True; allowed: False without model.weights, the encoder whose textures are to be kept")
+    for name, options in methods.settings(config).items():
+        options.check(config, name)
     sources, weights = config.data.source.split("+"), config.data.source_weights
     if weights and len(weights) != len(sources):
         raise ValueError(f"data.source_weights is {weights}; allowed: () or one weight for each of {', '.join(sources)}")
@@ -569,12 +416,10 @@ def _check_task(config: Config) -> None:
         return
     _want(config, {"data.rare_class_temperature": 0, "data.max_class_share": 1}, "task detection, as there are no label maps")
     _want(config, {"model.taps": ()}, "task detection, whose pyramid reads the last block, or the stages of its levels")
-    if m.text_weights and not (m.decoder == "faster_rcnn_c4" and m.rcnn.attention_pool):
-        raise ValueError(
-            f"model.text_weights is {m.text_weights}; allowed: None but with model.decoder faster_rcnn_c4 and its attention_pool"
-        )
-    if m.decoder in ("faster_rcnn", "cascade_rcnn") and len(m.rcnn.anchors) != len(m.rcnn.levels) + 1:
-        raise ValueError(f"model.rcnn.anchors is {m.rcnn.anchors}; allowed: one for each of model.rcnn.levels {m.rcnn.levels} and one more")
+    head = getattr(m, m.decoder)
+    head.check(f"model.{m.decoder}")
+    if m.text_weights:
+        head.with_texts()
 
 
 def _want(config: Config, wanted: dict[str, Any], reason: str) -> None:
@@ -589,7 +434,9 @@ def _check_untrained(config: Config) -> None:
     for field in ("weights", "text_weights"):
         if getattr(m, field) is None:
             raise ValueError(f"model.{field} is None; model.decoder clip_text needs a converted file, see configs/camvid_clip_zero_shot.py")
-    wanted = {"steps": 0, "model.start": None, "model.taps": (), "model.pyramid": "none", "tldr.on": False}
+    wanted = {"steps": 0, "model.start": None, "model.taps": (), "model.pyramid": "none"} | {
+        f"{name}.on": False for name in methods.settings(config)
+    }
     _want(config, wanted, "model.decoder clip_text, which trains nothing")
 
 
@@ -682,7 +529,14 @@ def _describe(annotation: Any) -> str:
 
 
 def unknown_field(field: str, key: str, known: Any) -> str:
-    """The message for a misspelt field."""
+    """The message for a misspelt field, or one that has another name now."""
+    if field == "model.segformer_channels":
+        return f"{field} is called model.segformer.hidden now"
+    if field == "model.rcnn":
+        return (
+            f"{field} is called model.faster_rcnn, model.cascade_rcnn or model.faster_rcnn_c4 now, by the decoder; proposals are set "
+            "in .rpn (convs, sizes, samples, before, after) and box heads in .roi"
+        )
     close = difflib.get_close_matches(key, list(known), n=1, cutoff=0.5)
     prefix = field[: len(field) - len(key)]
     return f"unknown field {field}; " + (
@@ -745,8 +599,43 @@ def save(config: Config, workdir: str | Path) -> None:
     files.write(Path(workdir) / "config.json", json.dumps(dataclasses.asdict(config), indent=2) + "\n")
 
 
-def load(workdir: str | Path) -> Config:
+# Where the settings of two-stage detectors are that `model.rcnn` held once, one list for three detectors.
+_RCNN = {
+    "rpn": {"rpn_convs": "convs", "rpn_samples": "samples", "before": "before", "after": "after"},
+    "roi": {name: name for name in ("channels", "convs", "fcs", "hidden", "proposals", "score_threshold", "nms", "detections")},
+}
+
+
+def _renamed(content: dict[str, Any], kind: type[Config]) -> dict[str, Any]:
+    """A stored configuration by the names that its fields have now.
+
+    Methods of the experiment's own (`jaxdg.methods`) are left out: they change training alone, and only their file knows them.
+    """
+    known = {field.name for field in dataclasses.fields(kind)}
+    content = {name: part for name, part in content.items() if name in known or not (isinstance(part, dict) and "on" in part)}
+    model = dict(content.get("model") or {})
+    if "segformer_channels" in model:
+        model["segformer"] = {"hidden": model.pop("segformer_channels")}
+    if "rcnn" in model:
+        old = model.pop("rcnn")
+        parts = {part: {new: old[name] for name, new in names.items() if name in old} for part, names in _RCNN.items()}
+        one_stage = {"stages": [[0.5, 10.0]], "class_agnostic": False}
+        for head, roi in (("cascade_rcnn", {}), ("faster_rcnn", one_stage), ("faster_rcnn_c4", {**one_stage, "size": 14})):
+            model[head] = {"rpn": dict(parts["rpn"]), "roi": {**parts["roi"], **roi}}
+            if "anchors" in old:
+                c4 = head == "faster_rcnn_c4"
+                model[head]["rpn"]["sizes"] = [old["anchors"]] if c4 else [[size] for size in old["anchors"]]
+            kept = ("attention_pool",) if head == "faster_rcnn_c4" else ("channels", "levels")
+            model[head] |= {name: old[name] for name in kept if name in old}
+    return {**content, "model": model} if model else content
+
+
+def load(workdir: str | Path, kind: type[Config] = Config) -> Config:
     """The configuration stored in a workdir.
+
+    Args:
+        workdir: of a run.
+        kind: of an experiment that adds methods of its own; without it they are left out.
 
     Raises:
         FileNotFoundError: the folder holds no config.json.
@@ -763,6 +652,6 @@ def load(workdir: str | Path) -> Config:
     except files.Broken as error:
         raise files.Broken(f"{error}; run the command that trains it again, which writes it anew and keeps the checkpoints") from None
     try:
-        return validated(coerce(_once_empty(content), Config, ""))
+        return validated(coerce(_once_empty(_renamed(content, kind)), kind, ""))
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None

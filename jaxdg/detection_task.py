@@ -5,7 +5,6 @@ its boxes are moved back to its own pixels, in which all is judged and written.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-import dataclasses
 from typing import Any
 
 from flax import nnx
@@ -21,15 +20,13 @@ from jaxdg.data import protocols
 from jaxdg.data.boxes import box_labels, check_room, known_counts, open_boxes
 from jaxdg.data.datasets import Dataset
 from jaxdg.data.transforms import BOX_FIELDS, Fit
+from jaxdg.detection.arrays import Detected
 from jaxdg.detection.average_precision import AveragePrecision, Detections, Truth
 from jaxdg.detection.coco_format import write_coco
 from jaxdg.detection.detector import Detector, DetectorConfig
-from jaxdg.detection.fcos import FcosConfig
-from jaxdg.detection.head import Detected
-from jaxdg.detection.rcnn import C4Config, RcnnConfig
-from jaxdg.detection.roi_heads import CASCADE, RoiHeadsConfig
-from jaxdg.detection.rpn import RpnConfig
-from jaxdg.task import DomainResult, Evaluate, ImageTask, ModelState, Predict, examples_of
+from jaxdg.detection.head import HeadConfig
+from jaxdg.methods.method import Method
+from jaxdg.task import DomainResult, Evaluate, ImageTask, ModelState, Predict, encoder_options, examples_of
 from jaxdg.training import sharding
 from jaxdg.training.step import Batch
 
@@ -41,9 +38,9 @@ class Detection(ImageTask):
 
     score_name = "mAP50"
 
-    def __init__(self, config: Config):
-        """Needs no data."""
-        super().__init__(config, box_labels(config.data.source, config.data.boxes))
+    def __init__(self, config: Config, methods: tuple[Method, ...] = ()):
+        """Needs no data; `methods` are those that training uses."""
+        super().__init__(config, box_labels(config.data.source, config.data.boxes), methods)
         self.fit = Fit(config.data.crop)
 
     def open(self, domain: str, train: bool) -> Dataset:
@@ -61,17 +58,11 @@ class Detection(ImageTask):
         return Detector(
             DetectorConfig(
                 num_classes=len(self.labels.names),
-                encoder=m.encoder,
                 image_size=self.config.data.crop,
                 head=head_config(m),
-                patch_size=m.patch_size,
-                patch_resize=m.patch_resize,
-                window=m.window,
-                watched=self.watched,
+                observed=self.observed,
                 boundaries=tuple(boundaries),
-                drop_path=m.drop_path,
-                remat=m.remat,
-                dtype=m.dtype,
+                **encoder_options(m),
             ),
             rngs=rngs,
         )
@@ -84,15 +75,15 @@ class Detection(ImageTask):
         if m.text_weights:
             model.set_texts(text_embeddings([name.replace("_", " ") for name in self.labels.names], m.text_weights))
 
-    def normalizer(self, model: Detector, batch: Batch) -> Any:
-        """See `Task.normalizer`; batch: as for `losses`."""
-        return model.normalizer(self.targets(batch))
+    def loss_denominator(self, model: Detector, batch: Batch) -> Any:
+        """See `Task.loss_denominator`; batch: as for `losses`."""
+        return model.loss_denominator(self.targets(batch))
 
-    def losses(self, model: Detector, batch: Batch, normalizer: Any, key: Key[Array, ""]) -> dict[str, Float[Array, ""]]:
+    def losses(self, model: Detector, batch: Batch, denominator: Any, key: Key[Array, ""]) -> dict[str, Float[Array, ""]]:
         """See `Task.losses`; batch: `image` uint8 [b, h, w, 3], and the boxes of `pipeline.train_batches`."""
         pixel_key, drop_key, sample_key = jax.random.split(key, 3)
         output, texture = self.outputs(model, batch, pixel_key, drop_key)
-        return {**model.losses(output, self.targets(batch), normalizer, sample_key), **texture}
+        return {**model.losses(output, self.targets(batch), denominator, sample_key), **texture}
 
     def detect(self, graph: nnx.GraphDef, state: ModelState, images: Array, sizes: Array) -> Detected:
         """What is in images uint8 [b, h, w, 3], of which `sizes` [b, 2] (height, width) are no padding."""
@@ -202,32 +193,7 @@ def _truth(row: Mapping[str, np.ndarray]) -> Truth:
     return Truth(*(row[key][row["valid"]] for key in ("boxes", "classes", "difficult", "crowd", "areas")))
 
 
-def head_config(m: ModelConfig) -> FcosConfig | RcnnConfig | C4Config:
+def head_config(model: ModelConfig) -> HeadConfig:
     """The head that a configuration describes."""
-    if m.decoder == "fcos":
-        return FcosConfig(**dataclasses.asdict(m.fcos))
-    o, c4 = m.rcnn, m.decoder == "faster_rcnn_c4"
-    cascade = m.decoder == "cascade_rcnn"
-    rpn = RpnConfig(
-        convs=o.rpn_convs,
-        sizes=(o.anchors,) if c4 else tuple((size,) for size in o.anchors),
-        samples=o.rpn_samples,
-        before=o.before,
-        after=o.after,
-    )
-    roi = RoiHeadsConfig(
-        stages=CASCADE if cascade else CASCADE[:1],
-        class_agnostic=cascade,
-        size=14 if c4 else 7,
-        channels=o.channels,
-        convs=o.convs,
-        fcs=o.fcs,
-        hidden=o.hidden,
-        proposals=o.proposals,
-        score_threshold=o.score_threshold,
-        nms=o.nms,
-        detections=o.detections,
-    )
-    if c4:
-        return C4Config(rpn, roi, attention_pool=o.attention_pool, text_classifier=m.text_weights is not None)
-    return RcnnConfig(rpn, roi, o.channels, o.levels)
+    head: HeadConfig = getattr(model, model.decoder)
+    return head.with_texts() if model.text_weights else head

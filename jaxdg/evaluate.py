@@ -21,7 +21,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from jaxdg import cli, distributed, files, locks, runtime
+from jaxdg import cli, distributed, files, locks, methods, runtime
 from jaxdg import config as config_lib
 from jaxdg import results as results_lib
 from jaxdg import workdir as workdir_lib
@@ -85,7 +85,7 @@ def own_source(task: Task, source: Dataset) -> TrainedOn:
     trained = TrainedOn.of(source, c.data.root)
     if not c.steps:
         return trained.without_images()
-    if c.data.pictures and (c.data.pixmix[0] or c.tldr.on):
+    if c.data.pictures and (c.data.pixmix[0] or any(method.wants_pictures for method in methods.active(c))):
         return trained.with_pictures(Pictures.of(c.data.pictures).files, c.data.root)
     return trained
 

@@ -1,7 +1,6 @@
 """Semantic segmentation: one class a pixel, judged by mIoU."""
 
 from collections.abc import Callable, Sequence
-import dataclasses
 import functools
 import itertools
 import math
@@ -19,7 +18,9 @@ from jaxdg import distributed, segmentation, visualize, weights
 from jaxdg.config import Config
 from jaxdg.data import protocols
 from jaxdg.data.datasets import Dataset, label_set, open_domain
-from jaxdg.task import DomainResult, Evaluate, ImageTask, ModelState, Predict, examples_of
+from jaxdg.methods.method import Method
+from jaxdg.segmentation.decoder import DecoderOptions
+from jaxdg.task import DomainResult, Evaluate, ImageTask, ModelState, Predict, encoder_options, examples_of
 from jaxdg.training import sharding
 from jaxdg.training.step import Batch
 
@@ -29,9 +30,9 @@ class Segmentation(ImageTask):
 
     score_name = "mIoU"
 
-    def __init__(self, config: Config):
-        """Needs no data."""
-        super().__init__(config, label_set(config.data.source, config.data.folder))
+    def __init__(self, config: Config, methods: tuple[Method, ...] = ()):
+        """Needs no data; `methods` are those that training uses."""
+        super().__init__(config, label_set(config.data.source, config.data.folder), methods)
 
     def open(self, domain: str, train: bool) -> Dataset:
         """See `Task.open`; some protocols come with a label map of Mapillary of their own, in evaluation."""
@@ -44,53 +45,38 @@ class Segmentation(ImageTask):
 
     def model(self, rngs: nnx.Rngs, boundaries: Sequence[int] = ()) -> segmentation.Segmenter:
         """See `Task.model`."""
-        m, k = self.config.model, len(self.labels.names)
-        decoder = None
-        if m.decoder == "mask2former":
-            if m.mask2former.queries < k:
-                raise ValueError(f"model.mask2former.queries is {m.mask2former.queries}; allowed: at least one for each of the {k} classes")
-            decoder = segmentation.Mask2FormerConfig(num_classes=k, dtype=m.dtype, **dataclasses.asdict(m.mask2former))
-        elif m.decoder == "segformer":
-            decoder = segmentation.SegformerConfig(num_classes=k, hidden=m.segformer_channels, dtype=m.dtype)
-        elif m.decoder == "clip_text":
-            decoder = segmentation.ClipTextHeadConfig(self.labels.names)
+        m = self.config.model
+        options: DecoderOptions = getattr(m, m.decoder)
         return segmentation.Segmenter(
             segmentation.SegmenterConfig(
-                num_classes=k,
-                encoder=m.encoder,
+                num_classes=len(self.labels.names),
                 image_size=self.config.data.crop,
-                decoder=decoder,
-                taps=m.taps,
-                patch_size=m.patch_size,
-                patch_resize=m.patch_resize,
-                window=m.window,
+                decoder=options.config(self.labels.names, m.dtype),
                 pyramid=m.pyramid,
-                watched=self.watched,
+                observed=self.observed,
                 boundaries=tuple(boundaries),
-                drop_path=m.drop_path,
-                remat=m.remat,
-                dtype=m.dtype,
+                **encoder_options(m),
             ),
             rngs=rngs,
         )
 
     def load_weights(self, model: segmentation.Segmenter) -> None:
         """See `Task.load_weights`."""
-        m, head = self.config.model, model.head
+        m = self.config.model
         if m.weights:
             weights.load(model.backbone, m.weights)
-        if isinstance(head, segmentation.ClipTextHead) and m.text_weights:
-            head.load(m.text_weights)
+        if m.text_weights:
+            model.head.load_text(m.text_weights)
 
-    def normalizer(self, model: segmentation.Segmenter, batch: Batch) -> Any:
-        """See `Task.normalizer`; batch: `label` uint8 [b, h, w]."""
-        return model.head.normalizer(self.targets(batch)["label"])
+    def loss_denominator(self, model: segmentation.Segmenter, batch: Batch) -> Any:
+        """See `Task.loss_denominator`; batch: `label` uint8 [b, h, w]."""
+        return model.head.loss_denominator(self.targets(batch)["label"])
 
-    def losses(self, model: segmentation.Segmenter, batch: Batch, normalizer: Any, key: Key[Array, ""]) -> dict[str, Float[Array, ""]]:
+    def losses(self, model: segmentation.Segmenter, batch: Batch, denominator: Any, key: Key[Array, ""]) -> dict[str, Float[Array, ""]]:
         """See `Task.losses`; batch: `image` uint8 [b, h, w, 3], `label` uint8 [b, h, w]."""
         pixel_key, drop_key, point_key = jax.random.split(key, 3)
         output, texture = self.outputs(model, batch, pixel_key, drop_key)
-        return {**model.head.loss(output, self.targets(batch)["label"], normalizer, point_key), **texture}
+        return {**model.head.loss(output, self.targets(batch)["label"], denominator, point_key), **texture}
 
     def predictor(self, graph: nnx.GraphDef) -> Predict:
         """See `Task.predictor`: to label maps uint8 [h, w], by sliding windows; compiles once for many sizes, see `shared_side`."""

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 import dataclasses
+import functools
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -11,11 +12,12 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Key, UInt8
 import numpy as np
 
-from jaxdg import tldr
-from jaxdg.backbones import zoo
+from jaxdg.backbones import EncoderOptions, zoo
 from jaxdg.config import Config
 from jaxdg.data.datasets import Dataset
 from jaxdg.data.labels import LabelSet, listed
+from jaxdg.methods import method as method_lib
+from jaxdg.methods.method import Method
 from jaxdg.training import photometric
 from jaxdg.training.step import Batch
 
@@ -59,6 +61,8 @@ class Task(Protocol):
 
     config: Config
     labels: LabelSet
+    methods: tuple[Method, ...]
+    depth: int
     score_name: str
 
     def open(self, domain: str, train: bool) -> Dataset:
@@ -73,7 +77,7 @@ class Task(Protocol):
         """Puts the converted weights that the configuration names into a model."""
         ...
 
-    def normalizer(self, model: Any, batch: Batch) -> Any:
+    def loss_denominator(self, model: Any, batch: Batch) -> Any:
         """What the losses of a global batch are divided by: a tree of scalars."""
         ...
 
@@ -81,7 +85,7 @@ class Task(Protocol):
         """A function of (batch on the devices, step from 0) to what the training step takes."""
         ...
 
-    def losses(self, model: Any, batch: Batch, normalizer: Any, key: Key[Array, ""]) -> dict[str, Float[Array, ""]]:
+    def losses(self, model: Any, batch: Batch, denominator: Any, key: Key[Array, ""]) -> dict[str, Float[Array, ""]]:
         """Named loss terms of a part of a batch; they add up to the loss."""
         ...
 
@@ -94,17 +98,24 @@ class Task(Protocol):
         ...
 
 
+def encoder_options(options: EncoderOptions) -> dict[str, Any]:
+    """The fields that a run shares with its model's settings, by name."""
+    return {field.name: getattr(options, field.name) for field in dataclasses.fields(EncoderOptions)}
+
+
 class ImageTask:
     """The part of a task that does not depend on what is looked for."""
 
-    def __init__(self, config: Config, labels: LabelSet):
+    def __init__(self, config: Config, labels: LabelSet, methods: tuple[Method, ...] = ()):
         """Args:
         config: of the run.
         labels: of the source domain.
+        methods: that training uses; evaluation and prediction know of none.
         """
-        self.config, self.labels = config, labels
+        self.config, self.labels, self.methods = config, labels, methods
         self._encoder = zoo.entry(config.model.encoder).config
-        self.watched = tldr.watched(self._encoder.depth) if config.tldr.on else ()
+        self.depth = self._encoder.depth
+        self.observed = tuple(sorted({block for method in methods for block in method.observed(self.depth)}))
 
     def normalize(self, images: UInt8[Array, "b h w 3"] | Float[Array, "b h w 3"]) -> Float[Array, "b h w 3"]:
         """RGB in 0..255 as the encoder takes it."""
@@ -117,23 +128,32 @@ class ImageTask:
         return photometric.distort(images.astype(jnp.float32), key, *strengths)
 
     def preparation(self, mesh: Mesh) -> Callable[[Batch, int], Batch]:
-        """See `Task.preparation`: nothing is done, but for TLDR."""
-        if not self.config.tldr.on:
+        """See `Task.preparation`: what the methods do to a batch, one after another."""
+        if not self.methods:
             return lambda batch, step: batch
         model = nnx.eval_shape(lambda: self.model(nnx.Rngs(0)))  # pyright: ignore[reportAttributeAccessIssue]  tasks have one
-        return tldr.preparation(self.config, model, self.distort, self.normalize, mesh)
+        steps = [prepare for method in self.methods if (prepare := method.preparation(self, model, mesh))]
+        return lambda batch, step: functools.reduce(lambda batch, prepare: prepare(batch, step), steps, batch)
 
     def targets(self, batch: Batch) -> Batch:
-        """What losses are computed of: a prepared batch, or with TLDR also the stylised images'."""
-        return tldr.twice(batch) if self.config.tldr.on else batch
+        """What losses are computed of: a prepared batch, as the methods want it."""
+        for method in self.methods:
+            batch = method.targets(batch)
+        return batch
 
     def outputs(self, model: Any, batch: Batch, pixel_key: Key[Array, ""], drop_key: Key[Array, ""]) -> tuple[Any, dict[str, Array]]:
-        """What a model gives in training for a prepared batch, a row for each of its `targets`, and TLDR's loss terms."""
-        if not self.config.tldr.on:
-            return model(self.normalize(self.distort(batch["image"], pixel_key)), drop_key, train=True), {}
-        features = model.encode(self.normalize(tldr.interleave(*(batch[view] for view in tldr.VIEWS))), drop_key)
-        terms = tldr.terms([features[i] for i in model.watched], batch, self.config.tldr)
-        return model.decode(tldr.without_styles(features), drop_key, train=True), terms
+        """What a model gives in training for a prepared batch, a row for each of its `targets`, and the methods' loss terms."""
+        images, terms = batch["image"], {}
+        if images.dtype == jnp.uint8:  # else a method has augmented them before the step
+            images = self.distort(images, pixel_key)
+        for method in self.methods:
+            images = method.images(images, batch)
+        features = model.encode(self.normalize(images), drop_key)
+        for method in self.methods:
+            places = method_lib.tap_places(model, method.observed(self.depth))
+            features, new = method.observe(features, places, batch)
+            terms |= new
+        return model.decode(features, drop_key, train=True), terms
 
     def check_labels(self, dataset: Dataset) -> None:
         """ValueError where a domain has other classes than the model."""

@@ -4,7 +4,7 @@ A task (see `task.py`) knows how its data are opened, how its model is made, wha
 `evaluate` and `predict` know nothing else of it.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 import dataclasses
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from jaxdg import weights
 from jaxdg.config import Config, MeshConfig
 from jaxdg.detection.average_precision import Detections
 from jaxdg.detection_task import Detection
+from jaxdg.methods.method import Method
 from jaxdg.segmentation_task import Segmentation
 from jaxdg.task import ModelState, Task
 from jaxdg.training import optimizer as optimizer_lib
@@ -29,58 +30,109 @@ from jaxdg.training.checkpoint import Checkpoints
 from jaxdg.training.step import TrainState
 
 
-def make_task(config: Config) -> Task:
-    """The task of a run; needs no data."""
-    return Detection(config) if config.task == "detection" else Segmentation(config)
+def make_task(config: Config, methods: tuple[Method, ...] = ()) -> Task:
+    """The task of a run; needs no data.
+
+    Args:
+        config: of the run.
+        methods: that training uses (`jaxdg.methods.active`); none for evaluation and prediction.
+    """
+    return Detection(config, methods) if config.task == "detection" else Segmentation(config, methods)
 
 
 @dataclasses.dataclass
-class Plan:
+class Blueprint:
     """A run's model before any array exists.
 
     Attributes:
         make: key to the model.
+        extend: adds to a model with loaded weights what the methods add.
         graph: of `nnx.split`.
         split: model to (trained, frozen, statistics).
         abstract: that of an abstract model.
         frozen: names of the frozen parameters.
+        finished: the model that is left when training ends; itself, where no method changes the model.
     """
 
     make: Callable[[Key[Array, ""]], nnx.Module]
+    extend: Callable[[Any, Key[Array, ""]], None]
     graph: nnx.GraphDef
     split: Callable[[nnx.Module], ModelState]
     abstract: ModelState
     frozen: set[str]
+    finished: "Blueprint | None" = None
 
     @classmethod
-    def of(cls, task: Task, freeze: str) -> "Plan":
+    def of(cls, task: Task, freeze: str) -> "Blueprint":
         """Decides by name what is frozen, and ends stacked segments where that changes.
 
-        What the model calls unread stays as loaded too: its gradient is 0, but weight decay would move it.
+        What the model calls unused stays as loaded too: its gradient is 0, but weight decay would move it.
         """
         key = jax.random.key(0)
-        first = nnx.eval_shape(lambda: task.model(nnx.Rngs(key)))
-        names = list(weights.slots(nnx.state(first, nnx.Param)))
-        unread = getattr(first, "unread", lambda name: False)
-        frozen = optimizer_lib.frozen_names(freeze, names) | {name for name in names if unread(name)}
-        boundaries = optimizer_lib.freeze_boundaries(frozen, names)
-        make = lambda key: task.model(nnx.Rngs(key), boundaries)
-        model = nnx.eval_shape(lambda: make(key)) if boundaries else first
+        wanted = {block for method in task.methods for block in method.boundaries(task.depth)}
+        first: Any = nnx.eval_shape(lambda: extended(task, key, tuple(sorted(wanted))))
+        slots = weights.slots(nnx.state(first, nnx.Param))
+        frozen = frozen_parameters(task, freeze, first, list(slots))
+        boundaries = tuple(sorted(wanted.union(optimizer_lib.freeze_boundaries(frozen, slots))))
+        blueprint = cls.stored(task, boundaries, frozen)
+        if any(method.changes_model for method in task.methods):
+            plain = make_task(task.config)
+            taps = tuple(sorted({*boundaries, *first.backbone.config.taps}))
+            model: Any = nnx.eval_shape(lambda: plain.model(nnx.Rngs(key)))
+            names = list(weights.slots(nnx.state(model, nnx.Param)))
+            blueprint.finished = cls.stored(plain, taps, frozen_parameters(plain, freeze, model, names))
+        return blueprint
+
+    @classmethod
+    def stored(cls, task: Task, boundaries: Sequence[int], frozen: set[str]) -> "Blueprint":
+        """The model whose stacked segments also end after `boundaries`, with the named parameters frozen."""
+        model = nnx.eval_shape(lambda: extended(task, jax.random.key(0), boundaries))
         paths = {slot.path for name, slot in weights.slots(nnx.state(model, nnx.Param)).items() if name in frozen}
         is_frozen = lambda path, _: path in paths
 
         def split(model: nnx.Module) -> ModelState:
             return tuple(nnx.split(model, nnx.All(nnx.Param, nnx.Not(is_frozen)), nnx.All(nnx.Param, is_frozen), ...)[1:])  # pyright: ignore
 
-        return cls(make, nnx.split(model, nnx.Param, ...)[0], split, split(model), frozen)
+        make = lambda key: task.model(nnx.Rngs(key), boundaries)
+        return cls(make, lambda model, key: extend(task, model, key), nnx.split(model, nnx.Param, ...)[0], split, split(model), frozen)
+
+    def finish(self, task: Task, state: TrainState) -> ModelState:
+        """What is left of a training state when training ends: (trained, frozen, statistics) of `finished`, which must be there."""
+        assert self.finished is not None
+        model = nnx.merge(self.graph, state.trained, state.frozen, state.statistics, copy=True)
+        states = optimizer_lib.method_states(state.opt_state, task.methods)
+        for method, own in zip(task.methods, states, strict=True):
+            method.finish(model, own)
+        return self.finished.split(model)
 
 
-def abstract_state(plan: Plan, config: Config, mesh: Mesh) -> tuple[TrainState, Any]:
-    """The run's train state as shapes with shardings, and its optimiser."""
-    trained, frozen, statistics = plan.abstract
+def extended(task: Task, key: Key[Array, ""], boundaries: Sequence[int]) -> nnx.Module:
+    """The model with what the methods add to it."""
+    model = task.model(nnx.Rngs(key), boundaries)
+    extend(task, model, key)
+    return model
+
+
+def extend(task: Task, model: Any, key: Key[Array, ""]) -> None:
+    """Adds what the methods add to a model; each draws from a stream of its own."""
+    for i, method in enumerate(task.methods):
+        method.extend(model, nnx.Rngs(jax.random.fold_in(key, i)))
+
+
+def frozen_parameters(task: Task, freeze: str, model: Any, names: Sequence[str]) -> set[str]:
+    """Which parameters of a model stay as they are: as `model.freeze` and the methods say, and those that nothing uses."""
+    frozen = optimizer_lib.frozen_names(freeze, names, model.backbone) | {name for name in names if model.unused(name)}
+    for method in task.methods:
+        frozen = {name for name in names if not method.trains(name, name not in frozen)}
+    return frozen
+
+
+def abstract_state(blueprint: Blueprint, config: Config, mesh: Mesh, methods: tuple[Method, ...] = ()) -> tuple[TrainState, Any]:
+    """The run's train state as shapes with shardings, and its optimiser with what the methods put behind it."""
+    trained, frozen, statistics = blueprint.abstract
     scratch = config.model.weights is None and config.model.start is None
     factor = 1.0 if scratch else config.optimizer.encoder_factor
-    optimizer = optimizer_lib.make_optimizer(config.optimizer, config.steps, trained, factor)
+    optimizer = optimizer_lib.make_optimizer(config.optimizer, config.steps, trained, factor, methods)
     whole = sharding.replicated(mesh)
     trained_at = sharding.parameter_shardings(mesh, trained)
     zero: Any = jax.ShapeDtypeStruct((), jnp.int32)
@@ -95,23 +147,36 @@ def abstract_state(plan: Plan, config: Config, mesh: Mesh) -> tuple[TrainState, 
     return jax.tree.map(lambda s, at: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=at), shapes, places), optimizer
 
 
-def initial_state(task: Task, plan: Plan, like: TrainState, optimizer: Any) -> TrainState:
+def initial_state(task: Task, blueprint: Blueprint, like: TrainState, optimizer: Any) -> TrainState:
     """Random parameters, made where they belong, with another run's model or converted weights put in."""
-
-    def init(key):
-        trained, frozen, statistics = plan.split(plan.make(key))
-        return TrainState(jnp.zeros((), jnp.int32), trained, frozen, statistics, optimizer.init(trained))
-
     # Stream 1 of the seed; stream 0 is the steps'.
     key = jax.random.fold_in(jax.random.key(task.config.seed), 2**31)
-    state = jax.jit(init, out_shardings=jax.tree.map(lambda leaf: leaf.sharding, like))(key)
-    model: Any = nnx.merge(plan.graph, state.trained, state.frozen, state.statistics)
+    places = jax.tree.map(lambda leaf: leaf.sharding, like)
+    if task.methods:  # they add to a model whose weights are there
+        model: Any = blueprint.make(key)
+        load_start(task, model)
+        blueprint.extend(model, key)
+        trained, frozen, statistics = jax.device_put(blueprint.split(model), (places.trained, places.frozen, places.statistics))
+        opt_state = jax.jit(optimizer.init, out_shardings=places.opt_state)(trained)
+        return TrainState(jax.device_put(jnp.zeros((), jnp.int32), places.step), trained, frozen, statistics, opt_state)
+
+    def init(key):
+        trained, frozen, statistics = blueprint.split(blueprint.make(key))
+        return TrainState(jnp.zeros((), jnp.int32), trained, frozen, statistics, optimizer.init(trained))
+
+    state = jax.jit(init, out_shardings=places)(key)
+    model = nnx.merge(blueprint.graph, state.trained, state.frozen, state.statistics)
+    load_start(task, model)
+    state.trained, state.frozen, state.statistics = blueprint.split(model)
+    return state
+
+
+def load_start(task: Task, model: Any) -> None:
+    """Puts another run's whole model, or converted weights, into a model."""
     if start := task.config.model.start:
         weights.fill(model, stored_tensors(start), start)
     else:
         task.load_weights(model)
-    state.trained, state.frozen, state.statistics = plan.split(model)
-    return state
 
 
 class Model:
@@ -160,8 +225,8 @@ def load(checkpoint: str | Path) -> Model:
     with jax.enable_x64(False):  # a program of one's own may want it; a checkpoint holds what was made without
         task = make_task(config)
         mesh = sharding.make_mesh(MeshConfig(data=1, fsdp=1), jax.local_devices()[:1])
-        plan, state, at = restore_model(workdir, step, config, task, mesh)
-    return Model(task, plan.graph, state, at)
+        blueprint, state, at = restore_model(workdir, step, config, task, mesh)
+    return Model(task, blueprint.graph, state, at)
 
 
 def locate(checkpoint: str | Path) -> tuple[Path, int | None]:
@@ -176,19 +241,38 @@ def stored_tensors(checkpoint: str | Path) -> dict[str, np.ndarray]:
     """All parameters and running statistics of a trained model by per-block name; errors as `load`."""
     workdir, step = locate(checkpoint)
     config = config_lib.load(workdir)
-    plan, state, _ = restore_model(workdir, step, config, make_task(config), sharding.make_mesh(MeshConfig(1, 1), jax.local_devices()[:1]))
-    return weights.tensors(nnx.merge(plan.graph, *state))
+    blueprint, state, _ = restore_model(
+        workdir, step, config, make_task(config), sharding.make_mesh(MeshConfig(1, 1), jax.local_devices()[:1])
+    )
+    return weights.tensors(nnx.merge(blueprint.graph, *state))
 
 
-def restore_model(workdir: Path, step: int | None, config: Config, task: Task, mesh: Mesh) -> tuple[Plan, ModelState, int]:
-    """The model of a checkpoint, without its optimiser: (plan, state, step)."""
-    plan = Plan.of(task, config.model.freeze)
-    like, _ = abstract_state(plan, config, mesh)
+def restore_model(workdir: Path, step: int | None, config: Config, task: Task, mesh: Mesh) -> tuple[Blueprint, ModelState, int]:
+    """The model of a checkpoint, without its optimiser: (blueprint, state, step)."""
     if not (workdir / "checkpoints").is_dir():
         raise FileNotFoundError(f"{workdir} holds no checkpoints; train first, or give another workdir")
     checkpoints = Checkpoints(workdir, read_only=True)
+    blueprint = stored_blueprint(checkpoints, step, task, config.model.freeze)
+    like, _ = abstract_state(blueprint, config, mesh)
     stored = checkpoints.restore_model(like, step)
     checkpoints.close()
     if stored is None:
         raise FileNotFoundError(f"{workdir}/checkpoints is empty; train first, or give another workdir")
-    return plan, (stored["trained"], stored["frozen"], stored["statistics"]), int(stored["step"])
+    return blueprint, (stored["trained"], stored["frozen"], stored["statistics"]), int(stored["step"])
+
+
+def stored_blueprint(checkpoints: Checkpoints, step: int | None, task: Task, freeze: str) -> Blueprint:
+    """The model as its newest checkpoint holds it, or as that of `step` does.
+
+    How it was trained decides where its stacked segments end and what was frozen, so both are read from the checkpoint.
+    """
+    for at in checkpoints.steps()[::-1] if step is None else [step]:
+        try:
+            shapes = checkpoints.shapes(at)
+        except Exception:  # whatever a damaged file leads to; whoever reads its arrays says what is wrong
+            continue
+        paths = {tuple(name.removesuffix(".value").split(".")): shape for name, shape in shapes.items()}
+        frozen = {name for path, shape in paths.items() if path[0] == "frozen" for name in weights.named(path[1:], shape)}
+        inner = {path[1:]: shape for path, shape in paths.items() if path[0] in ("trained", "frozen")}
+        return Blueprint.stored(task, weights.segment_ends(inner, "backbone"), frozen)
+    return Blueprint.of(task, freeze)

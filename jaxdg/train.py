@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
-from jaxdg import cli, distributed, runtime, weights
+from jaxdg import cli, distributed, methods, runtime, weights
 from jaxdg import config as config_lib
 from jaxdg import workdir as workdir_lib
 from jaxdg.cli import Interrupt, Stop
@@ -35,7 +35,7 @@ from jaxdg.data.samplers import Sampler, class_totals, make_sampler
 from jaxdg.data.transforms import Augmentation
 from jaxdg.evaluate import agree_on_images, evaluate_domains, open_domains, print_results, standings, summary, trained_on, write_results
 from jaxdg.results import NO_TRUTH, reference
-from jaxdg.tasks import Plan, abstract_state, initial_state, make_task
+from jaxdg.tasks import Blueprint, abstract_state, initial_state, make_task
 from jaxdg.training import optimizer as optimizer_lib
 from jaxdg.training import sharding
 from jaxdg.training.checkpoint import Checkpoints, check_path
@@ -63,7 +63,7 @@ def train(config: Config, workdir: Path, console: Console, interrupt: Interrupt,
 def run(config: Config, workdir: Path, console: Console, interrupt: Interrupt, traced: range, closing: contextlib.ExitStack) -> None:
     """Trains in a reserved workdir, which is claimed when everything is open; `closing` closes what was opened."""
     # --- Data: everything is opened and checked before the first step -----------------------------------------------------
-    d, task = config.data, make_task(config)
+    d, task = config.data, make_task(config, methods.active(config))
     if config.model.start is None and not workdir_lib.saved(workdir):
         for file in filter(None, (config.model.weights, config.model.text_weights)):
             weights.metadata(file)  # fails early where there is no such file
@@ -90,24 +90,25 @@ def run(config: Config, workdir: Path, console: Console, interrupt: Interrupt, t
             f"batch_size {config.batch_size} in {config.optimizer.accumulate} parts is not divisible by {mesh.size} devices; "
             f"allowed: a multiple of {mesh.size * config.optimizer.accumulate}"
         )
-    plan = Plan.of(task, config.model.freeze)
-    like, optimizer = abstract_state(plan, config, mesh)
+    blueprint = Blueprint.of(task, config.model.freeze)
+    like, optimizer = abstract_state(blueprint, config, mesh, task.methods)
     checkpoints = Checkpoints(workdir, config.keep_checkpoints, say=console.print)
     closing.callback(checkpoints.close)
     state = checkpoints.restore(like, say=console.print)
     if state is None:
-        state = initial_state(task, plan, like, optimizer)
+        state = initial_state(task, blueprint, like, optimizer)
     else:
         console.print(f"resuming from step {int(state.step)}")
-    describe(config, plan, source, mesh, console)
+    describe(config, blueprint, source, mesh, console)
 
     # --- What a step needs -------------------------------------------------------------------------------------------------
     start = int(state.step)
     shardings = jax.tree.map(lambda leaf: leaf.sharding, like)
     key, parts = jax.random.key(config.seed), config.optimizer.accumulate
-    step_fn = make_step(plan.graph, optimizer, task.normalizer, task.losses, key, shardings, parts)
+    step_fn = make_step(blueprint.graph, optimizer, task.loss_denominator, task.losses, key, shardings, parts)
     step_fn = profiled(step_fn, traced, start, workdir / "profile")
-    prepare, evaluator = task.preparation(mesh), task.evaluator(plan.graph, mesh)
+    prepare, evaluator = task.preparation(mesh), task.evaluator((blueprint.finished or blueprint).graph, mesh)
+    finished_model = jax.jit(lambda state: blueprint.finish(task, state)) if blueprint.finished else None
     batches = train_batches(
         source,
         sampler,
@@ -117,7 +118,7 @@ def run(config: Config, workdir: Path, console: Console, interrupt: Interrupt, t
         start=start,
         stop=config.steps,
         max_boxes=d.max_boxes,
-        styles=config.tldr.on,
+        styles=any(method.wants_pictures for method in task.methods),
         workers=d.workers,
         shard=(jax.process_index(), jax.process_count()),
     )
@@ -138,7 +139,7 @@ def run(config: Config, workdir: Path, console: Console, interrupt: Interrupt, t
         """Judges the state on domains; its checkpoint is on its way to disk already, so stopping here loses nothing."""
         step = int(state.step)
         log.say(f"evaluating step {step} on {', '.join(names)}")
-        model_state = (state.trained, state.frozen, state.statistics)
+        model_state = finished_model(state) if finished_model else (state.trained, state.frozen, state.statistics)
         chosen = {name: domains[name] for name in names}
         results = evaluate_domains(evaluator, model_state, chosen, standing, lambda *_: interrupt.check())
         everything = summary(task, config, step, results)
@@ -171,7 +172,7 @@ def run(config: Config, workdir: Path, console: Console, interrupt: Interrupt, t
     try:
         with log:
             if not config.steps and not workdir_lib.saved(workdir):
-                checkpoints.save(state)  # nothing is trained: what was loaded is the result
+                checkpoints.save(state, finished_model and finished_model(state))  # nothing is trained: what was loaded is the result
                 state = checkpoints.reread(like, 0)
             expected = domains if (start or not config.steps) and due(start, config.eval_every, config.steps) else {}
             # The run died between this step's checkpoint and the end of its evaluation, or domains were added.
@@ -185,7 +186,7 @@ def run(config: Config, workdir: Path, console: Console, interrupt: Interrupt, t
                 if interrupt.asked or evaluates or due(step, config.checkpoint_every, config.steps):
                     log.flush()  # a non-finite loss must stop the run before it is saved
                     with log.pause():
-                        checkpoints.save(state)
+                        checkpoints.save(state, finished_model and finished_model(state))
                         interrupt.check()
                         if step == config.steps:
                             state = None  # it need not fit twice
@@ -239,11 +240,11 @@ def finished(config: Config, workdir: Path, console: Console) -> bool:
     return True
 
 
-def describe(config: Config, plan: Plan, source: Dataset, mesh: Any, console: Console) -> None:
+def describe(config: Config, blueprint: Blueprint, source: Dataset, mesh: Any, console: Console) -> None:
     """One line on what is about to happen."""
     count = lambda state: sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(state)) / 1e6
-    trained, frozen, _ = plan.abstract
-    kept = f", {count(frozen):.2f} M frozen" if plan.frozen else ""
+    trained, frozen, _ = blueprint.abstract
+    kept = f", {count(frozen):.2f} M frozen" if blueprint.frozen else ""
     encoder = f"{config.model.encoder} ({config.model.start or config.model.weights or 'from scratch'})"
     console.print(
         f"{encoder} + {config.model.decoder}: {count(trained):.2f} M parameters trained{kept}; "

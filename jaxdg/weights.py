@@ -8,7 +8,7 @@ says how its own stored tensors are fitted to it (positions resized) or that it 
 ValueError where a file was made for another module of the same shapes.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 import json
 import os
 from pathlib import Path
@@ -32,14 +32,22 @@ CODES = {
     "uint8": "U8",
     "bool": "BOOL",
 }
+SEGMENTS = "segments"  # the attribute that holds stacked blocks, see `backbones.stacking`
 STORED = (nnx.Param, nnx.BatchStat)  # what a weights file holds: parameters and running statistics
 
 
 class Slot(NamedTuple):
-    """Where a named tensor lives: the leaf's path in the state and, for stacked blocks, the layer in its leading axis."""
+    """Where a named tensor lives.
+
+    Attributes:
+        path: of the leaf in the state.
+        layer: of a stacked block, its place in the leading axis of the leaf.
+        stack: of a stacked block, the name of the stack, such as `backbone.blocks`.
+    """
 
     path: tuple[Any, ...]
-    layer: int | None
+    layer: int | None = None
+    stack: str | None = None
 
 
 def slots(state: nnx.State) -> dict[str, Slot]:
@@ -51,15 +59,40 @@ def slots(state: nnx.State) -> dict[str, Slot]:
     Returns:
         {"blocks.3.norm1.scale": Slot(("blocks", "segments", "0", "norm1", "scale"), 3), ...}, sorted by path.
     """
-    named: dict[str, Slot] = {}
-    for path, leaf in nnx.to_flat_state(state):
-        if "segments" not in path:
-            named[".".join(map(str, path))] = Slot(path, None)
-            continue
-        at = path.index("segments")  # a segment is called by its first block
-        for layer in range(leaf.shape[0]):
-            named[".".join(map(str, (*path[:at], int(str(path[at + 1])) + layer, *path[at + 2 :])))] = Slot(path, layer)
-    return named
+    return {name: slot for path, leaf in nnx.to_flat_state(state) for name, slot in named(path, leaf.shape).items()}
+
+
+def named(path: tuple[Any, ...], shape: Sequence[int]) -> dict[str, Slot]:
+    """The tensors of a leaf of a state by per-block name: one, or those of all blocks that it stacks."""
+    if SEGMENTS not in path:
+        return {".".join(map(str, path)): Slot(path)}
+    at = path.index(SEGMENTS)  # a segment is called by its first block
+    stack, first, rest = ".".join(map(str, path[:at])), int(str(path[at + 1])), path[at + 2 :]
+    return {".".join(map(str, (stack, first + layer, *rest))): Slot(path, layer, stack) for layer in range(shape[0])}
+
+
+def segment_ends(shapes: Mapping[tuple[Any, ...], Sequence[int]], within: str) -> tuple[int, ...]:
+    """The last block of every stacked segment of a part of a model, counted through all its stacks.
+
+    Args:
+        shapes: of the leaves of its state, by path.
+        within: the first word of the paths that count, such as "backbone".
+    """
+    stacks: dict[str, dict[int, int]] = {}  # of each stack: first block of a segment -> blocks in it
+    for path, shape in shapes.items():
+        if path[0] == within and SEGMENTS in path:
+            at = path.index(SEGMENTS)
+            stacks.setdefault(".".join(map(str, path[:at])), {})[int(str(path[at + 1]))] = shape[0]
+    ends, before = [], 0
+    for stack in sorted(stacks):
+        ends += [before + first + count - 1 for first, count in sorted(stacks[stack].items())]
+        before = ends[-1] + 1
+    return tuple(ends)
+
+
+def is_stacked(path: tuple[Any, ...]) -> bool:
+    """Whether a leaf of a state, or of a tree like it, holds stacked blocks along its leading axis."""
+    return any(getattr(key, "key", key) == SEGMENTS for key in path)
 
 
 def tree_by_name(state: nnx.State, value: Callable[[str], float]) -> Any:
@@ -74,7 +107,7 @@ def tree_by_name(state: nnx.State, value: Callable[[str], float]) -> Any:
     """
     flat = dict(nnx.to_flat_state(state))
     factors: dict[tuple, np.ndarray] = {}
-    for name, (path, layer) in slots(state).items():
+    for name, (path, layer, _) in slots(state).items():
         if layer is None:
             factors[path] = np.asarray(value(name), np.float32)
         else:
@@ -92,14 +125,14 @@ def tensors(module: nnx.Module) -> dict[str, np.ndarray]:
     """All parameters and running statistics of `module` as float32 (or their own type) host arrays by per-block name."""
     state = nnx.state(module, nnx.Any(*STORED))
     flat = {path: np.asarray(leaf[...]) for path, leaf in nnx.to_flat_state(state)}
-    return {name: flat[path] if layer is None else flat[path][layer] for name, (path, layer) in slots(state).items()}
+    return {name: flat[path] if layer is None else flat[path][layer] for name, (path, layer, _) in slots(state).items()}
 
 
 def shapes(module: nnx.Module) -> dict[str, tuple[int, ...]]:
     """The shape of every tensor a weights file of `module` must hold, by per-block name; works on abstract modules as well."""
     state = nnx.state(module, nnx.Any(*STORED))
     flat = {path: tuple(leaf.shape) for path, leaf in nnx.to_flat_state(state)}
-    return {name: flat[path] if layer is None else flat[path][1:] for name, (path, layer) in slots(state).items()}
+    return {name: flat[path] if layer is None else flat[path][1:] for name, (path, layer, _) in slots(state).items()}
 
 
 def load(module: nnx.Module, path: str | Path) -> None:
@@ -143,7 +176,7 @@ def fill(module: nnx.Module, stored: Mapping[str, np.ndarray], source: str | Pat
     if problems:
         raise ValueError(f"{source} does not fit this {type(module).__name__}: " + "; ".join(problems))
     filled: dict[tuple, Any] = {}
-    for name, (at, layer) in slots(state).items():
+    for name, (at, layer, _) in slots(state).items():
         filled[at] = stored[name] if layer is None else [*filled.get(at, []), stored[name]]
     for at, variable in nnx.to_flat_state(state):
         old = variable.get_value()  # of an abstract module a shape alone, without a placement

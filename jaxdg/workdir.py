@@ -58,7 +58,7 @@ def check(config: Config, workdir: Path) -> None:
     Raises:
         ValueError: it holds a run of another configuration that has saved something; the message lists the differences.
     """
-    old = stored(workdir)
+    old = stored(workdir, kind=type(config))
     changed = [] if old is None else [*differences(old, config), *_no_longer_skipped(old, config, workdir)]
     if changed and saved(workdir):
         raise ValueError(f"{workdir} holds another run: {'; '.join(changed)}; give another --workdir or the same settings")
@@ -78,7 +78,7 @@ def claim(config: Config, workdir: str | Path, step: int = 0, say: Say = lambda 
     """
     workdir = Path(workdir)
     check(config, workdir)
-    old = stored(workdir, say)
+    old = stored(workdir, say, type(config))
     workdir.mkdir(parents=True, exist_ok=True)
     if old is not None and not saved(workdir) and (changed := differences(old, config)):
         say(f"{workdir} held a run that had saved nothing; it begins anew, with {'; '.join(changed)}")
@@ -99,18 +99,19 @@ def saved(workdir: Path) -> bool:
     return folder.is_dir() and any(name.isdigit() for name in os.listdir(folder))
 
 
-def stored(workdir: Path, say: Say | None = None) -> Config | None:
+def stored(workdir: Path, say: Say | None = None, kind: type[Config] = Config) -> Config | None:
     """The configuration that a workdir holds, None if there is none or it is broken.
 
     Args:
         workdir: of a run.
         say: receives a line where it is broken, which then is set aside.
+        kind: of the configuration, see `config.load`.
 
     Raises:
         ValueError: it is not broken, and no valid configuration.
     """
     try:
-        return config_lib.load(workdir)
+        return config_lib.load(workdir, kind)
     except FileNotFoundError:
         return None
     except files.Broken as error:

@@ -238,9 +238,9 @@ def breakdown(args: argparse.Namespace) -> Iterator[Record]:
     elif config.task == "segmentation":
         output = add("decoder", model.head, lambda head, x: head(x), (features,))
     if config.task == "segmentation":
-        normalizer = jax.jit(model.head.normalizer)(batch["label"])
-        loss = lambda head, output, label, normalizer: sum(head.loss(output, label, normalizer, key).values())
-        add("losses with matching", model.head, loss, (output,), (batch["label"], normalizer))
+        loss_denominator = jax.jit(model.head.loss_denominator)(batch["label"])
+        loss = lambda head, output, label, loss_denominator: sum(head.loss(output, label, loss_denominator, key).values())
+        add("losses with matching", model.head, loss, (output,), (batch["label"], loss_denominator))
     gradient = jax.tree.map(jnp.ones_like, state[0])
     update = lambda moments, gradient, trained: setup.optimizer.update(gradient, moments, trained)
     apply = lambda moments, gradient, trained: optax.apply_updates(trained, update(moments, gradient, trained)[0])
@@ -352,7 +352,7 @@ def precision(args: argparse.Namespace) -> Iterator[Record]:
         config.model.dtype = dtype
         setup = Setup(config)
         places = jax.tree.map(lambda leaf: leaf.sharding, setup.like)
-        of_task = (setup.task.normalizer, setup.task.losses)
+        of_task = (setup.task.loss_denominator, setup.task.losses)
         step = make_step(setup.plan.graph, setup.optimizer, *of_task, jax.random.key(seed), places)
         state, losses = setup.state(), []
         batches = [sharding.to_devices(setup.batch(i), setup.mesh) for i in range(16)]

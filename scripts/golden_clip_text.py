@@ -295,10 +295,12 @@ def full_size(name: str) -> None:
         got = backbones.text_embeddings(CITYSCAPES.names, text)
         decoder = segmentation.ClipTextHeadConfig(CITYSCAPES.names)
         ours: Any = nnx.eval_shape(
-            lambda: segmentation.Segmenter(segmentation.SegmenterConfig(19, encoder, size, decoder), rngs=nnx.Rngs(0))
+            lambda: segmentation.Segmenter(
+                segmentation.SegmenterConfig(num_classes=19, encoder=encoder, image_size=size, decoder=decoder), rngs=nnx.Rngs(0)
+            )
         )
         weights.load(ours.backbone, image)
-        ours.head.load(text)
+        ours.head.load_text(text)
     graph, state = nnx.split(ours)
     found = np.asarray(jax.jit(lambda state, images: nnx.merge(graph, state)(images))(state, jnp.asarray(images)))
     print(

@@ -31,7 +31,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for scripts.flops
 
-from jaxdg import cli, tasks
+from jaxdg import cli, methods, tasks
 from jaxdg.backbones import zoo
 from jaxdg.config import Config, MeshConfig
 from jaxdg.data.transforms import BOX_FIELDS
@@ -167,14 +167,15 @@ def plan(config: Config) -> Plan:
     Raises:
         ValueError: TLDR is on, whose batches are made with weights that are not here.
     """
-    if config.tldr.on:
-        raise ValueError("tldr.on is True; allowed: False, for TLDR's batches are made with weights; with it a step takes twice the images")
+    for name, options in methods.settings(config).items():
+        if options.on:
+            raise ValueError(f"{name}.on is True; allowed: False, for a method may need weights, which are not read here")
     start = time.perf_counter()
     task, mesh = tasks.make_task(config), sharding.make_mesh(config.mesh)
-    model = tasks.Plan.of(task, config.model.freeze)
+    model = tasks.Blueprint.of(task, config.model.freeze)
     state, optimizer = tasks.abstract_state(model, config, mesh)
     places = jax.tree.map(lambda leaf: leaf.sharding, state)
-    step = make_step(model.graph, optimizer, task.normalizer, task.losses, jax.random.key(0), places, config.optimizer.accumulate)
+    step = make_step(model.graph, optimizer, task.loss_denominator, task.losses, jax.random.key(0), places, config.optimizer.accumulate)
     batch = abstract_batch(task, mesh)
     # Machine code that never runs need not be good.
     quick = {"xla_backend_optimization_level": "0", "xla_llvm_disable_expensive_passes": "True"}

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxdg import config as config_lib
-from jaxdg import tasks
+from jaxdg import methods, tasks
 from jaxdg.config import Config
 from jaxdg.data.datasets import STREETS, FolderOptions, open_domain
 from jaxdg.data.labels import LabelSet
@@ -42,18 +42,19 @@ class Setup:
         Raises:
             ValueError: TLDR is on, whose batches are made with weights that are not read.
         """
-        if config.tldr.on:
-            raise ValueError("tldr.on is True; allowed: False, for TLDR's batches are made with weights, and none are read here")
+        for name, options in methods.settings(config).items():
+            if options.on:
+                raise ValueError(f"{name}.on is True; allowed: False, for a method may need weights, which are not read here")
         config.model.weights = config.model.text_weights = config.model.start = None
         self.config = config
         self.task = tasks.make_task(config)
         if classes is not None:
             self.task.labels = LabelSet(tuple(map(str, range(classes))), ((0, 0, 0),) * classes)
         self.mesh = sharding.make_mesh(config.mesh)
-        self.plan = tasks.Plan.of(self.task, config.model.freeze)
+        self.plan = tasks.Blueprint.of(self.task, config.model.freeze)
         self.like, self.optimizer = tasks.abstract_state(self.plan, config, self.mesh)
         places = jax.tree.map(lambda leaf: leaf.sharding, self.like)
-        of_task = (self.task.normalizer, self.task.losses)
+        of_task = (self.task.loss_denominator, self.task.losses)
         self.step = make_step(self.plan.graph, self.optimizer, *of_task, jax.random.key(0), places, config.optimizer.accumulate)
 
     def state(self) -> Any:
@@ -150,7 +151,7 @@ def train_flops(setup: Setup) -> float:
     """Of one step on the whole batch."""
     plain = without_remat(setup)
     batch = {key: jax.ShapeDtypeStruct(value.shape, value.dtype) for key, value in plain.batch().items()}
-    losses = (plain.task.normalizer, plain.task.losses, jax.random.key(0), 1)
+    losses = (plain.task.loss_denominator, plain.task.losses, jax.random.key(0), 1)
     return count(lambda state, batch: gradients(plain.plan.graph, state, batch, *losses), plain.like, batch)
 
 

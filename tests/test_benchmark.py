@@ -98,7 +98,7 @@ def test_recomputation_is_no_work_of_the_model():
     assert train_flops(again) == needed
     assert encoder_flops(again, train=True) == encoder_flops(plain, train=True)
     batch = {key: jax.ShapeDtypeStruct(value.shape, value.dtype) for key, value in again.batch().items()}
-    losses = (again.task.normalizer, again.task.losses, jax.random.key(0), 1)
+    losses = (again.task.loss_denominator, again.task.losses, jax.random.key(0), 1)
     done = count(lambda state, batch: gradients(again.plan.graph, state, batch, *losses), again.like, batch)
     assert done - needed > 0.5 * encoder_flops(plain, train=False)
 

@@ -19,11 +19,12 @@ from jaxdg.config import Config, MeshConfig, ModelConfig, validated
 from jaxdg.data.boxes import CARLA, BoxOptions, open_box_files, open_boxes
 from jaxdg.data.labels import LabelSet
 from jaxdg.data.prepare import prepare
+from jaxdg.detection.arrays import Detected
 from jaxdg.detection.average_precision import AveragePrecision, Detections, Truth
 from jaxdg.detection.coco_format import read_coco
 from jaxdg.detection.fcos import FcosConfig
-from jaxdg.detection.head import Detected
 from jaxdg.detection.rcnn import RcnnConfig
+from jaxdg.detection.rpn import RpnConfig
 from jaxdg.training import sharding
 from jaxdg.training.step import TrainState, gradients
 from jaxdg.training.writer import read_metrics
@@ -274,9 +275,10 @@ def test_fuller_images_than_training_has_room_for_are_judged_whole():
 def test_eight_devices_do_what_one_does(decoder):
     """The same batch, with images of none and of many boxes, and the same parameters: loss terms and gradients."""
     c = tiny(model__decoder=decoder, data__max_boxes=6)
-    r = c.model.rcnn
-    r.channels, r.convs, r.hidden, r.before, r.after, r.proposals, r.rpn_samples = 8, 1, 8, (16, 16), (16, 16), 8, 8
-    r.levels, r.anchors = (1, 2), (8.0, 16.0, 32.0)
+    r = c.model.faster_rcnn
+    r.channels, r.levels = 8, (1, 2)
+    r.rpn = RpnConfig(sizes=((8.0,), (16.0,), (32.0,)), samples=8, before=(16, 16), after=(16, 16))
+    r.roi = dataclasses.replace(r.roi, channels=8, convs=1, hidden=8, proposals=8)
     c, rng, n = validated(c), np.random.default_rng(0), (8, 6)
     corners = rng.uniform(0, 24, (*n, 2))
     batch = {
@@ -288,14 +290,16 @@ def test_eight_devices_do_what_one_does(decoder):
         "crowd": np.zeros(n, bool),
     }
     task = tasks.make_task(c)
-    plan = tasks.Plan.of(task, "none")
+    plan = tasks.Blueprint.of(task, "none")
     host = jax.tree.map(lambda leaf: (0.3 * rng.normal(size=leaf.shape)).astype(leaf.dtype), plan.abstract)
     outcomes = []
     for devices in (1, 8):
         mesh = sharding.make_mesh(MeshConfig(devices, 1), jax.devices()[:devices])
         trained, frozen, statistics = jax.device_put(host, sharding.replicated(mesh))
         state = TrainState(0, trained, frozen, statistics, ())
-        compute = jax.jit(lambda state, batch: gradients(plan.graph, state, batch, task.normalizer, task.losses, jax.random.key(0), 1))
+        compute = jax.jit(
+            lambda state, batch: gradients(plan.graph, state, batch, task.loss_denominator, task.losses, jax.random.key(0), 1)
+        )
         outcomes.append(jax.device_get(compute(state, sharding.to_devices(batch, mesh))))
     (one, _, terms), (eight, _, terms8) = outcomes
     assert min(terms.values()) > 0
@@ -326,10 +330,10 @@ def test_heads_of_the_configuration():
         ({"data__rare_class_temperature": 0.01}, r"data\.rare_class_temperature is 0\.01; allowed: 0 with task detection"),
         ({"data__max_class_share": 0.5}, r"data\.max_class_share is 0\.5; allowed: 1 with task detection"),
         ({"model__taps": (1, 2)}, r"model\.taps is \(1, 2\); allowed: \(\) with task detection"),
-        ({"model__text_weights": "x"}, r"model\.text_weights is x; allowed: None but with model\.decoder faster_rcnn_c4"),
+        ({"model__text_weights": "x"}, r"model\.text_weights is set; allowed: None but with model\.decoder faster_rcnn_c4"),
         (
-            {"model__decoder": "cascade_rcnn", "model__rcnn__levels": (1, 2)},
-            r"model\.rcnn\.anchors is .* one for each of model\.rcnn\.levels",
+            {"model__decoder": "cascade_rcnn", "model__cascade_rcnn__levels": (1, 2)},
+            r"model\.cascade_rcnn\.rpn\.sizes is .* one for each of model\.cascade_rcnn\.levels",
         ),
         ({"model__fcos__nms": 1.5}, r"model\.fcos\.nms is 1\.5; allowed: 0 to 1"),
         ({"model__fcos__groups": 3}, r"channels of the single-stage head are 8; they must divide by groups, 3"),

@@ -46,7 +46,7 @@ class Run:
     def __init__(self, c: Config):
         self.config, self.task = c, tasks.Segmentation(c)
         self.mesh = sharding.make_mesh(MeshConfig(2, 1), jax.devices()[:2])
-        self.plan = tasks.Plan.of(self.task, "none")
+        self.plan = tasks.Blueprint.of(self.task, "none")
         rng = np.random.default_rng(0)
         host = jax.tree.map(lambda leaf: rng.normal(0, 0.5, leaf.shape).astype(leaf.dtype), self.plan.abstract)
         self.state = jax.device_put(host, sharding.replicated(self.mesh))
@@ -393,6 +393,7 @@ def test_what_was_trained_on_is_asked_of_workdir_then_images_then_names(tmp_path
     assert "told by its name alone" in said[0]
     started = evaluate.trained_on(here, here.open("acdc/night", train=True), run, said.append)
     started.save(run)
+    (run / "checkpoints/2").mkdir(parents=True)  # what a workdir notes counts once it has saved something
     assert evaluate.known_source(elsewhere, run, said.append).images is not None
     (before / "source.npz").write_bytes((run / "source.npz").read_bytes())
     c = config(data__source="clear", model__start=str(before))

@@ -13,7 +13,7 @@ from jaxdg import config as config_lib
 from jaxdg import export
 from jaxdg import workdir as workdir_lib
 from jaxdg.config import Config, MeshConfig
-from jaxdg.tasks import Model, Plan, abstract_state, make_task
+from jaxdg.tasks import Model, abstract_state, make_task
 from jaxdg.training import sharding
 from jaxdg.training.checkpoint import Checkpoints
 
@@ -57,7 +57,7 @@ def drawn(like):
 def model_with(decoder):
     """A model as `jaxdg.load` gives it."""
     task = make_task(config(decoder))
-    plan = Plan.of(task, "none")
+    plan = Blueprint.of(task, "none")
     return Model(task, plan.graph, drawn(plan.abstract), 1)
 
 
@@ -124,7 +124,7 @@ def test_the_command(tmp_path):
     workdir_lib.claim(c, run)
     mesh = sharding.make_mesh(c.mesh, jax.devices()[:1])
     checkpoints = Checkpoints(run)
-    checkpoints.save(drawn(abstract_state(Plan.of(make_task(c), "none"), c, mesh)[0]))
+    checkpoints.save(drawn(abstract_state(Blueprint.of(make_task(c), "none"), c, mesh)[0]))
     checkpoints.close()
     command = [sys.executable, "-m", "jaxdg.export", "--checkpoint", str(run), "--out", str(tmp_path / "m.stablehlo")]
     done = subprocess.run([*command, "--platform", "cpu"], capture_output=True, text=True)

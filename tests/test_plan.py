@@ -13,7 +13,7 @@ import pytest
 
 from jaxdg import config as config_lib
 from jaxdg.config import Config, MeshConfig
-from jaxdg.tasks import Plan, abstract_state, make_task
+from jaxdg.tasks import Blueprint, abstract_state, make_task
 from jaxdg.training import sharding
 from scripts import plan
 
@@ -94,7 +94,7 @@ def test_planned_bytes_are_those_of_a_real_state():
     """Parameters and optimiser take on each of eight devices what the arrays of a run take there; what divides is divided."""
     config = tiny("segmentation")
     p, task = plan.plan(config), make_task(config)
-    model = Plan.of(task, config.model.freeze)
+    model = Blueprint.of(task, config.model.freeze)
     like, _ = abstract_state(model, config, sharding.make_mesh(config.mesh))
     state = jax.tree.map(lambda leaf: jax.device_put(np.zeros(leaf.shape, leaf.dtype), leaf.sharding), like)
     for device in jax.devices():
@@ -117,7 +117,7 @@ def test_detectors_take_the_planned_batch():
 
     def losses(batch):
         model = task.model(nnx.Rngs(0))
-        return task.losses(model, batch, task.normalizer(model, batch), jax.random.key(0))
+        return task.losses(model, batch, task.loss_denominator(model, batch), jax.random.key(0))
 
     terms = jax.eval_shape(losses, plan.abstract_batch(task, sharding.make_mesh(task.config.mesh)))
     assert terms

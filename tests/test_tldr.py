@@ -11,11 +11,13 @@ import numpy as np
 import pytest
 
 import jaxdg
-from jaxdg import cli, config, tasks, tldr, train, weights
+from jaxdg import cli, config, methods, tasks, train, weights
 from jaxdg.backbones import VitConfig, create, join_taps, zoo
-from jaxdg.config import Config, MeshConfig, TldrOptions, validated
+from jaxdg.config import Config, MeshConfig, validated
 from jaxdg.detection.detector import Detector, DetectorConfig
 from jaxdg.detection_task import head_config
+from jaxdg.methods import tldr
+from jaxdg.methods.tldr import TldrOptions
 from jaxdg.training import sharding
 from jaxdg.training.writer import read_metrics
 
@@ -69,8 +71,8 @@ def test_terms_of_equal_textures_have_no_gradient():
 
 
 def test_layers_are_quarters_and_stages():
-    """The last block of each quarter, of any depth; watching adds taps before the last that is read and leaves what is read in place."""
-    assert [tldr.watched(depth) for depth in (4, 12, 24, 2)] == [(0, 1, 2, 3), (2, 5, 8, 11), (5, 11, 17, 23), (0, 1)]
+    """The last block of each quarter, of any depth; observing adds taps before the last that is read and leaves what is read in place."""
+    assert [tldr.quarters(depth) for depth in (4, 12, 24, 2)] == [(0, 1, 2, 3), (2, 5, 8, 11), (5, 11, 17, 23), (0, 1)]
     assert join_taps((9, 14, 19, 23), (5, 11, 17, 23)) == ((5, 9, 11, 14, 17, 19, 23), (1, 3, 5, 6), (0, 2, 4, 6))
     assert join_taps((7,), (2, 5, 8, 11)) == ((2, 5, 7), (2,), (0, 1))
     assert join_taps((2, 5), ()) == ((2, 5), (0, 1), ())
@@ -161,9 +163,9 @@ def test_the_loss_is_the_mean_of_images_and_stylised_ones(task, tmp_path):
     """
     c = tiny(task, tmp_path)
     devices = sharding.make_mesh(MeshConfig(1, 1), jax.devices()[:1])
-    run = tasks.make_task(c)
-    plan = tasks.Plan.of(run, "none")
-    like, optimizer = tasks.abstract_state(plan, c, devices)
+    run = tasks.make_task(c, methods.active(c))
+    plan = tasks.Blueprint.of(run, "none")
+    like, optimizer = tasks.abstract_state(plan, c, devices, run.methods)
     state = tasks.initial_state(run, plan, like, optimizer)
     state.trained = jax.tree.map(lambda x: 1.1 * x + 0.01, state.trained)  # textures change
     rng = np.random.default_rng(0)
@@ -186,12 +188,12 @@ def test_the_loss_is_the_mean_of_images_and_stylised_ones(task, tmp_path):
     np.testing.assert_allclose(prepared["share"], np.full(8, (1 - 2 / 4) / 8), rtol=1e-6)
     key = jax.random.key(3)
 
-    def losses(task: Any, plan: tasks.Plan) -> Any:
+    def losses(task: Any, plan: tasks.Blueprint) -> Any:
         """Loss terms of a part of a batch: (state, part, whole batch)."""
 
         def compute(state, part, whole):
             model = nnx.merge(plan.graph, *state)
-            return task.losses(model, part, task.normalizer(model, whole), key)
+            return task.losses(model, part, task.loss_denominator(model, whole), key)
 
         return jax.jit(compute)
 
@@ -202,7 +204,7 @@ def test_the_loss_is_the_mean_of_images_and_stylised_ones(task, tmp_path):
     plain_config.tldr.on = False
     plain: Any = tasks.make_task(plain_config)
     plain.distort = lambda images, key: images  # they have been distorted
-    other = tasks.Plan.of(plain, "none")
+    other = tasks.Blueprint.of(plain, "none")
     model: Any = nnx.eval_shape(lambda: plain.model(nnx.Rngs(0)))
     weights.fill(model, weights.tensors(nnx.merge(plan.graph, *model_state)), "the run")
     alone, split = losses(plain, other), other.split(model)
@@ -219,7 +221,7 @@ def test_the_loss_is_the_mean_of_images_and_stylised_ones(task, tmp_path):
         spread = run.preparation(everywhere)(sharding.to_devices(fields, everywhere), 2)
         for name in prepared:
             np.testing.assert_allclose(spread[name], prepared[name], rtol=1e-4, atol=1e-3)
-        like, _ = tasks.abstract_state(plan, c, everywhere)
+        like, _ = tasks.abstract_state(plan, c, everywhere, run.methods)
         places = jax.tree.map(lambda leaf: leaf.sharding, (like.trained, like.frozen, like.statistics))
         found = measure(jax.device_put(model_state, places), spread, spread)
     for name in terms:
@@ -238,17 +240,17 @@ def test_what_tldr_needs(tmp_path):
         validated(c)
 
 
-def test_watching_leaves_a_two_stage_detector_as_it_is():
-    """A detector on a CLIP ResNet's third stage has the same parameters and outputs when its first stages are watched as well (shapes)."""
+def test_observing_leaves_a_two_stage_detector_as_it_is():
+    """A detector on a CLIP ResNet's third stage has the same parameters and outputs when its first stages are observed as well (shapes)."""
     found = []
-    for watched in ((), (0, 1, 2, 3)):
-        head = config.RcnnOptions(attention_pool=True)
-        c = DetectorConfig(2, "clip_rn50", (64, 96), head_config(config.ModelConfig(decoder="faster_rcnn_c4", rcnn=head)), watched=watched)
+    for observed in ((), (0, 1, 2, 3)):
+        head = head_config(config.ModelConfig(decoder="faster_rcnn_c4"))
+        c = DetectorConfig(num_classes=2, encoder="clip_rn50", image_size=(64, 96), head=head, observed=observed)
         model = nnx.eval_shape(lambda c=c: Detector(c, rngs=nnx.Rngs(0)))
         features = nnx.eval_shape(lambda m: m.encode(jnp.zeros((1, 64, 96, 3))), model)
         output = nnx.eval_shape(lambda m: m(jnp.zeros((1, 64, 96, 3))), model)
         found.append((weights.shapes(model), [leaf.shape for leaf in jax.tree.leaves(output)]))
-        assert len(features) == (4 if watched else 2)
-        assert [features[i].shape[-1] for i in model.watched] == [256, 512, 1024, 2048][: len(watched)]
+        assert len(features) == (4 if observed else 2)
+        assert [features[i].shape[-1] for i in model.observed] == [256, 512, 1024, 2048][: len(observed)]
         assert [features[i].shape[-1] for i in model.read] == [1024, 2048]
     assert found[0] == found[1]

@@ -97,7 +97,7 @@ class Runs:
         """Every array of the last checkpoint."""
         c = config.load(self.folder / workdir)
         task, mesh = tasks.make_task(c), sharding.make_mesh(MeshConfig(1, 1), jax.devices()[:1])
-        like, _ = tasks.abstract_state(tasks.Plan.of(task, c.model.freeze), c, mesh)
+        like, _ = tasks.abstract_state(tasks.Blueprint.of(task, c.model.freeze), c, mesh)
         checkpoints = Checkpoints(self.folder / workdir)
         state = checkpoints.restore(like, c.steps)
         checkpoints.close()
@@ -125,7 +125,7 @@ def test_a_run_starts_from_another_runs_model(runs):
     c = config.load(runs.folder / "whole")
     c.model.start, c.model.freeze, c.data.crop = str(runs.folder / "whole"), "first 2", (48, 48)
     task, mesh = tasks.make_task(c), sharding.make_mesh(MeshConfig(1, 1), jax.devices()[:1])
-    plan = tasks.Plan.of(task, c.model.freeze)
+    plan = tasks.Blueprint.of(task, c.model.freeze)
     like, optimizer = tasks.abstract_state(plan, c, mesh)
     state = train.initial_state(task, plan, like, optimizer)
     found = weights.tensors(nnx.merge(plan.graph, state.trained, state.frozen, state.statistics))

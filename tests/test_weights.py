@@ -53,12 +53,13 @@ def test_slots_point_at_the_right_layer(taps, boundaries):
     found = weights.tensors(module)
     slots = weights.slots(nnx.state(module, nnx.Param))
     for block in (0, 3, 9, 10, 12):
-        path, layer = slots[f"blocks.{block}.mlp.fc2.bias"]
+        path, layer, stack = slots[f"blocks.{block}.mlp.fc2.bias"]
+        assert stack == "blocks"
         assert path[-2:] == ("fc2", "bias")
         value = np.asarray(flat[path][...])[layer]
         assert {int(v) for v in value} == {block}
         np.testing.assert_array_equal(found[f"blocks.{block}.mlp.fc2.bias"], value)
-    assert slots["cls_token"] == weights.Slot(("cls_token",), None)
+    assert slots["cls_token"] == weights.Slot(("cls_token",))
 
 
 @pytest.mark.parametrize(("taps", "boundaries"), CUTS)

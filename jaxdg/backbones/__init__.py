@@ -6,7 +6,7 @@ from jaxdg.backbones.clip_vit import ClipVit, ClipVitConfig
 from jaxdg.backbones.deit3 import Deit3, Deit3Config
 from jaxdg.backbones.dinov2 import Dinov2, Dinov2Config, Dinov2GiantConfig
 from jaxdg.backbones.dinov3 import Dinov3, Dinov3Config
-from jaxdg.backbones.encoder import Encoder, EncoderConfig, StagedConfig, join_taps
+from jaxdg.backbones.encoder import Encoder, EncoderConfig, EncoderOptions, StagedConfig, join_taps
 from jaxdg.backbones.eva02 import Eva02, Eva02Config
 from jaxdg.backbones.eva_clip import EvaClip, EvaClipConfig
 from jaxdg.backbones.mit import Mit, MitConfig
@@ -15,7 +15,7 @@ from jaxdg.backbones.pyramid import Pyramid
 from jaxdg.backbones.sam import Sam, SamConfig
 from jaxdg.backbones.siglip import Siglip, SiglipConfig
 from jaxdg.backbones.vit import Vit, VitConfig
-from jaxdg.backbones.zoo import ZOO, create, entry
+from jaxdg.backbones.zoo import ZOO, build, create, entry
 
 __all__ = [
     "TEXT_TOWERS",
@@ -35,6 +35,7 @@ __all__ = [
     "Dinov3Config",
     "Encoder",
     "EncoderConfig",
+    "EncoderOptions",
     "Eva02",
     "Eva02Config",
     "EvaClip",
@@ -51,6 +52,7 @@ __all__ = [
     "StagedConfig",
     "Vit",
     "VitConfig",
+    "build",
     "create",
     "entry",
     "join_taps",

@@ -33,6 +33,10 @@ class ClipResnetConfig(StagedConfig):
     pool_grid: int = 7
     embedding: int = 1024
 
+    def build(self, *, rngs: nnx.Rngs) -> "ClipResnet":
+        """See `EncoderConfig.build`."""
+        return ClipResnet(self, rngs=rngs)
+
 
 class FrozenBatchNorm(nnx.Module):
     """Batch normalisation with given statistics; all four tensors are loaded and saved, and none is trained."""
@@ -197,10 +201,16 @@ class ClipResnet(Encoder):
 
     def adapt(self, name: str, tensor: np.ndarray) -> np.ndarray | None:
         """Fits a stored tensor to this encoder: stages past the last tap, and then the pool, are not needed (None)."""
-        found = re.match(r"layer(\d)\.", name)
-        unused = int(found[1]) > self.config.used if found else name.startswith("attnpool.") and self.attnpool is None
-        return None if unused else tensor
+        stage = self.unit_of(name)
+        if stage is None:
+            return None if self.unused(name) and self.attnpool is None else tensor
+        return None if stage >= self.config.used else tensor
 
-    def unread(self, name: str) -> bool:
-        """See `Encoder.unread`: the attention pool."""
+    def unit_of(self, name: str) -> int | None:
+        """See `Encoder.unit_of`."""
+        found = re.match(r"layer(\d)\.", name)
+        return int(found[1]) - 1 if found else None
+
+    def unused(self, name: str) -> bool:
+        """See `Encoder.unused`: the attention pool."""
         return name.startswith("attnpool.")

@@ -31,6 +31,10 @@ class ClipVitConfig(VitConfig):
 
     activation: Literal["quick_gelu", "gelu"] = "quick_gelu"
 
+    def build(self, *, rngs: nnx.Rngs) -> "ClipVit":
+        """See `EncoderConfig.build`."""
+        return ClipVit(self, rngs=rngs)
+
 
 class Mlp(nnx.Module):
     """Two linear layers with the activation between."""

@@ -21,6 +21,10 @@ INITIAL_SCALE = 1e-4
 class Deit3Config(VitConfig):
     """A DeiT-III encoder; fields of `VitConfig`."""
 
+    def build(self, *, rngs: nnx.Rngs) -> "Deit3":
+        """See `EncoderConfig.build`."""
+        return Deit3(self, rngs=rngs)
+
 
 class LayerScale(nnx.Module):
     """A learned factor for each channel of a branch (Touvron et al. 2021), small at first."""

@@ -36,6 +36,10 @@ class Dinov2Config(VitConfig):
 
     registers: int = 0
 
+    def build(self, *, rngs: nnx.Rngs) -> "Dinov2":
+        """See `EncoderConfig.build`."""
+        return Dinov2(self, rngs=rngs)
+
     @property
     def prefix(self) -> int:
         """Tokens before those of the patches: the class token and the registers."""

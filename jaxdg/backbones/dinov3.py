@@ -32,6 +32,10 @@ class Dinov3Config(VitConfig):
 
     registers: int = 4
 
+    def build(self, *, rngs: nnx.Rngs) -> "Dinov3":
+        """See `EncoderConfig.build`."""
+        return Dinov3(self, rngs=rngs)
+
     @property
     def prefix(self) -> int:
         """Tokens before those of the patches: the class token and the registers."""

@@ -8,9 +8,37 @@ from jaxtyping import Array, Float, Key
 import numpy as np
 
 
+@dataclasses.dataclass(unsafe_hash=True, kw_only=True)
+class EncoderOptions:
+    """What a run says of its encoder. A run may change it until it builds a model, which keeps a copy.
+
+    Attributes:
+        encoder: a name of the zoo (`jaxdg.backbones.ZOO`). Default scratch_ti8.
+        taps: blocks whose features are read, from 0, or stages of a hierarchical encoder; () for the zoo's choice: the last block of
+            each quarter, or what VLTSeg reads; all stages. Default ().
+        patch_size: side of the encoder's patches in pixels; None for that of its pre-training. Default None.
+        patch_resize: how the kernel of stored patches of another size is resized: flexi (FlexiViT's pseudo-inverse) or bicubic. Default
+            flexi.
+        window: rows and columns of tokens in the windows that most blocks of EVA-02 attend in, for large images (ViTDet: 16); 0: every
+            block attends to the whole image. Default 0.
+        drop_path: probability of skipping the branches of the encoder's last block in training; grows linearly from 0. Default 0.
+        remat: recompute encoder blocks in the backward pass: less memory, a third more time. Default False.
+        dtype: compute type, float32 or bfloat16; parameters stay float32. Default float32.
+    """
+
+    encoder: str = "scratch_ti8"
+    taps: tuple[int, ...] = ()
+    patch_size: int | None = None
+    patch_resize: str = "flexi"
+    window: int = 0
+    drop_path: float = 0.0
+    remat: bool = False
+    dtype: str = "float32"
+
+
 @dataclasses.dataclass(frozen=True)
 class EncoderConfig:
-    """Fields that all encoders have.
+    """Fields that all encoders have. Each family says what it is built as, and how it takes the options of a run.
 
     Attributes:
         image_size: height and width in pixels.
@@ -33,6 +61,47 @@ class EncoderConfig:
     dtype: str = "float32"
     mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
     std: tuple[float, float, float] = (0.5, 0.5, 0.5)
+
+    def build(self, *, rngs: nnx.Rngs) -> "Encoder":
+        """The encoder with random parameters.
+
+        Raises:
+            ValueError: sizes that do not fit together.
+        """
+        raise NotImplementedError
+
+    def configured(self, options: EncoderOptions, image_size: tuple[int, int], boundaries: tuple[int, ...]) -> "EncoderConfig":
+        """This encoder as a run wants it.
+
+        Args:
+            options: of the run.
+            image_size: height and width in pixels.
+            boundaries: further blocks after which a stacked segment ends.
+
+        Raises:
+            ValueError: taps outside the encoder, or an option that this family does not have.
+        """
+        name, taps = options.encoder, tuple(sorted(options.taps)) or self.taps
+        if taps[0] < 0 or taps[-1] >= self.depth or len(set(taps)) != len(taps):
+            raise ValueError(f"taps {taps} of {name} must be different blocks in 0..{self.depth - 1}")
+        if options.patch_size is not None:
+            raise ValueError(f"{name} does not cut images into patches of one size; leave patch_size (model.patch_size) out")
+        if options.window:
+            raise ValueError(f"{name} cannot attend in windows of a chosen size, EVA-02 alone can; leave window (model.window) out")
+        return dataclasses.replace(
+            self,
+            image_size=image_size,
+            taps=taps,
+            boundaries=boundaries,
+            drop_path=options.drop_path,
+            remat=options.remat,
+            dtype=options.dtype,
+        )
+
+    @property
+    def unit(self) -> str:
+        """What `depth` and taps count, for people."""
+        return "block"
 
     @property
     def strides(self) -> tuple[int, ...]:
@@ -62,6 +131,11 @@ class StagedConfig(EncoderConfig):
     widths: tuple[int, int, int, int] = (32, 64, 160, 256)
 
     @property
+    def unit(self) -> str:
+        """See `EncoderConfig.unit`."""
+        return "stage"
+
+    @property
     def strides(self) -> tuple[int, ...]:
         """See `EncoderConfig.strides`."""
         return tuple(4 << tap for tap in self.taps)
@@ -82,18 +156,19 @@ class StagedConfig(EncoderConfig):
         return tuple(end - first for end in self.boundaries if 0 <= end - first < self.blocks[stage])
 
 
-def join_taps(read: Sequence[int], watched: Sequence[int]) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
-    """Taps of an encoder whose features a decoder reads, some of them, and others watch.
+def join_taps(read: Sequence[int], observed: Sequence[int]) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
+    """The taps of an encoder whose features a decoder reads and a training method observes.
 
     Args:
-        read: blocks, ascending.
-        watched: blocks; those past the last that is read are left out, as they need not be built.
+        read: blocks that the decoder reads, ascending.
+        observed: blocks that a method observes. Those past the last one that is read are left out, as they need not be built.
 
     Returns:
-        The taps, and where among them are those that are read, and those that are watched.
+        The taps, the places among them of the blocks that are read, and those of the blocks that are observed.
     """
-    taps = tuple(sorted([*read, *(block for block in watched if block < read[-1] and block not in read)]))
-    return taps, tuple(taps.index(block) for block in read), tuple(taps.index(block) for block in watched if block in taps)
+    taps = tuple(sorted([*read, *(block for block in observed if block < read[-1] and block not in read)]))
+    places = {block: place for place, block in enumerate(taps)}
+    return taps, tuple(places[block] for block in read), tuple(places[block] for block in observed if block in places)
 
 
 class Encoder(nnx.Module):
@@ -124,8 +199,15 @@ class Encoder(nnx.Module):
         """Fits a stored tensor to this encoder (positions resized); None where it has no use for one."""
         return tensor
 
-    def unread(self, name: str) -> bool:
-        """Whether no feature reads this parameter, so that training would only let it decay; it then stays as loaded."""
+    def unit_of(self, name: str) -> int | None:
+        """The block, or stage of a hierarchical encoder, that a parameter belongs to, from 0.
+
+        None: it comes before or after all of them, as embeddings do.
+        """
+        raise NotImplementedError
+
+    def unused(self, name: str) -> bool:
+        """Whether no feature depends on this parameter. Training would only let it decay, so it stays as loaded."""
         return False
 
     def check_size(self, images: Float[Array | np.ndarray, "b h w 3"]) -> None:

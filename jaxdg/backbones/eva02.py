@@ -19,6 +19,7 @@ from jaxtyping import Array, Float
 import numpy as np
 
 from jaxdg.backbones import layers
+from jaxdg.backbones.encoder import EncoderConfig, EncoderOptions
 from jaxdg.backbones.vit import PatchEmbed, Vit, VitConfig
 
 PRETRAINED_GRID = 16  # rows and columns on which rotary positions count in whole steps, whatever the grid of the run
@@ -41,6 +42,15 @@ class Eva02Config(VitConfig):
     inner_attn_ln: bool = True
     random_positions: bool = False
     window: int = 0
+
+    def build(self, *, rngs: nnx.Rngs) -> "Eva02":
+        """See `EncoderConfig.build`."""
+        return Eva02(self, rngs=rngs)
+
+    def configured(self, options: EncoderOptions, image_size: tuple[int, int], boundaries: tuple[int, ...]) -> EncoderConfig:
+        """See `EncoderConfig.configured`; these may attend in windows."""
+        config = super().configured(dataclasses.replace(options, window=0), image_size, boundaries)
+        return dataclasses.replace(config, window=options.window)
 
     @property
     def global_blocks(self) -> tuple[int, ...]:

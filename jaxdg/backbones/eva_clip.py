@@ -27,6 +27,10 @@ class EvaClipConfig(VitConfig):
 
     postnorm: bool = False
 
+    def build(self, *, rngs: nnx.Rngs) -> "EvaClip":
+        """See `EncoderConfig.build`."""
+        return EvaClip(self, rngs=rngs)
+
 
 class Attention(vit.Attention):
     """Multi-head self-attention with one fused projection without bias."""

@@ -44,6 +44,11 @@ class Stack(nnx.Module):
         # A segment is called by its first block, so that any part of the parameters tells which blocks it holds.
         self.segments = nnx.Dict({str(start): segment(start, end + 1 - start) for start, end in zip(starts, self.ends, strict=True)})
 
+    def single(self, block: int) -> nnx.Module:
+        """A block (from 0) that is a segment of its own, as a module without the layer axis."""
+        graph, state = nnx.split(self.segments[str(block)])
+        return nnx.merge(graph, jax.tree.map(lambda leaf: leaf[0], state))
+
     def __call__(self, x: Array, scales: Array | None, *shared) -> dict[int, Array]:
         """Runs all blocks as `block(x, scale, *shared)`, one row of `scales` each; returns each segment's output by its last block.
 

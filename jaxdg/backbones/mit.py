@@ -30,6 +30,10 @@ class MitConfig(StagedConfig):
     heads: tuple[int, int, int, int] = (1, 2, 5, 8)
     reductions: tuple[int, int, int, int] = (8, 4, 2, 1)
 
+    def build(self, *, rngs: nnx.Rngs) -> "Mit":
+        """See `EncoderConfig.build`."""
+        return Mit(self, rngs=rngs)
+
     def size(self, stage: int) -> tuple[int, int]:
         """Rows and columns of a stage's map: the image's sides over its stride, rounded up."""
         height, width = (-(-side // (4 << stage)) for side in self.image_size)
@@ -174,5 +178,10 @@ class Mit(Encoder):
 
     def adapt(self, name: str, tensor: np.ndarray) -> np.ndarray | None:
         """Fits a stored tensor to this encoder: stages past the last tap are not needed (None)."""
+        stage = self.unit_of(name)
+        return None if stage is not None and stage >= self.config.used else tensor
+
+    def unit_of(self, name: str) -> int | None:
+        """See `Encoder.unit_of`."""
         found = re.match(r"(?:patch_embed|block|norm)(\d)\.", name)
-        return None if found and int(found[1]) > self.config.used else tensor
+        return int(found[1]) - 1 if found else None

@@ -32,6 +32,10 @@ class SamConfig(VitConfig):
     global_blocks: tuple[int, ...] = (2, 5, 8, 11)
     window: int = 14
 
+    def build(self, *, rngs: nnx.Rngs) -> "Sam":
+        """See `EncoderConfig.build`."""
+        return Sam(self, rngs=rngs)
+
     @property
     def prefix(self) -> int:
         """Tokens before those of the patches: none."""

@@ -22,6 +22,10 @@ from jaxdg.backbones.vit import Attention, PatchEmbed, Vit, VitConfig
 class SiglipConfig(VitConfig):
     """A SigLIP image tower; fields of `VitConfig`."""
 
+    def build(self, *, rngs: nnx.Rngs) -> "Siglip":
+        """See `EncoderConfig.build`."""
+        return Siglip(self, rngs=rngs)
+
     @property
     def prefix(self) -> int:
         """Tokens before those of the patches: none."""

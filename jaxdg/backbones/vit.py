@@ -5,6 +5,7 @@ blocks (`taps`) without the final norm, so neither that norm nor the classifier 
 """
 
 import dataclasses
+import re
 
 from flax import nnx
 import jax
@@ -13,7 +14,7 @@ from jaxtyping import Array, Float, Key
 import numpy as np
 
 from jaxdg.backbones import layers
-from jaxdg.backbones.encoder import Encoder, EncoderConfig
+from jaxdg.backbones.encoder import Encoder, EncoderConfig, EncoderOptions
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,6 +33,21 @@ class VitConfig(EncoderConfig):
     width: int = 192
     heads: int = 3
     patch_resize: str | None = None
+
+    def build(self, *, rngs: nnx.Rngs) -> "Vit":
+        """See `EncoderConfig.build`."""
+        return Vit(self, rngs=rngs)
+
+    def configured(self, options: EncoderOptions, image_size: tuple[int, int], boundaries: tuple[int, ...]) -> EncoderConfig:
+        """See `EncoderConfig.configured`; these have patches of one size."""
+        size, resize = options.patch_size, options.patch_resize
+        config = super().configured(dataclasses.replace(options, patch_size=None), image_size, boundaries)
+        if size is None:
+            return config
+        if size < 1 or resize not in layers.PATCH_RESIZES:
+            allowed = f"at least 1 pixel, and one of {' '.join(layers.PATCH_RESIZES)}"
+            raise ValueError(f"patch_size {size} and patch_resize {resize!r} of {options.encoder}; allowed: {allowed}")
+        return dataclasses.replace(config, patch_size=size, patch_resize=resize)
 
     @property
     def prefix(self) -> int:
@@ -174,6 +190,10 @@ class Vit(Encoder):
             return layers.resize_positions(tensor, c.grid, prefix=c.prefix)
         if name == "patch_embed.proj.kernel" and c.patch_resize is not None and tensor.ndim == 4 and tensor.shape[0] != c.patch_size:
             return layers.resize_patch(tensor, c.patch_size, c.patch_resize)
-        if name.startswith("blocks.") and int(name.split(".")[1]) > c.taps[-1]:
-            return None
-        return tensor
+        block = self.unit_of(name)
+        return None if block is not None and block > c.taps[-1] else tensor
+
+    def unit_of(self, name: str) -> int | None:
+        """See `Encoder.unit_of`."""
+        found = re.match(r"blocks\.(\d+)\.", name)
+        return int(found[1]) if found else None

@@ -1,6 +1,6 @@
 """Every encoder by name: its architecture, the normalisation its weights expect, and where the weights come from."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 import dataclasses
 import difflib
 from pathlib import Path
@@ -10,37 +10,21 @@ from flax import nnx
 import jax
 
 from jaxdg import weights as weights_io
-from jaxdg.backbones import layers
-from jaxdg.backbones.clip_resnet import ClipResnet, ClipResnetConfig
+from jaxdg.backbones.clip_resnet import ClipResnetConfig
 from jaxdg.backbones.clip_text import TEXT_TOWERS
-from jaxdg.backbones.clip_vit import ClipVit, ClipVitConfig
-from jaxdg.backbones.deit3 import Deit3, Deit3Config
-from jaxdg.backbones.dinov2 import Dinov2, Dinov2Config, Dinov2GiantConfig
-from jaxdg.backbones.dinov3 import Dinov3, Dinov3Config
-from jaxdg.backbones.encoder import Encoder, EncoderConfig
-from jaxdg.backbones.eva02 import Eva02, Eva02Config
-from jaxdg.backbones.eva_clip import EvaClip, EvaClipConfig
-from jaxdg.backbones.mit import Mit, MitConfig
+from jaxdg.backbones.clip_vit import ClipVitConfig
+from jaxdg.backbones.deit3 import Deit3Config
+from jaxdg.backbones.dinov2 import Dinov2Config, Dinov2GiantConfig
+from jaxdg.backbones.dinov3 import Dinov3Config
+from jaxdg.backbones.encoder import Encoder, EncoderConfig, EncoderOptions
+from jaxdg.backbones.eva02 import Eva02Config
+from jaxdg.backbones.eva_clip import EvaClipConfig
+from jaxdg.backbones.mit import MitConfig
 from jaxdg.backbones.mocov3 import MocoV3Config
-from jaxdg.backbones.sam import Sam, SamConfig
-from jaxdg.backbones.siglip import Siglip, SiglipConfig
-from jaxdg.backbones.vit import Vit, VitConfig
+from jaxdg.backbones.sam import SamConfig
+from jaxdg.backbones.siglip import SiglipConfig
+from jaxdg.backbones.vit import VitConfig
 
-FAMILIES: dict[type[EncoderConfig], Callable[..., Encoder]] = {
-    VitConfig: Vit,
-    Eva02Config: Eva02,
-    ClipVitConfig: ClipVit,
-    SamConfig: Sam,
-    MitConfig: Mit,
-    ClipResnetConfig: ClipResnet,
-    MocoV3Config: Vit,
-    Deit3Config: Deit3,
-    Dinov2Config: Dinov2,
-    Dinov2GiantConfig: Dinov2,
-    Dinov3Config: Dinov3,
-    SiglipConfig: Siglip,
-    EvaClipConfig: EvaClip,
-}
 IMAGENET: dict[str, Any] = dict(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
 CLIP: dict[str, Any] = dict(mean=(0.48145466, 0.4578275, 0.40821073), std=(0.26862954, 0.26130258, 0.27577711))
 LARGE_TAPS = (9, 14, 19, 23)  # of VLTSeg's encoders with 24 blocks
@@ -274,16 +258,10 @@ def create(
     *,
     variant: str | None = None,
     image_size: tuple[int, int] | None = None,
-    patch_size: int | None = None,
-    patch_resize: str = "flexi",
-    window: int = 0,
     weights: str | Path | None = None,
-    taps: Sequence[int] | None = None,
     boundaries: Sequence[int] = (),
-    drop_path: float = 0.0,
-    remat: bool = False,
-    dtype: str = "float32",
     rngs: nnx.Rngs | None = None,
+    **options: Any,
 ) -> Encoder:
     """Builds the encoder called `name`, with its converted weights if they are given.
 
@@ -291,60 +269,63 @@ def create(
         name: a name of the zoo, such as "augreg_l16".
         variant: "vltseg_repro" of "eva02_clip_l14" is the zoo's "eva02_clip_l14_vltseg_repro"; None is the encoder as its authors run it.
         image_size: height and width in pixels; the pre-training's size if None. Learned positions are resized to it at load.
-        patch_size: side of a patch in pixels, of encoders that cut an image into patches; the pre-training's if None.
-        patch_resize: how the kernel of a stored patch of another size is resized to it: "flexi", FlexiViT's pseudo-inverse, or "bicubic".
-        window: rows and columns of tokens in the windows that most blocks of EVA-02 attend in; 0: all attend to everything.
         weights: a file made by `conversion/torch_to_flax.py`; None leaves random parameters.
-        taps: blocks whose outputs are returned, from 0 (of hierarchical encoders stages); the zoo's choice if None: the last block of
-            each quarter, or what VLTSeg reads; all stages.
         boundaries: further blocks after which a stacked segment ends (where freezing changes).
-        drop_path: probability of skipping the last block's branches in training.
-        remat: recompute blocks in the backward pass.
-        dtype: compute dtype, "float32" or "bfloat16".
         rngs: initialises random parameters; `nnx.Rngs(0)` if None.
+        **options: fields of `EncoderOptions`: `taps`, `patch_size`, `patch_resize`, `window`, `drop_path`, `remat`, `dtype`.
 
     Returns:
         The encoder: images [b, h, w, 3] to one [b, h / stride, w / stride, c] a tap.
 
     Raises:
-        ValueError: an unknown name, taps outside the encoder, a patch size for one without patches, windows for one that has none or
-            its own, or weights that do not fit, all offenders named.
+        TypeError: no such option.
+        ValueError: an unknown name, taps outside the encoder, an option that its family does not have, or weights that do not fit, all
+            offenders named.
     """
-    name = f"{name}_{variant}" if variant else name
-    config = entry(name).config
-    family = FAMILIES[type(config)]
-    chosen = tuple(sorted(taps)) if taps else config.taps
-    if chosen[0] < 0 or chosen[-1] >= config.depth or len(set(chosen)) != len(chosen):
-        raise ValueError(f"taps {chosen} of {name} must be different blocks in 0..{config.depth - 1}")
-    config = dataclasses.replace(
-        config,
-        image_size=tuple(image_size or config.image_size),
-        taps=chosen,
-        boundaries=tuple(boundaries),
-        drop_path=drop_path,
-        remat=remat,
-        dtype=dtype,
-    )
-    if patch_size is not None:
-        if not isinstance(config, VitConfig):
-            raise ValueError(f"{name} does not cut images into patches of one size; leave patch_size (model.patch_size) out")
-        if patch_size < 1 or patch_resize not in layers.PATCH_RESIZES:
-            allowed = f"at least 1 pixel, and one of {' '.join(layers.PATCH_RESIZES)}"
-            raise ValueError(f"patch_size {patch_size} and patch_resize {patch_resize!r} of {name}; allowed: {allowed}")
-        config = dataclasses.replace(config, patch_size=patch_size, patch_resize=patch_resize)
-    if window:
-        if not isinstance(config, Eva02Config):
-            raise ValueError(f"{name} cannot attend in windows of a chosen size, EVA-02 alone can; leave window (model.window) out")
-        config = dataclasses.replace(config, window=window)
-    if min(config.image_size) < max(config.strides):
-        raise ValueError(f"image_size {config.image_size} is smaller than the {max(config.strides)} pixels of one feature of {name}")
+    chosen = EncoderOptions(encoder=f"{name}_{variant}" if variant else name, **{**options, "taps": tuple(options.get("taps") or ())})
+    config = configured(chosen, image_size, boundaries)
     if rngs is not None:
-        backbone = family(config, rngs=rngs)
+        backbone = config.build(rngs=rngs)
     else:
-        graph, state = nnx.split(nnx.eval_shape(lambda: family(config, rngs=nnx.Rngs(0))))
+        graph, state = nnx.split(nnx.eval_shape(lambda: config.build(rngs=nnx.Rngs(0))))
         if weights is None:  # one compiled initialisation instead of one dispatch a parameter; a file fills everything anyway
-            state = jax.jit(lambda: nnx.split(family(config, rngs=nnx.Rngs(0)))[1])()
+            state = jax.jit(lambda: nnx.split(config.build(rngs=nnx.Rngs(0)))[1])()
         backbone = nnx.merge(graph, state)
     if weights is not None:
         weights_io.load(backbone, weights)
     return backbone
+
+
+def build(
+    options: EncoderOptions,
+    *,
+    taps: Sequence[int],
+    image_size: tuple[int, int],
+    boundaries: Sequence[int],
+    rngs: nnx.Rngs,
+) -> Encoder:
+    """The encoder of a model, with random parameters.
+
+    Args:
+        options: what the run says of it; its `taps` are not read.
+        taps: blocks or stages whose features the model needs.
+        image_size: height and width in pixels.
+        boundaries: further blocks after which a stacked segment ends.
+        rngs: initialises the parameters.
+
+    Raises:
+        ValueError: as `create`.
+    """
+    chosen = {field.name: getattr(options, field.name) for field in dataclasses.fields(EncoderOptions)}
+    return configured(EncoderOptions(**{**chosen, "taps": tuple(taps)}), image_size, boundaries).build(rngs=rngs)
+
+
+def configured(options: EncoderOptions, image_size: tuple[int, int] | None, boundaries: Sequence[int]) -> EncoderConfig:
+    """The zoo's encoder as a run wants it; arguments and errors are those of `create`."""
+    config = entry(options.encoder).config
+    config = config.configured(options, image_size or config.image_size, tuple(boundaries))
+    if min(config.image_size) < max(config.strides):
+        raise ValueError(
+            f"image_size {config.image_size} is smaller than the {max(config.strides)} pixels of one feature of {options.encoder}"
+        )
+    return config

@@ -22,7 +22,8 @@ import numpy as np
 
 from jaxdg.detection import boxes as boxlib
 from jaxdg.detection.anchors import points
-from jaxdg.detection.head import Detected, Targets, take
+from jaxdg.detection.arrays import Detected, Targets, take
+from jaxdg.detection.head import Head, HeadConfig
 from jaxdg.detection.losses import giou_loss, masked_sum, sigmoid_cross_entropy, sigmoid_focal_loss
 from jaxdg.detection.nms import nms
 
@@ -34,19 +35,19 @@ PRIOR = 0.01  # probability of every class before training
 normal = nnx.initializers.normal(0.01)
 
 
-@dataclasses.dataclass(frozen=True)
-class FcosConfig:
-    """A light single-stage head; the defaults are those of a small machine, FCOS has 256 channels and 4 convolutions.
+@dataclasses.dataclass(unsafe_hash=True)
+class FcosConfig(HeadConfig):
+    """Sizes of the light single-stage head; the defaults are those of a small machine, FCOS has 256 channels and 4 convolutions.
 
     Attributes:
-        channels: of the pyramid and the towers.
-        convs: convolutions of each tower.
-        groups: of the GroupNorm after each; `channels` must divide by it.
-        levels: of the pyramid, from 0 to 3, that it reads beside the additional coarsest one.
-        score_threshold: least score of a detection, 0 to 1.
-        candidates: best ones that suppression chooses from.
-        nms: IoU above which the better of two boxes of a class suppresses the other.
-        detections: most boxes found in an image.
+        channels: of the pyramid and the towers; a multiple of `groups`. Default 128.
+        convs: convolutions of each tower. Default 2.
+        groups: of the GroupNorm after each. Default 32.
+        levels: of the pyramid, 0 to 3 with 4 to 32 pixels a feature, beside one more that is coarser. Default 1, 2, 3.
+        score_threshold: least score of a detection. Default 0.05.
+        candidates: best ones of an image that suppression chooses from. Default 1000.
+        nms: IoU above which the better of two boxes of a class suppresses the other. Default 0.6.
+        detections: most boxes found in an image. Default 100.
     """
 
     channels: int = 128
@@ -57,6 +58,25 @@ class FcosConfig:
     candidates: int = 1000
     nms: float = 0.6
     detections: int = 100
+
+    @property
+    def pyramid_channels(self) -> int:
+        """See `HeadConfig.pyramid_channels`."""
+        return self.channels
+
+    def build(
+        self,
+        backbone: nnx.Module,
+        num_classes: int,
+        shapes: Sequence[tuple[int, int]],
+        strides: Sequence[int | float],
+        *,
+        image_size: tuple[int, int],
+        dtype: str,
+        rngs: nnx.Rngs,
+    ) -> "Fcos":
+        """See `HeadConfig.build`."""
+        return Fcos(self, num_classes, shapes, strides, dtype=dtype, rngs=rngs)
 
 
 class FcosOutput(NamedTuple):
@@ -73,7 +93,7 @@ class FcosOutput(NamedTuple):
     fit_logits: Float32[Array, "b n"]
 
 
-class Fcos(nnx.Module):
+class Fcos(Head):
     """Levels of a pyramid to the boxes of things."""
 
     def __init__(
@@ -116,8 +136,13 @@ class Fcos(nnx.Module):
         self.bbox_pred = nnx.Conv(c, 4, **kw)
         self.fit = nnx.Conv(c, 1, **kw)
 
-    def __call__(self, features: tuple[Float[Array, "b _ _ c"], ...]) -> FcosOutput:
-        """The maps of all levels, finest first, to predictions."""
+    def __call__(
+        self,
+        features: tuple[Float[Array, "b _ _ c"], ...],
+        key: Key[Array, ""] | None = None,
+        train: bool = False,
+    ) -> FcosOutput:
+        """The maps of all levels, finest first, to predictions; the same in training."""
 
         def level(x):
             classes = boxes = x
@@ -143,12 +168,12 @@ class Fcos(nnx.Module):
         """The true box that each point predicts, -1 for none."""
         return assign_points(targets, points(self.shapes, self.strides), self.strides)
 
-    def normalizer(self, targets: Targets) -> Float32[Array, ""]:
+    def loss_denominator(self, targets: Targets) -> Float32[Array, ""]:
         """What losses are divided by: the points of the global batch that predict a box (at least 1)."""
         return jnp.maximum(jnp.sum(self.assign(targets) >= 0), 1).astype(jnp.float32)
 
     def losses(
-        self, output: FcosOutput, targets: Targets, normalizer: Float32[Array, ""], key: Key[Array, ""] | None = None
+        self, output: FcosOutput, targets: Targets, denominator: Float32[Array, ""], key: Key[Array, ""] | None = None
     ) -> dict[str, Float32[Array, ""]]:
         """The terms "class" (focal), "box" (generalised IoU) and "fit" (cross entropy); nothing is drawn, so `key` is not used."""
         index = self.assign(targets)
@@ -158,9 +183,9 @@ class Fcos(nnx.Module):
         truth, predicted = take(targets.boxes, index), boxlib.decode(output.offsets, self.squares)
         fit = jax.lax.stop_gradient(boxlib.iou(predicted, truth))
         return {
-            "class": jnp.sum(sigmoid_focal_loss(output.class_logits, wanted)) / normalizer,
-            "box": masked_sum(giou_loss(predicted, truth), positive) / normalizer,
-            "fit": masked_sum(sigmoid_cross_entropy(output.fit_logits, fit), positive) / normalizer,
+            "class": jnp.sum(sigmoid_focal_loss(output.class_logits, wanted)) / denominator,
+            "box": masked_sum(giou_loss(predicted, truth), positive) / denominator,
+            "fit": masked_sum(sigmoid_cross_entropy(output.fit_logits, fit), positive) / denominator,
         }
 
     def detections(self, output: FcosOutput, image_sizes: Float32[Array, "b 2"]) -> Detected:

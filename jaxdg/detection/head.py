@@ -1,64 +1,134 @@
-"""What a detector's heads take, what they return, and what they share."""
+"""What every detector's head offers, whatever it computes: features in, boxes and a loss out.
 
-from collections.abc import Mapping
-from typing import NamedTuple
+A new head is one file: its settings that build it, and the module. `jaxdg/config.py` lists the settings of all
+heads, and that list is all that knows them by name.
+"""
 
-import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float32, Int, Int32, Shaped
+from collections.abc import Sequence
+from typing import Any
 
-from jaxdg.detection import boxes as boxlib
+from flax import nnx
+from jaxtyping import Array, Float, Float32, Key
+import numpy as np
+
+from jaxdg import backbones
+from jaxdg.detection.arrays import Detected, Targets
 
 
-class Targets(NamedTuple):
-    """The true boxes of a batch that are to be found; the content of the other slots is 0.
+class HeadConfig:
+    """A head before it is built; each is a dataclass.
 
     Attributes:
-        boxes: x0 y0 x1 y1 in pixels.
-        classes: from 0.
-        valid: slots that hold a box.
+        levels: of the pyramid that boxes are looked for on, from 0 to 3 with 4 to 32 pixels a feature; neighbours, ascending.
     """
 
-    boxes: Float32[Array, "b m 4"]
-    classes: Int32[Array, "b m"]
-    valid: Bool[Array, "b m"]
+    levels: tuple[int, ...]
 
-    @classmethod
-    def of(cls, batch: Mapping[str, Array]) -> "Targets":
-        """Reads a batch.
+    def check(self, name: str) -> None:
+        """Refuses sizes that do not go together.
 
         Args:
-            batch: `boxes` [b, m, 4], `classes` and `valid` [b, m]; where `crowd` [b, m] is true, a box covers a group and is not
-                to be found.
+            name: of these settings in the configuration, for the message.
+
+        Raises:
+            ValueError: which, and what is allowed.
         """
-        valid = batch["valid"] & boxlib.non_empty(batch["boxes"])
-        if "crowd" in batch:
-            valid &= ~batch["crowd"]
-        boxes = jnp.where(valid[..., None], batch["boxes"], 0.0).astype(jnp.float32)
-        return cls(boxes, jnp.where(valid, batch["classes"], 0).astype(jnp.int32), valid)
+
+    def with_texts(self) -> "HeadConfig":
+        """These settings with classes told by the embeddings of their names.
+
+        Raises:
+            ValueError: this head has no such classifier.
+        """
+        raise ValueError("model.text_weights is set; allowed: None but with model.decoder faster_rcnn_c4 and its attention_pool")
+
+    @property
+    def pyramid_channels(self) -> int | None:
+        """Channels of the pyramid between encoder and head; None: the head reads the encoder's own maps."""
+        raise NotImplementedError
+
+    def taps(self, encoder: backbones.EncoderConfig) -> tuple[int, ...]:
+        """The blocks or stages of the encoder that the detector reads."""
+        return self.levels if isinstance(encoder, backbones.StagedConfig) else (encoder.depth - 1,)
+
+    def build(
+        self,
+        backbone: backbones.Encoder,
+        num_classes: int,
+        shapes: Sequence[tuple[int, int]],
+        strides: Sequence[int | float],
+        *,
+        image_size: tuple[int, int],
+        dtype: str,
+        rngs: nnx.Rngs,
+    ) -> "Head":
+        """The head with random parameters.
+
+        Args:
+            backbone: the encoder, of which a head may share modules.
+            num_classes: k.
+            shapes: rows and columns of each level, finest first.
+            strides: pixels a feature of each level.
+            image_size: height and width of training images in pixels.
+            dtype: compute dtype; predictions are float32.
+            rngs: initialises the parameters.
+
+        Raises:
+            ValueError: settings that do not fit together, or not with the encoder.
+        """
+        raise NotImplementedError
+
+    def uses(self, name: str) -> bool:
+        """Whether the head reads a parameter of the encoder (by its name there) that no feature depends on."""
+        return False
 
 
-class Detected(NamedTuple):
-    """Found boxes by descending score, the same number of slots for every image.
+class Head(nnx.Module):
+    """Features to an output that `losses` and `detections` take."""
 
-    Attributes:
-        boxes: x0 y0 x1 y1 in pixels, inside the image.
-        scores: 0 to 1.
-        classes: from 0.
-        valid: slots that hold a box; the content of the others is 0.
-    """
+    def __call__(
+        self,
+        features: tuple[Float[Array, "b _ _ c"], ...],
+        key: Key[Array, ""] | None = None,
+        train: bool = False,
+    ) -> Any:
+        """The output.
 
-    boxes: Float32[Array, "b d 4"]
-    scores: Float32[Array, "b d"]
-    classes: Int32[Array, "b d"]
-    valid: Bool[Array, "b d"]
+        Args:
+            features: one map a level, finest first.
+            key: random key that turns dropout on.
+            train: use (and update) the batch's own statistics where there are any.
+        """
+        raise NotImplementedError
 
-    @classmethod
-    def of(cls, boxes: Array, scores: Array, classes: Array, valid: Array) -> "Detected":
-        """Clears the slots without a box."""
-        clear = lambda x: jnp.where(valid.reshape(*valid.shape, *[1] * (x.ndim - 2)), x, 0)
-        return cls(clear(boxes), clear(scores), clear(classes).astype(jnp.int32), valid)
+    def loss_denominator(self, targets: Targets) -> Float32[Array, ""]:
+        """What losses are divided by, from the true boxes of the global batch."""
+        raise NotImplementedError
 
+    def losses(self, output: Any, targets: Targets, denominator: Float32[Array, ""], key: Key[Array, ""]) -> dict[str, Float32[Array, ""]]:
+        """Named loss terms of a part of a batch, which add up to the loss.
 
-def take(x: Shaped[Array, "b n *c"], index: Int[Array, "b r"]) -> Shaped[Array, "b r *c"]:
-    """Rows of each image."""
-    return jnp.take_along_axis(x, index.reshape(*index.shape, *[1] * (x.ndim - 2)), axis=1, mode="promise_in_bounds")
+        Args:
+            output: of the head.
+            targets: the true boxes.
+            denominator: `loss_denominator` of the global batch.
+            key: draws what losses are computed of.
+        """
+        raise NotImplementedError
+
+    def detections(self, output: Any, image_sizes: Float32[Array, "b 2"]) -> Detected:
+        """What is found.
+
+        Args:
+            output: of the head.
+            image_sizes: height and width of each image in pixels, without padding.
+        """
+        raise NotImplementedError
+
+    def set_texts(self, embeddings: Float[Array | np.ndarray, "k e"]) -> None:
+        """Fills the text classifier with the embeddings of the class names.
+
+        Raises:
+            ValueError: there is none, or it is for other sizes.
+        """
+        raise ValueError("this detector has no text classifier; set text_classifier of a C4 head")

@@ -1,7 +1,7 @@
 """Losses of detectors, element by element: the caller masks, weighs, sums and divides.
 
-So that padding and parts of a batch need no rule of their own: a term is `masked_sum(values, mask) / normalizer`, the normalizer being that
-of the global batch.
+So that padding and parts of a batch need no rule of their own: a term is `masked_sum(values, mask) / denominator`, the denominator being
+that of the global batch.
 """
 
 import jax

@@ -1,4 +1,4 @@
-"""Box heads: what a proposal holds, and where exactly; one after another in a cascade (Cai and Vasconcelos 2018).
+"""Box heads: the class and the exact box of a proposal; one after another in a cascade (Cai and Vasconcelos 2018).
 
 Names, targets and results follow detectron2. Different: the losses of an image are divided by the number of proposals that are to be drawn,
 even where there are not so many.
@@ -15,7 +15,7 @@ import numpy as np
 
 from jaxdg.backbones import ClipResnet
 from jaxdg.detection import boxes as boxlib
-from jaxdg.detection.head import Detected, Targets, take
+from jaxdg.detection.arrays import Detected, Targets, take
 from jaxdg.detection.losses import cross_entropy, masked_sum, smooth_l1
 from jaxdg.detection.nms import nms
 from jaxdg.detection.pyramid import ConvNorm, msra, xavier
@@ -27,26 +27,26 @@ TEMPERATURE = 100.0  # of the cosines to texts, CLIP's at the end of its trainin
 CASCADE = ((0.5, 10.0), (0.6, 20.0), (0.7, 30.0))
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(unsafe_hash=True)
 class RoiHeadsConfig:
     """Box heads.
 
     Attributes:
         stages: of the cascade: the IoU from which a proposal holds the thing, and the weight of the offsets of centres; that of sides is
-            half of it. One stage is a head without a cascade.
-        size: rows and columns of features that a box is pooled to.
-        samples: read along either side of such a feature; None: as many as it has features of the map.
-        aligned: as in `roi_align`; torchvision's detectors are not.
-        channels: of the convolutions.
-        convs: 3x3 ones with LayerNorm.
-        fcs: linear layers after them.
-        hidden: channels of those.
-        class_agnostic: one box for all classes; otherwise one for each, which a cascade does not allow.
-        proposals: drawn for the losses of an image.
-        positive: largest share of things among them.
-        score_threshold: least score of a detection, 0 to 1.
-        nms: IoU above which the better of two boxes of a class suppresses the other.
-        detections: most boxes found in an image.
+            half of it. One stage is a head without a cascade. Default: 0.5 10, 0.6 20, 0.7 30.
+        size: rows and columns of features that a box is pooled to. Default 7.
+        samples: read along either side of such a feature; None: as many as it has features of the map. Default None.
+        aligned: as in `roi_align`; torchvision's detectors are not. Default True.
+        channels: of the convolutions. Default 256.
+        convs: 3x3 ones with LayerNorm. Default 4.
+        fcs: linear layers after them. Default 1.
+        hidden: channels of those. Default 1024.
+        class_agnostic: one box for all classes; otherwise one for each, which a cascade does not allow. Default True.
+        proposals: drawn for the losses of an image. Default 512.
+        positive: largest share of things among them. Default 0.25.
+        score_threshold: least score of a detection. Default 0.05.
+        nms: IoU above which the better of two boxes of a class suppresses the other. Default 0.5.
+        detections: most boxes found in an image. Default 100.
     """
 
     stages: tuple[tuple[float, float], ...] = CASCADE

@@ -15,7 +15,7 @@ from jaxtyping import Array, Bool, Float, Float32, Key
 
 from jaxdg.detection import boxes as boxlib
 from jaxdg.detection.anchors import RATIOS, anchors
-from jaxdg.detection.head import Targets, take
+from jaxdg.detection.arrays import Targets, take
 from jaxdg.detection.losses import masked_sum, sigmoid_cross_entropy, smooth_l1
 from jaxdg.detection.nms import nms
 from jaxdg.detection.sampling import POSITIVE, assign, sample
@@ -23,21 +23,22 @@ from jaxdg.detection.sampling import POSITIVE, assign, sample
 normal = nnx.initializers.normal(0.01)
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(unsafe_hash=True)
 class RpnConfig:
     """Region proposals.
 
     Attributes:
-        convs: 3x3 convolutions before the predictions.
-        sizes: roots of the areas of anchors in pixels, for each level.
-        ratios: height to width of the anchors of each size.
-        rounded: half the sides of anchors are whole pixels, as in torchvision.
+        convs: 3x3 convolutions before the predictions. Default 2.
+        sizes: roots of the areas of anchors in pixels, for each level. Default: 32, 64, 128, 256, 512, one a level.
+        ratios: height to width of the anchors of each size. Default 0.5, 1, 2.
+        rounded: half the sides of anchors are whole pixels, as in torchvision. Default False.
         thresholds: an anchor with less IoU than the first is background, with at least the second a thing; between them it does not count.
-        samples: anchors drawn for the losses of an image.
-        positive: largest share of things among them.
-        before: best proposals of each level that suppression chooses from, in training and in inference.
-        after: best proposals of an image that are left, in training and in inference.
-        nms: IoU above which the better of two proposals of a level suppresses the other.
+            Default 0.3, 0.7.
+        samples: anchors drawn for the losses of an image. Default 256.
+        positive: largest share of things among them. Default 0.5.
+        before: best proposals of each level that suppression chooses from, in training and in inference. Default 2000, 1000.
+        after: best proposals of an image that are left, in training and in inference. Default 1000, 1000.
+        nms: IoU above which the better of two proposals of a level suppresses the other. Default 0.7.
     """
 
     convs: int = 2

@@ -8,23 +8,32 @@ cosines are multiplied by CLIP's temperature, which makes them the logits it was
 embeddings are those of one template. Their key smoothing and prompt denoising are refinements of their own, and not built.
 """
 
+from collections.abc import Sequence
 import dataclasses
 from pathlib import Path
 from typing import Any
 
 from flax import nnx
-import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
-import numpy as np
+from jaxtyping import Array, Float, Key
 
 from jaxdg import backbones, weights
 from jaxdg.backbones.clip_text import normalize
+from jaxdg.segmentation.decoder import DecoderConfig, DecoderOptions
 from jaxdg.segmentation.linear import PixelHead
 
 
+@dataclasses.dataclass(unsafe_hash=True)
+class ClipTextOptions(DecoderOptions):
+    """The zero-shot decoder has no settings."""
+
+    def config(self, classes: Sequence[str], dtype: str) -> "ClipTextHeadConfig":
+        """See `DecoderOptions.config`."""
+        return ClipTextHeadConfig(tuple(classes))
+
+
 @dataclasses.dataclass(frozen=True)
-class ClipTextHeadConfig:
+class ClipTextHeadConfig(DecoderConfig):
     """Class names against features.
 
     Attributes:
@@ -33,9 +42,19 @@ class ClipTextHeadConfig:
 
     names: tuple[str, ...]
 
+    def taps(self, encoder: backbones.EncoderConfig) -> tuple[int, ...]:
+        """What `values` reads: the last block or stage, and the one before it."""
+        return encoder.depth - 2, encoder.depth - 1
+
+    def build(self, channels: Sequence[int], *, encoder: str, rngs: nnx.Rngs) -> "ClipTextHead":
+        """See `DecoderConfig.build`."""
+        return ClipTextHead(self, encoder, rngs=rngs)
+
 
 class ClipTextHead(PixelHead):
-    """Features of `values` to class scores. Nothing of it is trained: `load` fills it."""
+    """Features of `values` to class scores. Nothing of it is trained: `load_text` fills it."""
+
+    trained = False
 
     def __init__(self, config: ClipTextHeadConfig, encoder: str, *, rngs: nnx.Rngs):
         """Builds the head with random parameters.
@@ -59,13 +78,26 @@ class ClipTextHead(PixelHead):
         projection = tower.image_projection
         self.image_projection = None if projection is None else backbones.Projection(projection, rngs=rngs)
 
-    def __call__(self, features: Float[Array, "b h w c"]) -> Float[Array, "b h w k"]:
-        """Class scores (logits) of every feature, float32."""
-        x = features.astype(jnp.float32)
+    def __call__(
+        self,
+        features: tuple[Float[Array, "b h w c"], ...],
+        key: Key[Array, ""] | None = None,
+        train: bool = False,
+    ) -> Float[Array, "b h w k"]:
+        """Class scores (logits) of every feature of the one map of `adapt_features`, float32."""
+        (values,) = features
+        x = values.astype(jnp.float32)
         x = x if self.image_projection is None else self.image_projection(x)
         return jnp.exp(self.logit_scale[...]) * (normalize(x) @ self.texts[...].T)
 
-    def load(self, path: str | Path) -> None:
+    def adapt_features(
+        self, backbone: backbones.Encoder, features: tuple[Float[Array, "b _ _ _"], ...]
+    ) -> tuple[Float[Array, "b _ _ _"], ...]:
+        """See `Decoder.adapt_features`: the last attention is undone, as `values` says."""
+        before, last = features
+        return (values(backbone, before, last),)
+
+    def load_text(self, path: str | Path) -> None:
         """Fills the head from a converted text tower: the embeddings of its class names, and the way into their space.
 
         Args:
@@ -83,29 +115,22 @@ class ClipTextHead(PixelHead):
         weights.fill(self, stored | {"texts": tower.embeddings(self.names)}, path)
 
 
-def taps(encoder: str) -> tuple[int, ...]:
-    """What `values` reads of an encoder, and that the last block or stage is built."""
-    depth = backbones.entry(encoder).config.depth
-    return depth - 2, depth - 1
-
-
-def values(backbone: backbones.Encoder, images: Float[Array | np.ndarray, "b h w 3"]) -> Float[Array, "b gh gw c"]:
+def values(backbone: backbones.Encoder, before: Float[Array, "b h w c"], last: Float[Array, "b _ _ _"]) -> Float[Array, "b gh gw e"]:
     """The last features of an image tower with its last attention undone, as MaskCLIP computes them.
 
     Args:
-        backbone: with the taps of `taps`.
-        images: [b, h, w, 3] normalised for it.
+        backbone: the tower, whose last two blocks or stages are tapped.
+        before: features before the last block or stage.
+        last: features after it.
 
     Returns:
         What its last norm and projection take of each patch; of a ResNet, each pixel's embedding, not normalised.
     """
-    before, last = backbone(images)
     if isinstance(backbone, backbones.ClipResnet):
         return backbone.pool_dense(last)
     assert isinstance(backbone, backbones.Vit)
     # The last block lies between two taps, so it is a segment of its own.
-    graph, state = nnx.split(backbone.blocks.segments[str(backbone.config.depth - 1)])
-    block: Any = nnx.merge(graph, jax.tree.map(lambda leaf: leaf[0], state))
+    block: Any = backbone.blocks.single(backbone.config.depth - 1)
     x = before.reshape(before.shape[0], -1, before.shape[-1])
     x = x + block.attn.alone(block.norm1(x))
     return (x + block.mlp(block.norm2(x))).reshape(before.shape)

@@ -5,25 +5,27 @@ the k class scores are enlarged. A probe of what the encoder knows rather than a
 """
 
 from collections.abc import Sequence
+import dataclasses
 
 from flax import nnx
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key, UInt8
 
+from jaxdg.segmentation.decoder import Decoder, DecoderConfig, DecoderOptions
 from jaxdg.segmentation.sliding_window import resize_scores
 
 IGNORE = 255
 
 
-class PixelHead(nnx.Module):
+class PixelHead(Decoder):
     """What decoders share whose output is class scores of every pixel, at the finest map's resolution."""
 
     def scores(self, output: Float[Array, "b h w k"], size: tuple[int, int]) -> Float[Array, "b H W k"]:
         """Class scores of `output` at an image size."""
         return resize_scores(output, size)
 
-    def normalizer(self, label: UInt8[Array, "b H W"]) -> Float[Array, ""]:
+    def loss_denominator(self, label: UInt8[Array, "b H W"]) -> Float[Array, ""]:
         """What the loss is divided by: the labelled pixels of the global batch (at least 1)."""
         return jnp.maximum(jnp.sum(label != IGNORE), 1).astype(jnp.float32)
 
@@ -31,10 +33,10 @@ class PixelHead(nnx.Module):
         self,
         output: Float[Array, "b h w k"],
         label: UInt8[Array, "b H W"],
-        normalizer: Float[Array, ""],
+        denominator: Float[Array, ""],
         key: Key[Array, ""] | None = None,
     ) -> dict[str, Float[Array, ""]]:
-        """Cross entropy at the label's resolution, summed over labelled pixels and divided by `normalizer`.
+        """Cross entropy at the label's resolution, summed over labelled pixels and divided by `denominator`.
 
         A batch's loss is thus the sum of the losses of its parts, whatever their sizes. Nothing is drawn, so `key` is not used.
         """
@@ -44,7 +46,33 @@ class PixelHead(nnx.Module):
         log_p = jax.nn.log_softmax(logits)
         # A one-hot product instead of a gather: its gradient needs no scatter.
         picked = jnp.sum(log_p * jax.nn.one_hot(label, logits.shape[-1], dtype=log_p.dtype), axis=-1)
-        return {"cross_entropy": -jnp.sum(jnp.where(valid, picked, 0.0)) / normalizer}
+        return {"cross_entropy": -jnp.sum(jnp.where(valid, picked, 0.0)) / denominator}
+
+
+@dataclasses.dataclass(unsafe_hash=True)
+class LinearOptions(DecoderOptions):
+    """The linear decoder has no settings."""
+
+    def config(self, classes: Sequence[str], dtype: str) -> "LinearConfig":
+        """See `DecoderOptions.config`."""
+        return LinearConfig(len(classes), dtype)
+
+
+@dataclasses.dataclass(frozen=True)
+class LinearConfig(DecoderConfig):
+    """A linear head.
+
+    Attributes:
+        num_classes: k.
+        dtype: compute dtype of the linear layers; scores are float32.
+    """
+
+    num_classes: int
+    dtype: str = "float32"
+
+    def build(self, channels: Sequence[int], *, encoder: str, rngs: nnx.Rngs) -> "LinearHead":
+        """See `DecoderConfig.build`."""
+        return LinearHead(self.num_classes, channels, dtype=self.dtype, rngs=rngs)
 
 
 class LinearHead(PixelHead):
@@ -60,8 +88,13 @@ class LinearHead(PixelHead):
         self.norms = nnx.List([nnx.LayerNorm(c, epsilon=1e-6, rngs=rngs) for c in channels])
         self.classifiers = nnx.List([nnx.Linear(c, num_classes, dtype=jnp.dtype(dtype), rngs=rngs) for c in channels])
 
-    def __call__(self, features: tuple[Float[Array, "b _ _ _"], ...]) -> Float[Array, "b h w k"]:
-        """Class scores (logits) at the size of the finest map, float32."""
+    def __call__(
+        self,
+        features: tuple[Float[Array, "b _ _ _"], ...],
+        key: Key[Array, ""] | None = None,
+        train: bool = False,
+    ) -> Float[Array, "b h w k"]:
+        """Class scores (logits) at the size of the finest map, float32; the same in training."""
         _, h, w, _ = features[0].shape
         readings = [read(norm(x)) for norm, read, x in zip(self.norms, self.classifiers, features, strict=True)]
         return sum((resize_scores(r.astype(jnp.float32), (h, w)) for r in readings), start=jnp.zeros((), jnp.float32))

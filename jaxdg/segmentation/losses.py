@@ -6,7 +6,7 @@ target at points of its own, most of them chosen where the mask is least certain
 
 - Slot j of an image's targets is class j, with a flag whether the class occurs, so shapes never depend on the labels.
 - Target masks are read from the label map, at the points alone, instead of being laid out one a class.
-- The terms are divided by a `Normalizer` from outside, so that a batch may be computed in parts.
+- The terms are divided by a `LossDenominator` from outside, so that a batch may be computed in parts.
 
 Points are (x, y), 0 to 1 from the left and the top edge of the map. All is float32, whatever the logits are.
 """
@@ -25,7 +25,7 @@ OVERSAMPLE = 3  # candidates drawn for each point of the loss
 IMPORTANCE = 0.75  # share of the points that are the least certain candidates; the rest is drawn uniformly
 
 
-class Normalizer(NamedTuple):
+class LossDenominator(NamedTuple):
     """What the loss terms of the global batch are divided by.
 
     Attributes:
@@ -42,7 +42,7 @@ def classes_present(label: UInt8[Array, "b H W"], num_classes: int) -> Bool[Arra
     return jnp.any(label[:, None] == jnp.arange(num_classes, dtype=jnp.uint8)[:, None, None], axis=(2, 3))
 
 
-def mask2former_normalizer(label: UInt8[Array, "b H W"], num_classes: int, num_queries: int) -> Normalizer:
+def mask2former_loss_denominator(label: UInt8[Array, "b H W"], num_classes: int, num_queries: int) -> LossDenominator:
     """Counts what `mask2former_loss` is divided by.
 
     Args:
@@ -51,14 +51,14 @@ def mask2former_normalizer(label: UInt8[Array, "b H W"], num_classes: int, num_q
         num_queries: q.
     """
     masks = jnp.sum(classes_present(label, num_classes)).astype(jnp.float32)
-    return Normalizer(jnp.maximum(masks, 1), masks + NO_OBJECT * (label.shape[0] * num_queries - masks))
+    return LossDenominator(jnp.maximum(masks, 1), masks + NO_OBJECT * (label.shape[0] * num_queries - masks))
 
 
 def mask2former_loss(
     class_logits: Float[Array, "l b q c"],
     mask_logits: Float[Array, "l b q h w"],
     label: UInt8[Array, "b H W"],
-    normalizer: Normalizer,
+    denominator: LossDenominator,
     key: Key[Array, ""],
     *,
     points: int = 12544,
@@ -69,7 +69,7 @@ def mask2former_loss(
         class_logits: of each prediction l; the k classes and, last, "no object": c = k + 1.
         mask_logits: of each prediction, at any resolution.
         label: class ids; 255, like any id from k on, belongs to no mask.
-        normalizer: `mask2former_normalizer` of the global batch. The losses of its parts then add up to the loss of the whole.
+        denominator: `mask2former_loss_denominator` of the global batch. The losses of its parts then add up to the loss of the whole.
         key: draws the points.
         points: a mask is compared on, in the matching as in the loss.
 
@@ -104,9 +104,9 @@ def mask2former_loss(
 
     entropy, mask, dice = (jnp.sum(x) for x in jax.lax.map(terms, (class_logits, mask_logits, query, points_keys)))
     return {
-        "class": WEIGHTS[0] * entropy / normalizer.class_weight,
-        "mask": WEIGHTS[1] * mask / normalizer.masks,
-        "dice": WEIGHTS[2] * dice / normalizer.masks,
+        "class": WEIGHTS[0] * entropy / denominator.class_weight,
+        "mask": WEIGHTS[1] * mask / denominator.masks,
+        "dice": WEIGHTS[2] * dice / denominator.masks,
     }
 
 

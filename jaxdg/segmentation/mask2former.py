@@ -16,33 +16,32 @@ from jaxtyping import Array, Bool, Float, Float32, Key, UInt8
 import numpy as np
 
 from jaxdg.backbones.layers import attention
+from jaxdg.segmentation.decoder import Decoder, DecoderConfig, DecoderOptions
 from jaxdg.segmentation.deformable_attention import kernel_init
-from jaxdg.segmentation.losses import Normalizer, mask2former_loss, mask2former_normalizer
+from jaxdg.segmentation.losses import LossDenominator, mask2former_loss, mask2former_loss_denominator
 from jaxdg.segmentation.pixel_decoder import GROUPS, LEVELS, PixelDecoder, sine_positions
 from jaxdg.segmentation.sliding_window import resize_scores
 
 
-@dataclasses.dataclass(frozen=True)
-class Mask2FormerConfig:
-    """A Mask2Former head; the defaults are those of VLTSeg.
+@dataclasses.dataclass(unsafe_hash=True)
+class Mask2FormerOptions(DecoderOptions):
+    """Sizes of the Mask2Former decoder; the defaults are VLTSeg's.
 
     Attributes:
-        num_classes: k.
-        hidden: channels of everything inside; a multiple of 32 and of `heads`.
-        queries: masks predicted for an image; training needs `num_classes` at least.
-        heads: of all attention.
-        pixel_layers: of deformable attention in the pixel decoder.
-        pixel_ffn: channels inside their MLPs.
-        layers: of the transformer decoder; there is one prediction more.
-        ffn: channels inside their MLPs.
-        sampling_points: read by a head of the deformable attention on each level.
-        points: at which matching and losses compare masks.
+        hidden: channels of everything inside; a multiple of 32 and of `heads`. Default 256.
+        queries: masks predicted for an image; at least the number of classes. Default 100.
+        heads: of all attention. Default 8.
+        pixel_layers: of deformable attention in the pixel decoder. Default 6.
+        pixel_ffn: channels inside their MLPs. Default 1024.
+        layers: of the transformer decoder; there is one prediction more. Default 9.
+        ffn: channels inside their MLPs. Default 2048.
+        sampling_points: read by a head of the deformable attention on each level. Default 4.
+        points: at which matching and losses compare masks. Default 12544.
         published_init: start as the authors' code does: most kernels by Xavier, sampling points on a compass. False: every kernel,
             and where sampling points lie, within 1 / sqrt(fan_in), as transformers' modules start when they are built one by one.
-        dtype: compute dtype; predictions are float32.
+            Default True.
     """
 
-    num_classes: int
     hidden: int = 256
     queries: int = 100
     heads: int = 8
@@ -53,7 +52,32 @@ class Mask2FormerConfig:
     sampling_points: int = 4
     points: int = 12544
     published_init: bool = True
-    dtype: str = "float32"
+
+    def config(self, classes: Sequence[str], dtype: str) -> "Mask2FormerConfig":
+        """See `DecoderOptions.config`."""
+        k = len(classes)
+        if self.queries < k:
+            raise ValueError(f"model.mask2former.queries is {self.queries}; allowed: at least one for each of the {k} classes")
+        return Mask2FormerConfig(num_classes=k, dtype=dtype, **vars(self))
+
+
+@dataclasses.dataclass(unsafe_hash=True)
+class Mask2FormerConfig(Mask2FormerOptions, DecoderConfig):
+    """A Mask2Former head; fields of `Mask2FormerOptions` and what a run adds to them.
+
+    Attributes:
+        num_classes: k.
+        dtype: compute dtype; predictions are float32.
+    """
+
+    num_classes: int = dataclasses.field(kw_only=True)
+    dtype: str = dataclasses.field(default="float32", kw_only=True)
+
+    needs_levels = True
+
+    def build(self, channels: Sequence[int], *, encoder: str, rngs: nnx.Rngs) -> "Mask2Former":
+        """See `DecoderConfig.build`."""
+        return Mask2Former(self, channels, rngs=rngs)
 
 
 def layer_norm(channels: int, rngs: nnx.Rngs) -> nnx.LayerNorm:
@@ -127,7 +151,7 @@ class MaskEmbed(nnx.Module):
         return last(jax.nn.relu(second(jax.nn.relu(first(x)))))
 
 
-class Mask2Former(nnx.Module):
+class Mask2Former(Decoder):
     """Four feature maps to a class and a mask for every query, once before the first layer and once after each."""
 
     def __init__(self, config: Mask2FormerConfig, channels: Sequence[int], *, rngs: nnx.Rngs):
@@ -167,8 +191,16 @@ class Mask2Former(nnx.Module):
         )
         self.mask_embed = MaskEmbed(c, rngs=rngs)
 
-    def __call__(self, features: tuple[Float[Array, "b _ _ _"], ...]) -> tuple[Float32[Array, "l b q k1"], Float32[Array, "l b q h w"]]:
-        """Four maps, finest first, to class logits (the last class is "no object") and mask logits of the finest map's size."""
+    def __call__(
+        self,
+        features: tuple[Float[Array, "b _ _ _"], ...],
+        key: Key[Array, ""] | None = None,
+        train: bool = False,
+    ) -> tuple[Float32[Array, "l b q k1"], Float32[Array, "l b q h w"]]:
+        """Four maps, finest first, to class logits (the last class is "no object") and mask logits of the finest map's size.
+
+        Nothing differs in training.
+        """
         return self.decode(*self.pixel_decoder(features))
 
     def decode(
@@ -195,7 +227,7 @@ class Mask2Former(nnx.Module):
         queries, embeds = [normed], [self.mask_embed(normed)]
         for i, layer in enumerate(self.layers):
             level = i % LEVELS
-            mask = looked_at(jax.lax.stop_gradient(embeds[-1]), coarse[level]) if attention_masks is None else attention_masks[i]
+            mask = attended_pixels(jax.lax.stop_gradient(embeds[-1]), coarse[level]) if attention_masks is None else attention_masks[i]
             x = layer(x, query_positions, memories[level], positions[level], mask)
             normed = self.decoder_norm(x)
             queries.append(normed)
@@ -210,18 +242,18 @@ class Mask2Former(nnx.Module):
         masks = jax.nn.sigmoid(resize_scores(jnp.moveaxis(mask_logits, 1, -1), size))
         return jnp.einsum("bqk,bhwq->bhwk", jax.nn.softmax(class_logits)[..., :-1], masks)
 
-    def normalizer(self, label: UInt8[Array, "b H W"]) -> Normalizer:
+    def loss_denominator(self, label: UInt8[Array, "b H W"]) -> LossDenominator:
         """What the loss terms are divided by, from the labels of the global batch."""
-        return mask2former_normalizer(label, self.config.num_classes, self.config.queries)
+        return mask2former_loss_denominator(label, self.config.num_classes, self.config.queries)
 
     def loss(
-        self, output: tuple[Array, Array], label: UInt8[Array, "b H W"], normalizer: Normalizer, key: Key[Array, ""]
+        self, output: tuple[Array, Array], label: UInt8[Array, "b H W"], denominator: LossDenominator, key: Key[Array, ""]
     ) -> dict[str, Float[Array, ""]]:
         """Class, mask and dice loss of all predictions; see `mask2former_loss`."""
-        return mask2former_loss(*output, label, normalizer, key, points=self.config.points)
+        return mask2former_loss(*output, label, denominator, key, points=self.config.points)
 
 
-def looked_at(embed: Float[Array, "b q c"], coarse: Float[Array, "b n c"]) -> Bool[Array, "b q n"]:
+def attended_pixels(embed: Float[Array, "b q c"], coarse: Float[Array, "b n c"]) -> Bool[Array, "b q n"]:
     """Where a query looks: at pixels its mask holds with probability 0.5 or more, or everywhere if there are none."""
     outside = jnp.einsum("bqc,bnc->bqn", embed.astype(jnp.float32), coarse) < 0
     return ~outside | jnp.all(outside, axis=-1, keepdims=True)

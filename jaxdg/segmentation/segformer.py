@@ -13,25 +13,43 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
+from jaxdg.segmentation.decoder import DecoderConfig, DecoderOptions
 from jaxdg.segmentation.linear import PixelHead
 from jaxdg.segmentation.sliding_window import resize_scores
 
 DROPOUT = 0.1
 
 
-@dataclasses.dataclass(frozen=True)
-class SegformerConfig:
-    """A SegFormer head.
+@dataclasses.dataclass(unsafe_hash=True)
+class SegformerOptions(DecoderOptions):
+    """Sizes of the SegFormer decoder.
+
+    Attributes:
+        hidden: channels inside; SegFormer has 256 on its encoders B0 and B1, and 768 on larger ones. Default 256.
+    """
+
+    hidden: int = 256
+
+    def config(self, classes: Sequence[str], dtype: str) -> "SegformerConfig":
+        """See `DecoderOptions.config`."""
+        return SegformerConfig(num_classes=len(classes), dtype=dtype, **vars(self))
+
+
+@dataclasses.dataclass(unsafe_hash=True)
+class SegformerConfig(SegformerOptions, DecoderConfig):
+    """A SegFormer head; fields of `SegformerOptions` and what a run adds to them.
 
     Attributes:
         num_classes: k.
-        hidden: channels inside; SegFormer has 256 on its encoders B0 and B1, and 768 on larger ones.
         dtype: compute dtype; normalisation and scores are float32.
     """
 
-    num_classes: int
-    hidden: int = 256
-    dtype: str = "float32"
+    num_classes: int = dataclasses.field(kw_only=True)
+    dtype: str = dataclasses.field(default="float32", kw_only=True)
+
+    def build(self, channels: Sequence[int], *, encoder: str, rngs: nnx.Rngs) -> "SegformerHead":
+        """See `DecoderConfig.build`."""
+        return SegformerHead(self, channels, rngs=rngs)
 
 
 class SegformerHead(PixelHead):

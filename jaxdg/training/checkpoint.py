@@ -1,7 +1,8 @@
 """Checkpoints by Orbax: asynchronous, the newest few and the best, verified when read back.
 
 Each holds two items, so that evaluation need not read the optimiser: `model` (step, parameters, statistics) and `optimizer`.
-Both carry a fingerprint of their bits, since the storage format itself does not notice a changed byte in an array.
+Where a method changes the model, `model` is what is left of it, and a third item, `training`, is what training goes on from.
+All carry a fingerprint of their bits, since the storage format itself does not notice a changed byte in an array.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -47,7 +48,7 @@ class Checkpoints:
         kept = policies.AnyPreservationPolicy([policies.LatestN(keep), _Best(self)])
         self._manager = ocp.CheckpointManager(
             LiteralPath(self.folder),
-            item_handlers={"model": ocp.StandardCheckpointHandler(), "optimizer": ocp.StandardCheckpointHandler()},
+            item_handlers={item: ocp.StandardCheckpointHandler() for item in ("model", "training", "optimizer")},
             options=ocp.CheckpointManagerOptions(
                 preservation_policy=kept,
                 create=not read_only,
@@ -76,6 +77,11 @@ class Checkpoints:
         """Steps that have a finished checkpoint, oldest first."""
         return sorted(self._manager.all_steps())
 
+    def shapes(self, step: int) -> dict[str, tuple[int, ...]]:
+        """The shape of every array of a checkpoint's model by dotted name, such as `trained.head.norm.scale`; reads no array."""
+        described = _described(self._manager.item_metadata(step)["model"].tree)
+        return {name: shape for name, (shape, _) in described.items()}
+
     def best(self) -> tuple[int, float] | None:
         """Step and score of the best checkpoint so far, None before the first evaluation."""
         return self._best
@@ -88,11 +94,13 @@ class Checkpoints:
         if distributed.is_main():
             files.write(self.folder / "best.json", json.dumps({"step": step, "score": score}))
 
-    def save(self, state: TrainState) -> None:
+    def save(self, state: TrainState, finished: tuple[Any, Any, Any] | None = None) -> None:
         """Starts writing `state`; returns before it is on disk. A step that is stored already is left as it is.
 
         Args:
             state: may be donated to the next step right after this returns.
+            finished: trained, frozen and statistics of the model that is left when training ends, where that is another one. It is
+                stored as the model then, and the state beside it, from which training goes on.
 
         Raises:
             OSError: the disk has no room for it.
@@ -102,7 +110,7 @@ class Checkpoints:
             return
         self.wait()
         self.check_room(state, step)
-        stored = {name: ocp.args.StandardSave({"fingerprint": fingerprint(part), **part}) for name, part in _items(state).items()}
+        stored = {name: ocp.args.StandardSave({"fingerprint": fingerprint(part), **part}) for name, part in _items(state, finished).items()}
         with self._explained():
             self._manager.save(step, args=ocp.args.Composite(**stored))
 
@@ -188,7 +196,8 @@ class Checkpoints:
         """
 
         def read(at: int) -> TrainState:
-            return TrainState(**self._read(at, "model", like), **self._read(at, "optimizer", like))
+            item = "training" if (self.folder / str(at) / "training").is_dir() else "model"
+            return TrainState(**self._read(at, item, like), **self._read(at, "optimizer", like))
 
         state, corrupted = self._newest_readable(read, step, say)
         if corrupted:
@@ -265,7 +274,7 @@ class Checkpoints:
     def _read(self, step: int, item: str, like: TrainState) -> dict[str, Any]:
         """An item of a checkpoint, placed as `like` says; an error unless it is what was saved."""
         checksum = jax.ShapeDtypeStruct((), jnp.uint32, sharding=like.step.sharding)
-        wanted = {"fingerprint": checksum, **_items(like)[item]}
+        wanted = {"fingerprint": checksum, **_items(like)["model" if item == "training" else item]}
         # The storage library's own message would not name the parameter.
         there, here = _described(self._manager.item_metadata(step)[item].tree), _described(wanted)
         for name in sorted(there.keys() | here.keys()):
@@ -352,11 +361,14 @@ def fingerprint(tree: Any) -> jax.Array:
     return total
 
 
-def _items(state: TrainState) -> dict[str, dict[str, Any]]:
-    """What is stored apart, with the fields of a state that each holds."""
+def _items(state: TrainState, finished: tuple[Any, Any, Any] | None = None) -> dict[str, dict[str, Any]]:
+    """What is stored apart, with the fields of a state that each holds; see `Checkpoints.save`."""
     fields = dict(vars(state))
     optimizer = {"opt_state": fields.pop("opt_state")}
-    return {"model": fields, "optimizer": optimizer}
+    if finished is None:
+        return {"model": fields, "optimizer": optimizer}
+    left = dict(zip(("trained", "frozen", "statistics"), finished, strict=True))
+    return {"model": {"step": state.step, **left}, "training": fields, "optimizer": optimizer}
 
 
 def _described(tree: Any) -> dict[str, tuple[tuple[int, ...], str]]:

@@ -4,20 +4,65 @@ The order is that of torch's AdamW: gradients clipped by their global norm, Adam
 the parameter's own rate. Stacked blocks get one factor a layer.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
+import dataclasses
 import re
+from typing import Any, Protocol, runtime_checkable
 
 from flax import nnx
 import jax
 import optax
 
 from jaxdg import weights
-from jaxdg.config import OptimizerConfig
 
 ENCODER = "backbone."
-# What "first N" and "last N" count: blocks from 0, or of hierarchical encoders stages from 1.
-COUNTED = r"backbone\.(?:blocks\.(?P<block>\d+)|(?:patch_embed|block|norm|layer)(?P<stage>\d))\."
-STACKED = r"(backbone\.(?:blocks|(?:block|layer)\d)\.)(\d+)(\..*)"
+
+
+@dataclasses.dataclass
+class OptimizerConfig:
+    """AdamW with a polynomial schedule.
+
+    Attributes:
+        learning_rate: peak. Default 1e-4.
+        encoder_factor: of the encoder's learning rate when it starts from `model.weights`; from scratch it is 1. Default 0.1.
+        warmup_steps: steps of linear warm-up from 0. Default 0.
+        hold_steps: steps at the peak after that, before the decay begins. Default 0.
+        power: of the polynomial decay to 0 at the last step; 0 keeps the rate constant. Default 0.9.
+        betas: decay of AdamW's moments. Default 0.9, 0.999.
+        epsilon: of AdamW. Default 1e-8.
+        weight_decay: decoupled, multiplied by the learning rate. Default 0.05.
+        clip: largest global L2 norm of the gradient; 0 turns clipping off. Default 0.01.
+        accumulate: parts a batch is computed in, one after another, for less memory; the result is that of the whole. Default 1.
+        learning_rate_factors: (regex, factor) pairs; the first regex found in a parameter's name counts. Default ().
+        weight_decay_factors: likewise. Default: no decay on norms, layer scales, class and register tokens, and embeddings of
+            positions, queries and levels.
+    """
+
+    learning_rate: float = 1e-4
+    encoder_factor: float = 0.1
+    warmup_steps: int = 0
+    hold_steps: int = 0
+    power: float = 0.9
+    betas: tuple[float, float] = (0.9, 0.999)
+    epsilon: float = 1e-8
+    weight_decay: float = 0.05
+    clip: float = 0.01
+    accumulate: int = 1
+    learning_rate_factors: tuple[tuple[str, float], ...] = ()
+    weight_decay_factors: tuple[tuple[str, float], ...] = (
+        (r"norm|_ln\.|gamma$|(cls_token|(register|storage)_tokens|(pos|query|level)_embed|query_feat)$", 0.0),
+    )
+
+
+@runtime_checkable
+class Counted(Protocol):
+    """What `model.freeze` asks of an encoder: which of its blocks or stages a parameter belongs to."""
+
+    config: Any
+
+    def unit_of(self, name: str) -> int | None:
+        """From 0; None before and after them."""
+        ...
 
 
 def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:
@@ -32,7 +77,9 @@ def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:
     return optax.join_schedules([warmup, decay], [config.warmup_steps])
 
 
-def make_optimizer(config: OptimizerConfig, steps: int, params: nnx.State, encoder_factor: float) -> optax.GradientTransformation:
+def make_optimizer(
+    config: OptimizerConfig, steps: int, params: nnx.State, encoder_factor: float, methods: Sequence[Any] = ()
+) -> optax.GradientTransformation:
     """The run's optimiser.
 
     Args:
@@ -40,6 +87,7 @@ def make_optimizer(config: OptimizerConfig, steps: int, params: nnx.State, encod
         steps: of the whole run; the schedule ends there.
         params: the trained parameters (abstract or not), stacked segments whole.
         encoder_factor: multiplies the rate of parameters called `backbone.*`.
+        methods: whose transformations follow the optimiser's own.
     """
 
     def rate(name: str) -> float:
@@ -56,36 +104,43 @@ def make_optimizer(config: OptimizerConfig, steps: int, params: nnx.State, encod
         optax.scale_by_adam(*config.betas, eps=config.epsilon),
         optax.GradientTransformation(lambda _: optax.EmptyState(), decay_and_scale),  # pyright: ignore[reportArgumentType]
         optax.scale_by_learning_rate(learning_rate(config, steps)),
+        *(transformation for method in methods if (transformation := method.transformation())),
     )
 
 
-def frozen_names(freeze: str, names: Iterable[str]) -> set[str]:
+def method_states(opt_state: Any, methods: Sequence[Any]) -> list[Any]:
+    """The state of each method's transformation within that of the optimiser; None of a method that has none."""
+    has = [method.transformation() is not None for method in methods]
+    states = iter(opt_state[len(opt_state) - sum(has) :])
+    return [next(states) if there else None for there in has]
+
+
+def frozen_names(freeze: str, names: Iterable[str], encoder: Counted) -> set[str]:
     """Which parameters stay as loaded.
 
     Args:
         freeze: "none", "all" (the encoder), "first N" (embeddings and first N blocks), "last N" (last N blocks), or a regular
             expression searched in the names. Of hierarchical encoders N counts stages.
         names: all parameters, by per-block name.
+        encoder: of the model.
 
     Raises:
         ValueError: nothing or everything matches, more blocks than there are, or no regular expression.
     """
     names = list(names)
-    found = {name: match for name in names if (match := re.match(COUNTED, name))}
-    block = {name: int(match["block"]) if match["block"] else int(match["stage"]) - 1 for name, match in found.items()}
-    depth = max(block.values(), default=-1) + 1
     if freeze == "none":
         return set()
     if freeze == "all":
         return {name for name in names if name.startswith(ENCODER)}
     if counted := re.fullmatch(r"(first|last) (\d+)", freeze):
+        units = {name: encoder.unit_of(name.removeprefix(ENCODER)) for name in names if name.startswith(ENCODER)}
+        depth = max((unit for unit in units.values() if unit is not None), default=-1) + 1
         n = int(counted[2])
         if n > depth:
-            unit = "stages" if any(match["stage"] for match in found.values()) else "blocks"
-            raise ValueError(f"model.freeze is {freeze!r}; allowed: at most {depth}, the encoder's {unit}")
+            raise ValueError(f"model.freeze is {freeze!r}; allowed: at most {depth}, the encoder's {encoder.config.unit}s")
         if counted[1] == "first":
-            return {name for name in names if name.startswith(ENCODER) and block.get(name, -1) < n}
-        return {name for name, i in block.items() if i >= depth - n}
+            return {name for name, unit in units.items() if unit is None or unit < n}
+        return {name for name, unit in units.items() if unit is not None and unit >= depth - n}
     try:
         chosen = {name for name in names if re.search(freeze, name)}
     except re.error as error:
@@ -97,19 +152,24 @@ def frozen_names(freeze: str, names: Iterable[str]) -> set[str]:
     return chosen
 
 
-def freeze_boundaries(frozen: set[str], names: Iterable[str]) -> tuple[int, ...]:
+def freeze_boundaries(frozen: set[str], slots: Mapping[str, weights.Slot]) -> tuple[int, ...]:
     """Encoder blocks after which a stacked segment must end, because the next block is frozen otherwise than this one.
 
     Blocks are counted through all stages of a hierarchical encoder.
+
+    Args:
+        frozen: names of the frozen parameters.
+        slots: where all parameters lie, by per-block name.
     """
-    found = [match for name in names if (match := re.match(STACKED, name))]
-    depths: dict[str, int] = {}
-    for stack, i, _ in sorted(match.groups() for match in found):
-        depths[stack] = max(depths.get(stack, 0), int(i) + 1)
+    stacks: dict[str, dict[tuple[str, int], str]] = {}  # of each stack: (name in its block, block) -> whole name
+    for name, slot in slots.items():
+        if name.startswith(ENCODER) and slot.stack is not None:
+            block, _, rest = name.removeprefix(f"{slot.stack}.").partition(".")
+            stacks.setdefault(slot.stack, {})[rest, int(block)] = name
     ends, first = set(), 0
-    for stack, depth in depths.items():
-        for name, i, rest in ((match[0], int(match[2]), match[3]) for match in found if match[1] == stack):
-            if i and (f"{stack}{i - 1}{rest}" in frozen) != (name in frozen):
-                ends.add(first + i - 1)
-        first += depth
+    for stack in sorted(stacks):
+        for (rest, block), name in stacks[stack].items():
+            if block and (stacks[stack][rest, block - 1] in frozen) != (name in frozen):
+                ends.add(first + block - 1)
+        first += max(block for _, block in stacks[stack]) + 1
     return tuple(sorted(ends))

@@ -7,6 +7,7 @@ axis of stacked blocks is never divided.
 
 from collections.abc import Sequence
 import contextlib
+import dataclasses
 from typing import Any, TypeAlias
 
 from flax import nnx
@@ -16,7 +17,6 @@ import numpy as np
 import optax
 
 from jaxdg import weights
-from jaxdg.config import MeshConfig
 
 Rules: TypeAlias = Sequence[tuple[str, tuple[str | None, ...]]]
 
@@ -24,6 +24,19 @@ RULES: Rules = (
     (r"kernel$", (None, "fsdp")),
     (r"_embed$", (None, "fsdp")),
 )
+
+
+@dataclasses.dataclass
+class MeshConfig:
+    """How devices are arranged; the product must be the number of devices, -1 meaning "the rest".
+
+    Attributes:
+        data: copies of the model, each with its own part of the batch. Default -1.
+        fsdp: devices among which one copy's parameters, gradients and optimiser state are divided. Default 1.
+    """
+
+    data: int = -1
+    fsdp: int = 1
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
@@ -62,7 +75,7 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 
 def parameter_shardings(mesh: Mesh, state: nnx.State, rules: Rules = RULES) -> Any:
     """A tree of shardings like `state`, which may be abstract."""
-    names = {path: (name, int(layer is not None)) for name, (path, layer) in weights.slots(state).items()}
+    names = {path: (name, int(layer is not None)) for name, (path, layer, _) in weights.slots(state).items()}
 
     def sharding(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
         (name, first), n = names[path], len(leaf.shape)
@@ -97,8 +110,7 @@ def gather(state: Any, at: Any) -> Any:
     """
 
     def whole(path: tuple[Any, ...], leaf: jax.Array, at: Any) -> jax.Array:
-        stacked = any(getattr(key, "key", None) == "segments" for key in path)
-        if stacked or not isinstance(at, NamedSharding):
+        if weights.is_stacked(path) or not isinstance(at, NamedSharding):
             return leaf
         return jax.lax.with_sharding_constraint(leaf, NamedSharding(at.mesh, PartitionSpec()))
 

@@ -42,7 +42,7 @@ class TrainState:
 def make_step(
     graph: nnx.GraphDef,
     optimizer: optax.GradientTransformation,
-    normalizer: Callable[[Any, Batch], Any],
+    loss_denominator: Callable[[Any, Batch], Any],
     losses: Losses,
     key: Key[Array, ""],
     shardings: Any,
@@ -53,8 +53,8 @@ def make_step(
     Args:
         graph: of the model, as `nnx.split` gave it.
         optimizer: over `TrainState.trained`.
-        normalizer: (model, batch) to what the losses of the whole batch are divided by.
-        losses: (model, part of the batch, normalizer, key) to named loss terms; those of a batch are the sums over its parts.
+        loss_denominator: (model, batch) to what the losses of the whole batch are divided by.
+        losses: (model, part of the batch, loss_denominator, key) to named loss terms; those of a batch are the sums over its parts.
         key: all randomness is `fold_in(key, step)`.
         shardings: where the parts of the state lie, a tree like it. The next state lies there too; left to itself, the compiler
             would divide some parameters otherwise after the first step and compile the second one anew.
@@ -69,7 +69,7 @@ def make_step(
         trained, frozen = sharding.gather((state.trained, state.frozen), (shardings.trained, shardings.frozen))
         whole, step_key = dataclasses.replace(state, trained=trained, frozen=frozen), jax.random.fold_in(key, state.step)
         with sharding.mesh_of(shardings):
-            grads, statistics, terms = gradients(graph, whole, batch, normalizer, losses, step_key, accumulate)
+            grads, statistics, terms = gradients(graph, whole, batch, loss_denominator, losses, step_key, accumulate)
         grads = sharding.gather(grads, shardings.trained)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.trained)
         moved: Any = optax.apply_updates(state.trained, updates)
@@ -81,10 +81,10 @@ def make_step(
 
 
 def gradients(
-    graph: nnx.GraphDef, state: TrainState, batch: Batch, normalizer, losses: Losses, key: Key[Array, ""], accumulate: int
+    graph: nnx.GraphDef, state: TrainState, batch: Batch, loss_denominator, losses: Losses, key: Key[Array, ""], accumulate: int
 ) -> tuple[nnx.State, nnx.State, dict[str, Array]]:
     """Gradient of the summed losses for `state.trained`, the statistics after the batch, and each loss term."""
-    total = normalizer(nnx.merge(graph, state.trained, state.frozen, state.statistics), batch)
+    total = loss_denominator(nnx.merge(graph, state.trained, state.frozen, state.statistics), batch)
 
     def loss(trained, statistics, part, key):
         model = nnx.merge(graph, trained, state.frozen, statistics, copy=True)  # or statistics could not be updated in here

@@ -16,7 +16,8 @@ import jaxdg
 from jaxdg import backbones, weights
 from jaxdg import config as config_lib
 from jaxdg.backbones import zoo
-from jaxdg.config import RcnnOptions
+from jaxdg.config import ModelConfig
+from jaxdg.detection.rpn import RpnConfig
 from tests.conversion.checks import assert_identical, converted, refused
 from tests.detection import models as golden_models
 
@@ -180,7 +181,16 @@ def test_a_faster_rcnn_that_does_not_fit_is_refused_whole(command, small_heads):
 
 
 WIDTH, LEVELS = 32, golden_models.CHANNELS
-SMALL = RcnnOptions(channels=LEVELS, hidden=16, anchors=(8.0, 16.0, 32.0, 64.0, 128.0), before=(60, 50), after=(50, 40), detections=20)
+RPN = RpnConfig(sizes=((8.0,), (16.0,), (32.0,), (64.0,), (128.0,)), before=(60, 50), after=(50, 40))
+
+
+def small_model():
+    """A `ModelConfig` whose two-stage detectors have the golden file's sizes."""
+    model = ModelConfig()
+    for head in (model.cascade_rcnn, model.faster_rcnn):
+        head.channels, head.rpn = LEVELS, RPN
+        head.roi = dataclasses.replace(head.roi, channels=LEVELS, hidden=16, detections=20)
+    return model
 
 
 @pytest.fixture
@@ -189,7 +199,7 @@ def small_vitdet(monkeypatch):
     base = backbones.entry("sam_b16").config
     config = dataclasses.replace(base, image_size=(96, 96), width=WIDTH, heads=2, depth=4, taps=(3,), global_blocks=(1, 3), window=4)
     monkeypatch.setitem(backbones.ZOO, "tiny", zoo.Entry(config))
-    monkeypatch.setattr(vitdet, "SIZES", SMALL)
+    monkeypatch.setattr(vitdet, "ModelConfig", small_model)
 
 
 def small_checkpoint(cascade, grid=3):

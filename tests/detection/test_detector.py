@@ -39,7 +39,7 @@ jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_lev
 @functools.cache
 def build(head, encoder="scratch_ti8", size=SIZE, classes=3):
     """A detector as (graph, state)."""
-    make = lambda: Detector(DetectorConfig(classes, encoder, size, head), rngs=nnx.Rngs(0))
+    make = lambda: Detector(DetectorConfig(num_classes=classes, encoder=encoder, image_size=size, head=head), rngs=nnx.Rngs(0))
     return nnx.split(nnx.eval_shape(make))[0], jit(lambda: nnx.split(make())[1])()
 
 
@@ -73,7 +73,7 @@ def test_any_number_of_boxes_compiles_once(head):
     def step(state, images, batch):
         def loss(state):
             model = nnx.merge(graph, state)
-            terms = model.losses(model(images, train=True), batch, model.normalizer(batch), jax.random.key(0))
+            terms = model.losses(model(images, train=True), batch, model.loss_denominator(batch), jax.random.key(0))
             return sum(terms.values()), terms
 
         (_, terms), gradient = jax.value_and_grad(loss, has_aux=True)(state)
@@ -139,7 +139,7 @@ def test_light_head_learns_two_images_by_heart():
     def step(state, moments, images, batch):
         def loss(state):
             model = nnx.merge(graph, state)
-            return sum(model.losses(model(images), batch, model.normalizer(batch), jax.random.key(0)).values())
+            return sum(model.losses(model(images), batch, model.loss_denominator(batch), jax.random.key(0)).values())
 
         updates, moments = optimizer.update(jax.grad(loss)(state), moments)
         return optax.apply_updates(state, updates), moments
@@ -189,7 +189,7 @@ def test_c4_head_sees_what_the_encoder_sees(small_resnet):
 
 
 def test_c4_head_trains_the_last_stage_and_its_pool_through_proposals(small_resnet):
-    """Both are the encoder's own, stored once, and get gradients through proposals alone; the unread pool of other heads gets none."""
+    """Both are the encoder's own, stored once, and get gradients through proposals alone; the unused pool of other heads gets none."""
     head = C4Config(
         RpnConfig(convs=1, sizes=((32.0, 64.0),), samples=32, before=(60, 50), after=(20, 4)),
         RoiHeadsConfig(stages=CASCADE[:1], size=14, samples=1, proposals=12),
@@ -199,7 +199,7 @@ def test_c4_head_trains_the_last_stage_and_its_pool_through_proposals(small_resn
     assert "backbone.attnpool.c_proj.kernel" in names
     assert "backbone.layer4.0.conv1.kernel" in names
     assert not any("res5" in name or "attnpool" in name for name in names if name.startswith("head."))
-    assert not any(map(model.unread, names))
+    assert not any(map(model.unused, names))
     graph, state, rest = nnx.split(model, nnx.Param, ...)
     batch, images = batch_of((1, 3), 4), jnp.asarray(noise(2, (64, 100)))
 
@@ -207,14 +207,16 @@ def test_c4_head_trains_the_last_stage_and_its_pool_through_proposals(small_resn
     @jax.grad
     def gradient(state, images, batch):
         model = nnx.merge(graph, state, rest)
-        return sum(model.losses(model(images), batch, model.normalizer(batch), jax.random.key(0)).values())
+        return sum(model.losses(model(images), batch, model.loss_denominator(batch), jax.random.key(0)).values())
 
     moved = weights.tensors(nnx.merge(graph, gradient(state, images, batch), rest))
     for name in ("attnpool.c_proj.kernel", "layer4.0.conv1.kernel", "layer4.1.conv3.kernel", "layer1.0.conv1.kernel", "conv1.kernel"):
         assert np.isfinite(moved[f"backbone.{name}"]).all()
         assert np.abs(moved[f"backbone.{name}"]).max() > 0, name
-    other = nnx.eval_shape(lambda: Detector(DetectorConfig(3, small_resnet, (64, 100), LIGHT), rngs=nnx.Rngs(0)))
-    assert {name for name in weights.shapes(other) if other.unread(name)} == {n for n in weights.shapes(other) if ".attnpool." in n}
+    other = nnx.eval_shape(
+        lambda: Detector(DetectorConfig(num_classes=3, encoder=small_resnet, image_size=(64, 100), head=LIGHT), rngs=nnx.Rngs(0))
+    )
+    assert {name for name in weights.shapes(other) if other.unused(name)} == {n for n in weights.shapes(other) if ".attnpool." in n}
 
 
 @pytest.mark.parametrize(
@@ -231,7 +233,9 @@ def test_c4_head_trains_the_last_stage_and_its_pool_through_proposals(small_resn
 )
 def test_every_kind_of_encoder_and_head(encoder, head, strides):
     """Levels cover the whole of an image whose sides no patch divides, and detections come out, without computing anything."""
-    model = nnx.eval_shape(lambda: Detector(DetectorConfig(7, encoder, (500, 375), head), rngs=nnx.Rngs(0)))
+    model = nnx.eval_shape(
+        lambda: Detector(DetectorConfig(num_classes=7, encoder=encoder, image_size=(500, 375), head=head), rngs=nnx.Rngs(0))
+    )
     graph, state = nnx.split(model)
     heads = model.head if isinstance(head, FcosConfig) else model.head.proposal_generator
     assert heads.strides == strides
@@ -251,7 +255,7 @@ def test_every_kind_of_encoder_and_head(encoder, head, strides):
 def test_what_does_not_fit_is_refused(small_resnet):
     """Each with what is allowed."""
     make = lambda head, encoder="scratch_ti8": nnx.eval_shape(
-        lambda: Detector(DetectorConfig(3, encoder, (64, 64), head), rngs=nnx.Rngs(0))
+        lambda: Detector(DetectorConfig(num_classes=3, encoder=encoder, image_size=(64, 64), head=head), rngs=nnx.Rngs(0))
     )
     with pytest.raises(ValueError, match="CLIP ResNet"):
         make(C4Config())

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from jaxdg.detection.anchors import points
+from jaxdg.detection.arrays import Targets
 from jaxdg.detection.fcos import Fcos, FcosConfig, FcosOutput, assign_points
-from jaxdg.detection.head import Targets
 from tests.detection import models
 from tests.detection.test_nms import slow as slow_nms
 
@@ -128,20 +128,20 @@ def slow_losses(output, targets, index):
 
 
 def test_losses_equal_slow_ones_and_parts_add_up():
-    """The three terms in float64; those of two images with the normalizer of both add up to those of the batch; padding counts nothing."""
+    """The three terms in float64; those of two images with the denominator of both add up to those of the batch; padding counts nothing."""
     head = make()
     alone = [some_targets(random_boxes(f"loss {i}", n), np.arange(n) % 3, slots=7) for i, n in enumerate((6, 0))]
     targets = Targets(*(jnp.concatenate(parts) for parts in zip(*alone, strict=True)))
     outputs = [random_output(f"image {i}") for i in range(2)]
     whole = FcosOutput(*(jnp.concatenate(parts) for parts in zip(*outputs, strict=True)))
-    normalizer = head.normalizer(targets)
+    denominator = head.loss_denominator(targets)
     losses = jax.jit(lambda *args: head.losses(*args))
     index = [slow_assign(np.asarray(t.boxes[0])[np.asarray(t.valid[0])]) for t in alone]
-    assert float(normalizer) == sum((i >= 0).sum() for i in index) > 6
-    want = sum(slow_losses(*args) for args in zip(outputs, alone, index, strict=True)) / float(normalizer)
-    got = losses(whole, targets, normalizer)
+    assert float(denominator) == sum((i >= 0).sum() for i in index) > 6
+    want = sum(slow_losses(*args) for args in zip(outputs, alone, index, strict=True)) / float(denominator)
+    got = losses(whole, targets, denominator)
     np.testing.assert_allclose([got[name] for name in ("class", "box", "fit")], want, rtol=1e-5)
-    parts = [losses(output, t, normalizer) for output, t in zip(outputs, alone, strict=True)]
+    parts = [losses(output, t, denominator) for output, t in zip(outputs, alone, strict=True)]
     for name, value in got.items():
         np.testing.assert_allclose(sum(float(part[name]) for part in parts), value, rtol=1e-6)
 

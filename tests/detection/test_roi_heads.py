@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxdg.detection.head import Targets
+from jaxdg.detection.arrays import Targets
 from jaxdg.detection.roi_heads import BoxHead, BoxPredictor, RoiHeads, RoiHeadsConfig, TextScore
 from jaxdg.detection.rpn import Proposals
 from tests.detection import models

@@ -6,8 +6,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxdg.detection.arrays import Targets
 from jaxdg.detection.boxes import iou
-from jaxdg.detection.head import Targets
 from jaxdg.detection.rpn import Rpn, RpnConfig, RpnOutput
 from tests.detection import models
 

@@ -36,13 +36,15 @@ def segmenter(files):
     heads = {}
 
     def make(name, size, **fields):
-        config = SegmenterConfig(19, f"small_{name}", size, ClipTextHeadConfig(CITYSCAPES.names), **fields)
+        config = SegmenterConfig(
+            num_classes=19, encoder=f"small_{name}", image_size=size, decoder=ClipTextHeadConfig(CITYSCAPES.names), **fields
+        )
         model = nnx.eval_shape(lambda: Segmenter(config, rngs=nnx.Rngs(0)))
         weights.load(model.backbone, files[name][0])
         if name in heads:
             weights.fill(model.head, heads[name], "the head made before")
         else:
-            model.head.load(files[name][1])
+            model.head.load_text(files[name][1])
             heads[name] = weights.tensors(model.head)
         return model
 
@@ -72,7 +74,7 @@ def test_the_last_attention_is_undone(segmenter, name):
 
     def values(tokens, monkeypatch):
         monkeypatch.setattr(type(model.backbone), "__call__", lambda self, images: (tokens, tokens))
-        return np.asarray(clip_text.values(model.backbone, wave(20, 20)))
+        return np.asarray(clip_text.values(model.backbone, *model.backbone(wave(20, 20))))
 
     with pytest.MonkeyPatch.context() as patch:
         moved = np.abs(values(changed, patch) - values(before, patch)).max((0, 3)) > 1e-6
@@ -84,7 +86,7 @@ def test_nothing_is_trained(segmenter, files):
     model = segmenter("clip", (20, 20))
     names = weights.shapes(model)
     parameters = weights.slots(nnx.state(model, nnx.Param))
-    assert all(model.unread(name) for name in parameters)
+    assert all(model.unused(name) for name in parameters)
     assert {"head.texts", "head.logit_scale"} == names.keys() - parameters.keys()
     assert {name for name in names if name.startswith("head.image_projection.")} == {
         "head.image_projection.norm.scale",
@@ -108,7 +110,12 @@ def test_scores_come_at_the_images_size(segmenter):
 def test_what_does_not_go_together_is_refused(segmenter, files):
     """An encoder without a text tower, and the text tower of another encoder."""
     with pytest.raises(ValueError, match=r"model.encoder is scratch_ti8, allowed: clip_l14, clip_b16"):
-        nnx.eval_shape(lambda: Segmenter(SegmenterConfig(19, "scratch_ti8", (16, 16), ClipTextHeadConfig(("a",))), rngs=nnx.Rngs(0)))
+        nnx.eval_shape(
+            lambda: Segmenter(
+                SegmenterConfig(num_classes=19, encoder="scratch_ti8", image_size=(16, 16), decoder=ClipTextHeadConfig(("a",))),
+                rngs=nnx.Rngs(0),
+            )
+        )
     model = segmenter("clip", (20, 20))
     with pytest.raises(ValueError, match=r"text_weights .* holds small_resnet_text; allowed: small_clip_text"):
-        model.head.load(files["resnet"][1])
+        model.head.load_text(files["resnet"][1])

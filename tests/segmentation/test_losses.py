@@ -50,7 +50,7 @@ def test_given_points_equal_transformers(data):
     label = jnp.asarray(data["label"])
     valid = losses.classes_present(label, 4)
     np.testing.assert_array_equal(valid, data["drawn_query"][0] >= 0)
-    normalizer = losses.mask2former_normalizer(label, 4, 6)
+    denominator = losses.mask2former_loss_denominator(label, 4, 6)
 
     @jax.jit
     def one(class_logits, mask_logits, shared, candidates, uniform):
@@ -59,7 +59,7 @@ def test_given_points_equal_transformers(data):
         points = losses.uncertain_points(masks, candidates, uniform, POINTS)
         mask, dice = losses.mask_terms(masks, label, valid, points)
         entropy = losses.class_term(class_logits, query, valid)
-        return query, entropy / normalizer.class_weight, mask / normalizer.masks, dice / normalizer.masks
+        return query, entropy / denominator.class_weight, mask / denominator.masks, dice / denominator.masks
 
     inputs = [data[k] for k in ("class_logits", "mask_logits", "drawn_shared", "drawn_candidates", "drawn_uniform")]
     for layer, arrays in enumerate(zip(*inputs, strict=True)):
@@ -79,10 +79,10 @@ def test_whole_loss_and_gradients_equal_transformers(data, monkeypatch):
 
     monkeypatch.setattr(losses, "draw_points", recorded)
     label = jnp.asarray(data["label"])
-    normalizer = losses.mask2former_normalizer(label, 4, 6)
+    denominator = losses.mask2former_loss_denominator(label, 4, 6)
 
     def total(class_logits, mask_logits):
-        terms = losses.mask2former_loss(class_logits, mask_logits, label, normalizer, jax.random.key(0), points=POINTS)
+        terms = losses.mask2former_loss(class_logits, mask_logits, label, denominator, jax.random.key(0), points=POINTS)
         return sum(terms.values()), terms
 
     (_, terms), gradients = jax.jit(jax.value_and_grad(total, (0, 1), has_aux=True))(data["class_logits"], data["mask_logits"])
@@ -102,9 +102,9 @@ def test_whole_loss_and_gradients_equal_transformers(data, monkeypatch):
 def test_random_draws_have_the_mean_and_spread_of_transformers(data):
     """Over 400 keys each term has the oracle's mean (within four standard errors) and standard deviation (within 12 %)."""
     label = jnp.asarray(data["label"])
-    normalizer = losses.mask2former_normalizer(label, 4, 6)
+    denominator = losses.mask2former_loss_denominator(label, 4, 6)
     logits = jnp.asarray(data["class_logits"]), jnp.asarray(data["mask_logits"])
-    loss = partial(losses.mask2former_loss, *logits, label, normalizer, points=POINTS)
+    loss = partial(losses.mask2former_loss, *logits, label, denominator, points=POINTS)
     keys = jax.random.split(jax.random.key(1), 400)
     draws = jax.jit(lambda keys: jax.lax.map(loss, keys))(keys)
     for i, name in enumerate(TERMS):
@@ -220,16 +220,16 @@ def test_gradients_equal_finite_differences(data):
 
 
 def test_parts_on_several_devices_add_up_to_the_whole(data, monkeypatch):
-    """Halves of the batch, each spread over two devices and divided by the whole's normalizer, add up to transformers' loss of it."""
+    """Halves of the batch, each spread over two devices and divided by the whole's denominator, add up to transformers' loss of it."""
     monkeypatch.setattr(losses, "draw_points", spread)
-    normalizer = losses.mask2former_normalizer(jnp.asarray(data["label"]), 4, 6)
+    denominator = losses.mask2former_loss_denominator(jnp.asarray(data["label"]), 4, 6)
     loss = jax.jit(partial(losses.mask2former_loss, points=POINTS))
     mesh = Mesh(np.array(jax.devices()[:2]), "data")
     put = lambda x, *axes: jax.device_put(x, NamedSharding(mesh, PartitionSpec(*axes)))
 
     def half(part):
         class_logits, mask_logits = (put(data[k][:, part], None, "data") for k in ("class_logits", "mask_logits"))
-        return loss(class_logits, mask_logits, put(data["label"][part], "data"), put(normalizer), put(jax.random.key(0)))
+        return loss(class_logits, mask_logits, put(data["label"][part], "data"), put(denominator), put(jax.random.key(0)))
 
     halves = half(slice(0, 2)), half(slice(2, 4))
     for name, weight in zip(TERMS, WEIGHTS, strict=True):
@@ -239,9 +239,9 @@ def test_parts_on_several_devices_add_up_to_the_whole(data, monkeypatch):
 def test_normalizer_counts_masks_and_class_weights(data):
     """Masks of the batch, and each matched query at 1 and every other at 0.1; at least one mask."""
     masks = sum(len(set(image.ravel().tolist()) - {255}) for image in data["label"])
-    got = losses.mask2former_normalizer(jnp.asarray(data["label"]), 4, 6)
+    got = losses.mask2former_loss_denominator(jnp.asarray(data["label"]), 4, 6)
     np.testing.assert_allclose(got, (masks, masks + 0.1 * (4 * 6 - masks)), rtol=1e-6)
-    empty = losses.mask2former_normalizer(jnp.full((2, 4, 4), 255, jnp.uint8), 4, 6)
+    empty = losses.mask2former_loss_denominator(jnp.full((2, 4, 4), 255, jnp.uint8), 4, 6)
     np.testing.assert_allclose(empty, (1, 0.1 * 2 * 6), rtol=1e-6)
 
 
@@ -250,8 +250,8 @@ def test_any_labels_and_logits_without_recompiling():
     k, q, rng = 4, 6, np.random.default_rng(5)
 
     def total(logits, label, key):
-        normalizer = losses.mask2former_normalizer(label, k, q)
-        terms = losses.mask2former_loss(logits[0], logits[1], label, normalizer, key, points=32)
+        denominator = losses.mask2former_loss_denominator(label, k, q)
+        terms = losses.mask2former_loss(logits[0], logits[1], label, denominator, key, points=32)
         return sum(terms.values()), terms
 
     step = jax.jit(jax.value_and_grad(total, has_aux=True))
@@ -291,4 +291,4 @@ def test_too_few_queries_are_named():
     class_logits, mask_logits, label = jnp.zeros((1, 1, 3, 6)), jnp.zeros((1, 1, 3, 4, 4)), jnp.zeros((1, 4, 4), jnp.uint8)
     loss = partial(losses.mask2former_loss, points=8)
     with pytest.raises(ValueError, match="3 queries"):
-        jax.eval_shape(loss, class_logits, mask_logits, label, losses.mask2former_normalizer(label, 5, 3), jax.random.key(0))
+        jax.eval_shape(loss, class_logits, mask_logits, label, losses.mask2former_loss_denominator(label, 5, 3), jax.random.key(0))

@@ -63,7 +63,7 @@ def head_tensors(source):
 @pytest.fixture(scope="module")
 def head(head_tensors):
     """The golden decoder."""
-    head = nnx.eval_shape(lambda: SegformerHead(SegformerConfig(5, hidden=12), ENCODER.channels, rngs=nnx.Rngs(0)))
+    head = nnx.eval_shape(lambda: SegformerHead(SegformerConfig(num_classes=5, hidden=12), ENCODER.channels, rngs=nnx.Rngs(0)))
     weights.fill(head, head_tensors, "the golden file")
     return head
 
@@ -78,7 +78,9 @@ def test_scores_equal_transformers(head, archive, size):
 def test_the_whole_model_equals_transformers(head_tensors, source, archive, monkeypatch):
     """Encoder and decoder as a segmenter, at an odd size and whatever the pyramid setting: scores equal transformers'."""
     monkeypatch.setitem(zoo.ZOO, "golden_mit", zoo.Entry(ENCODER))
-    config = SegmenterConfig(5, "golden_mit", SIZES[1], SegformerConfig(5, hidden=12), pyramid="layer")
+    config = SegmenterConfig(
+        num_classes=5, encoder="golden_mit", image_size=SIZES[1], decoder=SegformerConfig(num_classes=5, hidden=12), pyramid="layer"
+    )
     model = nnx.eval_shape(lambda: Segmenter(config, rngs=nnx.Rngs(0)))
     encoder = mapping.to_flax(model.backbone, mit.layouts(), list(source), source.__getitem__).tensors
     tensors = {f"backbone.{name}": tensor for name, tensor in encoder.items()}
@@ -174,7 +176,7 @@ def test_any_encoder_with_levels_serves(encoder, pyramid, channels, finest):
     config = Config()
     config.model.encoder, config.model.pyramid, config.model.decoder = encoder, pyramid, "segformer"
     config.data.crop = (100, 160)
-    config.model.segformer_channels = 24
+    config.model.segformer.hidden = 24
     model = nnx.eval_shape(lambda: tasks.make_task(validated(config)).model(nnx.Rngs(0)))
     shapes = weights.shapes(model.head)
     assert [shapes[f"linear_c.{i}.kernel"] for i in range(4)] == [(c, 24) for c in channels]

@@ -116,7 +116,11 @@ def test_mask2former_scores_are_votes_of_the_last_masks():
 
 def test_a_segmenter_for_another_size_takes_over_all_tensors():
     """Parameters stored at 32x48 fill a model for 64x64, the decoder's as they are and the encoder's positions as it resizes them."""
-    make = lambda size: nnx.eval_shape(lambda: Segmenter(SegmenterConfig(7, "tiny4", size, SMALL, pyramid="batch"), rngs=nnx.Rngs(0)))
+    make = lambda size: nnx.eval_shape(
+        lambda: Segmenter(
+            SegmenterConfig(num_classes=7, encoder="tiny4", image_size=size, decoder=SMALL, pyramid="batch"), rngs=nnx.Rngs(0)
+        )
+    )
     rng = np.random.default_rng(0)
     stored = {name: rng.normal(size=shape).astype(np.float32) for name, shape in weights.shapes(make((32, 48))).items()}
     square = {**stored, "backbone.pos_embed": rng.normal(size=(1, 17, 16)).astype(np.float32)}
@@ -188,7 +192,7 @@ def run():
     config = validated(config)
     task = tasks.make_task(config)
     mesh = sharding.make_mesh(MeshConfig(2, 1), jax.devices()[:2])
-    plan = tasks.Plan.of(task, "none")
+    plan = tasks.Blueprint.of(task, "none")
     rng = np.random.default_rng(0)
     host = jax.tree.map(lambda leaf: rng.normal(0, 0.5, leaf.shape).astype(leaf.dtype), plan.abstract)
     return task, plan, mesh, host

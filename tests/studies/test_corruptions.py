@@ -56,7 +56,7 @@ def finish(c: Config, workdir: Path) -> None:
     """The workdir of a finished run, as training leaves it, of random parameters."""
     workdir_lib.claim(c, workdir)
     task, mesh = tasks.make_task(c), sharding.make_mesh(MeshConfig())
-    plan = tasks.Plan.of(task, "none")
+    plan = tasks.Blueprint.of(task, "none")
     like, _ = tasks.abstract_state(plan, c, mesh)
     rng = np.random.default_rng(0)
     drawn = jax.tree.map(lambda leaf: rng.normal(0, 0.5, leaf.shape).astype(leaf.dtype), like)

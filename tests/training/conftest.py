@@ -23,7 +23,7 @@ class Run:
     config: Config
     task: tasks.Task
     mesh: Mesh
-    plan: tasks.Plan
+    plan: tasks.Blueprint
     like: TrainState
     optimizer: Any
 
@@ -46,7 +46,7 @@ class Run:
         """The compiled training step."""
         at = jax.tree.map(lambda leaf: leaf.sharding, self.like)
         key = jax.random.key(seed)
-        return make_step(self.plan.graph, self.optimizer, self.task.normalizer, self.task.losses, key, at, accumulate)
+        return make_step(self.plan.graph, self.optimizer, self.task.loss_denominator, self.task.losses, key, at, accumulate)
 
     def batch(self, seed: int = 0, rows: int = 8) -> Batch:
         """Noise with labels that follow it; the share of ignored pixels differs from row to row."""
@@ -74,7 +74,7 @@ def make_run():
             setattr(config, name, dataclasses.replace(part, **value) if dataclasses.is_dataclass(part) else value)
         config = validated(config)
         task, devices = tasks.make_task(config), sharding.make_mesh(mesh, jax.devices()[: mesh.data * mesh.fsdp])
-        plan = tasks.Plan.of(task, config.model.freeze)
+        plan = tasks.Blueprint.of(task, config.model.freeze)
         like, optimizer = tasks.abstract_state(plan, config, devices)
         return Run(config, task, devices, plan, like, optimizer)
 

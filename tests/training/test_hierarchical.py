@@ -11,6 +11,7 @@ import pytest
 
 from jaxdg import weights
 from jaxdg.backbones import ClipResnetConfig, MitConfig, zoo
+from jaxdg.segmentation.segformer import SegformerOptions
 
 pytestmark = pytest.mark.usefixtures("compiled_quickly")
 
@@ -29,7 +30,7 @@ def small(monkeypatch):
 def configured(make_run, encoder, decoder, crop=(64, 64), freeze="none"):
     """A run at a crop size."""
     mask2former = {"mask2former": dataclasses.replace(make_run().config.model.mask2former, **QUERIES)}
-    model = {"encoder": encoder, "decoder": decoder, "pyramid": "layer", "taps": (), "freeze": freeze, "segformer_channels": 16}
+    model = {"encoder": encoder, "decoder": decoder, "pyramid": "layer", "taps": (), "freeze": freeze, "segformer": SegformerOptions(16)}
     return make_run(
         model=model | mask2former, data={"crop": crop}, optimizer={"clip": 1.0, "learning_rate": 1e-2, "weight_decay": 0.5}, steps=60
     )
@@ -38,7 +39,7 @@ def configured(make_run, encoder, decoder, crop=(64, 64), freeze="none"):
 def named(tree):
     """Arrays by per-block name."""
     flat = {path: np.asarray(leaf[...]) for path, leaf in nnx.to_flat_state(tree)}
-    return {name: flat[path] if layer is None else flat[path][layer] for name, (path, layer) in weights.slots(tree).items()}
+    return {name: flat[at.path] if at.layer is None else flat[at.path][at.layer] for name, at in weights.slots(tree).items()}
 
 
 def named_shapes(run):

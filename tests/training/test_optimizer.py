@@ -10,6 +10,7 @@ import numpy as np
 import optax
 import pytest
 
+from jaxdg import weights
 from jaxdg.backbones import Vit, VitConfig
 from jaxdg.config import OptimizerConfig
 from jaxdg.training.optimizer import freeze_boundaries, frozen_names, learning_rate, make_optimizer
@@ -161,6 +162,17 @@ def encoder(name):
     return name.startswith("backbone.")
 
 
+class Blocks:
+    """An encoder of four blocks, as `model.freeze` sees it."""
+
+    class config:
+        unit = "block"
+
+    @staticmethod
+    def unit_of(name):
+        return int(name.split(".")[1]) if name.startswith("blocks.") else None
+
+
 def below(n):
     return lambda name: encoder(name) and not any(f".blocks.{i}." in name for i in range(n, 4))
 
@@ -185,9 +197,9 @@ def below(n):
 def test_what_is_frozen_and_where_segments_end(state, freeze, expected, boundaries):
     """The names of each way of freezing, and the blocks before which freezing changes, are those written out by hand."""
     names = list(per_block(state))
-    frozen = frozen_names(freeze, names)
+    frozen = frozen_names(freeze, names, Blocks)
     assert frozen == {name for name in names if expected(name)}
-    assert freeze_boundaries(frozen, names) == boundaries
+    assert freeze_boundaries(frozen, weights.slots(state)) == boundaries
 
 
 @pytest.mark.parametrize(
@@ -204,7 +216,7 @@ def test_what_is_frozen_and_where_segments_end(state, freeze, expected, boundari
 def test_freezing_that_cannot_be_is_refused(state, freeze, message):
     """More blocks than there are, no regular expression, one that finds nothing or everything: one line with the field."""
     with pytest.raises(ValueError, match=message):
-        frozen_names(freeze, list(per_block(state)))
+        frozen_names(freeze, list(per_block(state)), Blocks)
 
 
 def test_frozen_parameters_stay_and_have_no_moments(make_run):

@@ -111,7 +111,7 @@ def test_the_same_scores_on_every_mesh(make_run, monkeypatch):
 def test_eight_devices_hold_an_eighth_each(experiment):
     """The shipped models with fsdp=8: at most 1/7 of the bytes of parameters and optimiser lie on a device."""
     c = config.from_file(Path(__file__).resolve().parents[2] / "configs" / f"{experiment}.py")
-    like, _ = tasks.abstract_state(tasks.Plan.of(tasks.make_task(c), c.model.freeze), c, sharding.make_mesh(MeshConfig(1, 8)))
+    like, _ = tasks.abstract_state(tasks.Blueprint.of(tasks.make_task(c), c.model.freeze), c, sharding.make_mesh(MeshConfig(1, 8)))
     leaves = jax.tree.leaves((like.trained, like.frozen, like.opt_state))
     total, held = (sum(math.prod(shape) * leaf.dtype.itemsize for leaf, shape in zip(leaves, shapes, strict=True)) for shapes in (
         [leaf.shape for leaf in leaves], [leaf.sharding.shard_shape(leaf.shape) for leaf in leaves],

@@ -65,10 +65,10 @@ class Noisy(nnx.Module):
         self.count = nnx.BatchStat(jnp.zeros(()))
 
 
-def noisy_losses(model, batch, normalizer, key):
+def noisy_losses(model, batch, denominator, key):
     model.count[...] += 1
     noise = jax.random.normal(key, model.weight.shape)
-    return {"data": jnp.sum(batch["x"] * model.weight[...]) / normalizer, "noise": jnp.sum(noise * model.weight[...])}
+    return {"data": jnp.sum(batch["x"] * model.weight[...]) / denominator, "noise": jnp.sum(noise * model.weight[...])}
 
 
 def noisy(accumulate=1, seed=0):
@@ -186,10 +186,10 @@ def test_batch_statistics_are_those_of_the_global_batch(accumulate):
     x = (rng.normal(size=(16, 2, 2, 8)) + 3 * rng.normal(size=(16, 1, 1, 1))).astype(np.float32)
     batch = sharding.to_devices({"x": x, "label": rng.integers(0, 3, (16, 8, 8)).astype(np.uint8)}, mesh)
 
-    def losses(model, batch, normalizer, key):
-        return model.head.loss(model.head(model.pyramid((batch["x"],) * 4, True)), batch["label"], normalizer)
+    def losses(model, batch, denominator, key):
+        return model.head.loss(model.head(model.pyramid((batch["x"],) * 4, True)), batch["label"], denominator)
 
-    step = make_step(graph, optimizer, lambda m, b: m.head.normalizer(b["label"]), losses, jax.random.key(0), at, accumulate)
+    step = make_step(graph, optimizer, lambda m, b: m.head.loss_denominator(b["label"]), losses, jax.random.key(0), at, accumulate)
     kernel, bias = (np.asarray(trained["pyramid"]["fpn1_up1"][name][...]) for name in ("kernel", "bias"))
     mean, var = np.zeros(8), np.ones(8)
     for _ in range(2):
@@ -217,14 +217,16 @@ def test_linear_head_loss_is_cross_entropy():
             total -= np.log(p[label[b, y, x]] / p.sum())
             count += 1
     labels = jnp.asarray(label)
-    assert float(head.normalizer(labels)) == count
-    loss = head.loss(jnp.asarray(output), labels, head.normalizer(labels))
+    assert float(head.loss_denominator(labels)) == count
+    loss = head.loss(jnp.asarray(output), labels, head.loss_denominator(labels))
     assert loss.keys() == {"cross_entropy"}
     assert float(loss["cross_entropy"]) == pytest.approx(total / count, rel=1e-5)
 
     nothing = jnp.full((2, 6, 7), 255, jnp.uint8)
-    assert float(head.normalizer(nothing)) == 1
-    value, gradient = jax.value_and_grad(lambda o: head.loss(o, nothing, head.normalizer(nothing))["cross_entropy"])(jnp.asarray(output))
+    assert float(head.loss_denominator(nothing)) == 1
+    value, gradient = jax.value_and_grad(lambda o: head.loss(o, nothing, head.loss_denominator(nothing))["cross_entropy"])(
+        jnp.asarray(output)
+    )
     assert float(value) == 0
     np.testing.assert_array_equal(gradient, 0)
 

@@ -4,8 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxdg.methods.stylize import adain
 from jaxdg.training import stylize as lib
-from jaxdg.training.stylize import adain
 
 split, stylize = jax.jit(lib.split), jax.jit(lib.stylize)
 

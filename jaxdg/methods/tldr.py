@@ -6,7 +6,7 @@ gave it before training. Generalisation: those of a stylised image shall be thos
 threshold (random style masking). Both fade to nothing over the run. Weights, threshold, fading and layers are those of the authors' code
 (ssssshwan/TLDR, gta2cs_stylizations_warm_deeplabv3plus_resnet50.py). What differs from it:
 
-- Styles are transferred by AdaIN on bands of the image (`training.stylize`); theirs is PhotoWCT with a trained VGG.
+- Styles are transferred by AdaIN on bands of the image (`methods.stylize`); theirs is PhotoWCT with a trained VGG.
 - Styles are generated pictures, or those of the folder `data.pictures`; theirs are ImageNet's validation images. They are normalised for
   the encoder like any other image; theirs are not.
 - Layers are the last blocks of the encoder's quarters, or its stages. A token's features are brought to mean 0 and variance 1 first, as
@@ -18,6 +18,7 @@ batch before the step does, so that neither checkpoints nor whatever reads them 
 """
 
 from collections.abc import Callable, Mapping, Sequence
+import dataclasses
 from typing import Any
 
 from flax import nnx
@@ -27,15 +28,79 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Key, Shaped
 
 from jaxdg import weights
-from jaxdg.config import Config, TldrOptions
+from jaxdg.methods.method import Batch, Features, Kept, Method, MethodOptions, tap_places
+from jaxdg.methods.stylize import stylize
 from jaxdg.training import sharding
-from jaxdg.training.step import Batch
-from jaxdg.training.stylize import stylize
 
 VIEWS = ("image", "stylized", "style")
 
 
-def watched(depth: int) -> tuple[int, ...]:
+@dataclasses.dataclass(unsafe_hash=True)
+class TldrOptions(MethodOptions):
+    """TLDR, a comparison that trains on images in random styles besides; needs `model.weights`. See `jaxdg/methods/tldr.py`.
+
+    Attributes:
+        on: whether it is used; a step then sends three times as many images through the encoder. Default False.
+        regularization: weights of how much the textures of images may change, of the encoder's quarters or stages, shallow to deep; the
+            deepest may be left out. Default 0.005, 0.0005, 0.00005, 0.000005.
+        generalization: likewise of how well textures of stylised images become those of their styles. Default 0.005, 0.0005.
+        threshold: by how much an entry of a Gram matrix must exceed the original's, for the style to show in it. Default 0.1.
+    """
+
+    regularization: tuple[float, ...] = (0.005, 0.0005, 0.00005, 0.000005)
+    generalization: tuple[float, ...] = (0.005, 0.0005)
+    threshold: float = 0.1
+
+    def check(self, config: Any, name: str) -> None:
+        """See `MethodOptions.check`."""
+        for field in ("regularization", "generalization"):
+            given = getattr(self, field)
+            if len(given) > 4 or min(given, default=0) < 0:
+                raise ValueError(f"{name}.{field} is {given}; allowed: at most 4 weights of 0 or more")
+        if self.threshold < 0:
+            raise ValueError(f"{name}.threshold is {self.threshold}; allowed: 0 or more")
+        if self.on and config.model.weights is None:
+            raise ValueError(f"{name}.on is True; allowed: False without model.weights, the encoder whose textures are to be kept")
+
+    def build(self, config: Any) -> "Tldr":
+        """See `MethodOptions.build`."""
+        return Tldr(self, config)
+
+
+class Tldr(Method):
+    """TLDR in one run."""
+
+    wants_pictures = True
+
+    def __init__(self, options: TldrOptions, config: Any):
+        """Args:
+        options: the settings.
+        config: of the run.
+        """
+        self.options, self.config = options, config
+
+    def observed(self, depth: int) -> tuple[int, ...]:
+        """See `Method.observed`."""
+        return quarters(depth)
+
+    def preparation(self, task: Any, model: Any, mesh: Mesh) -> Callable[[Batch, int], Batch]:
+        """See `Method.preparation`."""
+        return preparation(self.config, self.options, model, task.distort, task.normalize, mesh)
+
+    def images(self, images: Float[Array, "b h w 3"], batch: Batch) -> Float[Array, "n h w 3"]:
+        """See `Method.images`: original, stylised image and style by turns."""
+        return interleave(images, batch["stylized"], batch["style"])
+
+    def targets(self, batch: Batch) -> Batch:
+        """See `Method.targets`: those of images and of stylised ones by turns."""
+        return twice(batch)
+
+    def observe(self, features: Features, places: Sequence[int], batch: Batch) -> tuple[Kept, dict[str, Float[Array, ""]]]:
+        """See `Method.observe`: the two terms; the decoder does not see styles."""
+        return without_styles(features), terms([features[place] for place in places], batch, self.options)
+
+
+def quarters(depth: int) -> tuple[int, ...]:
     """The last block of each quarter, or each of four stages."""
     return tuple(sorted({(quarter + 1) * depth // 4 - 1 for quarter in range(4)} - {-1}))
 
@@ -75,7 +140,8 @@ def without_styles(features: Sequence[Float[Array, "n _ _ _"]]) -> tuple[Float[A
 
 
 def preparation(
-    config: Config,
+    config: Any,
+    options: TldrOptions,
     model: Any,
     distort: Callable[[Array, Key[Array, ""]], Array],
     normalize: Callable[[Array], Array],
@@ -85,7 +151,8 @@ def preparation(
 
     Args:
         config: of the run.
-        model: abstract, with the attributes `backbone` and `watched`.
+        options: the settings.
+        model: abstract.
         distort: photometric augmentation, (images, key) to RGB in 0..255.
         normalize: RGB in 0..255 as the encoder takes it.
         mesh: where batches lie.
@@ -103,7 +170,7 @@ def preparation(
     places = sharding.parameter_shardings(mesh, shapes)
     before: Any = nnx.merge(graph, jax.tree.map(lambda s, at: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=at), shapes, places))
     weights.load(before, config.model.weights or "")
-    watched = list(zip(model.watched, config.tldr.regularization, strict=False))
+    observed = list(zip(tap_places(model, quarters(before.config.depth)), options.regularization, strict=False))
     height, width = before.config.image_size
     key = jax.random.fold_in(jax.random.key(config.seed), 2**31 + 1)  # stream 2 of the seed; 0 is the steps', 1 the initialisation's
 
@@ -112,7 +179,7 @@ def preparation(
         image, style = distort(batch["image"], jax.random.fold_in(key, step)), batch["style"].astype(jnp.float32)
         b, h, w, _ = image.shape
         features = nnx.merge(graph, state)(jnp.pad(normalize(image), ((0, 0), (0, height - h), (0, width - w), (0, 0))))
-        grams = {f"gram{i}": gram(features[place]) for i, (place, _) in enumerate(watched)}
+        grams = {f"gram{i}": gram(features[place]) for i, (place, _) in enumerate(observed)}
         share = jnp.full(b, (1 - step / config.steps) / b)
         return {**batch, "image": image, "style": style, "stylized": stylize(image, style), "share": share, **grams}
 
@@ -124,7 +191,7 @@ def terms(features: Sequence[Float[Array, "n _ _ _"]], batch: Mapping[str, Array
     """The two terms; those of a batch are the sums of those of its parts.
 
     Args:
-        features: that are watched, shallow to deep, of original, stylised image and style by turns.
+        features: that are observed, shallow to deep, of original, stylised image and style by turns.
         batch: as prepared, or a part of it.
         options: of the run.
     """

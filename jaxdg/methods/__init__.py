@@ -1,0 +1,24 @@
+"""What changes training and leaves the architecture alone; one file a method.
+
+A field of the configuration whose type is a `MethodOptions` is a method. An experiment file may add one of its
+own: a subclass of `Config` with such a field. Training asks the methods that are on, through `Method` alone;
+evaluation, prediction, export and conversion know nothing of them.
+"""
+
+import dataclasses
+from typing import Any
+
+from jaxdg.methods.method import Method, MethodOptions
+
+__all__ = ["Method", "MethodOptions", "active", "settings"]
+
+
+def settings(config: Any) -> dict[str, MethodOptions]:
+    """The settings of all methods of a configuration, by the names of their fields."""
+    found = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
+    return {name: value for name, value in found.items() if isinstance(value, MethodOptions)}
+
+
+def active(config: Any) -> tuple[Method, ...]:
+    """The methods that a configuration turns on, in the order of its fields."""
+    return tuple(options.build(config) for options in settings(config).values() if options.on)

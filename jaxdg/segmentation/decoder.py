@@ -1,0 +1,117 @@
+"""What every decoder offers, whatever it computes: features in, class scores and a loss out.
+
+A new decoder is one file: its settings, its config that builds it, and the module. `jaxdg/config.py` lists
+the settings of all decoders, and that list is all that knows them by name.
+"""
+
+from collections.abc import Sequence
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from flax import nnx
+from jaxtyping import Array, Float, Key, UInt8
+
+from jaxdg import backbones
+
+
+@dataclasses.dataclass(unsafe_hash=True)
+class DecoderOptions:
+    """The settings of a decoder that a run may change; each decoder documents its own."""
+
+    def config(self, classes: Sequence[str], dtype: str) -> "DecoderConfig":
+        """These settings with what the run says besides.
+
+        Args:
+            classes: their names.
+            dtype: compute dtype.
+
+        Raises:
+            ValueError: settings that do not go with the classes.
+        """
+        raise NotImplementedError
+
+
+class DecoderConfig:
+    """A decoder before it is built; each is a frozen or hashable dataclass.
+
+    Attributes:
+        needs_levels: whether it reads four maps of different sizes, and not maps of any sizes.
+    """
+
+    needs_levels = False
+
+    def taps(self, encoder: backbones.EncoderConfig) -> tuple[int, ...]:
+        """The blocks or stages that it reads where the run names none."""
+        return encoder.taps
+
+    def build(self, channels: Sequence[int], *, encoder: str, rngs: nnx.Rngs) -> "Decoder":
+        """The decoder with random parameters.
+
+        Args:
+            channels: of each feature map that it reads, finest first.
+            encoder: name in the zoo.
+            rngs: initialises the parameters.
+
+        Raises:
+            ValueError: settings that do not fit together, or not with the encoder.
+        """
+        raise NotImplementedError
+
+
+class Decoder(nnx.Module):
+    """Features to an output that `scores` and `loss` take.
+
+    Attributes:
+        trained: whether training changes its parameters and those of the encoder.
+    """
+
+    trained = True
+
+    def __call__(
+        self,
+        features: tuple[Float[Array, "b _ _ _"], ...],
+        key: Key[Array, ""] | None = None,
+        train: bool = False,
+    ) -> Any:
+        """The output.
+
+        Args:
+            features: one map a level, finest first.
+            key: random key that turns dropout on.
+            train: use (and update) the batch's own statistics where there are any.
+        """
+        raise NotImplementedError
+
+    def scores(self, output: Any, size: tuple[int, int]) -> Float[Array, "b H W k"]:
+        """Class scores at an image size (height and width); the highest is the predicted class."""
+        raise NotImplementedError
+
+    def loss_denominator(self, label: UInt8[Array, "b H W"]) -> Any:
+        """What the loss terms are divided by: a tree of scalars, from the labels of the global batch."""
+        raise NotImplementedError
+
+    def loss(self, output: Any, label: UInt8[Array, "b H W"], denominator: Any, key: Key[Array, ""]) -> dict[str, Float[Array, ""]]:
+        """Named loss terms of a part of a batch, which add up to the loss.
+
+        Args:
+            output: of the decoder.
+            label: class ids, 255 where nothing is labelled.
+            denominator: `loss_denominator` of the global batch.
+            key: draws what the loss is computed at.
+        """
+        raise NotImplementedError
+
+    def adapt_features(
+        self, backbone: backbones.Encoder, features: tuple[Float[Array, "b _ _ _"], ...]
+    ) -> tuple[Float[Array, "b _ _ _"], ...]:
+        """The features that the decoder reads, made of those at its taps with the encoder at hand."""
+        return features
+
+    def load_text(self, path: str | Path) -> None:
+        """Fills what comes from a converted text tower.
+
+        Raises:
+            ValueError: this decoder reads no text.
+        """
+        raise ValueError(f"model.text_weights is {path}; allowed: None, as this decoder reads no text")
