@@ -1,17 +1,16 @@
-"""Published checkpoint files, read tensor by tensor: `.safetensors`, `.npz` and `.pkl` with NumPy alone, `.pth`, `.pth.tar`, `.pt` and
-`.bin` by torch.
+"""Published checkpoint files, read tensor by tensor with NumPy alone: `.safetensors`, `.npz`, torch's `.pth`, `.pth.tar`, `.pt`, `.ckpt`
+and `.bin`, detectron2's `.pkl`, and models in several files (shards) with their index.
 
-Nothing here runs code that a file holds: torch unpickles tensors only, beside stand-ins for the logs that mmengine saves with them, NumPy
-unpickles nothing, of a TorchScript archive (OpenAI's CLIP) only the tensors are read, without torch, and of a pickle (detectron2's model
-zoo) only arrays of numbers.
+Nothing here runs code that a file holds: see `pickled`, `torchfile`.
 """
 
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 import contextlib
+import hashlib
+import json
 import os
 from pathlib import Path
-import pickle
 import re
 from typing import Any, NamedTuple
 import zipfile
@@ -21,69 +20,191 @@ import ml_dtypes  # noqa: F401  its import teaches NumPy, and so safetensors, th
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from conversion import pickled, torchscript
+from conversion import kinds, pickled, sets, torchfile
 from jaxdg import weights
 
-TORCH = (".pth", ".pt", ".bin")
-SUFFIXES = (".safetensors", ".npz", *TORCH)
-# Of what mmengine saves of a run beside its tensors (logs, seeds, settings), replaced by stand-ins; other names refuse a file.
-PASSED_OVER = r"(mmengine|numpy)\.|builtins\.getattr$"
+TORCH = (".pth", ".pt", ".bin")  # written by torch
+SUFFIXES = (".safetensors", ".npz", *TORCH)  # that can be written
+READ = (*SUFFIXES, ".ckpt", ".pkl")
+INDEX = ".index.json"
+SHARD = re.compile(r"(.+)-\d{5}-of-\d{5}(\.\w+)")
+WHOLE = ("model.safetensors", "pytorch_model.bin", "diffusion_pytorch_model.safetensors", "open_clip_model.safetensors")  # of a folder
 BROKEN = (SafetensorError, zipfile.BadZipFile, zlib.error, EOFError, OSError, KeyError, TypeError, ValueError)
 
 
 class Checkpoint(NamedTuple):
-    """An open file: the names of its tensors, and a function that reads the one of a name."""
+    """An open file.
+
+    Attributes:
+        names: of its tensors.
+        read: gives the tensor of a name.
+        kind: whether they are an average (`sets.EMA`) or as trained (`sets.RAW`), where the file tells.
+        notes: for reports: which of its dictionaries was taken, what lies beside it.
+        files: that hold it.
+        about: metadata.
+        scripted: whether it is an archive of TorchScript, as OpenAI publishes CLIP, which tells an activation that the tensors do not.
+        wanted: which set of weights was asked for, where there may be several behind different prefixes.
+        was: what the file calls a tensor, by the name that it has here, where names were changed.
+        outside: names of the file that are no part of the model, with the reason.
+    """
 
     names: list[str]
     read: Callable[[str], np.ndarray]
+    kind: str | None = None
+    notes: tuple[str, ...] = ()
+    files: tuple[Path, ...] = ()
+    about: Mapping[str, str] = {}
+    scripted: bool = False
+    wanted: str | None = None
+    was: Mapping[str, str] = {}
+    outside: Mapping[str, str] = {}
+
+    def digest(self) -> str:
+        """The sha256 of the file; of several one a file, as JSON."""
+        found = {}
+        for path in self.files:
+            with path.open("rb") as stream:
+                found[path.name] = hashlib.file_digest(stream, "sha256").hexdigest()
+        return json.dumps(found) if len(found) > 1 else next(iter(found.values()), "")
 
 
 @contextlib.contextmanager
-def opened(path: str | Path) -> Iterator[Checkpoint]:
+def opened(path: str | Path, wanted: str | None = None) -> Iterator[Checkpoint]:
     """Opens a checkpoint for reading.
+
+    Args:
+        path: a file, the index of a model in several files, one of these, or a folder that holds a model as it is downloaded.
+        wanted: of several sets of weights in a file, "ema", "raw" or the keys that lead to one.
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: a kind of file that is not read, a damaged file, or one that would run code of its own; also while reading.
+        ValueError: a kind of file that is not read, a damaged file, one that would run code of its own, or one of several sets of weights
+            of which none was chosen; also while reading.
     """
-    path = Path(path)
+    path = _file(Path(path))
+    with contextlib.ExitStack() as stack:
+        if path.name.endswith(INDEX):
+            yield _shards(path, wanted, stack)
+        elif match := SHARD.fullmatch(path.name):
+            index = path.with_name(f"{match[1]}{match[2]}{INDEX}")
+            if not index.is_file():
+                raise ValueError(f"{path} is one of several files of a model; put all and {index.name} into its folder and give that index")
+            yield _shards(index, wanted, stack)
+        else:
+            yield _one(path, wanted, stack)
+
+
+def _file(path: Path) -> Path:
+    """The file that is meant by a path, which may be a folder."""
+    if path.is_dir():
+        there = [path / name for whole in WHOLE for name in (whole, whole + INDEX) if (path / name).is_file()]
+        if not there:
+            raise FileNotFoundError(f"{path} is a folder without {' or '.join(WHOLE[:2])} or an index of several; give the file itself")
+        return there[0]
     if not path.is_file():
         raise FileNotFoundError(f"no checkpoint at {path}; give the file that was downloaded")
+    return path
+
+
+def _shards(index: Path, wanted: str | None, stack: contextlib.ExitStack) -> Checkpoint:
+    """The model of several files whose index is given."""
+    try:
+        places = dict(json.loads(index.read_text())["weight_map"])
+        files = {name: index.parent / name for name in dict.fromkeys(places.values())}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{index} is no index of a model in several files (no weight_map in it); download it again") from error
+    if outside := [name for name in files if Path(name).name != name]:
+        raise ValueError(f"{index} names files outside of its folder ({sets.shortened(outside)}); this is no index of a published model")
+    if missing := [name for name, file in files.items() if not file.is_file()]:
+        raise FileNotFoundError(
+            f"{index} names {len(files)} files, and {len(missing)} of them are not beside it: {sets.shortened(missing)}; download them too"
+        )
+    shards = {name: _one(file, wanted, stack) for name, file in files.items()}
+    held = {tensor: name for name, shard in shards.items() for tensor in shard.names}
+    wrong = sorted({tensor for tensor, name in places.items() if tensor not in shards[name].names} | (held.keys() - places.keys()))
+    if wrong or len(held) < sum(len(shard.names) for shard in shards.values()):
+        raise ValueError(
+            f"{index} and its files do not agree on {len(wrong)} tensors ({sets.shortened(wrong)}): they are of different versions, or one "
+            "is damaged; download all again"
+        )
+    notes = f"read from {len(files)} files by {index.name}"
+    read = lambda name: shards[places[name]].read(name)
+    return Checkpoint(list(places), read, notes=(notes,), files=(index, *files.values()), wanted=wanted)
+
+
+def _one(path: Path, wanted: str | None, stack: contextlib.ExitStack) -> Checkpoint:
+    """The model of one file."""
+    if why := kinds.foreign(path):
+        raise ValueError(f"{path} {why}")
     suffix = ".pth" if path.name.endswith(".pth.tar") else path.suffix
-    if suffix in TORCH and torchscript.recognised(path):
-        with _torchscript(path) as file:
-            yield file
-        return
-    if suffix in TORCH:
-        tensors = _torch_tensors(path)
-        yield Checkpoint(list(tensors), lambda name: _from_torch(tensors[name]))
-        return
-    if suffix == ".pkl":
-        arrays = _pickled_arrays(path)
-        yield Checkpoint(list(arrays), lambda name: _from_pickle(path, name, arrays[name]))
-        return
-    if suffix not in SUFFIXES:
-        raise ValueError(f"{path} is of no kind that is read ({' '.join(SUFFIXES)} .pth.tar .pkl); convert or rename it")
-    with contextlib.ExitStack() as stack:
+    if suffix not in READ:
+        raise ValueError(f"{path} is of no kind that is read ({' '.join(READ)} .pth.tar); convert or rename it")
+    inside = torchfile.members(path)
+    try:
+        if any(name.endswith("data.pkl") for name in inside) or suffix in (*TORCH, ".ckpt"):
+            content, get = torchfile.opened(path, stack)
+        elif suffix == ".pkl":
+            with path.open("rb") as file:
+                content, get = pickled.content(file), None
+        elif suffix == ".npz":
+            if not inside:  # NumPy would take it for a pickle
+                raise zipfile.BadZipFile("no zip archive")
+            archive = stack.enter_context(np.load(path, allow_pickle=False))
+            return Checkpoint(list(archive.files), _told(path, archive.__getitem__), files=(path,), wanted=wanted)
+        else:
+            file = stack.enter_context(safe_open(path, framework="numpy"))
+            return Checkpoint(
+                list(file.keys()), _told(path, lambda name: _numbers(file, name)), files=(path,), about=file.metadata() or {}, wanted=wanted
+            )
+    except pickled.ForeignCode as error:
+        raise _pickled_code(path, str(error)) from error
+    except Exception as error:  # an unpickler fails in every way on damaged bytes
+        raise _broken(path, error) from error
+    taken = sets.choose(path, content, wanted)
+
+    def made(name: str) -> np.ndarray:
+        tensor = taken.tensors[name]
+        if isinstance(tensor, pickled.Array):
+            return tensor.numpy()
+        if get is None:
+            raise ValueError("a tensor of torch without its numbers")
+        return get(tensor)
+
+    return Checkpoint(
+        list(taken.tensors),
+        _told(path, made),
+        taken.kind,
+        taken.notes,
+        (path,),
+        scripted=torchfile.scripted(inside),
+        wanted=taken.wanted,
+    )
+
+
+class Unread(ValueError):
+    """A tensor of a type that is not read, in a file that is whole."""
+
+
+def _numbers(file: Any, name: str) -> np.ndarray:
+    """A tensor of a safetensors file."""
+    kind = file.get_slice(name).get_dtype()
+    if kind.startswith(("F8_", "F6_", "F4")):
+        raise Unread(f"holds {kind} at {name}, numbers that need scales: take the file of float16, bfloat16 or float32")
+    return file.get_tensor(name)
+
+
+def _told(path: Path, read: Callable[[str], np.ndarray]) -> Callable[[str], np.ndarray]:
+    """The same, but an error names the file and the tensor."""
+
+    def told(name: str) -> np.ndarray:
         try:
-            if suffix == ".npz":
-                if not zipfile.is_zipfile(path):  # NumPy would take it for a pickle
-                    raise zipfile.BadZipFile("no zip archive")
-                archive = stack.enter_context(np.load(path, allow_pickle=False))
-                names, get = list(archive.files), archive.__getitem__
-            else:
-                file = stack.enter_context(safe_open(path, framework="numpy"))
-                names, get = list(file.keys()), file.get_tensor
-        except BROKEN as error:
-            raise _broken(path, error) from error
+            return read(name)
+        except Unread as error:
+            raise ValueError(f"{path} {error}") from error
+        except Exception as error:  # what describes a tensor is whatever the file says
+            raise _broken(path, error, name) from error
 
-        def read(name: str) -> np.ndarray:
-            try:
-                return get(name)
-            except BROKEN as error:
-                raise _broken(path, error, name) from error
-
-        yield Checkpoint(names, read)
+    return told
 
 
 def save(tensors: Mapping[str, np.ndarray], path: str | Path, about: Mapping[str, Any], versions: Mapping[str, int] | None = None) -> None:
@@ -132,96 +253,6 @@ def import_torch(path: Path):
     return torch
 
 
-@contextlib.contextmanager
-def _torchscript(path: Path) -> Iterator[Checkpoint]:
-    """The tensors of a TorchScript archive, whose program is not run."""
-    with zipfile.ZipFile(path) as archive:
-        try:
-            tensors = torchscript.tensors(archive)
-        except torchscript.ForeignCode as error:
-            raise _pickled_code(path, str(error)) from error
-        except Exception as error:  # an unpickler fails in every way on damaged bytes
-            raise _broken(path, error) from error
-
-        def read(name: str) -> np.ndarray:
-            try:
-                return tensors[name]()
-            except BROKEN as error:
-                raise _broken(path, error, name) from error
-
-        yield Checkpoint(list(tensors), read)
-
-
-class Passed:
-    """Stands for a foreign object beside the tensors; takes whatever it is given and does nothing."""
-
-    def __new__(cls, *_: Any) -> "Passed":
-        return super().__new__(cls)
-
-    def __init__(self, *_: Any):
-        pass
-
-    def __setstate__(self, state: Any) -> None:
-        pass
-
-
-def _torch_tensors(path: Path) -> dict[str, Any]:
-    """The state dict of a torch file, also one level down."""
-    torch = import_torch(path)
-    passed: list[Any] = []  # stand-ins with the names they are for
-    while True:
-        try:
-            # Tensors stay in the file until they are read; the legacy format, no zip archive, cannot do that.
-            with torch.serialization.safe_globals(passed):
-                content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-        except (pickle.UnpicklingError, RuntimeError, *BROKEN) as error:
-            code = re.search(r"GLOBAL (\S+)", str(error))
-            if not code:
-                raise _broken(path, error) from error
-            name = code[1] if "." in code[1] else f"builtins.{code[1]}"  # torch tells the first name that it does not know
-            if not re.match(PASSED_OVER, name) or (Passed, name) in passed:
-                raise _pickled_code(path, code[1]) from error
-            passed.append((Passed, name))
-        else:
-            return _state_dict(path, content, torch.Tensor)
-
-
-def _pickled_arrays(path: Path) -> dict[str, pickled.Array]:
-    """The arrays of a pickle, also one level down."""
-    try:
-        with path.open("rb") as file:
-            content = pickled.content(file)
-    except pickled.ForeignCode as error:
-        raise _pickled_code(path, str(error)) from error
-    except Exception as error:  # an unpickler fails in every way on damaged bytes
-        raise _broken(path, error) from error
-    return _state_dict(path, content, pickled.Array)
-
-
-def _from_pickle(path: Path, name: str, array: pickled.Array) -> np.ndarray:
-    try:
-        return array.numpy()
-    except Exception as error:  # its state is whatever the file says
-        raise _broken(path, error, name) from error
-
-
-def _state_dict(path: Path, content: Any, kind: type) -> dict[str, Any]:
-    """The tensors by name in `content` or one level down under "model", "module" or "state_dict"."""
-    if isinstance(content, dict):
-        content = next((content[key] for key in ("model", "module", "state_dict") if isinstance(content.get(key), dict)), content)
-    if not isinstance(content, dict) or not content:
-        raise ValueError(f"{path} holds a {type(content).__name__}, no state dict; save the model's state_dict() and convert that")
-    odd = [str(key) for key, value in content.items() if not (isinstance(key, str) and isinstance(value, kind))]
-    if odd:
-        raise ValueError(f"{path} holds no plain state dict, also not under model, module or state_dict: no tensors are {', '.join(odd)}")
-    return content
-
-
-def _from_torch(tensor: Any) -> np.ndarray:
-    tensor = tensor.detach()
-    return (tensor.float() if tensor.is_floating_point() else tensor).numpy()
-
-
 def _pickled_code(path: Path, name: str) -> ValueError:
     return ValueError(
         f"{path} is refused: it holds pickled code ({name}) beside its tensors, and loading it could run anything on this "
@@ -231,9 +262,7 @@ def _pickled_code(path: Path, name: str) -> ValueError:
 
 def _broken(path: Path, error: Exception, name: str = "") -> ValueError:
     at = f" at {name}" if name else ""
-    reason = " ".join(str(error).split()) or type(error).__name__
+    reason = " ".join(str(error).split())[:200] or type(error).__name__
     if "allow_pickle" in reason:
         return ValueError(f"{path} is refused: it holds pickled code{at}, and loading it could run anything on this machine")
-    # torch surrounds its reason with advice to unpickle all the same, which is no advice to pass on.
-    reason = re.sub(r"Weights only load failed.*?error: | (passed to \W*torch|Check the documentation).*", "", reason)[:200]
     return ValueError(f"{path} cannot be read{at} ({reason}): damaged, cut short or another kind of file; download it again")

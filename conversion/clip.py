@@ -1,5 +1,6 @@
 """CLIP's vision transformers: the names of OpenAI's archives, which open_clip shares, and those of transformers."""
 
+from conversion import vit
 from conversion.mapping import CONV, LINEAR, SAME, Layout, Row, Transform
 from conversion.names import APART_BIASES, APART_KERNELS
 
@@ -19,7 +20,7 @@ POSITIONS = Transform(lambda a: a[None], lambda a: (a[0],))  # [n, c] to [1, n, 
 
 
 def layouts() -> tuple[Layout, ...]:
-    """An image tower below `visual.`, the text tower beside it or, in newer open_clip files, below `text.`; and transformers' CLIPModel."""
+    """OpenAI's and open_clip's, the image tower below `visual.`, the text tower beside it or below `text.`; transformers'; timm's."""
     block, ours = "visual.transformer.resblocks.*.", "blocks.*."
     norms = [
         Row((f"{there}.{theirs}",), f"{here}.{kind}", SAME)
@@ -52,7 +53,16 @@ def layouts() -> tuple[Layout, ...]:
             ),
         ),
         _transformers(),
+        _timm(),
     )
+
+
+def _timm() -> Layout:
+    """`vit_*_clip_*` of timm: the names of its plain vision transformers, with a norm before the blocks and patches without a bias."""
+    plain = vit.timm()
+    norm = tuple(Row((f"norm_pre.{theirs}",), f"norm_pre.{kind}", SAME) for theirs, kind in (("weight", "scale"), ("bias", "bias")))
+    rows = (*(row for row in plain.rows if row.target != "patch_embed.proj.bias"), *norm)
+    return Layout("timm", rows, ((r"(norm|fc_norm|head)\.(weight|bias)", OUTPUT),))
 
 
 def _transformers() -> Layout:
@@ -76,7 +86,7 @@ def _transformers() -> Layout:
         *(Row((f"{there}.bias",), f"{here}.bias", SAME) for here, there, _, _ in parts),
     )
     left_out = (
-        (r"vision_model\.post_layernorm\.(weight|bias)|visual_projection\.weight", OUTPUT),
+        (r"vision_model\.post_layernorm\.(weight|bias)|visual_projection\.weight|classifier\.(weight|bias)", OUTPUT),
         (r"text_model\.(?!embeddings\.position_ids$).+|text_projection\.weight|logit_scale", TEXT),
         (r"(text|vision)_model\.embeddings\.position_ids", COUNTED),
     )

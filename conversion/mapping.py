@@ -61,10 +61,14 @@ class Layout(NamedTuple):
     beside: Callable[[Mapping[str, np.ndarray]], dict[str, np.ndarray]] = lambda tensors: {}
     note: str = ""
 
+    def known(self) -> re.Pattern[str]:
+        """Matches every source name in the table, whatever the number of blocks."""
+        rows = [re.escape(source).replace(r"\*", r"\d+") for row in self.rows for source in row.source]
+        return re.compile("|".join(f"(?:{pattern})" for pattern in (*rows, *(pattern for pattern, _ in self.left_out))))
+
     def covers(self, names: Iterable[str]) -> bool:
         """Whether every one of these source names is in the table, whatever the number of blocks."""
-        rows = [re.escape(source).replace(r"\*", r"\d+") for row in self.rows for source in row.source]
-        known = re.compile("|".join(f"(?:{pattern})" for pattern in (*rows, *(pattern for pattern, _ in self.left_out))))
+        known = self.known()
         return all(known.fullmatch(name) for name in names)
 
 
@@ -104,6 +108,7 @@ class Misfit(ValueError):
     """A file whose tensors are not exactly those of the model."""
 
 
+QUANTISED = (".qweight", ".qzeros", ".scales", ".weight_scale", ".weight_scale_inv", ".SCB", ".absmax", ".quant_map", ".zero_point")
 SAME = Transform(lambda a: a, lambda a: (a,))
 LINEAR = Transform(lambda w: w.T, lambda k: (k.T,))  # torch [out, in], flax [in, out]
 CONV = Transform(lambda w: w.transpose(2, 3, 1, 0), lambda k: (k.transpose(3, 2, 0, 1),))  # torch OIHW, flax HWIO
@@ -122,27 +127,29 @@ def to_flax(module: nnx.Module, layouts: Iterable[Layout], names: list[str], rea
         Float32 tensors for every name of `weights.shapes(module)`.
 
     Raises:
-        Misfit: tensors that are unknown, missing, there twice or of another shape, or no floats; all of them are named.
+        Misfit: tensors that are unknown, missing, there twice, of another shape, no floats or not finite; they are named by kind.
     """
     wanted, given = weights.shapes(module), set(names)
     layout = max(layouts, key=lambda layout: len(given & source_shapes(module, layout).keys()))
     expected, plan = source_shapes(module, layout), _plan(layout, wanted)
     reasons = {name: reason for name in names for pattern, reason in layout.left_out if re.fullmatch(pattern, name)}
 
-    problems = _listed("there more than once", {name for name in given if names.count(name) > 1})
-    problems += _listed(f"both used and left out by the table {layout.name}", expected.keys() & reasons.keys())
-    problems += _listed("unknown", given - expected.keys() - reasons.keys())
-    problems += _listed("missing", expected.keys() - given)
-    makers, misfits, read_once = {}, set(), functools.lru_cache(maxsize=3)(read)  # queries, keys and values of all blocks at the most
+    problems = weights.told("there more than once", {name for name in given if names.count(name) > 1})
+    problems += weights.told(f"both used and left out by the table {layout.name}", expected.keys() & reasons.keys())
+    problems += weights.told("unknown", given - expected.keys() - reasons.keys())
+    problems += weights.told("missing", expected.keys() - given)
+    makers, misfits, read_once = {}, {}, functools.lru_cache(maxsize=3)(read)  # queries, keys and values of all blocks at the most
+    odd: dict[str, str] = {}  # of what is no number
 
     def taken(name: str, block: int | None) -> np.ndarray:
         return read(name) if block is None else read_once(name)[block]
 
     for target, (row, sources, block) in plan.items():
         parts = {name: read(name) if block is None else read_once(name) for name in sources if name in given}
-        misfits |= {f"{name} holds {part.dtype}" for name, part in parts.items() if not jnp.issubdtype(part.dtype, jnp.floating)}
+        misfits |= {name: f"{name} holds {part.dtype}" for name, part in parts.items() if not _floats(part.dtype)}
         # Source shapes are compared, not the target's: a transform that joins heads would let a wrong number of them pass.
-        wrong = {f"{name} is {part.shape}, not {expected[name]}" for name, part in parts.items() if part.shape != expected[name]}
+        wrong = {name: f"{name} is {part.shape}, not {expected[name]}" for name, part in parts.items() if part.shape != expected[name]}
+        odd |= {name: f"{name}: {what}" for name, part in parts.items() if _floats(part.dtype) and (what := weights.not_finite(part))}
         if len(parts) < len(sources):  # told as missing
             misfits |= wrong
             continue
@@ -152,11 +159,19 @@ def to_flax(module: nnx.Module, layouts: Iterable[Layout], names: list[str], rea
         makers[target] = lambda row=row, sources=sources, block=block: np.asarray(
             row.transform.forward(*(taken(name, block).astype(np.float32) for name in sources)), order="C"
         )
-    problems += _listed("of another shape or type", misfits)
+    problems += weights.told("of another shape or type", misfits.values())
+    problems += weights.told("with values that are no numbers", odd.values())
     if problems:
-        hint = "" if given & expected.keys() else "not one name is that of this model's checkpoints, so this is another model's file: "
-        raise Misfit(f"{hint}{'; '.join(problems)} (layout: {layout.name})")
+        fit = len(given & expected.keys() - misfits.keys() - odd.keys())
+        quantised = any(name.endswith(QUANTISED) for name in given) or any(" holds " in what for what in misfits.values())
+        advice = "; it seems to be quantised: take the file of float16, bfloat16 or float32" if quantised else ""
+        raise Misfit(f"{weights.joined(problems)} (nearest layout: {layout.name}, of whose {len(expected)} tensors {fit} fit{advice})")
     return Converted(Lazy(makers), layout, reasons)
+
+
+def _floats(dtype: np.dtype) -> bool:
+    """Whether numbers of this type are weights as they stand; those of 8 bits need scales."""
+    return jnp.issubdtype(dtype, jnp.floating) and dtype.itemsize > 1
 
 
 def from_flax(module: nnx.Module, layout: Layout, tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -172,8 +187,10 @@ def from_flax(module: nnx.Module, layout: Layout, tensors: Mapping[str, np.ndarr
         if row.resized and name in tensors and _fits(module, name, tensors[name], wanted[name]):
             shapes[name] = wanted[name]
     problems = weights.mismatches(wanted, shapes)
+    odd = {name: weights.not_finite(tensor) for name, tensor in tensors.items()}
+    problems += weights.told("with values that are no numbers", [f"{name}: {what}" for name, what in odd.items() if what])
     if problems:
-        raise Misfit("; ".join(problems))
+        raise Misfit(weights.joined(problems))
     converted: dict[str, np.ndarray] = {}
     blocks: dict[str, dict[int, np.ndarray]] = defaultdict(dict)
     for target, (row, sources, block) in plan.items():
@@ -215,12 +232,6 @@ def _plan(layout: Layout, wanted: Iterable[str]) -> dict[str, Use]:
             if users.setdefault(source, user) != user:
                 raise ValueError(f"the table {layout.name} uses {source} for both {users[source]} and {user}")
     return plan
-
-
-def _listed(kind: str, offenders: Iterable[str]) -> list[str]:
-    """One phrase naming all offenders, block numbers in counting order; none if there are none."""
-    ordered = sorted(offenders, key=lambda name: [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)])
-    return [f"{len(ordered)} {kind} ({', '.join(ordered)})"] if ordered else []
 
 
 def _fits(module: Any, target: str, tensor: np.ndarray, wanted: tuple[int, ...]) -> bool:

@@ -20,6 +20,7 @@ from conversion import (
     vit,
     vitdet,
     vltseg,
+    wrappers,
 )
 from conversion.checkpoint import Checkpoint
 from jaxdg import backbones
@@ -82,46 +83,106 @@ def converted_encoders() -> list[str]:
     return [name for name, entry in backbones.ZOO.items() if entry.source and not isinstance(entry.config, PLANNED)]
 
 
-def identified(file: Checkpoint, openai: bool) -> str:
+def identified(file: Checkpoint) -> str:
     """The encoder whose checkpoint a file is, or one of `HEADS` or `vitdet`, as far as names and shapes tell.
 
     Of a file that holds two towers the image's is meant; of one that fits several models, those of its own image size, and of these the
     model that uses most of it.
 
-    Args:
-        file: the open checkpoint.
-        openai: whether it is an archive as OpenAI publishes, which tells the activation that the tensors do not.
-
     Raises:
-        ValueError: none fits, or several do and are named.
+        ValueError: none fits, or several do and are named, or the file holds several sets of weights.
     """
-    fitting: dict[str, tuple[bool, int]] = {}
-    for name in converted_encoders():
-        for layout in layouts(name):
-            if not layout.covers(file.names):
-                continue
-            module = abstract(name)
-            try:
-                converted = mapping.to_flax(module, (layout,), file.names, file.read)
-            except mapping.Misfit:
-                continue
-            exact = all(file.read(key).shape == shape for key, shape in mapping.source_shapes(module, layout).items())
-            fitting[name] = max(fitting.get(name, (False, 0)), (exact, len(file.names) - len(converted.left_out)))
-    if openai:
-        fitting = {name: fit for name, fit in fitting.items() if getattr(backbones.entry(name).config, "activation", "") != "gelu"}
-    best = [name for name, fit in fitting.items() if fit == max(fitting.values())]
+    for prefixes, name in (  # of any size
+        ((".sem_seg_head.", ".model.transformer_module."), mask2former.NAME),
+        ((".rpn.head.",), faster_rcnn.NAME),
+        ((".backbone.simfp_",), vitdet.NAME),
+    ):
+        if any(prefix in f".{key}" for key in file.names for prefix in prefixes):
+            return name
+    best, undecided = _best(file)
     if len(best) == 1:
         return best[0]
     if best:
         raise ValueError(f"its tensors are those of {' and of '.join(best)}; say with --model which of them it is")
-    for prefixes, name in (  # of any size
-        (("sem_seg_head.", "model.transformer_module."), mask2former.NAME),
-        ("rpn.head.", faster_rcnn.NAME),
-        ("backbone.simfp_", vitdet.NAME),
-    ):
-        if any(key.startswith(prefixes) for key in file.names):
-            return name
+    if undecided:
+        raise undecided
+    if {"jaxdg", "layout"} <= file.about.keys():
+        raise ValueError(f"it is converted already, as {file.about['model']}; give it as model.weights")
     raise ValueError("its tensors are those of no model that --list shows; say with --model what it should be, to be told what differs")
+
+
+def likely(file: Checkpoint, name: str) -> str:
+    """What a file that is no checkpoint of `name` is instead, to be told after that; nothing where it cannot be told."""
+    if {"jaxdg", "layout"} <= file.about.keys():
+        return f", it is converted already, as {file.about.get('model')}"
+    best = [other for other in _best(file)[0] if other != name]
+    text = [other for other in backbones.TEXT_TOWERS if other != name and not best and _fits(file, other)]
+    return f", it is one of {' or '.join(best + text)}" if best + text else ""
+
+
+def _best(file: Checkpoint) -> tuple[list[str], wrappers.Undecided | None]:
+    """The encoders that a file fits best, and why it cannot be told of some."""
+    fitting: dict[str, tuple[bool, bool, int]] = {}
+    undecided = None
+    for name in converted_encoders():
+        try:
+            view = wrappers.unwrapped(file, layouts(name))
+        except wrappers.Undecided as error:
+            undecided = error
+            continue
+        as_told = view.names == file.names
+        for layout in layouts(name):
+            if _may_be(name, layout, view) and (converted := _converted(name, layout, view)):
+                shapes = mapping.source_shapes(abstract(name), layout)
+                exact = all(view.read(key).shape == shape for key, shape in shapes.items())
+                fit = (exact, as_told, len(view.names) - len(converted.left_out))
+                fitting[name] = max(fitting.get(name, fit), fit)
+    if file.scripted:
+        fitting = {name: fit for name, fit in fitting.items() if getattr(backbones.entry(name).config, "activation", "") != "gelu"}
+    return [name for name, fit in fitting.items() if fit == max(fitting.values())], undecided
+
+
+def check_names(file: Checkpoint, name: str) -> None:
+    """Refuses a file for `name` whose names fit that only when something is taken off, while they are those of another model as they are.
+
+    MoCo-v3's encoder behind its `module.base_encoder.` has all tensors of a plain vision transformer, but reads other pixel statistics.
+
+    Raises:
+        Misfit: the others by name.
+    """
+    others = [other for other in converted_encoders() if any(_may_be(other, layout, file) for layout in layouts(other))]
+    if others and name not in others:
+        raise mapping.Misfit(f"its names are those of {' and of '.join(others)}; say that with --model")
+
+
+def _fits(file: Checkpoint, name: str) -> bool:
+    try:
+        view = wrappers.unwrapped(file, layouts(name))
+    except wrappers.Undecided:
+        return False
+    return any(_may_be(name, layout, view) and _converted(name, layout, view) for layout in layouts(name))
+
+
+def _may_be(name: str, layout: mapping.Layout, view: Checkpoint) -> bool:
+    """Whether names, number and width of blocks are those of a model: quick, where building the model's shapes takes a second."""
+    names = set(view.names)
+    if not names >= {source for row in layout.rows for source in row.source if "*" not in source} or not layout.covers(names):
+        return False
+    config = backbones.TEXT_TOWERS.get(name) or backbones.entry(name).config
+    row = next((row for row in layout.rows if row.target == "blocks.*.norm1.scale" and "*" in row.source[0]), None)
+    if row is None:
+        return True
+    first = row.source[0].replace("*", "{}")
+    if first.format(config.depth - 1) not in names or first.format(config.depth) in names:
+        return False
+    return view.read(first.format(0)).shape == (getattr(config, "width", 0),)
+
+
+def _converted(name: str, layout: mapping.Layout, view: Checkpoint) -> mapping.Converted | None:
+    try:
+        return mapping.to_flax(abstract(name), (layout,), view.names, view.read)
+    except mapping.Misfit:
+        return None
 
 
 def listing() -> str:

@@ -33,7 +33,10 @@ def layouts(config: SiglipConfig) -> tuple[Layout, ...]:
             (positions, *others, *apart),
             "transformers",
             TRANSFORMERS,
-            ((r"vision_model\.(head\..+|post_layernorm\.(weight|bias))", OUTPUT), (r"text_model\..+|logit_(scale|bias)", TEXT)),
+            (
+                (r"vision_model\.(head\..+|post_layernorm\.(weight|bias))|classifier\.(weight|bias)", OUTPUT),
+                (r"text_model\..+|logit_(scale|bias)", TEXT),
+            ),
             prefix="vision_model.",
         ),
         renamed(

@@ -10,15 +10,28 @@ import re
 import numpy as np
 
 from conversion.mapping import CONV, LINEAR, SAME, Layout, Row, Transform
+from conversion.names import APART_BIASES, APART_KERNELS, renamed
 from jaxdg.backbones import VitConfig
 
 CLASSIFIER = "final norm and classifier: dense features are read before them"
+TRANSFORMERS = (
+    ("cls_token", "embeddings.cls_token"),
+    ("pos_embed", "embeddings.position_embeddings"),
+    ("patch_embed.proj", "embeddings.patch_embeddings.projection"),
+    ("blocks.", "encoder.layer."),
+    ("attn.proj", "attention.output.dense"),
+    ("norm1", "layernorm_before"),
+    ("norm2", "layernorm_after"),
+    ("mlp.fc1", "intermediate.dense"),
+    ("mlp.fc2", "output.dense"),
+)
 POOL = "attention pooling: dense features are read before it"
 
 
 def layouts(config: VitConfig) -> tuple[Layout, ...]:
     """All layouts, for the model of `config`; big_vision shares some files as they are saved, others without the leading `params/`."""
-    return timm(), *(big_vision(config.heads, prefix, scan) for prefix in ("params/", "") for scan in (False, True)), augreg(config.heads)
+    shared = (big_vision(config.heads, prefix, scan) for prefix in ("params/", "") for scan in (False, True))
+    return timm(), *shared, augreg(config.heads), transformers()
 
 
 def timm() -> Layout:
@@ -47,6 +60,27 @@ def timm() -> Layout:
             (r"(norm|head)\.(weight|bias)", CLASSIFIER),
             (r"pre_logits\.fc\.(weight|bias)", "a layer of the classifier"),
             (r"head_dist\.(weight|bias)", "the classifier of a distillation token"),
+        ),
+    )
+
+
+def transformers() -> Layout:
+    """`google/vit-*`, where queries, keys and values are apart; of `ViTModel`, and with `vit.` before its names of what is built on it."""
+    rows = timm().rows
+    apart = [
+        Row(tuple(f"blocks.*.attention.attention.{part}.{theirs}" for part in ("query", "key", "value")), target, transform)
+        for theirs, target, transform in (
+            ("weight", "blocks.*.attn.qkv.kernel", APART_KERNELS),
+            ("bias", "blocks.*.attn.qkv.bias", APART_BIASES),
+        )
+    ]
+    return renamed(
+        (*(row for row in rows if ".qkv." not in row.target), *apart),
+        "transformers",
+        TRANSFORMERS,
+        (
+            (r"layernorm\.(weight|bias)|classifier\.(weight|bias)", CLASSIFIER),
+            (r"pooler\.dense\.(weight|bias)", "a layer of the classifier"),
         ),
     )
 

@@ -88,6 +88,11 @@ def layout(cascade: bool) -> Layout:
     return Layout("detectron2, cascade" if cascade else "detectron2", tuple(rows), left_out, note=note)
 
 
+def layouts() -> tuple[Layout, ...]:
+    """With a cascade, and with one box head."""
+    return layout(True), layout(False)
+
+
 def of_checkpoint(file: Checkpoint) -> Config:
     """A run that would make a published file: sizes are those of its tensors, of the training no more than steps and batch is told.
 

@@ -99,6 +99,11 @@ def layout() -> Layout:
     return Layout("VLTSeg, whole model", tuple(rows), left_out)
 
 
+def layouts() -> tuple[Layout, ...]:
+    """The one layout."""
+    return (layout(),)
+
+
 def of_checkpoint(file: Checkpoint) -> Config:
     """The run that made a published file; sizes are those of its tensors.
 

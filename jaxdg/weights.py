@@ -33,6 +33,12 @@ CODES = {
     "bool": "BOOL",
 }
 SEGMENTS = "segments"  # the attribute that holds stacked blocks, see `backbones.stacking`
+FEW = 6  # names that are told one by one
+LONGEST = 700  # characters of what does not fit: an error is at most ten lines of a terminal
+NUMBER = re.compile(r"(?<=[./])\d+(?=[./])|(?<=encoderblock_)\d+")  # of a block
+COMMAND = "python conversion/torch_to_flax.py"
+# Kinds of file that are no converted one.
+PUBLISHED = (".pth", ".pt", ".tar", ".bin", ".ckpt", ".pkl", ".npz", ".onnx", ".gguf", ".h5", ".json")
 STORED = (nnx.Param, nnx.BatchStat)  # what a weights file holds: parameters and running statistics
 
 
@@ -144,16 +150,30 @@ def load(module: nnx.Module, path: str | Path) -> None:
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: not a safetensors file, or tensors that are missing, left over or of another shape, all of them named.
+        ValueError: not a converted file, values that are no numbers, or tensors that are missing, left over or of another shape; they are
+            named by kind.
     """
     stored = read(path)
+    about = metadata(path)
+    odd = [f"{name}: {what}" for name, tensor in stored.items() if (what := not_finite(tensor))]
+    if odd:
+        raise ValueError(f"{path} holds {joined(told('tensors with values that are no numbers', odd))}; take another file of these weights")
     check = getattr(module, "check", None)
     if check is not None:
         try:
-            check(metadata(path))
+            check(about)
         except ValueError as error:
             raise ValueError(f"{path} does not fit this {type(module).__name__}: {error}") from error
-    fill(module, stored, path)
+    try:
+        fill(module, stored, path)
+    except ValueError as error:
+        if "jaxdg" not in about:
+            hint = f"nothing tells that it was converted; a published file is, once: {COMMAND} --checkpoint {path} --out FILE.safetensors"
+        elif "layout" not in about and "model" in about:
+            hint = f"it is {about['model']} written back to its publisher's names; convert it again"
+        else:
+            hint = f"it holds the weights of {about.get('model', 'nothing it tells the name of')}"
+        raise ValueError(f"{error}; {hint}") from error
 
 
 def fill(module: nnx.Module, stored: Mapping[str, np.ndarray], source: str | Path) -> None:
@@ -165,7 +185,7 @@ def fill(module: nnx.Module, stored: Mapping[str, np.ndarray], source: str | Pat
         source: where they come from, for the error.
 
     Raises:
-        ValueError: tensors that are missing, left over or of another shape, all of them named.
+        ValueError: tensors that are missing, left over or of another shape; they are named by kind.
     """
     adapt = getattr(module, "adapt", None)
     if adapt is not None:
@@ -174,7 +194,7 @@ def fill(module: nnx.Module, stored: Mapping[str, np.ndarray], source: str | Pat
     wanted = shapes(module)
     problems = mismatches(wanted, {name: tensor.shape for name, tensor in stored.items()})
     if problems:
-        raise ValueError(f"{source} does not fit this {type(module).__name__}: " + "; ".join(problems))
+        raise ValueError(f"{source} does not fit this {type(module).__name__}: {joined(problems)}")
     filled: dict[tuple, Any] = {}
     for name, (at, layer, _) in slots(state).items():
         filled[at] = stored[name] if layer is None else [*filled.get(at, []), stored[name]]
@@ -191,14 +211,46 @@ def fill(module: nnx.Module, stored: Mapping[str, np.ndarray], source: str | Pat
 
 def mismatches(wanted: Mapping[str, tuple[int, ...]], given: Mapping[str, tuple[int, ...]]) -> list[str]:
     """What keeps `given` tensors from filling `wanted` ones exactly, one phrase for each kind of offence; empty if nothing."""
-    missing = sorted(wanted.keys() - given.keys())
-    extra = sorted(given.keys() - wanted.keys())
-    misshapen = [f"{n} is {given[n]}, not {wanted[n]}" for n in sorted(wanted.keys() & given.keys()) if tuple(given[n]) != tuple(wanted[n])]
-    return [
-        f"{len(names)} {kind} ({', '.join(names)})"
-        for kind, names in (("missing", missing), ("unexpected", extra), ("of another shape", misshapen))
-        if names
-    ]
+    missing, extra = wanted.keys() - given.keys(), given.keys() - wanted.keys()
+    misshapen = [f"{n} is {given[n]}, not {wanted[n]}" for n in wanted.keys() & given.keys() if tuple(given[n]) != tuple(wanted[n])]
+    return told("missing", missing) + told("unexpected", extra) + told("of another shape", misshapen)
+
+
+def told(wrong: str, offenders: Iterable[str]) -> list[str]:
+    """One phrase naming some offenders, those of all blocks as one; none if there are none.
+
+    Args:
+        wrong: what is wrong with them.
+        offenders: their names, what is to be said of each after a space or a colon.
+    """
+    ordered = sorted(offenders, key=lambda name: [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)])
+    if len(ordered) <= FEW:
+        kinds = ordered
+    else:
+        alike: dict[str, list[str]] = {}
+        for name in ordered:
+            alike.setdefault(NUMBER.sub("*", name), []).append(name)
+        kinds = [f"{kind} ({len(names)} tensors)" if len(names) > 1 else names[0] for kind, names in alike.items()]
+    return [f"{len(ordered)} {wrong} ({', '.join(kinds)})"] if ordered else []
+
+
+def joined(problems: Sequence[str]) -> str:
+    """Phrases of `told` in a line that can be read: the long ones are cut between two names."""
+    room, cut = LONGEST, dict.fromkeys(problems, "")
+    for done, problem in enumerate(sorted(cut, key=len)):  # what short ones leave is for the others
+        share = room // (len(cut) - done)
+        cut[problem] = problem if len(problem) <= share else problem[: problem.rfind(", ", 0, share)] + ", ..)"
+        room -= len(cut[problem])
+    return "; ".join(cut.values())
+
+
+def not_finite(tensor: np.ndarray) -> str:
+    """How many values of a tensor are NaN, or infinite as float32, in words; empty if none is."""
+    with np.errstate(over="ignore"):
+        numbers = tensor if tensor.dtype.kind in "iub" else tensor.astype(np.float32, copy=False)
+    if np.isfinite(numbers).all():
+        return ""
+    return f"{np.isnan(numbers).sum()} NaN and {np.isinf(numbers).sum()} infinite of {numbers.size}"
 
 
 def read(path: str | Path) -> dict[str, np.ndarray]:
@@ -209,6 +261,11 @@ def read(path: str | Path) -> dict[str, np.ndarray]:
     header = json.loads(raw[8:start].tobytes())
     header.pop("__metadata__", None)
     types = {code: np.dtype(name) for name, code in CODES.items()}
+    if foreign := [name for name, at in header.items() if at["dtype"] not in types]:
+        raise ValueError(
+            f"{path} holds {header[foreign[0]]['dtype']} ({foreign[0]}), which no converted file does; a published file is converted once: "
+            f"{COMMAND} --checkpoint {path} --out FILE.safetensors"
+        )
     data = raw[start:]
     return {name: data[slice(*at["data_offsets"])].view(types[at["dtype"]]).reshape(at["shape"]) for name, at in header.items()}
 
@@ -221,8 +278,13 @@ def metadata(path: str | Path) -> dict[str, str]:
 
 def _open(path: str | Path):
     path = Path(path)
+    convert = f"{COMMAND} --checkpoint {path} --out FILE.safetensors"
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder; of a model as it was downloaded a converted file is made once: {convert}")
     if not path.is_file():
         raise FileNotFoundError(f"no weights at {path}; convert a checkpoint with conversion/torch_to_flax.py --out {path}")
+    if path.suffix in PUBLISHED:
+        raise ValueError(f"{path} is a {path.suffix} file and no converted one, which is made of it once: {convert}")
     try:
         return safe_open(path, framework="numpy")
     except SafetensorError as error:

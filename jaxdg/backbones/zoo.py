@@ -293,6 +293,7 @@ def create(
         backbone = nnx.merge(graph, state)
     if weights is not None:
         weights_io.load(backbone, weights)
+        check_file(name, weights)
     return backbone
 
 
@@ -329,3 +330,29 @@ def configured(options: EncoderOptions, image_size: tuple[int, int] | None, boun
             f"image_size {config.image_size} is smaller than the {max(config.strides)} pixels of one feature of {options.encoder}"
         )
     return config
+
+
+def check_file(name: str, path: str | Path) -> None:
+    """Refuses a converted file of another encoder, also where its tensors fit.
+
+    MoCo-v3's encoder has all tensors of a plain vision transformer, but reads images by other statistics. Encoders that differ in the
+    size of their images alone take each other's files.
+
+    Args:
+        name: of the encoder, of the zoo.
+        path: a converted file.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: it is of an encoder that computes something else.
+    """
+    theirs = weights_io.metadata(path).get("model", name)
+    if theirs == name or theirs not in ZOO:
+        return
+    image_free = dict(image_size=(1, 1), taps=(0,), boundaries=())
+    one, other = (dataclasses.replace(entry(each).config, **image_free) for each in (name, theirs))
+    if one != other:
+        raise ValueError(
+            f"{path} holds the weights of {theirs}, and the encoder is {name}: set model.encoder={theirs}, or give a file of {name}; "
+            "one that was converted under a wrong name is converted again"
+        )

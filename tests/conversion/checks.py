@@ -1,8 +1,11 @@
 """What the tests of the conversion command assert of its results."""
 
 import os
+import re
 
 import numpy as np
+
+LONGEST = 1000  # characters: ten lines of a terminal
 
 
 def converted(result):
@@ -13,12 +16,13 @@ def converted(result):
 
 
 def refused(result, *offenders):
-    """One line on stderr that names every offender, exit code 1, no file, also no partial one."""
+    """One line on stderr, of ten in a terminal at most, that speaks of every offender; exit code 1, no file, also no partial one."""
     code, out, err, path = result
     assert (code, out) == (1, "")
     assert err.count("\n") == 1, err
+    assert len(err) <= LONGEST, err
     for offender in offenders:
-        assert offender in err, (offender, err)
+        assert offender in err or kinds([offender]).pop() in err, (offender, err)  # where there are many of its kind
     assert not path.exists()
     assert not list(path.parent.glob("*.partial"))
     return err
@@ -40,3 +44,8 @@ class Evil:
 
     def __reduce__(self):
         return os.mkdir, (str(self.path),)
+
+
+def kinds(names):
+    """Names with a star in place of a block's number, as an error has them where there are many."""
+    return {re.sub(r"(?<=[./])\d+(?=[./])|(?<=encoderblock_)\d+", "*", name) for name in names}

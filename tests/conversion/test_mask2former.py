@@ -336,7 +336,7 @@ def lose_part_of_a_layer(tensors):
 def lose_a_layer(tensors):
     for name in [name for name in tensors if name.startswith(P) and "_layers.0." in name]:
         del tensors[name]
-    return "18 unknown", "18 missing", "attention_layers.1.norm.bias", f"{P}transformer_ffn_layers.0.norm.bias"
+    return "18 unknown", "18 missing", "attention_layers.0.multihead_attn.in_proj_bias", "of whose 84 tensors 66 fit"
 
 
 def odd_width(tensors):
@@ -348,13 +348,13 @@ def odd_width(tensors):
 def without_head(tensors):
     for name in mapped(tensors):
         del tensors[name]
-    return "another model's file", "292 missing"
+    return "292 missing", "of whose 292 tensors 0 fit"
 
 
 def as_panoptic_fpn(tensors):
     tensors.clear()
     tensors |= {f"sem_seg_head.{name}": np.ones((8, 8, 1, 1), np.float32) for name in ("p2.0.weight", "predictor.weight")}
-    return "another model's file", "2 unknown (sem_seg_head.p2.0.weight, sem_seg_head.predictor.weight)"
+    return "of whose 292 tensors 0 fit", "2 unknown (sem_seg_head.p2.0.weight, sem_seg_head.predictor.weight)"
 
 
 DAMAGES = [
@@ -377,7 +377,10 @@ def test_transformers_model_without_its_classes_is_refused(command):
     ours = converted(command(original(**SMALL)))
     hub = load_file(converted(command(ours, "--reverse", "--layout", "transformers", out="hub.safetensors")))
     source = {name: tensor for name, tensor in hub.items() if name.startswith("model.")}
-    refused(command(source, out="x.safetensors"), "2 missing (class_predictor.bias, class_predictor.weight) (layout: transformers)")
+    refused(
+        command(source, out="x.safetensors"),
+        "2 missing (class_predictor.bias, class_predictor.weight) (nearest layout: transformers, of",
+    )
 
 
 def test_files_of_jaxdg_that_do_not_fit_are_refused(command, tmp_path):
@@ -467,9 +470,13 @@ def test_damaged_and_odd_pickles_are_refused(command, tmp_path):
     short = pickle.dumps({array: source[array]}, protocol=2).replace(b"K \x85", b"K!\x85")  # 33 numbers, bytes of 32
     (tmp_path / "short.pkl").write_bytes(short)
     refused(command(tmp_path / "short.pkl"), f"short.pkl cannot be read at {array}")
-    for name, content, words in (("list", [1], "list, no state dict"), ("odd", {**source, "epoch": 3}, "no tensors are epoch")):
+    for name, content, words in (("list", [1], "list, no state dict"), ("odd", {"epoch": 3}, "no state dict; there is only epoch")):
         (tmp_path / f"{name}.pkl").write_bytes(pickle.dumps(content))
         refused(command(tmp_path / f"{name}.pkl"), f"{name}.pkl holds", words)
+    (tmp_path / "more.pkl").write_bytes(pickle.dumps({**source, "epoch": 3}))
+    code, report, _, _ = command(tmp_path / "more.pkl")
+    assert code == 0
+    assert "no tensors: epoch" in report
 
 
 def test_torch_files_say_that_they_are_of_today(command, tmp_path):

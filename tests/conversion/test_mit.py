@@ -136,8 +136,8 @@ def test_what_does_not_fit_is_refused_whole(command):
 
 
 def test_half_the_blocks_or_another_size_are_refused(command):
-    """A file without the last two stages misses their tensors, every one named; a file of a larger variant has unknown ones."""
+    """A file without the last two stages misses their tensors; a file of a larger variant has unknown ones."""
     source = {name: tensor for name, tensor in tensors().items() if not re.match(r"(patch_embed|block|norm)[34]", name)}
-    refused(command(source), "48 missing", "patch_embed3.proj.weight", "block4.0.mlp.fc2.bias", "norm4.bias")
+    refused(command(source), "48 missing", "block3.0.attn.kv.bias", "of whose 120 tensors 72 fit")
     source = tensors() | {"block2.2.norm1.weight": np.ones(16, np.float32)}
     refused(command(source), "1 unknown (block2.2.norm1.weight)")

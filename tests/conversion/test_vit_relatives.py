@@ -204,14 +204,14 @@ def test_values_land_where_they_belong(command):
     )
     np.testing.assert_array_equal(got["blocks.1.norm2.bias"], needed["backbone.layers.1.ln2.bias"])
     needed, source = tensors("deit3", "DeiT")
-    got = load_file(converted(command(source, model="deit3")))
+    got = load_file(converted(command(source, model="deit3", out="deit3.safetensors")))
     np.testing.assert_array_equal(got["blocks.3.ls2.gamma"], needed["blocks.3.gamma_2"])
     for family, kind, start in (
         ("dinov2_reg", ("query", "key", "value"), "encoder.layer.1.attention.attention."),
         ("dinov3", ("q_proj", "k_proj", "v_proj"), "layer.1.attention."),
     ):
         needed, source = tensors(family, "transformers")
-        got = load_file(converted(command(source, model=family)))
+        got = load_file(converted(command(source, model=family, out=f"{family}.safetensors")))
         expected = np.concatenate([needed[f"{start}{part}.weight"] @ x for part in kind])
         np.testing.assert_allclose(x @ got["blocks.1.attn.qkv.kernel"], expected, rtol=1e-4, atol=1e-5)
     np.testing.assert_array_equal(got["blocks.1.attn.qv_bias"], np.stack([needed[f"layer.1.attention.{part}_proj.bias"] for part in "qv"]))
@@ -279,8 +279,8 @@ def test_the_authors_torch_files_convert(command, tmp_path):
         state = {key: torch.from_numpy(tensor) for key, tensor in source.items()}
         optimizer = {"state": {0: {"step": 5, "exp_avg": torch.ones(3)}}, "param_groups": [{"lr": 1e-3}]}
         torch.save({"epoch": 300, "arch": "vit", key: state, "optimizer": optimizer}, tmp_path / name)
-        got = load_file(converted(command(tmp_path / name, model=family)))
-        assert_identical(got, load_file(converted(command(source, model=family, out="alone.safetensors"))))
+        got = load_file(converted(command(tmp_path / name, model=family, out=f"{family}.safetensors")))
+        assert_identical(got, load_file(converted(command(source, model=family, out=f"{family}_alone.safetensors"))))
 
 
 def test_an_archive_that_is_no_torch_file_is_refused(command, tmp_path):
@@ -316,7 +316,7 @@ def test_positions_of_another_grid_are_kept_for_the_load(command):
     ):
         _, source = tensors(family, layout)
         source[name] = np.random.default_rng(3).standard_normal((1, row + 25, 16)).astype(np.float32)
-        out = converted(command(source, model=family))
+        out = converted(command(source, model=family, out=f"{family}.safetensors"))
         stored = load_file(out)["pos_embed"]
         np.testing.assert_array_equal(stored[:, -25:], source[name][:, -25:])
         fitted = weights.tensors(backbones.create(family, weights=out, image_size=(20, 20)))["pos_embed"]
