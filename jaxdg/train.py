@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
-from jaxdg import cli, distributed, methods, runtime, weights
+from jaxdg import backbones, cli, distributed, methods, runtime, weights
 from jaxdg import config as config_lib
 from jaxdg import workdir as workdir_lib
 from jaxdg.cli import Interrupt, Stop
@@ -67,6 +67,8 @@ def run(config: Config, workdir: Path, console: Console, interrupt: Interrupt, t
     if config.model.start is None and not workdir_lib.saved(workdir):
         for file in filter(None, (config.model.weights, config.model.text_weights)):
             weights.metadata(file)  # fails early where there is no such file
+        if config.model.weights:
+            backbones.check_file(config.model.encoder, config.model.weights)
     source = task.open(d.source, train=True)
     domains = open_domains(task) if config.eval_every else {}
     agree_on_images({f"the source {d.source}": source, **domains}, config)

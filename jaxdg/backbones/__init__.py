@@ -15,7 +15,7 @@ from jaxdg.backbones.pyramid import Pyramid
 from jaxdg.backbones.sam import Sam, SamConfig
 from jaxdg.backbones.siglip import Siglip, SiglipConfig
 from jaxdg.backbones.vit import Vit, VitConfig
-from jaxdg.backbones.zoo import ZOO, build, create, entry
+from jaxdg.backbones.zoo import ZOO, build, check_file, create, entry
 
 __all__ = [
     "TEXT_TOWERS",
@@ -53,6 +53,7 @@ __all__ = [
     "Vit",
     "VitConfig",
     "build",
+    "check_file",
     "create",
     "entry",
     "join_taps",
