@@ -59,6 +59,16 @@ class Checkpoint(NamedTuple):
     was: Mapping[str, str] = {}
     outside: Mapping[str, str] = {}
 
+    def config(self) -> dict[str, Any]:
+        """What the config.json of transformers beside the file says, if there is one and it can be read."""
+        path = self.files[0].with_name("config.json") if self.files else None
+        if path is None or not path.is_file():
+            return {}
+        with contextlib.suppress(ValueError, OSError):
+            content = json.loads(path.read_text())
+            return content if isinstance(content, dict) else {}
+        return {}
+
     def digest(self) -> str:
         """The sha256 of the file; of several one a file, as JSON."""
         found = {}

@@ -25,6 +25,21 @@ from conversion import (
 from conversion.checkpoint import Checkpoint
 from jaxdg import backbones
 
+TYPES: dict[str, type] = {  # what transformers' config.json calls encoders that are here
+    "clip": backbones.ClipVitConfig,
+    "clip_vision_model": backbones.ClipVitConfig,
+    "siglip": backbones.SiglipConfig,
+    "siglip_vision_model": backbones.SiglipConfig,
+    "siglip2": backbones.SiglipConfig,
+    "siglip2_vision_model": backbones.SiglipConfig,
+    "segformer": backbones.MitConfig,
+    "dinov2": backbones.Dinov2Config,
+    "dinov2_with_registers": backbones.Dinov2Config,
+    "dinov3_vit": backbones.Dinov3Config,
+    "vit": backbones.VitConfig,
+    "sam": backbones.SamConfig,
+    "sam_vision_model": backbones.SamConfig,
+}
 HEADS = {family.NAME: family for family in (mask2former, faster_rcnn)}  # converted without an encoder, of the sizes of the file's tensors
 PLANNED = backbones.EvaClipConfig, backbones.Dinov2GiantConfig  # for planning alone
 WHOLE = {family.NAME: family for family in (vltseg, vitdet)}  # converted to a workdir
@@ -132,7 +147,7 @@ def _best(file: Checkpoint) -> tuple[list[str], wrappers.Undecided | None]:
             continue
         as_told = view.names == file.names
         for layout in layouts(name):
-            if _may_be(name, layout, view) and (converted := _converted(name, layout, view)):
+            if _may_be(name, layout, view) and _may_be_by_config(file, name) and (converted := _converted(name, layout, view)):
                 shapes = mapping.source_shapes(abstract(name), layout)
                 exact = all(view.read(key).shape == shape for key, shape in shapes.items())
                 fit = (exact, as_told, len(view.names) - len(converted.left_out))
@@ -155,12 +170,43 @@ def check_names(file: Checkpoint, name: str) -> None:
         raise mapping.Misfit(f"its names are those of {' and of '.join(others)}; say that with --model")
 
 
+def check_config(file: Checkpoint, name: str) -> None:
+    """Refuses an encoder that the config.json beside a file of transformers says it is not of, where the tensors do not tell.
+
+    MAE's encoder has the names and shapes of a plain vision transformer, and CLIP's are the same for either activation.
+
+    Raises:
+        Misfit: what it says.
+    """
+    config = file.config()
+    kind = config.get("model_type")
+    if not isinstance(kind, str) or name in HEADS:
+        return
+    text = backbones.TEXT_TOWERS.get(name)
+    ours = text or backbones.entry(name).config
+    if text is None and type(ours) is not TYPES.get(kind):
+        known = "another model" if kind in TYPES else "a model that is not here"
+        raise mapping.Misfit(f"the config.json beside it says {kind}, {known}, though names may be the same")
+    tower = config.get("text_config" if text else "vision_config") or config
+    theirs, mine = tower.get("hidden_act"), getattr(ours, "activation", None)
+    if mine and theirs and theirs != mine:
+        raise mapping.Misfit(f"the config.json beside it says hidden_act {theirs}, and {name} computes {mine}; --list shows both")
+
+
 def _fits(file: Checkpoint, name: str) -> bool:
     try:
         view = wrappers.unwrapped(file, layouts(name))
     except wrappers.Undecided:
         return False
     return any(_may_be(name, layout, view) and _converted(name, layout, view) for layout in layouts(name))
+
+
+def _may_be_by_config(file: Checkpoint, name: str) -> bool:
+    try:
+        check_config(file, name)
+    except mapping.Misfit:
+        return False
+    return True
 
 
 def _may_be(name: str, layout: mapping.Layout, view: Checkpoint) -> bool:

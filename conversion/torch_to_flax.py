@@ -67,6 +67,7 @@ def convert(name: str, source: Path, out: Path, wanted: str | None = None) -> st
             view = wrappers.unwrapped(file, known)
             if view.names != file.names:
                 models.check_names(file, name)
+            models.check_config(file, name)
             sizes = head.of_checkpoint(view.names, view.read) if head else ()
             module = head.abstract(*sizes) if head else models.abstract(name)
             converted = mapping.to_flax(module, known, view.names, view.read)

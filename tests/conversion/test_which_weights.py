@@ -462,6 +462,34 @@ def test_what_transformers_and_timm_save_converts(command, name):
     np.testing.assert_array_equal(got["blocks.1.attn.qkv.kernel"], np.concatenate(parts, axis=1))
 
 
+def test_the_config_beside_a_file_tells_what_tensors_do_not(command, tmp_path):
+    """A config.json of transformers: MAE's encoder is no plain vision transformer, and an activation is not taken for the other."""
+    rng = np.random.default_rng(0)
+    for name, config, words in (
+        ("ViTModel", {"model_type": "vit_mae"}, "config.json beside it says vit_mae"),
+        ("ViTModel", {"model_type": "dinov2"}, "config.json beside it says dinov2"),
+        (
+            "CLIPVisionModel",
+            {"model_type": "clip_vision_model", "hidden_act": "gelu"},
+            "says hidden_act gelu, and clip computes quick_gelu",
+        ),
+        ("CLIPModel", {"model_type": "clip", "vision_config": {"hidden_act": "gelu"}}, "says hidden_act gelu"),
+        ("ViTModel", {"model_type": "vit"}, None),
+        ("CLIPModel", {"model_type": "clip", "vision_config": {"hidden_act": "quick_gelu"}}, None),
+        ("CLIPModel", {"architectures": ["anything"]}, None),
+    ):
+        encoder, shapes = SAVED[name]
+        folder = tmp_path / f"{len(list(tmp_path.iterdir()))}"
+        folder.mkdir()
+        (folder / "config.json").write_text(json.dumps(config))
+        save_file({key: rng.standard_normal(shape).astype(np.float32) for key, shape in shapes.items()}, folder / "model.safetensors")
+        result = command(folder, model=encoder, out=f"out_{folder.name}.safetensors")
+        if words:
+            refused(result, words)
+        else:
+            converted(result)
+
+
 @pytest.mark.parametrize("prefix", ["", "encoder.", "model.segformer.encoder."])
 def test_segformers_encoder_alone_converts(command, prefix):
     """SegformerModel saves it without `segformer.`; what is built around it puts more before it."""
