@@ -17,18 +17,19 @@ from typing import Any
 import numpy as np
 import timm
 import torch
-import transformers as hf
+import transformers
 
 from conversion import torch_to_flax
 from jaxdg import backbones
 from jaxdg.backbones import zoo
 
+hf: Any = transformers
 SIZES: dict[str, Any] = dict(image_size=(32, 32), patch_size=8, width=32, depth=2, heads=2, taps=(0, 1))
 SHARED: dict[str, Any] = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, image_size=32, patch_size=8)
-VISION = SHARED | dict(intermediate_size=128)
+VISION: dict[str, Any] = SHARED | dict(intermediate_size=128)
 TEXT: dict[str, Any] = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64, vocab_size=50)
 MIT: dict[str, Any] = dict(depths=[1, 1, 1, 1], hidden_sizes=[8, 16, 32, 32], num_attention_heads=[1, 1, 2, 2], decoder_hidden_size=16)
-SAM = SHARED | dict(global_attn_indexes=[1], window_size=2, mlp_dim=128)
+SAM: dict[str, Any] = SHARED | dict(global_attn_indexes=[1], window_size=2, mlp_dim=128)
 TIMM: dict[str, Any] = dict(img_size=32, patch_size=8, embed_dim=32, depth=2, num_heads=2)
 
 

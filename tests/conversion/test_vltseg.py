@@ -19,8 +19,9 @@ from conversion import checkpoint, mapping, torch_to_flax, vltseg
 import jaxdg
 from jaxdg import backbones, weights
 from jaxdg import config as config_lib
-from jaxdg.tasks import make_task
+from jaxdg.tasks import make_task, stored_tensors
 from jaxdg.training.optimizer import make_optimizer
+from tests.conversion.torch_files import torch_file
 
 WINDOW, STRIDE, GRID = 75, 56, 5
 WIDTH, HEADS = 48, 2
@@ -291,3 +292,18 @@ def test_other_code_in_a_checkpoint_is_refused_and_not_run(tensors, tmp_path, ca
     arguments = ["--model", "vltseg", "--checkpoint", str(tmp_path / "evil.pth"), "--out", str(tmp_path / "run")]
     refused(arguments, capsys, "evil.pth is refused", "pickled code", "system")
     assert [path.name for path in tmp_path.iterdir()] == ["evil.pth"]
+
+
+def test_a_whole_model_behind_a_wrapper_with_its_average(tensors, tmp_path, capsys):
+    """Of mmengine's two sets, exchanged when it saves, the one that is asked for, with DDP's prefix taken off: the workdir holds it."""
+    average = {name: tensor + 1 if tensor.dtype == np.float32 else tensor for name, tensor in tensors.items()}
+    wrapped = {f"module.{name}": tensor for name, tensor in tensors.items()}
+    path = torch_file(tmp_path / "iter.pth", {"meta": {}, "state_dict": average, "ema_state_dict": wrapped})
+    arguments = ["--model", "vltseg", "--checkpoint", str(path), "--out"]
+    refused([*arguments, str(tmp_path / "run")], capsys, "2 sets of weights", "--weights ema or --weights raw")
+    bias = "decode_head.cls_embed.bias"
+    for wanted, source in (("raw", tensors), ("ema", average)):
+        assert torch_to_flax.main([*arguments, str(tmp_path / wanted), "--weights", wanted]) == 0
+        report = capsys.readouterr().out
+        assert ("taken off names: module." in report) == (wanted == "raw")
+        np.testing.assert_array_equal(stored_tensors(tmp_path / wanted)["head.class_embed.bias"], source[bias])
