@@ -14,9 +14,9 @@ import numpy as np
 from conversion.mapping import CONV, Layout, Misfit, Row, Transform
 from conversion.mask2former import BIAS, DENSE
 from jaxdg.detection.pyramid import Fpn
-from jaxdg.detection.rcnn import RcnnConfig
-from jaxdg.detection.roi_heads import CASCADE, RoiHeadsConfig
-from jaxdg.detection.rpn import RpnConfig
+from jaxdg.detection.rcnn.detectors import RcnnConfig
+from jaxdg.detection.rcnn.roi_heads import CASCADE, RoiHeadsConfig
+from jaxdg.detection.rcnn.rpn import RpnConfig
 
 NAME = "faster_rcnn"
 LISTED = (

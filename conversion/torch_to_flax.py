@@ -32,9 +32,10 @@ import numpy as np
 
 from conversion import checkpoint, mapping, models, sets, vitdet, vltseg, wrappers
 import jaxdg
-from jaxdg import backbones, paths, weights
+from jaxdg import backbones, weights
 from jaxdg import config as config_lib
-from jaxdg.tasks import locate, stored_tensors
+from jaxdg.config import paths
+from jaxdg.tasks.run_state import locate, stored_tensors
 
 
 def convert(name: str, source: Path, out: Path, wanted: str | None = None) -> str:

@@ -25,7 +25,7 @@ from conversion.mask2former import CONV1, CONV1_UNBIASED, CONV3_UNBIASED, DENSE,
 from jaxdg import backbones, weights
 from jaxdg import config as config_lib
 from jaxdg.config import Config, Mask2FormerOptions
-from jaxdg.tasks import make_task
+from jaxdg.tasks.run_state import make_task
 from jaxdg.training.checkpoint import Checkpoints
 from jaxdg.training.step import TrainState
 

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from jaxdg import backbones, detection, segmentation, weights
-    from jaxdg.tasks import load
+    from jaxdg.tasks.loading import load
 
 __version__ = "0.1.0"
 __all__ = ["backbones", "detection", "load", "segmentation", "weights"]
@@ -14,7 +14,7 @@ __all__ = ["backbones", "detection", "load", "segmentation", "weights"]
 def __getattr__(name: str):
     """Imports `backbones`, `detection`, `segmentation`, `weights` and `load` on first use (PEP 562), so `import jaxdg` is quick."""
     if name == "load":
-        return importlib.import_module("jaxdg.tasks").load
+        return importlib.import_module("jaxdg.tasks.loading").load
     if name in __all__:
         return importlib.import_module(f"jaxdg.{name}")
     raise AttributeError(f"module 'jaxdg' has no attribute {name!r}")

@@ -21,18 +21,20 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from jaxdg import cli, distributed, files, locks, methods, runtime
 from jaxdg import config as config_lib
-from jaxdg import results as results_lib
-from jaxdg import workdir as workdir_lib
-from jaxdg.config import PROTOCOLS, Config, EvaluationConfig
-from jaxdg.data import overlap, protocols
+from jaxdg import files, methods
+from jaxdg.commands import command_line as cli
+from jaxdg.commands import process as runtime
+from jaxdg.config import PROTOCOLS, Config, EvaluationConfig, locks
+from jaxdg.config import workdir as workdir_lib
+from jaxdg.data.augment.fractals import Pictures
 from jaxdg.data.datasets import Dataset, Subset
-from jaxdg.data.fractals import Pictures
-from jaxdg.data.overlap import Standing, TrainedOn
-from jaxdg.task import DomainResult, Task
-from jaxdg.tasks import locate, make_task, restore_model
-from jaxdg.training import sharding
+from jaxdg.evaluation import overlap, protocols
+from jaxdg.evaluation import results as results_lib
+from jaxdg.evaluation.overlap import Standing, TrainedOn
+from jaxdg.tasks.run_state import locate, make_task, restore_model
+from jaxdg.tasks.task import DomainResult, Task
+from jaxdg.training import distributed, sharding
 from jaxdg.training.checkpoint import fingerprint
 
 EXAMPLE_SIDE = 512  # pixels on the longer side of examples beside results.json

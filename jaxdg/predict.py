@@ -26,14 +26,19 @@ import jax
 import numpy as np
 from PIL import Image
 
-from jaxdg import cli, outputs, paths, runtime, visualize
 from jaxdg import config as config_lib
+from jaxdg.commands import command_line as cli
+from jaxdg.commands import outputs
+from jaxdg.commands import process as runtime
+from jaxdg.config import paths
 from jaxdg.data import storage
 from jaxdg.data.images import read_image
 from jaxdg.data.index import IMAGE_SUFFIXES
 from jaxdg.data.labels import LabelSet
-from jaxdg.detection.average_precision import Detections
-from jaxdg.tasks import load, locate
+from jaxdg.drawing import pictures as visualize
+from jaxdg.evaluation.average_precision import Detections
+from jaxdg.tasks.loading import load
+from jaxdg.tasks.run_state import locate
 
 NAMED = 5  # files that a line about files names
 Say = Callable[[str], None]

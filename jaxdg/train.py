@@ -22,22 +22,24 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
-from jaxdg import backbones, cli, distributed, methods, runtime, weights
+from jaxdg import backbones, methods, weights
 from jaxdg import config as config_lib
-from jaxdg import workdir as workdir_lib
-from jaxdg.cli import Interrupt, Stop
+from jaxdg.commands import command_line as cli
+from jaxdg.commands import process as runtime
+from jaxdg.commands.command_line import Interrupt, Stop
 from jaxdg.config import Config
+from jaxdg.config import workdir as workdir_lib
 from jaxdg.data import class_check
+from jaxdg.data.augment.transforms import Augmentation
 from jaxdg.data.datasets import Dataset
-from jaxdg.data.overlap import TrainedOn
 from jaxdg.data.pipeline import batch_files, train_batches
 from jaxdg.data.samplers import Sampler, class_totals, make_sampler
-from jaxdg.data.transforms import Augmentation
 from jaxdg.evaluate import agree_on_images, evaluate_domains, open_domains, print_results, standings, summary, trained_on, write_results
-from jaxdg.results import NO_TRUTH, reference
-from jaxdg.tasks import Blueprint, abstract_state, initial_state, make_task
+from jaxdg.evaluation.overlap import TrainedOn
+from jaxdg.evaluation.results import NO_TRUTH, reference
+from jaxdg.tasks.run_state import Blueprint, abstract_state, initial_state, make_task
+from jaxdg.training import distributed, sharding
 from jaxdg.training import optimizer as optimizer_lib
-from jaxdg.training import sharding
 from jaxdg.training.checkpoint import Checkpoints, check_path
 from jaxdg.training.profile import parse_steps, profiled
 from jaxdg.training.step import TrainState, make_step

@@ -23,8 +23,8 @@ r"""How long training steps, inference, reading and compiling take, and what mem
 
 Nothing but `input`, `command` and --with_input reads files: images are noise over blocks of a colour for each class, drawn from a seed.
 Times are wall time of the device's work, without compilation; each round is closed by waiting for it, and rounds of ours and of the peer
-take turns. FLOPs are those of matrix products and convolutions that the model needs (scripts/flops.py), without rematerialisation; MFU
-holds them against the peak of dense bfloat16. Peak memory is the device's, or on CPU the process'.
+take turns. FLOPs are those of matrix products and convolutions that the model needs (jaxdg/commands/flops.py), without
+rematerialisation; MFU holds them against the peak of dense bfloat16. Peak memory is the device's, or on CPU the process'.
 """
 
 import argparse
@@ -55,15 +55,16 @@ import numpy as np
 import optax
 
 from jaxdg import config as config_lib
-from jaxdg import runtime
 from jaxdg.backbones import Eva02Config, VitConfig
+from jaxdg.commands import process as runtime
+from jaxdg.commands.flops import count, peak_tflops
 from jaxdg.config import Config
-from jaxdg.data import protocols
-from jaxdg.segmentation import matching, window_starts
-from jaxdg.segmentation_task import Segmentation
+from jaxdg.evaluation import protocols
+from jaxdg.segmentation import window_starts
+from jaxdg.segmentation.mask2former import matching
+from jaxdg.tasks.segmentation import Segmentation
 from jaxdg.training import sharding
 from jaxdg.training.step import make_step
-from scripts.flops import count, peak_tflops
 from scripts.workloads import Run, Setup, backward, encoder_alone, encoder_flops, made_files, random_like, repeated, train_flops, train_run
 
 Record = dict[str, Any]

@@ -8,8 +8,8 @@ import argparse
 import cv2
 import numpy as np
 
-from jaxdg.data.corruptions import KINDS, SEVERITIES, corrupt
 from jaxdg.data.images import read_image
+from jaxdg.evaluation.corruptions import KINDS, SEVERITIES, corrupt
 
 
 def main():

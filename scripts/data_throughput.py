@@ -23,12 +23,12 @@ import cv2
 import numpy as np
 from PIL import Image
 
+from jaxdg.commands.prepare import prepare
+from jaxdg.data.augment.transforms import Augmentation
 from jaxdg.data.datasets import Dataset, StreetsOptions, open_domain
 from jaxdg.data.labels import CITYSCAPES_IDS, IGNORE
 from jaxdg.data.pipeline import train_batches
-from jaxdg.data.prepare import prepare
 from jaxdg.data.samplers import make_sampler
-from jaxdg.data.transforms import Augmentation
 
 H, W = 1052, 1914
 BATCH = 8

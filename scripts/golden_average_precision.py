@@ -24,7 +24,7 @@ from xml.etree import ElementTree
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from jaxdg.detection.average_precision import Detections, Truth
+from jaxdg.evaluation.average_precision import Detections, Truth
 from tests.detection import scenes
 
 OUT = Path(__file__).resolve().parent.parent / "tests" / "golden" / "average_precision.npz"

@@ -17,7 +17,7 @@ from PIL import Image
 import scipy.ndimage
 import skimage  # pyright: ignore[reportMissingImports]
 
-from jaxdg.data.streets import render
+from jaxdg.streets.render import render
 
 OUT = Path(__file__).resolve().parent.parent / "tests" / "golden" / "corruptions.npz"
 SIZE, EVERY, SEED = (97, 144), 5, 7  # of the picture; rows and columns that are kept of results; of the generator

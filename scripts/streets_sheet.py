@@ -9,7 +9,7 @@ import cv2
 import numpy as np
 
 from jaxdg.data.labels import CITYSCAPES
-from jaxdg.data.streets import APPEARANCES, Scene, render
+from jaxdg.streets.render import APPEARANCES, Scene, render
 
 
 def boxed(scene: Scene, colors: np.ndarray) -> np.ndarray:

@@ -17,8 +17,9 @@ import numpy as np
 from rich.console import Console
 
 from configs import camvid_vit_tiny
-from jaxdg import backbones, cli, config, train
+from jaxdg import backbones, config, train
 from jaxdg.backbones import zoo
+from jaxdg.commands import command_line as cli
 from tests.small_zoo import reduced
 
 

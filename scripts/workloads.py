@@ -21,14 +21,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxdg import config as config_lib
-from jaxdg import methods, tasks
+from jaxdg import methods
+from jaxdg.commands.flops import count
 from jaxdg.config import Config
+from jaxdg.data.augment.transforms import Augmentation
 from jaxdg.data.datasets import STREETS, FolderOptions, open_domain
 from jaxdg.data.labels import LabelSet
-from jaxdg.data.transforms import Augmentation
+from jaxdg.tasks import run_state as tasks
 from jaxdg.training import sharding
 from jaxdg.training.step import gradients, make_step
-from scripts.flops import count
 
 Run = Callable[[int], None]  # runs something so many times and waits for it
 

@@ -1,4 +1,4 @@
-"""Counting operations and measuring: scripts/flops.py, scripts/benchmark.py and its PyTorch peer."""
+"""Counting operations and measuring: jaxdg/commands/flops.py, scripts/benchmark.py and its PyTorch peer."""
 
 import json
 import math
@@ -14,10 +14,10 @@ import numpy as np
 import pytest
 
 from jaxdg import backbones
+from jaxdg.commands.flops import count, peak_tflops
 from jaxdg.config import Config, from_file
 from jaxdg.training.step import gradients
 from scripts import benchmark
-from scripts.flops import count, peak_tflops
 from scripts.workloads import Setup, encoder_flops, train_flops
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -6,10 +6,12 @@ import numpy as np
 import pytest
 
 import jaxdg
-from jaxdg import backbones, cli, config, tasks, train, weights
+from jaxdg import backbones, config, train, weights
+from jaxdg.commands import command_line as cli
 from jaxdg.config import Config
 from jaxdg.data.datasets import open_domain
 from jaxdg.data.labels import CAMVID
+from jaxdg.tasks import run_state as tasks
 from jaxdg.training.writer import read_metrics
 from tests import clip_models
 

@@ -12,17 +12,17 @@ import sys
 import pytest
 
 from jaxdg import config as config_lib
-from jaxdg import overrides, segmentation
+from jaxdg import segmentation
 from jaxdg.backbones import EncoderOptions
-from jaxdg.config import Config
+from jaxdg.config import Config, overrides
 from jaxdg.data.boxes import BoxOptions
 from jaxdg.data.datasets import FolderOptions, StreetsOptions
 from jaxdg.detection.fcos import FcosConfig
-from jaxdg.detection.rcnn import C4Config, RcnnConfig
-from jaxdg.detection.roi_heads import RoiHeadsConfig
-from jaxdg.detection.rpn import RpnConfig
+from jaxdg.detection.rcnn.detectors import C4Config, RcnnConfig
+from jaxdg.detection.rcnn.roi_heads import RoiHeadsConfig
+from jaxdg.detection.rcnn.rpn import RpnConfig
 from jaxdg.methods.tldr import TldrOptions
-from jaxdg.segmentation.mask2former import Mask2FormerOptions
+from jaxdg.segmentation.mask2former.head import Mask2FormerOptions
 from jaxdg.segmentation.segformer import SegformerOptions
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -13,18 +13,21 @@ from PIL import Image
 import pytest
 
 import jaxdg
-from jaxdg import cli, config, detection_task, evaluate, predict, tasks, train
+from jaxdg import config, evaluate, predict, train
 from jaxdg.backbones import VitConfig, zoo
+from jaxdg.commands import command_line as cli
+from jaxdg.commands.prepare import prepare
 from jaxdg.config import Config, MeshConfig, ModelConfig, validated
 from jaxdg.data.boxes import CARLA, BoxOptions, open_box_files, open_boxes
 from jaxdg.data.labels import LabelSet
-from jaxdg.data.prepare import prepare
 from jaxdg.detection.arrays import Detected
-from jaxdg.detection.average_precision import AveragePrecision, Detections, Truth
-from jaxdg.detection.coco_format import read_coco
 from jaxdg.detection.fcos import FcosConfig
-from jaxdg.detection.rcnn import RcnnConfig
-from jaxdg.detection.rpn import RpnConfig
+from jaxdg.detection.rcnn.detectors import RcnnConfig
+from jaxdg.detection.rcnn.rpn import RpnConfig
+from jaxdg.evaluation.average_precision import AveragePrecision, Detections, Truth
+from jaxdg.evaluation.coco_format import read_coco
+from jaxdg.tasks import detection as detection_task
+from jaxdg.tasks import run_state as tasks
 from jaxdg.training import sharding
 from jaxdg.training.step import TrainState, gradients
 from jaxdg.training.writer import read_metrics

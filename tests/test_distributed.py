@@ -17,8 +17,10 @@ from PIL import Image
 import pytest
 import yaml
 
-from jaxdg import cli, distributed, train
 from jaxdg import config as config_lib
+from jaxdg import train
+from jaxdg.commands import command_line as cli
+from jaxdg.training import distributed
 from jaxdg.training.writer import read_metrics
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -11,12 +11,13 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from jaxdg import evaluate, segmentation, tasks
+from jaxdg import evaluate, segmentation
 from jaxdg.backbones import VitConfig, zoo
 from jaxdg.config import Config, MeshConfig, validated
 from jaxdg.data.labels import CAMVID, CITYSCAPES
-from jaxdg.data.overlap import Standing, TrainedOn
 from jaxdg.data.pipeline import eval_batches
+from jaxdg.evaluation.overlap import Standing, TrainedOn
+from jaxdg.tasks import run_state as tasks
 from jaxdg.training import sharding
 from tests.data import trees
 

@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 
 from jaxdg import config as config_lib
-from jaxdg import export
-from jaxdg import workdir as workdir_lib
+from jaxdg.commands import export
 from jaxdg.config import Config, MeshConfig
-from jaxdg.tasks import Model, abstract_state, make_task
+from jaxdg.config import workdir as workdir_lib
+from jaxdg.tasks.loading import Model
+from jaxdg.tasks.run_state import Blueprint, abstract_state, make_task
 from jaxdg.training import sharding
 from jaxdg.training.checkpoint import Checkpoints
 

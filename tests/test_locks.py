@@ -12,7 +12,7 @@ import sys
 
 import pytest
 
-from jaxdg import locks
+from jaxdg.config import locks
 
 HOLD = """
 import pathlib, sys

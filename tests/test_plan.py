@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 
 from jaxdg import config as config_lib
+from jaxdg.commands import plan
 from jaxdg.config import Config, MeshConfig
-from jaxdg.tasks import Blueprint, abstract_state, make_task
+from jaxdg.tasks.run_state import Blueprint, abstract_state, make_task
 from jaxdg.training import sharding
-from scripts import plan
 
 
 def test_collectives_are_counted_through_loops():

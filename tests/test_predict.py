@@ -9,10 +9,11 @@ import numpy as np
 from PIL import Image
 import pytest
 
-from jaxdg import outputs, predict
+from jaxdg import predict
+from jaxdg.commands import outputs
 from jaxdg.config import Config
 from jaxdg.data.labels import CITYSCAPES
-from jaxdg.detection.average_precision import Detections
+from jaxdg.evaluation.average_precision import Detections
 
 
 def picture(file: Path, shade: int = 90) -> Path:

@@ -18,11 +18,13 @@ import pytest
 
 from configs import cityscapes_eva02, cityscapes_test_server, gta5_eva02
 import jaxdg
-from jaxdg import cli, submit, tasks, train
+from jaxdg import train
+from jaxdg.commands import command_line as cli
+from jaxdg.commands import prepare, submit
 from jaxdg.config import Config, DataConfig, validated
-from jaxdg.data import prepare
+from jaxdg.config.workdir import differences
+from jaxdg.tasks import run_state as tasks
 from jaxdg.training.writer import read_metrics
-from jaxdg.workdir import differences
 from tests.data import trees
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from jaxdg import cli, results
+from jaxdg.commands import command_line as cli
 from jaxdg.config import EvaluationConfig
 from jaxdg.evaluate import own_folder, print_results, write_results
+from jaxdg.evaluation import results
 
 CLASSES = ("road", "car", "train")
 

@@ -12,7 +12,7 @@ import time
 import jax
 import pytest
 
-from jaxdg import runtime
+from jaxdg.commands import process as runtime
 from jaxdg.data import cache
 
 # Compiles a function, with jax's own count of the programs that it found compiled.

@@ -12,7 +12,9 @@ from PIL import Image
 import pytest
 
 import jaxdg
-from jaxdg import cli, submit, train
+from jaxdg import train
+from jaxdg.commands import command_line as cli
+from jaxdg.commands import submit
 from jaxdg.config import Config, validated
 from jaxdg.data.datasets import FolderOptions, StreetsOptions, open_domain
 from jaxdg.data.labels import CITYSCAPES_IDS

@@ -11,13 +11,15 @@ import numpy as np
 import pytest
 
 import jaxdg
-from jaxdg import cli, config, methods, tasks, train, weights
+from jaxdg import config, methods, train, weights
 from jaxdg.backbones import VitConfig, create, join_taps, zoo
+from jaxdg.commands import command_line as cli
 from jaxdg.config import Config, MeshConfig, validated
 from jaxdg.detection.detector import Detector, DetectorConfig
-from jaxdg.detection_task import head_config
 from jaxdg.methods import tldr
 from jaxdg.methods.tldr import TldrOptions
+from jaxdg.tasks import run_state as tasks
+from jaxdg.tasks.detection import head_config
 from jaxdg.training import sharding
 from jaxdg.training.writer import read_metrics
 

@@ -21,10 +21,12 @@ from PIL import Image
 import pytest
 
 import jaxdg
-from jaxdg import backbones, cli, config, locks, segmentation, tasks, train, weights
-from jaxdg.config import Config, DataConfig, EvaluationConfig, MeshConfig, ModelConfig, OptimizerConfig
+from jaxdg import backbones, config, segmentation, train, weights
+from jaxdg.commands import command_line as cli
+from jaxdg.config import Config, DataConfig, EvaluationConfig, MeshConfig, ModelConfig, OptimizerConfig, locks
 from jaxdg.data.datasets import FolderOptions, StreetsOptions, open_domain
-from jaxdg.data.overlap import TrainedOn
+from jaxdg.evaluation.overlap import TrainedOn
+from jaxdg.tasks import run_state as tasks
 from jaxdg.training import sharding
 from jaxdg.training.checkpoint import Checkpoints
 from jaxdg.training.writer import read_metrics

@@ -6,8 +6,8 @@ import sys
 import numpy as np
 import pytest
 
-from jaxdg import visualize
-from jaxdg.visualize import box_overlay, box_panel, colorize, grid, legend_rows, overlay, panel
+from jaxdg.drawing import pictures as visualize
+from jaxdg.drawing.pictures import box_overlay, box_panel, colorize, grid, legend_rows, overlay, panel
 
 COLORS = [(200, 10, 20), (0, 128, 255), (90, 240, 30), (255, 255, 0)]
 NAMES = ["road", "sky", "tree", "traffic sign"]

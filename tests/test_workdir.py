@@ -7,8 +7,7 @@ from pathlib import Path
 import pytest
 
 from jaxdg import config as config_lib
-from jaxdg import workdir
-from jaxdg.config import Config
+from jaxdg.config import Config, workdir
 from jaxdg.data.boxes import BoxOptions
 from jaxdg.data.datasets import FolderOptions
 

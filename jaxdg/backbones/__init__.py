@@ -1,7 +1,9 @@
-"""Encoders: image to features. `create(name)` builds one, `ZOO` names them all."""
+"""Encoders: image to features. `create(name)` builds one, `ZOO` names them all. CLIP's text towers (`jaxdg.text`) go by these names too."""
+
+import importlib
+from typing import TYPE_CHECKING, Any
 
 from jaxdg.backbones.clip_resnet import ClipResnet, ClipResnetConfig
-from jaxdg.backbones.clip_text import TEXT_TOWERS, ClipText, ClipTextConfig, Projection, load_text_tower, text_embeddings
 from jaxdg.backbones.clip_vit import ClipVit, ClipVitConfig
 from jaxdg.backbones.deit3 import Deit3, Deit3Config
 from jaxdg.backbones.dinov2 import Dinov2, Dinov2Config, Dinov2GiantConfig
@@ -16,6 +18,9 @@ from jaxdg.backbones.sam import Sam, SamConfig
 from jaxdg.backbones.siglip import Siglip, SiglipConfig
 from jaxdg.backbones.vit import Vit, VitConfig
 from jaxdg.backbones.zoo import ZOO, build, check_file, create, entry
+
+if TYPE_CHECKING:
+    from jaxdg.text.clip_text import TEXT_TOWERS, ClipText, ClipTextConfig, Projection, load_text_tower, text_embeddings
 
 __all__ = [
     "TEXT_TOWERS",
@@ -60,3 +65,12 @@ __all__ = [
     "load_text_tower",
     "text_embeddings",
 ]
+
+_OF_TEXT = ("TEXT_TOWERS", "ClipText", "ClipTextConfig", "Projection", "load_text_tower", "text_embeddings")
+
+
+def __getattr__(name: str) -> Any:
+    """Imports what belongs to `jaxdg.text` on first use: text towers are built of encoders' blocks, so that room stands on this one."""
+    if name in _OF_TEXT:
+        return getattr(importlib.import_module("jaxdg.text.clip_text"), name)
+    raise AttributeError(f"module 'jaxdg.backbones' has no attribute {name!r}")

@@ -11,7 +11,6 @@ import jax
 
 from jaxdg import weights as weights_io
 from jaxdg.backbones.clip_resnet import ClipResnetConfig
-from jaxdg.backbones.clip_text import TEXT_TOWERS
 from jaxdg.backbones.clip_vit import ClipVitConfig
 from jaxdg.backbones.deit3 import Deit3Config
 from jaxdg.backbones.dinov2 import Dinov2Config, Dinov2GiantConfig
@@ -244,10 +243,10 @@ def entry(name: str) -> Entry:
     Raises:
         ValueError: no encoder has this name; the message lists those that exist.
     """
-    if name in TEXT_TOWERS:
+    if name.endswith("_text") and name.removesuffix("_text") in ZOO:
         raise ValueError(f"{name} is no encoder but a text tower, which jaxdg.backbones.text_embeddings reads; it converts under this name")
     if name not in ZOO:
-        close = difflib.get_close_matches(name, [*ZOO, *TEXT_TOWERS], n=1)
+        close = difflib.get_close_matches(name, ZOO, n=1)
         hint = f"did you mean {close[0]}?" if close else "choose one of"
         raise ValueError(f"unknown encoder {name!r}; {hint} {' '.join(ZOO) if not close else ''}".rstrip())
     return ZOO[name]

@@ -263,7 +263,7 @@ class Streets:
         return f"streets/{self.domain}/{self.seed}/{i}/{h}x{w}"
 
     def __getitem__(self, i: int) -> dict[str, np.ndarray]:
-        from jaxdg.data import streets
+        from jaxdg.streets import render as streets
 
         if i in self._drawn:
             return self._drawn[i]

@@ -6,22 +6,34 @@ Built on `grain.MapDataset`; the import brings in no flax and touches no device,
 """
 
 import dataclasses
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import grain
 from jaxtyping import Int32, Int64, UInt8
 import numpy as np
 
+from jaxdg.data.augment.fractals import Pictures
+from jaxdg.data.augment.pixmix import pixmix
+from jaxdg.data.augment.randaugment import randaugment
+from jaxdg.data.augment.transforms import BOX_FIELDS, Augmentation, random_crop
 from jaxdg.data.box_fields import areas_of
 from jaxdg.data.datasets import Dataset
-from jaxdg.data.fractals import Pictures
 from jaxdg.data.labels import IGNORE
-from jaxdg.data.pixmix import pixmix
-from jaxdg.data.protocols import Protocol
-from jaxdg.data.randaugment import randaugment
 from jaxdg.data.samplers import EXAMPLE, Sampler
-from jaxdg.data.transforms import BOX_FIELDS, Augmentation, Fit, random_crop
 from jaxdg.data.workers import Items, read_ahead
+
+
+@runtime_checkable
+class Judging(Protocol):
+    """How images are resized that a model is judged on: an evaluation protocol, or `Fit` for boxes."""
+
+    def sizes(self, size: tuple[int, int]) -> Any:
+        """The sizes of an image and of its label after `prepare`, from the size as stored; height and width in pixels."""
+        ...
+
+    def prepare(self, sample: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """A sample of a dataset, resized."""
+        ...
 
 
 def train_batches(
@@ -89,7 +101,7 @@ def eval_batches(
     dataset: Dataset,
     *,
     batch_size: int,
-    protocol: Protocol | Fit | None = None,
+    protocol: Judging | None = None,
     max_boxes: int = 0,
     workers: int = 0,
     shard: tuple[int, int] = (0, 1),
@@ -161,7 +173,7 @@ class _EvalExample:
     """Number i of a host's rows, an image or one that fills up a batch."""
 
     dataset: Dataset
-    protocol: Protocol | Fit | None
+    protocol: Judging | None
     order: Int64[np.ndarray, " m"]
     shapes: Int32[np.ndarray, "batches 2 2"]
     rows: int

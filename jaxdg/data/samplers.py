@@ -13,9 +13,9 @@ from typing import NamedTuple
 from jaxtyping import Float64, Int32, Int64
 import numpy as np
 
+from jaxdg.data.augment.transforms import Wanted
 from jaxdg.data.class_counts import class_pixels
 from jaxdg.data.datasets import Dataset, Mixture
-from jaxdg.data.transforms import Wanted
 
 # Keep random streams apart; `pipeline` augments position p by (seed, EXAMPLE, p).
 EXAMPLE, EPOCH, PART, RARE = range(4)

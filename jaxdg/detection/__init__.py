@@ -1,15 +1,15 @@
 """Features to boxes: detectors, their operators with fixed shapes and validity masks, and their evaluation."""
 
 from jaxdg.detection.anchors import anchors, points
-from jaxdg.detection.average_precision import AveragePrecision, Detections, Truth
 from jaxdg.detection.boxes import area, clip, decode, encode, giou, iou, non_empty, pairwise_giou, pairwise_iou
-from jaxdg.detection.coco_format import read_coco, write_coco
 from jaxdg.detection.detector import Detector, DetectorConfig
 from jaxdg.detection.fcos import FcosConfig
 from jaxdg.detection.nms import nms
-from jaxdg.detection.rcnn import C4Config, RcnnConfig
-from jaxdg.detection.roi_align import pyramid_level, roi_align
-from jaxdg.detection.sampling import assign, sample
+from jaxdg.detection.rcnn.detectors import C4Config, RcnnConfig
+from jaxdg.detection.rcnn.roi_align import pyramid_level, roi_align
+from jaxdg.detection.rcnn.sampling import assign, sample
+from jaxdg.evaluation.average_precision import AveragePrecision, Detections, Truth
+from jaxdg.evaluation.coco_format import read_coco, write_coco
 
 __all__ = [
     "AveragePrecision",

@@ -1,12 +1,12 @@
 """Features to masks: decoders, sliding windows, mIoU."""
 
+from jaxdg.evaluation.mean_iou import confusion_matrix, iou
+from jaxdg.evaluation.sliding_window import label_map, mirror, resize_scores, shared_side, sliding_window, window_starts
 from jaxdg.segmentation.clip_text import ClipTextHead, ClipTextHeadConfig
 from jaxdg.segmentation.linear import LinearHead
-from jaxdg.segmentation.mask2former import Mask2Former, Mask2FormerConfig
-from jaxdg.segmentation.mean_iou import confusion_matrix, iou
+from jaxdg.segmentation.mask2former.head import Mask2Former, Mask2FormerConfig
 from jaxdg.segmentation.segformer import SegformerConfig, SegformerHead
 from jaxdg.segmentation.segmenter import Segmenter, SegmenterConfig
-from jaxdg.segmentation.sliding_window import label_map, mirror, resize_scores, shared_side, sliding_window, window_starts
 
 __all__ = [
     "ClipTextHead",

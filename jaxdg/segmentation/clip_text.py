@@ -18,9 +18,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
 from jaxdg import backbones, weights
-from jaxdg.backbones.clip_text import normalize
 from jaxdg.segmentation.decoder import DecoderConfig, DecoderOptions
 from jaxdg.segmentation.linear import PixelHead
+from jaxdg.text import clip_text
+from jaxdg.text.clip_text import normalize
 
 
 @dataclasses.dataclass(unsafe_hash=True)
@@ -68,15 +69,15 @@ class ClipTextHead(PixelHead):
             ValueError: an encoder without a text tower.
         """
         self.tower = f"{encoder}_text"
-        if self.tower not in backbones.TEXT_TOWERS:
-            known = ", ".join(name.removesuffix("_text") for name in backbones.TEXT_TOWERS)
+        if self.tower not in clip_text.TEXT_TOWERS:
+            known = ", ".join(name.removesuffix("_text") for name in clip_text.TEXT_TOWERS)
             raise ValueError(f"model.decoder clip_text needs an encoder with a text tower; model.encoder is {encoder}, allowed: {known}")
-        tower = backbones.TEXT_TOWERS[self.tower]
+        tower = clip_text.TEXT_TOWERS[self.tower]
         self.names = config.names
         self.texts = nnx.BatchStat(jnp.zeros((len(config.names), tower.embedding)))
         self.logit_scale = nnx.BatchStat(jnp.zeros(()))
         projection = tower.image_projection
-        self.image_projection = None if projection is None else backbones.Projection(projection, rngs=rngs)
+        self.image_projection = None if projection is None else clip_text.Projection(projection, rngs=rngs)
 
     def __call__(
         self,
@@ -107,7 +108,7 @@ class ClipTextHead(PixelHead):
             FileNotFoundError: no such file.
             ValueError: it holds no text tower, or that of another encoder.
         """
-        tower = backbones.load_text_tower(path)
+        tower = clip_text.load_text_tower(path)
         name = weights.metadata(path)["model"]
         if name != self.tower:
             raise ValueError(f"model.text_weights {path} holds {name}; allowed: {self.tower}, the tower beside the encoder")

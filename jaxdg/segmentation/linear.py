@@ -12,8 +12,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key, UInt8
 
+from jaxdg.evaluation.sliding_window import resize_scores
 from jaxdg.segmentation.decoder import Decoder, DecoderConfig, DecoderOptions
-from jaxdg.segmentation.sliding_window import resize_scores
 
 IGNORE = 255
 

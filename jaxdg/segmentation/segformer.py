@@ -13,9 +13,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
+from jaxdg.evaluation.sliding_window import resize_scores
 from jaxdg.segmentation.decoder import DecoderConfig, DecoderOptions
 from jaxdg.segmentation.linear import PixelHead
-from jaxdg.segmentation.sliding_window import resize_scores
 
 DROPOUT = 0.1
 

@@ -28,16 +28,18 @@ from absl import flags
 from rich.console import Console
 from rich.table import Table
 
-from jaxdg import cli, files, paths, runtime
 from jaxdg import config as config_lib
-from jaxdg.cli import Interrupt
-from jaxdg.config import Config, MeshConfig
-from jaxdg.data.corruptions import KINDS, SEVERITIES, Corrupted
+from jaxdg import files
+from jaxdg.commands import command_line as cli
+from jaxdg.commands import process as runtime
+from jaxdg.commands.command_line import Interrupt
+from jaxdg.config import Config, MeshConfig, paths
+from jaxdg.config.overrides import text_of
 from jaxdg.evaluate import open_domains
-from jaxdg.overrides import text_of
-from jaxdg.results import NO_TRUTH
+from jaxdg.evaluation.corruptions import KINDS, SEVERITIES, Corrupted
+from jaxdg.evaluation.results import NO_TRUTH
 from jaxdg.studies.study import Plan, Run, Settings, Study, StudyOptions, configured, local, main
-from jaxdg.tasks import make_task, restore_model
+from jaxdg.tasks.run_state import make_task, restore_model
 from jaxdg.training import sharding
 
 Scores = dict[str, Any]  # {"clean": score, KIND: [score by severity]}, None where not judged

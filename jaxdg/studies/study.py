@@ -34,12 +34,13 @@ from rich.console import Console
 from rich.table import Table
 
 import jaxdg
-from jaxdg import cli, files, locks, overrides
 from jaxdg import config as config_lib
-from jaxdg import results as results_lib
-from jaxdg import workdir as workdir_lib
-from jaxdg.cli import Interrupt, Stop
-from jaxdg.config import Config
+from jaxdg import files
+from jaxdg.commands import command_line as cli
+from jaxdg.commands.command_line import Interrupt, Stop
+from jaxdg.config import Config, locks, overrides
+from jaxdg.config import workdir as workdir_lib
+from jaxdg.evaluation import results as results_lib
 
 Settings = Mapping[str, Any]  # field of the configuration to value, such as {"model.freeze": "all"}
 

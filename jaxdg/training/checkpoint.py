@@ -24,7 +24,8 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers as policies
 
-from jaxdg import distributed, files
+from jaxdg import files
+from jaxdg.training import distributed
 from jaxdg.training.step import TrainState
 from jaxdg.training.writer import read_metrics
 

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from jaxdg import backbones, weights
-from jaxdg.backbones import tokenizer
 from jaxdg.data.labels import CITYSCAPES
+from jaxdg.text import tokenizer
 from tests import clip_models
 
 TEMPLATES = ("a photo of a {}.", "a bad photo of the {}.", "there is a {} in the scene.")

@@ -7,8 +7,10 @@ import numpy as np
 import pytest
 
 import jaxdg
-from jaxdg import backbones, cli, config, tasks, train, weights
+from jaxdg import backbones, config, train, weights
 from jaxdg.backbones import layers
+from jaxdg.commands import command_line as cli
+from jaxdg.tasks import run_state as tasks
 from tests.backbones.drawn import drawn, run
 
 

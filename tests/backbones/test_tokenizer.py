@@ -4,7 +4,7 @@ import json
 
 import numpy as np
 
-from jaxdg.backbones import tokenizer
+from jaxdg.text import tokenizer
 
 
 def test_a_thousand_texts_get_open_clips_ids(golden):

@@ -17,7 +17,7 @@ from jaxdg import backbones, weights
 from jaxdg import config as config_lib
 from jaxdg.backbones import zoo
 from jaxdg.config import ModelConfig
-from jaxdg.detection.rpn import RpnConfig
+from jaxdg.detection.rcnn.rpn import RpnConfig
 from tests.conversion.checks import assert_identical, converted, refused
 from tests.detection import models as golden_models
 

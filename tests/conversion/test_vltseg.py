@@ -19,7 +19,7 @@ from conversion import checkpoint, mapping, torch_to_flax, vltseg
 import jaxdg
 from jaxdg import backbones, weights
 from jaxdg import config as config_lib
-from jaxdg.tasks import make_task, stored_tensors
+from jaxdg.tasks.run_state import make_task, stored_tensors
 from jaxdg.training.optimizer import make_optimizer
 from tests.conversion.torch_files import torch_file
 

@@ -13,10 +13,11 @@ import numpy as np
 from PIL import Image
 import pytest
 
-from jaxdg.data import annotations, box_fields, streets
+from jaxdg.data import annotations, box_fields
 from jaxdg.data.boxes import CARLA, COUNTS, DIVERSE_WEATHER, STREETS_THINGS, BoxFiles, BoxOptions, open_box_files, open_boxes
 from jaxdg.data.datasets import Dataset, StreetsOptions
 from jaxdg.data.labels import CITYSCAPES
+from jaxdg.streets import render as streets
 
 OWN = BoxOptions(classes=("Cat", "dog"))
 

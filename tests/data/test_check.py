@@ -17,7 +17,8 @@ from PIL import Image
 import pytest
 from rich.console import Console
 
-from jaxdg.data import check, records
+from jaxdg.commands import check
+from jaxdg.data import records
 from jaxdg.data.boxes import BoxOptions, open_boxes
 from jaxdg.data.datasets import FolderOptions, StreetsOptions, open_domain
 from jaxdg.data.labels import CITYSCAPES
@@ -376,7 +377,7 @@ def test_classes_of_published_datasets_and_of_boxes(tmp_path):
 
 def test_classes_of_records(tmp_path):
     """Records of one's own masks are broken as the masks are, by the names of the classes."""
-    from jaxdg.data.prepare import prepare
+    from jaxdg.commands.prepare import prepare
 
     masks(tmp_path / "in", "walls", [[0, 255]] * 3)
     masks(tmp_path / "in", "roads", [[0, 1]] * 3)

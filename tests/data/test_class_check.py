@@ -258,7 +258,7 @@ def test_boxes(tmp_path):
 
 def test_records(tmp_path):
     """Label maps and boxes written by `prepare`: found by what they hold, and told by the names of the classes."""
-    from jaxdg.data.prepare import prepare
+    from jaxdg.commands.prepare import prepare
 
     write(tmp_path / "in", "walls", [[0, 255]] * 2)
     source = opened(tmp_path / "in", "walls", classes=BINARY)
@@ -275,7 +275,7 @@ def test_records(tmp_path):
 
 def test_older_records_open_with_what_the_id_map_means_now(tmp_path):
     """An id that meant nothing when records were written is in none of them; an id that means something else refuses them."""
-    from jaxdg.data.prepare import prepare
+    from jaxdg.commands.prepare import prepare
 
     write(tmp_path / "in", "walls", [[7, 22]] * 2)
     source = opened(tmp_path / "in", "walls", classes=("a", "b", "c"), id_map={7: 0, 22: 1})

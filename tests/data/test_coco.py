@@ -12,7 +12,7 @@ import pytest
 
 from jaxdg.data import annotations
 from jaxdg.data.boxes import THINGS, BoxFiles, BoxOptions, open_box_files, open_boxes
-from jaxdg.detection.average_precision import AveragePrecision, Detections, Truth
+from jaxdg.evaluation.average_precision import AveragePrecision, Detections, Truth
 from tests.data.test_boxes import settle
 
 OWN = BoxOptions(images=("photos", "photos"), annotations=("instances.json", "instances.json"))

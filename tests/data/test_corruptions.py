@@ -6,10 +6,10 @@ import cv2
 import numpy as np
 import pytest
 
-from jaxdg.data import corruptions
-from jaxdg.data.corruptions import KINDS, SEVERITIES, Corrupted, corrupt, frost_texture
 from jaxdg.data.datasets import Streets, StreetsOptions, Subset
 from jaxdg.data.images import read_image
+from jaxdg.evaluation import corruptions
+from jaxdg.evaluation.corruptions import KINDS, SEVERITIES, Corrupted, corrupt, frost_texture
 
 PAPER = {
     "gaussian_noise", "shot_noise", "impulse_noise", "defocus_blur", "glass_blur", "motion_blur", "zoom_blur", "snow", "frost", "fog",

@@ -13,10 +13,10 @@ import numpy as np
 from PIL import Image
 import pytest
 
-from jaxdg.data import streets as scenes
 from jaxdg.data.datasets import Dataset, FolderOptions, StreetsOptions, open_domain
 from jaxdg.data.images import read_image, read_label
 from jaxdg.data.labels import CAMVID, CITYSCAPES
+from jaxdg.streets import render as scenes
 
 CLASSES = FolderOptions(images="rgb/{domain}", labels="gt/{domain}", classes=("road", "sky"), id_map={7: 0, 23: 1}, ignore=(0,))
 

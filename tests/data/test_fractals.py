@@ -5,8 +5,8 @@ import numpy as np
 from PIL import Image
 import pytest
 
-from jaxdg.data import fractals
-from jaxdg.data.fractals import Pictures, attractor, generate, random_maps, waves
+from jaxdg.data.augment import fractals
+from jaxdg.data.augment.fractals import Pictures, attractor, generate, random_maps, waves
 
 
 def test_maps_bring_points_together():

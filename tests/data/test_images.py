@@ -12,12 +12,12 @@ import numpy as np
 from PIL import Image
 import pytest
 
+from jaxdg.commands.prepare import prepare
 from jaxdg.data import images, index, jpeg
 from jaxdg.data.boxes import BoxOptions, open_box_files
 from jaxdg.data.datasets import FolderOptions, StreetsOptions, open_domain, open_files
 from jaxdg.data.images import read_image, read_label
 from jaxdg.data.labels import CITYSCAPES, CITYSCAPES_IDS
-from jaxdg.data.prepare import prepare
 from jaxdg.data.records import Records, open_records
 from tests.data import trees
 

@@ -14,11 +14,11 @@ import numpy as np
 from PIL import Image
 import pytest
 
+from jaxdg.data.augment.transforms import Augmentation
 from jaxdg.data.datasets import Dataset, FolderOptions, Mixture, StreetsOptions, open_domain
 from jaxdg.data.labels import CITYSCAPES, LabelSet
 from jaxdg.data.pipeline import batch_files, eval_batches, train_batches
 from jaxdg.data.samplers import make_sampler
-from jaxdg.data.transforms import Augmentation
 
 TRAIN = {"seed": 3, "batch_size": 4, "crop": (12, 16), "scale": (0.5, 2.0), "flip": 0.5}
 AS_IS = {"crop": (12, 16), "scale": (1.0, 1.0), "flip": 0.0}

@@ -3,14 +3,14 @@
 import numpy as np
 import pytest
 
-from jaxdg.data import pixmix as lib
+from jaxdg.data.augment import pixmix as lib
+from jaxdg.data.augment.fractals import Pictures
+from jaxdg.data.augment.pixmix import BASE, add, augment, multiply, pixmix, unit, weights
+from jaxdg.data.augment.transforms import Augmentation
 from jaxdg.data.boxes import open_boxes
 from jaxdg.data.datasets import StreetsOptions, open_domain
-from jaxdg.data.fractals import Pictures
 from jaxdg.data.pipeline import train_batches
-from jaxdg.data.pixmix import BASE, add, augment, multiply, pixmix, unit, weights
 from jaxdg.data.samplers import make_sampler
-from jaxdg.data.transforms import Augmentation
 
 
 def noise(seed: int, size: tuple[int, int] = (6, 7)) -> np.ndarray:

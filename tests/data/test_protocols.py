@@ -7,10 +7,10 @@ import numpy as np
 from PIL import Image
 import pytest
 
-from jaxdg.data import protocols
 from jaxdg.data.labels import CITYSCAPES
 from jaxdg.data.pipeline import eval_batches
-from jaxdg.data.protocols import part_of, protocol
+from jaxdg.evaluation import protocols
+from jaxdg.evaluation.protocols import part_of, protocol
 
 CROP = {"gta5": (512, 512), "cityscapes": (1024, 1024)}
 

@@ -6,9 +6,9 @@ import cv2
 import numpy as np
 import pytest
 
-from jaxdg.data import randaugment
-from jaxdg.data.randaugment import GEOMETRY, OPERATIONS, apply
-from jaxdg.data.transforms import PAD_COLOR
+from jaxdg.data.augment import randaugment
+from jaxdg.data.augment.randaugment import GEOMETRY, OPERATIONS, apply
+from jaxdg.data.augment.transforms import PAD_COLOR
 
 H, W = 50, 70
 PAPER = {

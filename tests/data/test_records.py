@@ -13,16 +13,16 @@ import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 
-from jaxdg.data import prepare as prepare_lib
+from jaxdg.commands import prepare as prepare_lib
+from jaxdg.commands.prepare import prepare
 from jaxdg.data import records
+from jaxdg.data.augment.transforms import Augmentation
 from jaxdg.data.boxes import BoxOptions, open_box_files, open_boxes
 from jaxdg.data.datasets import FolderOptions, StreetsOptions, open_domain, open_files
 from jaxdg.data.labels import CITYSCAPES, LabelSet, palette
 from jaxdg.data.pipeline import eval_batches, train_batches
-from jaxdg.data.prepare import prepare
 from jaxdg.data.records import Records, open_records
 from jaxdg.data.samplers import make_sampler
-from jaxdg.data.transforms import Augmentation
 from tests.data import trees
 
 DOMAINS = {"gta5": "gta5", "bdd100k": "bdd100k", "acdc/night": "acdc", "synthia": "synthia"}  # palette, JPEG, a condition, zip archive

@@ -12,13 +12,13 @@ from PIL import Image
 import pytest
 
 from jaxdg.data import class_counts, samplers
+from jaxdg.data.augment.transforms import Augmentation, random_crop
 from jaxdg.data.cache import fingerprint
 from jaxdg.data.class_counts import truth_ids
 from jaxdg.data.datasets import Files, FolderOptions, Mixture, Streets, StreetsOptions, open_files
 from jaxdg.data.index import Pairs
 from jaxdg.data.labels import CAMVID, CITYSCAPES, LabelSet
 from jaxdg.data.samplers import BLOCK, RareClasses, class_pixels, class_probabilities, make_sampler
-from jaxdg.data.transforms import Augmentation, random_crop
 from tests.data import trees
 
 
@@ -262,7 +262,7 @@ def test_another_project_of_the_same_relative_names_is_counted_anew(cache, tmp_p
 
 def test_records_are_counted_by_their_digests(cache, tmp_path, read):
     """Records that are copied keep their counts, records of other labels below the same names have their own."""
-    from jaxdg.data.prepare import prepare
+    from jaxdg.commands.prepare import prepare
     from jaxdg.data.records import Records
 
     for name, ids in {"one": [0, 1], "two": [0, 2]}.items():

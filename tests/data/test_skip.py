@@ -10,10 +10,10 @@ import zipfile
 import numpy as np
 import pytest
 
+from jaxdg.commands.prepare import prepare
 from jaxdg.data import class_counts, records
 from jaxdg.data.boxes import BoxOptions, open_box_files, open_boxes
 from jaxdg.data.datasets import FolderOptions, StreetsOptions, open_domain, open_files
-from jaxdg.data.prepare import prepare
 from jaxdg.data.skip import skip_list
 from tests.data import trees
 from tests.data.test_boxes import thing, write_voc, xml
@@ -206,7 +206,7 @@ def test_records_that_do_not_know_their_labels_say_so(root, monkeypatch):
     """Older ones, beside the files that they were made of: a label's name is refused rather than passed over."""
     dataset = open_files("gta5", root=str(root), train=True, folder=None)
     with monkeypatch.context() as patch:
-        patch.setattr("jaxdg.data.prepare._ShardWriter._labels", lambda self, k: [])
+        patch.setattr("jaxdg.commands.prepare._ShardWriter._labels", lambda self, k: [])
         prepare("gta5", {"train": dataset}, root=str(root), out=str(root))
     assert left(root, listed(root.parent, "gta5/images/00002.png")) == WITHOUT_2
     with pytest.raises(ValueError, match=r"'gta5/labels/00002\.png' is no image of its records, which do not know their labels; name the"):

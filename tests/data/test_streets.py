@@ -8,10 +8,10 @@ import cv2
 import numpy as np
 import pytest
 
-from jaxdg.data import streets_shapes as shapes
-from jaxdg.data.streets import APPEARANCES, SMALLEST_BOX, render
-from jaxdg.data.streets_draw import GROUND, SKY, Camera, Mesh, paint, rasterize
-from jaxdg.data.streets_traffic import PERSON, Street
+from jaxdg.streets import shapes
+from jaxdg.streets.draw import GROUND, SKY, Camera, Mesh, paint, rasterize
+from jaxdg.streets.render import APPEARANCES, SMALLEST_BOX, render
+from jaxdg.streets.traffic import PERSON, Street
 
 SIZE = (128, 256)
 BOXED = {6, 7, *range(11, 19)}

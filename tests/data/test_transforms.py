@@ -4,7 +4,7 @@ import cv2
 import numpy as np
 import pytest
 
-from jaxdg.data.transforms import BOX_FIELDS, PAD_COLOR, Augmentation, Wanted, move_boxes, random_crop
+from jaxdg.data.augment.transforms import BOX_FIELDS, PAD_COLOR, Augmentation, Wanted, move_boxes, random_crop
 
 
 def coordinates(h: int, w: int) -> dict[str, np.ndarray]:

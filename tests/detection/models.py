@@ -9,9 +9,9 @@ import numpy as np
 from conversion import faster_rcnn as table
 from conversion import mapping
 from jaxdg import weights
-from jaxdg.detection.rcnn import RcnnConfig
-from jaxdg.detection.roi_heads import RoiHeadsConfig
-from jaxdg.detection.rpn import RpnConfig
+from jaxdg.detection.rcnn.detectors import RcnnConfig
+from jaxdg.detection.rcnn.roi_heads import RoiHeadsConfig
+from jaxdg.detection.rcnn.rpn import RpnConfig
 
 IMAGE, CHANNELS, CLASSES = (96, 160), 6, 4
 STAGES = (5, 7, 9)  # channels of three maps with 4, 8 and 16 pixels a feature

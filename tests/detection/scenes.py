@@ -5,7 +5,7 @@ import io
 
 import numpy as np
 
-from jaxdg.detection.average_precision import Detections, Truth
+from jaxdg.evaluation.average_precision import Detections, Truth
 
 
 def boxes(rng, n, size):

@@ -8,7 +8,7 @@ import dataclasses
 import numpy as np
 import pytest
 
-from jaxdg.detection.average_precision import COCO_NUMBERS, AveragePrecision, Detections, Truth
+from jaxdg.evaluation.average_precision import COCO_NUMBERS, AveragePrecision, Detections, Truth
 from tests.detection import scenes
 
 CASES = ("mixed", "plain", "ties", "doubled", "many", "edges", "tenths", "difficult", "crowd", "no_detections", "no_truth")

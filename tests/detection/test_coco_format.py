@@ -7,8 +7,8 @@ import json
 import numpy as np
 import pytest
 
-from jaxdg.detection.average_precision import COCO_NUMBERS, AveragePrecision, Detections, Truth
-from jaxdg.detection.coco_format import read_coco, write_coco
+from jaxdg.evaluation.average_precision import COCO_NUMBERS, AveragePrecision, Detections, Truth
+from jaxdg.evaluation.coco_format import read_coco, write_coco
 from tests.detection import scenes
 
 NAMES = ("car", "bus", "person")

@@ -12,12 +12,12 @@ import pytest
 
 from jaxdg import weights
 from jaxdg.backbones import ClipResnetConfig, zoo
-from jaxdg.detection.average_precision import AveragePrecision, Detections, Truth
 from jaxdg.detection.detector import Detector, DetectorConfig
 from jaxdg.detection.fcos import FcosConfig
-from jaxdg.detection.rcnn import C4Config, RcnnConfig
-from jaxdg.detection.roi_heads import CASCADE, RoiHeadsConfig
-from jaxdg.detection.rpn import RpnConfig
+from jaxdg.detection.rcnn.detectors import C4Config, RcnnConfig
+from jaxdg.detection.rcnn.roi_heads import CASCADE, RoiHeadsConfig
+from jaxdg.detection.rcnn.rpn import RpnConfig
+from jaxdg.evaluation.average_precision import AveragePrecision, Detections, Truth
 
 LIGHT = FcosConfig(channels=32, convs=1, levels=(2,))
 TWO_STAGES = RcnnConfig(

@@ -6,7 +6,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 import numpy as np
 import pytest
 
-from jaxdg.detection.roi_align import pyramid_level, roi_align
+from jaxdg.detection.rcnn.roi_align import pyramid_level, roi_align
 from tests.detection import cases
 
 pool = jax.jit(roi_align, static_argnums=(2, 3), static_argnames=("samples", "aligned"))

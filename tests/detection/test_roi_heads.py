@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from jaxdg.detection.arrays import Targets
-from jaxdg.detection.roi_heads import BoxHead, BoxPredictor, RoiHeads, RoiHeadsConfig, TextScore
-from jaxdg.detection.rpn import Proposals
+from jaxdg.detection.rcnn.roi_heads import BoxHead, BoxPredictor, RoiHeads, RoiHeadsConfig, TextScore
+from jaxdg.detection.rcnn.rpn import Proposals
 from tests.detection import models
 from tests.detection.test_nms import slow as slow_nms
 

@@ -8,7 +8,7 @@ import pytest
 
 from jaxdg.detection.arrays import Targets
 from jaxdg.detection.boxes import iou
-from jaxdg.detection.rpn import Rpn, RpnConfig, RpnOutput
+from jaxdg.detection.rcnn.rpn import Rpn, RpnConfig, RpnOutput
 from tests.detection import models
 
 

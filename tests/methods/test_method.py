@@ -13,10 +13,12 @@ import numpy as np
 import pytest
 
 import jaxdg
-from jaxdg import cli, methods, tasks, train, weights
+from jaxdg import methods, train, weights
 from jaxdg.backbones import VitConfig, create, zoo
+from jaxdg.commands import command_line as cli
 from jaxdg.config import Config, MeshConfig, validated
 from jaxdg.methods import Method, MethodOptions
+from jaxdg.tasks import run_state as tasks
 from jaxdg.training import sharding
 from jaxdg.training.writer import read_metrics
 

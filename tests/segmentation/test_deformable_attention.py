@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxdg.segmentation import deformable_attention as module
-from jaxdg.segmentation.deformable_attention import DeformableAttention, pixel_centres
+from jaxdg.segmentation.mask2former import deformable_attention as module
+from jaxdg.segmentation.mask2former.deformable_attention import DeformableAttention, pixel_centres
 
 LEVELS = ((5, 7), (3, 4), (2, 2))
 TINY = ((3, 2), (1, 4))

@@ -8,8 +8,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 import numpy as np
 import pytest
 
-from jaxdg.segmentation import losses
-from jaxdg.segmentation.matching import assign
+from jaxdg.segmentation.mask2former import losses
+from jaxdg.segmentation.mask2former.matching import assign
 
 POINTS, NO_OBJECT, WEIGHTS = 64, 0.1, (2.0, 5.0, 5.0)
 TERMS = ("class", "mask", "dice")

@@ -9,7 +9,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 import numpy as np
 import pytest
 
-from jaxdg.segmentation.matching import NON_FINITE, assign, matching_cost
+from jaxdg.segmentation.mask2former.matching import NON_FINITE, assign, matching_cost
 
 solve = jax.jit(assign)
 cost_of = jax.jit(matching_cost, static_argnums=3)

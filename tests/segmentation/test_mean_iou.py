@@ -7,7 +7,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 import numpy as np
 import pytest
 
-from jaxdg.segmentation.mean_iou import confusion_matrix, iou
+from jaxdg.evaluation.mean_iou import confusion_matrix, iou
 
 
 def counted(prediction, label, num_classes, ignore):

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxdg.segmentation.pixel_decoder import sine_positions
+from jaxdg.segmentation.mask2former.pixel_decoder import sine_positions
 
 
 @pytest.mark.parametrize("case", ["even", "odd"])

@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 
 from conversion import mapping, mit
-from jaxdg import tasks, weights
+from jaxdg import weights
 from jaxdg.backbones import MitConfig, zoo
 from jaxdg.config import Config, MeshConfig, validated
 from jaxdg.segmentation import LinearHead, SegformerConfig, SegformerHead, Segmenter, SegmenterConfig, resize_scores
+from jaxdg.tasks import run_state as tasks
 from jaxdg.training import sharding
 
 SIZES = ((64, 96), (77, 101))

@@ -8,11 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxdg import segmentation, tasks, weights
+from jaxdg import segmentation, weights
 from jaxdg.backbones import VitConfig, layers, zoo
 from jaxdg.config import Config, MeshConfig, validated
 from jaxdg.data.labels import CAMVID, CITYSCAPES, LabelSet
 from jaxdg.segmentation import LinearHead, Mask2FormerConfig, Segmenter, SegmenterConfig
+from jaxdg.tasks import run_state as tasks
+from jaxdg.tasks.loading import Model
 from jaxdg.training import sharding
 
 
@@ -202,7 +204,7 @@ def run():
 def model(run):
     """The same model as `jaxdg.load` gives it."""
     task, plan, _, host = run
-    return tasks.Model(task, plan.graph, jax.device_put(host, jax.devices()[0]), 7)
+    return Model(task, plan.graph, jax.device_put(host, jax.devices()[0]), 7)
 
 
 def test_evaluation_equals_a_slow_one(run, model):

@@ -9,7 +9,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 import numpy as np
 import pytest
 
-from jaxdg.segmentation.sliding_window import label_map, mirror, resize_scores, shared_side, sliding_window, window_starts
+from jaxdg.evaluation.sliding_window import label_map, mirror, resize_scores, shared_side, sliding_window, window_starts
 
 
 def scores_of(windows, xp=jnp):

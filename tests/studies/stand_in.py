@@ -40,7 +40,7 @@ def train(folder: Path, steps: int, source: str, seed: int) -> None:
 
 def study() -> None:
     """The command of a study whose runs are made by `train`."""
-    from jaxdg import workdir as workdir_lib
+    from jaxdg.config import workdir as workdir_lib
     from jaxdg.studies import study, transfer
 
     class StandIn(study.Study):

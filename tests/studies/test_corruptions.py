@@ -9,15 +9,17 @@ import numpy as np
 import pytest
 
 import jaxdg
-from jaxdg import cli, config, evaluate, tasks
-from jaxdg import workdir as workdir_lib
+from jaxdg import config, evaluate
 from jaxdg.backbones import VitConfig, zoo
+from jaxdg.commands import command_line as cli
 from jaxdg.config import Config, MeshConfig, validated
-from jaxdg.data.corruptions import KINDS, Corrupted
-from jaxdg.data.overlap import TrainedOn
+from jaxdg.config import workdir as workdir_lib
+from jaxdg.evaluation.corruptions import KINDS, Corrupted
+from jaxdg.evaluation.overlap import TrainedOn
 from jaxdg.studies import corruptions
 from jaxdg.studies.corruptions import Trained, judge, summary
 from jaxdg.studies.study import StudyOptions
+from jaxdg.tasks import run_state as tasks
 from jaxdg.training import sharding
 from jaxdg.training.checkpoint import Checkpoints
 

@@ -15,9 +15,9 @@ from PIL import Image
 import pytest
 
 from jaxdg.data.labels import CAMVID
-from jaxdg.studies import document, plots, published, reading, report
-from jaxdg.studies.document import Cell, TableRow
-from jaxdg.studies.qualitative import _judged
+from jaxdg.studies.report import document, plots, published, reading, report
+from jaxdg.studies.report.document import Cell, TableRow
+from jaxdg.studies.report.qualitative import _judged
 from jaxdg.studies.study import summary
 
 DOMAINS = ("camvid", "day", "dusk")

@@ -9,9 +9,9 @@ from jax.sharding import Mesh
 import numpy as np
 import pytest
 
-from jaxdg import tasks
 from jaxdg.backbones import VitConfig, zoo
 from jaxdg.config import Config, MeshConfig, validated
+from jaxdg.tasks import run_state as tasks
 from jaxdg.training import sharding
 from jaxdg.training.step import Batch, TrainState, make_step
 

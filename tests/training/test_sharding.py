@@ -9,9 +9,10 @@ import numpy as np
 import optax
 import pytest
 
-from jaxdg import config, segmentation, tasks
+from jaxdg import config, segmentation
 from jaxdg.config import Mask2FormerOptions, MeshConfig
 from jaxdg.data.datasets import StreetsOptions
+from jaxdg.tasks import run_state as tasks
 from jaxdg.training import sharding
 from jaxdg.training.checkpoint import Checkpoints
 

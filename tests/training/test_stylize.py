@@ -4,8 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxdg.methods import stylize as lib
 from jaxdg.methods.stylize import adain
-from jaxdg.training import stylize as lib
 
 split, stylize = jax.jit(lib.split), jax.jit(lib.stylize)
 

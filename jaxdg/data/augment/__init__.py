@@ -1,0 +1,1 @@
+"""What training does to images and their labels on the host: crops, RandAugment, PixMix."""

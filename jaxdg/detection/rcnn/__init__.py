@@ -1,0 +1,1 @@
+"""Detectors in two stages: proposals, then heads that look at each."""

@@ -1,0 +1,224 @@
+"""Detectors in two stages (Ren et al. 2015): proposals, then heads that look at each. On a pyramid, as ViTDet, or on one map (C4)."""
+
+from collections.abc import Sequence
+import dataclasses
+from typing import Any, ClassVar, NamedTuple
+
+from flax import nnx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Float32, Key
+import numpy as np
+
+from jaxdg.backbones import ClipResnet, EncoderConfig
+from jaxdg.detection.arrays import Detected, Targets
+from jaxdg.detection.head import Head, HeadConfig
+from jaxdg.detection.rcnn.roi_heads import CASCADE, BoxHead, BoxPredictor, Res5Head, RoiHeads, RoiHeadsConfig, TextScore
+from jaxdg.detection.rcnn.rpn import Rpn, RpnConfig, RpnOutput
+
+
+@dataclasses.dataclass(unsafe_hash=True)
+class RcnnConfig(HeadConfig):
+    """Sizes of a two-stage head on a pyramid; the defaults are ViTDet's with a cascade.
+
+    Attributes:
+        rpn: where things may be.
+        roi: what they are.
+        channels: of the pyramid. Default 256.
+        levels: of the pyramid that boxes are pooled from, 0 to 3 with 4 to 32 pixels a feature; proposals read one more that is coarser.
+            Default 0, 1, 2, 3.
+    """
+
+    rpn: RpnConfig = dataclasses.field(default_factory=RpnConfig)
+    roi: RoiHeadsConfig = dataclasses.field(default_factory=RoiHeadsConfig)
+    channels: int = 256
+    levels: tuple[int, ...] = (0, 1, 2, 3)
+
+    def check(self, name: str) -> None:
+        """See `HeadConfig.check`."""
+        if len(self.rpn.sizes) != len(self.levels) + 1:
+            raise ValueError(f"{name}.rpn.sizes is {self.rpn.sizes}; allowed: one for each of {name}.levels {self.levels} and one more")
+
+    @property
+    def pyramid_channels(self) -> int:
+        """See `HeadConfig.pyramid_channels`."""
+        return self.channels
+
+    def build(
+        self,
+        backbone: nnx.Module,
+        num_classes: int,
+        shapes: Sequence[tuple[int, int]],
+        strides: Sequence[int | float],
+        *,
+        image_size: tuple[int, int],
+        dtype: str,
+        rngs: nnx.Rngs,
+    ) -> "Rcnn":
+        """See `HeadConfig.build`."""
+        heads = [BoxHead(self.roi, self.channels, dtype=dtype, rngs=rngs) for _ in self.roi.stages]
+        sizes: Any = dict(image_size=image_size, dtype=dtype, rngs=rngs)
+        return Rcnn(self, heads, self.channels, len(self.levels), num_classes, shapes, strides, **sizes)
+
+
+@dataclasses.dataclass(unsafe_hash=True)
+class C4Config(HeadConfig):
+    """Sizes of a two-stage head on the third stage of a CLIP ResNet, whose last stage looks at each proposal.
+
+    Attributes:
+        rpn: where things may be.
+        roi: what they are; its convolutions and linear layers are not used.
+        attention_pool: the encoder's pool makes a vector of a proposal; otherwise the mean does. Default True.
+        text_classifier: scores are cosines to the embeddings of class names (`Detector.set_texts`), which needs the attention pool. A run
+            with `model.text_weights` turns it on. Default False.
+    """
+
+    rpn: RpnConfig = dataclasses.field(default_factory=lambda: RpnConfig(convs=1, sizes=((32.0, 64.0, 128.0, 256.0, 512.0),)))
+    roi: RoiHeadsConfig = dataclasses.field(default_factory=lambda: RoiHeadsConfig(stages=CASCADE[:1], size=14, class_agnostic=False))
+    attention_pool: bool = True
+    text_classifier: bool = False
+    levels: ClassVar[tuple[int, ...]] = (2,)
+
+    def with_texts(self) -> HeadConfig:
+        """See `HeadConfig.with_texts`."""
+        if not self.attention_pool:
+            return super().with_texts()
+        return dataclasses.replace(self, text_classifier=True)
+
+    @property
+    def pyramid_channels(self) -> None:
+        """See `HeadConfig.pyramid_channels`."""
+        return None
+
+    def taps(self, encoder: EncoderConfig) -> tuple[int, ...]:
+        """See `HeadConfig.taps`; the last stage is built, and looks at proposals alone."""
+        return 2, 3
+
+    def uses(self, name: str) -> bool:
+        """See `HeadConfig.uses`: the attention pool."""
+        return self.attention_pool and name.startswith("attnpool.")
+
+    def build(
+        self,
+        backbone: nnx.Module,
+        num_classes: int,
+        shapes: Sequence[tuple[int, int]],
+        strides: Sequence[int | float],
+        *,
+        image_size: tuple[int, int],
+        dtype: str,
+        rngs: nnx.Rngs,
+    ) -> "Rcnn":
+        """See `HeadConfig.build`."""
+        if not isinstance(backbone, ClipResnet):
+            raise ValueError("a C4 head looks at proposals with the last stage of a CLIP ResNet; take clip_rn50, clip_rn101 or a pyramid")
+        if len(self.roi.stages) > 1 or (self.text_classifier and not self.attention_pool):
+            raise ValueError("a C4 head has one stage, and its text classifier needs attention_pool")
+        heads, channels = [Res5Head(backbone, self.attention_pool)], backbone.config.widths[2]
+        sizes: Any = dict(image_size=image_size, dtype=dtype, rngs=rngs, text=self.text_classifier)
+        return Rcnn(self, heads, channels, 1, num_classes, shapes, strides, **sizes)
+
+
+class RcnnOutput(NamedTuple):
+    """What the heads start from.
+
+    Attributes:
+        features: levels that boxes are pooled from.
+        rpn: predictions of the proposal network.
+    """
+
+    features: tuple[Float[Array, "b _ _ c"], ...]
+    rpn: RpnOutput
+
+
+class Rcnn(Head):
+    """Features to the boxes of things."""
+
+    def __init__(
+        self,
+        config: RcnnConfig | C4Config,
+        heads: Sequence[BoxHead | Res5Head],
+        channels: int,
+        pooled: int,
+        num_classes: int,
+        shapes: Sequence[tuple[int, int]],
+        strides: Sequence[int | float],
+        *,
+        text: bool = False,
+        image_size: tuple[int, int],
+        dtype: str,
+        rngs: nnx.Rngs,
+    ):
+        """Builds the head with random parameters.
+
+        Args:
+            config: sizes.
+            heads: of each stage, pooled features to a vector.
+            channels: of each level.
+            pooled: levels that boxes are pooled from, the finest ones.
+            num_classes: k.
+            shapes: rows and columns of each level, finest first.
+            strides: pixels a feature of each level.
+            text: classes are told by the embeddings of their names.
+            image_size: height and width of training images in pixels.
+            dtype: compute dtype; predictions are float32.
+            rngs: initialises the parameters.
+
+        Raises:
+            ValueError: settings that do not fit together.
+        """
+        kw: Any = dict(dtype=dtype, rngs=rngs)
+        self.image_size, self.pooled = image_size, pooled
+        self.proposal_generator = Rpn(config.rpn, channels, shapes, strides, **kw)
+        predictors = [BoxPredictor(head.channels, num_classes, class_agnostic=config.roi.class_agnostic, text=text, **kw) for head in heads]
+        self.roi_heads = RoiHeads(config.roi, heads, predictors, strides[:pooled])
+
+    def __call__(
+        self,
+        features: tuple[Float[Array, "b _ _ c"], ...],
+        key: Key[Array, ""] | None = None,
+        train: bool = False,
+    ) -> RcnnOutput:
+        """The maps of all levels, finest first; the same in training."""
+        return RcnnOutput(features[: self.pooled], self.proposal_generator(features))
+
+    def loss_denominator(self, targets: Targets) -> Float32[Array, ""]:
+        """What losses are divided by: the images of the global batch."""
+        return jnp.asarray(len(targets.valid), jnp.float32)
+
+    def losses(
+        self, output: RcnnOutput, targets: Targets, denominator: Float32[Array, ""], key: Key[Array, ""]
+    ) -> dict[str, Float32[Array, ""]]:
+        """The terms of `Rpn.losses` and `RoiHeads.losses`; `key` draws anchors and proposals."""
+        anchor_key, box_key = jax.random.split(key)
+        sizes = jnp.broadcast_to(jnp.asarray(self.image_size, jnp.float32), (len(targets.valid), 2))
+        proposals = self.proposal_generator.proposals(output.rpn, sizes, train=True)
+        return {
+            **self.proposal_generator.losses(output.rpn, targets, denominator, anchor_key),
+            **self.roi_heads.losses(output.features, proposals, targets, sizes, denominator, box_key),
+        }
+
+    def detections(self, output: RcnnOutput, image_sizes: Float32[Array, "b 2"]) -> Detected:
+        """What is found.
+
+        Args:
+            output: of the head.
+            image_sizes: height and width of each image in pixels, without padding.
+        """
+        proposals = self.proposal_generator.proposals(output.rpn, image_sizes, train=False)
+        return self.roi_heads.detections(output.features, proposals, image_sizes)
+
+    def set_texts(self, embeddings: Float[Array | np.ndarray, "k e"]) -> None:
+        """See `Head.set_texts`."""
+        score = self.roi_heads.box_predictor[0].cls_score
+        if not isinstance(score, TextScore):
+            super().set_texts(embeddings)
+            return
+        if score.texts[...].shape != embeddings.shape:
+            raise ValueError(f"the text classifier holds embeddings {score.texts[...].shape} and got {embeddings.shape}")
+        score.texts[...] = jnp.asarray(embeddings, jnp.float32)
+
+
+def single_stage() -> RcnnConfig:
+    """Faster R-CNN's sizes: one stage, with a box for each class."""
+    return RcnnConfig(roi=RoiHeadsConfig(stages=CASCADE[:1], class_agnostic=False))

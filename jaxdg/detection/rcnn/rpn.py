@@ -1,0 +1,181 @@
+"""The region proposal network (Ren et al. 2015) with the settings of ViTDet: where there is something, whatever it is.
+
+Names, targets and proposals follow detectron2. Different: the losses of an image are divided by the number of anchors that are to be drawn,
+even where there are not so many.
+"""
+
+from collections.abc import Sequence
+import dataclasses
+from typing import Any, NamedTuple
+
+from flax import nnx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Float32, Key
+
+from jaxdg.detection import boxes as boxlib
+from jaxdg.detection.anchors import RATIOS, anchors
+from jaxdg.detection.arrays import Targets, take
+from jaxdg.detection.losses import masked_sum, sigmoid_cross_entropy, smooth_l1
+from jaxdg.detection.nms import nms
+from jaxdg.detection.rcnn.sampling import POSITIVE, assign, sample
+
+normal = nnx.initializers.normal(0.01)
+
+
+@dataclasses.dataclass(unsafe_hash=True)
+class RpnConfig:
+    """Region proposals.
+
+    Attributes:
+        convs: 3x3 convolutions before the predictions. Default 2.
+        sizes: roots of the areas of anchors in pixels, for each level. Default: 32, 64, 128, 256, 512, one a level.
+        ratios: height to width of the anchors of each size. Default 0.5, 1, 2.
+        rounded: half the sides of anchors are whole pixels, as in torchvision. Default False.
+        thresholds: an anchor with less IoU than the first is background, with at least the second a thing; between them it does not count.
+            Default 0.3, 0.7.
+        samples: anchors drawn for the losses of an image. Default 256.
+        positive: largest share of things among them. Default 0.5.
+        before: best proposals of each level that suppression chooses from, in training and in inference. Default 2000, 1000.
+        after: best proposals of an image that are left, in training and in inference. Default 1000, 1000.
+        nms: IoU above which the better of two proposals of a level suppresses the other. Default 0.7.
+    """
+
+    convs: int = 2
+    sizes: tuple[tuple[float, ...], ...] = ((32.0,), (64.0,), (128.0,), (256.0,), (512.0,))
+    ratios: tuple[float, ...] = RATIOS
+    rounded: bool = False
+    thresholds: tuple[float, float] = (0.3, 0.7)
+    samples: int = 256
+    positive: float = 0.5
+    before: tuple[int, int] = (2000, 1000)
+    after: tuple[int, int] = (1000, 1000)
+    nms: float = 0.7
+
+
+class RpnOutput(NamedTuple):
+    """Predictions for all anchors, one array a level, in the order of `anchors`.
+
+    Attributes:
+        logits: that it is a thing.
+        offsets: of the thing's box from the anchor.
+    """
+
+    logits: tuple[Float32[Array, "b _"], ...]
+    offsets: tuple[Float32[Array, "b _ 4"], ...]
+
+
+class Proposals(NamedTuple):
+    """Boxes that may hold a thing, best first.
+
+    Attributes:
+        boxes: in pixels, inside the image.
+        valid: slots that hold one.
+    """
+
+    boxes: Float32[Array, "b r 4"]
+    valid: Bool[Array, "b r"]
+
+
+class RpnHead(nnx.Module):
+    """The layers, shared by all levels."""
+
+    def __init__(self, channels: int, convs: int, per_cell: int, *, dtype: str, rngs: nnx.Rngs):
+        kw: Any = dict(kernel_init=normal, dtype=jnp.dtype(dtype), rngs=rngs)
+        self.conv = nnx.Dict({f"conv{i}": nnx.Conv(channels, channels, (3, 3), **kw) for i in range(convs)})
+        self.objectness_logits = nnx.Conv(channels, per_cell, (1, 1), **kw)
+        self.anchor_deltas = nnx.Conv(channels, 4 * per_cell, (1, 1), **kw)
+
+    def __call__(self, x: Float[Array, "b h w c"]) -> tuple[Float32[Array, "b n"], Float32[Array, "b n 4"]]:
+        for conv in self.conv.values():
+            x = jax.nn.relu(conv(x))
+        logits, offsets = (layer(x).astype(jnp.float32) for layer in (self.objectness_logits, self.anchor_deltas))
+        return logits.reshape(len(x), -1), offsets.reshape(len(x), -1, 4)
+
+
+class Rpn(nnx.Module):
+    """Levels of a pyramid to proposals."""
+
+    def __init__(
+        self,
+        config: RpnConfig,
+        channels: int,
+        shapes: Sequence[tuple[int, int]],
+        strides: Sequence[int | float],
+        *,
+        dtype: str,
+        rngs: nnx.Rngs,
+    ):
+        """Builds the network with random parameters.
+
+        Args:
+            config: sizes.
+            channels: of every level.
+            shapes: rows and columns of each level, finest first.
+            strides: pixels a feature of each level.
+            dtype: compute dtype; predictions are float32.
+            rngs: initialises the parameters.
+
+        Raises:
+            ValueError: anchors for another number of levels, or not as many on each.
+        """
+        counts = {len(sizes) for sizes in config.sizes}
+        if len(config.sizes) != len(shapes) or len(counts) != 1:
+            raise ValueError(f"sizes of anchors are {config.sizes}; allowed: as many for each of the {len(shapes)} levels")
+        self.config, self.shapes, self.strides = config, tuple(shapes), tuple(strides)
+        self.rpn_head = RpnHead(channels, config.convs, counts.pop() * len(config.ratios), dtype=dtype, rngs=rngs)
+
+    def __call__(self, features: tuple[Float[Array, "b _ _ c"], ...]) -> RpnOutput:
+        """The maps of all levels, finest first, to predictions."""
+        return RpnOutput(*zip(*map(self.rpn_head, features), strict=True))
+
+    def anchors(self) -> tuple[Float32[Array, "_ 4"], ...]:
+        """Those of each level."""
+        c = self.config
+        return anchors(self.shapes, self.strides, c.sizes, c.ratios, rounded=c.rounded)
+
+    def losses(self, output: RpnOutput, targets: Targets, images: Float32[Array, ""], key: Key[Array, ""]) -> dict[str, Float32[Array, ""]]:
+        """The terms "rpn_class" (cross entropy) and "rpn_box" (L1).
+
+        Args:
+            output: for a part of the batch.
+            targets: of the same part.
+            images: of the global batch.
+            key: draws the anchors.
+        """
+        c = self.config
+        grid, logits, offsets = jnp.concatenate(self.anchors()), jnp.concatenate(output.logits, 1), jnp.concatenate(output.offsets, 1)
+        everywhere = jnp.broadcast_to(grid, (len(logits), *grid.shape))
+        index, label = assign(everywhere, targets.boxes, targets.valid, c.thresholds, low_quality=True)
+        chosen, drawn = sample(key, label, c.samples, c.positive)
+        positive = drawn & (take(label, chosen) == POSITIVE)
+        wanted = boxlib.encode(take(targets.boxes, take(index, chosen)), grid[chosen])
+        entropy = sigmoid_cross_entropy(take(logits, chosen), positive.astype(jnp.float32))
+        distance = jnp.sum(smooth_l1(take(offsets, chosen), wanted), axis=-1)
+        total = c.samples * images
+        return {"rpn_class": masked_sum(entropy, drawn) / total, "rpn_box": masked_sum(distance, positive) / total}
+
+    def proposals(self, output: RpnOutput, image_sizes: Float32[Array, "b 2"], train: bool) -> Proposals:
+        """The best boxes that do not overlap others of their level too much. No gradient.
+
+        Args:
+            output: predictions.
+            image_sizes: height and width of each image in pixels, without padding.
+            train: how many they are.
+        """
+        c, mode = self.config, 0 if train else 1
+        widest = min(c.before[mode], max(x.shape[1] for x in output.logits))
+
+        def level(grid, logits, offsets):
+            scores, best = jax.lax.top_k(logits, min(widest, logits.shape[1]))
+            boxes = boxlib.clip(boxlib.decode(take(offsets, best), grid[best]), image_sizes[:, None])
+            missing = (0, 0), (0, widest - best.shape[1])
+            return jnp.pad(boxes, (*missing, (0, 0))), jnp.pad(scores, missing), jnp.pad(boxlib.non_empty(boxes), missing)
+
+        found = map(level, self.anchors(), *jax.lax.stop_gradient(output))
+        boxes, scores, valid = (jnp.stack(parts, axis=1) for parts in zip(*found, strict=True))  # b l widest
+        kept, valid = nms(boxes, scores, valid, c.nms, min(c.after[mode], widest))
+        boxes, scores = (jnp.take_along_axis(x, kept.reshape(*kept.shape, *[1] * (x.ndim - 3)), axis=2) for x in (boxes, scores))
+        flat = lambda x: x.reshape(len(x), -1, *x.shape[3:])
+        scores, best = jax.lax.top_k(flat(jnp.where(valid, scores, -jnp.inf)), min(c.after[mode], kept.shape[1] * kept.shape[2]))
+        return Proposals(take(flat(boxes), best), scores > -jnp.inf)

@@ -1,0 +1,1 @@
+"""How models are judged: scores, protocols, sliding windows, corruptions."""

@@ -1,0 +1,259 @@
+"""Mask2Former (Cheng et al. 2022, arXiv 2112.01527): queries that each look where they predicted a mask, and refine it layer by layer.
+
+Features to class scores and masks, with fixed shapes throughout. Parameter names and results follow facebookresearch/Mask2Former.
+Different from it: the attention masks, which need only coarse masks, are read from resized mask features. Resizing is linear, so they
+are the same up to rounding, and at inference the full masks of all layers but the last are never computed.
+"""
+
+from collections.abc import Sequence
+import dataclasses
+from functools import partial
+
+from flax import nnx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Float32, Key, UInt8
+import numpy as np
+
+from jaxdg.backbones.layers import attention
+from jaxdg.evaluation.sliding_window import resize_scores
+from jaxdg.segmentation.decoder import Decoder, DecoderConfig, DecoderOptions
+from jaxdg.segmentation.mask2former.deformable_attention import kernel_init
+from jaxdg.segmentation.mask2former.losses import LossDenominator, mask2former_loss, mask2former_loss_denominator
+from jaxdg.segmentation.mask2former.pixel_decoder import GROUPS, LEVELS, PixelDecoder, sine_positions
+
+
+@dataclasses.dataclass(unsafe_hash=True)
+class Mask2FormerOptions(DecoderOptions):
+    """Sizes of the Mask2Former decoder; the defaults are VLTSeg's.
+
+    Attributes:
+        hidden: channels of everything inside; a multiple of 32 and of `heads`. Default 256.
+        queries: masks predicted for an image; at least the number of classes. Default 100.
+        heads: of all attention. Default 8.
+        pixel_layers: of deformable attention in the pixel decoder. Default 6.
+        pixel_ffn: channels inside their MLPs. Default 1024.
+        layers: of the transformer decoder; there is one prediction more. Default 9.
+        ffn: channels inside their MLPs. Default 2048.
+        sampling_points: read by a head of the deformable attention on each level. Default 4.
+        points: at which matching and losses compare masks. Default 12544.
+        published_init: start as the authors' code does: most kernels by Xavier, sampling points on a compass. False: every kernel,
+            and where sampling points lie, within 1 / sqrt(fan_in), as transformers' modules start when they are built one by one.
+            Default True.
+    """
+
+    hidden: int = 256
+    queries: int = 100
+    heads: int = 8
+    pixel_layers: int = 6
+    pixel_ffn: int = 1024
+    layers: int = 9
+    ffn: int = 2048
+    sampling_points: int = 4
+    points: int = 12544
+    published_init: bool = True
+
+    def config(self, classes: Sequence[str], dtype: str) -> "Mask2FormerConfig":
+        """See `DecoderOptions.config`."""
+        k = len(classes)
+        if self.queries < k:
+            raise ValueError(f"model.mask2former.queries is {self.queries}; allowed: at least one for each of the {k} classes")
+        return Mask2FormerConfig(num_classes=k, dtype=dtype, **vars(self))
+
+
+@dataclasses.dataclass(unsafe_hash=True)
+class Mask2FormerConfig(Mask2FormerOptions, DecoderConfig):
+    """A Mask2Former head; fields of `Mask2FormerOptions` and what a run adds to them.
+
+    Attributes:
+        num_classes: k.
+        dtype: compute dtype; predictions are float32.
+    """
+
+    num_classes: int = dataclasses.field(kw_only=True)
+    dtype: str = dataclasses.field(default="float32", kw_only=True)
+
+    needs_levels = True
+
+    def build(self, channels: Sequence[int], *, encoder: str, rngs: nnx.Rngs) -> "Mask2Former":
+        """See `DecoderConfig.build`."""
+        return Mask2Former(self, channels, rngs=rngs)
+
+
+def layer_norm(channels: int, rngs: nnx.Rngs) -> nnx.LayerNorm:
+    """As torch computes it."""
+    return nnx.LayerNorm(channels, epsilon=1e-5, use_fast_variance=False, rngs=rngs)
+
+
+class Attention(nnx.Module):
+    """Multi-head attention whose three input projections are one parameter, as torch's."""
+
+    def __init__(self, config: Mask2FormerConfig, *, rngs: nnx.Rngs):
+        c, init = config.hidden, kernel_init(config.published_init)
+        linear = partial(nnx.Linear, kernel_init=init, dtype=jnp.dtype(config.dtype), rngs=rngs)
+        self.heads, self.dtype = config.heads, jnp.dtype(config.dtype)
+        self.in_proj = linear(c, 3 * c)
+        self.out_proj = linear(c, c)
+
+    def __call__(
+        self,
+        queries: Float[Array, "b q c"],
+        keys: Float[Array, "b n c"],
+        values: Float[Array, "b n c"],
+        mask: Bool[Array, "b q n"] | None = None,
+    ) -> Float[Array, "b q c"]:
+        """`mask` is true where a query may look."""
+        kernels = jnp.split(self.in_proj.kernel[...], 3, axis=1)
+        assert self.in_proj.bias is not None
+        biases = jnp.split(self.in_proj.bias[...], 3)
+        project = lambda x, kernel, bias: x.astype(self.dtype) @ kernel.astype(self.dtype) + bias.astype(self.dtype)
+        q, k, v = (project(x, *p) for x, *p in zip((queries, keys, values), kernels, biases, strict=True))
+        q, k, v = (x.reshape(*x.shape[:2], self.heads, -1) for x in (q, k, v))
+        return self.out_proj(attention(q, k, v, mask).reshape(queries.shape))
+
+
+class Layer(nnx.Module):
+    """Masked cross-attention, self-attention and MLP, each with a residual and a LayerNorm after it."""
+
+    def __init__(self, config: Mask2FormerConfig, *, rngs: nnx.Rngs):
+        c, init = config.hidden, kernel_init(config.published_init)
+        linear = partial(nnx.Linear, kernel_init=init, dtype=jnp.dtype(config.dtype), rngs=rngs)
+        self.cross_attn = Attention(config, rngs=rngs)
+        self.cross_norm = layer_norm(c, rngs)
+        self.self_attn = Attention(config, rngs=rngs)
+        self.self_norm = layer_norm(c, rngs)
+        self.linear1 = linear(c, config.ffn)
+        self.linear2 = linear(config.ffn, c)
+        self.ffn_norm = layer_norm(c, rngs)
+
+    def __call__(
+        self,
+        x: Float[Array, "b q c"],
+        query_positions: Float[Array, "q c"],
+        memory: Float[Array, "b n c"],
+        positions: Float[np.ndarray, "n c"],
+        mask: Bool[Array, "b q n"],
+    ) -> Float[Array, "b q c"]:
+        x = self.cross_norm(x + self.cross_attn(x + query_positions, memory + positions, memory, mask))
+        x = self.self_norm(x + self.self_attn(x + query_positions, x + query_positions, x))
+        return self.ffn_norm(x + self.linear2(jax.nn.relu(self.linear1(x))))
+
+
+class MaskEmbed(nnx.Module):
+    """The three-layer MLP that turns a query into the direction of its mask in the mask features."""
+
+    def __init__(self, config: Mask2FormerConfig, *, rngs: nnx.Rngs):
+        c, linear = config.hidden, partial(nnx.Linear, kernel_init=kernel_init(published=False), dtype=jnp.dtype(config.dtype), rngs=rngs)
+        self.layers = nnx.List([linear(c, c) for _ in range(3)])
+
+    def __call__(self, x: Float[Array, "b q c"]) -> Float[Array, "b q c"]:
+        first, second, last = self.layers
+        return last(jax.nn.relu(second(jax.nn.relu(first(x)))))
+
+
+class Mask2Former(Decoder):
+    """Four feature maps to a class and a mask for every query, once before the first layer and once after each."""
+
+    def __init__(self, config: Mask2FormerConfig, channels: Sequence[int], *, rngs: nnx.Rngs):
+        """Builds the head with random parameters.
+
+        Args:
+            config: sizes.
+            channels: of the four feature maps, finest first.
+            rngs: initialises the parameters.
+
+        Raises:
+            ValueError: sizes that do not fit together.
+        """
+        c = config
+        if len(channels) != LEVELS + 1:
+            raise ValueError(f"Mask2Former reads four feature maps, finest first; got channels {tuple(channels)}")
+        if c.hidden % GROUPS or c.hidden % c.heads:
+            raise ValueError(f"hidden is {c.hidden}; allowed: multiples of {GROUPS} (groups of its norms) and of heads, {c.heads}")
+        self.config = config
+        self.pixel_decoder = PixelDecoder(
+            channels,
+            c.hidden,
+            c.heads,
+            c.pixel_layers,
+            c.pixel_ffn,
+            c.sampling_points,
+            published_init=c.published_init,
+            dtype=c.dtype,
+            rngs=rngs,
+        )
+        normal = lambda n: nnx.Param(jax.random.normal(rngs.params(), (n, c.hidden)))
+        self.query_feat, self.query_embed, self.level_embed = normal(c.queries), normal(c.queries), normal(LEVELS)
+        self.layers = nnx.List([Layer(c, rngs=rngs) for _ in range(c.layers)])
+        self.decoder_norm = layer_norm(c.hidden, rngs)
+        self.class_embed = nnx.Linear(
+            c.hidden, c.num_classes + 1, kernel_init=kernel_init(published=False), dtype=jnp.dtype(c.dtype), rngs=rngs
+        )
+        self.mask_embed = MaskEmbed(c, rngs=rngs)
+
+    def __call__(
+        self,
+        features: tuple[Float[Array, "b _ _ _"], ...],
+        key: Key[Array, ""] | None = None,
+        train: bool = False,
+    ) -> tuple[Float32[Array, "l b q k1"], Float32[Array, "l b q h w"]]:
+        """Four maps, finest first, to class logits (the last class is "no object") and mask logits of the finest map's size.
+
+        Nothing differs in training.
+        """
+        return self.decode(*self.pixel_decoder(features))
+
+    def decode(
+        self,
+        mask_features: Float[Array, "b h w c"],
+        levels: tuple[Float[Array, "b _ _ c"], ...],
+        attention_masks: Sequence[Bool[Array, "b q _"]] | None = None,
+    ) -> tuple[Float32[Array, "l b q k1"], Float32[Array, "l b q h w"]]:
+        """The transformer decoder.
+
+        Args:
+            mask_features: from which masks are read.
+            levels: three, coarsest first.
+            attention_masks: where the queries of each layer look, instead of where they predicted their masks; for comparisons.
+        """
+        b, _, _, c = mask_features.shape
+        shapes = [(level.shape[1], level.shape[2]) for level in levels]
+        memories = [x.reshape(b, -1, c) + embed for x, embed in zip(levels, self.level_embed[...].astype(levels[0].dtype), strict=True)]
+        positions = [sine_positions(h, w, c).reshape(-1, c) for h, w in shapes]
+        coarse = [resize_scores(jax.lax.stop_gradient(mask_features), shape).reshape(b, -1, c) for shape in shapes]
+        x = jnp.broadcast_to(self.query_feat[...], (b, *self.query_feat[...].shape))
+        query_positions = self.query_embed[...]
+        normed = self.decoder_norm(x)
+        queries, embeds = [normed], [self.mask_embed(normed)]
+        for i, layer in enumerate(self.layers):
+            level = i % LEVELS
+            mask = attended_pixels(jax.lax.stop_gradient(embeds[-1]), coarse[level]) if attention_masks is None else attention_masks[i]
+            x = layer(x, query_positions, memories[level], positions[level], mask)
+            normed = self.decoder_norm(x)
+            queries.append(normed)
+            embeds.append(self.mask_embed(normed))
+        class_logits = self.class_embed(jnp.stack(queries)).astype(jnp.float32)
+        masks = [jnp.einsum("bqc,bhwc->bqhw", e, mask_features, preferred_element_type=jnp.float32) for e in embeds]
+        return class_logits, jnp.stack(masks)
+
+    def scores(self, output: tuple[Array, Array], size: tuple[int, int]) -> Float32[Array, "b H W k"]:
+        """Class scores at an image size: the masks of the last layer, each voting for its query's classes."""
+        class_logits, mask_logits = output[0][-1], output[1][-1]
+        masks = jax.nn.sigmoid(resize_scores(jnp.moveaxis(mask_logits, 1, -1), size))
+        return jnp.einsum("bqk,bhwq->bhwk", jax.nn.softmax(class_logits)[..., :-1], masks)
+
+    def loss_denominator(self, label: UInt8[Array, "b H W"]) -> LossDenominator:
+        """What the loss terms are divided by, from the labels of the global batch."""
+        return mask2former_loss_denominator(label, self.config.num_classes, self.config.queries)
+
+    def loss(
+        self, output: tuple[Array, Array], label: UInt8[Array, "b H W"], denominator: LossDenominator, key: Key[Array, ""]
+    ) -> dict[str, Float[Array, ""]]:
+        """Class, mask and dice loss of all predictions; see `mask2former_loss`."""
+        return mask2former_loss(*output, label, denominator, key, points=self.config.points)
+
+
+def attended_pixels(embed: Float[Array, "b q c"], coarse: Float[Array, "b n c"]) -> Bool[Array, "b q n"]:
+    """Where a query looks: at pixels its mask holds with probability 0.5 or more, or everywhere if there are none."""
+    outside = jnp.einsum("bqc,bnc->bqn", embed.astype(jnp.float32), coarse) < 0
+    return ~outside | jnp.all(outside, axis=-1, keepdims=True)

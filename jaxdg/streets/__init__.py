@@ -1,0 +1,1 @@
+"""Generated street scenes: the embedded default dataset."""

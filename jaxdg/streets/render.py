@@ -1,0 +1,77 @@
+"""Generated street scenes with the 19 Cityscapes classes: the dataset that needs no download.
+
+A world (street, houses, traffic, people) depends on (seed, index) alone; its five appearances differ in light and weather, so label map
+and boxes are the same for all. `clear` is the source domain; `night`, `rain`, `fog` and `dusk_rain` are the unseen ones. The geometry is
+in metres in front of a pinhole camera, so every picture size shows the same street.
+
+`streets_place` and `streets_traffic` make the worlds, `streets_shapes` the things in them, `streets_draw` and `streets_light` the pictures.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from jaxdg.streets.draw import paint, rasterize
+from jaxdg.streets.light import develop, look
+from jaxdg.streets.traffic import Street
+
+APPEARANCES = ("clear", "night", "rain", "fog", "dusk_rain")
+SMALLEST_BOX = 16  # visible pixels below which an object is labelled but gets no box
+
+
+@dataclass(frozen=True)
+class Scene:
+    """A picture with its truth.
+
+    Attributes:
+        image: uint8 [h, w, 3], RGB.
+        label: uint8 [h, w], Cityscapes train ids 0..18; every pixel has one.
+        boxes: float32 [n, 4], x0 y0 x1 y1 in pixels, tight around an object's visible pixels (x1 and y1 exclusive), nearest objects last.
+        box_labels: int32 [n], train ids: traffic light, traffic sign and person .. bicycle. Objects under 16 visible pixels have no box.
+    """
+
+    image: np.ndarray
+    label: np.ndarray
+    boxes: np.ndarray
+    box_labels: np.ndarray
+
+
+def render(seed: int, index: int, appearance: str = "clear", size: tuple[int, int] = (256, 512)) -> Scene:
+    """Renders a street, bit-identical in every run.
+
+    Args:
+        seed: number of the dataset, 0 or more; other seeds are other streets.
+        index: number of the scene, 0 or more.
+        appearance: one of `APPEARANCES`; changes the image only.
+        size: height and width in pixels, from about 96 x 192 upward.
+
+    Returns:
+        The scene.
+
+    Raises:
+        ValueError: for an unknown appearance.
+    """
+    if appearance not in APPEARANCES:
+        raise ValueError(f"unknown appearance {appearance!r}; allowed are {', '.join(APPEARANCES)}")
+    street = Street(np.random.default_rng((seed, index, 0)), size)
+    raster = rasterize(street.mesh, street.camera)
+    label = raster.label.astype(np.uint8).take(raster.ids)
+    boxes, box_labels = _boxes(raster.object.take(raster.ids), street.mesh.objects)
+    rng = np.random.default_rng((seed, index, 1 + APPEARANCES.index(appearance)))
+    light = look(appearance, street.sun, rng)
+    image = develop(paint(raster, street.camera), raster, street.mesh, street.camera, light, rng)
+    return Scene(image, label, boxes, box_labels)
+
+
+def _boxes(objects: np.ndarray, labels: list[int]) -> tuple[np.ndarray, np.ndarray]:
+    """Tight boxes of the objects (numbered from 1) in a map of object numbers."""
+    rows, columns = np.nonzero(objects)
+    owner, n = objects[rows, columns], len(labels) + 1
+    h, w = objects.shape
+    low, high = np.full((n, 2), max(h, w)), np.full((n, 2), -1)
+    for k, at in enumerate((columns, rows)):
+        np.minimum.at(low[:, k], owner, at)
+        np.maximum.at(high[:, k], owner, at)
+    kept = np.flatnonzero(np.bincount(owner, minlength=n) >= SMALLEST_BOX)
+    boxes = np.concatenate([low, high + 1], 1)[kept].astype(np.float32)
+    return boxes, np.array(labels, np.int32)[kept - 1]

@@ -1,0 +1,1 @@
+"""Studies as one page: plots, tables, pictures."""

@@ -1,0 +1,1 @@
+"""The two tasks, what a run is built of, and `jaxdg.load`."""
