@@ -19,9 +19,9 @@ import timm
 import torch
 import transformers
 
-from conversion import torch_to_flax
 from jaxdg import backbones
 from jaxdg.backbones import zoo
+from jaxdg.conversion import convert as torch_to_flax
 
 hf: Any = transformers
 SIZES: dict[str, Any] = dict(image_size=(32, 32), patch_size=8, width=32, depth=2, heads=2, taps=(0, 1))

@@ -28,9 +28,10 @@ import jax
 import numpy as np
 import torch  # pyright: ignore[reportMissingImports]
 
-from conversion import mapping, models, torch_to_flax
 from jaxdg import backbones, weights
 from jaxdg.backbones import layers, zoo
+from jaxdg.conversion import convert as torch_to_flax
+from jaxdg.conversion import mapping, models
 from tests.backbones.drawn import drawn, wave
 
 GOLDEN = Path(__file__).resolve().parent.parent / "tests" / "golden"

@@ -262,8 +262,8 @@ def full_size(name: str) -> None:
     import jax.numpy as jnp
     from safetensors.numpy import save_file
 
-    from conversion import torch_to_flax
     from jaxdg import backbones, segmentation, weights
+    from jaxdg.conversion import convert as torch_to_flax
 
     start, encoder, size = time.perf_counter(), name.removesuffix("_text"), (224, 336)
     config: Any = open_clip.get_model_config(FULL[name])

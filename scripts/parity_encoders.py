@@ -20,9 +20,9 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors.numpy import save_file
 
-from conversion import torch_to_flax
 from jaxdg import backbones
 from jaxdg.backbones import EncoderConfig
+from jaxdg.conversion import convert as torch_to_flax
 from scripts import (
     golden_clip,
     golden_clip_resnet,

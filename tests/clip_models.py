@@ -5,9 +5,10 @@ import zlib
 import numpy as np
 from safetensors.numpy import save_file
 
-from conversion import mapping, models, torch_to_flax
 from jaxdg import backbones
 from jaxdg.backbones import ClipResnetConfig, ClipTextConfig, ClipVitConfig, Eva02Config
+from jaxdg.conversion import convert as torch_to_flax
+from jaxdg.conversion import mapping, models
 from jaxdg.text.clip_text import ProjectionConfig
 
 VIT = dict(image_size=(20, 20), patch_size=4, depth=3, taps=(1, 2), heads=2)

@@ -72,7 +72,7 @@ ACCELERATORS = {
     "h100": Accelerator(PEAK_TFLOPS["H100"] * 1e12, 0.5, 80e9, 3.35e12, 450e9, 8, 50e9),
     "h200": Accelerator(PEAK_TFLOPS["H200"] * 1e12, 0.5, 141e9, 4.8e12, 450e9, 8, 50e9),
     "a100": Accelerator(PEAK_TFLOPS["A100"] * 1e12, 0.5, 80e9, 2.039e12, 300e9, 8, 25e9),
-    "tpu_v4": Accelerator(PEAK_TFLOPS["TPU v4"] * 1e12, 1.0, 32 * 2**30, 1.2e12, 90e9, 4096, 6.25e9),
+    "tpu_v4": Accelerator(PEAK_TFLOPS["TPU v4"] * 1e12, 1.0, 32.0 * 2**30, 1.2e12, 90e9, 4096, 6.25e9),
     "tpu_v5e": Accelerator(PEAK_TFLOPS["TPU v5 lite"] * 1e12, 1.0, 16e9, 819e9, 90e9, 256, 3.125e9),
     "tpu_v5p": Accelerator(PEAK_TFLOPS["TPU v5"] * 1e12, 1.0, 95e9, 2.765e12, 180e9, 8960, 6.25e9),
     "tpu_v6e": Accelerator(PEAK_TFLOPS["TPU v6 lite"] * 1e12, 1.0, 32e9, 1.638e12, 180e9, 256, 12.5e9),

@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from conversion import mapping
 from jaxdg import weights
+from jaxdg.conversion import mapping
 
 
 def wave(height, width):

@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from conversion import clip_resnet, mapping
 from jaxdg import backbones, weights
 from jaxdg.backbones import ClipResnet, ClipResnetConfig, layers
+from jaxdg.conversion import clip_resnet, mapping
 
 SIZES = ((96, 96), (64, 96), (77, 101))  # as trained, not square, odd
 TRAINED = ClipResnetConfig(image_size=(96, 96), blocks=(2, 1, 3, 1), widths=(16, 32, 64, 128), pool_grid=3, embedding=6)

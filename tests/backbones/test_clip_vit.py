@@ -6,9 +6,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from conversion import clip, mapping
 from jaxdg import backbones, weights
 from jaxdg.backbones import ClipVit, ClipVitConfig
+from jaxdg.conversion import clip, mapping
 
 SIZES = ((20, 20), (36, 36), (12, 12), (16, 32), (23, 30))  # as trained, enlarged, shrunk, not square, not divided by the patch
 TRAINED = ClipVitConfig(image_size=(20, 20), patch_size=4, width=16, depth=4, heads=2, taps=(0, 1, 2, 3))

@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from conversion import deit3
 from jaxdg import backbones, weights
 from jaxdg.backbones import Deit3, Deit3Config
+from jaxdg.conversion import deit3
 from tests.backbones.drawn import random_file, run, trained_steps, wave
 
 SIZES = ((20, 20), (36, 36), (16, 32), (23, 30))  # as trained; enlarged; not square; sides that the patch does not divide

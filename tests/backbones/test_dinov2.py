@@ -9,10 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from conversion import dinov2
 from jaxdg import backbones, weights
 from jaxdg.backbones import Dinov2, Dinov2Config
 from jaxdg.backbones.dinov2 import SwiGlu
+from jaxdg.conversion import dinov2
 from tests.backbones.drawn import drawn, random_file, run, trained_steps, wave
 
 SIZES = ((20, 20), (36, 36), (16, 32), (12, 20))  # as trained; enlarged; not square; fewer rows alone

@@ -8,10 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from conversion import dinov3
 from jaxdg import backbones, weights
 from jaxdg.backbones import Dinov3, Dinov3Config
 from jaxdg.backbones.dinov3 import rotary_tables, rotate
+from jaxdg.conversion import dinov3
 from tests.backbones.drawn import random_file, run, trained_steps, wave
 
 SIZES = ((20, 20), (36, 36), (16, 32), (23, 30))  # the last has sides that the patch does not divide

@@ -11,10 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from conversion import eva02, mapping
 from jaxdg import backbones, weights
 from jaxdg.backbones import Eva02, Eva02Config
 from jaxdg.backbones.eva02 import Attention, WindowAttention, rotary_tables, rotate
+from jaxdg.conversion import eva02, mapping
 
 SIZES = ((20, 20), (36, 36), (12, 12), (16, 32), (23, 30))  # as trained, enlarged, shrunk, not square, not divided by the patch
 SMALL = dict(image_size=(20, 20), patch_size=4, depth=4, heads=2, taps=(0, 1, 2, 3))

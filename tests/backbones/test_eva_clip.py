@@ -6,9 +6,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from conversion import models, torch_to_flax
 from jaxdg import backbones, weights
 from jaxdg.backbones import EvaClip, EvaClipConfig
+from jaxdg.conversion import convert as torch_to_flax
+from jaxdg.conversion import models
 from tests.backbones.drawn import drawn, run, wave
 
 SMALL = dict(image_size=(20, 20), patch_size=4, width=24, depth=4, heads=2, taps=(0, 1, 2, 3))

@@ -9,10 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from conversion import mapping, mit
 from jaxdg import backbones, weights
 from jaxdg.backbones import Mit, MitConfig
 from jaxdg.backbones.mit import Depthwise
+from jaxdg.conversion import mapping, mit
 
 SIZES = ((64, 96), (77, 101))  # halving exactly, and not
 TRAINED = MitConfig(image_size=(64, 96), blocks=(2, 1, 3, 1), widths=(8, 16, 20, 32))

@@ -4,9 +4,9 @@ from flax import nnx
 import numpy as np
 import pytest
 
-from conversion import mapping, mocov3
 from jaxdg import backbones, weights
 from jaxdg.backbones import MocoV3Config, Vit
+from jaxdg.conversion import mapping, mocov3
 from tests.backbones.drawn import run
 
 

@@ -6,11 +6,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from conversion import sam
 from jaxdg import backbones, weights
 from jaxdg.backbones import Sam, SamConfig
 from jaxdg.backbones.layers import from_windows, to_windows
 from jaxdg.backbones.sam import Attention, WindowAttention, resize_distances
+from jaxdg.conversion import sam
 from tests.backbones.drawn import random_file, run, trained_steps, wave
 
 SIZES = ((32, 32), (16, 36), (23, 30), (44, 8))  # as trained; oblong; not divided by the patch; narrower than a window

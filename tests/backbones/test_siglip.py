@@ -6,10 +6,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from conversion import mapping, siglip, vit
 from jaxdg import backbones, weights
 from jaxdg.backbones import Siglip, SiglipConfig, Vit, VitConfig, layers
 from jaxdg.backbones.siglip import Block
+from jaxdg.conversion import mapping, siglip, vit
 from tests.backbones.drawn import drawn, run, wave
 
 SIZES = ((20, 20), (36, 36), (12, 12), (16, 32), (23, 30))  # as trained, enlarged, shrunk, not square, not divided by the patch

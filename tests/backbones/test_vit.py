@@ -8,9 +8,10 @@ from PIL import Image
 import pytest
 from safetensors.numpy import load_file
 
-from conversion import mapping, torch_to_flax, vit
 from jaxdg import backbones, weights
 from jaxdg.backbones import Vit, VitConfig, layers
+from jaxdg.conversion import convert as torch_to_flax
+from jaxdg.conversion import mapping, vit
 
 SIZES = ((80, 80), (128, 128), (48, 48), (48, 112), (70, 100))  # as trained, enlarged, shrunk, not square, not divided by the patch
 TRAINED = VitConfig(image_size=(80, 80), patch_size=16, width=24, depth=4, heads=2, taps=(0, 1, 2, 3))

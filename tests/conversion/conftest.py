@@ -3,7 +3,7 @@
 import pytest
 from safetensors.numpy import save_file
 
-from conversion import torch_to_flax
+from jaxdg.conversion import convert as torch_to_flax
 
 pytest.register_assert_rewrite("tests.conversion.checks")
 

@@ -8,9 +8,9 @@ from PIL import Image
 import pytest
 from safetensors.numpy import load_file
 
-from conversion import mapping, models, vit
 from jaxdg import backbones, weights
 from jaxdg.backbones import VitConfig
+from jaxdg.conversion import mapping, models, vit
 from tests.backbones.drawn import drawn
 from tests.conversion.checks import assert_identical, converted, refused
 

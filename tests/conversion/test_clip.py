@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from conversion import checkpoint, clip, mapping, models
 from jaxdg import backbones, weights
 from jaxdg.backbones import ClipVitConfig
+from jaxdg.conversion import checkpoint, clip, mapping, models
 from tests.conversion.checks import assert_identical, refused
 
 # Only torch can write the archives that OpenAI published; it warns that new models should not be saved like that.

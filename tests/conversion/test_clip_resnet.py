@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from conversion import clip_resnet, mapping, models
 from jaxdg import backbones, weights
 from jaxdg.backbones import ClipResnetConfig
+from jaxdg.conversion import clip_resnet, mapping, models
 from tests.conversion.checks import assert_identical, converted, refused
 
 TINY = ClipResnetConfig(image_size=(64, 64), blocks=(1, 2, 1, 1), widths=(16, 32, 64, 128), pool_grid=2, embedding=6)

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from conversion import clip_text, mapping, models, torch_to_flax
 from jaxdg import backbones, weights
+from jaxdg.conversion import clip_text, mapping, models
+from jaxdg.conversion import convert as torch_to_flax
 from tests import clip_models
 from tests.backbones.drawn import run, wave
 from tests.conversion.checks import assert_identical, refused

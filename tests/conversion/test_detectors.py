@@ -11,12 +11,13 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from conversion import checkpoint, faster_rcnn, mapping, models, torch_to_flax, vitdet, vltseg
 import jaxdg
 from jaxdg import backbones, weights
 from jaxdg import config as config_lib
 from jaxdg.backbones import zoo
 from jaxdg.config import ModelConfig
+from jaxdg.conversion import checkpoint, faster_rcnn, mapping, models, vitdet, vltseg
+from jaxdg.conversion import convert as torch_to_flax
 from jaxdg.detection.rcnn.rpn import RpnConfig
 from tests.conversion.checks import assert_identical, converted, refused
 from tests.detection import models as golden_models

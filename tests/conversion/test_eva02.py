@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from conversion import eva02, mapping, models, torch_to_flax
 from jaxdg import backbones, weights
 from jaxdg.backbones import Eva02Config
+from jaxdg.conversion import convert as torch_to_flax
+from jaxdg.conversion import eva02, mapping, models
 from tests.conversion.checks import assert_identical, refused
 
 WIDTH, HIDDEN, DEPTH = 24, 64, 4

@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from conversion import checkpoint, mapping, mask2former, torch_to_flax
 from jaxdg import weights
+from jaxdg.conversion import checkpoint, mapping, mask2former
+from jaxdg.conversion import convert as torch_to_flax
 from jaxdg.segmentation import Mask2Former, Mask2FormerConfig
 from tests.conversion.checks import Evil, assert_identical, converted, refused
 

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from conversion import mapping, mit, models
 from jaxdg import backbones, weights
 from jaxdg.backbones import MitConfig
+from jaxdg.conversion import mapping, mit, models
 from tests.conversion.checks import assert_identical, converted, refused
 
 TINY = MitConfig(image_size=(32, 32), blocks=(1, 2, 1, 1), widths=(8, 16, 20, 32))

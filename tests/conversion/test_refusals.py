@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from conversion import mapping, models
 from jaxdg import backbones
+from jaxdg.conversion import mapping, models
 from tests.conversion.checks import assert_identical, converted, kinds, refused
 from tests.small_zoo import DEPTH, reduced
 

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from conversion import mapping, models, sam
 from jaxdg import backbones, weights
 from jaxdg.backbones import SamConfig
+from jaxdg.conversion import mapping, models, sam
 from tests.conversion.checks import assert_identical, converted, refused
 
 WIDTH, DEPTH, PATCH = 16, 4, 4

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from conversion import mapping, models, siglip
 from jaxdg import backbones, weights
 from jaxdg.backbones import SiglipConfig
+from jaxdg.conversion import mapping, models, siglip
 from tests.conversion.checks import assert_identical, converted, refused
 
 WIDTH, HEADS, DEPTH, PATCH, GRID = 16, 2, 4, 4, 3

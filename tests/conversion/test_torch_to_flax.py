@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from conversion import checkpoint, mapping, models, torch_to_flax, vit
 import jaxdg
 from jaxdg import backbones, weights
+from jaxdg.conversion import checkpoint, mapping, models, vit
+from jaxdg.conversion import convert as torch_to_flax
 from tests.conversion.checks import Evil, assert_identical, refused
 
 REAL_SHA256 = "3f1f07da5e1337265ac1eb0234d13841467caf730b3c4240bd3f98c49bc16a92"

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from conversion import mapping, models
 from jaxdg import backbones, weights
 from jaxdg.backbones import Deit3Config, Dinov2Config, Dinov3Config, MocoV3Config
+from jaxdg.conversion import mapping, models
 from tests.backbones.drawn import run, wave
 from tests.conversion.checks import assert_identical, converted, refused
 

@@ -15,10 +15,11 @@ import pytest
 from safetensors.numpy import save_file
 
 from configs import gta5_eva02
-from conversion import checkpoint, mapping, torch_to_flax, vltseg
 import jaxdg
 from jaxdg import backbones, weights
 from jaxdg import config as config_lib
+from jaxdg.conversion import checkpoint, mapping, vltseg
+from jaxdg.conversion import convert as torch_to_flax
 from jaxdg.tasks.run_state import make_task, stored_tensors
 from jaxdg.training.optimizer import make_optimizer
 from tests.conversion.torch_files import torch_file

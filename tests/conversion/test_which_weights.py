@@ -18,9 +18,10 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from conversion import checkpoint, mapping, models, torch_to_flax
 from jaxdg import backbones, weights
 from jaxdg.backbones import zoo
+from jaxdg.conversion import checkpoint, mapping, models
+from jaxdg.conversion import convert as torch_to_flax
 from tests.conversion.checks import Evil, assert_identical, converted, refused
 from tests.conversion.torch_files import torch_file
 

@@ -6,9 +6,9 @@ from flax import nnx
 import jax.numpy as jnp
 import numpy as np
 
-from conversion import faster_rcnn as table
-from conversion import mapping
 from jaxdg import weights
+from jaxdg.conversion import faster_rcnn as table
+from jaxdg.conversion import mapping
 from jaxdg.detection.rcnn.detectors import RcnnConfig
 from jaxdg.detection.rcnn.roi_heads import RoiHeadsConfig
 from jaxdg.detection.rcnn.rpn import RpnConfig

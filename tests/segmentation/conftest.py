@@ -6,8 +6,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from conversion import mapping, mask2former
 from jaxdg import weights
+from jaxdg.conversion import mapping, mask2former
 from jaxdg.segmentation import Mask2FormerConfig
 
 CHANNELS = (8, 12, 16, 24)

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from conversion import mapping
 from jaxdg import weights
+from jaxdg.conversion import mapping
 from jaxdg.segmentation import Mask2Former, Mask2FormerConfig
 
 

@@ -9,10 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from conversion import mapping, mit
 from jaxdg import weights
 from jaxdg.backbones import MitConfig, zoo
 from jaxdg.config import Config, MeshConfig, validated
+from jaxdg.conversion import mapping, mit
 from jaxdg.segmentation import LinearHead, SegformerConfig, SegformerHead, Segmenter, SegmenterConfig, resize_scores
 from jaxdg.tasks import run_state as tasks
 from jaxdg.training import sharding

@@ -1,9 +1,9 @@
 """MoCo-v3: the names of its authors' training checkpoints, of MMSelfSup (also its backbone alone) and of timm."""
 
-from conversion import vit
-from conversion.mapping import Layout
-from conversion.names import renamed
 from jaxdg.backbones import MocoV3Config
+from jaxdg.conversion import vit
+from jaxdg.conversion.mapping import Layout
+from jaxdg.conversion.names import renamed
 
 NORM = "final norm: dense features are read before it"
 MOMENTUM = "the momentum encoder, the average of the encoder over training"

@@ -1,7 +1,7 @@
 """CLIP's ResNets: the names of OpenAI's archives, which open_clip shares."""
 
-from conversion.clip import BESIDE
-from conversion.mapping import CONV, LINEAR, SAME, Layout, Row
+from jaxdg.conversion.clip import BESIDE
+from jaxdg.conversion.mapping import CONV, LINEAR, SAME, Layout, Row
 
 COUNTER = "how many batches made the statistics"
 

@@ -12,7 +12,7 @@ from typing import Any
 from flax import nnx
 import numpy as np
 
-from conversion.mapping import CONV, LINEAR, SAME, Layout, Misfit, Row, Transform
+from jaxdg.conversion.mapping import CONV, LINEAR, SAME, Layout, Misfit, Row, Transform
 from jaxdg.segmentation import Mask2Former, Mask2FormerConfig
 
 NAME = "mask2former"

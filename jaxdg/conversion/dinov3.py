@@ -2,12 +2,12 @@
 
 import numpy as np
 
-from conversion import vit
-from conversion.deit3 import SCALES
-from conversion.dinov2 import MASKED, NORM
-from conversion.mapping import SAME, Layout, Row, Transform
-from conversion.names import APART_KERNELS, renamed
 from jaxdg.backbones import Dinov3Config
+from jaxdg.conversion import vit
+from jaxdg.conversion.deit3 import SCALES
+from jaxdg.conversion.dinov2 import MASKED, NORM
+from jaxdg.conversion.mapping import SAME, Layout, Row, Transform
+from jaxdg.conversion.names import APART_KERNELS, renamed
 
 ROPE = "periods of the rotary positions: computed for any grid"
 TRANSFORMERS = (

@@ -3,10 +3,10 @@
 from collections.abc import Sequence
 import re
 
-from conversion.clip import COUNTED, SETTING
-from conversion.mapping import LINEAR, SAME, Layout, Row, Transform
-from conversion.names import APART_BIASES, APART_KERNELS
 from jaxdg.backbones import ClipTextConfig
+from jaxdg.conversion.clip import COUNTED, SETTING
+from jaxdg.conversion.mapping import LINEAR, SAME, Layout, Row, Transform
+from jaxdg.conversion.names import APART_BIASES, APART_KERNELS
 
 IMAGE = "the image tower: another model, which the same file converts to"
 

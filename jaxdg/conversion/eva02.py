@@ -2,8 +2,8 @@
 
 import re
 
-from conversion.mapping import CONV, LINEAR, SAME, Layout, Row
 from jaxdg.backbones import Eva02Config
+from jaxdg.conversion.mapping import CONV, LINEAR, SAME, Layout, Row
 
 ROPE = "rotary tables: computed for any grid"
 OUTPUT = "final norm and output layer: dense features are read before them"

@@ -2,7 +2,7 @@
 
 import re
 
-from conversion.mapping import CONV, LINEAR, SAME, Layout, Row
+from jaxdg.conversion.mapping import CONV, LINEAR, SAME, Layout, Row
 
 NECK = "neck and head: dense features are read before them"
 PROMPT = "SAM's prompt encoder and mask decoder: only the image encoder is converted"

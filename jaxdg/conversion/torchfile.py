@@ -17,8 +17,8 @@ import zipfile
 
 import numpy as np
 
-from conversion import pickled
-from conversion.pickled import Part, Storage, Tensor
+from jaxdg.conversion import pickled
+from jaxdg.conversion.pickled import Part, Storage, Tensor
 
 MAGIC = 0x1950A86A20F9469CFC6C  # how files before torch 1.6 begin
 

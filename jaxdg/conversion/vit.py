@@ -9,9 +9,9 @@ import re
 
 import numpy as np
 
-from conversion.mapping import CONV, LINEAR, SAME, Layout, Row, Transform
-from conversion.names import APART_BIASES, APART_KERNELS, renamed
 from jaxdg.backbones import VitConfig
+from jaxdg.conversion.mapping import CONV, LINEAR, SAME, Layout, Row, Transform
+from jaxdg.conversion.names import APART_BIASES, APART_KERNELS, renamed
 
 CLASSIFIER = "final norm and classifier: dense features are read before them"
 TRANSFORMERS = (

@@ -2,7 +2,8 @@
 
 from flax import nnx
 
-from conversion import (
+from jaxdg import backbones
+from jaxdg.conversion import (
     clip,
     clip_resnet,
     clip_text,
@@ -22,8 +23,7 @@ from conversion import (
     vltseg,
     wrappers,
 )
-from conversion.checkpoint import Checkpoint
-from jaxdg import backbones
+from jaxdg.conversion.checkpoint import Checkpoint
 
 TYPES: dict[str, type] = {  # what transformers' config.json calls encoders that are here
     "clip": backbones.ClipVitConfig,

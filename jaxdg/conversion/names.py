@@ -4,7 +4,7 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from conversion.mapping import Layout, Row, Transform
+from jaxdg.conversion.mapping import Layout, Row, Transform
 
 # Kernels and biases of query, key and value, each a tensor in torch's axes, side by side.
 APART_KERNELS = Transform(

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from conversion.mapping import CONV, LINEAR, SAME, Layout, Row, Transform
+from jaxdg.conversion.mapping import CONV, LINEAR, SAME, Layout, Row, Transform
 
 CLASSIFIER = "classifier of the pre-training: dense features are read before it"
 DECODER = "the decoder of a segmenter, whose encoder alone is converted"

@@ -1,8 +1,8 @@
 """CLIP's vision transformers: the names of OpenAI's archives, which open_clip shares, and those of transformers."""
 
-from conversion import vit
-from conversion.mapping import CONV, LINEAR, SAME, Layout, Row, Transform
-from conversion.names import APART_BIASES, APART_KERNELS
+from jaxdg.conversion import vit
+from jaxdg.conversion.mapping import CONV, LINEAR, SAME, Layout, Row, Transform
+from jaxdg.conversion.names import APART_BIASES, APART_KERNELS
 
 OUTPUT = "final norm and projection to the text's space: dense features are read before them"
 TEXT = "the text tower and its temperature"

@@ -9,9 +9,9 @@ from collections.abc import Iterable, Sequence
 import re
 from typing import NamedTuple
 
-from conversion import sets
-from conversion.checkpoint import Checkpoint
-from conversion.mapping import Layout
+from jaxdg.conversion import sets
+from jaxdg.conversion.checkpoint import Checkpoint
+from jaxdg.conversion.mapping import Layout
 
 # Words that torch's wrappers put at the front of a name or inside it, and that no model has of its own; `module` one has, at the front.
 WORDS = re.compile(r"(?:(?<=\.)|^)_(?:orig_mod|fsdp_wrapped_module|checkpoint_wrapped_module|forward_module|fpw_module)\.|(?<=\.)module\.")

@@ -17,14 +17,13 @@ from flax import nnx
 import jax.numpy as jnp
 import numpy as np
 
-from configs import cityscapes_eva02, gta5_eva02, gta5_eva02_repro
-from conversion import eva02, mask2former
-from conversion.checkpoint import Checkpoint
-from conversion.mapping import SAME, Layout, Misfit, Row, Transform
-from conversion.mask2former import CONV1, CONV1_UNBIASED, CONV3_UNBIASED, DENSE, EMBEDDING, FUSED, NORM
 from jaxdg import backbones, weights
 from jaxdg import config as config_lib
 from jaxdg.config import Config, Mask2FormerOptions
+from jaxdg.conversion import eva02, mask2former
+from jaxdg.conversion.checkpoint import Checkpoint
+from jaxdg.conversion.mapping import SAME, Layout, Misfit, Row, Transform
+from jaxdg.conversion.mask2former import CONV1, CONV1_UNBIASED, CONV3_UNBIASED, DENSE, EMBEDDING, FUSED, NORM
 from jaxdg.tasks.run_state import make_task
 from jaxdg.training.checkpoint import Checkpoints
 from jaxdg.training.step import TrainState
@@ -36,7 +35,7 @@ POSITIONS = "backbone.pos_embed"
 COUNT = "batches counted: the running statistics do not need it"
 
 
-RECIPES = {36: gta5_eva02, 73: cityscapes_eva02}  # what such models were most likely trained by, by rows of positions
+RECIPES = {36: "gta5_eva02", 73: "cityscapes_eva02"}  # what such models were most likely trained by, by rows of positions
 
 DOUBLE = (  # a transposed convolution of 2x2 pixels: torch [in, out, i, j], here [i, j, in, out]
     (".weight", ".kernel", Transform(lambda w: w.transpose(2, 3, 0, 1), lambda k: (k.transpose(2, 3, 0, 1),))),
@@ -114,17 +113,22 @@ def of_checkpoint(file: Checkpoint) -> Config:
     shape = file.read(POSITIONS).shape if POSITIONS in file.names else (1, 1 + next(iter(RECIPES)) ** 2, 0)  # told as missing later
     grid = math.isqrt(max(shape[1] - 1, 0)) if len(shape) == 3 else 0
     if grid not in RECIPES or shape[1] != 1 + grid * grid:
-        crops = {side: recipe.get_config().data.crop[0] for side, recipe in RECIPES.items()}
+        crops = {side: recipe(name).data.crop[0] for side, name in RECIPES.items()}
         allowed = " or ".join(f"(1, {1 + side * side}, ..) for a crop of {crop}" for side, crop in crops.items())
         raise Misfit(f"{POSITIONS} is {shape}, not {allowed}")
-    c, recipe = gta5_eva02_repro.get_config(), RECIPES[grid].get_config()
+    c, trained_by = recipe("gta5_eva02_repro"), recipe(RECIPES[grid])
     for field in ("steps", "batch_size", "eval_every", "data", "evaluation"):
-        setattr(c, field, getattr(recipe, field))
+        setattr(c, field, getattr(trained_by, field))
     c.model.encoder, c.model.weights, c.model.taps = ENCODER, None, backbones.entry(ENCODER).config.taps
     head, _ = mask2former.of_tensors(_head_tensors(file))
     sizes = dataclasses.asdict(head)
     c.model.mask2former = Mask2FormerOptions(**{field.name: sizes[field.name] for field in dataclasses.fields(Mask2FormerOptions)})
     return config_lib.validated(c)
+
+
+def recipe(name: str) -> Config:
+    """The configuration of a recipe that comes with this package."""
+    return config_lib.experiment(name).get_config()
 
 
 def _head_tensors(file: Checkpoint) -> dict[str, np.ndarray]:

@@ -20,8 +20,8 @@ import ml_dtypes  # noqa: F401  its import teaches NumPy, and so safetensors, th
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from conversion import kinds, pickled, sets, torchfile
 from jaxdg import weights
+from jaxdg.conversion import kinds, pickled, sets, torchfile
 
 TORCH = (".pth", ".pt", ".bin")  # written by torch
 SUFFIXES = (".safetensors", ".npz", *TORCH)  # that can be written

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 import re
 from typing import Any, NamedTuple
 
-from conversion.pickled import Array, Passed, Tensor
+from jaxdg.conversion.pickled import Array, Passed, Tensor
 
 EMA, RAW = "ema", "raw"
 WORDS = (

@@ -11,8 +11,8 @@ from typing import Any
 from flax import nnx
 import numpy as np
 
-from conversion.mapping import CONV, Layout, Misfit, Row, Transform
-from conversion.mask2former import BIAS, DENSE
+from jaxdg.conversion.mapping import CONV, Layout, Misfit, Row, Transform
+from jaxdg.conversion.mask2former import BIAS, DENSE
 from jaxdg.detection.pyramid import Fpn
 from jaxdg.detection.rcnn.detectors import RcnnConfig
 from jaxdg.detection.rcnn.roi_heads import CASCADE, RoiHeadsConfig

@@ -1,8 +1,8 @@
 """DeiT-III: the names of its authors, and timm's."""
 
-from conversion import vit
-from conversion.mapping import SAME, Layout, Row
-from conversion.names import renamed
+from jaxdg.conversion import vit
+from jaxdg.conversion.mapping import SAME, Layout, Row
+from jaxdg.conversion.names import renamed
 
 SCALES = tuple(Row((f"blocks.*.{scale}.gamma",), f"blocks.*.{scale}.gamma", SAME) for scale in ("ls1", "ls2"))
 

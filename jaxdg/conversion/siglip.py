@@ -1,10 +1,10 @@
 """SigLIP's image towers: the names of timm, of transformers, of open_clip and of big_vision's own `.npz` files."""
 
-from conversion import vit
-from conversion.clip import POSITIONS
-from conversion.mapping import Layout, Row
-from conversion.names import APART_BIASES, APART_KERNELS, renamed
 from jaxdg.backbones import SiglipConfig
+from jaxdg.conversion import vit
+from jaxdg.conversion.clip import POSITIONS
+from jaxdg.conversion.mapping import Layout, Row
+from jaxdg.conversion.names import APART_BIASES, APART_KERNELS, renamed
 
 OUTPUT = "final norm and attention-pool head: dense features are read before them"
 TEXT = "the text tower, its temperature and bias"

@@ -13,15 +13,15 @@ import re
 
 import numpy as np
 
-from conversion import sam
-from conversion.checkpoint import Checkpoint
-from conversion.faster_rcnn import CONVOLUTION, POOLED_DENSE
-from conversion.mapping import CONV, SAME, Layout, Misfit, Row, Transform
-from conversion.mask2former import DENSE, NORM
-from conversion.vltseg import DOUBLE
 from jaxdg import backbones
 from jaxdg import config as config_lib
 from jaxdg.config import Config, ModelConfig
+from jaxdg.conversion import sam
+from jaxdg.conversion.checkpoint import Checkpoint
+from jaxdg.conversion.faster_rcnn import CONVOLUTION, POOLED_DENSE
+from jaxdg.conversion.mapping import CONV, SAME, Layout, Misfit, Row, Transform
+from jaxdg.conversion.mask2former import DENSE, NORM
+from jaxdg.conversion.vltseg import DOUBLE
 from jaxdg.data.boxes import BoxOptions
 
 NAME = "vitdet"

@@ -4,11 +4,11 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from conversion import vit
-from conversion.deit3 import SCALES
-from conversion.mapping import SAME, Layout, Row, Transform
-from conversion.names import APART_BIASES, APART_KERNELS, renamed
 from jaxdg.backbones import Dinov2Config
+from jaxdg.conversion import vit
+from jaxdg.conversion.deit3 import SCALES
+from jaxdg.conversion.mapping import SAME, Layout, Row, Transform
+from jaxdg.conversion.names import APART_BIASES, APART_KERNELS, renamed
 
 NORM = "final norm: dense features are read before it"
 MASKED = "for masked pre-training only"
