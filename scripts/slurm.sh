@@ -3,7 +3,7 @@
 #
 #   sbatch --nodes=4 scripts/slurm.sh --config configs/gta5_eva02.py --workdir runs/gta5 --config.mesh.fsdp=8
 #
-# The processes find each other by Slurm's variables; docs/clusters.md says more. Submitted several times with --dependency=singleton,
+# The processes find each other by Slurm's variables; docs/how-to/clusters.md says more. Submitted several times with --dependency=singleton,
 # each job goes on where the one before was stopped, and those after the run's end print its results.
 #SBATCH --job-name=jaxdg
 #SBATCH --nodes=2

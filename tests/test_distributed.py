@@ -303,7 +303,7 @@ def test_nothing_starts_for_a_single_process(monkeypatch, environment, several):
     distributed.start(None, None, None)
     assert started == [(None, None, None)] * several
     monkeypatch.undo()
-    with pytest.raises(ValueError, match=r"did not find each other: .* See docs/clusters\.md"):
+    with pytest.raises(ValueError, match=r"did not find each other: .* See docs/how-to/clusters\.md"):
         distributed.start(None, 2, None)
     jax.config.update("jax_enable_preemption_service", preemption)
 

@@ -1,4 +1,4 @@
-"""Several processes as one run: how they meet, decide together, and end together. `docs/clusters.md` shows how they are started.
+"""Several processes as one run: how they meet, decide together, and end together. `docs/how-to/clusters.md` shows how they are started.
 
 `jax.distributed` finds the processes and watches over them. Around it there is here what a command needs: nothing is started for a single
 process, one process writes, all stop at the same step, and none waits for ever for another:
@@ -120,7 +120,7 @@ def start(coordinator: str | None, processes: int | None, process_id: int | None
     try:
         jax.distributed.initialize(coordinator, processes, process_id, heartbeat_timeout_seconds=HEARTBEAT)
     except (ValueError, RuntimeError) as error:
-        raise ValueError(f"the processes of the run did not find each other: {error} See docs/clusters.md") from error
+        raise ValueError(f"the processes of the run did not find each other: {error} See docs/how-to/clusters.md") from error
     progress()
     return (meeting.num_processes or 1) > 1
 

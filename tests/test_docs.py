@@ -1,0 +1,148 @@
+"""What the documentation tells people to type exists: commands, flags, fields of the configuration, files.
+
+Nothing is trained, read or converted; every command is started once, as far as its help.
+"""
+
+import json
+from pathlib import Path
+import re
+import subprocess
+import sys
+
+import pytest
+
+from jaxdg import config
+from jaxdg.commands import COMMANDS
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md"]
+PAGES += [p for p in sorted((ROOT / "docs").rglob("*.md")) if "reports" not in p.parts]
+BLOCK = re.compile(r"^```(\w*)[^\n]*\n(.*?)^```", re.MULTILINE | re.DOTALL)
+START = re.compile(r"(?:^|(?<=[\s`]))(jaxdg(?= [a-z])|python -m jaxdg|python (?:conversion|scripts)/)")
+# The names that commands had before their rooms, and where they lead.
+FORMER = {
+    "jaxdg.data.check": "jaxdg.commands.check",
+    "jaxdg.data.prepare": "jaxdg.commands.prepare",
+    "jaxdg.submit": "jaxdg.commands.submit",
+    "jaxdg.export": "jaxdg.commands.export",
+    "scripts/plan.py": "jaxdg.commands.plan",
+}
+COMMON = {"help", "helpfull", "debug"}
+
+
+def lines(page: Path) -> list[tuple[int, str]]:
+    """The lines of a page's blocks that are no other language's, continued ones joined, with their numbers."""
+    text, found = page.read_text(), []
+    for block in BLOCK.finditer(text):
+        if block[1] in ("", "sh", "bash", "console", "shell"):
+            number = text.count("\n", 0, block.start(2)) + 1
+            for i, line in enumerate(re.sub(r"\\\n *", "", block[2]).splitlines()):
+                found.append((number + i, line))
+    return found
+
+
+def typed(page: Path) -> list[tuple[str, list[str]]]:
+    """The commands of jaxdg in a page's blocks, and between backticks: where each stands, and its words."""
+    text = page.read_text()
+    spans = [
+        (text.count("\n", 0, m.start()) + 1, m[1]) for m in re.finditer(r"`([^`\n]+)`", BLOCK.sub(lambda m: "\n" * m[0].count("\n"), text))
+    ]
+    found = []
+    for number, line in [*lines(page), *spans]:
+        command = START.search(line)
+        if command is None:
+            continue
+        words = re.split(r"\s#", line[command.start() :])[0].split()
+        for end in ("&&", "|", ";"):
+            words = words[: words.index(end)] if end in words else words
+        found.append((f"{page.relative_to(ROOT)}:{number}", [word.strip("[]'\"") for word in words]))
+    return found
+
+
+def program(words: list[str]) -> tuple[str, list[str]]:
+    """The module or script that a command starts, and its arguments."""
+    if words[0] == "jaxdg":
+        count = 2 if words[1] == "study" else 1
+        name = " ".join(words[1 : 1 + count])
+        return COMMANDS[name][0] if name in COMMANDS else name, words[1 + count :]
+    at = 2 if words[1] == "-m" else 1
+    return words[at], words[at + 1 :]
+
+
+TYPED = [(place, words) for page in PAGES for place, words in typed(page)]
+
+
+@pytest.fixture(scope="module")
+def flags() -> dict[str, set[str]]:
+    """The flags of every command and script that has any, as it defines them when it starts."""
+    done = subprocess.run([sys.executable, "docs/generate.py"], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return {name: set(found) for name, found in json.loads(done.stdout.splitlines()[-1]).items()}
+
+
+def faults(words: list[str], flags: dict[str, set[str]]) -> list[str]:
+    """What is wrong with a command."""
+    name, arguments = program(words)
+    if name in ("jaxdg.studies.", "jaxdg.studies.NAME", "MODULE", "NAME"):
+        name = "jaxdg.studies.seeds"
+    name = FORMER.get(name, name)
+    if name.endswith(".py") and not (ROOT / name).exists():
+        return [f"{name} is not there"]
+    if name not in flags and not name.endswith(".py"):
+        return [f"{name} is no command"]
+    wrong, known = [], flags.get(name, set()) | COMMON
+    for word in arguments:
+        if found := re.match(r"--(no)?config\.([\w.]+)", word):
+            if found[2] not in ("FIELD", "X"):
+                try:
+                    config.annotation(found[2])
+                except ValueError as error:
+                    wrong.append(str(error))
+        elif (found := re.match(r"--(\w+)", word)) and found[1] not in known:
+            wrong.append(f"{name} has no flag --{found[1]}")
+        path = word.removeprefix("--config=").partition(":")[0]
+        if path.startswith("configs/") and path != "configs/X.py" and not (ROOT / path).exists():
+            wrong.append(f"{path} is not there")
+    return wrong
+
+
+def test_the_commands_of_the_documentation_exist(flags):
+    """Of every command typed there: the module or script, each flag, each field, each recipe."""
+    assert len(TYPED) > 50
+    wrong = [f"{place}: {fault}" for place, words in TYPED for fault in faults(words, flags)]
+    assert not wrong, "\n".join(wrong)
+
+
+def test_mistakes_are_found(flags):
+    """The check above sees a wrong module, script, flag, field and recipe."""
+    for line in (
+        "python -m jaxdg.trian --config configs/streets_tiny.py",
+        "jaxdg predcit --checkpoint DIR",
+        "python scripts/stretes_sheet.py",
+        "python -m jaxdg.predict --chekpoint DIR",
+        "python -m jaxdg.train --config.data.rooot=DATA",
+        "python -m jaxdg.train --config configs/streets_tny.py",
+    ):
+        assert len(faults(line.split(), flags)) == 1, line
+    right = "python -m jaxdg.train --config configs/streets_tiny.py"
+    assert faults(right.split(), flags) == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_files_that_pages_name_exist(page):
+    """Links to files, and names of files of the repository between backticks, lead somewhere."""
+    text = BLOCK.sub("", page.read_text())
+    for target in re.findall(r"\]\((?!\w+:|#)([^)#\s]+)", text):
+        assert (page.parent / target).exists(), f"{page.relative_to(ROOT)} links to {target}"
+    folders = r"(?:configs|scripts|docs|benchmarks|tests|conversion|jaxdg)/"
+    for name in re.findall(rf"`({folders}[\w/.]+\.(?:py|md|sh|yaml))`", text):
+        if not re.search(r"X\.py|NAME|hidden\.py", name):  # a name that stands for another, or is to be made
+            assert (ROOT / name).exists(), f"{page.relative_to(ROOT)} names {name}"
+
+
+def test_readme_begins_with_the_two_commands():
+    """The command that trains and the one that tests stand alone on lines of a block of README."""
+    commands = [line for _, line in lines(ROOT / "README.md")]
+    train = "python -m jaxdg.train --config configs/streets_tiny.py --workdir runs/streets"
+    assert f"pip install -e . && {train}" in commands
+    assert 'pip install -e ".[test]" && pytest' in commands
