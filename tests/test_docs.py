@@ -146,3 +146,12 @@ def test_readme_begins_with_the_two_commands():
     train = "python -m jaxdg.train --config configs/streets_tiny.py --workdir runs/streets"
     assert f"pip install -e . && {train}" in commands
     assert 'pip install -e ".[test]" && pytest' in commands
+
+
+def test_the_command_of_readme_reads_its_experiment(tmp_path):
+    """`--config FILE` with other flags behind it, and a recipe by its name: a wrong value is what stops it."""
+    for name in ("configs/streets_tiny.py", "streets_tiny"):
+        words = ["--config", name, "--workdir", str(tmp_path / "run"), "--config.steps=-1"]
+        done = subprocess.run([sys.executable, "-m", "jaxdg.train", *words], cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 1
+        assert "steps is -1" in done.stderr, done.stderr

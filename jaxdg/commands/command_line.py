@@ -116,10 +116,10 @@ def run(main: Callable[[list[str]], None]) -> None:
         if "config" in flags.FLAGS:
             arguments, found = overrides.take(arguments)
             _given.update(found)
-        for name in ("--config", "-config"):
+        for flag in ("--config", "-config"):
             for i, argument in enumerate(arguments):
-                path = argument.removeprefix(name + "=") if argument.startswith(name + "=") else None
-                path = arguments[i + 1] if argument == name and i + 1 < len(arguments) else path
+                path = argument.removeprefix(flag + "=") if argument.startswith(flag + "=") else None
+                path = arguments[i + 1] if argument == flag and i + 1 < len(arguments) else path
                 if path is None:
                     continue
                 name, colon, variant = path.partition(":")  # what stands behind the colon is handed to its get_config
