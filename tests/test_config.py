@@ -2,6 +2,7 @@
 
 import ast
 import dataclasses
+import inspect
 import json
 import os
 from pathlib import Path
@@ -468,7 +469,7 @@ def test_shipped_experiments_are_valid(path):
 def test_experiments_are_found():
     """The parametrisation above is not empty, and a missing file says where those that exist are."""
     assert {"streets_tiny", "camvid_vit_tiny"} <= {path.stem for path in CONFIGS}
-    with pytest.raises(FileNotFoundError, match=r"no config file configs/none\.py; see configs/"):
+    with pytest.raises(FileNotFoundError, match=r"no config file configs/none\.py; give a path, or the name of a recipe: "):
         config_lib.from_file("configs/none.py")
 
 
@@ -497,8 +498,8 @@ def test_the_decoder_alone_and_in_a_run_have_the_same_defaults():
 @pytest.mark.parametrize("cls", ALL, ids=[cls.__name__ for cls in ALL])
 def test_every_field_is_documented(cls):
     """The Attributes of each class are its own fields, in their order, each with a description; inherited ones stand elsewhere."""
-    section = (cls.__doc__ or "").split("Attributes:")[1]
-    documented = re.findall(r"^        (\w+): \S", section, re.MULTILINE)
+    section = (inspect.getdoc(cls) or "").split("Attributes:")[1]
+    documented = re.findall(r"^    (\w+): \S", section, re.MULTILINE)
     inherited = {field.name for base in cls.__bases__ if dataclasses.is_dataclass(base) for field in dataclasses.fields(base)}
     own = [field.name for field in dataclasses.fields(cls) if field.name not in inherited]
     assert [name for name in documented if name not in inherited] == own
@@ -508,9 +509,9 @@ def test_documented_defaults_are_the_defaults():
     """Where a description ends in "Default X." and X reads as Python or as a plain word, X is the field's default."""
     checked = 0
     for cls in ALL:
-        section = (cls.__doc__ or "").split("Attributes:")[1]
+        section = (inspect.getdoc(cls) or "").split("Attributes:")[1]
         made = cls()
-        for name, text in re.findall(r"^        (\w+): (.*?)(?=^        \w+: |\Z)", section, re.MULTILINE | re.DOTALL):
+        for name, text in re.findall(r"^    (\w+): (.*?)(?=^    \w+: |\Z)", section, re.MULTILINE | re.DOTALL):
             found = re.search(r"Default ([^ :,][^:]*?)\.\s*$", text)
             if found is None:
                 continue

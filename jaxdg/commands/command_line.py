@@ -122,9 +122,9 @@ def run(main: Callable[[list[str]], None]) -> None:
                 path = arguments[i + 1] if argument == flag and i + 1 < len(arguments) else path
                 if path is None:
                     continue
-                name, colon, variant = path.partition(":")  # what stands behind the colon is handed to its get_config
-                file = str(config_lib.experiment_file(name))
-                if file != name:
+                given, colon, variant = path.partition(":")  # what stands behind the colon is handed to its get_config
+                file = str(config_lib.experiment_file(given))
+                if file != given:
                     at = i if argument.startswith("--config=") or argument.startswith("-config=") else i + 1
                     arguments[at] = arguments[at].removesuffix(path) + file + colon + variant
                 config_lib.let_import(file)

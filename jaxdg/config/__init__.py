@@ -12,7 +12,8 @@ from jaxdg.config.experiment import (
     ModelConfig,
     OptimizerConfig,
 )
-from jaxdg.config.stored import experiment, experiment_file, from_file, let_import, load, save
+from jaxdg.config.neighbours import let_import
+from jaxdg.config.stored import experiment, experiment_file, from_file, load, save
 
 __all__ = [
     "DECODERS",

@@ -4,19 +4,12 @@ import dataclasses
 import importlib.util
 import json
 from pathlib import Path
-import sys
 from typing import Any
 
 from jaxdg import files
 from jaxdg.config.checking import PATHS, coerce, validated
 from jaxdg.config.experiment import Config
-
-
-def let_import(path: str | Path) -> None:
-    """Lets an experiment file import others beside it as `from configs.other import get_config`, wherever the command is run."""
-    folder = str(Path(path).resolve().parent.parent)
-    if folder not in sys.path:
-        sys.path.append(folder)
+from jaxdg.config.neighbours import RECIPES, let_import
 
 
 def experiment_file(name: str | Path) -> Path:
@@ -30,14 +23,11 @@ def experiment_file(name: str | Path) -> Path:
     """
     if Path(name).is_file():
         return Path(name)
-    package = Path(__file__).resolve().parent.parent
-    for folder in (package / "configs", package.parent / "configs"):  # installed, or in a checkout
-        recipes = {path.stem: path for path in sorted(folder.glob("*.py"))} if folder.is_dir() else {}
-        if str(name) in recipes:
-            return recipes[str(name)]
-        if recipes:
-            raise FileNotFoundError(f"no config file {name}; give a path, or the name of a recipe: {', '.join(recipes)}")
-    raise FileNotFoundError(f"no config file {name}; see configs/ for those that exist")
+    recipes = {path.stem: path for path in sorted(RECIPES.glob("*.py"))}
+    if str(name) in recipes:
+        return recipes[str(name)]
+    known = f"; give a path, or the name of a recipe: {', '.join(recipes)}" if recipes else ""
+    raise FileNotFoundError(f"no config file {name}{known}")
 
 
 def from_file(path: str | Path) -> Config:
