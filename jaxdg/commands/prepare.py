@@ -436,7 +436,7 @@ def _run_on_beam(writers: list[_ShardWriter], options: str) -> None:
         import apache_beam as beam  # pyright: ignore[reportMissingImports]
         from apache_beam.options.pipeline_options import PipelineOptions  # pyright: ignore[reportMissingImports]
     except ImportError as error:
-        raise ValueError("--beam needs Apache Beam; `pip install apache-beam`, or leave the flag out") from error
+        raise ValueError('--beam needs Apache Beam; `pip install "jaxdg[beam]"`, or leave the flag out') from error
     with beam.Pipeline(options=PipelineOptions(shlex.split(options))) as pipeline:
         for writer in writers:
             shards = pipeline | f"{writer.split} shards" >> beam.Create(range(len(writer.bounds) - 1))

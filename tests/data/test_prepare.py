@@ -231,5 +231,5 @@ def test_the_command_writes_resized_records_and_verifies_them(tmp_path):
 def test_beam_is_asked_for_where_it_is_missing(tmp_path, monkeypatch):
     """Apache Beam is no dependency; who wants it is told how to get it."""
     monkeypatch.setitem(sys.modules, "apache_beam", None)
-    with pytest.raises(ValueError, match="--beam needs Apache Beam; `pip install apache-beam`"):
+    with pytest.raises(ValueError, match=r'--beam needs Apache Beam; `pip install "jaxdg\[beam\]"`'):
         write(tmp_path, beam="--runner=DirectRunner")
