@@ -384,7 +384,7 @@ def test_flags_of_a_command(tmp_path):
     )
     script = (
         "import sys\n"
-        "from jaxdg import cli\n"
+        "from jaxdg.commands import command_line as cli\n"
         "experiment, out, names = cli.define_config(), cli.define_path('out', '', default='x'), cli.define_list('names', '')\n"
         "url = cli.define_path('url', '', urls=True)\n"
         "def main(arguments):\n"
