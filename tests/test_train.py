@@ -519,6 +519,20 @@ def test_missing_weights_are_refused_before_training(tmp_path):
         start(c, tmp_path / "run")
 
 
+def test_weights_that_are_of_something_else_are_refused_before_training(tmp_path):
+    """A file of another encoder of the zoo, and a download that was not converted: what it is and what to do, before data are opened."""
+    c = tiny(root="absent")
+    c.model.weights = str(tmp_path / "moco.safetensors")
+    weights.save({"cls_token": np.ones((1, 1, 768), np.float32)}, c.model.weights, {"model": "mocov3_b16"})
+    with pytest.raises(ValueError, match=rf"weights of mocov3_b16, and the encoder is {c.model.encoder}: set model.encoder=mocov3_b16"):
+        start(c, tmp_path / "run")
+    c.model.weights = str(tmp_path / "mae.pth")
+    Path(c.model.weights).write_bytes(b"PK")
+    with pytest.raises(ValueError, match=r"mae.pth is a .pth file and no converted one.*torch_to_flax.py --checkpoint .*mae.pth"):
+        start(c, tmp_path / "run")
+    assert not (tmp_path / "run" / "config.json").exists()
+
+
 def test_what_was_trained_on_is_named_kept_and_told(tmp_path, capsys):
     """A copy of the source and a domain without truth are named before the first step, kept in source.npz, and out of every mean."""
     rng = np.random.default_rng(0)

@@ -191,15 +191,11 @@ def _one(path: Path, wanted: str | None, stack: contextlib.ExitStack) -> Checkpo
     )
 
 
-class Unread(ValueError):
-    """A tensor of a type that is not read, in a file that is whole."""
-
-
 def _numbers(file: Any, name: str) -> np.ndarray:
     """A tensor of a safetensors file."""
     kind = file.get_slice(name).get_dtype()
     if kind.startswith(("F8_", "F6_", "F4")):
-        raise Unread(f"holds {kind} at {name}, numbers that need scales: take the file of float16, bfloat16 or float32")
+        raise pickled.Unread(f"numbers of 8 bits or fewer, {kind}, which need scales")
     return file.get_tensor(name)
 
 
@@ -209,8 +205,8 @@ def _told(path: Path, read: Callable[[str], np.ndarray]) -> Callable[[str], np.n
     def told(name: str) -> np.ndarray:
         try:
             return read(name)
-        except Unread as error:
-            raise ValueError(f"{path} {error}") from error
+        except pickled.Unread as error:
+            raise ValueError(f"{path} holds, at {name}, {error}; take the file of float16, bfloat16 or float32") from error
         except Exception as error:  # what describes a tensor is whatever the file says
             raise _broken(path, error, name) from error
 

@@ -50,6 +50,10 @@ class ForeignCode(pickle.UnpicklingError):
     """A pickle that asks for a command, a file or a program."""
 
 
+class Unread(ValueError):
+    """A tensor of a kind that is not read, in a file that is whole."""
+
+
 class Storage(NamedTuple):
     """A run of numbers in a file of torch: their type, None for bytes of any, the name of the run, and where in it this one begins."""
 
@@ -59,7 +63,7 @@ class Storage(NamedTuple):
 
 
 class Tensor(NamedTuple):
-    """Part of a storage; offset and strides in elements."""
+    """Part of a storage; offset and strides in elements. Of a kind that is not read, only its name is known, in place of the type."""
 
     storage: Storage
     dtype: Any
@@ -201,6 +205,8 @@ class Unpickler(pickle.Unpickler):
             return TYPES.get(name.removesuffix("Storage").lower())  # none for UntypedStorage
         if module == "torch" and name in TYPES:
             return np.dtype(TYPES[name])
+        if module == "torch._utils" and name.startswith("_rebuild_"):  # sparse, quantised, without numbers
+            return lambda *_: Tensor(Storage(None, ""), name.removeprefix("_rebuild_"), 0, (), ())
         if module.split(".")[0] == "__torch__":
             return Part
         if module == "torch.jit._pickle":

@@ -18,7 +18,7 @@ import zipfile
 import numpy as np
 
 from jaxdg.conversion import pickled
-from jaxdg.conversion.pickled import Part, Storage, Tensor
+from jaxdg.conversion.pickled import Part, Storage, Tensor, Unread
 
 MAGIC = 0x1950A86A20F9469CFC6C  # how files before torch 1.6 begin
 
@@ -48,7 +48,7 @@ def opened(path: Path, stack: contextlib.ExitStack) -> tuple[Any, Callable[[Tens
         Exception: of any kind; a damaged file.
     """
     content, storage = _zip(path, stack) if zipfile.is_zipfile(path) else _legacy(path, stack)
-    return content, lambda tensor: _read(storage(tensor.storage), tensor)
+    return content, lambda tensor: _read(storage, tensor)
 
 
 def _zip(path: Path, stack: contextlib.ExitStack) -> tuple[Any, Callable[[Storage], np.ndarray]]:
@@ -117,15 +117,16 @@ def _collect(part: Part, prefix: str, found: dict[str, Tensor]) -> None:
             _collect(value, f"{prefix}{name}.", found)
 
 
-def _read(storage: np.ndarray, tensor: Tensor) -> np.ndarray:
+def _read(read: Callable[[Storage], np.ndarray], tensor: Tensor) -> np.ndarray:
     """A tensor of the bytes of its storage.
 
     Raises:
-        ValueError: it reaches past them, or is of no known type.
+        Unread: it is of no kind that is read.
+        ValueError: it reaches past its storage.
     """
-    if tensor.dtype is None:
-        raise ValueError("a tensor of a type that is not read (quantised, or of complex numbers)")
-    dtype = np.dtype(tensor.dtype)
+    if tensor.dtype is None or isinstance(tensor.dtype, str):
+        raise Unread(f"a tensor of a kind that is not read ({tensor.dtype or 'quantised, or of complex numbers'})")
+    storage, dtype = read(tensor.storage), np.dtype(tensor.dtype)
     numbers = storage[: storage.size // dtype.itemsize * dtype.itemsize].view(dtype)
     start = tensor.offset + tensor.storage.offset
     last = sum((n - 1) * step for n, step in zip(tensor.shape, tensor.strides, strict=True))

@@ -314,9 +314,56 @@ def test_quantised_weights_are_refused_with_a_way_forward(command, tmp_path):
     """float8 and int8 tensors need scales that a layout does not have: the file of the original precision is asked for."""
     source = of("tiny")
     name = "blocks.0.mlp.fc1.weight"
-    refused(command(source | {name: source[name].astype(ml_dtypes.float8_e4m3fn)}), f"holds F8_E4M3 at {name}", "take the file of float16")
+    small = source[name].astype(ml_dtypes.float8_e4m3fn)
+    refused(command(source | {name: small}), f"holds, at {name}, numbers of 8 bits or fewer, F8_E4M3", "take the file of float16")
     quantised = source | {name: source[name].astype(np.int8), "blocks.0.mlp.fc1.weight_scale": np.ones(1, np.float32)}
     refused(command(quantised), f"{name} holds int8", "1 unknown (blocks.0.mlp.fc1.weight_scale)", "quantised")
+
+
+def test_what_torch_makes_of_other_tensors_is_told(command, tmp_path):
+    """Sparse, quantised, complex and float8 tensors of torch itself, a tensor without numbers, whole modules: one line that says so."""
+    torch = pytest.importorskip("torch")
+    state = {key: torch.from_numpy(tensor) for key, tensor in of("tiny").items()}
+    name = "blocks.0.mlp.fc1.weight"
+    for kind, tensor, words in (
+        ("sparse", state[name].to_sparse(), (name, "a kind that is not read (sparse_tensor)")),
+        ("complex", state[name].to(torch.complex64), (name, "a kind that is not read")),
+        ("meta", state[name].to("meta"), (name, "a kind that is not read (meta_tensor_no_storage)")),
+        ("float8", state[name].to(torch.float8_e4m3fn), (f"{name} holds float8_e4m3fn", "quantised")),
+    ):
+        torch.save(state | {name: tensor}, tmp_path / f"{kind}.pth")
+        refused(command(tmp_path / f"{kind}.pth"), f"{kind}.pth", *words)
+    for new in (True, False):
+        torch.save(torch.nn.Linear(2, 2), tmp_path / "module.pth", _use_new_zipfile_serialization=new)
+        refused(command(tmp_path / "module.pth"), "module.pth is refused: it holds a whole torch.nn.modules.linear.Linear")
+    torch.save({"model": torch.nn.Linear(2, 2), "ema": None}, tmp_path / "inside.pth")
+    refused(command(tmp_path / "inside.pth"), "whole modules", "model is a torch.nn.modules.linear.Linear")
+
+
+def test_what_torch_saves_is_read_without_it(command, tmp_path):
+    """Both formats, parameters, views of one storage, half precision, settings and an optimiser beside: the bits that torch saved."""
+    torch = pytest.importorskip("torch")
+    source = of("tiny")
+    source["cls_token"] = np.arange(100, dtype=np.float32)[4:36].reshape(1, 1, 32)
+    state = {key: torch.nn.Parameter(torch.from_numpy(tensor)) for key, tensor in source.items()}
+    state["cls_token"] = torch.arange(100.0)[4:36].reshape(1, 1, 32)
+    state["patch_embed.proj.weight"] = torch.from_numpy(np.ascontiguousarray(source["patch_embed.proj.weight"].T)).permute(3, 2, 1, 0)
+    linear = torch.nn.Linear(2, 2)
+    optimizer = torch.optim.Adam(linear.parameters())
+    linear(torch.ones(2)).sum().backward()
+    optimizer.step()
+    beside = {
+        "args": argparse.Namespace(out=Path("x"), device=torch.device("cpu")),
+        "optimizer": optimizer.state_dict(),
+        "rng": torch.get_rng_state(),
+    }
+    expected = load_file(converted(command(source, out="expected.safetensors")))
+    for new in (True, False):
+        torch.save(beside | {"model": state}, tmp_path / "last.pth", _use_new_zipfile_serialization=new)
+        code, report, err, out = command(tmp_path / "last.pth")
+        assert (code, err) == (0, "")
+        assert "beside them in the file: args, optimizer, rng" in report
+        assert_identical(load_file(out), expected)
 
 
 def test_out_never_replaces_what_jaxdg_did_not_write(command, tmp_path):
