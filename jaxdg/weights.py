@@ -36,7 +36,7 @@ SEGMENTS = "segments"  # the attribute that holds stacked blocks, see `backbones
 FEW = 6  # names that are told one by one
 LONGEST = 700  # characters of what does not fit: an error is at most ten lines of a terminal
 NUMBER = re.compile(r"(?<=[./])\d+(?=[./])|(?<=encoderblock_)\d+")  # of a block
-COMMAND = "python conversion/torch_to_flax.py"
+COMMAND = "jaxdg convert"
 # Kinds of file that are no converted one.
 PUBLISHED = (".pth", ".pt", ".tar", ".bin", ".ckpt", ".pkl", ".npz", ".onnx", ".gguf", ".h5", ".json")
 STORED = (nnx.Param, nnx.BatchStat)  # what a weights file holds: parameters and running statistics
@@ -146,7 +146,7 @@ def load(module: nnx.Module, path: str | Path) -> None:
 
     Args:
         module: to be filled in place; its optional `adapt` method fits stored tensors to it.
-        path: a `.safetensors` file written by `save` or `conversion/torch_to_flax.py`.
+        path: a `.safetensors` file written by `save` or `jaxdg convert`.
 
     Raises:
         FileNotFoundError: no such file.
@@ -282,7 +282,7 @@ def _open(path: str | Path):
     if path.is_dir():
         raise ValueError(f"{path} is a folder; of a model as it was downloaded a converted file is made once: {convert}")
     if not path.is_file():
-        raise FileNotFoundError(f"no weights at {path}; convert a checkpoint with conversion/torch_to_flax.py --out {path}")
+        raise FileNotFoundError(f"no weights at {path}; convert a checkpoint with {COMMAND} --out {path}")
     if path.suffix in PUBLISHED:
         raise ValueError(f"{path} is a {path.suffix} file and no converted one, which is made of it once: {convert}")
     try:

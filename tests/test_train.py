@@ -515,7 +515,7 @@ def test_missing_weights_are_refused_before_training(tmp_path):
     """The message says how to make the file."""
     c = tiny()
     c.model.weights = str(tmp_path / "absent.safetensors")
-    with pytest.raises(FileNotFoundError, match=r"absent\.safetensors; convert a checkpoint with conversion/torch_to_flax\.py"):
+    with pytest.raises(FileNotFoundError, match=r"absent\.safetensors; convert a checkpoint with jaxdg convert"):
         start(c, tmp_path / "run")
 
 
@@ -528,7 +528,7 @@ def test_weights_that_are_of_something_else_are_refused_before_training(tmp_path
         start(c, tmp_path / "run")
     c.model.weights = str(tmp_path / "mae.pth")
     Path(c.model.weights).write_bytes(b"PK")
-    with pytest.raises(ValueError, match=r"mae.pth is a .pth file and no converted one.*torch_to_flax.py --checkpoint .*mae.pth"):
+    with pytest.raises(ValueError, match=r"mae.pth is a .pth file and no converted one.*jaxdg convert --checkpoint .*mae.pth"):
         start(c, tmp_path / "run")
     assert not (tmp_path / "run" / "config.json").exists()
 

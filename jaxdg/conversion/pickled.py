@@ -7,9 +7,10 @@ file or a program is refused by name.
 """
 
 from collections import OrderedDict
+import io
 import pickle
 import re
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
@@ -224,7 +225,7 @@ class Unpickler(pickle.Unpickler):
         return Storage(np.dtype(dtype) if dtype else None, str(key), view[1] if view else 0)
 
 
-def content(file: BinaryIO) -> Any:
+def content(file: io.BufferedIOBase) -> Any:
     """What a pickle holds, its tensors as `Tensor` or `Array`.
 
     Raises:

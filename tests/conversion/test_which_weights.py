@@ -566,10 +566,10 @@ def test_loading_says_what_a_file_is(command, tmp_path):
     """Published files, folders and files of other encoders, given as weights: what they are, and what to do."""
     out = converted(command(of("tiny")))
     source = tmp_path / "source.safetensors"
-    with pytest.raises(ValueError, match=r"source.safetensors does not fit .*torch_to_flax.py --checkpoint .*source.safetensors"):
+    with pytest.raises(ValueError, match=r"source.safetensors does not fit .*jaxdg convert --checkpoint .*source.safetensors"):
         backbones.create("tiny", weights=source)
     path = torch_file(tmp_path / "last.pth", of("tiny"))
-    with pytest.raises(ValueError, match=r"last.pth is a .pth file and no converted one.*torch_to_flax.py --checkpoint .*last.pth"):
+    with pytest.raises(ValueError, match=r"last.pth is a .pth file and no converted one.*jaxdg convert --checkpoint .*last.pth"):
         backbones.create("tiny", weights=path)
     with pytest.raises(ValueError, match=r"is a folder"):
         backbones.create("tiny", weights=tmp_path)
