@@ -8,10 +8,15 @@ from pathlib import Path
 import re
 import subprocess
 import sys
+import types
 
+from flax import nnx
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
-from jaxdg import config
+from jaxdg import config, methods
 from jaxdg.commands import COMMANDS
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -149,9 +154,72 @@ def test_readme_begins_with_the_two_commands():
 
 
 def test_the_command_of_readme_reads_its_experiment(tmp_path):
-    """`--config FILE` with other flags behind it, and a recipe by its name: a wrong value is what stops it."""
-    for name in ("configs/streets_tiny.py", "streets_tiny"):
-        words = ["--config", name, "--workdir", str(tmp_path / "run"), "--config.steps=-1"]
-        done = subprocess.run([sys.executable, "-m", "jaxdg.train", *words], cwd=ROOT, capture_output=True, text=True)
-        assert done.returncode == 1
-        assert "steps is -1" in done.stderr, done.stderr
+    """`--config FILE` with other flags behind it: a wrong value is what stops the run."""
+    words = ["--config", "configs/streets_tiny.py", "--workdir", str(tmp_path / "run")]
+    words = [sys.executable, "-m", "jaxdg.train", *words, "--config.steps=-1"]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "steps is -1" in done.stderr, done.stderr
+
+
+def examples(page: str) -> list[str]:
+    """The blocks of Python in a page below docs/."""
+    text = (ROOT / "docs" / page).read_text()
+    return [block[2] for block in BLOCK.finditer(text) if block[1] == "python"]
+
+
+def run(source: str, name: str, monkeypatch) -> types.ModuleType:
+    """A block as a module of its own."""
+    module = types.ModuleType(name)
+    monkeypatch.setitem(sys.modules, name, module)  # where dataclasses look for their types
+    exec(source, module.__dict__)
+    return module
+
+
+def test_experiments_of_the_pages_are_valid(monkeypatch):
+    """Every whole experiment file that a page shows passes the check that a run makes first."""
+    pages = ("tutorials/own-data.md", "how-to/add-a-method.md")
+    shown = [block for page in pages for block in examples(page) if "def get_config" in block]
+    assert len(shown) == 3
+    found = [config.validated(run(b, "shown", monkeypatch).get_config()) for b in shown]
+    assert [c.task for c in found] == ["segmentation", "detection", "segmentation"]
+    assert [type(m).__name__ for m in methods.active(found[2])] == ["Calm"]
+
+
+def test_the_decoder_of_its_page_computes(monkeypatch):
+    """Scores of the image's size, and a loss whose parts add up to that of the batch."""
+    hidden = run(examples("how-to/add-a-decoder.md")[0], "hidden", monkeypatch)
+    options = hidden.HiddenOptions(width=8).config(("road", "sky"), "float32")
+    head = options.build((4, 6), encoder="", rngs=nnx.Rngs(0))
+    rng = np.random.default_rng(0)
+    maps = [rng.normal(size=(2, n, n, c)).astype(np.float32) for n, c in ((8, 4), (4, 6))]
+    label = jnp.asarray(rng.integers(0, 2, (2, 16, 16)), jnp.uint8)
+    denominator, key = head.loss_denominator(label), jax.random.key(0)
+
+    def loss(rows: slice):
+        output = head(tuple(jnp.asarray(m[rows]) for m in maps))
+        assert head.scores(output, (16, 16)).shape[1:] == (16, 16, 2)
+        return head.loss(output, label[rows], denominator, key)["cross_entropy"]
+
+    parts = loss(slice(0, 1)) + loss(slice(1, 2))
+    np.testing.assert_allclose(parts, loss(slice(0, 2)), rtol=1e-5)
+
+
+def test_the_dataset_of_its_page_opens_by_its_name(monkeypatch):
+    """The entry that the page shows has the parts of its two splits."""
+    entry = examples("how-to/add-a-dataset.md")[0]
+    shown = run(f"from jaxdg.data.published import *\n{entry}", "shown", monkeypatch).IDD
+    assert [part.count for part in shown.select("idd", train=True)] == [6993]
+    assert [part.count for part in shown.select("idd", train=False)] == [981]
+
+
+def test_every_field_is_documented(monkeypatch):
+    """The page of the configuration can be made: no field is without documentation or default."""
+    monkeypatch.setenv("JAXDG_DATA", "")  # which the page leaves out
+    source = (ROOT / "docs" / "generate.py").read_text()
+    monkeypatch.setitem(sys.modules, "generate", generate := types.ModuleType("generate"))
+    generate.__file__ = str(ROOT / "docs" / "generate.py")
+    exec(source, generate.__dict__)
+    page = generate.fields()
+    for field in ("data.folder.id_map", "model.mask2former.queries", "model.faster_rcnn.rpn.nms"):
+        assert f"| `{field}` |" in page
