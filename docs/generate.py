@@ -47,9 +47,10 @@ def attributes(kind: type) -> dict[str, str]:
 
 
 def _shown(value: Any) -> str:
-    if isinstance(value, tuple) and len(value) > 8:
-        return "see below" if not value else f"{len(value)} entries"
-    return f"`{value!r}`".replace("|", "\\|")
+    """A default; of a long tuple each entry by itself, so that lines break between them."""
+    whole = repr(value)
+    entries = map(repr, value) if len(whole) > 30 and isinstance(value, tuple) else (whole,)
+    return ", ".join(f"`{entry}`" for entry in entries).replace("|", "\\|")
 
 
 def _rows(kind: type, value: Any, prefix: str) -> list[str]:
@@ -155,8 +156,8 @@ def commands() -> str:
 
     done = subprocess.run([sys.executable, __file__], cwd=ROOT, capture_output=True, text=True, check=True)
     found = json.loads(done.stdout.splitlines()[-1])
-    lines = ["| command | the same as | what it does |", "|---|---|---|"]
-    lines += [f"| `jaxdg {n}` | `python -m {m}` | {what} |" for n, (m, what) in COMMANDS.items()]
+    lines = ["| command | what it does | the same as |", "|---|---|---|"]
+    lines += [f"| `jaxdg {n}` | {what} | `python -m {m}` |" for n, (m, what) in COMMANDS.items()]
     for name, (module, what) in COMMANDS.items():
         if not found.get(module):
             continue
