@@ -1,5 +1,7 @@
 """Which tables belong to which model, what models there are, and which of them a file is of."""
 
+import difflib
+
 from flax import nnx
 
 from jaxdg import backbones
@@ -55,6 +57,9 @@ def layouts(name: str) -> tuple[mapping.Layout, ...]:
         return HEADS[name].layouts()
     if name in backbones.TEXT_TOWERS:
         return clip_text.layouts(backbones.TEXT_TOWERS[name])
+    if name not in backbones.ZOO:
+        close = difflib.get_close_matches(name, [*backbones.ZOO, *backbones.TEXT_TOWERS, *HEADS, *WHOLE], n=1)
+        raise ValueError(f"unknown model {name!r}; {f'did you mean {close[0]}?' if close else '--list shows all'}")
     entry = backbones.entry(name)
     match entry.config:
         case config if isinstance(config, PLANNED):

@@ -151,17 +151,17 @@ class Part:
         self.attributes = state
 
 
-def _array(shape: tuple, dtype: Dtype, fortran: bool, content: bytes) -> Array:
+def _array(shape: Any, dtype: Any, fortran: bool, content: Any) -> Array:
     array = Array()
     array.state = (1, shape, dtype, fortran, content)
     return array
 
 
-def _tensor(storage: Storage, offset: int, shape: Any, strides: Any, *_: Any) -> Tensor:
+def _tensor(storage: Any, offset: int, shape: Any, strides: Any, *_: Any) -> Tensor:
     return Tensor(storage, storage.dtype, offset, tuple(shape), tuple(strides))
 
 
-def _tensor_of_type(storage: Storage, offset: int, shape: Any, strides: Any, grad: Any, hooks: Any, dtype: Any, *_: Any) -> Tensor:
+def _tensor_of_type(storage: Any, offset: int, shape: Any, strides: Any, grad: Any, hooks: Any, dtype: Any, *_: Any) -> Tensor:
     return Tensor(storage, dtype, offset, tuple(shape), tuple(strides))
 
 
