@@ -41,9 +41,10 @@ from jaxdg.tasks.run_state import Blueprint, abstract_state, initial_state, make
 from jaxdg.training import distributed, sharding
 from jaxdg.training import optimizer as optimizer_lib
 from jaxdg.training.checkpoint import Checkpoints, check_path
+from jaxdg.training.metrics import read_metrics
 from jaxdg.training.profile import parse_steps, profiled
 from jaxdg.training.step import TrainState, make_step
-from jaxdg.training.writer import Writer, read_metrics
+from jaxdg.training.writer import Writer
 
 
 def train(config: Config, workdir: Path, console: Console, interrupt: Interrupt, profile_steps: str | None = None) -> None:

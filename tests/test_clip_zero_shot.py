@@ -12,7 +12,7 @@ from jaxdg.config import Config
 from jaxdg.data.datasets import open_domain
 from jaxdg.data.labels import CAMVID
 from jaxdg.tasks import run_state as tasks
-from jaxdg.training.writer import read_metrics
+from jaxdg.training.metrics import read_metrics
 from tests import clip_models
 
 pytestmark = pytest.mark.usefixtures("compiled_quickly")

@@ -29,8 +29,8 @@ from jaxdg.evaluation.coco_format import read_coco
 from jaxdg.tasks import detection as detection_task
 from jaxdg.tasks import run_state as tasks
 from jaxdg.training import sharding
+from jaxdg.training.metrics import read_metrics
 from jaxdg.training.step import TrainState, gradients
-from jaxdg.training.writer import read_metrics
 
 
 def tiny(**changes) -> Config:

@@ -21,7 +21,7 @@ from jaxdg import config as config_lib
 from jaxdg import train
 from jaxdg.commands import command_line as cli
 from jaxdg.training import distributed
-from jaxdg.training.writer import read_metrics
+from jaxdg.training.metrics import read_metrics
 
 ROOT = Path(__file__).resolve().parent.parent
 HEARTBEAT = 10  # seconds here

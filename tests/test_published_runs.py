@@ -24,7 +24,7 @@ from jaxdg.commands import prepare, submit
 from jaxdg.config import Config, DataConfig, validated
 from jaxdg.config.workdir import differences
 from jaxdg.tasks import run_state as tasks
-from jaxdg.training.writer import read_metrics
+from jaxdg.training.metrics import read_metrics
 from tests.data import trees
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -21,7 +21,7 @@ from jaxdg.methods.tldr import TldrOptions
 from jaxdg.tasks import run_state as tasks
 from jaxdg.tasks.detection import head_config
 from jaxdg.training import sharding
-from jaxdg.training.writer import read_metrics
+from jaxdg.training.metrics import read_metrics
 
 
 def slow_gram(features: np.ndarray) -> np.ndarray:

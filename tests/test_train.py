@@ -29,7 +29,7 @@ from jaxdg.evaluation.overlap import TrainedOn
 from jaxdg.tasks import run_state as tasks
 from jaxdg.training import sharding
 from jaxdg.training.checkpoint import Checkpoints
-from jaxdg.training.writer import read_metrics
+from jaxdg.training.metrics import read_metrics
 
 pytestmark = pytest.mark.usefixtures("compiled_quickly")
 

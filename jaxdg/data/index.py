@@ -121,8 +121,8 @@ def index_pairs(
     place = [tree.base, os.path.realpath(tree.base), tree.exact]
     key = ["pairs", VERSION, place, [[i, list(t)] for i, t in folders], image_suffix, label_suffix, sorted(skip)]
     kept = cached(key, tree.modified, make)
-    images = decoded(kept["images"])
-    return Pairs(images, decoded(kept["labels"]) or [""] * len(images), kept["sizes"], kept.get("fingerprints"))
+    images = decoded(kept.pop("images"))  # their bytes are not needed any more: a million paths take room
+    return Pairs(images, decoded(kept.pop("labels")) or [""] * len(images), kept["sizes"], kept.get("fingerprints"))
 
 
 def examine(

@@ -20,7 +20,7 @@ from jaxdg.segmentation.linear import PixelHead
 DROPOUT = 0.1
 
 
-@dataclasses.dataclass(unsafe_hash=True)
+@dataclasses.dataclass(unsafe_hash=True, kw_only=True)
 class SegformerOptions(DecoderOptions):
     """Sizes of the SegFormer decoder.
 
@@ -44,7 +44,7 @@ class SegformerConfig(SegformerOptions, DecoderConfig):
         dtype: compute dtype; normalisation and scores are float32.
     """
 
-    num_classes: int = dataclasses.field(kw_only=True)
+    num_classes: int
     dtype: str = dataclasses.field(default="float32", kw_only=True)
 
     def build(self, channels: Sequence[int], *, encoder: str, rngs: nnx.Rngs) -> "SegformerHead":

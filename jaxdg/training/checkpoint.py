@@ -26,8 +26,8 @@ from orbax.checkpoint import checkpoint_managers as policies
 
 from jaxdg import files
 from jaxdg.training import distributed
+from jaxdg.training.metrics import read_metrics
 from jaxdg.training.step import TrainState
-from jaxdg.training.writer import read_metrics
 
 
 class Checkpoints:

@@ -15,6 +15,7 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog  # pyright: ignore[re
 from tensorboardX.record_writer import masked_crc32c
 
 from jaxdg import files
+from jaxdg.training.metrics import read_rows
 
 FLUSH = 10  # seconds after which TensorBoard's events are on the disk
 
@@ -36,7 +37,7 @@ class Writer:
         if not on:
             return
         self.path = Path(workdir).absolute() / "metrics.jsonl"
-        rows, broken = _read(self.path)
+        rows, broken = read_rows(self.path)
         if broken:
             aside = files.set_aside(self.path).name
             say(f"{self.path}: broken at line {', '.join(map(str, broken))}; it is kept as {aside} and goes on without these lines")
@@ -106,34 +107,3 @@ class _Events:
         """Flushes and closes the file."""
         with files.naming(self.path):
             self._file.close()
-
-
-def read_metrics(workdir: str | Path) -> list[dict[str, Any]]:
-    """The rows of a run's `metrics.jsonl`, none if there is no such file; lines that are no rows are left out."""
-    return _read(Path(workdir) / "metrics.jsonl")[0]
-
-
-def _read(path: Path) -> tuple[list[dict[str, Any]], list[int]]:
-    """The rows of a file, and the numbers of the lines that are none, but for a last one that was being written when the run died."""
-    try:
-        content = path.read_bytes()
-    except FileNotFoundError:
-        return [], []
-    *lines, last = content.split(b"\n")
-    rows, broken = [], []
-    for number, line in enumerate([*lines, last], 1):
-        row = _row(line)
-        if row is not None:
-            rows.append(row)
-        elif (number <= len(lines) and line.strip()) or b"\0" in line:
-            broken.append(number)
-    return rows, broken
-
-
-def _row(line: bytes) -> dict[str, Any] | None:
-    """What a line says, None if it is no row."""
-    try:
-        row = json.loads(line)
-    except (ValueError, RecursionError):
-        return None
-    return row if isinstance(row, dict) and type(row.get("step")) is int else None

@@ -20,7 +20,7 @@ from jaxdg.config import Config, MeshConfig, validated
 from jaxdg.methods import Method, MethodOptions
 from jaxdg.tasks import run_state as tasks
 from jaxdg.training import sharding
-from jaxdg.training.writer import read_metrics
+from jaxdg.training.metrics import read_metrics
 
 RANK = 2
 

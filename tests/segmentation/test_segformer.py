@@ -149,7 +149,7 @@ def test_dropout_drops_whole_channels_of_samples():
 
 def test_loss_is_that_of_the_linear_head():
     """Both decoders' scores, divisor and loss are one function."""
-    for name in ("scores", "normalizer", "loss"):
+    for name in ("scores", "loss_denominator", "loss"):
         assert getattr(SegformerHead, name) is getattr(LinearHead, name)
 
 

@@ -21,7 +21,7 @@ from jaxdg.config import workdir as workdir_lib
 from jaxdg.data.datasets import Subset, open_domain
 from jaxdg.studies import corruptions, freezing, pretraining, seeds, study, transfer
 from jaxdg.studies.study import Study, StudyOptions, mean_and_spread, summary
-from jaxdg.training.writer import read_metrics
+from jaxdg.training.metrics import read_metrics
 
 ROOT = Path(__file__).resolve().parents[2]
 PLANS = {module.__name__.rpartition(".")[2]: module.plan for module in (pretraining, freezing, corruptions, transfer, seeds)}

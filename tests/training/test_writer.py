@@ -8,7 +8,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from jaxdg.training.writer import Writer, read_metrics
+from jaxdg.training.metrics import read_metrics
+from jaxdg.training.writer import Writer
 
 
 @pytest.fixture

@@ -23,7 +23,7 @@ from jaxdg.segmentation.mask2former.losses import LossDenominator, mask2former_l
 from jaxdg.segmentation.mask2former.pixel_decoder import GROUPS, LEVELS, PixelDecoder, sine_positions
 
 
-@dataclasses.dataclass(unsafe_hash=True)
+@dataclasses.dataclass(unsafe_hash=True, kw_only=True)
 class Mask2FormerOptions(DecoderOptions):
     """Sizes of the Mask2Former decoder; the defaults are VLTSeg's.
 
@@ -70,7 +70,7 @@ class Mask2FormerConfig(Mask2FormerOptions, DecoderConfig):
         dtype: compute dtype; predictions are float32.
     """
 
-    num_classes: int = dataclasses.field(kw_only=True)
+    num_classes: int
     dtype: str = dataclasses.field(default="float32", kw_only=True)
 
     needs_levels = True
