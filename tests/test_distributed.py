@@ -28,7 +28,8 @@ HEARTBEAT = 10  # seconds here
 HOST = f"""
 import sys, time
 import jax
-from jaxdg import cli, distributed
+from jaxdg.commands import command_line as cli
+from jaxdg.training import distributed
 distributed.HEARTBEAT = {HEARTBEAT}
 trouble = sys.argv.pop(1)
 distributed.define_flags()

@@ -16,7 +16,7 @@ from jaxdg.config import locks
 
 HOLD = """
 import pathlib, sys
-from jaxdg import locks
+from jaxdg.config import locks
 with locks.held(pathlib.Path(sys.argv[1]), "the thing", print):
     print("holds", flush=True)
     sys.stdin.readline()

@@ -237,7 +237,8 @@ if __name__ == "__main__":
     if hosts > 1:
         jax.distributed.initialize(f"localhost:{port}", hosts, host)
     from pathlib import Path
-    from jaxdg import cli, config, train
+    from jaxdg import config, train
+    from jaxdg.commands import command_line as cli
     c = config.Config(steps=3, batch_size=2, log_every=1, eval_every=3)
     c.data.source, c.data.root, c.data.workers = "gta5", data, 4
     c.data.crop = c.evaluation.stride = (32, 32)

@@ -18,7 +18,7 @@ from jaxdg.data import cache
 # Compiles a function, with jax's own count of the programs that it found compiled.
 COMPILE = """
 import jax, os
-from jaxdg import runtime
+from jaxdg.commands import process as runtime
 found = []
 jax.monitoring.register_event_listener(lambda name, **_: found.append(name) if name.endswith("cache_hits") else None)
 runtime.set_up()
@@ -27,7 +27,7 @@ print(jax.jit(lambda x: x * 3 + 1)(2.0), len(found), jax.config.jax_compilation_
 # Bytes resident after 256 MB were taken and given back, twenty times over, and the most there were.
 TAKE = """
 import pathlib, sys
-from jaxdg import runtime
+from jaxdg.commands import process as runtime
 if sys.argv[1] == "kept":
     runtime.keep_memory()
 for _ in range(20):
@@ -130,5 +130,5 @@ def test_devices_that_are_not_there_are_one_line(monkeypatch):
 
 def test_wide_arrays_are_turned_off():
     """JAX_ENABLE_X64 would make arrays that no checkpoint holds."""
-    code = "import jax; from jaxdg import runtime; runtime.set_up(); print(jax.numpy.ones(1, float).dtype)"
+    code = "import jax; from jaxdg.commands import process as runtime; runtime.set_up(); print(jax.numpy.ones(1, float).dtype)"
     assert python(code, JAX_ENABLE_X64="1", JAXDG_CACHE=os.devnull) == ["float32"]

@@ -256,5 +256,5 @@ def test_mistakes_are_said(image, label):
 
 def test_drawing_needs_no_jax():
     """The module loads without importing jax or matplotlib, so a script that only draws starts at once."""
-    code = "import sys, jaxdg.visualize; print([m for m in ('jax', 'flax', 'matplotlib') if m in sys.modules])"
+    code = "import sys, jaxdg.drawing.pictures; print([m for m in ('jax', 'flax', 'matplotlib') if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"

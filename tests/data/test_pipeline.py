@@ -278,7 +278,7 @@ SCRIPT = """
     from jaxdg.data.datasets import StreetsOptions, open_domain, FolderOptions
     from jaxdg.data.pipeline import train_batches
     from jaxdg.data.samplers import make_sampler
-    from jaxdg.data.transforms import Augmentation
+    from jaxdg.data.augment.transforms import Augmentation
     dataset = open_domain("town", root=sys.argv[2], train=True, streets=StreetsOptions(), folder=FolderOptions())
     options = {"seed": 0, "batch_size": 2, "start": 0, "stop": 1000, "workers": 2}
     batches = train_batches(dataset, make_sampler(dataset, seed=0), Augmentation(crop=(8, 8)), **options)

@@ -21,9 +21,9 @@ CASES = [(0, 0, "clear"), (0, 1, "night"), (3, 7, "rain"), (5, 2, "fog"), (1, 9,
 FACTS = """
 import sys
 import numpy as np
-from jaxdg.data.streets import APPEARANCES, render
-from jaxdg.data.streets_draw import paint, rasterize
-from jaxdg.data.streets_traffic import Street
+from jaxdg.streets.render import APPEARANCES, render
+from jaxdg.streets.draw import paint, rasterize
+from jaxdg.streets.traffic import Street
 
 size, facts, depths, labels = (128, 256), {}, [], []
 for index in range(400):
@@ -72,7 +72,7 @@ def digest(cases=CASES) -> str:
 def test_another_process_renders_the_same_bits_and_needs_no_jax():
     """Scenes depend on (seed, index, appearance, size) alone; a fresh process that renders them imports neither jax nor flax."""
     code = (
-        "import sys, hashlib; from jaxdg.data.streets import render\n"
+        "import sys, hashlib; from jaxdg.streets.render import render\n"
         "parts = hashlib.sha256()\n"
         f"for seed, index, appearance in {CASES[::-1]}[::-1]:\n"
         f"    scene = render(seed, index, appearance, {SIZE})\n"

@@ -30,14 +30,8 @@ def small(monkeypatch):
 def configured(make_run, encoder, decoder, crop=(64, 64), freeze="none"):
     """A run at a crop size."""
     mask2former = {"mask2former": dataclasses.replace(make_run().config.model.mask2former, **QUERIES)}
-    model = {
-        "encoder": encoder,
-        "decoder": decoder,
-        "pyramid": "layer",
-        "taps": (),
-        "freeze": freeze,
-        "segformer": SegformerOptions(hidden=16),
-    }
+    model = {"encoder": encoder, "decoder": decoder, "pyramid": "layer", "taps": (), "freeze": freeze}
+    model["segformer"] = SegformerOptions(hidden=16)
     return make_run(
         model=model | mask2former, data={"crop": crop}, optimizer={"clip": 1.0, "learning_rate": 1e-2, "weight_decay": 0.5}, steps=60
     )
@@ -153,14 +147,7 @@ def test_more_stages_than_there_are_are_refused(make_run):
 
 def test_fewer_stages_read_are_fewer_to_freeze(make_run):
     """With two taps only their stages are built, counted and frozen."""
-    model = {
-        "encoder": encoder,
-        "decoder": decoder,
-        "pyramid": "layer",
-        "taps": (),
-        "freeze": freeze,
-        "segformer": SegformerOptions(hidden=16),
-    }
+    model = {"encoder": "small_mit", "taps": (0, 1), "freeze": "last 2", "pyramid": "layer"}
     run = make_run(model=model, data={"crop": (64, 64)})
     assert set(weights.slots(run.plan.abstract[1])) == {name for name in named_shapes(run) if stages(1, 2)(name)}
     with pytest.raises(ValueError, match="at most 2, the encoder's stages"):
