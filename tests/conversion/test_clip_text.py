@@ -10,6 +10,7 @@ from safetensors.numpy import load_file
 from jaxdg import backbones, weights
 from jaxdg.conversion import clip_text, mapping, models
 from jaxdg.conversion import convert as torch_to_flax
+from jaxdg.text import tokenizer
 from tests import clip_models
 from tests.backbones.drawn import run, wave
 from tests.conversion.checks import assert_identical, refused
@@ -124,7 +125,7 @@ def test_transformers_names_mean_what_transformers_computes(command, tmp_path):
     assert (code, err) == (0, "")
     assert "(layout: transformers)" in report
     names = ["road", "traffic light", "sky"]
-    ids = backbones.tokenizer.tokenize([f"a photo of a {name}." for name in names])
+    ids = tokenizer.tokenize([f"a photo of a {name}." for name in names])
     with torch.inference_mode():
         pooled = model.text_model(torch.from_numpy(ids).long()).pooler_output
         expected = torch.nn.functional.normalize(model.text_projection(pooled), dim=-1).numpy()

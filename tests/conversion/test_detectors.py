@@ -96,7 +96,7 @@ def test_published_faster_rcnns_fit():
     for shapes, layout in zip((new, old), faster_rcnn.layouts(), strict=True):
         file = empty(shapes)
         assert faster_rcnn.of_checkpoint(file.names, file.read) == (90,)
-        assert models.identified(file, openai=False) == "faster_rcnn"
+        assert models.identified(file) == "faster_rcnn"
         module = faster_rcnn.abstract(90)
         result = mapping.to_flax(module, faster_rcnn.layouts(), file.names, file.read)
         assert result.layout.name == layout.name
