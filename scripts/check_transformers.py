@@ -15,9 +15,9 @@ import tempfile
 from typing import Any
 
 import numpy as np
-import timm
-import torch
-import transformers
+import timm  # pyright: ignore[reportMissingImports]
+import torch  # pyright: ignore[reportMissingImports]
+import transformers  # pyright: ignore[reportMissingImports]
 
 from jaxdg import backbones
 from jaxdg.backbones import zoo

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 import dataclasses
 import difflib
+import importlib
 from pathlib import Path
 from typing import Any
 
@@ -243,13 +244,14 @@ def entry(name: str) -> Entry:
     Raises:
         ValueError: no encoder has this name; the message lists those that exist.
     """
-    if name.endswith("_text") and name.removesuffix("_text") in ZOO:
+    if name in ZOO:
+        return ZOO[name]
+    towers = importlib.import_module("jaxdg.text.clip_text").TEXT_TOWERS  # a room above this one, asked for the message alone
+    if name in towers:
         raise ValueError(f"{name} is no encoder but a text tower, which jaxdg.backbones.text_embeddings reads; it converts under this name")
-    if name not in ZOO:
-        close = difflib.get_close_matches(name, ZOO, n=1)
-        hint = f"did you mean {close[0]}?" if close else "choose one of"
-        raise ValueError(f"unknown encoder {name!r}; {hint} {' '.join(ZOO) if not close else ''}".rstrip())
-    return ZOO[name]
+    close = difflib.get_close_matches(name, [*ZOO, *towers], n=1)
+    hint = f"did you mean {close[0]}?" if close else "choose one of"
+    raise ValueError(f"unknown encoder {name!r}; {hint} {' '.join(ZOO) if not close else ''}".rstrip())
 
 
 def create(

@@ -51,7 +51,7 @@ def count(fn: Callable[..., Any], *args: Any) -> float:
 
 
 def _count(jaxpr: Any) -> float:
-    return sum(_equation(eqn) for eqn in jaxpr.eqns)
+    return sum((_equation(eqn) for eqn in jaxpr.eqns), 0.0)
 
 
 def _equation(eqn: Any) -> float:
@@ -71,7 +71,7 @@ def _equation(eqn: Any) -> float:
         return min(inner) if params.get("branches_platforms") else max(inner)
     if name in ("while", "shard_map", "pallas_call") and any(inner):
         raise ValueError(f"matrix products in a {name}: how often they are made is not said by what JAX traces; count once and multiply")
-    return (params["length"] if name == "scan" else 1) * sum(inner)
+    return (params["length"] if name == "scan" else 1) * sum(inner, 0.0)
 
 
 def _flat(values: Any) -> list[Any]:
