@@ -643,7 +643,7 @@ def main(
 if __name__ == "__main__":
     from jaxdg.commands import check as this  # by this name worker processes find what they run, not by __main__
     from jaxdg.commands import command_line as cli
-    from jaxdg.config import DataConfig
+    from jaxdg.config.data import DataConfig
 
     _ROOT = cli.define_path("data_root", "Folder of the datasets; $JAXDG_DATA, else `data`, if left out.")
     _ALL = flags.DEFINE_bool("all", False, f"Decode every image and label instead of {SAMPLE} a split.")

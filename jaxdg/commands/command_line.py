@@ -13,7 +13,7 @@ from ml_collections import config_flags
 from rich.console import Console
 
 from jaxdg import config as config_lib
-from jaxdg.config import Config, overrides, paths
+from jaxdg.config import overrides, paths
 
 
 class Experiment:
@@ -24,11 +24,11 @@ class Experiment:
         self._flag = flag
 
     @property
-    def value(self) -> Config | None:
+    def value(self) -> Any:
         """The checked configuration; None if no file was given."""
         if self._flag.value is None:
             return None
-        return config_lib.validated(overrides.applied(config_lib.coerce(self._flag.value, Config, ""), self.given))
+        return config_lib.validated(overrides.applied(config_lib.coerce(self._flag.value, config_lib.Config, ""), self.given))
 
     @property
     def file(self) -> str:

@@ -43,7 +43,7 @@ from tensorflow_datasets.core import dataset_info, example_serializer, naming
 from tensorflow_datasets.core.splits import SplitDict
 
 from jaxdg.commands import command_line as cli
-from jaxdg.config import DataConfig
+from jaxdg.config.data import DataConfig
 from jaxdg.data import jpeg, published, records, storage
 from jaxdg.data.augment.transforms import move_boxes
 from jaxdg.data.box_fields import areas_of

@@ -1,19 +1,23 @@
 """The configuration of a run: its dataclasses, reading, overriding and checking them, and the workdir's own files."""
 
-from jaxdg.config.checking import annotation, coerce, common, flat, get, part_type, unknown_field, validated
-from jaxdg.config.experiment import (
-    DECODERS,
-    PROTOCOLS,
-    Config,
-    DataConfig,
-    EvaluationConfig,
-    Mask2FormerOptions,
-    MeshConfig,
-    ModelConfig,
-    OptimizerConfig,
-)
-from jaxdg.config.neighbours import let_import
-from jaxdg.config.stored import experiment, experiment_file, from_file, load, save
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from jaxdg.config.checking import annotation, coerce, common, flat, get, part_type, unknown_field, validated
+    from jaxdg.config.neighbours import let_import
+    from jaxdg.config.settings import (
+        DECODERS,
+        PROTOCOLS,
+        Config,
+        DataConfig,
+        EvaluationConfig,
+        Mask2FormerOptions,
+        MeshConfig,
+        ModelConfig,
+        OptimizerConfig,
+    )
+    from jaxdg.config.stored import experiment, experiment_file, from_file, load, save
 
 __all__ = [
     "DECODERS",
@@ -40,3 +44,15 @@ __all__ = [
     "unknown_field",
     "validated",
 ]
+
+_PLACES = ("settings", "checking", "stored")
+
+
+def __getattr__(name: str) -> Any:
+    """Imports what is asked for on first use: settings bring in all model code, which commands that look at files do not need."""
+    if name in __all__:
+        for place in _PLACES:
+            module = importlib.import_module(f"jaxdg.config.{place}")
+            if hasattr(module, name):
+                return getattr(module, name)
+    raise AttributeError(f"module 'jaxdg.config' has no attribute {name!r}")

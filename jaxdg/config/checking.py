@@ -11,7 +11,7 @@ from typing import Any
 
 from jaxdg import methods
 from jaxdg.config import paths
-from jaxdg.config.experiment import DECODERS, PROTOCOLS, Config
+from jaxdg.config.settings import DECODERS, PROTOCOLS, Config
 from jaxdg.data.labels import check_names
 from jaxdg.segmentation.mask2former.head import Mask2FormerOptions
 

@@ -20,7 +20,6 @@ import typing
 from typing import Any
 
 from jaxdg import config as config_lib
-from jaxdg.config import Config
 
 _BOOLEANS = {"true": True, "t": True, "1": True, "false": False, "f": False, "0": False}  # in any case, as of other flags
 
@@ -105,7 +104,7 @@ def text_of(value: Any) -> str:
     return joined if plain else json.dumps(value, ensure_ascii=False)
 
 
-def applied(config: Any, given: Mapping[str, Any]) -> Config:
+def applied(config: Any, given: Mapping[str, Any]) -> Any:
     """A copy of a configuration with other values; a part that was None is made of its defaults where a field of it is given.
 
     Raises:
@@ -115,7 +114,7 @@ def applied(config: Any, given: Mapping[str, Any]) -> Config:
     for field, value in given.items():
         config_lib.annotation(field)
         *path, last = field.split(".")
-        holder, holder_type = config, Config
+        holder, holder_type = config, config_lib.Config
         for part in path:
             holder_type = config_lib.part_type(typing.get_type_hints(holder_type)[part])
             if getattr(holder, part) is None:

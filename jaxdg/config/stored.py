@@ -8,8 +8,8 @@ from typing import Any
 
 from jaxdg import files
 from jaxdg.config.checking import PATHS, coerce, validated
-from jaxdg.config.experiment import Config
 from jaxdg.config.neighbours import RECIPES, let_import
+from jaxdg.config.settings import Config
 
 
 def experiment_file(name: str | Path) -> Path:

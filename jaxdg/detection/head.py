@@ -1,6 +1,6 @@
 """What every detector's head offers, whatever it computes: features in, boxes and a loss out.
 
-A new head is one file: its settings that build it, and the module. `jaxdg/config/experiment.py` lists the
+A new head is one file: its settings that build it, and the module. `jaxdg/config/settings.py` lists the
 settings of all heads, and that list is all that knows them by name.
 """
 

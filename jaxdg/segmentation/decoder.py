@@ -1,6 +1,6 @@
 """What every decoder offers, whatever it computes: features in, class scores and a loss out.
 
-A new decoder is one file: its settings, its config that builds it, and the module. `jaxdg/config/experiment.py` lists
+A new decoder is one file: its settings, its config that builds it, and the module. `jaxdg/config/settings.py` lists
 the settings of all decoders, and that list is all that knows them by name.
 """
 
