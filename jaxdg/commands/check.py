@@ -9,10 +9,11 @@ another number of images than its publisher states, is a warning. Records are co
 contact sheet of every dataset shows what breaks no rule, such as labels read by the wrong table.
 """
 
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 import dataclasses
 import functools
 import glob
+import itertools
 import json
 import math
 import os
@@ -44,6 +45,7 @@ from jaxdg.data.labels import IGNORE
 from jaxdg.data.skip import HEADER
 from jaxdg.data.workers import read_ahead
 from jaxdg.drawing import pictures as visualize
+from jaxdg.evaluation.overlap import Images
 
 SOFTWARE = "jaxdg.data.check"  # which contact sheets say they were written by
 SAMPLE = 20  # images of a split that are decoded without --all
@@ -234,7 +236,9 @@ def _holds(base: str, folder: str, suffix: str = "") -> bool:
         return False
 
 
-def check(subject: Subject, *, everything: bool, workers: int, console: Console, out: Path) -> tuple[list[Defect], list[str]]:
+def check(
+    subject: Subject, *, everything: bool, workers: int, console: Console, out: Path, splits: dict[str, Files]
+) -> tuple[list[Defect], list[str]]:
     """Checks a dataset and prints what it finds.
 
     Args:
@@ -243,11 +247,13 @@ def check(subject: Subject, *, everything: bool, workers: int, console: Console,
         workers: processes that decode; 0 for threads of this process.
         console: where to print.
         out: folder for the contact sheet.
+        splits: receives every split that could be opened, by its name.
 
     Returns:
         What is broken, each thing once, without a path where it is no single file; and the warnings.
     """
     opened, broken, warnings = _open(subject, console)
+    splits.update({o.split.name: o.dataset for o in opened})
     _decode(subject.name, opened, everything, workers, console)
     shown = _shown(subject, opened, console)
     lacking, lines = class_check.findings(shown, own=subject.own, judged_only=subject.judged_only) if shown else ([], [])
@@ -279,6 +285,24 @@ def check(subject: Subject, *, everything: bool, workers: int, console: Console,
     _list_broken(broken, console)
     console.print()
     return broken, warnings
+
+
+def shared_images(splits: Mapping[str, Files], root: str) -> list[str]:
+    """What to say of splits that hold the same images, told by their places and by what the files hold.
+
+    Args:
+        splits: what was opened, by name.
+        root: data root.
+    """
+    images = {name: Images.of(dataset, root) for name, dataset in splits.items()}
+    lines = []
+    for one, other in itertools.combinations(images, 2):
+        if count := int(images[one].among(images[other]).sum()):
+            lines.append(
+                f"{count} of the {len(images[one])} images of {one} are images of {other}; a model that is trained on one of the two "
+                "has seen the other"
+            )
+    return lines
 
 
 def _list_broken(broken: Iterable[Defect], console: Console) -> None:
@@ -625,10 +649,14 @@ def main(
         raise FileNotFoundError(f"{os.path.abspath(root)} has no folder of a known dataset ({known}), only {', '.join(others) or 'none'}")
     broken = [defect for defects in recorded.values() for defect in defects]
     warnings: list[str] = []
+    splits: dict[str, Files] = {}
     for subject in everyone:
-        found = check(subject, everything=everything, workers=workers, console=console, out=out)
+        found = check(subject, everything=everything, workers=workers, console=console, out=out, splits=splits)
         broken += found[0]
         warnings += found[1]
+    for line in shared_images(splits, root):
+        console.print(Text.assemble(("warning: ", "yellow"), line))
+        warnings.append(line)
     if not names and (others := [folder for folder in others if not any(d.split("/")[0] == folder for d in recorded)]):
         console.print(Text(f"not checked, as these are folders of no known dataset: {', '.join(others)}"))
     if skip_list:

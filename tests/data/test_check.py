@@ -20,7 +20,7 @@ from rich.console import Console
 from jaxdg.commands import check
 from jaxdg.data import records
 from jaxdg.data.boxes import BoxOptions, open_boxes
-from jaxdg.data.datasets import FolderOptions, StreetsOptions, open_domain
+from jaxdg.data.datasets import FolderOptions, StreetsOptions, open_domain, open_files
 from jaxdg.data.labels import CITYSCAPES
 from tests.data import trees
 
@@ -629,3 +629,19 @@ def test_images_and_labels_that_are_not_what_they_seem_are_named(tmp_path):
         for text in told:
             assert printed.count(f"broken: {tmp_path}/root/{place}/{text}") == 1, text
         assert printed.count("broken: ") == len(told)
+
+
+def test_splits_that_hold_the_same_images_are_told(tmp_path):
+    """Two domains of one's own, of which one has a copy of an image of the other: the warning counts it; others share nothing."""
+    rng = np.random.default_rng(0)
+    for domain in ("a", "b", "c"):
+        for kind, shape in (("images", (8, 8, 3)), ("labels", (8, 8))):
+            (tmp_path / kind / domain).mkdir(parents=True)
+            for i in range(3):
+                pixels = rng.integers(0, 2 if kind == "labels" else 256, shape).astype(np.uint8)
+                Image.fromarray(pixels).save(tmp_path / kind / domain / f"{domain}{i}.png")
+    (tmp_path / "images/b/b1.png").write_bytes((tmp_path / "images/a/a2.png").read_bytes())
+    options = FolderOptions(classes=("x", "y"))
+    opened = {d: open_files(d, root=str(tmp_path), train=True, folder=options, defects=[]) for d in ("a", "b", "c")}
+    (line,) = check.shared_images(opened, str(tmp_path))
+    assert line.startswith("1 of the 3 images of a are images of b;")
