@@ -36,9 +36,11 @@ class DecoderConfig:
     """A decoder before it is built; each is a frozen or hashable dataclass.
 
     Attributes:
+        name: that `model.decoder` knows it by, for messages.
         needs_levels: whether it reads four maps of different sizes, and not maps of any sizes.
     """
 
+    name = ""
     needs_levels = False
 
     def taps(self, encoder: backbones.EncoderConfig) -> tuple[int, ...]:

@@ -57,7 +57,7 @@ class Segmenter(nnx.Module):
             check_pyramid(c, len(channels), strides[-1])
         if decoder.needs_levels and not builds_levels and not (hierarchical and len(channels) == 4):
             raise ValueError(
-                f"model.decoder mask2former reads four levels of different sizes, and {c.encoder} gives {len(channels)} with "
+                f"model.decoder {decoder.name} reads four levels of different sizes, and {c.encoder} gives {len(channels)} with "
                 f"{', '.join(map(str, strides))} pixels a feature; set model.pyramid to layer or batch, or model.taps to ()"
             )
         self.pyramid = backbones.Pyramid(channels[0], c.pyramid, dtype=c.dtype, rngs=rngs) if builds_levels else None

@@ -73,6 +73,7 @@ class Mask2FormerConfig(Mask2FormerOptions, DecoderConfig):
     num_classes: int
     dtype: str = dataclasses.field(default="float32", kw_only=True)
 
+    name = "mask2former"
     needs_levels = True
 
     def build(self, channels: Sequence[int], *, encoder: str, rngs: nnx.Rngs) -> "Mask2Former":
