@@ -1,4 +1,6 @@
-"""What pyproject.toml cannot say: the recipes of configs/ lie in the wheel as jaxdg/configs, where the commands find them by name."""
+"""What pyproject.toml cannot say: the recipes of configs/ lie in the wheel as jaxdg/configs, where
+the commands find them by name.
+"""
 
 from pathlib import Path
 

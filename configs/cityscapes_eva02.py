@@ -1,9 +1,12 @@
-r"""One real dataset -> the others with EVA-02-CLIP L/14 and Mask2Former: VLTSeg's runs between real datasets (arXiv 2312.02021).
+r"""One real dataset -> the others with EVA-02-CLIP L/14 and Mask2Former: VLTSeg's runs between real
+datasets (arXiv 2312.02021).
 
-Reproduces: the paper's recipe for Cityscapes, BDD100K, Mapillary and ACDC as the source; all but steps, batch, crops and image sizes is
+Reproduces: the paper's recipe for Cityscapes, BDD100K, Mapillary and ACDC as the source; all but
+    steps, batch, crops and image sizes is
 configs/gta5_eva02.py, with what it says of weights and differences.
 
-Expected, mIoU % on Cityscapes val, BDD100K val, Mapillary val, ACDC val | rPD % (published; this file: not measured):
+Expected, mIoU % on Cityscapes val, BDD100K val, Mapillary val, ACDC val | rPD % (published; this
+file: not measured):
     from Cityscapes                                85.0 / 66.0 / 77.2 / 73.3 | 84.9
     from BDD100K                                   78.9 / 72.5 / 75.9 / 71.3 | 104.0
     from Mapillary                                 81.6 / 69.2 / 83.8 / 74.2 | 89.5
@@ -25,7 +28,9 @@ from jaxdg.studies.study import StudyOptions
 def get_config(source: str = "cityscapes") -> Config:
     """The experiment from `source`: cityscapes, bdd100k, mapillary or acdc."""
     c = gta5_eva02.get_config(source)
-    c.steps, c.batch_size, c.eval_every = 20_000, 8, 20_000
+    c.steps = 20_000
+    c.batch_size = 8
+    c.eval_every = 20_000
     c.data.resize = (1080, 1920) if source == "acdc" else (1024, 2048)
     c.data.crop = (1024, 1024)
     c.evaluation.stride = (768, 768)
@@ -35,4 +40,6 @@ def get_config(source: str = "cityscapes") -> Config:
 def get_study() -> StudyOptions:
     """What the studies compare."""
     sources = ("cityscapes", "bdd100k", "mapillary", "acdc")
-    return StudyOptions(sources={source: {"data.resize": get_config(source).data.resize} for source in sources})
+    return StudyOptions(
+        sources={source: {"data.resize": get_config(source).data.resize} for source in sources}
+    )

@@ -1,11 +1,13 @@
-r"""Mapillary -> Cityscapes -> the test servers of Cityscapes and ACDC: VLTSeg's submission (arXiv 2312.02021).
+r"""Mapillary -> Cityscapes -> the test servers of Cityscapes and ACDC: VLTSeg's submission (arXiv
+2312.02021).
 
-Reproduces: 20 000 steps on Mapillary (configs/cityscapes_eva02.py:mapillary), then 40 000 on Cityscapes' training images; windows of 1024
+Reproduces: 20 000 steps on Mapillary (configs/cityscapes_eva02.py:mapillary), then 40 000 on
+    Cityscapes' training images; windows of 1024
 with test-time augmentation. What the paper leaves open follows configs/gta5_eva02.py.
 
-Expected, mIoU %: Cityscapes test 86.4; ACDC test, never seen in training, 77.9 (published; this file: not measured).
-Data: mapillary, cityscapes and acdc as downloaded, test images included, below the data root.
-Hardware: as in configs/cityscapes_eva02.py.
+Expected, mIoU %: Cityscapes test 86.4; ACDC test, never seen in training, 77.9 (published; this
+file: not measured). Data: mapillary, cityscapes and acdc as downloaded, test images included, below
+the data root. Hardware: as in configs/cityscapes_eva02.py.
 
     python -m jaxdg.train --config configs/cityscapes_eva02.py:mapillary --workdir runs/mapillary
     python -m jaxdg.train --config configs/cityscapes_test_server.py --workdir runs/test_server
@@ -20,7 +22,9 @@ from jaxdg.config import Config
 def get_config() -> Config:
     """The experiment: the second run of the chain."""
     c = cityscapes_eva02.get_config()
-    c.steps, c.eval_every = 40_000, 40_000
-    c.model.weights, c.model.start = None, "runs/mapillary"
+    c.steps = 40_000
+    c.eval_every = 40_000
+    c.model.weights = None
+    c.model.start = "runs/mapillary"
     c.evaluation.domains = ("cityscapes", "acdc")
     return c

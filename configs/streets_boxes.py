@@ -1,7 +1,9 @@
-"""Boxes on generated streets, a tiny EVA-02 from scratch and a light single-stage head: detection from end to end in minutes.
+"""Boxes on generated streets, a tiny EVA-02 from scratch and a light single-stage head: detection
+from end to end in minutes.
 
-Reproduces no published figure; it shows in small how much of what is found in clear weather is found at night, in rain, in fog and at dusk.
-The five domains show the same worlds, so every point lost is lost to appearance.
+Reproduces no published figure; it shows in small how much of what is found in clear weather is
+found at night, in rain, in fog and at dusk. The five domains show the same worlds, so every point
+lost is lost to appearance.
 
 Expected, AP50 % (voc07): not measured.
 Hardware and time: 2 cores of an x86 CPU; not measured.
@@ -14,10 +16,20 @@ from jaxdg.config import Config
 
 def get_config() -> Config:
     """The experiment."""
-    c = Config(steps=1500, batch_size=4, log_every=50, eval_every=1500, checkpoint_every=500, task="detection")
+    c = Config(
+        steps=1500,
+        batch_size=4,
+        log_every=50,
+        eval_every=1500,
+        checkpoint_every=500,
+        task="detection",
+    )
     c.data.crop = (128, 256)
-    # A run this short learns clear weather at its own size alone; it would take longer with augmentation than it lasts.
-    c.data.scale, c.data.brightness, c.data.contrast = (1.0, 1.0), 0.0, 0.0
+    # A run this short learns clear weather at its own size alone; it would take longer with
+    # augmentation than it lasts.
+    c.data.scale = (1.0, 1.0)
+    c.data.brightness = 0.0
+    c.data.contrast = 0.0
     c.model.encoder = "scratch_eva02_ti8"
     c.model.decoder = "fcos"
     c.model.fcos.channels = 64

@@ -1,12 +1,13 @@
-r"""The paper's studies in small, on real images: CamVid with a pre-trained ViT-Ti/16 and a linear decoder, runs of a minute.
+r"""The paper's studies in small, on real images: CamVid with a pre-trained ViT-Ti/16 and a linear
+decoder, runs of a minute.
 
-Reproduces no published figure. At most 30 images of each domain are judged (`evaluation.max_images`), so results compare with one another
-and with nothing else.
+Reproduces no published figure. At most 30 images of each domain are judged
+(`evaluation.max_images`), so results compare with one another and with nothing else.
 
-What comes out: docs/reports/study_tiny/report.md.
-Hardware and time: 2 cores of an x86 CPU shared with other work, 25 minutes in all, at most 97 seconds a run (2026-11-23): pretraining 2:32,
-freezing 9:23, transfer 4:17, seeds 4:03, corruptions 4:58 minutes.
-Data and weights: as in configs/camvid_vit_tiny.py.
+What comes out: docs/reports/study_tiny/report.md. Hardware and time: 2 cores of an x86 CPU shared
+with other work, 25 minutes in all, at most 97 seconds a run (2026-11-23): pretraining 2:32,
+freezing 9:23, transfer 4:17, seeds 4:03, corruptions 4:58 minutes. Data and weights: as in
+configs/camvid_vit_tiny.py.
 
     export JAXDG_DATA=DATA
     python -m jaxdg.studies.pretraining --config configs/study_tiny.py --workdir runs/study/pretraining
@@ -23,7 +24,14 @@ from jaxdg.studies.study import StudyOptions
 
 def get_config() -> Config:
     """The experiment."""
-    c = Config(steps=200, batch_size=8, log_every=20, eval_every=200, checkpoint_every=100, keep_checkpoints=1)
+    c = Config(
+        steps=200,
+        batch_size=8,
+        log_every=20,
+        eval_every=200,
+        checkpoint_every=100,
+        keep_checkpoints=1,
+    )
     c.data.source = "camvid"
     c.data.crop = (160, 160)
     c.data.scale = (0.5, 1.0)

@@ -1,4 +1,7 @@
-"""The name that `jaxdg convert` had before: `python conversion/torch_to_flax.py`. See `jaxdg/conversion/convert.py`."""
+"""The name that `jaxdg convert` had before: `python conversion/torch_to_flax.py`.
+
+See `jaxdg/conversion/convert.py`.
+"""
 
 import os
 from pathlib import Path

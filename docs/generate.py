@@ -1,8 +1,9 @@
-"""What the site takes from the code when it is built: fields, commands and flags; and links to files that are no pages.
+"""What the site takes from the code when it is built: fields, commands and flags; and links to
+files that are no pages.
 
 MkDocs calls `on_page_markdown` and `on_files`. A page holds a line such as `<!-- fields -->`, which
-its generated part replaces, so that pages can be read in the repository too. `python docs/generate.py`
-prints every command's flags as JSON, which `tests/test_docs.py` reads.
+its generated part replaces, so that pages can be read in the repository too. `python
+docs/generate.py` prints every command's flags as JSON, which `tests/test_docs.py` reads.
 """
 
 import contextlib
@@ -57,10 +58,13 @@ def _rows(kind: type, value: Any, prefix: str) -> list[str]:
     """The sections of a part of the configuration and of the parts in it."""
     from jaxdg import config
 
-    said, hints = attributes(kind), typing.get_type_hints(kind)
-    table, below = [], []
+    said = attributes(kind)
+    hints = typing.get_type_hints(kind)
+    table = []
+    below = []
     for field in dataclasses.fields(kind):
-        name, part = field.name, config.part_type(hints[field.name])
+        name = field.name
+        part = config.part_type(hints[name])
         if name not in said:
             raise ValueError(f"{kind.__module__}.{kind.__name__}.{name} has no documentation")
         # The default has a column of its own.
@@ -71,7 +75,11 @@ def _rows(kind: type, value: Any, prefix: str) -> list[str]:
             shown = f"[fields](#{path.replace('.', '')})"
             shown = f"`None`, or {shown}" if default is None else shown
             below += ["", f"## {path}", ""]
-            below += [summary(part), "", *_rows(part, part() if default is None else default, f"{path}.")]
+            below += [
+                summary(part),
+                "",
+                *_rows(part, part() if default is None else default, f"{path}."),
+            ]
         else:
             shown = _shown(default)
         table.append(f"| `{prefix}{name}` | {shown} | {words} |")
@@ -142,7 +150,10 @@ def all_flags() -> dict[str, dict[str, str]]:
 
     app.define_help_flags()
     libraries = set(flags.FLAGS)
-    there = lambda module: importlib.util.find_spec(module.rpartition(".")[0]) is not None
+
+    def there(module):
+        return importlib.util.find_spec(module.rpartition(".")[0]) is not None
+
     programs = [module for module, _ in COMMANDS.values() if there(module)]
     programs.append("conversion/torch_to_flax.py")
     scripts = sorted((ROOT / "scripts").glob("*.py"))
@@ -154,7 +165,9 @@ def commands() -> str:
     """The table of commands and the flags of each, in Markdown."""
     from jaxdg.commands import COMMANDS
 
-    done = subprocess.run([sys.executable, __file__], cwd=ROOT, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, __file__], cwd=ROOT, capture_output=True, text=True, check=True
+    )
     found = json.loads(done.stdout.splitlines()[-1])
     lines = ["| command | what it does | the same as |", "|---|---|---|"]
     lines += [f"| `jaxdg {n}` | {what} | `python -m {m}` |" for n, (m, what) in COMMANDS.items()]
@@ -187,7 +200,9 @@ def _include(found: re.Match[str]) -> str:
 
 
 def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
-    """Fills in what is generated; a link to a file of the repository that is no page becomes its name."""
+    """Fills in what is generated; a link to a file of the repository that is no page becomes its
+    name.
+    """
     markdown = re.sub(r"<!-- include (\S+) -->", _include, markdown)
     if "<!-- fields -->" in markdown:
         markdown = markdown.replace("<!-- fields -->", fields())

@@ -1,4 +1,6 @@
-"""Domain-generalised dense perception in JAX: encoder -> decoder -> one source domain -> zero-shot on unseen domains."""
+"""Domain-generalised dense perception in JAX: encoder -> decoder -> one source domain -> zero-shot
+on unseen domains.
+"""
 
 import importlib
 from typing import TYPE_CHECKING
@@ -12,7 +14,9 @@ __all__ = ["backbones", "detection", "load", "segmentation", "weights"]
 
 
 def __getattr__(name: str):
-    """Imports `backbones`, `detection`, `segmentation`, `weights` and `load` on first use (PEP 562), so `import jaxdg` is quick."""
+    """Imports `backbones`, `detection`, `segmentation`, `weights` and `load` on first use (PEP
+    562), so `import jaxdg` is quick.
+    """
     if name == "load":
         return importlib.import_module("jaxdg.tasks.loading").load
     if name in __all__:

@@ -48,13 +48,21 @@ def open_domains(task: Task) -> dict[str, Dataset]:
     """
     e = task.config.evaluation
     if twice := sorted({name for name in e.domains if e.domains.count(name) > 1}):
-        raise ValueError(f"evaluation.domains names {', '.join(twice)} more than once; name every domain once")
+        raise ValueError(
+            f"evaluation.domains names {', '.join(twice)} more than once; name every domain once"
+        )
     domains = {name: task.open(name, train=False) for name in e.domains}
-    return {name: Subset(dataset, e.max_images) for name, dataset in domains.items()} if e.max_images else domains
+    return (
+        {name: Subset(dataset, e.max_images) for name, dataset in domains.items()}
+        if e.max_images
+        else domains
+    )
 
 
 def agree_on_images(datasets: Mapping[str, Dataset], config: Config) -> None:
-    """Ends all processes of a run unless each sees the same images and converted weights, wherever they lie on its host."""
+    """Ends all processes of a run unless each sees the same images and converted weights, wherever
+    they lie on its host.
+    """
     if jax.process_count() == 1:
         return
     known: dict[str, Any] = {}
@@ -67,12 +75,16 @@ def agree_on_images(datasets: Mapping[str, Dataset], config: Config) -> None:
         known[f"images of {name}"] = f"{len(dataset)} ({digest.hexdigest()[:12]})"
     for field in ("weights", "text_weights"):
         file = getattr(config.model, field)
-        known[f"bytes of model.{field}"] = os.path.getsize(file) if file and os.path.isfile(file) else None
+        known[f"bytes of model.{field}"] = (
+            os.path.getsize(file) if file and os.path.isfile(file) else None
+        )
     distributed.agree(known, "give all hosts the same files")
 
 
 def trained_on(task: Task, source: Dataset, workdir: Path, say: Callable[[str], None]) -> TrainedOn:
-    """What a run that starts, or goes on, is trained on, by its earlier starts too; to be saved in its workdir."""
+    """What a run that starts, or goes on, is trained on, by its earlier starts too; to be saved in
+    its workdir.
+    """
     noted = None
     try:
         noted = TrainedOn.load(workdir) if workdir_lib.saved(workdir) else None
@@ -82,12 +94,16 @@ def trained_on(task: Task, source: Dataset, workdir: Path, say: Callable[[str], 
 
 
 def own_source(task: Task, source: Dataset) -> TrainedOn:
-    """What a run takes images from: its source, and the folder of its pictures if it uses one; from nothing if it makes no step."""
+    """What a run takes images from: its source, and the folder of its pictures if it uses one; from
+    nothing if it makes no step.
+    """
     c = task.config
     trained = TrainedOn.of(source, c.data.root)
     if not c.steps:
         return trained.without_images()
-    if c.data.pictures and (c.data.pixmix[0] or any(method.wants_pictures for method in methods.active(c))):
+    if c.data.pictures and (
+        c.data.pixmix[0] or any(method.wants_pictures for method in methods.active(c))
+    ):
         return trained.with_pictures(Pictures.of(c.data.pictures).files, c.data.root)
     return trained
 
@@ -97,30 +113,46 @@ def started_from(config: Config) -> TrainedOn | None:
     if config.model.start is None:
         return None
     workdir, _ = locate(config.model.start)
-    return TrainedOn.load(workdir) or TrainedOn(tuple(config_lib.load(workdir).data.source.split("+")))
+    return TrainedOn.load(workdir) or TrainedOn(
+        tuple(config_lib.load(workdir).data.source.split("+"))
+    )
 
 
 def known_source(task: Task, workdir: Path, say: Callable[[str], None]) -> TrainedOn:
-    """What a run was trained on, as its workdir says; if it says nothing, as the images tell that are here; else by name alone."""
+    """What a run was trained on, as its workdir says; if it says nothing, as the images tell that
+    are here; else by name alone.
+    """
     try:
         if (noted := TrainedOn.load(workdir)) is not None:
             return noted
     except ValueError as error:
         say(str(error))
-    data, before = task.config.data, None
-    with contextlib.suppress(OSError, ValueError):  # the run whose model it started from may be gone
+    data = task.config.data
+    before = None
+    with contextlib.suppress(
+        OSError, ValueError
+    ):  # the run whose model it started from may be gone
         before = started_from(task.config)
     try:
         return own_source(task, task.open(data.source, train=True)).also(before)
     except (OSError, ValueError) as error:
-        say(f"whether a domain was trained on is told by its name alone: {workdir} does not say, and the images are not here ({error})")
+        say(
+            f"whether a domain was trained on is told by its name alone: {workdir} does not say,"
+            f" and the images are not here ({error})"
+        )
         return TrainedOn(tuple(data.source.split("+"))).also(before)
 
 
-def standings(task: Task, datasets: Mapping[str, Dataset], trained: TrainedOn, say: Callable[[str], None]) -> dict[str, Standing]:
-    """How each domain stands to what was trained on; says what the names do not, and which domains will get no score."""
+def standings(
+    task: Task, datasets: Mapping[str, Dataset], trained: TrainedOn, say: Callable[[str], None]
+) -> dict[str, Standing]:
+    """How each domain stands to what was trained on; says what the names do not, and which domains
+    will get no score.
+    """
     for name, dataset in datasets.items():
-        if getattr(dataset.dataset if isinstance(dataset, Subset) else dataset, "unlabelled", False):
+        if getattr(
+            dataset.dataset if isinstance(dataset, Subset) else dataset, "unlabelled", False
+        ):
             say(f"{name} has no labels, so it gets no score")
     return overlap.standings(trained, datasets, task.config.data.root, say)
 
@@ -132,18 +164,23 @@ def evaluate_domains(
     standing: Mapping[str, Standing],
     tick: Callable[[str, int], None],
 ) -> dict[str, DomainResult]:
-    """Judges a model on each domain, and in the same pass on its parts; `tick(domain, batch)` is called after every batch and may raise."""
+    """Judges a model on each domain, and in the same pass on its parts; `tick(domain, batch)` is
+    called after every batch and may raise.
+    """
     results: dict[str, DomainResult] = {}
     for name, dataset in datasets.items():
         if name in results:  # as a part
             continue
         done = itertools.count(1)
         whole = evaluator(state, dataset, lambda name=name, done=done: tick(name, next(done)))
-        seen, trained = standing[name].seen, standing[name].trained_on
+        seen = standing[name].seen
+        trained = standing[name].trained_on
         for key, result in {name: whole, **whole.parts}.items():
             mine = range(len(dataset))
             if key != name:
-                mine = [i for i in mine if protocols.part_of(dataset.domain, dataset.name(i)) == key]
+                mine = [
+                    i for i in mine if protocols.part_of(dataset.domain, dataset.name(i)) == key
+                ]
             result.metrics |= {
                 "seen": seen,
                 "trained_on": None if trained is None else int(trained[list(mine)].sum()),
@@ -153,12 +190,16 @@ def evaluate_domains(
     return results
 
 
-def summary(task: Task, config: Config, step: int, results: Mapping[str, DomainResult]) -> dict[str, Any]:
+def summary(
+    task: Task, config: Config, step: int, results: Mapping[str, DomainResult]
+) -> dict[str, Any]:
     """The contents of results.json: every domain, the mean of those never seen, and rPD.
 
-    rPD is that mean in percent of the score on the seen domain, or the mean of several: of those judged on no image trained on, if there
-    are such (`results.reference`). A domain without truth has no score and is in no mean. `seen_by` says whether the images or only the
-    names told what is seen, `classes_differ` which classes some of the domains lack that enter these figures: {class: [domain, ..]}.
+    rPD is that mean in percent of the score on the seen domain, or the mean of several: of those
+    judged on no image trained on, if there are such (`results.reference`). A domain without truth
+    has no score and is in no mean. `seen_by` says whether the images or only the names told what is
+    seen, `classes_differ` which classes some of the domains lack that enter these figures: {class:
+    [domain, ..]}.
     """
     return {
         "task": config.task,
@@ -170,10 +211,13 @@ def summary(task: Task, config: Config, step: int, results: Mapping[str, DomainR
     }
 
 
-def write_results(everything: dict[str, Any], results: Mapping[str, DomainResult], folder: Path) -> dict[str, Any]:
+def write_results(
+    everything: dict[str, Any], results: Mapping[str, DomainResult], folder: Path
+) -> dict[str, Any]:
     """Writes results.json, whole or not at all, and before it what belongs beside it.
 
-    Domains that were judged there before stay, if their results are of the same step, protocol and so on.
+    Domains that were judged there before stay, if their results are of the same step, protocol and
+    so on.
 
     Returns:
         The contents of results.json.
@@ -195,7 +239,9 @@ def write_results(everything: dict[str, Any], results: Mapping[str, DomainResult
 
 
 def own_folder(workdir: Path, step: int, run: EvaluationConfig, asked: EvaluationConfig) -> Path:
-    """Where results belong if no folder is given: those that are judged otherwise than the run judges itself have one of their own."""
+    """Where results belong if no folder is given: those that are judged otherwise than the run
+    judges itself have one of their own.
+    """
     name = f"evaluation_{step}"
     if asked.protocol != run.protocol:
         name += f"_{asked.protocol}"
@@ -209,7 +255,10 @@ def shrunk(example: Mapping[str, np.ndarray], side: int) -> dict[str, np.ndarray
     h, w = example["image"].shape[:2]
     scale = min(1.0, side / max(h, w))
     size = round(w * scale), round(h * scale)
-    resized = lambda array, method: cv2.resize(array, size, interpolation=method) if scale < 1 else array
+
+    def resized(array, method):
+        return cv2.resize(array, size, interpolation=method) if scale < 1 else array
+
     small = {"image": resized(example["image"], cv2.INTER_AREA)}
     for key in example.keys() & {"truth", "prediction"}:
         small[key] = resized(example[key], cv2.INTER_NEAREST)
@@ -219,31 +268,57 @@ def shrunk(example: Mapping[str, np.ndarray], side: int) -> dict[str, np.ndarray
 
 
 def print_results(results: dict[str, Any], console: Console) -> None:
-    """A table of every class on every domain, then the means, and what must be known to read them; of an older version's results too."""
-    domains, score = results["domains"], results_lib.score_name(results)
+    """A table of every class on every domain, then the means, and what must be known to read them;
+    of an older version's results too.
+    """
+    domains = results["domains"]
+    score = results_lib.score_name(results)
     of_class = score.removeprefix("m")
     table = Table(
-        title=f"{of_class} in % at step {results['step']}, trained on {results['source']}, protocol {results['protocol']}",
+        title=(
+            f"{of_class} in % at step {results['step']}, trained on {results['source']}, protocol"
+            f" {results['protocol']}"
+        ),
         title_justify="left",
     )
     table.add_column("class", no_wrap=True)
     for name, entry in domains.items():
-        table.add_column(name + results_lib.mark(name, entry, results["source"]), justify="right", overflow="fold")
-    cell = lambda value, none="-": none if value is None else f"{value:.1f}"
+        table.add_column(
+            name + results_lib.mark(name, entry, results["source"]),
+            justify="right",
+            overflow="fold",
+        )
+
+    def cell(value, none="-"):
+        return none if value is None else f"{value:.1f}"
+
     for label in next(iter(domains.values()))[of_class]:
         table.add_row(label, *(cell(entry[of_class][label]) for entry in domains.values()))
     table.add_section()
-    table.add_row(score, *(cell(entry[score], results_lib.NO_TRUTH) for entry in domains.values()), style="bold")
+    table.add_row(
+        score,
+        *(cell(entry[score], results_lib.NO_TRUTH) for entry in domains.values()),
+        style="bold",
+    )
     for subset in next(iter(domains.values())).get("subsets", ()):
-        table.add_row(f"mIoU of {subset}", *(cell(entry["subsets"].get(subset)) for entry in domains.values()))
+        table.add_row(
+            f"mIoU of {subset}", *(cell(entry["subsets"].get(subset)) for entry in domains.values())
+        )
     if any("classes" in entry for entry in domains.values()):
-        table.add_row("classes counted", *(str(entry.get("classes", "-")) for entry in domains.values()))
+        table.add_row(
+            "classes counted", *(str(entry.get("classes", "-")) for entry in domains.values())
+        )
     if any(entry.get("trained_on") for entry in domains.values()):
-        table.add_row("images trained on", *(results_lib.share(entry) or "0" for entry in domains.values()))
+        table.add_row(
+            "images trained on", *(results_lib.share(entry) or "0" for entry in domains.values())
+        )
     console.print(table)
     if results["mean_unseen"] is not None:
         rpd = "" if results["rPD"] is None else f"   rPD {results['rPD']:.1f} %"
-        console.print(f"mean of unseen domains {results['mean_unseen']:.1f}{rpd}   protocol {results['protocol']}")
+        console.print(
+            f"mean of unseen domains {results['mean_unseen']:.1f}{rpd}   protocol"
+            f" {results['protocol']}"
+        )
     for line in results_lib.remarks(results):
         console.print(line)
     if results.get("max_images"):
@@ -269,7 +344,8 @@ def main(arguments: Sequence[str]) -> None:
     runtime.set_up()
     workdir, step = locate(_CHECKPOINT.value)
     config = config_lib.load(workdir)
-    e, d = config.evaluation, config.data
+    e = config.evaluation
+    d = config.data
     config.evaluation = dataclasses.replace(
         e,
         domains=tuple(_DOMAINS.value or e.domains),
@@ -279,22 +355,36 @@ def main(arguments: Sequence[str]) -> None:
     )
     # The data root of this machine, not the one the run was trained on.
     root = _DATA_ROOT.value or os.environ.get("JAXDG_DATA") or d.root
-    config.data = dataclasses.replace(d, root=root, workers=d.workers if _WORKERS.value is None else _WORKERS.value)
+    config.data = dataclasses.replace(
+        d, root=root, workers=d.workers if _WORKERS.value is None else _WORKERS.value
+    )
     config.mesh = config_lib.MeshConfig()
     config = config_lib.validated(config)
     given = {"--checkpoint": _CHECKPOINT.value, "--out": _OUT.value, "the step": step}
-    distributed.agree({**config_lib.common(config), **given}, "start all processes by the same command")
-    task, mesh, console = make_task(config), sharding.make_mesh(config.mesh), cli.console(quiet=not distributed.is_main())
+    distributed.agree(
+        {**config_lib.common(config), **given}, "start all processes by the same command"
+    )
+    task = make_task(config)
+    mesh = sharding.make_mesh(config.mesh)
+    console = cli.console(quiet=not distributed.is_main())
     datasets = open_domains(task)
     agree_on_images(datasets, config)
     standing = standings(task, datasets, known_source(task, workdir, console.print), console.print)
     plan, state, at = restore_model(workdir, step, config, task, mesh)
     out = Path(_OUT.value) if _OUT.value else own_folder(workdir, at, e, config.evaluation)
     # The bits of the model, as results of another must not be taken for its own.
-    model = {"model": f"{int(fingerprint(dict(zip(('trained', 'frozen', 'statistics'), state, strict=True)))):08x}"}
+    model = {
+        "model": (
+            f"{int(fingerprint(dict(zip(('trained', 'frozen', 'statistics'), state, strict=True)))):08x}"
+        )
+    }
     there = workdir_lib.results(out / "results.json", console.print)
-    if there is not None and (differ := results_lib.foreign(there, {**summary(task, config, at, {}), **model})):
-        raise ValueError(f"{out}/results.json holds other results ({'; '.join(differ)}); give another --out")
+    if there is not None and (
+        differ := results_lib.foreign(there, {**summary(task, config, at, {}), **model})
+    ):
+        raise ValueError(
+            f"{out}/results.json holds other results ({'; '.join(differ)}); give another --out"
+        )
 
     def tick(name: str, batch: int) -> None:
         distributed.progress()
@@ -305,7 +395,9 @@ def main(arguments: Sequence[str]) -> None:
     everything = {**summary(task, config, at, results), **model}
     if distributed.is_main():
         out.mkdir(parents=True, exist_ok=True)
-        with locks.held(out / "results.lock", f"{out}/results.json", console.print, wait=600):  # of two at once none is lost
+        with locks.held(
+            out / "results.lock", f"{out}/results.json", console.print, wait=600
+        ):  # of two at once none is lost
             everything = write_results(everything, results, out)
         save_pictures(results, out)
     print_results(everything, console)
@@ -313,15 +405,31 @@ def main(arguments: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    _CHECKPOINT = cli.define_path("checkpoint", "A workdir, or one step in it such as DIR/checkpoints/500.", required=True)
-    _DOMAINS = cli.define_list("domains", "Domains to evaluate, by comma; those of the run's configuration if left out.")
-    _PROTOCOL = flags.DEFINE_enum(
-        "protocol", None, sum(PROTOCOLS.values(), ()), "How the task is judged, see evaluation.protocol; the run's own if left out."
+    _CHECKPOINT = cli.define_path(
+        "checkpoint", "A workdir, or one step in it such as DIR/checkpoints/500.", required=True
     )
-    _DATA_ROOT = cli.define_path("data_root", "Folder of the datasets; $JAXDG_DATA, else the run's, if left out.", urls=True)
-    _BATCH_SIZE = flags.DEFINE_integer("batch_size", None, "Images a step, over all devices.", lower_bound=1)
-    _MAX_IMAGES = flags.DEFINE_integer("max_images", None, "Images of each domain, evenly spread; 0 for all.", lower_bound=0)
+    _DOMAINS = cli.define_list(
+        "domains", "Domains to evaluate, by comma; those of the run's configuration if left out."
+    )
+    _PROTOCOL = flags.DEFINE_enum(
+        "protocol",
+        None,
+        sum(PROTOCOLS.values(), ()),
+        "How the task is judged, see evaluation.protocol; the run's own if left out.",
+    )
+    _DATA_ROOT = cli.define_path(
+        "data_root", "Folder of the datasets; $JAXDG_DATA, else the run's, if left out.", urls=True
+    )
+    _BATCH_SIZE = flags.DEFINE_integer(
+        "batch_size", None, "Images a step, over all devices.", lower_bound=1
+    )
+    _MAX_IMAGES = flags.DEFINE_integer(
+        "max_images", None, "Images of each domain, evenly spread; 0 for all.", lower_bound=0
+    )
     _WORKERS = flags.DEFINE_integer("workers", None, "Processes that read images.", lower_bound=0)
-    _OUT = cli.define_path("out", "Folder for results.json and pictures; one in the workdir, evaluation_STEP.., if left out.")
+    _OUT = cli.define_path(
+        "out",
+        "Folder for results.json and pictures; one in the workdir, evaluation_STEP.., if left out.",
+    )
     distributed.define_flags()
     cli.run(main)

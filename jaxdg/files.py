@@ -12,7 +12,9 @@ FULL = (errno.ENOSPC, errno.EDQUOT)  # no room left on the disk, or for this use
 
 
 class Broken(ValueError):
-    """A file that does not hold what it should: a crash emptied or cut it, or something else wrote it."""
+    """A file that does not hold what it should: a crash emptied or cut it, or something else wrote
+    it.
+    """
 
 
 def write(path: Path, content: str | bytes) -> None:
@@ -41,7 +43,11 @@ def _keep_name(folder: Path) -> None:
     try:
         os.fsync(handle)
     except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EBADF):  # some file systems have no such thing
+        if error.errno not in (
+            errno.EINVAL,
+            errno.ENOTSUP,
+            errno.EBADF,
+        ):  # some file systems have no such thing
             raise
     finally:
         os.close(handle)
@@ -54,7 +60,10 @@ def naming(path: str | os.PathLike[str]) -> Iterator[None]:
         yield
     except OSError as error:
         if error.errno in FULL:
-            told = f"disk full: {path} cannot be written ({error.strerror}); what was saved before is whole; "
+            told = (
+                f"disk full: {path} cannot be written ({error.strerror}); what was saved before is"
+                " whole; "
+            )
             raise OSError(told + "free some space on that disk and run the same command") from error
         if error.errno is None or error.filename is not None:
             raise
@@ -74,13 +83,22 @@ def read_json(path: Path) -> Any:
     try:
         return json.loads(content)
     except (ValueError, RecursionError) as error:
-        reason = f"no JSON: {error}" if content.strip(b"\0 \n") else "empty" if not content else "nothing but zeros or blanks"
+        reason = (
+            f"no JSON: {error}"
+            if content.strip(b"\0 \n")
+            else "empty"
+            if not content
+            else "nothing but zeros or blanks"
+        )
         raise Broken(f"{path}: broken ({reason})") from None
 
 
 def set_aside(path: Path) -> Path:
-    """Renames a broken file to `NAME.broken`, so that nothing is lost and it can be made again; returns the new path."""
-    aside, count = path.with_name(path.name + ".broken"), 1
+    """Renames a broken file to `NAME.broken`, so that nothing is lost and it can be made again;
+    returns the new path.
+    """
+    aside = path.with_name(path.name + ".broken")
+    count = 1
     while aside.exists():
         count += 1
         aside = path.with_name(f"{path.name}.broken{count}")
@@ -88,13 +106,19 @@ def set_aside(path: Path) -> Path:
     return aside
 
 
-def recall(path: Path, wanted: Callable[[Any], bool], say: Callable[[str], None] | None = None, remedy: str = "it is made again") -> Any:
+def recall(
+    path: Path,
+    wanted: Callable[[Any], bool],
+    say: Callable[[str], None] | None = None,
+    remedy: str = "it is made again",
+) -> Any:
     """The contents of a JSON file that can be made again, None if there is none or it is broken.
 
     Args:
         path: of the file.
         wanted: whether its contents are such as they should be.
-        say: receives a line where it is broken, which then is set aside; without it the file is left as it is.
+        say: receives a line where it is broken, which then is set aside; without it the file is
+            left as it is.
         remedy: what happens then, in words.
     """
     try:

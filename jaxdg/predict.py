@@ -2,14 +2,15 @@
 
     python -m jaxdg.predict --checkpoint runs/streets --out predictions IMAGE_OR_FOLDER...
 
-Segmentation writes `NAME.png` (class ids, uint8, of the image's size). Detection writes `NAME.json`: a list of boxes as in COCO's results,
-{"category": class name, "category_id": its number from 1, "bbox": [x, y, width, height] in pixels of the image, "score"}, the best first.
-Both write `NAME_overlay.jpg`.
+Segmentation writes `NAME.png` (class ids, uint8, of the image's size). Detection writes
+`NAME.json`: a list of boxes as in COCO's results, {"category": class name, "category_id": its
+number from 1, "bbox": [x, y, width, height] in pixels of the image, "score"}, the best first. Both
+write `NAME_overlay.jpg`.
 
 NAME is the image's path below the folder that was given, without extension. Where two images would
 have one name, both get their extension behind it (`a_png`, `a_jpg`) or the folders that they are in
-before it (`x/a`, `y/a`). Nothing is replaced but what an earlier run wrote there (see `outputs.py`),
-and what a run wrote is no image to predict.
+before it (`x/a`, `y/a`). Nothing is replaced but what an earlier run wrote there (see
+`outputs.py`), and what a run wrote is no image to predict.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -46,7 +47,8 @@ Write = Callable[[Path, bytes], None]
 
 
 def find_images(paths: Iterable[str], say: Say = lambda line: None) -> list[tuple[Path, Path]]:
-    """(image file, its name below --out without suffix) of every image given or found in the folders given, in order; each once.
+    """(image file, its name below --out without suffix) of every image given or found in the
+    folders given, in order; each once.
 
     Args:
         paths: of images and folders.
@@ -74,12 +76,16 @@ def find_images(paths: Iterable[str], say: Say = lambda line: None) -> list[tupl
         say(f"passed over, as predict wrote them: {_some(sorted(written))}")
     if not found:
         raise ValueError("no image is left to predict; name others")
-    return list(zip((file for file, _ in found.values()), _distinct([*found.values()]), strict=True))
+    return list(
+        zip((file for file, _ in found.values()), _distinct([*found.values()]), strict=True)
+    )
 
 
 def _in_folder(path: Path, written: list[str], say: Say) -> list[tuple[Path, Path]]:
     """The images below a folder and their names; adds to what predict itself wrote."""
-    passed, files, others = storage.Passed(), [], []
+    passed = storage.Passed()
+    files = []
+    others = []
     mine = outputs.written_above(str(path))
     before = len(written)
     for parent, names in storage.walk(str(path), passed):
@@ -113,7 +119,11 @@ def _distinct(found: Sequence[tuple[Path, Path]]) -> list[Path]:
     names = [name for _, name in found]
     taken = {name for name, members in groups.items() if len(members) == 1}
     for members in (members for members in groups.values() if len(members) > 1):
-        proposals = next(made for made in _proposals([found[i] for i in members]) if len({*made}) == len(made) and taken.isdisjoint(made))
+        proposals = next(
+            made
+            for made in _proposals([found[i] for i in members])
+            if len({*made}) == len(made) and taken.isdisjoint(made)
+        )
         taken |= {*proposals}
         for i, name in zip(members, proposals, strict=True):
             names[i] = name
@@ -121,15 +131,25 @@ def _distinct(found: Sequence[tuple[Path, Path]]) -> list[Path]:
 
 
 def _proposals(group: Sequence[tuple[Path, Path]]) -> Iterator[list[Path]]:
-    """Names for images that have the same one, the shortest first: with extensions, with the folders above, with both."""
+    """Names for images that have the same one, the shortest first: with extensions, with the
+    folders above, with both.
+    """
     above = [Path(os.path.abspath(file)).parts[1 : -len(name.parts)] for file, name in group]
     for depth in range(max(map(len, above)) + 1):
-        names = [Path(*parts[len(parts) - min(depth, len(parts)) :], name) for parts, (_, name) in zip(above, group, strict=True)]
+        names = [
+            Path(*parts[len(parts) - min(depth, len(parts)) :], name)
+            for parts, (_, name) in zip(above, group, strict=True)
+        ]
         if depth:
             yield names
-        yield [Path(f"{name}_{file.suffix[1:]}") for name, (file, _) in zip(names, group, strict=True)]
+        yield [
+            Path(f"{name}_{file.suffix[1:]}") for name, (file, _) in zip(names, group, strict=True)
+        ]
     for number in range(1, sys.maxsize):  # an image is called as another would be
-        yield [Path(f"{name}_{number}_{file.suffix[1:]}") for name, (file, _) in zip(names, group, strict=True)]
+        yield [
+            Path(f"{name}_{number}_{file.suffix[1:]}")
+            for name, (file, _) in zip(names, group, strict=True)
+        ]
 
 
 def check_outputs(out: outputs.Outputs, images: Sequence[tuple[Path, Path]], suffix: str) -> None:
@@ -141,49 +161,88 @@ def check_outputs(out: outputs.Outputs, images: Sequence[tuple[Path, Path]], suf
         suffix: of what is written beside the overlays.
 
     Raises:
-        ValueError: a file would be replaced, or images and predictions would lie in one folder; names the first.
+        ValueError: a file would be replaced, or images and predictions would lie in one folder;
+            names the first.
     """
     real = functools.cache(os.path.realpath)
     folders = {real(file.parent): file for file, _ in images}
     for _, name in images:
         folder = (out.folder / name).parent
         if image := folders.get(real(folder)):
-            raise ValueError(f"--out would put predictions into {folder}, the folder of the image {image}; give another folder")
-        for target in (Path(f"{out.folder / name}{suffix}"), Path(f"{out.folder / name}_overlay.jpg")):
+            raise ValueError(
+                f"--out would put predictions into {folder}, the folder of the image {image}; give"
+                " another folder"
+            )
+        for target in (
+            Path(f"{out.folder / name}{suffix}"),
+            Path(f"{out.folder / name}_overlay.jpg"),
+        ):
             if not out.may_write(target):
                 raise ValueError(
-                    f"{target} is there and is not what predict wrote there ({out.folder / outputs.NAME} lists that); "
-                    "give another --out, or move the file"
+                    f"{target} is there and is not what predict wrote there"
+                    f" ({out.folder / outputs.NAME} lists that); give another --out, or move the"
+                    " file"
                 )
 
 
-def write_label(target: Path, image: np.ndarray, label: np.ndarray, labels: LabelSet, write: Write | None = None) -> str:
-    """Writes `TARGET.png` and `TARGET_overlay.jpg` of a label map uint8 [h, w]; returns a line about it."""
+def write_label(
+    target: Path, image: np.ndarray, label: np.ndarray, labels: LabelSet, write: Write | None = None
+) -> str:
+    """Writes `TARGET.png` and `TARGET_overlay.jpg` of a label map uint8 [h, w]; returns a line
+    about it.
+    """
     write = write or outputs.Outputs(target.parent).write
     write(Path(f"{target}.png"), _encoded(label, "PNG"))
-    write(Path(f"{target}_overlay.jpg"), _encoded(visualize.overlay(image, label, labels.colors, labels.names), "JPEG"))
+    write(
+        Path(f"{target}_overlay.jpg"),
+        _encoded(visualize.overlay(image, label, labels.colors, labels.names), "JPEG"),
+    )
     ids, counts = np.unique(label, return_counts=True)
     shares = sorted(zip(counts / label.size, ids, strict=True), reverse=True)[:3]
-    return f"{target}.png  " + ", ".join(f"{labels.names[i]} {100 * share:.0f} %" for share, i in shares)
+    return f"{target}.png  " + ", ".join(
+        f"{labels.names[i]} {100 * share:.0f} %" for share, i in shares
+    )
 
 
 def write_boxes(
-    target: Path, image: np.ndarray, found: Detections, labels: LabelSet, score_threshold: float, write: Write | None = None
+    target: Path,
+    image: np.ndarray,
+    found: Detections,
+    labels: LabelSet,
+    score_threshold: float,
+    write: Write | None = None,
 ) -> str:
-    """Writes `TARGET.json` and `TARGET_overlay.jpg` of the boxes of at least this score; returns a line about them."""
+    """Writes `TARGET.json` and `TARGET_overlay.jpg` of the boxes of at least this score; returns a
+    line about them.
+    """
     write = write or outputs.Outputs(target.parent).write
     sure = found.scores >= score_threshold
-    boxes, scores, classes = found.boxes[sure], found.scores[sure], found.classes[sure]
+    boxes = found.boxes[sure]
+    scores = found.scores[sure]
+    classes = found.classes[sure]
     entries = [
-        {"category": labels.names[k], "category_id": k + 1, "bbox": [x0, y0, x1 - x0, y1 - y0], "score": score}
-        for (x0, y0, x1, y1), score, k in zip(boxes.tolist(), scores.tolist(), classes.tolist(), strict=True)
+        {
+            "category": labels.names[k],
+            "category_id": k + 1,
+            "bbox": [x0, y0, x1 - x0, y1 - y0],
+            "score": score,
+        }
+        for (x0, y0, x1, y1), score, k in zip(
+            boxes.tolist(), scores.tolist(), classes.tolist(), strict=True
+        )
     ]
     write(Path(f"{target}.json"), json.dumps(entries).encode())
     write(
-        Path(f"{target}_overlay.jpg"), _encoded(visualize.box_overlay(image, boxes, classes, labels.colors, labels.names, scores), "JPEG")
+        Path(f"{target}_overlay.jpg"),
+        _encoded(
+            visualize.box_overlay(image, boxes, classes, labels.colors, labels.names, scores),
+            "JPEG",
+        ),
     )
     counts = ((np.count_nonzero(classes == k), name) for k, name in enumerate(labels.names))
-    return f"{target}.json  " + (", ".join(f"{count} {name}" for count, name in counts if count) or "nothing")
+    return f"{target}.json  " + (
+        ", ".join(f"{count} {name}" for count, name in counts if count) or "nothing"
+    )
 
 
 def _encoded(picture: np.ndarray, form: str) -> bytes:
@@ -199,33 +258,57 @@ def _say(line: str) -> None:
 def main(arguments: Sequence[str]) -> None:
     """Predicts the images that the arguments name."""
     if len(arguments) < 2:
-        raise ValueError("name at least one image or folder: python -m jaxdg.predict --checkpoint DIR --out DIR IMAGE_OR_FOLDER...")
-    images = find_images([paths.given(argument, "an image or folder") for argument in arguments[1:]], _say)
+        raise ValueError(
+            "name at least one image or folder: python -m jaxdg.predict --checkpoint DIR --out DIR"
+            " IMAGE_OR_FOLDER..."
+        )
+    images = find_images(
+        [paths.given(argument, "an image or folder") for argument in arguments[1:]], _say
+    )
     out = outputs.Outputs(Path(_OUT.value))
     boxes = config_lib.load(locate(_CHECKPOINT.value)[0]).task == "detection"
     check_outputs(out, images, ".json" if boxes else ".png")
     runtime.set_up()
-    model, failed = load(_CHECKPOINT.value), 0
+    model = load(_CHECKPOINT.value)
+    failed = 0
     for file, name in images:
         try:
             image = read_image(str(file), upright=True)
             seen = model.predict(image)
-        except (ValueError, cv2.error, jax.errors.JaxRuntimeError) as error:  # the last: an image too large for the memory
+        except (
+            ValueError,
+            cv2.error,
+            jax.errors.JaxRuntimeError,
+        ) as error:  # the last: an image too large for the memory
             failed += 1
             told = str(error).split("; fetch the file again")[0].removeprefix(f"{file}: ")
             _say(f"failed: {file}: {' '.join(told.split())}")
             continue
         target = out.folder / name
         if isinstance(seen, Detections):
-            print(write_boxes(target, image, seen, model.labels, _SCORE_THRESHOLD.value, out.write), flush=True)
+            print(
+                write_boxes(target, image, seen, model.labels, _SCORE_THRESHOLD.value, out.write),
+                flush=True,
+            )
         else:
             print(write_label(target, image, seen, model.labels, out.write), flush=True)
     if failed:
-        raise ValueError(f"{failed} of {len(images)} images could not be predicted and are named above; the others are in {out.folder}")
+        raise ValueError(
+            f"{failed} of {len(images)} images could not be predicted and are named above; the"
+            f" others are in {out.folder}"
+        )
 
 
 if __name__ == "__main__":
-    _CHECKPOINT = cli.define_path("checkpoint", "A workdir, or one step in it such as DIR/checkpoints/500.", required=True)
-    _OUT = cli.define_path("out", "Folder for NAME.png (class ids) or NAME.json (boxes), and NAME_overlay.jpg.", required=True)
-    _SCORE_THRESHOLD = flags.DEFINE_float("score_threshold", 0.3, "Least score of a box that is written and drawn.", 0.0, 1.0)
+    _CHECKPOINT = cli.define_path(
+        "checkpoint", "A workdir, or one step in it such as DIR/checkpoints/500.", required=True
+    )
+    _OUT = cli.define_path(
+        "out",
+        "Folder for NAME.png (class ids) or NAME.json (boxes), and NAME_overlay.jpg.",
+        required=True,
+    )
+    _SCORE_THRESHOLD = flags.DEFINE_float(
+        "score_threshold", 0.3, "Least score of a box that is written and drawn.", 0.0, 1.0
+    )
     cli.run(main)

@@ -1,11 +1,13 @@
-"""Converted `.safetensors` files to parameter trees and back, strictly, and the names by which everything speaks of parameters.
+"""Converted `.safetensors` files to parameter trees and back, strictly, and the names by which
+everything speaks of parameters.
 
-A module holds equal blocks as stacked segments (`blocks.segments.6.norm1.scale`: the segment that starts at
-block 6, leading axis = its blocks). Files and
-all regular expressions (freezing, weight decay, learning rates, sharding) see one name a block (`blocks.7.norm1.scale`), so they do
-not depend on where segments end. This module knows no model: a module with a method `adapt(name, tensor) -> tensor or None`
-says how its own stored tensors are fitted to it (positions resized) or that it has no use for one; a method `check(metadata)` raises
-ValueError where a file was made for another module of the same shapes.
+A module holds equal blocks as stacked segments (`blocks.segments.6.norm1.scale`: the segment that
+starts at block 6, leading axis = its blocks). Files and all regular expressions (freezing, weight
+decay, learning rates, sharding) see one name a block (`blocks.7.norm1.scale`), so they do not
+depend on where segments end. This module knows no model: a module with a method `adapt(name,
+tensor) -> tensor or None` says how its own stored tensors are fitted to it (positions resized) or
+that it has no use for one; a method `check(metadata)` raises ValueError where a file was made for
+another module of the same shapes.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -38,7 +40,19 @@ LONGEST = 700  # characters of what does not fit: an error is at most ten lines 
 NUMBER = re.compile(r"(?<=[./])\d+(?=[./])|(?<=encoderblock_)\d+")  # of a block
 COMMAND = "jaxdg convert"
 # Kinds of file that are no converted one.
-PUBLISHED = (".pth", ".pt", ".tar", ".bin", ".ckpt", ".pkl", ".npz", ".onnx", ".gguf", ".h5", ".json")
+PUBLISHED = (
+    ".pth",
+    ".pt",
+    ".tar",
+    ".bin",
+    ".ckpt",
+    ".pkl",
+    ".npz",
+    ".onnx",
+    ".gguf",
+    ".h5",
+    ".json",
+)
 STORED = (nnx.Param, nnx.BatchStat)  # what a weights file holds: parameters and running statistics
 
 
@@ -63,18 +77,30 @@ def slots(state: nnx.State) -> dict[str, Slot]:
         state: of a module, or a part of one; may be abstract.
 
     Returns:
-        {"blocks.3.norm1.scale": Slot(("blocks", "segments", "0", "norm1", "scale"), 3), ...}, sorted by path.
+        {"blocks.3.norm1.scale": Slot(("blocks", "segments", "0", "norm1", "scale"), 3), ...},
+        sorted by path.
     """
-    return {name: slot for path, leaf in nnx.to_flat_state(state) for name, slot in named(path, leaf.shape).items()}
+    return {
+        name: slot
+        for path, leaf in nnx.to_flat_state(state)
+        for name, slot in named(path, leaf.shape).items()
+    }
 
 
 def named(path: tuple[Any, ...], shape: Sequence[int]) -> dict[str, Slot]:
-    """The tensors of a leaf of a state by per-block name: one, or those of all blocks that it stacks."""
+    """The tensors of a leaf of a state by per-block name: one, or those of all blocks that it
+    stacks.
+    """
     if SEGMENTS not in path:
         return {".".join(map(str, path)): Slot(path)}
     at = path.index(SEGMENTS)  # a segment is called by its first block
-    stack, first, rest = ".".join(map(str, path[:at])), int(str(path[at + 1])), path[at + 2 :]
-    return {".".join(map(str, (stack, first + layer, *rest))): Slot(path, layer, stack) for layer in range(shape[0])}
+    stack = ".".join(map(str, path[:at]))
+    first = int(str(path[at + 1]))
+    rest = path[at + 2 :]
+    return {
+        ".".join(map(str, (stack, first + layer, *rest))): Slot(path, layer, stack)
+        for layer in range(shape[0])
+    }
 
 
 def segment_ends(shapes: Mapping[tuple[Any, ...], Sequence[int]], within: str) -> tuple[int, ...]:
@@ -84,12 +110,15 @@ def segment_ends(shapes: Mapping[tuple[Any, ...], Sequence[int]], within: str) -
         shapes: of the leaves of its state, by path.
         within: the first word of the paths that count, such as "backbone".
     """
-    stacks: dict[str, dict[int, int]] = {}  # of each stack: first block of a segment -> blocks in it
+    stacks: dict[
+        str, dict[int, int]
+    ] = {}  # of each stack: first block of a segment -> blocks in it
     for path, shape in shapes.items():
         if path[0] == within and SEGMENTS in path:
             at = path.index(SEGMENTS)
             stacks.setdefault(".".join(map(str, path[:at])), {})[int(str(path[at + 1]))] = shape[0]
-    ends, before = [], 0
+    ends = []
+    before = 0
     for stack in sorted(stacks):
         ends += [before + first + count - 1 for first, count in sorted(stacks[stack].items())]
         before = ends[-1] + 1
@@ -109,7 +138,8 @@ def tree_by_name(state: nnx.State, value: Callable[[str], float]) -> Any:
         value: name to number.
 
     Returns:
-        The structure of `state`; leaves are scalars, or [layers, 1, ...] for stacked blocks, ready to be multiplied with it.
+        The structure of `state`; leaves are scalars, or [layers, 1, ...] for stacked blocks, ready
+        to be multiplied with it.
     """
     flat = dict(nnx.to_flat_state(state))
     factors: dict[tuple, np.ndarray] = {}
@@ -124,25 +154,38 @@ def tree_by_name(state: nnx.State, value: Callable[[str], float]) -> Any:
 
 def unflatten_like(state: nnx.State, leaves: Mapping[tuple[Any, ...], Any]) -> Any:
     """A tree of the structure of `state` with the given leaf at every path."""
-    return jax.tree.unflatten(jax.tree.structure(state), [leaves[path] for path, _ in nnx.to_flat_state(state)])
+    return jax.tree.unflatten(
+        jax.tree.structure(state), [leaves[path] for path, _ in nnx.to_flat_state(state)]
+    )
 
 
 def tensors(module: nnx.Module) -> dict[str, np.ndarray]:
-    """All parameters and running statistics of `module` as float32 (or their own type) host arrays by per-block name."""
+    """All parameters and running statistics of `module` as float32 (or their own type) host arrays
+    by per-block name.
+    """
     state = nnx.state(module, nnx.Any(*STORED))
     flat = {path: np.asarray(leaf[...]) for path, leaf in nnx.to_flat_state(state)}
-    return {name: flat[path] if layer is None else flat[path][layer] for name, (path, layer, _) in slots(state).items()}
+    return {
+        name: flat[path] if layer is None else flat[path][layer]
+        for name, (path, layer, _) in slots(state).items()
+    }
 
 
 def shapes(module: nnx.Module) -> dict[str, tuple[int, ...]]:
-    """The shape of every tensor a weights file of `module` must hold, by per-block name; works on abstract modules as well."""
+    """The shape of every tensor a weights file of `module` must hold, by per-block name; works on
+    abstract modules as well.
+    """
     state = nnx.state(module, nnx.Any(*STORED))
     flat = {path: tuple(leaf.shape) for path, leaf in nnx.to_flat_state(state)}
-    return {name: flat[path] if layer is None else flat[path][1:] for name, (path, layer, _) in slots(state).items()}
+    return {
+        name: flat[path] if layer is None else flat[path][1:]
+        for name, (path, layer, _) in slots(state).items()
+    }
 
 
 def load(module: nnx.Module, path: str | Path) -> None:
-    """Fills every parameter and running statistic of `module` from a converted file, keeping each array's placement.
+    """Fills every parameter and running statistic of `module` from a converted file, keeping each
+    array's placement.
 
     Args:
         module: to be filled in place; its optional `adapt` method fits stored tensors to it.
@@ -150,25 +193,33 @@ def load(module: nnx.Module, path: str | Path) -> None:
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: not a converted file, values that are no numbers, or tensors that are missing, left over or of another shape; they are
-            named by kind.
+        ValueError: not a converted file, values that are no numbers, or tensors that are missing,
+            left over or of another shape; they are named by kind.
     """
     stored = read(path)
     about = metadata(path)
     odd = [f"{name}: {what}" for name, tensor in stored.items() if (what := not_finite(tensor))]
     if odd:
-        raise ValueError(f"{path} holds {joined(told('tensors with values that are no numbers', odd))}; take another file of these weights")
+        raise ValueError(
+            f"{path} holds {joined(told('tensors with values that are no numbers', odd))}; take"
+            " another file of these weights"
+        )
     check = getattr(module, "check", None)
     if check is not None:
         try:
             check(about)
         except ValueError as error:
-            raise ValueError(f"{path} does not fit this {type(module).__name__}: {error}") from error
+            raise ValueError(
+                f"{path} does not fit this {type(module).__name__}: {error}"
+            ) from error
     try:
         fill(module, stored, path)
     except ValueError as error:
         if "jaxdg" not in about:
-            hint = f"nothing tells that it was converted; a published file is, once: {COMMAND} --checkpoint {path} --out FILE.safetensors"
+            hint = (
+                f"nothing tells that it was converted; a published file is, once: {COMMAND}"
+                f" --checkpoint {path} --out FILE.safetensors"
+            )
         elif "layout" not in about and "model" in about:
             hint = f"it is {about['model']} written back to its publisher's names; convert it again"
         else:
@@ -189,7 +240,11 @@ def fill(module: nnx.Module, stored: Mapping[str, np.ndarray], source: str | Pat
     """
     adapt = getattr(module, "adapt", None)
     if adapt is not None:
-        stored = {name: fitted for name, tensor in stored.items() if (fitted := adapt(name, tensor)) is not None}
+        stored = {
+            name: fitted
+            for name, tensor in stored.items()
+            if (fitted := adapt(name, tensor)) is not None
+        }
     state = nnx.state(module, nnx.Any(*STORED))
     wanted = shapes(module)
     problems = mismatches(wanted, {name: tensor.shape for name, tensor in stored.items()})
@@ -203,17 +258,36 @@ def fill(module: nnx.Module, stored: Mapping[str, np.ndarray], source: str | Pat
         # Copied in either case: no parameter may live in the mapped file.
         value = np.stack(filled[at]) if isinstance(filled[at], list) else np.array(filled[at])
         value = value.astype(old.dtype, copy=False)
-        # Every process hands its devices their parts; `device_put` would first compare all values with those of the others.
-        put = lambda at, value=value: value[at]
-        variable.set_value(jax.make_array_from_callback(value.shape, old.sharding, put) if old.sharding else jax.device_put(value))
+
+        # Every process hands its devices their parts; `device_put` would first compare all values
+        # with those of the others.
+        def put(at, value=value):
+            return value[at]
+
+        variable.set_value(
+            jax.make_array_from_callback(value.shape, old.sharding, put)
+            if old.sharding
+            else jax.device_put(value)
+        )
     nnx.update(module, state)
 
 
-def mismatches(wanted: Mapping[str, tuple[int, ...]], given: Mapping[str, tuple[int, ...]]) -> list[str]:
-    """What keeps `given` tensors from filling `wanted` ones exactly, one phrase for each kind of offence; empty if nothing."""
-    missing, extra = wanted.keys() - given.keys(), given.keys() - wanted.keys()
-    misshapen = [f"{n} is {given[n]}, not {wanted[n]}" for n in wanted.keys() & given.keys() if tuple(given[n]) != tuple(wanted[n])]
-    return told("missing", missing) + told("unexpected", extra) + told("of another shape", misshapen)
+def mismatches(
+    wanted: Mapping[str, tuple[int, ...]], given: Mapping[str, tuple[int, ...]]
+) -> list[str]:
+    """What keeps `given` tensors from filling `wanted` ones exactly, one phrase for each kind of
+    offence; empty if nothing.
+    """
+    missing = wanted.keys() - given.keys()
+    extra = given.keys() - wanted.keys()
+    misshapen = [
+        f"{n} is {given[n]}, not {wanted[n]}"
+        for n in wanted.keys() & given.keys()
+        if tuple(given[n]) != tuple(wanted[n])
+    ]
+    return (
+        told("missing", missing) + told("unexpected", extra) + told("of another shape", misshapen)
+    )
 
 
 def told(wrong: str, offenders: Iterable[str]) -> list[str]:
@@ -223,23 +297,34 @@ def told(wrong: str, offenders: Iterable[str]) -> list[str]:
         wrong: what is wrong with them.
         offenders: their names, what is to be said of each after a space or a colon.
     """
-    ordered = sorted(offenders, key=lambda name: [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)])
+    ordered = sorted(
+        offenders,
+        key=lambda name: [
+            (int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)
+        ],
+    )
     if len(ordered) <= FEW:
         kinds = ordered
     else:
         alike: dict[str, list[str]] = {}
         for name in ordered:
             alike.setdefault(NUMBER.sub("*", name), []).append(name)
-        kinds = [f"{kind} ({len(names)} tensors)" if len(names) > 1 else names[0] for kind, names in alike.items()]
+        kinds = [
+            f"{kind} ({len(names)} tensors)" if len(names) > 1 else names[0]
+            for kind, names in alike.items()
+        ]
     return [f"{len(ordered)} {wrong} ({', '.join(kinds)})"] if ordered else []
 
 
 def joined(problems: Sequence[str]) -> str:
     """Phrases of `told` in a line that can be read: the long ones are cut between two names."""
-    room, cut = LONGEST, dict.fromkeys(problems, "")
+    room = LONGEST
+    cut = dict.fromkeys(problems, "")
     for done, problem in enumerate(sorted(cut, key=len)):  # what short ones leave is for the others
         share = room // (len(cut) - done)
-        cut[problem] = problem if len(problem) <= share else problem[: problem.rfind(", ", 0, share)] + ", ..)"
+        cut[problem] = (
+            problem if len(problem) <= share else problem[: problem.rfind(", ", 0, share)] + ", ..)"
+        )
         room -= len(cut[problem])
     return "; ".join(cut.values())
 
@@ -254,7 +339,9 @@ def not_finite(tensor: np.ndarray) -> str:
 
 
 def read(path: str | Path) -> dict[str, np.ndarray]:
-    """All tensors of a `.safetensors` file by name: views of the file, which stays mapped while one of them lives; writing copies."""
+    """All tensors of a `.safetensors` file by name: views of the file, which stays mapped while one
+    of them lives; writing copies.
+    """
     with _open(path):  # the library checks the file, but would copy every tensor
         raw = np.asarray(np.memmap(path, np.uint8, "c"))
     start = 8 + int.from_bytes(raw[:8].tobytes(), "little")
@@ -263,11 +350,15 @@ def read(path: str | Path) -> dict[str, np.ndarray]:
     types = {code: np.dtype(name) for name, code in CODES.items()}
     if foreign := [name for name, at in header.items() if at["dtype"] not in types]:
         raise ValueError(
-            f"{path} holds {header[foreign[0]]['dtype']} ({foreign[0]}), which no converted file does; a published file is converted once: "
-            f"{COMMAND} --checkpoint {path} --out FILE.safetensors"
+            f"{path} holds {header[foreign[0]]['dtype']} ({foreign[0]}), which no converted file"
+            f" does; a published file is converted once: {COMMAND} --checkpoint {path} --out"
+            " FILE.safetensors"
         )
     data = raw[start:]
-    return {name: data[slice(*at["data_offsets"])].view(types[at["dtype"]]).reshape(at["shape"]) for name, at in header.items()}
+    return {
+        name: data[slice(*at["data_offsets"])].view(types[at["dtype"]]).reshape(at["shape"])
+        for name, at in header.items()
+    }
 
 
 def metadata(path: str | Path) -> dict[str, str]:
@@ -280,22 +371,33 @@ def _open(path: str | Path):
     path = Path(path)
     convert = f"{COMMAND} --checkpoint {path} --out FILE.safetensors"
     if path.is_dir():
-        raise ValueError(f"{path} is a folder; of a model as it was downloaded a converted file is made once: {convert}")
+        raise ValueError(
+            f"{path} is a folder; of a model as it was downloaded a converted file is made once:"
+            f" {convert}"
+        )
     if not path.is_file():
-        raise FileNotFoundError(f"no weights at {path}; convert a checkpoint with {COMMAND} --out {path}")
+        raise FileNotFoundError(
+            f"no weights at {path}; convert a checkpoint with {COMMAND} --out {path}"
+        )
     if path.suffix in PUBLISHED:
-        raise ValueError(f"{path} is a {path.suffix} file and no converted one, which is made of it once: {convert}")
+        raise ValueError(
+            f"{path} is a {path.suffix} file and no converted one, which is made of it once:"
+            f" {convert}"
+        )
     try:
         return safe_open(path, framework="numpy")
     except SafetensorError as error:
-        raise ValueError(f"{path} is no readable safetensors file ({error}); convert the checkpoint again") from error
+        raise ValueError(
+            f"{path} is no readable safetensors file ({error}); convert the checkpoint again"
+        ) from error
 
 
 def save(tensors: Mapping[str, np.ndarray], path: str | Path, about: Mapping[str, Any]) -> None:
     """Writes tensors and what is known of them to a `.safetensors` file, whole or not at all.
 
     Args:
-        tensors: host arrays by per-block name; taken one by one, twice, so a mapping may make each when it is asked for.
+        tensors: host arrays by per-block name; taken one by one, twice, so a mapping may make each
+            when it is asked for.
         path: the file; its folder is created.
         about: metadata; values that are no strings are written as JSON.
 
@@ -305,26 +407,41 @@ def save(tensors: Mapping[str, np.ndarray], path: str | Path, about: Mapping[str
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
-    header: dict[str, Any] = {"__metadata__": {key: value if isinstance(value, str) else json.dumps(value) for key, value in about.items()}}
+    header: dict[str, Any] = {
+        "__metadata__": {
+            key: value if isinstance(value, str) else json.dumps(value)
+            for key, value in about.items()
+        }
+    }
     end = 0
     for name, tensor in tensors.items():
-        start, end = end, end + tensor.nbytes
-        header[name] = {"dtype": CODES[str(tensor.dtype)], "shape": tensor.shape, "data_offsets": (start, end)}
+        start = end
+        end = end + tensor.nbytes
+        header[name] = {
+            "dtype": CODES[str(tensor.dtype)],
+            "shape": tensor.shape,
+            "data_offsets": (start, end),
+        }
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     try:
-        # The library's own writer wants all tensors at once, and makes files that nobody else can read.
+        # The library's own writer wants all tensors at once, and makes files that nobody else can
+        # read.
         with partial.open("wb") as file:
             file.write(len(text).to_bytes(8, "little") + text)
             for tensor in tensors.values():
                 file.write(tensor.tobytes())
         os.replace(partial, path)
     except OSError as error:
-        raise OSError(f"cannot write {path} ({error}); free some space or choose another folder") from error
+        raise OSError(
+            f"cannot write {path} ({error}); free some space or choose another folder"
+        ) from error
     finally:
         partial.unlink(missing_ok=True)
 
 
 def first_match(name: str, rules: Iterable[tuple[str, T]], default: T) -> T:
-    """The value of the first (regex, value) rule whose regex is found in `name`; `default` if none is."""
+    """The value of the first (regex, value) rule whose regex is found in `name`; `default` if none
+    is.
+    """
     return next((value for pattern, value in rules if re.search(pattern, name)), default)

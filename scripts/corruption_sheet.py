@@ -1,4 +1,5 @@
-"""Writes a contact sheet of the corruptions of an image: a kind a row, the image as it is and at severities 1 to 5.
+"""Writes a contact sheet of the corruptions of an image: a kind a row, the image as it is and at
+severities 1 to 5.
 
 python scripts/corruption_sheet.py --image photo.png --out sheet.png [--width 320] [--kinds fog,frost]
 """
@@ -14,18 +15,33 @@ from jaxdg.evaluation.corruptions import KINDS, SEVERITIES, corrupt
 
 def main():
     """Reads the command line and writes the sheet."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--image", required=True, help="image to corrupt, at its own size")
     parser.add_argument("--out", required=True, help="PNG or JPEG file to write")
     parser.add_argument("--width", type=int, default=320, help="of a panel in pixels, default 320")
     parser.add_argument("--kinds", default=",".join(KINDS), help="by comma, all if left out")
     args = parser.parse_args()
-    image, rows = read_image(args.image), []
+    image = read_image(args.image)
+    rows = []
     height = round(args.width * image.shape[0] / image.shape[1])
     for kind in args.kinds.split(","):
         panels = [image, *(corrupt(image, kind, severity, seed=0) for severity in SEVERITIES)]
-        panels = [cv2.resize(panel, (args.width, height), interpolation=cv2.INTER_AREA) for panel in panels]
-        cv2.putText(panels[0], kind, (6, height - 8), cv2.FONT_HERSHEY_SIMPLEX, 0.6, (255, 255, 0), 2, cv2.LINE_AA)
+        panels = [
+            cv2.resize(panel, (args.width, height), interpolation=cv2.INTER_AREA)
+            for panel in panels
+        ]
+        cv2.putText(
+            panels[0],
+            kind,
+            (6, height - 8),
+            cv2.FONT_HERSHEY_SIMPLEX,
+            0.6,
+            (255, 255, 0),
+            2,
+            cv2.LINE_AA,
+        )
         rows.append(np.concatenate(panels, 1))
     if not cv2.imwrite(args.out, np.concatenate(rows)[..., ::-1]):
         raise SystemExit(f"cannot write {args.out}")

@@ -1,14 +1,21 @@
-"""Makes tests/golden/cityscapes_iou.npz: random label maps and what the official Cityscapes evaluation says of them.
+"""Makes tests/golden/cityscapes_iou.npz: random label maps and what the official Cityscapes
+evaluation says of them.
 
-Run by hand where `cityscapesscripts` is installed: `python scripts/golden_cityscapes_iou.py`. The official code reads PNG files of
-Cityscapes label ids, so train ids become label ids, and ignored pixels become any of the ids that it ignores.
+Run by hand where `cityscapesscripts` is installed: `python scripts/golden_cityscapes_iou.py`. The
+official code reads PNG files of Cityscapes label ids, so train ids become label ids, and ignored
+pixels become any of the ids that it ignores.
 """
 
 from pathlib import Path
 import tempfile
 
-from cityscapesscripts.evaluation import evalPixelLevelSemanticLabeling as official  # pyright: ignore[reportMissingImports]
-from cityscapesscripts.helpers.labels import labels, trainId2label  # pyright: ignore[reportMissingImports]
+from cityscapesscripts.evaluation import (  # pyright: ignore[reportMissingImports]
+    evalPixelLevelSemanticLabeling as official,
+)
+from cityscapesscripts.helpers.labels import (  # pyright: ignore[reportMissingImports]
+    labels,
+    trainId2label,
+)
 import numpy as np
 from PIL import Image
 
@@ -19,7 +26,9 @@ IGNORED = np.array([label.id for label in labels if label.ignoreInEval and label
 
 
 def official_iou(truth: np.ndarray, prediction: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """IoU of the 19 classes over a set of images [n, h, w] of train ids (255 ignored), by the official code."""
+    """IoU of the 19 classes over a set of images [n, h, w] of train ids (255 ignored), by the
+    official code.
+    """
     truth_ids = np.where(truth == 255, rng.choice(IGNORED, truth.shape), IDS[np.minimum(truth, 18)])
     vars(official.args).update(evalInstLevelScore=False, JSONOutput=False, quiet=True)
     with tempfile.TemporaryDirectory() as folder:
@@ -28,12 +37,16 @@ def official_iou(truth: np.ndarray, prediction: np.ndarray, rng: np.random.Gener
             pairs.append((f"{folder}/{i}_prediction.png", f"{folder}/{i}_truth.png"))
             Image.fromarray(p).save(pairs[-1][0])
             Image.fromarray(t).save(pairs[-1][1])
-        result = official.evaluateImgLists([p for p, _ in pairs], [t for _, t in pairs], official.args)
+        result = official.evaluateImgLists(
+            [p for p, _ in pairs], [t for _, t in pairs], official.args
+        )
     return np.array([result["classScores"][name] for name in NAMES])
 
 
 def official_iou_of_counts(counts: np.ndarray) -> np.ndarray:
-    """IoU of a given matrix of train ids, by the official code: a way past the pixels that fit in memory."""
+    """IoU of a given matrix of train ids, by the official code: a way past the pixels that fit in
+    memory.
+    """
     matrix = official.generateMatrix(official.args)
     matrix[np.ix_(IDS, IDS)] = counts
     return np.array([official.getIouScoreForLabel(int(i), matrix, official.args) for i in IDS])
@@ -47,10 +60,12 @@ def main() -> None:
     prediction[agree] = truth[agree]
     truth[rng.random(truth.shape) < 0.1] = 255
     truth[:, :, 30:] = 255  # whole regions too, such as the car's bonnet
-    # Set 1: terrain occurs nowhere, train is predicted but never true, wall is true but never predicted.
+    # Set 1: terrain occurs nowhere, train is predicted but never true, wall is true but never
+    # predicted.
     truth[1][np.isin(truth[1], (9, 16))] = 255
     prediction[1][np.isin(prediction[1], (9, 3))] = 0
-    # Set 2: most classes are absent, and one of them (bus) is predicted on ignored pixels only, which must not count.
+    # Set 2: most classes are absent, and one of them (bus) is predicted on ignored pixels only,
+    # which must not count.
     truth[2] = np.where(truth[2] < 5, truth[2], 255)
     prediction[2] = np.where(truth[2] < 5, prediction[2] % 5, 15)
     counts = rng.integers(0, 2**33, (19, 19))

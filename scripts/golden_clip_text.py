@@ -1,12 +1,16 @@
-"""Makes tests/golden/clip_tokens.npz and clip_text.npz: what open_clip's tokenizer, text towers and image towers compute.
+"""Makes tests/golden/clip_tokens.npz and clip_text.npz: what open_clip's tokenizer, text towers and
+image towers compute.
 
-Run by hand where torch, open_clip and timm are installed: `python scripts/golden_clip_text.py`. The first file holds 1 000 texts with
-their token ids. The second holds, of three small models, the embeddings of class names, and the scores that MaskCLIP gives every patch;
-their weights are drawn from the tensors' names (the tests draw the same).
+Run by hand where torch, open_clip and timm are installed: `python scripts/golden_clip_text.py`. The
+first file holds 1 000 texts with their token ids. The second holds, of three small models, the
+embeddings of class names, and the scores that MaskCLIP gives every patch; their weights are drawn
+from the tensors' names (the tests draw the same).
 
-With a name of `jaxdg.backbones.TEXT_TOWERS`, such as `python scripts/golden_clip_text.py clip_l14_text`, compares a model of full size
-with ours once and prints the differences; benchmarks/PARITY.md records them.
+With a name of `jaxdg.backbones.TEXT_TOWERS`, such as `python scripts/golden_clip_text.py
+clip_l14_text`, compares a model of full size with ours once and prints the differences;
+benchmarks/PARITY.md records them.
 """
+
 # ruff: noqa: RUF001  signs that look alike are what the tokenizer must tell apart
 
 from collections.abc import Sequence
@@ -70,7 +74,8 @@ PHRASES = (
     "Привет мир ΚΑΛΗΜΕΡΑ ქართული հայերեն ไทย हिन्दी தமிழ் ᓄᓇᕗᑦ ᏣᎳᎩ ⵣ",
     "∑∏∫√∞≠≤≥ ←↑→↓ ■□▲△ ♠♥♦♣ ☃ ™ © ® ° § ¶",
 )
-# Where random signs are drawn from: first and last of ranges that had no gap or were filled in Unicode 14, which all libraries know.
+# Where random signs are drawn from: first and last of ranges that had no gap or were filled in
+# Unicode 14, which all libraries know.
 RANGES = (
     (0x20, 0x7E), (0x61, 0x7A), (0x30, 0x39), (0xA0, 0xFF), (0x100, 0x17F), (0x1E00, 0x1EFF), (0x391, 0x3A1), (0x3B1, 0x3C9),
     (0x410, 0x44F), (0x5D0, 0x5EA), (0x621, 0x63A), (0x660, 0x669), (0x905, 0x939), (0x966, 0x96F), (0xE01, 0xE3A), (0x300, 0x36F),
@@ -84,17 +89,31 @@ PIECES = (
 
 
 def texts(count: int) -> list[str]:
-    """The phrases above, ImageNet's classes in OpenAI's sentences, then random mixtures of signs and pieces; the same at every call."""
-    rng, made = np.random.default_rng(0), list(PHRASES)
+    """The phrases above, ImageNet's classes in OpenAI's sentences, then random mixtures of signs
+    and pieces; the same at every call.
+    """
+    rng = np.random.default_rng(0)
+    made = list(PHRASES)
     sentences = open_clip.OPENAI_IMAGENET_TEMPLATES
-    made += [sentences[i % len(sentences)](name) for i, name in enumerate(open_clip.IMAGENET_CLASSNAMES[::3])]
+    made += [
+        sentences[i % len(sentences)](name)
+        for i, name in enumerate(open_clip.IMAGENET_CLASSNAMES[::3])
+    ]
     while len(made) < count:
         ranges = [RANGES[i] for i in rng.integers(len(RANGES), size=rng.integers(1, 5))]
         text = ""
         for _ in range(rng.integers(1, 30)):
             first, last = ranges[rng.integers(len(ranges))]
             draw = rng.random()
-            text += " " if draw < 0.12 else PIECES[rng.integers(len(PIECES))] if draw < 0.2 else chr(rng.integers(first, last + 1))
+            text += (
+                " "
+                if draw < 0.12
+                else (
+                    PIECES[rng.integers(len(PIECES))]
+                    if draw < 0.2
+                    else chr(rng.integers(first, last + 1))
+                )
+            )
         made.append(text)
     return made
 
@@ -114,10 +133,18 @@ def draw(name: str, shape: Sequence[int]) -> np.ndarray:
 
 
 def fill(module: Any, prefix: str) -> dict[str, np.ndarray]:
-    """Draws every floating tensor of a module, puts it there, and returns all by their names in a file."""
+    """Draws every floating tensor of a module, puts it there, and returns all by their names in a
+    file.
+    """
     state = module.state_dict()
-    drawn = {name: draw(prefix + name, tuple(t.shape)) for name, t in state.items() if t.is_floating_point()}
-    module.load_state_dict({name: torch.from_numpy(np.asarray(drawn.get(name, t))) for name, t in state.items()})
+    drawn = {
+        name: draw(prefix + name, tuple(t.shape))
+        for name, t in state.items()
+        if t.is_floating_point()
+    }
+    module.load_state_dict(
+        {name: torch.from_numpy(np.asarray(drawn.get(name, t))) for name, t in state.items()}
+    )
     module.eval()
     return {prefix + name: tensor for name, tensor in drawn.items()}
 
@@ -130,7 +157,9 @@ def classes(encode_text: Any, names: Sequence[str], templates: Sequence[str]) ->
         def encode_text(self, ids: Any, normalize: bool) -> Any:
             return F.normalize(encode_text(ids), dim=-1) if normalize else encode_text(ids)
 
-    return open_clip.build_zero_shot_classifier(Model(), SimpleTokenizer(), names, templates).T.numpy()
+    return open_clip.build_zero_shot_classifier(
+        Model(), SimpleTokenizer(), names, templates
+    ).T.numpy()
 
 
 def entering(module: Any, block: Any, images: torch.Tensor) -> torch.Tensor:
@@ -143,7 +172,9 @@ def entering(module: Any, block: Any, images: torch.Tensor) -> torch.Tensor:
 
 
 def agree(ours: torch.Tensor, masked: torch.Tensor) -> torch.Tensor:
-    """The value path, after a check that it is the block itself with a mask by which a token attends only to itself."""
+    """The value path, after a check that it is the block itself with a mask by which a token
+    attends only to itself.
+    """
     torch.testing.assert_close(ours, masked, rtol=1e-4, atol=1e-4)
     return ours
 
@@ -153,8 +184,11 @@ def clip_dense(visual: Any, images: torch.Tensor) -> torch.Tensor:
     """MaskCLIP's features [b, h, w, e] of open_clip's transformer, not normalised."""
     *_, block = visual.transformer.resblocks
     x = entering(visual, block, images)
-    c, n = x.shape[-1], x.shape[1]
-    v = F.linear(block.ln_1(x), block.attn.in_proj_weight[2 * c :], block.attn.in_proj_bias[2 * c :])
+    c = x.shape[-1]
+    n = x.shape[1]
+    v = F.linear(
+        block.ln_1(x), block.attn.in_proj_weight[2 * c :], block.attn.in_proj_bias[2 * c :]
+    )
     y = x + block.attn.out_proj(v)
     y = y + block.mlp(block.ln_2(y))
     alone = torch.full((n, n), float("-inf")).fill_diagonal_(0)
@@ -167,18 +201,24 @@ def clip_dense(visual: Any, images: torch.Tensor) -> torch.Tensor:
 def eva_dense(trunk: Any, images: torch.Tensor) -> torch.Tensor:
     """MaskCLIP's features [b, h, w, e] of timm's EVA-02, not normalised."""
     *_, block = trunk.blocks
-    x, a = entering(trunk, block, images), block.attn
+    x = entering(trunk, block, images)
+    a = block.attn
     y = x + a.proj(a.norm(a.v_proj(block.norm1(x))))
     y = y + block.mlp(block.norm2(y))
     n = x.shape[1]
-    y = agree(y, block(x, rope=trunk.rope.get_embed(), attn_mask=torch.eye(n, dtype=torch.bool)[None, None]))
+    y = agree(
+        y,
+        block(x, rope=trunk.rope.get_embed(), attn_mask=torch.eye(n, dtype=torch.bool)[None, None]),
+    )
     return trunk.head(trunk.norm(y)[:, 1:]).unflatten(1, trunk.patch_embed.grid_size)
 
 
 @torch.inference_mode()
 def resnet_dense(visual: Any, images: torch.Tensor) -> torch.Tensor:
     """MaskCLIP's features [b, h, w, e] of open_clip's ResNet, not normalised."""
-    x = visual.layer4(visual.layer3(visual.layer2(visual.layer1(visual.stem(images))))).permute(0, 2, 3, 1)
+    x = visual.layer4(visual.layer3(visual.layer2(visual.layer1(visual.stem(images))))).permute(
+        0, 2, 3, 1
+    )
     return visual.attnpool.c_proj(visual.attnpool.v_proj(x))
 
 
@@ -195,7 +235,14 @@ def nchw(images: np.ndarray) -> torch.Tensor:
 def eva_trunk(size: tuple[int, int], embedding: int, **sizes: Any) -> Any:
     """EVA-02 of timm as in EVA-02-CLIP, for images of this size."""
     small: dict[str, Any] = dict(patch_size=4, embed_dim=24, depth=3, num_heads=2)
-    family = dict(qkv_fused=False, mlp_ratio=8 / 3, swiglu_mlp=True, scale_mlp=True, scale_attn_inner=True, use_rot_pos_emb=True)
+    family = dict(
+        qkv_fused=False,
+        mlp_ratio=8 / 3,
+        swiglu_mlp=True,
+        scale_mlp=True,
+        scale_attn_inner=True,
+        use_rot_pos_emb=True,
+    )
     fixed = dict(ref_feat_shape=(16, 16), global_pool="token", num_classes=embedding)
     options: dict[str, Any] = small | family | fixed | sizes
     return Eva(img_size=size, **options).eval()
@@ -214,10 +261,14 @@ def golden_models() -> dict[str, np.ndarray]:
     text: dict[str, Any] = dict(context_length=77, vocab_size=49408, layers=3)
     vision: dict[str, Any] = dict(patch_size=4, width=32, head_width=16, layers=3)
     for size in SIZES:
-        model = build(48, dict(vision, image_size=size), dict(text, width=64, heads=4), quick_gelu=True)
+        model = build(
+            48, dict(vision, image_size=size), dict(text, width=64, heads=4), quick_gelu=True
+        )
         trained = draw("visual.positional_embedding", (26, 32))
         fill(model, "")
-        model.visual.positional_embedding.data = torch.from_numpy(clip_bicubic(trained, model.visual.grid_size))
+        model.visual.positional_embedding.data = torch.from_numpy(
+            clip_bicubic(trained, model.visual.grid_size)
+        )
         dense = clip_dense(model.visual, nchw(wave(*size)))
         arrays["clip/{}x{}".format(*size)] = scores(dense, note("clip", model.encode_text))
 
@@ -229,21 +280,33 @@ def golden_models() -> dict[str, np.ndarray]:
         trained = draw("visual.trunk.pos_embed", (1, 26, 24))
         fill(trunk, "visual.trunk.")
         trunk.pos_embed.data = torch.from_numpy(eva_bicubic(trained, trunk.patch_embed.grid_size))
-        arrays["eva02/{}x{}".format(*size)] = scores(eva_dense(trunk, nchw(wave(*size))), embeddings)
+        arrays["eva02/{}x{}".format(*size)] = scores(
+            eva_dense(trunk, nchw(wave(*size))), embeddings
+        )
 
-    model = build(48, dict(image_size=160, layers=(1, 2, 1, 1), width=16), dict(text, width=64, heads=4), quick_gelu=True)
+    model = build(
+        48,
+        dict(image_size=160, layers=(1, 2, 1, 1), width=16),
+        dict(text, width=64, heads=4),
+        quick_gelu=True,
+    )
     fill(model, "")
     embeddings = note("resnet", model.encode_text)
     for h, w in SIZES:
         images = wave(8 * h, 8 * w)
-        arrays[f"resnet/{8 * h}x{8 * w}"] = scores(resnet_dense(model.visual, nchw(images)), embeddings)
+        arrays[f"resnet/{8 * h}x{8 * w}"] = scores(
+            resnet_dense(model.visual, nchw(images)), embeddings
+        )
     return arrays
 
 
 def golden_tokens() -> dict[str, np.ndarray]:
     """1 000 texts as JSON, and their ids."""
     made = texts(1000)
-    return {"texts": np.frombuffer(json.dumps(made).encode(), np.uint8), "ids": SimpleTokenizer()(made).numpy().astype(np.uint16)}
+    return {
+        "texts": np.frombuffer(json.dumps(made).encode(), np.uint8),
+        "ids": SimpleTokenizer()(made).numpy().astype(np.uint16),
+    }
 
 
 FULL = {
@@ -256,7 +319,9 @@ FULL = {
 
 
 def full_size(name: str) -> None:
-    """Compares one model of full size, drawn as the small ones are, on 19 class names and a picture that is not square."""
+    """Compares one model of full size, drawn as the small ones are, on 19 class names and a picture
+    that is not square.
+    """
     from flax import nnx
     import jax
     import jax.numpy as jnp
@@ -265,28 +330,37 @@ def full_size(name: str) -> None:
     from jaxdg import backbones, segmentation, weights
     from jaxdg.conversion import convert as torch_to_flax
 
-    start, encoder, size = time.perf_counter(), name.removesuffix("_text"), (224, 336)
+    start = time.perf_counter()
+    encoder = name.removesuffix("_text")
+    size = (224, 336)
     config: Any = open_clip.get_model_config(FULL[name])
     custom = config.pop("custom_text", False)
     model: Any = (open_clip.CustomTextCLIP if custom else open_clip.CLIP)(**config)
-    source, images = fill(model, ""), wave(*size)
+    source = fill(model, "")
+    images = wave(*size)
     expected = classes(model.encode_text, CITYSCAPES.names, (TEMPLATE,))
     if custom:
         trunk = model.visual.trunk
         trunk.set_input_size(size)
-        trunk.pos_embed.data = torch.from_numpy(eva_bicubic(source["visual.trunk.pos_embed"], trunk.patch_embed.grid_size))
+        trunk.pos_embed.data = torch.from_numpy(
+            eva_bicubic(source["visual.trunk.pos_embed"], trunk.patch_embed.grid_size)
+        )
         dense = eva_dense(trunk, nchw(images))
     elif name == "clip_rn50_text":
         dense = resnet_dense(model.visual, nchw(images))
     else:
         patch = model.visual.patch_size
         grid = size[0] // patch[0], size[1] // patch[1]
-        model.visual.positional_embedding.data = torch.from_numpy(clip_bicubic(source["visual.positional_embedding"], grid))
+        model.visual.positional_embedding.data = torch.from_numpy(
+            clip_bicubic(source["visual.positional_embedding"], grid)
+        )
         dense = clip_dense(model.visual, nchw(images))
     wanted = scores(dense, expected)
     del model, dense
     with tempfile.TemporaryDirectory() as folder:
-        theirs, image, text = (Path(folder) / f"{part}.safetensors" for part in ("theirs", "image", "text"))
+        theirs, image, text = (
+            Path(folder) / f"{part}.safetensors" for part in ("theirs", "image", "text")
+        )
         save_file(source, theirs)
         del source
         print(torch_to_flax.convert(encoder, theirs, image))
@@ -296,19 +370,27 @@ def full_size(name: str) -> None:
         decoder = segmentation.ClipTextHeadConfig(CITYSCAPES.names)
         ours: Any = nnx.eval_shape(
             lambda: segmentation.Segmenter(
-                segmentation.SegmenterConfig(num_classes=19, encoder=encoder, image_size=size, decoder=decoder), rngs=nnx.Rngs(0)
+                segmentation.SegmenterConfig(
+                    num_classes=19, encoder=encoder, image_size=size, decoder=decoder
+                ),
+                rngs=nnx.Rngs(0),
             )
         )
         weights.load(ours.backbone, image)
         ours.head.load_text(text)
     graph, state = nnx.split(ours)
-    found = np.asarray(jax.jit(lambda state, images: nnx.merge(graph, state)(images))(state, jnp.asarray(images)))
+    found = np.asarray(
+        jax.jit(lambda state, images: nnx.merge(graph, state)(images))(state, jnp.asarray(images))
+    )
     print(
-        f"texts: max {np.abs(got - expected).max():.1e}; values up to {np.abs(expected).max():.2f}; classes apart by "
-        f"{np.abs(expected[1:] - expected[:-1]).max():.2f}"
+        f"texts: max {np.abs(got - expected).max():.1e}; values up to {np.abs(expected).max():.2f};"
+        f" classes apart by {np.abs(expected[1:] - expected[:-1]).max():.2f}"
     )
     same = np.mean(found.argmax(-1) == wanted.argmax(-1))
-    print(f"scores: max {np.abs(found - wanted).max():.1e}; values up to {np.abs(wanted).max():.0f}; {100 * same:.2f} % of decisions equal")
+    print(
+        f"scores: max {np.abs(found - wanted).max():.1e}; values up to {np.abs(wanted).max():.0f};"
+        f" {100 * same:.2f} % of decisions equal"
+    )
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     print(f"{time.perf_counter() - start:.0f} s, {peak:.1f} GB at most, both libraries")
 

@@ -1,13 +1,18 @@
-"""Makes tests/golden/detection.npz: what torchvision's operators say of the cases in tests/detection/cases.py.
+"""Makes tests/golden/detection.npz: what torchvision's operators say of the cases in
+tests/detection/cases.py.
 
-Run by hand where torchvision and its compiled operators work (written with torchvision 0.28.0, torch 2.13.0):
-`python scripts/golden_detection.py`. A torchvision built for CUDA loads beside a torch built without it once its missing symbols (`nm -D`
-lists them; none is called) are defined by empty libraries of the names libcudart.so.13, libc10_cuda.so and libtorch_cuda.so on
+Run by hand where torchvision and its compiled operators work (written with torchvision 0.28.0,
+torch 2.13.0): `python scripts/golden_detection.py`. A torchvision built for CUDA loads beside a
+torch built without it once its missing symbols (`nm -D` lists them; none is called) are defined by
+empty libraries of the names libcudart.so.13, libc10_cuda.so and libtorch_cuda.so on
 LD_LIBRARY_PATH.
 
-- kept, kept_of_class: of the small NMS cases, indices in torchvision's order, 255 after the last; large: of the large ones, packed masks.
-- roi_I, roi_gradient_I: RoIAlign of the I-th kind on the middle level; pyramid, pyramid_gradient_I: its multi-level form, and gradients.
-- iou, giou, giou_loss (and its gradient), encoded, decoded, clipped, anchors, matched, and the losses.
+- kept, kept_of_class: of the small NMS cases, indices in torchvision's order, 255 after the last;
+  large: of the large ones, packed masks.
+- roi_I, roi_gradient_I: RoIAlign of the I-th kind on the middle level; pyramid, pyramid_gradient_I:
+  its multi-level form, and gradients.
+- iou, giou, giou_loss (and its gradient), encoded, decoded, clipped, anchors, matched, and the
+  losses.
 """
 
 from pathlib import Path
@@ -18,7 +23,11 @@ import numpy as np
 import torch  # pyright: ignore[reportMissingImports]
 import torch.nn.functional as F  # pyright: ignore[reportMissingImports]
 from torchvision import ops  # pyright: ignore[reportMissingImports]
-from torchvision.models.detection import _utils, anchor_utils, image_list  # pyright: ignore[reportMissingImports]
+from torchvision.models.detection import (  # pyright: ignore[reportMissingImports]
+    _utils,
+    anchor_utils,
+    image_list,
+)
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from tests.detection import cases
@@ -35,19 +44,29 @@ def suppression() -> dict[str, np.ndarray]:
     """Kept boxes."""
 
     def padded(kept):
-        return np.pad(kept.numpy().astype(np.uint8), (0, cases.NMS_SIZE - len(kept)), constant_values=255)
+        return np.pad(
+            kept.numpy().astype(np.uint8), (0, cases.NMS_SIZE - len(kept)), constant_values=255
+        )
 
-    kept, kept_of_class, large = [], [], []
+    kept = []
+    kept_of_class = []
+    large = []
     for boxes, scores, count, threshold, classes in cases.nms_cases():
         inputs = tensor(boxes[:count]), tensor(scores[:count])
         kept.append(padded(ops.nms(*inputs, threshold)))
         if not (boxes % 1).any():  # then moving the classes apart rounds nothing
-            kept_of_class.append(padded(ops.batched_nms(*inputs, tensor(classes[:count]), threshold)))
+            kept_of_class.append(
+                padded(ops.batched_nms(*inputs, tensor(classes[:count]), threshold))
+            )
     for boxes, scores, threshold in cases.large_nms_cases():
         mask = np.zeros(len(boxes), bool)
         mask[ops.nms(tensor(boxes), tensor(scores), threshold).numpy()] = True
         large.append(np.packbits(mask))
-    return {"kept": np.stack(kept), "kept_of_class": np.stack(kept_of_class), "large": np.stack(large)}
+    return {
+        "kept": np.stack(kept),
+        "kept_of_class": np.stack(kept_of_class),
+        "large": np.stack(large),
+    }
 
 
 def pooling() -> dict[str, np.ndarray]:
@@ -57,7 +76,9 @@ def pooling() -> dict[str, np.ndarray]:
     for i, (size, samples, aligned) in enumerate(cases.ROI_KINDS):
         features = tensor(maps[1].transpose(0, 3, 1, 2), True)
         rois = list(tensor(boxes if samples else cases.upright(boxes)))
-        pooled = ops.roi_align(features, rois, size, 1 / cases.STRIDES[1], samples, aligned).permute(0, 2, 3, 1)
+        pooled = ops.roi_align(
+            features, rois, size, 1 / cases.STRIDES[1], samples, aligned
+        ).permute(0, 2, 3, 1)
         result[f"roi_{i}"] = pooled.detach().numpy().reshape(2, cases.ROIS, *size, -1)
         (pooled * tensor(cases.towards(f"roi {i}", pooled.shape))).sum().backward()
         result[f"roi_gradient_{i}"] = features.grad.numpy().transpose(0, 2, 3, 1)  # pyright: ignore[reportOptionalMemberAccess]
@@ -65,7 +86,10 @@ def pooling() -> dict[str, np.ndarray]:
     pooler = ops.MultiScaleRoIAlign(list(levels), 2, 2)
     h, w = (4 * side for side in cases.MAPS[0][1:])
     pooled = pooler(levels, list(tensor(cases.upright(boxes))), [(h, w)] * 2).permute(0, 2, 3, 1)
-    if [pooler.scales, pooler.map_levels.k_min] != [[1 / s for s in cases.STRIDES], 2]:  # pyright: ignore
+    if [pooler.scales, pooler.map_levels.k_min] != [  # pyright: ignore
+        [1 / s for s in cases.STRIDES],
+        2,
+    ]:
         raise RuntimeError(f"torchvision made the scales {pooler.scales} of these maps")
     (pooled * tensor(cases.towards("pyramid", pooled.shape))).sum().backward()
     result["pyramid"] = pooled.detach().numpy().reshape(2, cases.ROIS, 2, 2, -1)
@@ -77,25 +101,36 @@ def pooling() -> dict[str, np.ndarray]:
 def geometry() -> dict[str, np.ndarray]:
     """Overlaps, offsets, clipping, anchors, assignment."""
     a, b = (tensor(cases.proper_boxes(name, 50, 50, 90)) for name in "ab")
-    left, right = (tensor(cases.proper_boxes(name, 500, 50, 90), True) for name in ("left", "right"))
+    left, right = (
+        tensor(cases.proper_boxes(name, 500, 50, 90), True) for name in ("left", "right")
+    )
     loss = ops.generalized_box_iou_loss(left, right)
     coder = _utils.BoxCoder((10.0, 10.0, 5.0, 5.0))
-    boxes, anchors = left.detach(), right.detach()
+    boxes = left.detach()
+    anchors = right.detach()
     generator = anchor_utils.AnchorGenerator(((32,), (64,)), ((0.5, 1.0, 2.0),) * 2)
     images = image_list.ImageList(torch.zeros(1, 3, 40, 48), [(40, 48)])
     matched = []
     for candidates, truth, (low, high) in cases.matching_cases():
         quality = ops.box_iou(tensor(truth), tensor(candidates))
-        matched.append([_utils.Matcher(high, low, allow)(quality).numpy() for allow in (False, True)])
+        matched.append(
+            [_utils.Matcher(high, low, allow)(quality).numpy() for allow in (False, True)]
+        )
     return {
         "iou": ops.box_iou(a, b).numpy(),
         "giou": ops.generalized_box_iou(a, b).numpy(),
         "giou_loss": loss.detach().numpy(),
         "giou_gradient": torch.autograd.grad(loss.sum(), left)[0].numpy(),
         "encoded": coder.encode_single(boxes, anchors).numpy(),
-        "decoded": coder.decode_single(tensor(cases.towards("offsets", (500, 8)) * 30), anchors).numpy(),
+        "decoded": (
+            coder.decode_single(tensor(cases.towards("offsets", (500, 8)) * 30), anchors).numpy()
+        ),
         "clipped": ops.clip_boxes_to_image(boxes, (40, 48)).numpy(),
-        "anchors": generator(images, [torch.zeros(1, 1, 5, 6), torch.zeros(1, 1, 3, 4)])[0].numpy().astype(np.int16),
+        "anchors": (
+            generator(images, [torch.zeros(1, 1, 5, 6), torch.zeros(1, 1, 3, 4)])[0]
+            .numpy()
+            .astype(np.int16)
+        ),
         "matched": np.asarray(matched, np.int8),
     }
 

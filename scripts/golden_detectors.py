@@ -1,14 +1,18 @@
-"""Makes tests/golden/detectors.npz: what small detectors of torch and torchvision compute, for the tests to reproduce.
+"""Makes tests/golden/detectors.npz: what small detectors of torch and torchvision compute, for the
+tests to reproduce.
 
-Run by hand where torchvision and its compiled operators work (see scripts/golden_detection.py; written with torchvision 0.28.0 and torch
-2.13.0): `python scripts/golden_detectors.py`. Weights and inputs are drawn by name in tests/detection/models.py, and not stored.
+Run by hand where torchvision and its compiled operators work (see scripts/golden_detection.py;
+written with torchvision 0.28.0 and torch 2.13.0): `python scripts/golden_detectors.py`. Weights and
+inputs are drawn by name in tests/detection/models.py, and not stored.
 
-- fpn_I: levels of torchvision's feature pyramid. proposals_{train,test} (of both images, one after another; how many: proposed_..),
-  rpn_losses, roi_losses, and boxes, scores, labels of the detections (how many: found): of its Faster R-CNN on them, with plain L1 in the
-  place of smooth L1. Losses are of all anchors and proposals, none drawn; `counted` says how many they are divided by.
+- fpn_I: levels of torchvision's feature pyramid. proposals_{train,test} (of both images, one after
+  another; how many: proposed_..), rpn_losses, roi_losses, and boxes, scores, labels of the
+  detections (how many: found): of its Faster R-CNN on them, with plain L1 in the place of smooth
+  L1. Losses are of all anchors and proposals, none drawn; `counted` says how many they are divided
+  by.
 - fcos_{class,box,fit}: logits of the towers of its FCOS for the pyramid's finest level.
-- simple_I: levels of ViTDet's simple feature pyramid; box_head: of detectron2's box head with LayerNorm. Both are written here with torch's
-  layers, after detectron2's code.
+- simple_I: levels of ViTDet's simple feature pyramid; box_head: of detectron2's box head with
+  LayerNorm. Both are written here with torch's layers, after detectron2's code.
 """
 
 from collections import OrderedDict
@@ -21,7 +25,14 @@ import torch  # pyright: ignore[reportMissingImports]
 from torch import nn  # pyright: ignore[reportMissingImports]
 import torch.nn.functional as F  # pyright: ignore[reportMissingImports]
 from torchvision import ops  # pyright: ignore[reportMissingImports]
-from torchvision.models.detection import anchor_utils, faster_rcnn, fcos, image_list, roi_heads, rpn  # pyright: ignore[reportMissingImports]
+from torchvision.models.detection import (  # pyright: ignore[reportMissingImports]
+    anchor_utils,
+    faster_rcnn,
+    fcos,
+    image_list,
+    roi_heads,
+    rpn,
+)
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from tests.detection import models
@@ -32,7 +43,9 @@ ALL = 100_000
 
 def fill(module: nn.Module, prefix: str = "") -> Any:
     """Gives every parameter the numbers of its name."""
-    names = {name: models.weight(prefix + name, tuple(p.shape)) for name, p in module.named_parameters()}
+    names = {
+        name: models.weight(prefix + name, tuple(p.shape)) for name, p in module.named_parameters()
+    }
     module.load_state_dict({name: torch.tensor(numbers) for name, numbers in names.items()})
     return module
 
@@ -49,11 +62,18 @@ def last(x: torch.Tensor) -> np.ndarray:
 
 def faster() -> dict[str, np.ndarray]:
     """The Faster R-CNN, from three maps to detections."""
-    pyramid = fill(ops.FeaturePyramidNetwork(list(models.STAGES), models.CHANNELS, ops.feature_pyramid_network.LastLevelMaxPool()))
+    pyramid = fill(
+        ops.FeaturePyramidNetwork(
+            list(models.STAGES), models.CHANNELS, ops.feature_pyramid_network.LastLevelMaxPool()
+        )
+    )
     features = pyramid(OrderedDict((str(i), first(x)) for i, x in enumerate(models.stages())))
     levels = list(features.values())
     generator = anchor_utils.AnchorGenerator(models.SIZES, (models.RATIOS,) * len(models.SIZES))
-    options: Any = [dict(zip(("training", "testing"), pair, strict=True)) for pair in (models.BEFORE, models.AFTER)]
+    options: Any = [
+        dict(zip(("training", "testing"), pair, strict=True))
+        for pair in (models.BEFORE, models.AFTER)
+    ]
     before, after = options
     layers = rpn.RPNHead(models.CHANNELS, len(models.RATIOS), conv_depth=2)
     proposer = rpn.RegionProposalNetwork(generator, layers, 0.7, 0.3, ALL, 0.5, before, after, 0.7)
@@ -85,12 +105,21 @@ def faster() -> dict[str, np.ndarray]:
     _, roi_losses = heads.train()(features, found, [models.IMAGE] * 2, wanted)
     tested, _ = proposer.eval()(images, features)
     detected, _ = heads.eval()(features, tested, [models.IMAGE] * 2)
-    join = lambda parts: torch.cat(list(parts)).detach().numpy()
+
+    def join(parts):
+        return torch.cat(list(parts)).detach().numpy()
+
     result = {f"fpn_{i}": last(level) for i, level in enumerate(levels)}
-    result |= {"rpn_losses": join(x[None] for x in rpn_losses.values()), "roi_losses": join(x[None] for x in roi_losses.values())}
+    result |= {
+        "rpn_losses": join(x[None] for x in rpn_losses.values()),
+        "roi_losses": join(x[None] for x in roi_losses.values()),
+    }
     result |= {"counted": np.array(counts), "found": np.array([len(x["labels"]) for x in detected])}
     for name, proposals in (("train", found), ("test", tested)):
-        result |= {f"proposals_{name}": join(proposals), f"proposed_{name}": np.array([len(x) for x in proposals])}
+        result |= {
+            f"proposals_{name}": join(proposals),
+            f"proposed_{name}": np.array([len(x) for x in proposals]),
+        }
     result |= {name: join(x[name] for x in detected) for name in ("boxes", "scores", "labels")}
     return result
 
@@ -102,7 +131,11 @@ def towers() -> dict[str, np.ndarray]:
     head = fill(fcos.FCOSHead(c, 1, models.CLASSES, 2), "fcos.")
     box = head.regression_head
     boxes = box.conv(x)
-    maps = head.classification_head.cls_logits(head.classification_head.conv(x)), box.bbox_reg(boxes), box.bbox_ctrness(boxes)
+    maps = (
+        head.classification_head.cls_logits(head.classification_head.conv(x)),
+        box.bbox_reg(boxes),
+        box.bbox_ctrness(boxes),
+    )
     return {f"fcos_{name}": last(x) for name, x in zip(("class", "box", "fit"), maps, strict=True)}
 
 
@@ -126,9 +159,18 @@ class ConvNorm(nn.Conv2d):
 
 def simple() -> dict[str, np.ndarray]:
     """ViTDet's pyramid of a map of 16 channels."""
-    c, width = 16, models.CHANNELS
-    up = lambda c: nn.ConvTranspose2d(c, c // 2, 2, 2)
-    resize = [[up(c), Norm(c // 2, eps=1e-6), nn.GELU(), up(c // 2)], [up(c)], [], [nn.MaxPool2d(2, 2)]]
+    c = 16
+    width = models.CHANNELS
+
+    def up(c):
+        return nn.ConvTranspose2d(c, c // 2, 2, 2)
+
+    resize = [
+        [up(c), Norm(c // 2, eps=1e-6), nn.GELU(), up(c // 2)],
+        [up(c)],
+        [],
+        [nn.MaxPool2d(2, 2)],
+    ]
     widths = (c // 4, c // 2, c, c)
     levels = nn.ModuleDict({
         f"simfp_{i + 2}": nn.Sequential(*layers, ConvNorm(inside, width, 1), ConvNorm(width, width, 3))
@@ -142,7 +184,14 @@ def simple() -> dict[str, np.ndarray]:
 
 def box_head() -> dict[str, np.ndarray]:
     """Two convolutions with norms, two linear layers."""
-    layers = nn.ModuleDict({"conv1": ConvNorm(5, 8, 3), "conv2": ConvNorm(8, 8, 3), "fc1": nn.Linear(8 * 9, 12), "fc2": nn.Linear(12, 12)})
+    layers = nn.ModuleDict(
+        {
+            "conv1": ConvNorm(5, 8, 3),
+            "conv2": ConvNorm(8, 8, 3),
+            "fc1": nn.Linear(8 * 9, 12),
+            "fc2": nn.Linear(12, 12),
+        }
+    )
     fill(layers, "box_head.")
     x = first(models.normal("pooled", (4, 3, 3, 5)))
     for name, layer in layers.items():

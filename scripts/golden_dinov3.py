@@ -1,7 +1,9 @@
-"""Makes tests/golden/dinov3.npz: what transformers' DINOv3 computes, for the tests of the encoder to reproduce.
+"""Makes tests/golden/dinov3.npz: what transformers' DINOv3 computes, for the tests of the encoder
+to reproduce.
 
-Run by hand where torch and transformers are installed: `python scripts/golden_dinov3.py`. One small random encoder, its weights drawn from
-the names in the files that transformers loads, all tokens after every block at several image sizes, and the rotary tables.
+Run by hand where torch and transformers are installed: `python scripts/golden_dinov3.py`. One small
+random encoder, its weights drawn from the names in the files that transformers loads, all tokens
+after every block at several image sizes, and the rotary tables.
 """
 
 from collections.abc import Sequence
@@ -22,20 +24,38 @@ from transformers import DINOv3ViTConfig, DINOv3ViTModel  # pyright: ignore[repo
 from tests.backbones.drawn import drawn, wave
 
 GOLDEN = Path(__file__).resolve().parent.parent / "tests" / "golden"
-SMALL: dict[str, Any] = dict(patch_size=4, hidden_size=32, intermediate_size=128, num_hidden_layers=3, num_attention_heads=2)
-SIZES = ((20, 20), (36, 36), (16, 32), (23, 30))  # the last has sides that the patch does not divide
+SMALL: dict[str, Any] = dict(
+    patch_size=4, hidden_size=32, intermediate_size=128, num_hidden_layers=3, num_attention_heads=2
+)
+SIZES = (
+    (20, 20),
+    (36, 36),
+    (16, 32),
+    (23, 30),
+)  # the last has sides that the patch does not divide
 
 
 @torch.inference_mode()
-def outputs(images: np.ndarray, blocks: Sequence[int], **sizes: Any) -> tuple[dict[str, np.ndarray], list[np.ndarray], np.ndarray]:
-    """The random weights by the names in files, the tokens [b, n, c] after each of `blocks`, and [cosines, sines] of the rotation."""
+def outputs(
+    images: np.ndarray, blocks: Sequence[int], **sizes: Any
+) -> tuple[dict[str, np.ndarray], list[np.ndarray], np.ndarray]:
+    """The random weights by the names in files, the tokens [b, n, c] after each of `blocks`, and
+    [cosines, sines] of the rotation.
+    """
     model = DINOv3ViTModel(DINOv3ViTConfig(num_register_tokens=4, **sizes)).eval()
     in_files = {name: name.removeprefix("model.") for name in model.state_dict()}
-    weights = {in_files[name]: drawn(in_files[name], tuple(tensor.shape)) for name, tensor in model.state_dict().items()}
-    model.load_state_dict({name: torch.from_numpy(weights[stored]) for name, stored in in_files.items()}, strict=True)
+    weights = {
+        in_files[name]: drawn(in_files[name], tuple(tensor.shape))
+        for name, tensor in model.state_dict().items()
+    }
+    model.load_state_dict(
+        {name: torch.from_numpy(weights[stored]) for name, stored in in_files.items()}, strict=True
+    )
     seen: list[np.ndarray] = []
     for i in blocks:
-        model.model.layer[i].register_forward_hook(lambda module, inputs, output: seen.append(output.numpy()))
+        model.model.layer[i].register_forward_hook(
+            lambda module, inputs, output: seen.append(output.numpy())
+        )
     pixels = torch.from_numpy(images).permute(0, 3, 1, 2)
     model(pixels)
     rotation = np.stack([table.numpy() for table in model.rope_embeddings(pixels)])
@@ -43,9 +63,19 @@ def outputs(images: np.ndarray, blocks: Sequence[int], **sizes: Any) -> tuple[di
 
 
 def full_size(config: Any, images: np.ndarray) -> tuple[dict[str, np.ndarray], list[np.ndarray]]:
-    """For scripts/parity_encoders.py: random weights of the encoder of `config`, and its features at the taps."""
-    sizes = dict(patch_size=config.patch_size, hidden_size=config.width, intermediate_size=4 * config.width)
-    weights, seen, _ = outputs(images, config.taps, num_hidden_layers=config.depth, num_attention_heads=config.heads, **sizes)
+    """For scripts/parity_encoders.py: random weights of the encoder of `config`, and its features
+    at the taps.
+    """
+    sizes = dict(
+        patch_size=config.patch_size, hidden_size=config.width, intermediate_size=4 * config.width
+    )
+    weights, seen, _ = outputs(
+        images,
+        config.taps,
+        num_hidden_layers=config.depth,
+        num_attention_heads=config.heads,
+        **sizes,
+    )
     return weights, oracles.as_maps(seen, config, images)
 
 

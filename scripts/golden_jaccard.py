@@ -1,4 +1,5 @@
-"""Makes tests/golden/jaccard.npz: random label maps and the Jaccard index that torchmetrics gives for each whole set.
+"""Makes tests/golden/jaccard.npz: random label maps and the Jaccard index that torchmetrics gives
+for each whole set.
 
 Run by hand where `torchmetrics` is installed: `python scripts/golden_jaccard.py`.
 """
@@ -7,7 +8,9 @@ from pathlib import Path
 
 import numpy as np
 import torch  # pyright: ignore[reportMissingImports]
-from torchmetrics.classification import MulticlassJaccardIndex  # pyright: ignore[reportMissingImports]
+from torchmetrics.classification import (  # pyright: ignore[reportMissingImports]
+    MulticlassJaccardIndex,
+)
 
 OUT = Path(__file__).resolve().parent.parent / "tests" / "golden" / "jaccard.npz"
 
@@ -29,7 +32,9 @@ def main() -> None:
             for p, t in zip(images, labels, strict=True):
                 metric.update(torch.from_numpy(p)[None], torch.from_numpy(t.astype(np.int64))[None])
         scores[average] = np.stack([metric.compute().numpy() for metric in metrics])
-    np.savez_compressed(OUT, truth=truth, prediction=prediction, iou=scores["none"], mean=scores["macro"])
+    np.savez_compressed(
+        OUT, truth=truth, prediction=prediction, iou=scores["none"], mean=scores["macro"]
+    )
 
 
 if __name__ == "__main__":

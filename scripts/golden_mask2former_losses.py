@@ -1,10 +1,13 @@
-"""Makes tests/golden/mask2former_losses.npz: what transformers' Mask2FormerLoss says of random predictions and label maps.
+"""Makes tests/golden/mask2former_losses.npz: what transformers' Mask2FormerLoss says of random
+predictions and label maps.
 
-Run by hand where torch and transformers are installed (written with transformers 5.23.0, torch 2.13.0):
-`python scripts/golden_mask2former_losses.py`. Four images: all classes, two classes of which one is a single pixel, no class at
-all, three classes. `torch.rand` is replaced to learn, or to choose, the points:
+Run by hand where torch and transformers are installed (written with transformers 5.23.0, torch
+2.13.0): `python scripts/golden_mask2former_losses.py`. Four images: all classes, two classes of
+which one is a single pixel, no class at all, three classes. `torch.rand` is replaced to learn, or
+to choose, the points:
 
-- drawn: the points it drew, the matching, the terms of each prediction, and the gradients of their weighted sum.
+- drawn: the points it drew, the matching, the terms of each prediction, and the gradients of their
+  weighted sum.
 - spread: the same with the points of a fixed sequence, the same for every mask.
 - redrawn: mean and standard deviation of the three weighted terms over many draws.
 """
@@ -23,19 +26,28 @@ from scripts import oracles  # noqa: F401  before what follows
 # isort: split
 
 from transformers import Mask2FormerConfig  # pyright: ignore[reportMissingImports]
-from transformers.models.mask2former.modeling_mask2former import Mask2FormerLoss  # pyright: ignore[reportMissingImports]
+from transformers.models.mask2former.modeling_mask2former import (  # pyright: ignore[reportMissingImports]
+    Mask2FormerLoss,
+)
 
 OUT = Path(__file__).resolve().parent.parent / "tests" / "golden" / "mask2former_losses.npz"
-LAYERS, IMAGES, QUERIES, CLASSES = 3, 4, 6, 4
-SIZE, LABEL_SIZE = (12, 10), (40, 36)
-POINTS, REDRAWS = 64, 1000
+LAYERS = 3
+IMAGES = 4
+QUERIES = 6
+CLASSES = 4
+SIZE = (12, 10)
+LABEL_SIZE = (40, 36)
+POINTS = 64
+REDRAWS = 1000
 TERMS = {"class": "loss_cross_entropy", "mask": "loss_mask", "dice": "loss_dice"}
 WEIGHTS = {"class": 2.0, "mask": 5.0, "dice": 5.0}
 
 
 def spread(*shape, **_) -> torch.Tensor:
     """Evenly spread points [.., p, 2] by a formula that the test repeats, in place of `torch.rand`."""
-    points = (0.5 + np.outer(np.arange(1, shape[-2] + 1), [0.7548776662466927, 0.5698402909980532])) % 1
+    points = (
+        0.5 + np.outer(np.arange(1, shape[-2] + 1), [0.7548776662466927, 0.5698402909980532])
+    ) % 1
     return torch.tensor(points, dtype=torch.float32).expand(shape).contiguous()
 
 
@@ -78,7 +90,10 @@ def main() -> None:
     label = draw_labels(rng)
     present = [[j for j in range(CLASSES) if (image == j).any()] for image in label]
     masks = [
-        torch.tensor(np.stack([image == j for j in c]) if c else np.zeros((0, *LABEL_SIZE)), dtype=torch.float32)
+        torch.tensor(
+            np.stack([image == j for j in c]) if c else np.zeros((0, *LABEL_SIZE)),
+            dtype=torch.float32,
+        )
         for image, c in zip(label, present, strict=True)
     ]
     class_logits = rng.normal(0, 2, (LAYERS, IMAGES, QUERIES, CLASSES + 1)).astype(np.float32)
@@ -87,21 +102,35 @@ def main() -> None:
     criterion = Mask2FormerLoss(config, {})
 
     def run(c: torch.Tensor, m: torch.Tensor) -> dict[str, Any]:
-        """Terms [l] of each prediction. The oracle takes the last one first, then the others in order."""
-        others = [{"class_queries_logits": x, "masks_queries_logits": y} for x, y in zip(c[:-1], m[:-1], strict=True)]
-        losses = criterion(m[-1], c[-1], masks, [torch.tensor(p, dtype=torch.long) for p in present], others)
+        """Terms [l] of each prediction.
+
+        The oracle takes the last one first, then the others in order.
+        """
+        others = [
+            {"class_queries_logits": x, "masks_queries_logits": y}
+            for x, y in zip(c[:-1], m[:-1], strict=True)
+        ]
+        losses = criterion(
+            m[-1], c[-1], masks, [torch.tensor(p, dtype=torch.long) for p in present], others
+        )
         names = {k: [*(f"{v}_{i}" for i in range(LAYERS - 1)), v] for k, v in TERMS.items()}
         return {k: torch.stack([losses[name] for name in v]) for k, v in names.items()}
 
     def run_with_gradients() -> dict[str, np.ndarray]:
-        c, m = torch.tensor(class_logits, requires_grad=True), torch.tensor(mask_logits, requires_grad=True)
+        c = torch.tensor(class_logits, requires_grad=True)
+        m = torch.tensor(mask_logits, requires_grad=True)
         terms = run(c, m)
-        gradients = torch.autograd.grad(torch.stack([WEIGHTS[k] * v.sum() for k, v in terms.items()]).sum(), (c, m))
+        gradients = torch.autograd.grad(
+            torch.stack([WEIGHTS[k] * v.sum() for k, v in terms.items()]).sum(), (c, m)
+        )
         names = {"class_gradient": gradients[0].numpy(), "mask_gradient": gradients[1].numpy()}
         return {**{k: v.detach().numpy() for k, v in terms.items()}, **names}
 
     recorder = Recorder(criterion.matcher)
-    with mock.patch.object(torch, "rand", recorder.rand), mock.patch.object(criterion.matcher, "forward", recorder.match):
+    with (
+        mock.patch.object(torch, "rand", recorder.rand),
+        mock.patch.object(criterion.matcher, "forward", recorder.match),
+    ):
         drawn = run_with_gradients()
     drawn |= in_slots(recorder, present)
     with mock.patch.object(torch, "rand", spread):
@@ -111,18 +140,32 @@ def main() -> None:
     with torch.no_grad():
         runs = [run(torch.tensor(class_logits), torch.tensor(mask_logits)) for _ in range(REDRAWS)]
     redrawn = np.array([[WEIGHTS[k] * float(terms[k].sum()) for k in TERMS] for terms in runs])
-    arrays: dict[str, Any] = {"class_logits": class_logits, "mask_logits": mask_logits, "label": label}
-    arrays |= {f"drawn_{k}": v for k, v in drawn.items()} | {f"spread_{k}": v for k, v in fixed.items()}
-    np.savez_compressed(OUT, **arrays, redrawn_mean=redrawn.mean(axis=0), redrawn_std=redrawn.std(axis=0))
-    print(f"{OUT}: {OUT.stat().st_size} bytes; mean {redrawn.mean(axis=0)}, std {redrawn.std(axis=0)}")
+    arrays: dict[str, Any] = {
+        "class_logits": class_logits,
+        "mask_logits": mask_logits,
+        "label": label,
+    }
+    arrays |= {f"drawn_{k}": v for k, v in drawn.items()} | {
+        f"spread_{k}": v for k, v in fixed.items()
+    }
+    np.savez_compressed(
+        OUT, **arrays, redrawn_mean=redrawn.mean(axis=0), redrawn_std=redrawn.std(axis=0)
+    )
+    print(
+        f"{OUT}: {OUT.stat().st_size} bytes; mean {redrawn.mean(axis=0)}, std {redrawn.std(axis=0)}"
+    )
 
 
 def in_slots(recorder: Recorder, present: list[list[int]]) -> dict[str, np.ndarray]:
-    """What was recorded, by prediction, image and class: `query` is -1 and points are 0.5 where a class is absent."""
-    shape, draws = (LAYERS, IMAGES, CLASSES), iter(recorder.draws)
+    """What was recorded, by prediction, image and class: `query` is -1 and points are 0.5 where a
+    class is absent.
+    """
+    shape = (LAYERS, IMAGES, CLASSES)
+    draws = iter(recorder.draws)
     query = np.full(shape, -1, np.int32)
     shared = np.zeros((LAYERS, IMAGES, POINTS, 2), np.float32)
-    candidates, uniform = [], []
+    candidates = []
+    uniform = []
     slots = []
     for layer, matching in zip([LAYERS - 1, *range(LAYERS - 1)], recorder.matchings, strict=True):
         shared[layer] = [next(draws)[0] for _ in range(IMAGES)]

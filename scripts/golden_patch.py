@@ -1,8 +1,9 @@
-"""Makes tests/golden/patch.npz: kernels of patches resized by timm and torch, for the tests of `layers.resize_patch` to reproduce.
+"""Makes tests/golden/patch.npz: kernels of patches resized by timm and torch, for the tests of
+`layers.resize_patch` to reproduce.
 
-Run by hand where torch and timm are installed: `python scripts/golden_patch.py`. FlexiViT's resize is timm's `resample_patch_embed` with
-the interpolation of big_vision's own `resample_patchemb` (bilinear without antialiasing; timm's default is another one), the other is
-torch's plain bicubic.
+Run by hand where torch and timm are installed: `python scripts/golden_patch.py`. FlexiViT's resize
+is timm's `resample_patch_embed` with the interpolation of big_vision's own `resample_patchemb`
+(bilinear without antialiasing; timm's default is another one), the other is torch's plain bicubic.
 """
 
 from pathlib import Path
@@ -29,10 +30,17 @@ def main() -> None:
     """Writes the file."""
     arrays = {}
     for source, target in SIZES:
-        kernel = torch.from_numpy(drawn("patch_embed.proj.weight", (4, 3, source, source)))  # torch's axes
-        flexi = resample_patch_embed(kernel, [target, target], interpolation="bilinear", antialias=False)
+        kernel = torch.from_numpy(
+            drawn("patch_embed.proj.weight", (4, 3, source, source))
+        )  # torch's axes
+        flexi = resample_patch_embed(
+            kernel, [target, target], interpolation="bilinear", antialias=False
+        )
         bicubic = F.interpolate(kernel, size=(target, target), mode="bicubic", align_corners=False)
-        arrays |= {f"flexi/{source}to{target}": flexi.numpy(), f"bicubic/{source}to{target}": bicubic.numpy()}
+        arrays |= {
+            f"flexi/{source}to{target}": flexi.numpy(),
+            f"bicubic/{source}to{target}": bicubic.numpy(),
+        }
     path = GOLDEN / "patch.npz"
     np.savez_compressed(path, **arrays)  # pyright: ignore[reportArgumentType]
     print(f"{path.name}: {path.stat().st_size} bytes")

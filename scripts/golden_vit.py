@@ -1,14 +1,19 @@
-"""Makes tests/golden/vit_*.npz and pyramid.npz: what timm and torch compute, for the tests of the encoder to reproduce.
+"""Makes tests/golden/vit_*.npz and pyramid.npz: what timm and torch compute, for the tests of the
+encoder to reproduce.
 
-Run by hand where torch and timm are installed: `python scripts/golden_vit.py WEIGHTS.safetensors STREET.jpg`, the first being timm's
-`vit_tiny_patch16_224.augreg_in21k_ft_in1k`, the second CamVid's `test/Seq05VD_f00000.jpg`.
+Run by hand where torch and timm are installed: `python scripts/golden_vit.py WEIGHTS.safetensors
+STREET.jpg`, the first being timm's `vit_tiny_patch16_224.augreg_in21k_ft_in1k`, the second CamVid's
+`test/Seq05VD_f00000.jpg`.
 
-- vit_random.npz: a small random encoder (timm's names) and all its tokens after blocks 0 to 3 at several image sizes.
+- vit_random.npz: a small random encoder (timm's names) and all its tokens after blocks 0 to 3 at
+  several image sizes.
 - vit_positions.npz: learned positions resized to several grids.
-- vit_tiny_logits.npz: the pre-trained ViT-Ti on a real image: tokens after five blocks (some in full, all by their norm) and the logits.
+- vit_tiny_logits.npz: the pre-trained ViT-Ti on a real image: tokens after five blocks (some in
+  full, all by their norm) and the logits.
 - pyramid.npz: four levels from four maps, in both kinds of normalisation.
 
-Positions are resized here with torch's plain bicubic before they reach timm, whose own resize is antialiased: another operation.
+Positions are resized here with torch's plain bicubic before they reach timm, whose own resize is
+antialiased: another operation.
 """
 
 from pathlib import Path
@@ -26,7 +31,9 @@ from scripts import oracles  # before what follows
 
 # isort: split
 
-from timm.models.vision_transformer import VisionTransformer  # pyright: ignore[reportMissingImports]
+from timm.models.vision_transformer import (  # pyright: ignore[reportMissingImports]
+    VisionTransformer,
+)
 
 GOLDEN = Path(__file__).resolve().parent.parent / "tests" / "golden"
 TRAINED = 5  # rows and columns of the random encoder's own grid
@@ -39,7 +46,10 @@ SIZES = ((80, 80), (128, 128), (48, 48), (48, 112), (70, 100))
 def wave(height: int, width: int) -> np.ndarray:
     """A smooth picture by formula, [2, h, w, 3] in about -1..1; the tests compute the same."""
     b, y, x, c = np.ogrid[0:2, 0:height, 0:width, 0:3]
-    return (np.sin(0.11 * y * (1 + b) + 0.5 * c) * np.cos(0.07 * x - 0.9 * c) + 0.3 * np.sin(0.9 * x + 1.7 * y + b)).astype(np.float32)
+    return (
+        np.sin(0.11 * y * (1 + b) + 0.5 * c) * np.cos(0.07 * x - 0.9 * c)
+        + 0.3 * np.sin(0.9 * x + 1.7 * y + b)
+    ).astype(np.float32)
 
 
 def bicubic(positions: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
@@ -51,54 +61,101 @@ def bicubic(positions: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
 
 
 @torch.inference_mode()
-def timm_tokens(weights: dict[str, np.ndarray], images: np.ndarray, blocks: tuple[int, ...], **architecture):
+def timm_tokens(
+    weights: dict[str, np.ndarray], images: np.ndarray, blocks: tuple[int, ...], **architecture
+):
     """Tokens after `blocks`, and the output, of timm's encoder built for the images' size."""
     height, width = images.shape[1:3]
     model = VisionTransformer(img_size=(height, width), **architecture).eval()
     weights = weights | {"pos_embed": bicubic(weights["pos_embed"], model.patch_embed.grid_size)}
-    model.load_state_dict({name: torch.from_numpy(tensor) for name, tensor in weights.items()}, strict=True)
+    model.load_state_dict(
+        {name: torch.from_numpy(tensor) for name, tensor in weights.items()}, strict=True
+    )
     seen: list[np.ndarray] = []
     chosen = list(model.blocks.children())
     for block in blocks:
-        chosen[block].register_forward_hook(lambda module, inputs, output: seen.append(output.numpy()))
+        chosen[block].register_forward_hook(
+            lambda module, inputs, output: seen.append(output.numpy())
+        )
     output = model(torch.from_numpy(images).permute(0, 3, 1, 2))
     return seen, output.numpy()
 
 
-def random_weights(width: int, depth: int, patch: int, grid: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
-    """A random encoder whose attention is far from uniform; numbers that float16 holds, so that the file packs well."""
-    shapes = {"cls_token": (1, 1, width), "pos_embed": (1, 1 + grid**2, width), "patch_embed.proj.weight": (width, 3, patch, patch)}
+def random_weights(
+    width: int, depth: int, patch: int, grid: int, rng: np.random.Generator
+) -> dict[str, np.ndarray]:
+    """A random encoder whose attention is far from uniform; numbers that float16 holds, so that the
+    file packs well.
+    """
+    shapes = {
+        "cls_token": (1, 1, width),
+        "pos_embed": (1, 1 + grid**2, width),
+        "patch_embed.proj.weight": (width, 3, patch, patch),
+    }
     shapes |= {"patch_embed.proj.bias": (width,)}
     for i in range(depth):
-        for name, inputs, outputs in (("attn.qkv", 1, 3), ("attn.proj", 1, 1), ("mlp.fc1", 1, 4), ("mlp.fc2", 4, 1)):
-            shapes |= {f"blocks.{i}.{name}.weight": (outputs * width, inputs * width), f"blocks.{i}.{name}.bias": (outputs * width,)}
+        for name, inputs, outputs in (
+            ("attn.qkv", 1, 3),
+            ("attn.proj", 1, 1),
+            ("mlp.fc1", 1, 4),
+            ("mlp.fc2", 4, 1),
+        ):
+            shapes |= {
+                f"blocks.{i}.{name}.weight": (outputs * width, inputs * width),
+                f"blocks.{i}.{name}.bias": (outputs * width,),
+            }
         for name in ("norm1", "norm2"):
             shapes |= {f"blocks.{i}.{name}.weight": (width,), f"blocks.{i}.{name}.bias": (width,)}
     tensors = {}
     for name, shape in shapes.items():
         scale = 1.5 / np.sqrt(np.prod(shape[1:])) if len(shape) > 1 and shape[0] > 1 else 0.3
         centre = 1.0 if "norm" in name and name.endswith("weight") else 0.0
-        tensors[name] = (centre + scale * rng.standard_normal(shape)).astype(np.float16).astype(np.float32)
+        tensors[name] = (
+            (centre + scale * rng.standard_normal(shape)).astype(np.float16).astype(np.float32)
+        )
     return tensors
 
 
 def full_size(config: Any, images: np.ndarray) -> tuple[dict[str, np.ndarray], list[np.ndarray]]:
-    """For scripts/parity_encoders.py: random weights of the encoder of `config`, and its features at the taps."""
-    weights = random_weights(config.width, config.depth, config.patch_size, config.grid[0], np.random.default_rng(0))
-    weights |= {"norm.weight": np.ones(config.width, np.float32), "norm.bias": np.zeros(config.width, np.float32)}
-    sizes = {"patch_size": config.patch_size, "embed_dim": config.width, "depth": config.depth, "num_heads": config.heads}
+    """For scripts/parity_encoders.py: random weights of the encoder of `config`, and its features
+    at the taps.
+    """
+    weights = random_weights(
+        config.width, config.depth, config.patch_size, config.grid[0], np.random.default_rng(0)
+    )
+    weights |= {
+        "norm.weight": np.ones(config.width, np.float32),
+        "norm.bias": np.zeros(config.width, np.float32),
+    }
+    sizes = {
+        "patch_size": config.patch_size,
+        "embed_dim": config.width,
+        "depth": config.depth,
+        "num_heads": config.heads,
+    }
     tokens, _ = timm_tokens(weights, images, config.taps, num_classes=0, **sizes)
     return weights, oracles.as_maps(tokens, config, images)
 
 
 def make_random() -> dict[str, np.ndarray]:
     """The random encoder and its tokens."""
-    weights = random_weights(width=24, depth=4, patch=16, grid=TRAINED, rng=np.random.default_rng(0))
+    weights = random_weights(
+        width=24, depth=4, patch=16, grid=TRAINED, rng=np.random.default_rng(0)
+    )
     unused = {"norm.weight": np.ones(24, np.float32), "norm.bias": np.zeros(24, np.float32)}
     arrays = {f"weights/{name}": tensor for name, tensor in weights.items()}
     for height, width in SIZES:
         images = wave(height, width)[:1] if (height, width) != SIZES[0] else wave(height, width)
-        tokens, _ = timm_tokens(weights | unused, images, (0, 1, 2, 3), patch_size=16, embed_dim=24, depth=4, num_heads=2, num_classes=0)
+        tokens, _ = timm_tokens(
+            weights | unused,
+            images,
+            (0, 1, 2, 3),
+            patch_size=16,
+            embed_dim=24,
+            depth=4,
+            num_heads=2,
+            num_classes=0,
+        )
         arrays[f"tokens/{height}x{width}"] = np.stack(tokens)
     return arrays
 
@@ -106,16 +163,30 @@ def make_random() -> dict[str, np.ndarray]:
 def make_positions() -> dict[str, np.ndarray]:
     """Positions of a 14x14 grid at other grids."""
     positions = np.random.default_rng(1).standard_normal((1, 197, 2)).astype(np.float32)
-    return {"positions": positions} | {f"{rows}x{columns}": bicubic(positions, (rows, columns)) for rows, columns in GRIDS}
+    return {"positions": positions} | {
+        f"{rows}x{columns}": bicubic(positions, (rows, columns)) for rows, columns in GRIDS
+    }
 
 
 def make_pretrained(weights: Path, street: Path) -> dict[str, np.ndarray]:
     """The pre-trained ViT-Ti on the centre of a street."""
     pixels = np.asarray(Image.open(street))
-    top, left = (pixels.shape[0] - 224) // 2, (pixels.shape[1] - 224) // 2
-    images = (pixels[None, top : top + 224, left : left + 224] / np.float32(255) - np.float32(0.5)) / np.float32(0.5)
+    top = (pixels.shape[0] - 224) // 2
+    left = (pixels.shape[1] - 224) // 2
+    images = (
+        pixels[None, top : top + 224, left : left + 224] / np.float32(255) - np.float32(0.5)
+    ) / np.float32(0.5)
     blocks = (0, 2, 5, 8, 11)
-    tokens, logits = timm_tokens(load_file(weights), images, blocks, patch_size=16, embed_dim=192, depth=12, num_heads=3, num_classes=1000)
+    tokens, logits = timm_tokens(
+        load_file(weights),
+        images,
+        blocks,
+        patch_size=16,
+        embed_dim=192,
+        depth=12,
+        num_heads=3,
+        num_classes=1000,
+    )
     stacked = np.concatenate(tokens)
     some = np.array([0, *range(1, 197, 15)])  # the class token and some patches
     return {
@@ -136,12 +207,25 @@ def make_pyramid() -> dict[str, np.ndarray]:
     norms = {"batch": torch.nn.BatchNorm2d(c), "layer": torch.nn.LayerNorm(c, eps=1e-6)}
     arrays: dict[str, np.ndarray] = {}
     for name, layer in (("fpn1_up1", up1), ("fpn1_up2", up2), ("fpn2", fpn2)):
-        arrays |= {f"{name}.weight": layer.state_dict()["weight"].numpy(), f"{name}.bias": layer.state_dict()["bias"].numpy()}
-    scale, bias, mean, var = 1 + 0.3 * torch.randn(c), torch.randn(c), torch.randn(c), 0.5 + torch.rand(c)
+        arrays |= {
+            f"{name}.weight": layer.state_dict()["weight"].numpy(),
+            f"{name}.bias": layer.state_dict()["bias"].numpy(),
+        }
+    scale = 1 + 0.3 * torch.randn(c)
+    bias = torch.randn(c)
+    mean = torch.randn(c)
+    var = 0.5 + torch.rand(c)
     for norm in norms.values():
         norm.load_state_dict({"weight": scale, "bias": bias}, strict=False)
-    norms["batch"].load_state_dict({"weight": scale, "bias": bias, "running_mean": mean, "running_var": var}, strict=False)
-    arrays |= {"norm.weight": scale.numpy(), "norm.bias": bias.numpy(), "norm.mean": mean.numpy(), "norm.var": var.numpy()}
+    norms["batch"].load_state_dict(
+        {"weight": scale, "bias": bias, "running_mean": mean, "running_var": var}, strict=False
+    )
+    arrays |= {
+        "norm.weight": scale.numpy(),
+        "norm.bias": bias.numpy(),
+        "norm.mean": mean.numpy(),
+        "norm.var": var.numpy(),
+    }
     maps = [torch.randn(2, c, 3, 5) for _ in range(4)]
     arrays["maps"] = np.stack([x.permute(0, 2, 3, 1).numpy() for x in maps])
     for kind, train in (("layer", False), ("batch", False), ("batch", True)):

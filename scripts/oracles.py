@@ -1,6 +1,7 @@
 """What every golden-file script needs before it imports timm, open_clip or transformers.
 
-They import torchvision, whose compiled operators need not exist for anything here: importing this module declares them, which is enough.
+They import torchvision, whose compiled operators need not exist for anything here: importing this
+module declares them, which is enough.
 """
 
 from collections.abc import Iterable

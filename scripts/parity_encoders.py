@@ -1,7 +1,9 @@
-"""Our encoders against independent implementations, live and at full size: random weights through the conversion command.
+"""Our encoders against independent implementations, live and at full size: random weights through
+the conversion command.
 
-Run by hand where torch and the reference package are installed: `python scripts/parity_encoders.py eva02_clip_l14 512 512`. Prints, for
-each tap, the largest and mean absolute difference and the size of the values; benchmarks/PARITY.md records the results.
+Run by hand where torch and the reference package are installed: `python scripts/parity_encoders.py
+eva02_clip_l14 512 512`. Prints, for each tap, the largest and mean absolute difference and the size
+of the values; benchmarks/PARITY.md records the results.
 """
 
 from collections.abc import Callable
@@ -36,8 +38,8 @@ from scripts import (
     golden_vit,
 )
 
-# (config of the pre-training, images [b, h, w, 3]) to random weights by their publisher's names and the reference's features
-# [b, h, w, c] at the taps.
+# (config of the pre-training, images [b, h, w, 3]) to random weights by their publisher's names and
+# the reference's features [b, h, w, c] at the taps.
 Reference = Callable[[Any, np.ndarray], tuple[dict[str, np.ndarray], list[np.ndarray]]]
 REFERENCES: dict[type[EncoderConfig], Reference] = {
     backbones.VitConfig: golden_vit.full_size,
@@ -56,21 +58,30 @@ REFERENCES: dict[type[EncoderConfig], Reference] = {
 
 def main() -> None:
     """Runs both encoders on one image and prints the differences."""
-    name, height, width = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
-    start, config = time.perf_counter(), backbones.entry(name).config
+    name = sys.argv[1]
+    height = int(sys.argv[2])
+    width = int(sys.argv[3])
+    start = time.perf_counter()
+    config = backbones.entry(name).config
     images = golden_eva02.wave(height, width)
     source, expected = REFERENCES[type(config)](config, images)
     with tempfile.TemporaryDirectory() as folder:
-        theirs, ours = Path(folder) / "theirs.safetensors", Path(folder) / "ours.safetensors"
+        theirs = Path(folder) / "theirs.safetensors"
+        ours = Path(folder) / "ours.safetensors"
         save_file(source, theirs)
         del source
         print(torch_to_flax.convert(name, theirs, ours))
         encoder = backbones.create(name, image_size=(height, width), weights=ours)
     graph, state = nnx.split(encoder)
-    features = jax.jit(lambda state, images: nnx.merge(graph, state)(images))(state, jnp.asarray(images))
+    features = jax.jit(lambda state, images: nnx.merge(graph, state)(images))(
+        state, jnp.asarray(images)
+    )
     for tap, ours, theirs in zip(config.taps, features, expected, strict=True):
         difference = np.abs(np.asarray(ours) - theirs)
-        print(f"tap {tap}: max {difference.max():.1e}, mean {difference.mean():.1e}; values up to {np.abs(theirs).max():.0f}")
+        print(
+            f"tap {tap}: max {difference.max():.1e}, mean {difference.mean():.1e}; values up to"
+            f" {np.abs(theirs).max():.0f}"
+        )
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     print(f"{time.perf_counter() - start:.0f} s, {peak:.1f} GB at most, both libraries")
 

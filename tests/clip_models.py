@@ -1,4 +1,6 @@
-"""Three small CLIP models in the layouts that are published, their weights drawn as scripts/golden_clip_text.py draws them."""
+"""Three small CLIP models in the layouts that are published, their weights drawn as
+scripts/golden_clip_text.py draws them.
+"""
 
 import zlib
 
@@ -23,7 +25,14 @@ MODELS = {
         ClipTextConfig(48, 3, 40, "gelu", ProjectionConfig(24, 40, 1e-6, bias=True), depth=3),
     ),
     "resnet": (
-        ClipResnetConfig(**NORMALISED, image_size=(160, 160), blocks=(1, 2, 1, 1), widths=(64, 128, 256, 512), pool_grid=5, embedding=48),
+        ClipResnetConfig(
+            **NORMALISED,
+            image_size=(160, 160),
+            blocks=(1, 2, 1, 1),
+            widths=(64, 128, 256, 512),
+            pool_grid=5,
+            embedding=48,
+        ),
         ClipTextConfig(64, 4, 48, "quick_gelu", None, depth=3),
     ),
 }
@@ -33,7 +42,9 @@ LAYOUT = {"clip": "CLIP", "eva02": "open_clip", "resnet": "CLIP"}  # of the file
 def register(monkeypatch):
     """Puts the models into the zoo, as `small_clip`, `small_eva02` and `small_resnet`."""
     for name, (image, text) in MODELS.items():
-        monkeypatch.setitem(backbones.ZOO, f"small_{name}", backbones.zoo.Entry(image, "made by a test", "none", 1))
+        monkeypatch.setitem(
+            backbones.ZOO, f"small_{name}", backbones.zoo.Entry(image, "made by a test", "none", 1)
+        )
         monkeypatch.setitem(backbones.TEXT_TOWERS, f"small_{name}_text", text)
 
 

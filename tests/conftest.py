@@ -1,4 +1,6 @@
-"""Set-up of every test: eight emulated devices, runtime shape checks, and where the shared real files are."""
+"""Set-up of every test: eight emulated devices, runtime shape checks, and where the shared real
+files are.
+"""
 
 import atexit
 import os
@@ -6,14 +8,16 @@ from pathlib import Path
 import shutil
 import tempfile
 
-# XLA reads its flags once, before the first import of jax. Two cores drive eight devices slowly, so collectives need patience.
-os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + (
-    " --xla_force_host_platform_device_count=8"
+# XLA reads its flags once, before the first import of jax. Two cores drive eight devices slowly, so
+# collectives need patience.
+os.environ["XLA_FLAGS"] = (
+    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
     " --xla_cpu_collective_call_warn_stuck_timeout_seconds=300"
     " --xla_cpu_collective_call_terminate_timeout_seconds=600"
 )
 os.environ["JAX_PLATFORMS"] = "cpu"
-# What commands keep for their next run, compiled programs above all, is kept for this session's tests alone.
+# What commands keep for their next run, compiled programs above all, is kept for this session's
+# tests alone.
 if "JAXDG_CACHE" not in os.environ:
     os.environ["JAXDG_CACHE"] = tempfile.mkdtemp(prefix="jaxdg_tests_")
     atexit.register(shutil.rmtree, os.environ["JAXDG_CACHE"], ignore_errors=True)
@@ -51,9 +55,11 @@ def weights_path():
 
 @pytest.fixture(scope="module")
 def compiled_quickly(tmp_path_factory):
-    """What a module compiles, here and in processes it starts, takes a third of the time, serves the next test, and runs slowly.
+    """What a module compiles, here and in processes it starts, takes a third of the time, serves
+    the next test, and runs slowly.
 
-    For tests of what a run does and leaves behind, not of how closely it computes; how arrays are divided over devices stays as it is.
+    For tests of what a run does and leaves behind, not of how closely it computes; how arrays are
+    divided over devices stays as it is.
     """
     settings = {
         "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")),

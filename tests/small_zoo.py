@@ -9,11 +9,18 @@ DEPTH = 4
 
 
 def reduced(config, depth=DEPTH):
-    """The same architecture, small, and of fewer blocks if `depth` says so. Sizes differ, so that shapes tell axes apart."""
+    """The same architecture, small, and of fewer blocks if `depth` says so.
+
+    Sizes differ, so that shapes tell axes apart.
+    """
     small = dict(mean=(0.5,) * 3, std=(0.5,) * 3)
     if isinstance(config, StagedConfig):
-        return dataclasses.replace(config, **small, blocks=(depth // 2,) * 4, widths=(8, 16, 40, 64))
-    small |= dict(image_size=(12, 12), patch_size=4, width=24, heads=2, depth=depth, taps=(depth - 1,))
+        return dataclasses.replace(
+            config, **small, blocks=(depth // 2,) * 4, widths=(8, 16, 40, 64)
+        )
+    small |= dict(
+        image_size=(12, 12), patch_size=4, width=24, heads=2, depth=depth, taps=(depth - 1,)
+    )
     if isinstance(config, backbones.SamConfig):
         small |= dict(window=2, global_blocks=(1, 3))
     return dataclasses.replace(config, **small)

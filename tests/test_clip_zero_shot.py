@@ -1,4 +1,6 @@
-"""A zero-shot run as a whole: two converted files and CamVid in, a judged workdir out, without a step of training."""
+"""A zero-shot run as a whole: two converted files and CamVid in, a judged workdir out, without a
+step of training.
+"""
 
 import json
 
@@ -28,10 +30,16 @@ def zoo(monkeypatch):
 def some_camvid(data_path, tmp_path):
     """A data root with a few of CamVid's images of every domain."""
     real = data_path("camvid")
-    for split, patterns in (("train", ("0016E5_0*0.jpg",)), ("val", ("0016E5_*",)), ("test", ("Seq05VD_*", "0001TP_*"))):
+    for split, patterns in (
+        ("train", ("0016E5_0*0.jpg",)),
+        ("val", ("0016E5_*",)),
+        ("test", ("Seq05VD_*", "0001TP_*")),
+    ):
         for folder in (split, f"{split}annot"):
             (tmp_path / "data" / "camvid" / folder).mkdir(parents=True)
-        for image in (path for pattern in patterns for path in sorted((real / split).glob(pattern))[:3]):
+        for image in (
+            path for pattern in patterns for path in sorted((real / split).glob(pattern))[:3]
+        ):
             (tmp_path / "data" / "camvid" / split / image.name).symlink_to(image)
             label = real / f"{split}annot" / f"{image.stem}.png"
             (tmp_path / "data" / "camvid" / f"{split}annot" / label.name).symlink_to(label)
@@ -42,8 +50,12 @@ def run_config(folder, root) -> Config:
     """A zero-shot run of a small model converted into `folder`."""
     image, text = clip_models.convert("clip", folder)
     c = config.from_file("configs/camvid_clip_zero_shot.py")
-    c.data.root, c.data.crop, c.evaluation.stride = str(root), (120, 160), (120, 160)
-    c.model.encoder, c.model.weights, c.model.text_weights = "small_clip", str(image), str(text)
+    c.data.root = str(root)
+    c.data.crop = (120, 160)
+    c.evaluation.stride = (120, 160)
+    c.model.encoder = "small_clip"
+    c.model.weights = str(image)
+    c.model.text_weights = str(text)
     c.evaluation.domains = ("camvid", "dusk")
     return config.validated(c)
 
@@ -54,23 +66,35 @@ def start(c, workdir):
 
 
 def test_a_zero_shot_run(some_camvid, tmp_path, capsys):
-    """It judges every domain, the same way each time; going on, evaluating and predicting need neither of the converted files."""
+    """It judges every domain, the same way each time; going on, evaluating and predicting need
+    neither of the converted files.
+    """
     c = run_config(tmp_path, some_camvid)
     c.model.patch_size = 16
     start(c, tmp_path / "one")
     results = json.loads((tmp_path / "one" / "results.json").read_text())
-    assert (results["step"], results["source"], list(results["domains"])) == (0, "camvid", ["camvid", "dusk"])
+    assert (results["step"], results["source"], list(results["domains"])) == (
+        0,
+        "camvid",
+        ["camvid", "dusk"],
+    )
     assert [entry["images"] for entry in results["domains"].values()] == [3, 3]
     assert all(0 <= entry["mIoU"] < 60 for entry in results["domains"].values())
     assert [row["domain"] for row in read_metrics(tmp_path / "one")] == ["camvid", "dusk"]
-    stored, text = tasks.stored_tensors(tmp_path / "one"), weights.read(c.model.text_weights)
-    np.testing.assert_allclose(stored["head.texts"], backbones.text_embeddings(CAMVID.names, c.model.text_weights), rtol=1e-6)
+    stored = tasks.stored_tensors(tmp_path / "one")
+    text = weights.read(c.model.text_weights)
+    np.testing.assert_allclose(
+        stored["head.texts"],
+        backbones.text_embeddings(CAMVID.names, c.model.text_weights),
+        rtol=1e-6,
+    )
     for name in ("logit_scale", "image_projection.norm.bias", "image_projection.proj.kernel"):
         np.testing.assert_array_equal(stored[f"head.{name}"], text[name], err_msg=name)
     for file in (c.model.weights, c.model.text_weights):
         (tmp_path / file).unlink()
 
-    # Had it died between checkpoint and evaluation, it would judge what it has saved. After that it is finished.
+    # Had it died between checkpoint and evaluation, it would judge what it has saved. After that it
+    # is finished.
     (tmp_path / "one" / "results.json").unlink()
     (tmp_path / "one" / "metrics.jsonl").write_text("")
     capsys.readouterr()
@@ -80,11 +104,16 @@ def test_a_zero_shot_run(some_camvid, tmp_path, capsys):
     start(c, tmp_path / "one")
     assert "finished" in capsys.readouterr().out
 
-    # What `predict` and `evaluate` call: the label maps, counted here by hand, give the run's own score.
-    model, dusk = jaxdg.load(tmp_path / "one"), open_domain("dusk", root=str(some_camvid), train=False, streets=c.data.streets, folder=None)
+    # What `predict` and `evaluate` call: the label maps, counted here by hand, give the run's own
+    # score.
+    model = jaxdg.load(tmp_path / "one")
+    dusk = open_domain(
+        "dusk", root=str(some_camvid), train=False, streets=c.data.streets, folder=None
+    )
     confusion = np.zeros((11, 11))
     for sample in (dusk[i] for i in range(3)):
-        label_map, known = model.predict(sample["image"]), sample["label"] != 255
+        label_map = model.predict(sample["image"])
+        known = sample["label"] != 255
         assert (label_map.shape, label_map.dtype) == (sample["label"].shape, np.uint8)
         np.add.at(confusion, (sample["label"][known], label_map[known]), 1)
     with np.errstate(invalid="ignore"):
@@ -95,12 +124,30 @@ def test_a_zero_shot_run(some_camvid, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"steps": 100}, r"steps is 100; allowed: 0 with model.decoder clip_text, which trains nothing"),
-        ({"model.text_weights": None}, r"model.text_weights is None; model.decoder clip_text needs a converted file"),
-        ({"model.weights": None}, r"model.weights is None; model.decoder clip_text needs a converted file"),
-        ({"model.start": "runs/other"}, r"model.start is runs/other; allowed: None with model.decoder clip_text"),
-        ({"model.taps": (3, 5)}, r"model.taps is \(3, 5\); allowed: \(\) with model.decoder clip_text"),
-        ({"model.pyramid": "layer"}, r"model.pyramid is layer; allowed: none with model.decoder clip_text"),
+        (
+            {"steps": 100},
+            r"steps is 100; allowed: 0 with model.decoder clip_text, which trains nothing",
+        ),
+        (
+            {"model.text_weights": None},
+            r"model.text_weights is None; model.decoder clip_text needs a converted file",
+        ),
+        (
+            {"model.weights": None},
+            r"model.weights is None; model.decoder clip_text needs a converted file",
+        ),
+        (
+            {"model.start": "runs/other"},
+            r"model.start is runs/other; allowed: None with model.decoder clip_text",
+        ),
+        (
+            {"model.taps": (3, 5)},
+            r"model.taps is \(3, 5\); allowed: \(\) with model.decoder clip_text",
+        ),
+        (
+            {"model.pyramid": "layer"},
+            r"model.pyramid is layer; allowed: none with model.decoder clip_text",
+        ),
         ({"model.decoder": "linear"}, r"steps is 0; allowed: at least 1 with model.decoder linear"),
         ({"steps": -1}, r"steps is -1; allowed: 0 \(with model.decoder clip_text\) or more"),
     ],

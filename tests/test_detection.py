@@ -1,4 +1,6 @@
-"""Detection as a whole: runs, evaluation of images of any size on any number of devices, predictions, and what is refused."""
+"""Detection as a whole: runs, evaluation of images of any size on any number of devices,
+predictions, and what is refused.
+"""
 
 import dataclasses
 import json
@@ -35,14 +37,21 @@ from jaxdg.training.step import TrainState, gradients
 
 def tiny(**changes) -> Config:
     """Streets of 48x96 pixels and a model that compiles in seconds; changes by dotted name."""
-    c = Config(steps=6, batch_size=8, log_every=1, eval_every=6, checkpoint_every=2, task="detection")
+    c = Config(
+        steps=6, batch_size=8, log_every=1, eval_every=6, checkpoint_every=2, task="detection"
+    )
     c.model.encoder = "tiny8"
     c.data.crop = c.data.streets.size = (48, 96)
     c.data.scale = (0.7, 1.3)
-    c.data.streets.images, c.data.streets.val_images = 12, 3
+    c.data.streets.images = 12
+    c.data.streets.val_images = 3
     c.model.decoder = "fcos"
-    c.model.fcos.channels, c.model.fcos.groups, c.model.fcos.convs, c.model.fcos.levels = 8, 2, 1, (1, 2)
-    c.optimizer.learning_rate, c.optimizer.clip = 1e-3, 1.0
+    c.model.fcos.channels = 8
+    c.model.fcos.groups = 2
+    c.model.fcos.convs = 1
+    c.model.fcos.levels = (1, 2)
+    c.optimizer.learning_rate = 1e-3
+    c.optimizer.clip = 1.0
     c.evaluation.domains = ("clear", "fog")
     for field, value in changes.items():
         holder, _, name = field.replace("__", ".").rpartition(".")
@@ -84,13 +93,23 @@ def whole(tmp_path_factory) -> Path:
 
 
 def test_a_run_writes_losses_scores_and_boxes(whole):
-    """Six steps: loss terms that add up, the entries of results.json, and detections and truth in COCO's form that score the same."""
+    """Six steps: loss terms that add up, the entries of results.json, and detections and truth in
+    COCO's form that score the same.
+    """
     rows = [row for row in read_metrics(whole) if "loss" in row]
     assert [row["step"] for row in rows] == list(range(1, 7))
-    assert all(row["loss"] == pytest.approx(row["class"] + row["box"] + row["fit"], rel=1e-5) for row in rows)
+    assert all(
+        row["loss"] == pytest.approx(row["class"] + row["box"] + row["fit"], rel=1e-5)
+        for row in rows
+    )
     assert rows[-1]["class"] < rows[0]["class"]
     results = json.loads((whole / "results.json").read_text())
-    assert (results["task"], results["source"], results["protocol"], results["step"]) == ("detection", "clear", "voc07", 6)
+    assert (results["task"], results["source"], results["protocol"], results["step"]) == (
+        "detection",
+        "clear",
+        "voc07",
+        6,
+    )
     assert results["mean_unseen"] == results["domains"]["fog"]["mAP50"]
     for domain in ("clear", "fog"):
         entry = results["domains"][domain]
@@ -107,9 +126,15 @@ def test_a_run_writes_losses_scores_and_boxes(whole):
         expected = scores.results("voc07")
         assert {key: entry[key] for key in expected} == expected
         images, found = (json.loads(file.read_text()) for file in files)
-        assert [image["file_name"] for image in images["images"]] == [f"streets/{domain}/{i}" for i in range(3)]
+        assert [image["file_name"] for image in images["images"]] == [
+            f"streets/{domain}/{i}" for i in range(3)
+        ]
         assert set(found[0]) == {"image_id", "category_id", "bbox", "score"}
-    assert any(row.get("mAP50") == results["mean_unseen"] and row["domain"] == "fog" for row in read_metrics(whole) if "domain" in row)
+    assert any(
+        row.get("mAP50") == results["mean_unseen"] and row["domain"] == "fog"
+        for row in read_metrics(whole)
+        if "domain" in row
+    )
 
 
 def test_an_interrupted_run_goes_on_to_the_same_bits(whole, tmp_path, capsys):
@@ -119,17 +144,24 @@ def test_an_interrupted_run_goes_on_to_the_same_bits(whole, tmp_path, capsys):
     start(tiny(), tmp_path / "parts")
     assert "resuming from step 3" in capsys.readouterr().out
     timed = ("seconds_per_step", "images_per_second")
-    rows = [[{k: v for k, v in row.items() if k not in timed} for row in read_metrics(run)] for run in (whole, tmp_path / "parts")]
+    rows = [
+        [{k: v for k, v in row.items() if k not in timed} for row in read_metrics(run)]
+        for run in (whole, tmp_path / "parts")
+    ]
     assert rows[0] == rows[1]
     for file in ("results.json", "detections/clear.json", "detections/fog_truth.json"):
         assert (tmp_path / "parts" / file).read_bytes() == (whole / file).read_bytes()
 
 
 def test_predict_finds_what_evaluation_found(whole, tmp_path):
-    """`jaxdg.load` gives the boxes of detections/fog.json; those from the threshold up are written, in order, with an overlay."""
+    """`jaxdg.load` gives the boxes of detections/fog.json; those from the threshold up are written,
+    in order, with an overlay.
+    """
     c = config.load(whole)
     dataset = open_boxes("fog", root="", train=False, streets=c.data.streets)
-    _, _, expected = read_coco(whole / "detections" / "fog_truth.json", whole / "detections" / "fog.json")
+    _, _, expected = read_coco(
+        whole / "detections" / "fog_truth.json", whole / "detections" / "fog.json"
+    )
     model = jaxdg.load(whole)
     for i in range(3):
         found = model.predict(dataset[i]["image"])
@@ -140,15 +172,21 @@ def test_predict_finds_what_evaluation_found(whole, tmp_path):
     with pytest.raises(ValueError, match=r"RGB image uint8 \[h, w, 3\]; got float32"):
         model.predict(np.zeros((4, 4, 3), np.float32))
 
-    image, threshold, target = dataset[2]["image"], float(np.median(found.scores)), tmp_path / "out" / "street"
+    image = dataset[2]["image"]
+    threshold = float(np.median(found.scores))
+    target = tmp_path / "out" / "street"
     line = predict.write_boxes(target, image, found, model.labels, threshold)
     assert line.startswith(f"{target}.json  ")
     entries = json.loads((tmp_path / "out" / "street.json").read_text())
     sure = found.scores >= threshold
     assert 0 < sure.sum() < len(sure)
     np.testing.assert_array_equal([entry["score"] for entry in entries], found.scores[sure])
-    assert [(e["category"], e["category_id"]) for e in entries] == [(model.labels.names[k], k + 1) for k in found.classes[sure]]
-    corners = np.array([[x, y, x + w, y + h] for x, y, w, h in (entry["bbox"] for entry in entries)])
+    assert [(e["category"], e["category_id"]) for e in entries] == [
+        (model.labels.names[k], k + 1) for k in found.classes[sure]
+    ]
+    corners = np.array(
+        [[x, y, x + w, y + h] for x, y, w, h in (entry["bbox"] for entry in entries)]
+    )
     np.testing.assert_allclose(corners, found.boxes[sure], atol=1e-4)
     with Image.open(f"{target}_overlay.jpg") as overlay:
         assert overlay.width >= 96
@@ -158,15 +196,31 @@ def test_predict_finds_what_evaluation_found(whole, tmp_path):
 
 
 class Painted:
-    """Images of many sizes whose shade is their number; each has boxes at known shares of its sides, filled in part or whole."""
+    """Images of many sizes whose shade is their number; each has boxes at known shares of its
+    sides, filled in part or whole.
+    """
 
-    SIZES = ((48, 96), (100, 100), (30, 200), (480, 300), (47, 95), (12, 24), (96, 192), (200, 41), (1, 1), (380, 640), (64, 64))
-    domain, labels = "painted", CARLA
+    SIZES = (
+        (48, 96),
+        (100, 100),
+        (30, 200),
+        (480, 300),
+        (47, 95),
+        (12, 24),
+        (96, 192),
+        (200, 41),
+        (1, 1),
+        (380, 640),
+        (64, 64),
+    )
+    domain = "painted"
+    labels = CARLA
 
     def __init__(self, filled=1.0):
         self.filled = np.float32(filled)
         rng = np.random.default_rng(0)
-        corners, sides = rng.uniform(0, 0.6, (11, 4, 2)), rng.uniform(0.2, 0.4, (11, 4, 2))
+        corners = rng.uniform(0, 0.6, (11, 4, 2))
+        sides = rng.uniform(0.2, 0.4, (11, 4, 2))
         self.shares = np.concatenate([corners, corners + sides], axis=-1).astype(np.float32)
         self.shares[0, 0] = 0, 0, 1, 1
         self.classes = np.arange(44).reshape(11, 4).astype(np.int32) % 5
@@ -182,39 +236,55 @@ class Painted:
         return f"painted/{i}"
 
     def __getitem__(self, i):
-        (h, w), n = self.SIZES[i], self.counts[i]
-        difficult, crowd = np.zeros(n, bool), np.zeros(n, bool)
-        difficult[3:], crowd[2:3] = True, True
+        h, w = self.SIZES[i]
+        n = self.counts[i]
+        difficult = np.zeros(n, bool)
+        crowd = np.zeros(n, bool)
+        difficult[3:] = True
+        crowd[2:3] = True
         boxes = (self.shares[i, :n] * [w, h, w, h]).astype(np.float32)
         image = np.full((h, w, 3), 20 * i + 10, np.uint8)
         areas = np.prod(boxes[:, 2:] - boxes[:, :2], axis=1) * self.filled
-        fields = {"difficult": difficult, "crowd": crowd, **({} if self.filled == 1 else {"areas": areas})}
+        fields = {
+            "difficult": difficult,
+            "crowd": crowd,
+            **({} if self.filled == 1 else {"areas": areas}),
+        }
         return {"image": image, "boxes": boxes, "classes": self.classes[i, :n], **fields}
 
 
 class Seer(detection_task.Detection):
-    """Finds the boxes of `Painted`, but for the difficult ones, by the shade and the size of the fitted image."""
+    """Finds the boxes of `Painted`, but for the difficult ones, by the shade and the size of the
+    fitted image.
+    """
 
     def detect(self, graph, state, images, sizes):
         dataset = Painted()
         number = (images[:, 0, 0, 0].astype(jnp.int32) - 10) // 20
-        shares, classes = jnp.asarray(dataset.shares)[number], jnp.asarray(dataset.classes)[number]
+        shares = jnp.asarray(dataset.shares)[number]
+        classes = jnp.asarray(dataset.classes)[number]
         boxes = shares * jnp.tile(sizes[:, ::-1], 2)[:, None]
         valid = (jnp.arange(4) < jnp.asarray(dataset.counts)[number][:, None]) & (jnp.arange(4) < 3)
-        return Detected.of(boxes, jnp.broadcast_to(jnp.linspace(0.9, 0.6, 4), valid.shape), classes, valid)
+        return Detected.of(
+            boxes, jnp.broadcast_to(jnp.linspace(0.9, 0.6, 4), valid.shape), classes, valid
+        )
 
 
 @pytest.mark.parametrize(("devices", "filled"), [(1, 1.0), (8, 0.25)])
 def test_boxes_come_back_to_the_pixels_of_images_of_any_size(devices, filled, tmp_path):
-    """A detector that sees the truth in fitted images scores 100 on eleven sizes in padded batches; misses only what may be missed.
+    """A detector that sees the truth in fitted images scores 100 on eleven sizes in padded batches;
+    misses only what may be missed.
 
     What is written is the truth as it was, areas of objects that do not fill their boxes included.
     """
     c = validated(tiny(data__source="carla", data__max_boxes=4))
     mesh = sharding.make_mesh(MeshConfig(devices, 1), jax.devices()[:devices])
-    dataset, ticks = Painted(filled), []
+    dataset = Painted(filled)
+    ticks = []
     empty = nnx.state(nnx.Dict())
-    result = Seer(c).evaluator(nnx.graphdef(nnx.Dict()), mesh)((empty, empty, empty), dataset, lambda: ticks.append(1))
+    result = Seer(c).evaluator(nnx.graphdef(nnx.Dict()), mesh)(
+        (empty, empty, empty), dataset, lambda: ticks.append(1)
+    )
     metrics = result.metrics
     assert (metrics["mAP50"], metrics["images"], result.score) == (100.0, 11, 100.0)
     assert metrics["protocols"]["voc12"]["mAP50"] == pytest.approx(100)
@@ -222,7 +292,8 @@ def test_boxes_come_back_to_the_pixels_of_images_of_any_size(devices, filled, tm
     assert len(ticks) == (2 if devices == 8 else 3)
     assert len(result.pictures) == 2
     for example, i in zip(result.examples, (2, 8), strict=True):
-        sample, (h, w) = dataset[i], example["image"].shape[:2]
+        sample = dataset[i]
+        h, w = example["image"].shape[:2]
         assert (example["image"] == sample["image"][0, 0]).all()
         n = len(sample["boxes"])
         shares = (dataset.shares[i, :n] * [w, h, w, h]).astype(np.float32)
@@ -230,27 +301,49 @@ def test_boxes_come_back_to_the_pixels_of_images_of_any_size(devices, filled, tm
         np.testing.assert_array_equal(example["truth_classes"], sample["classes"])
         np.testing.assert_allclose(example["boxes"], shares[:3], rtol=1e-4, atol=1e-3)
         np.testing.assert_array_equal(example["classes"], sample["classes"][:3])
-        np.testing.assert_allclose(example["scores"], np.linspace(0.9, 0.6, 4)[: min(n, 3)], rtol=1e-6)
+        np.testing.assert_allclose(
+            example["scores"], np.linspace(0.9, 0.6, 4)[: min(n, 3)], rtol=1e-6
+        )
     result.write(tmp_path, "painted")
-    _, truths, found = read_coco(*(tmp_path / "detections" / f"painted{end}.json" for end in ("_truth", "")))
+    _, truths, found = read_coco(
+        *(tmp_path / "detections" / f"painted{end}.json" for end in ("_truth", ""))
+    )
     for i, (truth, mine) in enumerate(zip(truths, found, strict=True)):
         sample = dataset[i]
         np.testing.assert_array_equal(truth.boxes, sample["boxes"])
         np.testing.assert_array_equal(truth.difficult, sample["difficult"])
         np.testing.assert_array_equal(truth.crowd, sample["crowd"])
-        np.testing.assert_allclose(truth.areas, filled * np.prod(truth.boxes[:, 2:] - truth.boxes[:, :2], axis=1), rtol=1e-6)
+        np.testing.assert_allclose(
+            truth.areas,
+            filled * np.prod(truth.boxes[:, 2:] - truth.boxes[:, :2], axis=1),
+            rtol=1e-6,
+        )
         np.testing.assert_allclose(mine.boxes, sample["boxes"][:3], rtol=1e-5, atol=1e-4)
         assert (mine.boxes <= np.tile(dataset.size(i)[::-1], 2)).all()
 
 
 def test_other_classes_and_too_many_boxes_are_refused():
-    """The evaluator names the classes of both, or the image, its boxes and the field that bounds them."""
+    """The evaluator names the classes of both, or the image, its boxes and the field that bounds
+    them.
+    """
     mesh = sharding.make_mesh(MeshConfig(1, 1), jax.devices()[:1])
     empty = nnx.state(nnx.Dict())
-    judge = lambda c, dataset: Seer(validated(c)).evaluator(nnx.graphdef(nnx.Dict()), mesh)((empty, empty, empty), dataset, lambda: None)
-    with pytest.raises(ValueError, match=r"domain painted has the classes vehicle, .* but the model was trained on traffic light"):
+
+    def judge(c, dataset):
+        return Seer(validated(c)).evaluator(nnx.graphdef(nnx.Dict()), mesh)(
+            (empty, empty, empty), dataset, lambda: None
+        )
+
+    with pytest.raises(
+        ValueError,
+        match=(
+            r"domain painted has the classes vehicle, .* but the model was trained on traffic light"
+        ),
+    ):
         judge(tiny(), Painted())
-    with pytest.raises(ValueError, match=r"painted/\d has [34] boxes; data\.max_boxes is 2; allowed: at least"):
+    with pytest.raises(
+        ValueError, match=r"painted/\d has [34] boxes; data\.max_boxes is 2; allowed: at least"
+    ):
         judge(tiny(data__source="carla", data__max_boxes=2), Painted())
 
 
@@ -263,7 +356,9 @@ class Counted(Painted):
 
 
 def test_fuller_images_than_training_has_room_for_are_judged_whole():
-    """A domain that knows its boxes gets room for all of them: the numbers are those of a run with room enough."""
+    """A domain that knows its boxes gets room for all of them: the numbers are those of a run with
+    room enough.
+    """
     mesh = sharding.make_mesh(MeshConfig(1, 1), jax.devices()[:1])
     empty = nnx.state(nnx.Dict())
     results = []
@@ -276,17 +371,26 @@ def test_fuller_images_than_training_has_room_for_are_judged_whole():
 
 @pytest.mark.parametrize("decoder", ["fcos", "faster_rcnn"])
 def test_eight_devices_do_what_one_does(decoder):
-    """The same batch, with images of none and of many boxes, and the same parameters: loss terms and gradients."""
+    """The same batch, with images of none and of many boxes, and the same parameters: loss terms
+    and gradients.
+    """
     c = tiny(model__decoder=decoder, data__max_boxes=6)
     r = c.model.faster_rcnn
-    r.channels, r.levels = 8, (1, 2)
+    r.channels = 8
+    r.levels = (1, 2)
     r.rpn = RpnConfig(sizes=((8.0,), (16.0,), (32.0,)), samples=8, before=(16, 16), after=(16, 16))
     r.roi = dataclasses.replace(r.roi, channels=8, convs=1, hidden=8, proposals=8)
-    c, rng, n = validated(c), np.random.default_rng(0), (8, 6)
+    c = validated(c)
+    rng = np.random.default_rng(0)
+    n = (8, 6)
     corners = rng.uniform(0, 24, (*n, 2))
     batch = {
         "image": rng.integers(0, 256, (8, 48, 96, 3)).astype(np.uint8),
-        "boxes": np.concatenate([corners, corners + rng.uniform(4, 24, (*n, 2))], axis=-1).astype(np.float32),
+        "boxes": (
+            np.concatenate([corners, corners + rng.uniform(4, 24, (*n, 2))], axis=-1).astype(
+                np.float32
+            )
+        ),
         "classes": rng.integers(0, 5, n).astype(np.int32),
         "valid": np.arange(6) < np.arange(8)[:, None] - 1,
         "difficult": np.zeros(n, bool),
@@ -294,14 +398,18 @@ def test_eight_devices_do_what_one_does(decoder):
     }
     task = tasks.make_task(c)
     plan = tasks.Blueprint.of(task, "none")
-    host = jax.tree.map(lambda leaf: (0.3 * rng.normal(size=leaf.shape)).astype(leaf.dtype), plan.abstract)
+    host = jax.tree.map(
+        lambda leaf: (0.3 * rng.normal(size=leaf.shape)).astype(leaf.dtype), plan.abstract
+    )
     outcomes = []
     for devices in (1, 8):
         mesh = sharding.make_mesh(MeshConfig(devices, 1), jax.devices()[:devices])
         trained, frozen, statistics = jax.device_put(host, sharding.replicated(mesh))
         state = TrainState(0, trained, frozen, statistics, ())
         compute = jax.jit(
-            lambda state, batch: gradients(plan.graph, state, batch, task.loss_denominator, task.losses, jax.random.key(0), 1)
+            lambda state, batch: gradients(
+                plan.graph, state, batch, task.loss_denominator, task.losses, jax.random.key(0), 1
+            )
         )
         outcomes.append(jax.device_get(compute(state, sharding.to_devices(batch, mesh))))
     (one, _, terms), (eight, _, terms8) = outcomes
@@ -314,38 +422,82 @@ def test_eight_devices_do_what_one_does(decoder):
 
 
 def test_heads_of_the_configuration():
-    """Without a word on sizes, a run has the heads' own defaults; C4 and the plain Faster R-CNN are theirs with one stage."""
+    """Without a word on sizes, a run has the heads' own defaults; C4 and the plain Faster R-CNN are
+    theirs with one stage.
+    """
     assert detection_task.head_config(ModelConfig(decoder="fcos")) == FcosConfig()
     assert detection_task.head_config(ModelConfig(decoder="cascade_rcnn")) == RcnnConfig()
     plain: Any = detection_task.head_config(ModelConfig(decoder="faster_rcnn"))
-    assert plain.roi == dataclasses.replace(RcnnConfig().roi, stages=((0.5, 10.0),), class_agnostic=False)
-    c4: Any = detection_task.head_config(ModelConfig(decoder="faster_rcnn_c4", text_weights="tower"))
-    assert (len(c4.rpn.sizes), len(c4.rpn.sizes[0]), len(c4.roi.stages), c4.text_classifier) == (1, 5, 1, True)
+    assert plain.roi == dataclasses.replace(
+        RcnnConfig().roi, stages=((0.5, 10.0),), class_agnostic=False
+    )
+    c4: Any = detection_task.head_config(
+        ModelConfig(decoder="faster_rcnn_c4", text_weights="tower")
+    )
+    assert (len(c4.rpn.sizes), len(c4.rpn.sizes[0]), len(c4.roi.stages), c4.text_classifier) == (
+        1,
+        5,
+        1,
+        True,
+    )
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model__decoder": "linear"}, r"model\.decoder is linear; allowed: fcos, faster_rcnn, .*, with task detection"),
-        ({"task": "segmentation"}, r"model\.decoder is fcos; allowed: linear, .*, with task segmentation"),
+        (
+            {"model__decoder": "linear"},
+            r"model\.decoder is linear; allowed: fcos, faster_rcnn, .*, with task detection",
+        ),
+        (
+            {"task": "segmentation"},
+            r"model\.decoder is fcos; allowed: linear, .*, with task segmentation",
+        ),
         ({"task": "boxes"}, r"task is boxes; allowed: segmentation or detection"),
-        ({"evaluation__protocol": "vltseg"}, r"evaluation\.protocol is vltseg; allowed: voc07, voc12, coco, with task detection"),
-        ({"data__rare_class_temperature": 0.01}, r"data\.rare_class_temperature is 0\.01; allowed: 0 with task detection"),
-        ({"data__max_class_share": 0.5}, r"data\.max_class_share is 0\.5; allowed: 1 with task detection"),
+        (
+            {"evaluation__protocol": "vltseg"},
+            r"evaluation\.protocol is vltseg; allowed: voc07, voc12, coco, with task detection",
+        ),
+        (
+            {"data__rare_class_temperature": 0.01},
+            r"data\.rare_class_temperature is 0\.01; allowed: 0 with task detection",
+        ),
+        (
+            {"data__max_class_share": 0.5},
+            r"data\.max_class_share is 0\.5; allowed: 1 with task detection",
+        ),
         ({"model__taps": (1, 2)}, r"model\.taps is \(1, 2\); allowed: \(\) with task detection"),
-        ({"model__text_weights": "x"}, r"model\.text_weights is set; allowed: None but with model\.decoder faster_rcnn_c4"),
+        (
+            {"model__text_weights": "x"},
+            r"model\.text_weights is set; allowed: None but with model\.decoder faster_rcnn_c4",
+        ),
         (
             {"model__decoder": "cascade_rcnn", "model__cascade_rcnn__levels": (1, 2)},
             r"model\.cascade_rcnn\.rpn\.sizes is .* one for each of model\.cascade_rcnn\.levels",
         ),
         ({"model__fcos__nms": 1.5}, r"model\.fcos\.nms is 1\.5; allowed: 0 to 1"),
-        ({"model__fcos__groups": 3}, r"channels of the single-stage head are 8; they must divide by groups, 3"),
+        (
+            {"model__fcos__groups": 3},
+            r"channels of the single-stage head are 8; they must divide by groups, 3",
+        ),
         ({"model__fcos__levels": (1, 3)}, r"levels of the pyramid are \(1, 3\); allowed"),
-        ({"model__decoder": "faster_rcnn_c4", "model__encoder": "augreg_ti16"}, r"take clip_rn50, clip_rn101 or a pyramid"),
+        (
+            {"model__decoder": "faster_rcnn_c4", "model__encoder": "augreg_ti16"},
+            r"take clip_rn50, clip_rn101 or a pyramid",
+        ),
         ({"data__source": "gta5"}, r"gta5 has no boxes, as it is published without instances"),
-        ({"data__source": "town"}, r"unknown domain 'town'; known are .*; for boxes of your own set data\.boxes"),
-        ({"data__source": "town", "data__boxes": BoxOptions()}, r"data\.boxes\.classes is empty; name the classes"),
-        ({"data__source": "town05", "data__root": "/"}, r"domain 'town05' is kept unseen and has no training images"),
+        (
+            {"data__source": "town"},
+            r"unknown domain 'town'; known are .*; for boxes of your own set data\.boxes",
+        ),
+        (
+            {"data__source": "town", "data__boxes": BoxOptions()},
+            r"data\.boxes\.classes is empty; name the classes",
+        ),
+        (
+            {"data__source": "town05", "data__root": "/"},
+            r"domain 'town05' is kept unseen and has no training images",
+        ),
     ],
 )
 def test_settings_that_do_not_go_together_are_refused_before_a_step(changes, message, tmp_path):
@@ -362,17 +514,27 @@ def voc_config(root: Path, corners: tuple[int, int, int, int]) -> Config:
     for name in ("JPEGImages", "Annotations", "ImageSets/Main"):
         (folder / name).mkdir(parents=True)
     Image.fromarray(np.full((40, 60, 3), 90, np.uint8)).save(folder / "JPEGImages/a.jpg")
-    box = "".join(f"<{key}>{value}</{key}>" for key, value in zip(("xmin", "ymin", "xmax", "ymax"), corners, strict=True))
+    box = "".join(
+        f"<{key}>{value}</{key}>"
+        for key, value in zip(("xmin", "ymin", "xmax", "ymax"), corners, strict=True)
+    )
     thing = f"<object><name>car</name><difficult>0</difficult><bndbox>{box}</bndbox></object>"
     size = "<size><width>60</width><height>40</height><depth>3</depth></size>"
     (folder / "Annotations/a.xml").write_text(f"<annotation>{size}{thing}</annotation>")
     for name in ("trainval", "test"):
         (folder / f"ImageSets/Main/{name}.txt").write_text("a\n")
-    return tiny(data__root=str(root), data__source="town", data__boxes=BoxOptions(classes=("car",)), evaluation__domains=("town",))
+    return tiny(
+        data__root=str(root),
+        data__source="town",
+        data__boxes=BoxOptions(classes=("car",)),
+        evaluation__domains=("town",),
+    )
 
 
 def test_broken_annotations_are_named_before_a_step(tmp_path, monkeypatch):
-    """A box far outside its image stops the start, with the file's path; a good one opens to train and to judge on."""
+    """A box far outside its image stops the start, with the file's path; a good one opens to train
+    and to judge on.
+    """
     monkeypatch.setenv("JAXDG_CACHE", str(tmp_path / "cache"))
     with pytest.raises(ValueError, match=r"Annotations/a\.xml: .*outside the image"):
         start(voc_config(tmp_path / "bad", (10, 10, 90, 30)), tmp_path / "run")
@@ -384,49 +546,95 @@ def test_broken_annotations_are_named_before_a_step(tmp_path, monkeypatch):
 
 
 def test_too_many_boxes_are_told_before_a_step(tmp_path, monkeypatch):
-    """The largest number of boxes of an image is known at the start, in files and in records; records of other classes are refused."""
+    """The largest number of boxes of an image is known at the start, in files and in records;
+    records of other classes are refused.
+    """
     monkeypatch.setenv("JAXDG_CACHE", str(tmp_path / "cache"))
-    open_source = lambda c: tasks.make_task(validated(c)).open("town", train=True)
+
+    def open_source(c):
+        return tasks.make_task(validated(c)).open("town", train=True)
+
     c = voc_config(tmp_path / "data", (10, 10, 30, 30))
     folder = tmp_path / "data/town/VOC2007"
     text = (folder / "Annotations/a.xml").read_text()
     things = text[text.index("<object>") : text.index("</annotation>")]
     (folder / "Annotations/a.xml").write_text(text.replace(things, 5 * things))
     c.data.max_boxes = 4
-    told = r"a\.jpg has 5 boxes, and 1 of 1 images of town have more than data\.max_boxes, 4; allowed: at least 5"
+    told = (
+        r"a\.jpg has 5 boxes, and 1 of 1 images of town have more than data\.max_boxes, 4; allowed:"
+        r" at least 5"
+    )
     with pytest.raises(ValueError, match=told):
         open_source(c)
     own = c.data.boxes
-    files = {split: open_box_files("town", root=c.data.root, train=split == "train", own=own) for split in ("train", "val")}
+    files = {
+        split: open_box_files("town", root=c.data.root, train=split == "train", own=own)
+        for split in ("train", "val")
+    }
     prepare("town", files, root=c.data.root, out=str(tmp_path / "records"))
     c.data.root = str(tmp_path / "records")
     with pytest.raises(ValueError, match=told):
         open_source(c)
     c.data.boxes = BoxOptions(classes=("truck",))
-    with pytest.raises(ValueError, match=r"records .* were written with the classes car, but those of town are truck"):
+    with pytest.raises(
+        ValueError,
+        match=r"records .* were written with the classes car, but those of town are truck",
+    ):
         open_source(c)
 
 
 def test_the_protocol_chooses_the_score():
-    """The same boxes by each protocol: mAP50 and the score are that protocol's, and all three are told."""
-    box = lambda *corners: np.array(corners, np.float32)
-    truth = Truth(box([0, 0, 9, 9], [20, 0, 30, 9]), np.zeros(2, int), np.zeros(2, bool), np.zeros(2, bool))
-    found = Detections(box([0, 0, 9, 9], [0, 20, 9, 29], [20, 0, 30, 9]), np.array([0.9, 0.8, 0.7]), np.zeros(3, int))
+    """The same boxes by each protocol: mAP50 and the score are that protocol's, and all three are
+    told.
+    """
+
+    def box(*corners):
+        return np.array(corners, np.float32)
+
+    truth = Truth(
+        box([0, 0, 9, 9], [20, 0, 30, 9]), np.zeros(2, int), np.zeros(2, bool), np.zeros(2, bool)
+    )
+    found = Detections(
+        box([0, 0, 9, 9], [0, 20, 9, 29], [20, 0, 30, 9]),
+        np.array([0.9, 0.8, 0.7]),
+        np.zeros(3, int),
+    )
     scores = {}
     for protocol in ("voc07", "voc12", "coco"):
-        task = detection_task.Detection(validated(tiny(data__source="carla", evaluation__protocol=protocol)))
+        task = detection_task.Detection(
+            validated(tiny(data__source="carla", evaluation__protocol=protocol))
+        )
         result = task._result(Painted(), [0], {0: (truth, found)})
-        assert result.score == result.metrics["mAP50"] == result.metrics["protocols"][protocol]["mAP50"]
+        assert (
+            result.score
+            == result.metrics["mAP50"]
+            == result.metrics["protocols"][protocol]["mAP50"]
+        )
         scores[protocol] = result.score
-    assert scores == pytest.approx({"voc07": 100 * (6 + 5 * 2 / 3) / 11, "voc12": 500 / 6, "coco": 100 * (51 + 50 * 2 / 3) / 101})
+    assert scores == pytest.approx(
+        {
+            "voc07": 100 * (6 + 5 * 2 / 3) / 11,
+            "voc12": 500 / 6,
+            "coco": 100 * (51 + 50 * 2 / 3) / 101,
+        }
+    )
 
 
 def test_a_domain_without_boxes_scores_nothing():
-    """No true box at all, or only difficult ones: AP and score are null, no class counts, and every class is named as without truth."""
+    """No true box at all, or only difficult ones: AP and score are null, no class counts, and every
+    class is named as without truth.
+    """
     task = detection_task.Detection(validated(tiny(data__source="carla")))
-    found = Detections(np.array([[0, 0, 9, 9]], np.float32), np.array([0.9], np.float32), np.zeros(1, int))
+    found = Detections(
+        np.array([[0, 0, 9, 9]], np.float32), np.array([0.9], np.float32), np.zeros(1, int)
+    )
     for boxes in (0, 1):
-        truth = Truth(np.full((boxes, 4), [0, 0, 9, 9], np.float32), np.zeros(boxes, int), np.ones(boxes, bool), np.zeros(boxes, bool))
+        truth = Truth(
+            np.full((boxes, 4), [0, 0, 9, 9], np.float32),
+            np.zeros(boxes, int),
+            np.ones(boxes, bool),
+            np.zeros(boxes, bool),
+        )
         result = task._result(Painted(), [0], {0: (truth, found)})
         assert (result.metrics["mAP50"], result.score, result.metrics["classes"]) == (None, None, 0)
         assert result.metrics["without_truth"] == list(task.labels.names)

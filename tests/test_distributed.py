@@ -1,4 +1,6 @@
-"""Several processes as one run: found by flags or launcher, stopped together, and ended in bounded time by whatever happens to one."""
+"""Several processes as one run: found by flags or launcher, stopped together, and ended in bounded
+time by whatever happens to one.
+"""
 
 import json
 import os
@@ -62,15 +64,29 @@ def by_flags(port: int, i: int) -> tuple[list[str], dict[str, str]]:
 
 def by_slurm(port: int, i: int) -> tuple[list[str], dict[str, str]]:
     """As `srun` does."""
-    step = {"SLURM_JOB_ID": "1", "SLURM_STEP_NODELIST": "localhost", "SLURM_NTASKS": "2", "SLURM_PROCID": f"{i}", "SLURM_LOCALID": f"{i}"}
+    step = {
+        "SLURM_JOB_ID": "1",
+        "SLURM_STEP_NODELIST": "localhost",
+        "SLURM_NTASKS": "2",
+        "SLURM_PROCID": f"{i}",
+        "SLURM_LOCALID": f"{i}",
+    }
     step |= {"SLURM_STEP_ID": "0"}
     return [], {"JAX_COORDINATOR_PORT": f"{port}", **step}
 
 
 def by_open_mpi(port: int, i: int) -> tuple[list[str], dict[str, str]]:
     """As `mpirun` of Open MPI 4 does."""
-    rank = {"OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_RANK": f"{i}", "OMPI_COMM_WORLD_LOCAL_RANK": f"{i}"}
-    return [], {"JAX_COORDINATOR_PORT": f"{port}", "OMPI_MCA_orte_hnp_uri": "4096.0;tcp://127.0.0.1:9", **rank}
+    rank = {
+        "OMPI_COMM_WORLD_SIZE": "2",
+        "OMPI_COMM_WORLD_RANK": f"{i}",
+        "OMPI_COMM_WORLD_LOCAL_RANK": f"{i}",
+    }
+    return [], {
+        "JAX_COORDINATOR_PORT": f"{port}",
+        "OMPI_MCA_orte_hnp_uri": "4096.0;tcp://127.0.0.1:9",
+        **rank,
+    }
 
 
 class Two:
@@ -80,14 +96,26 @@ class Two:
         with socket.socket() as free:
             free.bind(("localhost", 0))
             port = free.getsockname()[1]
-        common = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=1", "OMP_NUM_THREADS": "1"}
+        common = {
+            "JAX_PLATFORMS": "cpu",
+            "XLA_FLAGS": "--xla_force_host_platform_device_count=1",
+            "OMP_NUM_THREADS": "1",
+        }
         place = Path(tempfile.mkdtemp(dir=folder))
-        self.outputs, self.processes = [place / f"{i}" for i in range(2)], []
+        self.outputs = [place / f"{i}" for i in range(2)]
+        self.processes = []
         for i, path in enumerate(self.outputs):
             flags, own = launcher(port, i)
             with path.open("w") as out:
                 arguments = [sys.executable, *command, *flags]
-                self.processes.append(subprocess.Popen(arguments, env=os.environ | common | environment | own, stdout=out, stderr=out))
+                self.processes.append(
+                    subprocess.Popen(
+                        arguments,
+                        env=os.environ | common | environment | own,
+                        stdout=out,
+                        stderr=out,
+                    )
+                )
 
     def __enter__(self) -> "Two":
         return self
@@ -113,7 +141,9 @@ class Two:
 def host(tmp_path):
     """`host("hangs")`: two processes that count steps together until the second is in that trouble."""
     (tmp_path / "host.py").write_text(HOST)
-    return lambda trouble, *flags, **how: Two([str(tmp_path / "host.py"), trouble, *flags], tmp_path, **how)
+    return lambda trouble, *flags, **how: Two(
+        [str(tmp_path / "host.py"), trouble, *flags], tmp_path, **how
+    )
 
 
 @pytest.mark.parametrize(
@@ -123,30 +153,55 @@ def host(tmp_path):
         pytest.param("killed", 0, "another task died", id="first killed", marks=pytest.mark.slow),
         pytest.param("frozen", 1, r"stopped sending heartbeats\):\n1\n", id="frozen"),
         pytest.param("frozen", 0, "another task died", id="first frozen", marks=pytest.mark.slow),
-        pytest.param("fails", 1, r"process 1 of 2 on .* ends by the error below.*\nerror: town/07\.png: truncated\n", id="fails"),
-        pytest.param("hangs", 1, r"has ended no step and no batch for 0\.1 minutes .*, line \d+ in main", id="hangs"),
+        pytest.param(
+            "fails",
+            1,
+            r"process 1 of 2 on .* ends by the error below.*\nerror: town/07\.png: truncated\n",
+            id="fails",
+        ),
+        pytest.param(
+            "hangs",
+            1,
+            r"has ended no step and no batch for 0\.1 minutes .*, line \d+ in main",
+            id="hangs",
+        ),
     ],
 )
 def test_no_process_waits_for_ever(host, trouble, who, said):
-    """Whatever becomes of one of two processes: within the bound the other has ended with an error and has said why."""
+    """Whatever becomes of one of two processes: within the bound the other has ended with an error
+    and has said why.
+    """
     with host(trouble, *(["--patience=0.1"] if trouble == "hangs" else [])) as two:
         two.wait_until(lambda: "5\n" in two.printed()[1])
-        began, lost = time.monotonic(), trouble in ("killed", "frozen")
+        began = time.monotonic()
+        lost = trouble in ("killed", "frozen")
         if lost:
-            two.processes[who].send_signal(signal.SIGKILL if trouble == "killed" else signal.SIGSTOP)
-        codes = [process.wait(timeout=60) for i, process in enumerate(two.processes) if i != who or not lost]
+            two.processes[who].send_signal(
+                signal.SIGKILL if trouble == "killed" else signal.SIGSTOP
+            )
+        codes = [
+            process.wait(timeout=60)
+            for i, process in enumerate(two.processes)
+            if i != who or not lost
+        ]
         assert time.monotonic() - began < HEARTBEAT + distributed.LINGER + 5
     assert 0 not in codes
     assert re.search(said, "".join(two.printed()), re.DOTALL), two.printed()
 
 
 def test_asked_one_all_stop_together(host):
-    """Started as by Slurm: SIGTERM to the second process ends both in order after the same step. On the way: what they tell each other."""
+    """Started as by Slurm: SIGTERM to the second process ends both in order after the same step.
+
+    On the way: what they tell each other.
+    """
     with host("stops", launcher=by_slurm) as two:
         two.wait_until(lambda: "5\n" in two.printed()[1])
         two.processes[1].send_signal(signal.SIGTERM)
         assert [process.wait(timeout=60) for process in two.processes] == [0, 0], two.printed()
-    lines = [[line for line in text.splitlines() if not line.startswith("[Gloo]")] for text in two.printed()]
+    lines = [
+        [line for line in text.splitlines() if not line.startswith("[Gloo]")]
+        for text in two.printed()
+    ]
     assert lines[0] == lines[1]
     assert lines[0][:2] == ["{0: 'x', 1: 'xxxxxxxxxx'}", "True"]
     assert re.fullmatch(r"stopped at \d+", lines[0][-1])
@@ -161,7 +216,11 @@ def differing(launcher, **second: str):
     ("trouble", "launcher", "said"),
     [
         ("differs", by_flags, "seed 1 instead of 0 as process 0 on {host}; start them alike"),
-        ("meet", differing(by_slurm, SLURM_STEP_ID="1"), "SLURM_STEP_ID '1' instead of '0' as process 0 on {host}; two runs have met: "),
+        (
+            "meet",
+            differing(by_slurm, SLURM_STEP_ID="1"),
+            "SLURM_STEP_ID '1' instead of '0' as process 0 on {host}; two runs have met: ",
+        ),
         (
             "sets",
             differing(by_open_mpi, JAX_DEFAULT_PRNG_IMPL="rbg"),
@@ -170,10 +229,14 @@ def differing(launcher, **second: str):
     ],
 )
 def test_processes_that_are_not_alike_end_together(host, trouble, launcher, said):
-    """Another value, another step of a job on the same port, another setting of jax: one line, the same in all processes; exit code 1."""
+    """Another value, another step of a job on the same port, another setting of jax: one line, the
+    same in all processes; exit code 1.
+    """
     with host(trouble, launcher=launcher) as two:
         assert [process.wait(timeout=60) for process in two.processes] == [1, 1], two.printed()
-    expected = f"error: process 1 on {socket.gethostname()} has " + said.format(host=socket.gethostname())
+    expected = f"error: process 1 on {socket.gethostname()} has " + said.format(
+        host=socket.gethostname()
+    )
     for text in two.printed():
         lines = [line for line in text.splitlines() if not line.startswith("[Gloo]")]
         assert len(lines) == 1, text
@@ -187,7 +250,9 @@ def train_command(folder: Path) -> list[str]:
         for kind in ("images", "labels"):
             (folder / root / kind / "town").mkdir(parents=True)
             for k in range(4 if root == "r0" else 3):
-                Image.new("L" if kind == "labels" else "RGB", (48, 48)).save(folder / root / kind / "town" / f"{k}.png")
+                Image.new("L" if kind == "labels" else "RGB", (48, 48)).save(
+                    folder / root / kind / "town" / f"{k}.png"
+                )
     return ["-m", "jaxdg.train", f"--config={folder}/tiny.py", f"--workdir={folder}/run"]
 
 
@@ -208,21 +273,35 @@ def evaluate_command(folder: Path) -> list[str]:
         (
             train_command,
             tuple(
-                ["--config.data.source=town", "--config.data.folder.images=images/{domain}", f"--config.data.root={r}"]
+                [
+                    "--config.data.source=town",
+                    "--config.data.folder.images=images/{domain}",
+                    f"--config.data.root={r}",
+                ]
                 for r in ("r0", "r1")
             ),
             "images of the source town '3 (",
         ),
-        (evaluate_command, ([], ["--domains=fog"]), "evaluation.domains ('fog',) instead of ('clear', 'night', "),
+        (
+            evaluate_command,
+            ([], ["--domains=fog"]),
+            "evaluation.domains ('fog',) instead of ('clear', 'night', ",
+        ),
     ],
     ids=["another configuration", "other images", "another evaluation"],
 )
 def test_commands_compare_before_they_begin(tmp_path, command, own, said):
-    """What is compared: the configuration and flags of `train` and `evaluate`, and the images once they are open, wherever they lie."""
+    """What is compared: the configuration and flags of `train` and `evaluate`, and the images once
+    they are open, wherever they lie.
+    """
 
     def launcher(port, i):
         flags, environment = by_flags(port, i)
-        return flags + [flag.replace("=r", f"={tmp_path}/r") if "root" in flag else flag for flag in own[i]], environment
+        return (
+            flags
+            + [flag.replace("=r", f"={tmp_path}/r") if "root" in flag else flag for flag in own[i]],
+            environment,
+        )
 
     with Two(command(tmp_path), tmp_path, launcher, JAXDG_CACHE=str(tmp_path / "cache")) as two:
         assert [process.wait(timeout=120) for process in two.processes] == [1, 1], two.printed()
@@ -232,14 +311,24 @@ def test_commands_compare_before_they_begin(tmp_path, command, own, said):
 
 
 def test_a_port_in_use_is_refused(monkeypatch):
-    """By the first process, in one line; two services on one port would share the processes of both runs, or crash."""
-    monkeypatch.setattr(jax.distributed, "initialize", lambda *_, **__: pytest.fail("it was started"))
+    """By the first process, in one line; two services on one port would share the processes of both
+    runs, or crash.
+    """
+    monkeypatch.setattr(
+        jax.distributed, "initialize", lambda *_, **__: pytest.fail("it was started")
+    )
     preemption = jax.config.values["jax_enable_preemption_service"]
     with socket.socket() as other:
         other.bind(("localhost", 0))
         other.listen()
         port = other.getsockname()[1]
-        with pytest.raises(ValueError, match=rf"port {port} is not free \(Address already in use\), .*; give another --coordinator"):
+        with pytest.raises(
+            ValueError,
+            match=(
+                rf"port {port} is not free \(Address already in use\), .*; give another"
+                r" --coordinator"
+            ),
+        ):
             distributed.start(f"localhost:{port}", 2, 0)
         for name, value in by_slurm(port, 0)[1].items():
             monkeypatch.setenv(name, value)
@@ -250,12 +339,18 @@ def test_a_port_in_use_is_refused(monkeypatch):
 
 
 def test_steps_of_a_job_have_ports_of_their_own(monkeypatch):
-    """Neighbouring jobs and steps do not share one; the port of Open MPI is jax's, and one that was chosen is kept."""
+    """Neighbouring jobs and steps do not share one; the port of Open MPI is jax's, and one that was
+    chosen is kept.
+    """
     for name in list(os.environ):
         if name.startswith(("SLURM_", "OMPI_", "JAX_COORDINATOR")):
             monkeypatch.delenv(name)
     found = []
-    monkeypatch.setattr(jax.distributed, "initialize", lambda *_, **__: found.append(os.environ.get("JAX_COORDINATOR_PORT")))
+    monkeypatch.setattr(
+        jax.distributed,
+        "initialize",
+        lambda *_, **__: found.append(os.environ.get("JAX_COORDINATOR_PORT")),
+    )
     preemption = jax.config.values["jax_enable_preemption_service"]
     monkeypatch.setenv("SLURM_STEP_NODELIST", "a[1-2]")
     monkeypatch.setenv("SLURM_NTASKS", "2")
@@ -281,7 +376,10 @@ def test_steps_of_a_job_have_ports_of_their_own(monkeypatch):
     ("environment", "several"),
     [
         ({}, False),
-        ({"SLURM_JOB_ID": "7", "SLURM_NTASKS": "8", "SLURM_PROCID": "0"}, False),  # a batch script or salloc, without srun
+        (
+            {"SLURM_JOB_ID": "7", "SLURM_NTASKS": "8", "SLURM_PROCID": "0"},
+            False,
+        ),  # a batch script or salloc, without srun
         ({"SLURM_STEP_NODELIST": "a", "SLURM_NTASKS": "1"}, False),
         ({"SLURM_STEP_NODELIST": "a[1-4]", "SLURM_NTASKS": "8"}, True),
         ({"OMPI_COMM_WORLD_SIZE": "1", "SLURM_STEP_NODELIST": "a", "SLURM_NTASKS": "8"}, False),
@@ -290,7 +388,9 @@ def test_steps_of_a_job_have_ports_of_their_own(monkeypatch):
     ],
 )
 def test_nothing_starts_for_a_single_process(monkeypatch, environment, several):
-    """Launchers of several processes are told from those of one; `--processes 1` wins over them, and a lone flag is refused."""
+    """Launchers of several processes are told from those of one; `--processes 1` wins over them,
+    and a lone flag is refused.
+    """
     for name in list(os.environ):
         if name.startswith(("SLURM_", "OMPI_", "JOB_")):
             monkeypatch.delenv(name)
@@ -304,13 +404,17 @@ def test_nothing_starts_for_a_single_process(monkeypatch, environment, several):
     distributed.start(None, None, None)
     assert started == [(None, None, None)] * several
     monkeypatch.undo()
-    with pytest.raises(ValueError, match=r"did not find each other: .* See docs/how-to/clusters\.md"):
+    with pytest.raises(
+        ValueError, match=r"did not find each other: .* See docs/how-to/clusters\.md"
+    ):
         distributed.start(None, 2, None)
     jax.config.update("jax_enable_preemption_service", preemption)
 
 
 def test_launchers_are_well_formed():
-    """Bash accepts the Slurm script; the JobSet is YAML with as many processes as pods, the first of which is the coordinator."""
+    """Bash accepts the Slurm script; the JobSet is YAML with as many processes as pods, the first
+    of which is the coordinator.
+    """
     subprocess.run(["bash", "-n", ROOT / "scripts/slurm.sh"], check=True)
     jobset = yaml.safe_load((ROOT / "scripts/kubernetes.yaml").read_text())
     assert (jobset["apiVersion"], jobset["kind"]) == ("jobset.x-k8s.io/v1alpha2", "JobSet")
@@ -344,9 +448,11 @@ def get_config():
 
 @pytest.mark.slow
 def test_two_processes_are_one(tmp_path, monkeypatch, compiled_quickly):
-    """Two processes, stopped by SIGTERM to one and started again, train, normalise and judge as one process with two devices does.
+    """Two processes, stopped by SIGTERM to one and started again, train, normalise and judge as one
+    process with two devices does.
 
-    The starts are told of each other in three ways. Only the first process writes and prints. A checkpoint that cannot be read ends both.
+    The starts are told of each other in three ways. Only the first process writes and prints. A
+    checkpoint that cannot be read ends both.
     """
     (tmp_path / "tiny.py").write_text(CONFIG)
     environment = {"JAXDG_CACHE": str(tmp_path)}
@@ -357,32 +463,63 @@ def test_two_processes_are_one(tmp_path, monkeypatch, compiled_quickly):
         first.processes[1].send_signal(signal.SIGTERM)
         assert [process.wait(timeout=300) for process in first.processes] == [0, 0], first.printed()
     shutil.copytree(tmp_path / "two", tmp_path / "damaged")
-    damaged = max((tmp_path / "damaged" / "checkpoints").rglob("d/*"), key=lambda path: path.stat().st_size)
+    damaged = max(
+        (tmp_path / "damaged" / "checkpoints").rglob("d/*"), key=lambda path: path.stat().st_size
+    )
     damaged.write_bytes(b"")
     with Two([*command[:-1], f"--workdir={tmp_path}/damaged"], tmp_path, **environment) as refused:
         assert 0 not in [process.wait(timeout=300) for process in refused.processes]
-    assert re.search(r"error: checkpoint .*checkpoints/\d+ cannot be read by process .*; move this folder away", "".join(refused.printed()))
+    assert re.search(
+        r"error: checkpoint .*checkpoints/\d+ cannot be read by process .*; move this folder away",
+        "".join(refused.printed()),
+    )
     with Two(command, tmp_path, by_slurm, **environment) as second:
-        assert [process.wait(timeout=300) for process in second.processes] == [0, 0], second.printed()
+        assert [process.wait(timeout=300) for process in second.processes] == [
+            0,
+            0,
+        ], second.printed()
     command = ["-m", "jaxdg.evaluate", f"--checkpoint={tmp_path}/two", f"--out={tmp_path}/again"]
     with Two(command, tmp_path, by_open_mpi, **environment) as third:
         assert [process.wait(timeout=300) for process in third.processes] == [0, 0], third.printed()
-    stopped = int(re.search(r"\nstopped at step (\d+); run the same command to go on", first.printed()[0])[1])
+    stopped = int(
+        re.search(r"\nstopped at step (\d+); run the same command to go on", first.printed()[0])[1]
+    )
     assert 0 < stopped < 60
     assert f"resuming from step {stopped}\n" in second.printed()[0]
-    assert all(line.startswith("[Gloo]") for start in (first, second, third) for line in start.printed()[1].splitlines())
+    assert all(
+        line.startswith("[Gloo]")
+        for start in (first, second, third)
+        for line in start.printed()[1].splitlines()
+    )
     assert len(list((tmp_path / "two" / "tensorboard").iterdir())) == 2  # one file a start
 
     devices = jax.devices()[:2]
     monkeypatch.setattr(jax, "devices", lambda: devices)
     monkeypatch.setenv("JAXDG_CACHE", str(tmp_path))
-    train.train(config_lib.from_file(tmp_path / "tiny.py"), tmp_path / "one", cli.console(quiet=True), cli.Interrupt())
-    losses = [[row["loss"] for row in read_metrics(tmp_path / name) if "loss" in row] for name in ("one", "two")]
+    train.train(
+        config_lib.from_file(tmp_path / "tiny.py"),
+        tmp_path / "one",
+        cli.console(quiet=True),
+        cli.Interrupt(),
+    )
+    losses = [
+        [row["loss"] for row in read_metrics(tmp_path / name) if "loss" in row]
+        for name in ("one", "two")
+    ]
     assert len(losses[0]) == 60
     assert losses[1] == pytest.approx(losses[0], rel=1e-5)
-    one, two, again = (json.loads((tmp_path / name / "results.json").read_text()) for name in ("one", "two", "again"))
+    one, two, again = (
+        json.loads((tmp_path / name / "results.json").read_text())
+        for name in ("one", "two", "again")
+    )
     del again["model"]  # by which results of one model are told from another's
     assert one == two == again
-    files = lambda name: sorted(str(path.relative_to(tmp_path / name)) for path in (tmp_path / name).rglob("qualitative/*"))
+
+    def files(name):
+        return sorted(
+            str(path.relative_to(tmp_path / name))
+            for path in (tmp_path / name).rglob("qualitative/*")
+        )
+
     assert len(files("one")) == 4  # two images of each domain, whichever process has judged them
     assert files("one") == files("two") == files("again")

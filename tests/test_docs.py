@@ -1,4 +1,5 @@
-"""What the documentation tells people to type exists: commands, flags, fields of the configuration, files.
+"""What the documentation tells people to type exists: commands, flags, fields of the configuration,
+files.
 
 Nothing is trained, read or converted; every command is started once, as far as its help.
 """
@@ -23,7 +24,9 @@ ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md"]
 PAGES += [p for p in sorted((ROOT / "docs").rglob("*.md")) if "reports" not in p.parts]
 BLOCK = re.compile(r"^```(\w*)[^\n]*\n(.*?)^```", re.MULTILINE | re.DOTALL)
-START = re.compile(r"(?:^|(?<=[\s`]))(jaxdg(?= [a-z])|python -m jaxdg|python (?:conversion|scripts)/)")
+START = re.compile(
+    r"(?:^|(?<=[\s`]))(jaxdg(?= [a-z])|python -m jaxdg|python (?:conversion|scripts)/)"
+)
 # The names that commands had before their rooms, and where they lead.
 FORMER = {
     "jaxdg.data.check": "jaxdg.commands.check",
@@ -36,8 +39,11 @@ COMMON = {"help", "helpfull", "debug"}
 
 
 def lines(page: Path) -> list[tuple[int, str]]:
-    """The lines of a page's blocks that are no other language's, continued ones joined, with their numbers."""
-    text, found = page.read_text(), []
+    """The lines of a page's blocks that are no other language's, continued ones joined, with their
+    numbers.
+    """
+    text = page.read_text()
+    found = []
     for block in BLOCK.finditer(text):
         if block[1] in ("", "sh", "bash", "console", "shell"):
             number = text.count("\n", 0, block.start(2)) + 1
@@ -47,10 +53,13 @@ def lines(page: Path) -> list[tuple[int, str]]:
 
 
 def typed(page: Path) -> list[tuple[str, list[str]]]:
-    """The commands of jaxdg in a page's blocks, and between backticks: where each stands, and its words."""
+    """The commands of jaxdg in a page's blocks, and between backticks: where each stands, and its
+    words.
+    """
     text = page.read_text()
     spans = [
-        (text.count("\n", 0, m.start()) + 1, m[1]) for m in re.finditer(r"`([^`\n]+)`", BLOCK.sub(lambda m: "\n" * m[0].count("\n"), text))
+        (text.count("\n", 0, m.start()) + 1, m[1])
+        for m in re.finditer(r"`([^`\n]+)`", BLOCK.sub(lambda m: "\n" * m[0].count("\n"), text))
     ]
     found = []
     for number, line in [*lines(page), *spans]:
@@ -60,7 +69,9 @@ def typed(page: Path) -> list[tuple[str, list[str]]]:
         words = re.split(r"\s#", line[command.start() :])[0].split()
         for end in ("&&", "|", ";"):
             words = words[: words.index(end)] if end in words else words
-        found.append((f"{page.relative_to(ROOT)}:{number}", [word.strip("[]'\"") for word in words]))
+        found.append(
+            (f"{page.relative_to(ROOT)}:{number}", [word.strip("[]'\"") for word in words])
+        )
     return found
 
 
@@ -80,7 +91,9 @@ TYPED = [(place, words) for page in PAGES for place, words in typed(page)]
 @pytest.fixture(scope="module")
 def flags() -> dict[str, set[str]]:
     """The flags of every command and script that has any, as it defines them when it starts."""
-    done = subprocess.run([sys.executable, "docs/generate.py"], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        [sys.executable, "docs/generate.py"], cwd=ROOT, capture_output=True, text=True, timeout=300
+    )
     assert done.returncode == 0, done.stderr
     return {name: set(found) for name, found in json.loads(done.stdout.splitlines()[-1]).items()}
 
@@ -95,7 +108,8 @@ def faults(words: list[str], flags: dict[str, set[str]]) -> list[str]:
         return [f"{name} is not there"]
     if name not in flags and not name.endswith(".py"):
         return [f"{name} is no command"]
-    wrong, known = [], flags.get(name, set()) | COMMON
+    wrong = []
+    known = flags.get(name, set()) | COMMON
     for word in arguments:
         if found := re.match(r"--(no)?config\.([\w.]+)", word):
             if found[2] not in ("FIELD", "X"):
@@ -141,7 +155,9 @@ def test_files_that_pages_name_exist(page):
         assert (page.parent / target).exists(), f"{page.relative_to(ROOT)} links to {target}"
     folders = r"(?:configs|scripts|docs|benchmarks|tests|conversion|jaxdg)/"
     for name in re.findall(rf"`({folders}[\w/.]+\.(?:py|md|sh|yaml))`", text):
-        if not re.search(r"X\.py|NAME|hidden\.py", name):  # a name that stands for another, or is to be made
+        if not re.search(
+            r"X\.py|NAME|hidden\.py", name
+        ):  # a name that stands for another, or is to be made
             assert (ROOT / name).exists(), f"{page.relative_to(ROOT)} names {name}"
 
 
@@ -194,7 +210,8 @@ def test_the_decoder_of_its_page_computes(monkeypatch):
     rng = np.random.default_rng(0)
     maps = [rng.normal(size=(2, n, n, c)).astype(np.float32) for n, c in ((8, 4), (4, 6))]
     label = jnp.asarray(rng.integers(0, 2, (2, 16, 16)), jnp.uint8)
-    denominator, key = head.loss_denominator(label), jax.random.key(0)
+    denominator = head.loss_denominator(label)
+    key = jax.random.key(0)
 
     def loss(rows: slice):
         output = head(tuple(jnp.asarray(m[rows]) for m in maps))

@@ -1,4 +1,6 @@
-"""Evaluation as a whole against slow loops: many sizes, test-time augmentation, parts, subsets, any number of hosts."""
+"""Evaluation as a whole against slow loops: many sizes, test-time augmentation, parts, subsets, any
+number of hosts.
+"""
 
 import dataclasses
 import io
@@ -25,7 +27,9 @@ from tests.data import trees
 @pytest.fixture(scope="module", autouse=True)
 def tiny():
     """A small encoder in the zoo."""
-    zoo.ZOO["tiny4"] = zoo.Entry(VitConfig(width=16, depth=4, heads=2, patch_size=8, taps=(0, 1, 2, 3)))
+    zoo.ZOO["tiny4"] = zoo.Entry(
+        VitConfig(width=16, depth=4, heads=2, patch_size=8, taps=(0, 1, 2, 3))
+    )
     yield
     del zoo.ZOO["tiny4"]
 
@@ -33,8 +37,12 @@ def tiny():
 def config(**changes) -> Config:
     """Windows of 16 pixels, every 8."""
     c = Config()
-    c.model.encoder, c.model.pyramid, c.model.taps = "tiny4", "none", (3,)
-    c.data.crop, c.evaluation.stride, c.evaluation.batch_size = (16, 16), (8, 8), 4
+    c.model.encoder = "tiny4"
+    c.model.pyramid = "none"
+    c.model.taps = (3,)
+    c.data.crop = (16, 16)
+    c.evaluation.stride = (8, 8)
+    c.evaluation.batch_size = 4
     for field, value in changes.items():
         part, name = field.split("__")
         setattr(getattr(c, part), name, value)
@@ -45,18 +53,23 @@ class Run:
     """A task with random parameters on two devices, and its model with scores on the host."""
 
     def __init__(self, c: Config):
-        self.config, self.task = c, tasks.Segmentation(c)
+        self.config = c
+        self.task = tasks.Segmentation(c)
         self.mesh = sharding.make_mesh(MeshConfig(2, 1), jax.devices()[:2])
         self.plan = tasks.Blueprint.of(self.task, "none")
         rng = np.random.default_rng(0)
-        host = jax.tree.map(lambda leaf: rng.normal(0, 0.5, leaf.shape).astype(leaf.dtype), self.plan.abstract)
+        host = jax.tree.map(
+            lambda leaf: rng.normal(0, 0.5, leaf.shape).astype(leaf.dtype), self.plan.abstract
+        )
         self.state = jax.device_put(host, sharding.replicated(self.mesh))
         self.evaluator = self.task.evaluator(self.plan.graph, self.mesh)
         model = nnx.merge(self.plan.graph, *jax.device_put(host, jax.devices()[0]))
         self._scores = jax.jit(lambda x: model.scores(self.task.normalize(x)))
 
     def window(self, window: np.ndarray) -> np.ndarray:
-        """Class scores [16, 16, k] of one window of at most 16 x 16 pixels, missing ones at the mean."""
+        """Class scores [16, 16, k] of one window of at most 16 x 16 pixels, missing ones at the
+        mean.
+        """
         mean = np.array(zoo.entry("tiny4").config.mean, np.float32)
         full = np.broadcast_to(mean * (255 if mean.max() <= 1 else 1), (1, 16, 16, 3)).copy()
         full[0, : window.shape[0], : window.shape[1]] = window
@@ -66,8 +79,14 @@ class Run:
         """Class scores of an image, window after window."""
         h, w = image.shape[:2]
         stride = self.task.protocol("noise").stride
-        starts = lambda size, step: sorted({min(i, max(size - 16, 0)) for i in range(0, max(size - 16, 0) + step, step)})
-        total, seen = np.zeros((max(h, 16), max(w, 16), 19)), np.zeros((max(h, 16), max(w, 16), 1))
+
+        def starts(size, step):
+            return sorted(
+                {min(i, max(size - 16, 0)) for i in range(0, max(size - 16, 0) + step, step)}
+            )
+
+        total = np.zeros((max(h, 16), max(w, 16), 19))
+        seen = np.zeros((max(h, 16), max(w, 16), 1))
         for y in starts(h, stride[0]):
             for x in starts(w, stride[1]):
                 total[y : y + 16, x : x + 16] += self.window(image[y : y + 16, x : x + 16])
@@ -84,7 +103,9 @@ class Noise:
     """Images of many sizes, or of those given, with noisy labels; a third is ignored."""
 
     def __init__(self, sizes, domain="noise", labels=CITYSCAPES):
-        self.sizes, self.domain, self.labels = sizes, domain, labels
+        self.sizes = sizes
+        self.domain = domain
+        self.labels = labels
 
     def __len__(self):
         return len(self.sizes)
@@ -99,7 +120,11 @@ class Noise:
         rng = np.random.default_rng(i)
         label = rng.integers(0, 5 + i % 9, self.sizes[i]).astype(np.uint8)
         label[rng.random(label.shape) < 1 / 3] = 255
-        image = cv2.resize(rng.integers(0, 256, (5, 6, 3), np.uint8), self.sizes[i][::-1], interpolation=cv2.INTER_LINEAR)
+        image = cv2.resize(
+            rng.integers(0, 256, (5, 6, 3), np.uint8),
+            self.sizes[i][::-1],
+            interpolation=cv2.INTER_LINEAR,
+        )
         return {"image": image, "label": label}
 
 
@@ -117,38 +142,59 @@ def matrix(labels, predictions):
 def assert_iou(metrics, total):
     """The metrics are those of a confusion matrix."""
     expected = 100 * segmentation.iou(total)
-    np.testing.assert_allclose([np.nan if v is None else v for v in metrics["IoU"].values()], expected, rtol=1e-9)
+    np.testing.assert_allclose(
+        [np.nan if v is None else v for v in metrics["IoU"].values()], expected, rtol=1e-9
+    )
     assert metrics["mIoU"] == pytest.approx(np.nanmean(expected))
 
 
 def test_many_sizes_equal_one_image_at_a_time(native):
-    """Seven sizes in padded batches on two devices: the counts of images that a slow loop predicts alone, at their own sizes."""
+    """Seven sizes in padded batches on two devices: the counts of images that a slow loop predicts
+    alone, at their own sizes.
+    """
     dataset = Noise(SIZES)
-    predictions = [native.scores(dataset[i]["image"].astype(np.float32)).argmax(-1) for i in range(7)]
+    predictions = [
+        native.scores(dataset[i]["image"].astype(np.float32)).argmax(-1) for i in range(7)
+    ]
     result = native.evaluator(native.state, dataset, lambda: None)
     assert_iou(result.metrics, matrix([dataset[i]["label"] for i in range(7)], predictions))
     assert result.metrics["images"] == 7
     assert result.parts == {}
     assert len(result.pictures) == 2
-    for example, i in zip(result.examples, (1, 5), strict=True):  # a quarter and three quarters through the seven
+    for example, i in zip(
+        result.examples, (1, 5), strict=True
+    ):  # a quarter and three quarters through the seven
         np.testing.assert_array_equal(example["image"], dataset[i]["image"])
         np.testing.assert_array_equal(example["truth"], dataset[i]["label"])
         np.testing.assert_array_equal(example["prediction"], predictions[i])
 
 
 def test_examples_are_kept_beside_the_results_and_shrink_together(native, tmp_path):
-    """What is read back is the example; of a large one the image, the label maps and the boxes are smaller by the same factor."""
+    """What is read back is the example; of a large one the image, the label maps and the boxes are
+    smaller by the same factor.
+    """
     result = native.evaluator(native.state, Noise(SIZES, "acdc/fog"), lambda: None)
     evaluate.write_results({}, {"acdc/fog": result}, tmp_path)
     kept = [dict(np.load(tmp_path / "qualitative" / f"acdc_fog_{i}.npz")) for i in range(2)]
     for a, b in zip(kept, result.examples, strict=True):
         assert a.keys() == b.keys()
         assert all(np.array_equal(a[key], b[key]) for key in b)
-    image = np.repeat(np.repeat(np.arange(48, dtype=np.uint8).reshape(6, 8), 100, axis=0), 100, axis=1)  # 600 x 800, in squares of 100
+    image = np.repeat(
+        np.repeat(np.arange(48, dtype=np.uint8).reshape(6, 8), 100, axis=0), 100, axis=1
+    )  # 600 x 800, in squares of 100
     boxes = np.array([[100.0, 200.0, 300.0, 600.0]], np.float32)
-    large = {"image": np.stack([image] * 3, axis=-1), "truth": image, "prediction": image[::-1], "boxes": boxes, "classes": np.array([3])}
+    large = {
+        "image": np.stack([image] * 3, axis=-1),
+        "truth": image,
+        "prediction": image[::-1],
+        "boxes": boxes,
+        "classes": np.array([3]),
+    }
     small = evaluate.shrunk(large, 400)
-    squares = lambda array: array[25::50, 25::50]
+
+    def squares(array):
+        return array[25::50, 25::50]
+
     for key, expected in (("image", large["image"]), ("truth", image), ("prediction", image[::-1])):
         assert small[key].shape[:2] == (300, 400)
         np.testing.assert_array_equal(squares(small[key]), expected[50::100, 50::100])
@@ -159,7 +205,9 @@ def test_examples_are_kept_beside_the_results_and_shrink_together(native, tmp_pa
 
 
 def test_a_limit_of_images_takes_them_evenly_and_is_told(native):
-    """`evaluation.max_images` 3 of 7 judges images 0, 2 and 4, results.json and the printed table say so; 7 and more are all."""
+    """`evaluation.max_images` 3 of 7 judges images 0, 2 and 4, results.json and the printed table
+    say so; 7 and more are all.
+    """
     c = config()
     c.evaluation.max_images = 3
     opened = []
@@ -189,15 +237,30 @@ def test_a_limit_of_images_takes_them_evenly_and_is_told(native):
 
 
 def test_parts_of_acdc_come_from_one_pass(native):
-    """Conditions have the counts of their own images, add up to the whole, read every image once and stay out of the means."""
-    dataset, read = Noise(SIZES, "acdc"), []
+    """Conditions have the counts of their own images, add up to the whole, read every image once
+    and stay out of the means.
+    """
+    dataset = Noise(SIZES, "acdc")
+    read = []
     get = dataset.__class__.__getitem__
-    watched = type("Watched", (Noise,), {"__getitem__": lambda self, i: read.append(i) or get(self, i)})(SIZES, "acdc")
-    results = evaluate.evaluate_domains(native.evaluator, native.state, {"acdc": watched}, {"acdc": Standing(False)}, lambda *_: None)
+    watched = type(
+        "Watched", (Noise,), {"__getitem__": lambda self, i: read.append(i) or get(self, i)}
+    )(SIZES, "acdc")
+    results = evaluate.evaluate_domains(
+        native.evaluator,
+        native.state,
+        {"acdc": watched},
+        {"acdc": Standing(False)},
+        lambda *_: None,
+    )
     assert sorted(read) == list(range(7))
     assert list(results) == ["acdc", "acdc/fog", "acdc/night"]
     maps = [native.scores(dataset[i]["image"].astype(np.float32)).argmax(-1) for i in range(7)]
-    for name, mine in (("acdc", range(7)), ("acdc/fog", range(0, 7, 2)), ("acdc/night", range(1, 7, 2))):
+    for name, mine in (
+        ("acdc", range(7)),
+        ("acdc/fog", range(0, 7, 2)),
+        ("acdc/night", range(1, 7, 2)),
+    ):
         metrics = results[name].metrics
         assert_iou(metrics, matrix([dataset[i]["label"] for i in mine], [maps[i] for i in mine]))
         assert metrics["images"] == len(mine)
@@ -211,14 +274,20 @@ def test_parts_of_acdc_come_from_one_pass(native):
 
 @pytest.mark.parametrize("hosts", [1, 2, 3, 4, 5])
 def test_hosts_count_every_pixel_once(native, hosts):
-    """Seven images of seven sizes over any number of hosts: their matrices add up to that of one loop, filled-up batches and all."""
+    """Seven images of seven sizes over any number of hosts: their matrices add up to that of one
+    loop, filled-up batches and all.
+    """
     dataset = Noise(SIZES)
     protocol = native.task.protocol("noise")
-    total, batches = np.zeros((19, 19), np.int64), []
+    total = np.zeros((19, 19), np.int64)
+    batches = []
     for host in range(hosts):
         seen = 0
-        for batch in eval_batches(dataset, batch_size=hosts, protocol=protocol, shard=(host, hosts)):
-            # In place of the model, a prediction that depends on the pixels: what is tested is who counts what.
+        for batch in eval_batches(
+            dataset, batch_size=hosts, protocol=protocol, shard=(host, hosts)
+        ):
+            # In place of the model, a prediction that depends on the pixels: what is tested is who
+            # counts what.
             prediction = batch["image"][..., 0] % 19
             label = np.where(batch["mask"][:, None, None], batch["label"], 255)
             total += np.asarray(segmentation.confusion_matrix(prediction, label, 19))
@@ -226,7 +295,11 @@ def test_hosts_count_every_pixel_once(native, hosts):
         batches.append(seen)
     assert len(set(batches)) == 1  # hosts run in step
     np.testing.assert_array_equal(
-        total, matrix([dataset[i]["label"] for i in range(7)], [dataset[i]["image"][..., 0] % 19 for i in range(7)])
+        total,
+        matrix(
+            [dataset[i]["label"] for i in range(7)],
+            [dataset[i]["image"][..., 0] % 19 for i in range(7)],
+        ),
     )
     assert total.sum() == sum((dataset[i]["label"] != 255).sum() for i in range(7))
 
@@ -238,9 +311,12 @@ def softmax(x):
 
 @pytest.mark.parametrize("sizes", [[(24, 32)], [(24, 32), (25, 27)]])
 def test_augmentation_equals_a_slow_version(sizes):
-    """Images resized by OpenCV and mirrored one by one, scores mirrored back, resized by OpenCV, softmax, mean: the same label maps."""
+    """Images resized by OpenCV and mirrored one by one, scores mirrored back, resized by OpenCV,
+    softmax, mean: the same label maps.
+    """
     run = Run(config(evaluation__protocol="acdc_test", data__source="clear"))
-    dataset, protocol = Noise(sizes), dataclasses.replace(run.task.protocol("noise"), scales=(0.5, 1.25))
+    dataset = Noise(sizes)
+    protocol = dataclasses.replace(run.task.protocol("noise"), scales=(0.5, 1.25))
     assert protocol.flip
     label_maps = run.task.labeller(run.plan.graph)
     for batch in eval_batches(dataset, batch_size=2, protocol=protocol):
@@ -249,22 +325,34 @@ def test_augmentation_equals_a_slow_version(sizes):
         for i, label in zip(batch["index"], found, strict=True):
             if i < 0:
                 continue
-            image, (h, w) = dataset[i]["image"], sizes[i]
+            image = dataset[i]["image"]
+            h, w = sizes[i]
             votes = np.zeros((h, w, 19))
             for scale in protocol.scales:
-                larger = cv2.resize(image, (int(w * scale + 0.5), int(h * scale + 0.5)), interpolation=cv2.INTER_LINEAR)
+                larger = cv2.resize(
+                    image,
+                    (int(w * scale + 0.5), int(h * scale + 0.5)),
+                    interpolation=cv2.INTER_LINEAR,
+                )
                 for flip in (False, True):
                     scores = run.scores((larger[:, ::-1] if flip else larger).astype(np.float32))
                     scores = scores[:, ::-1] if flip else scores
-                    resized = [cv2.resize(s, (w, h), interpolation=cv2.INTER_LINEAR_EXACT) for s in np.moveaxis(scores, -1, 0)]
+                    resized = [
+                        cv2.resize(s, (w, h), interpolation=cv2.INTER_LINEAR_EXACT)
+                        for s in np.moveaxis(scores, -1, 0)
+                    ]
                     votes += softmax(np.moveaxis(np.array(resized), 0, -1)) / 4
-            close = np.sort(votes, -1)[..., -1] - np.sort(votes, -1)[..., -2] < 1e-3  # OpenCV rounds grey values its own way
+            close = (
+                np.sort(votes, -1)[..., -1] - np.sort(votes, -1)[..., -2] < 1e-3
+            )  # OpenCV rounds grey values its own way
             assert close.mean() < 0.1
             np.testing.assert_array_equal(label[:h, :w][~close], votes.argmax(-1)[~close])
 
 
 def test_named_protocol_resizes_images_and_scores():
-    """`vltseg`: OpenCV's image through windows of 16, scores resized to the label; counted against the label as stored."""
+    """`vltseg`: OpenCV's image through windows of 16, scores resized to the label; counted against
+    the label as stored.
+    """
     run = Run(config(evaluation__protocol="vltseg", data__source="clear"))
     dataset = Noise([(61, 70), (50, 60), (64, 64)])
     protocol = run.task.protocol("noise")
@@ -273,7 +361,11 @@ def test_named_protocol_resizes_images_and_scores():
     maps = []
     for i, (h, w) in enumerate(dataset.sizes):
         (ih, iw), _ = small.sizes((h, w))
-        scores = run.scores(cv2.resize(dataset[i]["image"], (iw, ih), interpolation=cv2.INTER_LINEAR).astype(np.float32))
+        scores = run.scores(
+            cv2.resize(dataset[i]["image"], (iw, ih), interpolation=cv2.INTER_LINEAR).astype(
+                np.float32
+            )
+        )
         resized = segmentation.resize_scores(jax.numpy.asarray(scores[None], np.float32), (h, w))
         maps.append(np.asarray(resized)[0].argmax(-1))
     result = run.evaluator(run.state, dataset, lambda: None)
@@ -281,13 +373,22 @@ def test_named_protocol_resizes_images_and_scores():
 
 
 def test_subsets_of_synthia(native):
-    """A model trained on SYNTHIA also gets its means over 16 and 13 classes, those of the IoUs above them."""
+    """A model trained on SYNTHIA also gets its means over 16 and 13 classes, those of the IoUs
+    above them.
+    """
     run = Run(config(data__source="synthia"))
-    result = evaluate.evaluate_domains(run.evaluator, run.state, {"noise": Noise(SIZES[:2])}, {"noise": Standing(False)}, lambda *_: None)[
-        "noise"
-    ]
+    result = evaluate.evaluate_domains(
+        run.evaluator,
+        run.state,
+        {"noise": Noise(SIZES[:2])},
+        {"noise": Standing(False)},
+        lambda *_: None,
+    )["noise"]
     iou = result.metrics["IoU"]
-    mean = lambda out: np.mean([v for name, v in iou.items() if v is not None and name not in out])
+
+    def mean(out):
+        return np.mean([v for name, v in iou.items() if v is not None and name not in out])
+
     assert result.metrics["subsets"] == {
         "16": pytest.approx(mean(("terrain", "truck", "train"))),
         "13": pytest.approx(mean(("terrain", "truck", "train", "wall", "fence", "pole"))),
@@ -299,10 +400,14 @@ def test_subsets_of_synthia(native):
 
 @pytest.mark.parametrize(("protocol", "manhole"), [("vltseg", 0), ("rein", 255), ("native", 0)])
 def test_a_protocol_brings_its_label_map(tmp_path, monkeypatch, protocol, manhole):
-    """Mapillary's manholes are road under vltseg and ignored under rein, whatever data.mapillary_labels says for training."""
+    """Mapillary's manholes are road under vltseg and ignored under rein, whatever
+    data.mapillary_labels says for training.
+    """
     monkeypatch.setenv("JAXDG_CACHE", str(tmp_path / "cache"))
     items = trees.make("mapillary", tmp_path, np.random.default_rng(0))
-    c = config(evaluation__protocol=protocol, evaluation__domains=("mapillary",), data__root=str(tmp_path))
+    c = config(
+        evaluation__protocol=protocol, evaluation__domains=("mapillary",), data__root=str(tmp_path)
+    )
     dataset = evaluate.open_domains(tasks.make_task(c))["mapillary"]
     item = next(item for item in items if item.image == dataset.name(0))
     assert (item.ids == 41).any()
@@ -311,49 +416,90 @@ def test_a_protocol_brings_its_label_map(tmp_path, monkeypatch, protocol, manhol
 
 @pytest.mark.parametrize("zipped", [False, True])
 def test_conditions_of_a_tree(tmp_path, monkeypatch, native, zipped):
-    """ACDC as published, in folders and in archives: four conditions of two images each, in one pass; results.json holds them."""
+    """ACDC as published, in folders and in archives: four conditions of two images each, in one
+    pass; results.json holds them.
+    """
     monkeypatch.setenv("JAXDG_CACHE", str(tmp_path / "cache"))
     trees.make("acdc", tmp_path, np.random.default_rng(0), zipped=zipped)
     c = config(evaluation__domains=("acdc", "acdc/fog"), data__root=str(tmp_path))
-    task, said = tasks.make_task(c), []
+    task = tasks.make_task(c)
+    said = []
     domains = evaluate.open_domains(task)
     standing = evaluate.standings(task, domains, TrainedOn(("clear",)), said.append)
     assert said == []  # a condition of a dataset is its part by name
-    results = evaluate.evaluate_domains(native.evaluator, native.state, domains, standing, lambda *_: None)
+    results = evaluate.evaluate_domains(
+        native.evaluator, native.state, domains, standing, lambda *_: None
+    )
     assert list(results) == ["acdc", "acdc/fog", "acdc/night", "acdc/rain", "acdc/snow"]
     assert [r.metrics["images"] for r in results.values()] == [8, 2, 2, 2, 2]
     evaluate.write_results(evaluate.summary(native.task, c, 3, results), results, tmp_path)
     stored = json.loads((tmp_path / "results.json").read_text())
-    assert [entry["part_of"] for entry in stored["domains"].values()] == [None, "acdc", "acdc", "acdc", "acdc"]
+    assert [entry["part_of"] for entry in stored["domains"].values()] == [
+        None,
+        "acdc",
+        "acdc",
+        "acdc",
+        "acdc",
+    ]
     assert stored["mean_unseen"] == stored["domains"]["acdc"]["mIoU"]
 
 
 def test_other_classes_are_refused(native):
     """A domain with CamVid's classes names both lists."""
-    with pytest.raises(ValueError, match=r"domain noise has the classes sky, .* but the model was trained on road"):
+    with pytest.raises(
+        ValueError, match=r"domain noise has the classes sky, .* but the model was trained on road"
+    ):
         native.evaluator(native.state, Noise(SIZES, labels=CAMVID), lambda: None)
 
 
 def test_domains_without_truth_are_in_no_mean(native, tmp_path):
-    """A domain whose labels are all ignored has no score: null in results.json and its means are those without it; a part likewise."""
+    """A domain whose labels are all ignored has no score: null in results.json and its means are
+    those without it; a part likewise.
+    """
     blank = type(
-        "Blank", (Noise,), {"__getitem__": lambda self, i: {**Noise.__getitem__(self, i), "label": np.full(SIZES[i], 255, np.uint8)}}
+        "Blank",
+        (Noise,),
+        {
+            "__getitem__": lambda self, i: {
+                **Noise.__getitem__(self, i),
+                "label": np.full(SIZES[i], 255, np.uint8),
+            }
+        },
     )
     domains = {"noise": Noise(SIZES[:2]), "test": blank(SIZES[:2]), "source": Noise(SIZES[2:4])}
-    standing = {"noise": Standing(False), "test": Standing(False), "source": Standing(True, np.array([True, False]))}
-    results = evaluate.evaluate_domains(native.evaluator, native.state, domains, standing, lambda *_: None)
+    standing = {
+        "noise": Standing(False),
+        "test": Standing(False),
+        "source": Standing(True, np.array([True, False])),
+    }
+    results = evaluate.evaluate_domains(
+        native.evaluator, native.state, domains, standing, lambda *_: None
+    )
     everything = evaluate.summary(native.task, native.config, 3, results)
     evaluate.write_results(everything, results, tmp_path)
     stored = json.loads((tmp_path / "results.json").read_text())
     entry = stored["domains"]["test"]
-    assert (entry["mIoU"], entry["classes"], entry["without_truth"]) == (None, 0, list(CITYSCAPES.names))
+    assert (entry["mIoU"], entry["classes"], entry["without_truth"]) == (
+        None,
+        0,
+        list(CITYSCAPES.names),
+    )
     assert stored["mean_unseen"] == stored["domains"]["noise"]["mIoU"]
-    assert stored["rPD"] == pytest.approx(100 * stored["mean_unseen"] / stored["domains"]["source"]["mIoU"])
+    assert stored["rPD"] == pytest.approx(
+        100 * stored["mean_unseen"] / stored["domains"]["source"]["mIoU"]
+    )
     assert [e["trained_on"] for e in stored["domains"].values()] == [None, None, 1]
-    truth = {name: {int(v) for i in range(2) for v in np.unique(dataset[i]["label"])} - {255} for name, dataset in domains.items()}
-    lacks = {name: [c for k, c in enumerate(CITYSCAPES.names) if k not in truth[name]] for name in truth}
+    truth = {
+        name: {int(v) for i in range(2) for v in np.unique(dataset[i]["label"])} - {255}
+        for name, dataset in domains.items()
+    }
+    lacks = {
+        name: [c for k, c in enumerate(CITYSCAPES.names) if k not in truth[name]] for name in truth
+    }
     assert {name: e["without_truth"] for name, e in stored["domains"].items()} == lacks
-    assert {c for c, names in stored["classes_differ"].items()} == set(lacks["noise"]) ^ set(lacks["source"])
+    assert {c for c, names in stored["classes_differ"].items()} == set(lacks["noise"]) ^ set(
+        lacks["source"]
+    )
     only = evaluate.summary(native.task, native.config, 3, {"test": results["test"]})
     assert (only["mean_unseen"], only["rPD"], only["classes_differ"]) == (None, None, {})
 
@@ -362,28 +508,42 @@ def test_a_domain_is_named_once(native):
     """`fog,fog` would be judged once and counted once without a word."""
     c = config()
     c.evaluation.domains = ("fog", "night", "fog")
-    with pytest.raises(ValueError, match=r"^evaluation\.domains names fog more than once; name every domain once$"):
+    with pytest.raises(
+        ValueError, match=r"^evaluation\.domains names fog more than once; name every domain once$"
+    ):
         evaluate.open_domains(tasks.make_task(c))
 
 
 def test_a_published_split_without_labels_is_named_early(tmp_path, monkeypatch):
-    """ACDC's test images have no labels: said as soon as they are opened, of a subset too; its validation images have."""
+    """ACDC's test images have no labels: said as soon as they are opened, of a subset too; its
+    validation images have.
+    """
     monkeypatch.setenv("JAXDG_CACHE", str(tmp_path / "cache"))
     trees.make("acdc", tmp_path, np.random.default_rng(0))
     said = []
-    c = config(evaluation__domains=("acdc/test", "acdc/fog/val"), evaluation__max_images=2, data__root=str(tmp_path))
+    c = config(
+        evaluation__domains=("acdc/test", "acdc/fog/val"),
+        evaluation__max_images=2,
+        data__root=str(tmp_path),
+    )
     task = tasks.make_task(c)
     evaluate.standings(task, evaluate.open_domains(task), TrainedOn(("clear",)), said.append)
     assert said == ["acdc/test has no labels, so it gets no score"]
 
 
 def test_what_was_trained_on_is_asked_of_workdir_then_images_then_names(tmp_path, monkeypatch):
-    """source.npz first, the source's images where they are here, else the names, which is said; and of the run it started from as well."""
+    """source.npz first, the source's images where they are here, else the names, which is said; and
+    of the run it started from as well.
+    """
     monkeypatch.setenv("JAXDG_CACHE", str(tmp_path / "cache"))
     trees.make("acdc", tmp_path / "data", np.random.default_rng(0))
     here = tasks.make_task(config(data__source="acdc/night", data__root=str(tmp_path / "data")))
-    elsewhere = tasks.make_task(config(data__source="acdc/night", data__root=str(tmp_path / "nothing")))
-    run, before, said = tmp_path / "run", tmp_path / "before", []
+    elsewhere = tasks.make_task(
+        config(data__source="acdc/night", data__root=str(tmp_path / "nothing"))
+    )
+    run = tmp_path / "run"
+    before = tmp_path / "before"
+    said = []
     for folder in (run, before):
         folder.mkdir()
     found = evaluate.known_source(here, run, said.append)
@@ -394,7 +554,9 @@ def test_what_was_trained_on_is_asked_of_workdir_then_images_then_names(tmp_path
     assert "told by its name alone" in said[0]
     started = evaluate.trained_on(here, here.open("acdc/night", train=True), run, said.append)
     started.save(run)
-    (run / "checkpoints/2").mkdir(parents=True)  # what a workdir notes counts once it has saved something
+    (run / "checkpoints/2").mkdir(
+        parents=True
+    )  # what a workdir notes counts once it has saved something
     assert evaluate.known_source(elsewhere, run, said.append).images is not None
     (before / "source.npz").write_bytes((run / "source.npz").read_bytes())
     c = config(data__source="clear", model__start=str(before))
@@ -402,25 +564,38 @@ def test_what_was_trained_on_is_asked_of_workdir_then_images_then_names(tmp_path
     found = evaluate.trained_on(task, task.open("clear", train=True), tmp_path, said.append)
     assert (found.domains, found.count, len(found.images)) == (("clear", "acdc/night"), 1000, 1002)
     (run / "source.npz").write_bytes(b"")
-    assert evaluate.trained_on(here, here.open("acdc/night", train=True), run, said.append).count == 2
+    assert (
+        evaluate.trained_on(here, here.open("acdc/night", train=True), run, said.append).count == 2
+    )
     assert evaluate.known_source(here, run, said.append).count == 2
     assert said[1:] == [line for line in said[1:] if "source.npz is damaged" in line]
     assert len(said) == 3
 
 
 def test_pictures_that_are_mixed_in_are_trained_on(tmp_path, monkeypatch):
-    """A folder of pictures with a domain's images makes it seen where PixMix or TLDR use it, and only there; no step trains on nothing."""
+    """A folder of pictures with a domain's images makes it seen where PixMix or TLDR use it, and
+    only there; no step trains on nothing.
+    """
     monkeypatch.setenv("JAXDG_CACHE", str(tmp_path / "cache"))
     trees.make("acdc", tmp_path, np.random.default_rng(0))
     c = config(data__root=str(tmp_path), evaluation__domains=("acdc/fog", "acdc/night", "clear"))
-    for pictures, pixmix, expected in ((None, 4, (0, 0)), ("acdc/rgb_anon/fog/val", 0, (0, 0)), ("acdc/rgb_anon/fog/val", 4, (2, 0))):
-        c.data.pictures, c.data.pixmix = pictures and str(tmp_path / pictures), (pixmix, 4.0)
+    for pictures, pixmix, expected in (
+        (None, 4, (0, 0)),
+        ("acdc/rgb_anon/fog/val", 0, (0, 0)),
+        ("acdc/rgb_anon/fog/val", 4, (2, 0)),
+    ):
+        c.data.pictures = pictures and str(tmp_path / pictures)
+        c.data.pixmix = (pixmix, 4.0)
         task = tasks.make_task(c)
         trained = evaluate.own_source(task, task.open("clear", train=True))
         found = evaluate.standings(task, evaluate.open_domains(task), trained, lambda line: None)
-        assert tuple(int(found[name].trained_on.sum()) for name in ("acdc/fog", "acdc/night")) == expected
+        assert (
+            tuple(int(found[name].trained_on.sum()) for name in ("acdc/fog", "acdc/night"))
+            == expected
+        )
         assert found["acdc/fog"].seen == (expected[0] > 0)
         assert found["clear"].seen
-    c.steps, c.data.source = 0, "acdc"
+    c.steps = 0
+    c.data.source = "acdc"
     task = tasks.make_task(c)
     assert len(evaluate.own_source(task, task.open("acdc", train=True)).images) == 0

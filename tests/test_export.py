@@ -33,12 +33,21 @@ np.savez(out, **{f"{i}{k}": v for i, x in enumerate(found) for k, v in (x.items(
 
 def config(decoder):
     """Of a tiny model."""
-    c = Config(steps=1, task="detection" if decoder == "fcos" else "segmentation", mesh=MeshConfig(1, 1))
-    c.data.crop, c.evaluation.stride = (32, 64), (24, 48)
+    c = Config(
+        steps=1, task="detection" if decoder == "fcos" else "segmentation", mesh=MeshConfig(1, 1)
+    )
+    c.data.crop = (32, 64)
+    c.evaluation.stride = (24, 48)
     c.model.decoder = decoder
     head = c.model.mask2former
-    head.hidden, head.heads, head.queries, head.pixel_layers, head.layers, head.points = 32, 2, 20, 1, 1, 64
-    c.model.fcos.channels, c.model.fcos.score_threshold = 32, 0.0
+    head.hidden = 32
+    head.heads = 2
+    head.queries = 20
+    head.pixel_layers = 1
+    head.layers = 1
+    head.points = 64
+    c.model.fcos.channels = 32
+    c.model.fcos.score_threshold = 0.0
     return config_lib.validated(c)
 
 
@@ -49,7 +58,9 @@ def drawn(like):
     def draw(path, s):
         name = jax.tree_util.keystr(path)
         if "kernel" in name or "embed" in name:
-            return jnp.asarray(rng.normal(0, s.shape[-2] ** -0.5 if len(s.shape) > 1 else 1.0, s.shape), s.dtype)
+            return jnp.asarray(
+                rng.normal(0, s.shape[-2] ** -0.5 if len(s.shape) > 1 else 1.0, s.shape), s.dtype
+            )
         return jnp.full(s.shape, float("scale" in name), s.dtype)
 
     return jax.tree_util.tree_map_with_path(draw, like)
@@ -76,8 +87,11 @@ def noise(*shape):
 
 
 def test_an_exported_segmenter_is_predict_without_the_source(tmp_path):
-    """The file gives the very label maps of `predict`, of an image of several windows; what is beside it tells what they mean."""
-    model, images = model_with("mask2former"), noise(2, 50, 90, 3)
+    """The file gives the very label maps of `predict`, of an image of several windows; what is
+    beside it tells what they mean.
+    """
+    model = model_with("mask2former")
+    images = noise(2, 50, 90, 3)
     exported = export.export(model, (50, 90))
     beside = export.write(model, exported, tmp_path / "model.stablehlo")
     found = alone(tmp_path, tmp_path / "model.stablehlo", images)
@@ -90,19 +104,27 @@ def test_an_exported_segmenter_is_predict_without_the_source(tmp_path):
     assert said["colors"][0] == [128, 64, 128]
     assert said["input"]["shape"] == [50, 90, 3]
     assert said["output"] == {"shape": [50, 90], "dtype": "uint8"}
-    assert (said["protocol"], said["window"], said["platforms"]) == ("native", [32, 64], ["cpu", "cuda"])
+    assert (said["protocol"], said["window"], said["platforms"]) == (
+        "native",
+        [32, 64],
+        ["cpu", "cuda"],
+    )
 
 
 def test_an_exported_detector_is_predict_without_the_source(tmp_path):
-    """Boxes, scores and classes are those of `predict`, of an image that does not fill the detector's size."""
-    model, image = model_with("fcos"), noise(32, 40, 3)
+    """Boxes, scores and classes are those of `predict`, of an image that does not fill the
+    detector's size.
+    """
+    model = model_with("fcos")
+    image = noise(32, 40, 3)
     beside = export.write(model, export.export(model, (32, 40)), tmp_path / "model.stablehlo")
     found = alone(tmp_path, tmp_path / "model.stablehlo", image[None])
     expected = model.predict(image)
     n = len(expected.scores)
     assert n > 10
     assert not np.any(found["0scores"][n:])
-    # The weights are constants of the exported program, with which the compiler computes in another order.
+    # The weights are constants of the exported program, with which the compiler computes in another
+    # order.
     np.testing.assert_allclose(found["0scores"][:n], expected.scores, atol=1e-6)
     np.testing.assert_allclose(found["0boxes"][:n], expected.boxes, atol=1e-3)
     np.testing.assert_array_equal(found["0classes"][:n], expected.classes)
@@ -113,7 +135,8 @@ def test_an_exported_detector_is_predict_without_the_source(tmp_path):
 
 def test_a_batch_of_any_length():
     """One program takes one image and three, and sees in each what `predict` sees."""
-    model, images = model_with("linear"), noise(3, 32, 64, 3)
+    model = model_with("linear")
+    images = noise(3, 32, 64, 3)
     exported = export.export(model, (32, 64), ["cpu"], batch=True)
     for part in (images[:1], images):
         np.testing.assert_array_equal(exported.call(part), [model.predict(image) for image in part])
@@ -121,13 +144,22 @@ def test_a_batch_of_any_length():
 
 def test_the_command(tmp_path):
     """`python -m jaxdg.export` writes both files of a workdir's checkpoint and says so."""
-    c, run = config("linear"), tmp_path / "run"
+    c = config("linear")
+    run = tmp_path / "run"
     workdir_lib.claim(c, run)
     mesh = sharding.make_mesh(c.mesh, jax.devices()[:1])
     checkpoints = Checkpoints(run)
     checkpoints.save(drawn(abstract_state(Blueprint.of(make_task(c), "none"), c, mesh)[0]))
     checkpoints.close()
-    command = [sys.executable, "-m", "jaxdg.export", "--checkpoint", str(run), "--out", str(tmp_path / "m.stablehlo")]
+    command = [
+        sys.executable,
+        "-m",
+        "jaxdg.export",
+        "--checkpoint",
+        str(run),
+        "--out",
+        str(tmp_path / "m.stablehlo"),
+    ]
     done = subprocess.run([*command, "--platform", "cpu"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "images uint8 [32, 64, 3], for cpu" in done.stdout
@@ -137,13 +169,25 @@ def test_the_command(tmp_path):
 
 
 def test_an_export_replaces_nothing_but_an_export(tmp_path):
-    """Neither a run's config.json beside it, nor a file of its name, nor a folder; an earlier export is replaced."""
+    """Neither a run's config.json beside it, nor a file of its name, nor a folder; an earlier
+    export is replaced.
+    """
     described = json.dumps(dict.fromkeys(("task", "input", "output", "platforms", "versions")))
     (tmp_path / "config.json").write_text("{}")
     (tmp_path / "photo.png").write_bytes(b"mine")
     (tmp_path / "folder.json").mkdir()
-    for name, replaced in (("config.stablehlo", "config.json"), ("photo.png", "photo.png"), ("folder", "folder.json")):
-        with pytest.raises(ValueError, match=rf"would replace /.*/{replaced}, which is there and is none of an export; give another name"):
+    for name, replaced in (
+        ("config.stablehlo", "config.json"),
+        ("photo.png", "photo.png"),
+        ("folder", "folder.json"),
+    ):
+        with pytest.raises(
+            ValueError,
+            match=(
+                rf"would replace /.*/{replaced}, which is there and is none of an export; give"
+                r" another name"
+            ),
+        ):
             export.check_out(tmp_path / name)
     with pytest.raises(ValueError, match="its description goes to a file of that name"):
         export.check_out(tmp_path / "model.json")

@@ -9,7 +9,9 @@ from jaxdg import files
 
 
 def test_written_whole_or_not_at_all(tmp_path, monkeypatch):
-    """A failure while the new content is written, or before it is on the disk, leaves the old; success leaves nothing else."""
+    """A failure while the new content is written, or before it is on the disk, leaves the old;
+    success leaves nothing else.
+    """
     path = tmp_path / "a.json"
     files.write(path, "old")
 
@@ -18,7 +20,13 @@ def test_written_whole_or_not_at_all(tmp_path, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", full)
-        with pytest.raises(OSError, match=rf"^disk full: {path} cannot be written \(No space left on device\); .*free some space"):
+        with pytest.raises(
+            OSError,
+            match=(
+                rf"^disk full: {path} cannot be written \(No space left on device\); .*free some"
+                r" space"
+            ),
+        ):
             files.write(path, "new")
     assert path.read_text() == "old"
     files.write(path, b"new")
@@ -27,9 +35,17 @@ def test_written_whole_or_not_at_all(tmp_path, monkeypatch):
 
 
 def test_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
-    """The order that a crash of the machine cannot break: content to the disk, then the name, then the folder."""
+    """The order that a crash of the machine cannot break: content to the disk, then the name, then
+    the folder.
+    """
     calls = []
-    monkeypatch.setattr(os, "fsync", lambda handle: calls.append("folder" if os.path.isdir(f"/proc/self/fd/{handle}") else "content"))
+    monkeypatch.setattr(
+        os,
+        "fsync",
+        lambda handle: calls.append(
+            "folder" if os.path.isdir(f"/proc/self/fd/{handle}") else "content"
+        ),
+    )
     replace = os.replace
     monkeypatch.setattr(os, "replace", lambda *paths: calls.append("name") or replace(*paths))
     files.write(tmp_path / "a", "x")
@@ -47,8 +63,11 @@ def test_an_error_names_the_file(tmp_path):
     [(b"", "empty"), (b"\0\0", "nothing but zeros or blanks"), (b"{", "no JSON"), (b"\xff", "no JSON"), (b"[", "no JSON")],
 )  # fmt: skip
 def test_a_broken_file_is_named_and_set_aside(tmp_path, content, reason):
-    """Reading names it; recalling says so in a line, keeps it under another name each time, and gives None."""
-    path, said = tmp_path / "a.json", []
+    """Reading names it; recalling says so in a line, keeps it under another name each time, and
+    gives None.
+    """
+    path = tmp_path / "a.json"
+    said = []
     for aside in ("a.json.broken", "a.json.broken2"):
         path.write_bytes(content)
         with pytest.raises(files.Broken, match=rf"^{path}: broken \({reason}"):

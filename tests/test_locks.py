@@ -38,8 +38,14 @@ def other(tmp_path):
 def test_the_holder_is_named(other, tmp_path):
     """Process, host, time and command stand in the message and in the file."""
     path = tmp_path / "lock"
-    told = rf"the thing is in use by process {other.pid} on host {re.escape(socket.gethostname())} since \S+ \S+ \(.*\); .*{path}\)$"
-    with pytest.raises(locks.InUse, match=told) as error, locks.held(path, "the thing", pytest.fail):
+    told = (
+        rf"the thing is in use by process {other.pid} on host {re.escape(socket.gethostname())}"
+        rf" since \S+ \S+ \(.*\); .*{path}\)$"
+    )
+    with (
+        pytest.raises(locks.InUse, match=told) as error,
+        locks.held(path, "the thing", pytest.fail),
+    ):
         pass
     assert "\n" not in str(error.value)
     assert json.loads(path.read_text())["pid"] == other.pid
@@ -47,7 +53,9 @@ def test_the_holder_is_named(other, tmp_path):
 
 
 def test_death_frees_it(other, tmp_path):
-    """After kill -9 the file is there and locked by nobody: the next one gets it, and removes it in the end."""
+    """After kill -9 the file is there and locked by nobody: the next one gets it, and removes it in
+    the end.
+    """
     other.send_signal(signal.SIGKILL)
     other.wait()
     path = tmp_path / "lock"
@@ -84,10 +92,16 @@ def test_a_file_system_without_locks(other, tmp_path, monkeypatch):
 
     monkeypatch.setattr(fcntl, "lockf", refuse)
     said = []
-    with pytest.raises(locks.InUse, match=f"process {other.pid} on host"), locks.held(tmp_path / "lock", "the thing", said.append):
+    with (
+        pytest.raises(locks.InUse, match=f"process {other.pid} on host"),
+        locks.held(tmp_path / "lock", "the thing", said.append),
+    ):
         pass
     other.kill()
     other.wait()
     with locks.held(tmp_path / "lock", "the thing", said.append):
         pass
-    assert set(said) == {"the thing: its file system has no locks, so a second process on another host would not be noticed"}
+    assert set(said) == {
+        "the thing: its file system has no locks, so a second process on another host would not be"
+        " noticed"
+    }

@@ -1,4 +1,6 @@
-"""What is installed: the wheel holds all of the package and its recipes, and every import is of a declared distribution."""
+"""What is installed: the wheel holds all of the package and its recipes, and every import is of a
+declared distribution.
+"""
 
 import ast
 from importlib import metadata
@@ -15,7 +17,10 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-OPTIONAL = {"torch", "apache_beam"}  # imported where a file or a flag asks for them; the message names the extra
+OPTIONAL = {
+    "torch",
+    "apache_beam",
+}  # imported where a file or a flag asks for them; the message names the extra
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +31,11 @@ def wheel(tmp_path_factory):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("pyproject.toml", "setup.py", "MANIFEST.in", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, folder)
-    command = [sys.executable, "-c", "from setuptools import build_meta; build_meta.build_wheel('dist')"]
+    command = [
+        sys.executable,
+        "-c",
+        "from setuptools import build_meta; build_meta.build_wheel('dist')",
+    ]
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     (path,) = (folder / "dist").iterdir()
@@ -34,8 +43,14 @@ def wheel(tmp_path_factory):
 
 
 def test_the_wheel_holds_the_package_and_its_recipes(wheel):
-    """Every file below jaxdg/, and the recipes of configs/ as jaxdg/configs; nothing else but the wheel's own words."""
-    ours = {path.relative_to(ROOT).as_posix() for path in (ROOT / "jaxdg").rglob("*") if path.is_file() and "__pycache__" not in path.parts}
+    """Every file below jaxdg/, and the recipes of configs/ as jaxdg/configs; nothing else but the
+    wheel's own words.
+    """
+    ours = {
+        path.relative_to(ROOT).as_posix()
+        for path in (ROOT / "jaxdg").rglob("*")
+        if path.is_file() and "__pycache__" not in path.parts
+    }
     recipes = {f"jaxdg/configs/{path.name}" for path in (ROOT / "configs").glob("*.py")}
     assert "jaxdg/text/clip_merges.txt.gz" in ours
     assert "jaxdg/configs/streets_tiny.py" in recipes
@@ -44,21 +59,32 @@ def test_the_wheel_holds_the_package_and_its_recipes(wheel):
 
 
 def test_an_installed_recipe_builds_on_another(wheel, tmp_path):
-    """Away from the checkout `gta5_eva02_repro` imports `gta5_eva02`; no folder of the package becomes a place of modules."""
+    """Away from the checkout `gta5_eva02_repro` imports `gta5_eva02`; no folder of the package
+    becomes a place of modules.
+    """
     zipfile.ZipFile(wheel).extractall(tmp_path / "site")
     program = (
-        "import importlib.util, sys\n"
-        "from jaxdg import config\n"
-        "config.from_file('gta5_eva02_repro')\n"
-        "import configs.gta5_eva02\n"
-        "print(config.__file__, configs.gta5_eva02.__file__, importlib.util.find_spec('drawing'), sep='\\n')\n"
+        "import importlib.util, sys\nfrom jaxdg import"
+        " config\nconfig.from_file('gta5_eva02_repro')\nimport"
+        " configs.gta5_eva02\nprint(config.__file__, configs.gta5_eva02.__file__,"
+        " importlib.util.find_spec('drawing'), sep='\\n')\n"
     )
     (tmp_path / "away").mkdir()
     environment = {**os.environ, "PYTHONPATH": str(tmp_path / "site")}
-    done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path / "away", env=environment, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=tmp_path / "away",
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stderr
     site = tmp_path / "site" / "jaxdg"
-    assert done.stdout.split() == [str(site / "config" / "__init__.py"), str(site / "configs" / "gta5_eva02.py"), "None"]
+    assert done.stdout.split() == [
+        str(site / "config" / "__init__.py"),
+        str(site / "configs" / "gta5_eva02.py"),
+        "None",
+    ]
 
 
 def normal(name: str) -> str:
@@ -72,10 +98,16 @@ def imported(folder: Path) -> dict[str, str]:
     for path in sorted(folder.rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text())):
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
-            names = [node.module or ""] if isinstance(node, ast.ImportFrom) and not node.level else names
+            names = (
+                [node.module or ""]
+                if isinstance(node, ast.ImportFrom) and not node.level
+                else names
+            )
             found |= {name.partition(".")[0]: str(path.relative_to(ROOT)) for name in names}
     ours = {"jaxdg", "configs", "conversion", "scripts", "tests"}
-    return {name: path for name, path in found.items() if name not in sys.stdlib_module_names | ours}
+    return {
+        name: path for name, path in found.items() if name not in sys.stdlib_module_names | ours
+    }
 
 
 @pytest.mark.parametrize("folder", ["jaxdg", "conversion", "configs"])
@@ -86,12 +118,17 @@ def test_every_import_is_declared(folder):
     missing = {
         name: path
         for name, path in imported(ROOT / folder).items()
-        if name not in OPTIONAL and not declared & {normal(found) for found in distributions.get(name, [name])}
+        if name not in OPTIONAL
+        and not declared & {normal(found) for found in distributions.get(name, [name])}
     }
     assert not missing, "imported, but not among the dependencies of pyproject.toml"
 
 
 def test_optional_imports_are_declared_as_extras():
     """Each belongs to an extra, so that `pip install "jaxdg[EXTRA]"` brings it."""
-    extras = {normal(requirement) for group in PROJECT["optional-dependencies"].values() for requirement in group}
+    extras = {
+        normal(requirement)
+        for group in PROJECT["optional-dependencies"].values()
+        for requirement in group
+    }
     assert {normal(name) for name in OPTIONAL} <= extras

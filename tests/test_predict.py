@@ -23,11 +23,17 @@ def picture(file: Path, shade: int = 90) -> Path:
 
 
 def bytes_below(folder: Path) -> dict[str, bytes]:
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+    return {
+        path.relative_to(folder).as_posix(): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
 
 
 class Stand:
-    """In place of a trained model: every pixel has the class that is the red value over 10, or one box is seen."""
+    """In place of a trained model: every pixel has the class that is the red value over 10, or one
+    box is seen.
+    """
 
     labels = CITYSCAPES
 
@@ -37,20 +43,28 @@ class Stand:
     def predict(self, image: np.ndarray) -> np.ndarray | Detections:
         if not self.boxes:
             return (image[..., 0] // 10 % 19).astype(np.uint8)
-        found = np.array([[1, 1, 5, 5]], np.float32), np.array([0.9], np.float32), np.array([image[0, 0, 0] // 10], np.int32)
+        found = (
+            np.array([[1, 1, 5, 5]], np.float32),
+            np.array([0.9], np.float32),
+            np.array([image[0, 0, 0] // 10], np.int32),
+        )
         return Detections(*found)
 
 
 @pytest.fixture(params=["segmentation", "detection"])
 def command(request, monkeypatch):
-    """The command with a stand-in for the model, for both tasks; and the extension of what it writes."""
+    """The command with a stand-in for the model, for both tasks; and the extension of what it
+    writes.
+    """
     config = Config()
     config.task = request.param
     monkeypatch.setattr(predict.config_lib, "load", lambda workdir: config)
     monkeypatch.setattr(predict, "load", lambda checkpoint: Stand(request.param == "detection"))
     monkeypatch.setattr(predict.runtime, "set_up", lambda: None)
     monkeypatch.setattr(predict, "_CHECKPOINT", types.SimpleNamespace(value="run"), raising=False)
-    monkeypatch.setattr(predict, "_SCORE_THRESHOLD", types.SimpleNamespace(value=0.3), raising=False)
+    monkeypatch.setattr(
+        predict, "_SCORE_THRESHOLD", types.SimpleNamespace(value=0.3), raising=False
+    )
 
     def run(out: Path, *images: object) -> None:
         monkeypatch.setattr(predict, "_OUT", types.SimpleNamespace(value=str(out)), raising=False)
@@ -60,7 +74,9 @@ def command(request, monkeypatch):
 
 
 def test_a_folder_is_predicted_twice_alike(command, tmp_path):
-    """Label maps or boxes and overlays below --out; a second run replaces its own and takes no output for an image."""
+    """Label maps or boxes and overlays below --out; a second run replaces its own and takes no
+    output for an image.
+    """
     run, end = command
     for i, name in enumerate(("a.png", "day/b.JPG", "day/c.tif")):
         picture(tmp_path / "images" / name, 30 * i)
@@ -78,7 +94,9 @@ def test_a_folder_is_predicted_twice_alike(command, tmp_path):
 
 
 def test_the_folder_of_the_images_is_refused_as_out(command, tmp_path):
-    """As it is, through a link, below a link, and for a single image; before the model is looked at, and nothing changes."""
+    """As it is, through a link, below a link, and for a single image; before the model is looked
+    at, and nothing changes.
+    """
     run, _ = command
     images = tmp_path / "images"
     for name in ("a.png", "sub/b.jpg"):
@@ -88,7 +106,13 @@ def test_the_folder_of_the_images_is_refused_as_out(command, tmp_path):
     (tmp_path / "out/sub").symlink_to(images / "sub")
     before = bytes_below(tmp_path)
     for out in (images, images / "../images", tmp_path / "link", tmp_path / "out"):
-        with pytest.raises(ValueError, match=r"--out would put predictions into .*, the folder of the image .*; give another folder"):
+        with pytest.raises(
+            ValueError,
+            match=(
+                r"--out would put predictions into .*, the folder of the image .*; give another"
+                r" folder"
+            ),
+        ):
             run(out, images)
     with pytest.raises(ValueError, match=r"the folder of the image .*/a\.png"):
         run(images, images / "a.png")
@@ -97,11 +121,14 @@ def test_the_folder_of_the_images_is_refused_as_out(command, tmp_path):
 
 @pytest.mark.parametrize("kind", ["foreign", "corrected", "folder", "link"])
 def test_files_of_others_are_never_replaced(command, tmp_path, kind):
-    """A file of the user's, a prediction that was corrected by hand, a folder, a link to a photograph: named before anything is done."""
+    """A file of the user's, a prediction that was corrected by hand, a folder, a link to a
+    photograph: named before anything is done.
+    """
     run, end = command
     picture(tmp_path / "images/a.png")
     picture(tmp_path / "images/b.png")
-    out, target = tmp_path / "out", tmp_path / f"out/b{end}"
+    out = tmp_path / "out"
+    target = tmp_path / f"out/b{end}"
     out.mkdir()
     if kind == "corrected":
         run(out, tmp_path / "images")
@@ -113,13 +140,21 @@ def test_files_of_others_are_never_replaced(command, tmp_path, kind):
     else:
         target.write_bytes(b"mine")
     before = bytes_below(tmp_path)
-    with pytest.raises(ValueError, match=rf"/out/b\{end} is there and is not what predict wrote there .*; give another --out, or move"):
+    with pytest.raises(
+        ValueError,
+        match=(
+            rf"/out/b\{end} is there and is not what predict wrote there .*; give another --out, or"
+            r" move"
+        ),
+    ):
         run(out, tmp_path / "images")
     assert bytes_below(tmp_path) == before
 
 
 def test_what_predict_wrote_is_no_image(command, tmp_path, capsys):
-    """A folder of outputs among the images, its files given by name, a folder in it: passed over and said."""
+    """A folder of outputs among the images, its files given by name, a folder in it: passed over
+    and said.
+    """
     run, _ = command
     picture(tmp_path / "images/a.png")
     picture(tmp_path / "images/day/b.png")
@@ -131,9 +166,12 @@ def test_what_predict_wrote_is_no_image(command, tmp_path, capsys):
     assert f"passed over, as predict wrote them: {out}/" in capsys.readouterr().err
     assert bytes_below(out) == written
     said = []
-    assert [file.name for file, _ in predict.find_images(map(str, (*out.glob("*.jpg"), tmp_path / "images/a.png")), said.append)] == [
-        "a.png"
-    ]
+    assert [
+        file.name
+        for file, _ in predict.find_images(
+            map(str, (*out.glob("*.jpg"), tmp_path / "images/a.png")), said.append
+        )
+    ] == ["a.png"]
     for path in (out, out / "day", out / "a_overlay.jpg"):
         with pytest.raises(ValueError, match="no image is left to predict"):
             predict.find_images([str(path)])
@@ -146,24 +184,35 @@ def test_a_broken_image_does_not_end_the_rest(command, tmp_path, capsys):
         picture(tmp_path / "images" / name)
     (tmp_path / "images/b.png").write_bytes((tmp_path / "images/a.png").read_bytes()[:-20])
     (tmp_path / "images/d.jpg").write_bytes(b"")
-    with pytest.raises(ValueError, match=r"2 of 4 images could not be predicted and are named above; the others are in .*/out"):
+    with pytest.raises(
+        ValueError,
+        match=r"2 of 4 images could not be predicted and are named above; the others are in .*/out",
+    ):
         run(tmp_path / "out", tmp_path / "images")
     said = capsys.readouterr().err
     assert f"failed: {tmp_path}/images/b.png: " in said
     assert f"failed: {tmp_path}/images/d.jpg: empty (0 bytes)\n" in said
     assert "data.skip" not in said
-    assert {path.name for path in (tmp_path / "out").glob(f"*{end}")} == {f"a{end}", f"c{end}", *([outputs.NAME] if end == ".json" else [])}
+    assert {path.name for path in (tmp_path / "out").glob(f"*{end}")} == {
+        f"a{end}",
+        f"c{end}",
+        *([outputs.NAME] if end == ".json" else []),
+    }
 
 
 def test_hidden_files_and_other_types_are_passed_over_and_said(tmp_path):
-    """Hidden ones are counted, files of other types named, up to five; a folder without images is an error."""
+    """Hidden ones are counted, files of other types named, up to five; a folder without images is
+    an error.
+    """
     for name in ("a.png", "._a.png", ".ipynb_checkpoints/a.png", "@eaDir/a.png"):
         picture(tmp_path / "images" / name)
     (tmp_path / "images/loop").symlink_to(".")
     for i in range(7):
         (tmp_path / f"images/{i}.heic").touch()
     said: list[str] = []
-    assert predict.find_images([str(tmp_path / "images")], said.append) == [(tmp_path / "images/a.png", Path("a"))]
+    assert predict.find_images([str(tmp_path / "images")], said.append) == [
+        (tmp_path / "images/a.png", Path("a"))
+    ]
     assert said[0].startswith(f"3 hidden or system entries skipped, such as {tmp_path}/images/")
     assert said[1].startswith("1 link skipped")
     named = ", ".join(f"{tmp_path}/images/{i}.heic" for i in range(5))
@@ -180,17 +229,38 @@ def test_hidden_files_and_other_types_are_passed_over_and_said(tmp_path):
     [
         (["f"], {"f/a.png": "a_png", "f/a.jpg": "a_jpg", "f/b.png": "b"}),
         (["x/a.png", "y/a.png", "x/b.png"], {"x/a.png": "x/a", "y/a.png": "y/a", "x/b.png": "b"}),
-        (["x", "y"], {"x/a.png": "x/a", "x/b.png": "x/b", "x/c.png": "c", "y/a.png": "y/a", "y/b.png": "y/b"}),
-        (["x/a.png", "y/a.png", "y/a.jpg"], {"x/a.png": "x/a_png", "y/a.png": "y/a_png", "y/a.jpg": "y/a_jpg"}),
+        (
+            ["x", "y"],
+            {
+                "x/a.png": "x/a",
+                "x/b.png": "x/b",
+                "x/c.png": "c",
+                "y/a.png": "y/a",
+                "y/b.png": "y/b",
+            },
+        ),
+        (
+            ["x/a.png", "y/a.png", "y/a.jpg"],
+            {"x/a.png": "x/a_png", "y/a.png": "y/a_png", "y/a.jpg": "y/a_jpg"},
+        ),
         (["p/s/a.png", "q/s/a.png"], {"p/s/a.png": "p/s/a", "q/s/a.png": "q/s/a"}),
         (["g"], {"g/a.png": "g/a_png", "g/a.jpg": "g/a_jpg", "g/a_png.png": "a_png"}),
-        (["h"], {"h/a.png": "a", "h/a_overlay.png": "a_overlay", "h/a_overlay_overlay.jpg": "a_overlay_overlay"}),
+        (
+            ["h"],
+            {
+                "h/a.png": "a",
+                "h/a_overlay.png": "a_overlay",
+                "h/a_overlay_overlay.jpg": "a_overlay_overlay",
+            },
+        ),
         (["x", "x/a.png", "./x/../x/b.png"], {"x/a.png": "a", "x/b.png": "b", "x/c.png": "c"}),
         (["s/d.a.png", "s/d.b.png"], {"s/d.a.png": "d.a", "s/d.b.png": "d.b"}),
     ],
 )
 def test_names_are_distinct_and_stay_where_no_two_meet(tmp_path, monkeypatch, given, names):
-    """Extensions or folders part images of one name; no two write one file, whatever the task; the same image twice is one."""
+    """Extensions or folders part images of one name; no two write one file, whatever the task; the
+    same image twice is one.
+    """
     monkeypatch.chdir(tmp_path)
     for file in {*names, "x/a.png", "x/b.png", "x/c.png", "y/a.png", "y/b.png"}:
         picture(Path(file))
@@ -203,7 +273,9 @@ def test_names_are_distinct_and_stay_where_no_two_meet(tmp_path, monkeypatch, gi
 
 
 def test_a_killed_run_leaves_no_half_file(tmp_path, monkeypatch):
-    """What it noted and did not write is no hindrance to the next; nor is a line of the notes that was cut."""
+    """What it noted and did not write is no hindrance to the next; nor is a line of the notes that
+    was cut.
+    """
     out = outputs.Outputs(tmp_path / "out")
     out.write(tmp_path / "out/a.png", b"first")
     with monkeypatch.context() as patch:
@@ -227,9 +299,13 @@ def test_a_killed_run_leaves_no_half_file(tmp_path, monkeypatch):
 
 
 def test_pictures_are_upright_and_read_by_their_content(command, tmp_path, capsys):
-    """A photo that asks to be turned is predicted and drawn as viewers show it; what cannot be meant is named."""
+    """A photo that asks to be turned is predicted and drawn as viewers show it; what cannot be
+    meant is named.
+    """
     run, suffix = command
-    pixels = np.repeat(np.repeat(np.arange(3, dtype=np.uint8)[:, None] * 60, 16, 0), 64, 1)[..., None].repeat(3, 2)
+    pixels = np.repeat(np.repeat(np.arange(3, dtype=np.uint8)[:, None] * 60, 16, 0), 64, 1)[
+        ..., None
+    ].repeat(3, 2)
     exif = Image.Exif()
     exif[0x0112] = 6
     photo = tmp_path / "photos" / "photo.jpg"
@@ -240,7 +316,10 @@ def test_pictures_are_upright_and_read_by_their_content(command, tmp_path, capsy
     Image.fromarray(np.full((8, 8), 4095, np.uint16)).save(deep)
     with pytest.raises(ValueError, match="1 of 2 images could not be predicted"):
         run(tmp_path / "out", tmp_path / "photos")
-    assert f"failed: {deep}: a 16-bit image of which no value uses more than 12 bits" in capsys.readouterr().err
+    assert (
+        f"failed: {deep}: a 16-bit image of which no value uses more than 12 bits"
+        in capsys.readouterr().err
+    )
     with Image.open(tmp_path / "out" / "photo_overlay.jpg") as overlay:
         assert overlay.height > overlay.width  # the stored pixels are wider than high
     if suffix == ".png":

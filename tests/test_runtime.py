@@ -1,4 +1,6 @@
-"""What commands keep, compiled programs between runs and memory between steps, and what they make of the environment."""
+"""What commands keep, compiled programs between runs and memory between steps, and what they make
+of the environment.
+"""
 
 import os
 from pathlib import Path
@@ -40,8 +42,15 @@ print(*(1024 * int(status[name].split()[0]) for name in ("VmRSS", "VmHWM")))
 def python(code: str, *arguments: str, **environment: str) -> list[str]:
     """What a new process prints, in words."""
     own = {name: value for name, value in os.environ.items() if not name.startswith("JAX")}
-    own |= {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", **environment}
-    done = subprocess.run([sys.executable, "-c", code, *arguments], env=own, capture_output=True, text=True)
+    own |= {
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": "",
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        **environment,
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", code, *arguments], env=own, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
     assert not done.stderr, done.stderr
     return done.stdout.split()
@@ -70,7 +79,9 @@ def test_a_folder_of_the_users_own_is_left_alone(tmp_path):
     own.mkdir()
     (own / "old-cache").write_bytes(b"")
     os.utime(own / "old-cache", (0, 0))
-    assert python(COMPILE, JAXDG_CACHE=str(tmp_path / "cache"), JAX_COMPILATION_CACHE_DIR=str(own))[2] == str(own)
+    assert python(COMPILE, JAXDG_CACHE=str(tmp_path / "cache"), JAX_COMPILATION_CACHE_DIR=str(own))[
+        2
+    ] == str(own)
     assert (own / "old-cache").exists()
     assert not (tmp_path / "cache").exists()
 
@@ -83,7 +94,9 @@ def test_a_folder_that_cannot_be_made_is_no_error(tmp_path):
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc's malloc is meant")
 def test_memory_is_kept_and_does_not_grow():
-    """256 MB that were freed stay with the process, where without it they do not; twenty times over, it is no larger than after one."""
+    """256 MB that were freed stay with the process, where without it they do not; twenty times
+    over, it is no larger than after one.
+    """
     size = 2**28
     (given_back, _), (kept, most) = (map(int, python(TAKE, how)) for how in ("given back", "kept"))
     assert given_back < size
@@ -92,7 +105,9 @@ def test_memory_is_kept_and_does_not_grow():
 
 
 def test_a_user_without_a_home_keeps_things_in_the_temporary_folder(tmp_path, monkeypatch):
-    """As in containers that run as a number: in a folder that is the user's own, and nowhere if someone else has made it."""
+    """As in containers that run as a number: in a folder that is the user's own, and nowhere if
+    someone else has made it.
+    """
     monkeypatch.setenv("JAXDG_CACHE", "~/own")
     monkeypatch.setenv("HOME", "/home/me")
     assert cache.folder() == Path("/home/me/own")
@@ -124,11 +139,17 @@ def test_devices_that_are_not_there_are_one_line(monkeypatch):
             raise error
 
         monkeypatch.setattr(jax, "default_backend", fail)
-        with pytest.raises(ValueError, match=r"^jax finds no device to compute on \(.+\); JAX_PLATFORMS is cuda; unset it"):
+        with pytest.raises(
+            ValueError,
+            match=r"^jax finds no device to compute on \(.+\); JAX_PLATFORMS is cuda; unset it",
+        ):
             runtime.backend()
 
 
 def test_wide_arrays_are_turned_off():
     """JAX_ENABLE_X64 would make arrays that no checkpoint holds."""
-    code = "import jax; from jaxdg.commands import process as runtime; runtime.set_up(); print(jax.numpy.ones(1, float).dtype)"
+    code = (
+        "import jax; from jaxdg.commands import process as runtime; runtime.set_up();"
+        " print(jax.numpy.ones(1, float).dtype)"
+    )
     assert python(code, JAX_ENABLE_X64="1", JAXDG_CACHE=os.devnull) == ["float32"]

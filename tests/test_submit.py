@@ -1,4 +1,6 @@
-"""Submissions: accepted by the official code of Cityscapes, equal to the model's label maps, every fault of a folder named."""
+"""Submissions: accepted by the official code of Cityscapes, equal to the model's label maps, every
+fault of a folder named.
+"""
 
 import dataclasses
 import os
@@ -27,7 +29,13 @@ def opened(name, tmp_path, monkeypatch, zipped=False):
     """A tree's test images, their benchmark with the tree's number of images, and what was written."""
     monkeypatch.setenv("JAXDG_CACHE", str(tmp_path / "cache"))
     items = trees.make(name, tmp_path, np.random.default_rng(0), zipped=zipped, size=SIZE)
-    dataset = open_domain(f"{name}/test", root=str(tmp_path), train=False, streets=StreetsOptions(), folder=FolderOptions())
+    dataset = open_domain(
+        f"{name}/test",
+        root=str(tmp_path),
+        train=False,
+        streets=StreetsOptions(),
+        folder=FolderOptions(),
+    )
     benchmark = dataclasses.replace(submit.BENCHMARKS[name], count=len(dataset))
     assert len(dataset) == sum(item.split == "test" for item in items) > 1
     return dataset, benchmark, items
@@ -44,7 +52,9 @@ def written(dataset, benchmark, folder):
 
 @pytest.mark.parametrize("zipped", [False, True])
 def test_official_code_accepts_cityscapes(tmp_path, monkeypatch, zipped):
-    """Cityscapesscripts finds one prediction an image and gives a submission of the truth an IoU of 1 in every class."""
+    """Cityscapesscripts finds one prediction an image and gives a submission of the truth an IoU of
+    1 in every class.
+    """
     official = pytest.importorskip("cityscapesscripts.evaluation.evalPixelLevelSemanticLabeling")
     dataset, benchmark, _ = opened("cityscapes", tmp_path, monkeypatch, zipped)
     maps = written(dataset, benchmark, tmp_path / "out")
@@ -60,7 +70,11 @@ def test_official_code_accepts_cityscapes(tmp_path, monkeypatch, zipped):
         truths.append(str(tmp_path / f"{stem}_gtFine_labelIds.png"))
         Image.fromarray(np.vectorize(inverse.get)(label).astype(np.uint8)).save(truths[-1])
     vars(official.args).update(
-        evalInstLevelScore=False, JSONOutput=False, quiet=True, predictionPath=str(tmp_path / "server"), predictionWalk=None
+        evalInstLevelScore=False,
+        JSONOutput=False,
+        quiet=True,
+        predictionPath=str(tmp_path / "server"),
+        predictionWalk=None,
     )
     found = [official.getPrediction(official.args, truth) for truth in truths]
     scores = official.evaluateImgLists(found, truths, official.args)["classScores"]
@@ -75,7 +89,9 @@ def test_acdc_takes_train_ids_by_the_images_names(tmp_path, monkeypatch):
     assert {path.name for path in (tmp_path / "out" / "labelTrainIds").iterdir()} == tests
     assert all(name.endswith("_rgb_anon.png") for name in tests)
     for name, label in maps.items():
-        np.testing.assert_array_equal(Image.open(tmp_path / "out" / "labelTrainIds" / os.path.basename(name)), label)
+        np.testing.assert_array_equal(
+            Image.open(tmp_path / "out" / "labelTrainIds" / os.path.basename(name)), label
+        )
     assert submit.check(tmp_path / "out", submit.expected(benchmark, dataset), benchmark) == []
 
 
@@ -86,21 +102,56 @@ def test_two_images_of_one_file_are_refused(tmp_path, monkeypatch):
     other = os.path.join(os.path.dirname(os.path.dirname(image)), "copy", os.path.basename(image))
     os.makedirs(os.path.dirname(other))
     os.link(image, other)
-    dataset = open_domain("cityscapes/test", root=str(tmp_path), train=False, streets=StreetsOptions(), folder=FolderOptions())
+    dataset = open_domain(
+        "cityscapes/test",
+        root=str(tmp_path),
+        train=False,
+        streets=StreetsOptions(),
+        folder=FolderOptions(),
+    )
     with pytest.raises(ValueError, match=r"both be submitted as .*_pred_labelIds\.png"):
         submit.expected(benchmark, dataset)
 
 
 def test_published_counts_and_ids():
     """The servers' numbers of images and Cityscapes' label ids, written out by hand."""
-    assert {name: b.count for name, b in submit.BENCHMARKS.items()} == {"cityscapes": 1525, "acdc": 2000}
-    assert submit.BENCHMARKS["cityscapes"].ids == (7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33)
-    assert submit.BENCHMARKS["cityscapes"].file("/x/berlin_000000_000019_leftImg8bit.png") == "berlin_000000_000019_pred_labelIds.png"
+    assert {name: b.count for name, b in submit.BENCHMARKS.items()} == {
+        "cityscapes": 1525,
+        "acdc": 2000,
+    }
+    assert submit.BENCHMARKS["cityscapes"].ids == (
+        7,
+        8,
+        11,
+        12,
+        13,
+        17,
+        19,
+        20,
+        21,
+        22,
+        23,
+        24,
+        25,
+        26,
+        27,
+        28,
+        31,
+        32,
+        33,
+    )
+    assert (
+        submit.BENCHMARKS["cityscapes"].file("/x/berlin_000000_000019_leftImg8bit.png")
+        == "berlin_000000_000019_pred_labelIds.png"
+    )
 
 
 def test_every_fault_is_listed(tmp_path):
-    """Missing, stray, doubled, cut, RGB, JPEG, 16-bit, wrongly sized and wrongly numbered files and a wrong count: one line each."""
-    out, benchmark = tmp_path / "out", submit.BENCHMARKS["cityscapes"]
+    """Missing, stray, doubled, cut, RGB, JPEG, 16-bit, wrongly sized and wrongly numbered files and
+    a wrong count: one line each.
+    """
+    out = tmp_path / "out"
+    benchmark = submit.BENCHMARKS["cityscapes"]
     files = [f"berlin_00000{i}_000019_pred_labelIds.png" for i in range(9)]
     expected = dict.fromkeys(files, SIZE)
     good = np.full(SIZE, 7, np.uint8)
@@ -128,24 +179,45 @@ def test_every_fault_is_listed(tmp_path):
         (files[7], "ids 0 are no classes"),
         ("cityscapes/test", f"{len(files)} images; the server expects 1525"),
     ):
-        assert sum(line.startswith(f"{name}: ") and reason in line for line in wrong) == 1, (name, reason, wrong)
+        assert sum(line.startswith(f"{name}: ") and reason in line for line in wrong) == 1, (
+            name,
+            reason,
+            wrong,
+        )
     assert len(wrong) == 9
 
 
 def test_commands_write_the_models_label_maps(tmp_path, monkeypatch, compiled_quickly):
-    """A trained checkpoint predicts a tree's test images at their sizes; too few for the server, they are not packed."""
+    """A trained checkpoint predicts a tree's test images at their sizes; too few for the server,
+    they are not packed.
+    """
     dataset, benchmark, _ = opened("cityscapes", tmp_path, monkeypatch)
     first = jax.devices()[:1]
     monkeypatch.setattr(jax, "devices", lambda: first)
     c = Config(steps=1, batch_size=2, log_every=1, eval_every=0, checkpoint_every=1)
     c.data.crop = c.evaluation.stride = (32, 32)
-    c.data.streets.size, c.model.pyramid = (32, 32), "none"
+    c.data.streets.size = (32, 32)
+    c.model.pyramid = "none"
     train.train(validated(c), tmp_path / "run", cli.console(), cli.Interrupt())
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
-    command = lambda *arguments: subprocess.run(
-        [sys.executable, "-m", "jaxdg.submit", *arguments, *shared], env=environment, capture_output=True, text=True, timeout=300
+
+    def command(*arguments):
+        return subprocess.run(
+            [sys.executable, "-m", "jaxdg.submit", *arguments, *shared],
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+
+    shared = (
+        "--benchmark",
+        "cityscapes",
+        "--data_root",
+        str(tmp_path),
+        "--out",
+        str(tmp_path / "out"),
     )
-    shared = ("--benchmark", "cityscapes", "--data_root", str(tmp_path), "--out", str(tmp_path / "out"))
     done = command("--checkpoint", str(tmp_path / "run"), "--protocol", "native")
     assert done.returncode == 1
     assert "protocol native" in done.stdout
@@ -153,15 +225,23 @@ def test_commands_write_the_models_label_maps(tmp_path, monkeypatch, compiled_qu
     assert "1 offenders, listed above" in done.stderr
     model = jaxdg.load(tmp_path / "run")
     for i in range(len(dataset)):
-        stored = np.asarray(Image.open(tmp_path / "out" / "cityscapes" / benchmark.file(dataset.name(i))))
-        np.testing.assert_array_equal(stored, np.array(benchmark.ids)[model.predict(dataset[i]["image"])])
+        stored = np.asarray(
+            Image.open(tmp_path / "out" / "cityscapes" / benchmark.file(dataset.name(i)))
+        )
+        np.testing.assert_array_equal(
+            stored, np.array(benchmark.ids)[model.predict(dataset[i]["image"])]
+        )
     again = command("--check")
     assert (again.returncode, again.stderr) == (1, done.stderr)
 
 
 def test_a_submission_is_not_put_among_other_files(tmp_path):
-    """Said before anything is predicted; hidden files do not count, an earlier submission and its archive are replaced."""
-    out, files, archive = tmp_path / "cityscapes", ["a.png", "b.png"], tmp_path / "cityscapes.zip"
+    """Said before anything is predicted; hidden files do not count, an earlier submission and its
+    archive are replaced.
+    """
+    out = tmp_path / "cityscapes"
+    files = ["a.png", "b.png"]
+    archive = tmp_path / "cityscapes.zip"
     submit.check_out(out, files, archive)
     out.mkdir()
     for name in (*files, ".DS_Store", "Thumbs.db"):
@@ -170,13 +250,25 @@ def test_a_submission_is_not_put_among_other_files(tmp_path):
     submit.check_out(out, files, archive)
     (out / "leftImg8bit").mkdir()
     (out / "leftImg8bit/c.png").write_bytes(b"")
-    with pytest.raises(ValueError, match=r"/cityscapes holds leftImg8bit/c\.png, which is no prediction of a test image; give another"):
+    with pytest.raises(
+        ValueError,
+        match=(
+            r"/cityscapes holds leftImg8bit/c\.png, which is no prediction of a test image; give"
+            r" another"
+        ),
+    ):
         submit.check_out(out, files, archive)
     (out / "leftImg8bit/c.png").unlink()
     with zipfile.ZipFile(archive, "a") as packed:
         packed.writestr("leftImg8bit/c.png", b"")
-    with pytest.raises(ValueError, match=r"cityscapes\.zip is there and is no submission \(leftImg8bit/c\.png\); give another"):
+    with pytest.raises(
+        ValueError,
+        match=r"cityscapes\.zip is there and is no submission \(leftImg8bit/c\.png\); give another",
+    ):
         submit.check_out(out, files, archive)
     archive.write_bytes(b"other")
-    with pytest.raises(ValueError, match=r"cityscapes\.zip is there and is no submission \(File is not a zip file\)"):
+    with pytest.raises(
+        ValueError,
+        match=r"cityscapes\.zip is there and is no submission \(File is not a zip file\)",
+    ):
         submit.check_out(out, files, archive)

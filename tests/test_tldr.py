@@ -1,4 +1,6 @@
-"""TLDR: its terms against loops over channels and images, and runs of both tasks with all augmentations of the comparison."""
+"""TLDR: its terms against loops over channels and images, and runs of both tasks with all
+augmentations of the comparison.
+"""
 
 import copy
 from pathlib import Path
@@ -29,40 +31,61 @@ def slow_gram(features: np.ndarray) -> np.ndarray:
     tokens = features.reshape(-1, features.shape[-1]).astype(np.float64)
     tokens = [(t - t.mean()) / np.sqrt(t.var() + 1e-6) for t in tokens]
     c = len(tokens[0])
-    return np.array([[sum(t[i] * t[j] for t in tokens) / len(tokens) for j in range(c)] for i in range(c)])
+    return np.array(
+        [[sum(t[i] * t[j] for t in tokens) / len(tokens) for j in range(c)] for i in range(c)]
+    )
 
 
 def slow_distance(one: np.ndarray, other: np.ndarray, mask: np.ndarray) -> float:
     c = len(one)
-    return sum((one[i, j] - other[i, j]) ** 2 for i in range(c) for j in range(c) if mask[i, j]) ** 0.5 / c
+    return (
+        sum((one[i, j] - other[i, j]) ** 2 for i in range(c) for j in range(c) if mask[i, j]) ** 0.5
+        / c
+    )
 
 
 def test_terms_are_sums_over_images_layers_and_channels():
-    """Both terms, of four layers of different sizes of which two are weighted for generalisation, with part of all entries masked."""
+    """Both terms, of four layers of different sizes of which two are weighted for generalisation,
+    with part of all entries masked.
+    """
     rng = np.random.default_rng(0)
     options = TldrOptions(True, (0.5, 0.4, 0.3, 0.2), (0.7, 0.6), 0.1)
     shapes = [(3, 2, 5), (3, 2, 5), (2, 2, 6), (1, 2, 4)]
     features = [rng.normal(1, 2, (6, *shape)).astype(np.float32) for shape in shapes]
     before = [rng.normal(0, 1, (2, shape[-1], shape[-1])).astype(np.float32) for shape in shapes]
-    batch = {"share": np.array([0.3, 0.1], np.float32), **{f"gram{i}": gram for i, gram in enumerate(before)}}
+    batch = {
+        "share": np.array([0.3, 0.1], np.float32),
+        **{f"gram{i}": gram for i, gram in enumerate(before)},
+    }
     regularization = generalization = masked = 0.0
     for i, x in enumerate(features):
         for image in range(2):
             original, stylized, style = (slow_gram(x[3 * image + view]) for view in range(3))
-            share, everything = float(batch["share"][image]), np.ones(original.shape, bool)
-            regularization += share * options.regularization[i] * slow_distance(original, before[i][image], everything)
+            share = float(batch["share"][image])
+            everything = np.ones(original.shape, bool)
+            regularization += (
+                share
+                * options.regularization[i]
+                * slow_distance(original, before[i][image], everything)
+            )
             if i < 2:
                 mask = stylized - original > 0.1
                 masked += mask.mean() / 4
-                generalization += share * options.generalization[i] * slow_distance(style, stylized, mask)
-    found = tldr.terms([jnp.asarray(x) for x in features], jax.tree.map(jnp.asarray, batch), options)
+                generalization += (
+                    share * options.generalization[i] * slow_distance(style, stylized, mask)
+                )
+    found = tldr.terms(
+        [jnp.asarray(x) for x in features], jax.tree.map(jnp.asarray, batch), options
+    )
     assert 0.1 < masked < 0.9
     assert float(found["texture_regularization"]) == pytest.approx(regularization, rel=1e-4)
     assert float(found["texture_generalization"]) == pytest.approx(generalization, rel=1e-4)
 
 
 def test_terms_of_equal_textures_have_no_gradient():
-    """An untrained encoder is the one before training: the norm's gradient is 0 there and not undefined; elsewhere it is the norm's."""
+    """An untrained encoder is the one before training: the norm's gradient is 0 there and not
+    undefined; elsewhere it is the norm's.
+    """
     one = jax.random.normal(jax.random.key(0), (2, 3, 3))
     slope = jax.grad(lambda x: tldr.distance(x, one).sum())
     np.testing.assert_array_equal(slope(one), np.zeros((2, 3, 3)))
@@ -73,9 +96,20 @@ def test_terms_of_equal_textures_have_no_gradient():
 
 
 def test_layers_are_quarters_and_stages():
-    """The last block of each quarter, of any depth; observing adds taps before the last that is read and leaves what is read in place."""
-    assert [tldr.quarters(depth) for depth in (4, 12, 24, 2)] == [(0, 1, 2, 3), (2, 5, 8, 11), (5, 11, 17, 23), (0, 1)]
-    assert join_taps((9, 14, 19, 23), (5, 11, 17, 23)) == ((5, 9, 11, 14, 17, 19, 23), (1, 3, 5, 6), (0, 2, 4, 6))
+    """The last block of each quarter, of any depth; observing adds taps before the last that is
+    read and leaves what is read in place.
+    """
+    assert [tldr.quarters(depth) for depth in (4, 12, 24, 2)] == [
+        (0, 1, 2, 3),
+        (2, 5, 8, 11),
+        (5, 11, 17, 23),
+        (0, 1),
+    ]
+    assert join_taps((9, 14, 19, 23), (5, 11, 17, 23)) == (
+        (5, 9, 11, 14, 17, 19, 23),
+        (1, 3, 5, 6),
+        (0, 2, 4, 6),
+    )
     assert join_taps((7,), (2, 5, 8, 11)) == ((2, 5, 7), (2,), (0, 1))
     assert join_taps((2, 5), ()) == ((2, 5), (0, 1), ())
 
@@ -93,13 +127,22 @@ def tiny(task: str, folder: Path) -> Config:
     c = Config(steps=4, batch_size=2, log_every=1, eval_every=0, checkpoint_every=2, task=task)
     c.data.crop = c.data.streets.size = (36, 64)  # padded by a detector
     c.data.streets.images = 8
-    c.data.randaugment, c.data.pixmix, c.tldr.on = (2, 9.0), (4, 4.0), True
-    c.model.encoder, c.model.weights, c.model.pyramid = "tiny8", str(folder / "before.safetensors"), "none"
-    c.optimizer.learning_rate, c.optimizer.encoder_factor, c.optimizer.clip = 1e-2, 1.0, 1.0
+    c.data.randaugment = (2, 9.0)
+    c.data.pixmix = (4, 4.0)
+    c.tldr.on = True
+    c.model.encoder = "tiny8"
+    c.model.weights = str(folder / "before.safetensors")
+    c.model.pyramid = "none"
+    c.optimizer.learning_rate = 1e-2
+    c.optimizer.encoder_factor = 1.0
+    c.optimizer.clip = 1.0
     c.evaluation.stride = (36, 64)
     if task == "detection":
         c.model.decoder = "fcos"
-        c.model.fcos.channels, c.model.fcos.groups, c.model.fcos.convs, c.model.fcos.levels = 8, 2, 1, (2,)
+        c.model.fcos.channels = 8
+        c.model.fcos.groups = 2
+        c.model.fcos.convs = 1
+        c.model.fcos.levels = (2,)
     else:
         c.data.crop = c.evaluation.stride = (32, 64)
     c.evaluation.domains = ("clear",)
@@ -130,9 +173,11 @@ def start(c: Config, workdir: Path, steps: int = 10**6) -> list[dict]:
 
 @pytest.mark.parametrize("task", ["segmentation", "detection"])
 def test_runs_with_everything_on(task, tmp_path, monkeypatch, capsys):
-    """With RandAugment, PixMix and TLDR, terms start at 0 where nothing has changed yet and add up to the loss; 2 + 2 steps are 4 steps.
+    """With RandAugment, PixMix and TLDR, terms start at 0 where nothing has changed yet and add up
+    to the loss; 2 + 2 steps are 4 steps.
 
-    The model is predicted with after the weights before training are gone, and its checkpoint holds nothing of them.
+    The model is predicted with after the weights before training are gone, and its checkpoint holds
+    nothing of them.
     """
     one = sharding.make_mesh(MeshConfig(1, 1), jax.devices()[:1])
     monkeypatch.setattr(sharding, "make_mesh", lambda *_: one)
@@ -142,7 +187,9 @@ def test_runs_with_everything_on(task, tmp_path, monkeypatch, capsys):
     assert rows[0]["texture_generalization"] > 1e-6
     others = ("step", "loss", "learning_rate", "gradient_norm")
     for row in rows:
-        assert row["loss"] == pytest.approx(sum(value for key, value in row.items() if key not in others), rel=1e-5)
+        assert row["loss"] == pytest.approx(
+            sum(value for key, value in row.items() if key not in others), rel=1e-5
+        )
     stored = tasks.stored_tensors(tmp_path / "whole")
     if task == "segmentation":  # how a run resumes does not depend on the task
         start(c, tmp_path / "parts", steps=2)
@@ -154,12 +201,16 @@ def test_runs_with_everything_on(task, tmp_path, monkeypatch, capsys):
     jaxdg.load(tmp_path / "whole").predict(np.zeros((36, 64, 3), np.uint8))
     c = copy.deepcopy(c)
     c.tldr.on = False
-    assert stored.keys() == weights.shapes(nnx.eval_shape(lambda: tasks.make_task(c).model(nnx.Rngs(0)))).keys()
+    assert (
+        stored.keys()
+        == weights.shapes(nnx.eval_shape(lambda: tasks.make_task(c).model(nnx.Rngs(0)))).keys()
+    )
 
 
 @pytest.mark.parametrize("task", ["segmentation", "detection"])
 def test_the_loss_is_the_mean_of_images_and_stylised_ones(task, tmp_path):
-    """Without the terms it is half the loss of a run without TLDR on the images and half that on the stylised ones.
+    """Without the terms it is half the loss of a run without TLDR on the images and half that on
+    the stylised ones.
 
     In two parts, or on eight devices, all losses are those of the whole batch on one.
     """
@@ -172,15 +223,23 @@ def test_the_loss_is_the_mean_of_images_and_stylised_ones(task, tmp_path):
     state.trained = jax.tree.map(lambda x: 1.1 * x + 0.01, state.trained)  # textures change
     rng = np.random.default_rng(0)
     h, w = c.data.crop
-    fields = {name: rng.integers(0, 256, (8, h, w, 3)).astype(np.uint8) for name in ("image", "style")}
+    fields = {
+        name: rng.integers(0, 256, (8, h, w, 3)).astype(np.uint8) for name in ("image", "style")
+    }
     if task == "segmentation":
-        fields["label"] = np.where(rng.random((8, h, w)) < np.linspace(0.1, 1, 8)[:, None, None], fields["image"][..., 0] % 19, 255).astype(
-            np.uint8
-        )
+        fields["label"] = np.where(
+            rng.random((8, h, w)) < np.linspace(0.1, 1, 8)[:, None, None],
+            fields["image"][..., 0] % 19,
+            255,
+        ).astype(np.uint8)
     else:
         corners = rng.uniform(0, 20, (8, 3, 2))
         fields |= {
-            "boxes": np.concatenate([corners, corners + rng.uniform(4, 16, (8, 3, 2))], -1).astype(np.float32),
+            "boxes": (
+                np.concatenate([corners, corners + rng.uniform(4, 16, (8, 3, 2))], -1).astype(
+                    np.float32
+                )
+            ),
             "classes": rng.integers(0, 3, (8, 3)).astype(np.int32),
             "valid": rng.random((8, 3)) < 0.7,
             "crowd": np.zeros((8, 3), bool),
@@ -199,7 +258,8 @@ def test_the_loss_is_the_mean_of_images_and_stylised_ones(task, tmp_path):
 
         return jax.jit(compute)
 
-    measure, model_state = losses(run, plan), (state.trained, state.frozen, state.statistics)
+    measure = losses(run, plan)
+    model_state = (state.trained, state.frozen, state.statistics)
     terms = jax.device_get(measure(model_state, prepared, prepared))
 
     plain_config = copy.deepcopy(c)
@@ -209,14 +269,23 @@ def test_the_loss_is_the_mean_of_images_and_stylised_ones(task, tmp_path):
     other = tasks.Blueprint.of(plain, "none")
     model: Any = nnx.eval_shape(lambda: plain.model(nnx.Rngs(0)))
     weights.fill(model, weights.tensors(nnx.merge(plan.graph, *model_state)), "the run")
-    alone, split = losses(plain, other), other.split(model)
-    halves = [alone(split, batch, batch) for batch in ({**prepared, "image": prepared[view]} for view in ("image", "stylized"))]
+    alone = losses(plain, other)
+    split = other.split(model)
+    halves = [
+        alone(split, batch, batch)
+        for batch in ({**prepared, "image": prepared[view]} for view in ("image", "stylized"))
+    ]
     for name in halves[0]:
-        assert float(terms[name]) == pytest.approx(sum(float(half[name]) for half in halves) / 2, rel=1e-4), name
+        assert float(terms[name]) == pytest.approx(
+            sum(float(half[name]) for half in halves) / 2, rel=1e-4
+        ), name
     assert set(terms) - set(halves[0]) == {"texture_regularization", "texture_generalization"}
 
     if task == "detection":
-        parts = [measure(model_state, {name: x[i::2] for name, x in prepared.items()}, prepared) for i in range(2)]
+        parts = [
+            measure(model_state, {name: x[i::2] for name, x in prepared.items()}, prepared)
+            for i in range(2)
+        ]
         found = jax.tree.map(lambda a, b: a + b, *parts)
     else:
         everywhere = sharding.make_mesh(MeshConfig(2, 4))
@@ -224,7 +293,9 @@ def test_the_loss_is_the_mean_of_images_and_stylised_ones(task, tmp_path):
         for name in prepared:
             np.testing.assert_allclose(spread[name], prepared[name], rtol=1e-4, atol=1e-3)
         like, _ = tasks.abstract_state(plan, c, everywhere, run.methods)
-        places = jax.tree.map(lambda leaf: leaf.sharding, (like.trained, like.frozen, like.statistics))
+        places = jax.tree.map(
+            lambda leaf: leaf.sharding, (like.trained, like.frozen, like.statistics)
+        )
         found = measure(jax.device_put(model_state, places), spread, spread)
     for name in terms:
         assert float(found[name]) == pytest.approx(float(terms[name]), rel=1e-4), name
@@ -233,26 +304,38 @@ def test_the_loss_is_the_mean_of_images_and_stylised_ones(task, tmp_path):
 def test_what_tldr_needs(tmp_path):
     """Without an encoder whose textures are kept, or without training, it is refused."""
     c = tiny("segmentation", tmp_path)
-    c.model.decoder, c.model.text_weights, c.steps = "clip_text", "text.safetensors", 0
-    with pytest.raises(ValueError, match=r"tldr\.on is True; allowed: False with model\.decoder clip_text"):
+    c.model.decoder = "clip_text"
+    c.model.text_weights = "text.safetensors"
+    c.steps = 0
+    with pytest.raises(
+        ValueError, match=r"tldr\.on is True; allowed: False with model\.decoder clip_text"
+    ):
         validated(c)
     c = tiny("segmentation", tmp_path)
     c.model.weights = None
-    with pytest.raises(ValueError, match=r"tldr\.on is True; allowed: False without model\.weights"):
+    with pytest.raises(
+        ValueError, match=r"tldr\.on is True; allowed: False without model\.weights"
+    ):
         validated(c)
 
 
 def test_observing_leaves_a_two_stage_detector_as_it_is():
-    """A detector on a CLIP ResNet's third stage has the same parameters and outputs when its first stages are observed as well (shapes)."""
+    """A detector on a CLIP ResNet's third stage has the same parameters and outputs when its first
+    stages are observed as well (shapes).
+    """
     found = []
     for observed in ((), (0, 1, 2, 3)):
         head = head_config(config.ModelConfig(decoder="faster_rcnn_c4"))
-        c = DetectorConfig(num_classes=2, encoder="clip_rn50", image_size=(64, 96), head=head, observed=observed)
+        c = DetectorConfig(
+            num_classes=2, encoder="clip_rn50", image_size=(64, 96), head=head, observed=observed
+        )
         model = nnx.eval_shape(lambda c=c: Detector(c, rngs=nnx.Rngs(0)))
         features = nnx.eval_shape(lambda m: m.encode(jnp.zeros((1, 64, 96, 3))), model)
         output = nnx.eval_shape(lambda m: m(jnp.zeros((1, 64, 96, 3))), model)
         found.append((weights.shapes(model), [leaf.shape for leaf in jax.tree.leaves(output)]))
         assert len(features) == (4 if observed else 2)
-        assert [features[i].shape[-1] for i in model.observed] == [256, 512, 1024, 2048][: len(observed)]
+        assert [features[i].shape[-1] for i in model.observed] == [256, 512, 1024, 2048][
+            : len(observed)
+        ]
         assert [features[i].shape[-1] for i in model.read] == [1024, 2048]
     assert found[0] == found[1]

@@ -1,4 +1,6 @@
-"""A run as a whole: interrupted at any moment it goes on to the same end, and what goes wrong is said in one line."""
+"""A run as a whole: interrupted at any moment it goes on to the same end, and what goes wrong is
+said in one line.
+"""
 
 import contextlib
 import json
@@ -23,7 +25,15 @@ import pytest
 import jaxdg
 from jaxdg import backbones, config, segmentation, train, weights
 from jaxdg.commands import command_line as cli
-from jaxdg.config import Config, DataConfig, EvaluationConfig, MeshConfig, ModelConfig, OptimizerConfig, locks
+from jaxdg.config import (
+    Config,
+    DataConfig,
+    EvaluationConfig,
+    MeshConfig,
+    ModelConfig,
+    OptimizerConfig,
+    locks,
+)
 from jaxdg.data.datasets import FolderOptions, StreetsOptions, open_domain
 from jaxdg.evaluation.overlap import TrainedOn
 from jaxdg.tasks import run_state as tasks
@@ -54,9 +64,11 @@ class Runs:
     """Starts `python -m jaxdg.*` as a user does, on one device."""
 
     def __init__(self, folder: Path):
-        self.folder, self.config = folder, folder / "tiny.py"
+        self.folder = folder
+        self.config = folder / "tiny.py"
         self.config.write_text(CONFIG)
-        # Every process compiles the same programs; the cache makes all but the first start in a second.
+        # Every process compiles the same programs; the cache makes all but the first start in a
+        # second.
         self.environment = os.environ | {
             "JAX_PLATFORMS": "cpu",
             "XLA_FLAGS": "",
@@ -66,9 +78,24 @@ class Runs:
 
     def start(self, workdir: str, *overrides: str, terminal: int | None = None) -> subprocess.Popen:
         """Starts training; on a terminal of its own if one is given."""
-        command = [sys.executable, "-m", "jaxdg.train", "--config", str(self.config), "--workdir", str(self.folder / workdir), *overrides]
+        command = [
+            sys.executable,
+            "-m",
+            "jaxdg.train",
+            "--config",
+            str(self.config),
+            "--workdir",
+            str(self.folder / workdir),
+            *overrides,
+        ]
         if terminal is None:
-            return subprocess.Popen(command, env=self.environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+            return subprocess.Popen(
+                command,
+                env=self.environment,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
         # A new session takes the first terminal it opens for its own, whose closing ends in SIGHUP.
         name = os.ttyname(terminal)
         shell = ["sh", "-c", f'exec "$@" <{name} >{name} 2>{name}', "sh", *command]
@@ -77,7 +104,9 @@ class Runs:
     def module(self, name: str, *arguments: str) -> subprocess.CompletedProcess:
         """Runs another command to its end."""
         command = [sys.executable, "-m", f"jaxdg.{name}", *arguments]
-        return subprocess.run(command, env=self.environment, capture_output=True, text=True, timeout=300)
+        return subprocess.run(
+            command, env=self.environment, capture_output=True, text=True, timeout=300
+        )
 
     def run(self, workdir: str, *overrides: str) -> subprocess.CompletedProcess:
         process = self.start(workdir, *overrides)
@@ -93,12 +122,16 @@ class Runs:
     def rows(self, workdir: str) -> list[dict]:
         """Its metrics without what depends on the clock."""
         clock = ("seconds_per_step", "images_per_second")
-        return [{k: v for k, v in row.items() if k not in clock} for row in read_metrics(self.folder / workdir)]
+        return [
+            {k: v for k, v in row.items() if k not in clock}
+            for row in read_metrics(self.folder / workdir)
+        ]
 
     def state(self, workdir: str) -> list[np.ndarray]:
         """Every array of the last checkpoint."""
         c = config.load(self.folder / workdir)
-        task, mesh = tasks.make_task(c), sharding.make_mesh(MeshConfig(1, 1), jax.devices()[:1])
+        task = tasks.make_task(c)
+        mesh = sharding.make_mesh(MeshConfig(1, 1), jax.devices()[:1])
         like, _ = tasks.abstract_state(tasks.Blueprint.of(task, c.model.freeze), c, mesh)
         checkpoints = Checkpoints(self.folder / workdir)
         state = checkpoints.restore(like, c.steps)
@@ -123,10 +156,15 @@ def runs(tmp_path_factory):
 
 
 def test_a_run_starts_from_another_runs_model(runs):
-    """`model.start`: every parameter and statistic is the other run's, for other crops and freezing; a model of other parts is refused."""
+    """`model.start`: every parameter and statistic is the other run's, for other crops and
+    freezing; a model of other parts is refused.
+    """
     c = config.load(runs.folder / "whole")
-    c.model.start, c.model.freeze, c.data.crop = str(runs.folder / "whole"), "first 2", (48, 48)
-    task, mesh = tasks.make_task(c), sharding.make_mesh(MeshConfig(1, 1), jax.devices()[:1])
+    c.model.start = str(runs.folder / "whole")
+    c.model.freeze = "first 2"
+    c.data.crop = (48, 48)
+    task = tasks.make_task(c)
+    mesh = sharding.make_mesh(MeshConfig(1, 1), jax.devices()[:1])
     plan = tasks.Blueprint.of(task, c.model.freeze)
     like, optimizer = tasks.abstract_state(plan, c, mesh)
     state = train.initial_state(task, plan, like, optimizer)
@@ -137,20 +175,32 @@ def test_a_run_starts_from_another_runs_model(runs):
     for name in found.keys() - {"backbone.pos_embed"}:
         np.testing.assert_array_equal(found[name], stored[name])
     np.testing.assert_allclose(
-        found["backbone.pos_embed"], backbones.layers.resize_positions(stored["backbone.pos_embed"], (6, 6), 1), rtol=1e-5, atol=1e-6
+        found["backbone.pos_embed"],
+        backbones.layers.resize_positions(stored["backbone.pos_embed"], (6, 6), 1),
+        rtol=1e-5,
+        atol=1e-6,
     )
-    done = runs.run("other", f"--config.model.start={runs.folder / 'whole'}", "--config.model.pyramid=layer")
+    done = runs.run(
+        "other", f"--config.model.start={runs.folder / 'whole'}", "--config.model.pyramid=layer"
+    )
     assert done.returncode == 1
-    assert re.search(r"error: .*whole does not fit this Segmenter: .*unexpected \(pyramid\.fpn1_norm\.mean", done.stderr)
+    assert re.search(
+        r"error: .*whole does not fit this Segmenter: .*unexpected \(pyramid\.fpn1_norm\.mean",
+        done.stderr,
+    )
 
 
 def test_killed_at_any_moment_a_run_goes_on_to_the_same_bits(runs):
-    """By kill -9, before the first checkpoint, between two, while one is written, while evaluating: the same losses, the same end."""
+    """By kill -9, before the first checkpoint, between two, while one is written, while evaluating:
+    the same losses, the same end.
+    """
     moments = (
         lambda rows: len(rows) >= 2,
         lambda rows: any(row["step"] >= 5 for row in rows),
         lambda rows: any(row["step"] >= 8 for row in rows),  # step 8 is saved and evaluated
-        lambda rows: any(row.get("domain") == "clear" for row in rows),  # and has been judged on one domain
+        lambda rows: any(
+            row.get("domain") == "clear" for row in rows
+        ),  # and has been judged on one domain
         lambda rows: any(row["step"] >= 12 for row in rows),
     )
     killed = 0
@@ -168,7 +218,9 @@ def test_killed_at_any_moment_a_run_goes_on_to_the_same_bits(runs):
 
 
 def test_sigterm_saves_and_exits_0(runs):
-    """A scheduler's signal costs nothing: the state is saved at once, and the same command goes on to the same end."""
+    """A scheduler's signal costs nothing: the state is saved at once, and the same command goes on
+    to the same end.
+    """
     process = runs.start("stopped")
     runs.wait_for("stopped", process, lambda rows: any(row["step"] >= 4 for row in rows))
     process.send_signal(signal.SIGTERM)
@@ -183,7 +235,9 @@ def test_sigterm_saves_and_exits_0(runs):
 
 
 def test_a_closed_terminal_and_a_schedulers_warning_save_too(runs):
-    """SIGHUP, with a terminal that nothing can be printed to any more, and SIGUSR1 are heeded as SIGTERM is."""
+    """SIGHUP, with a terminal that nothing can be printed to any more, and SIGUSR1 are heeded as
+    SIGTERM is.
+    """
     ours, terminal = pty.openpty()
     process = runs.start("hung_up", terminal=terminal)
     os.close(terminal)
@@ -210,7 +264,9 @@ def drain(terminal: int) -> None:
 
 
 def test_nohup_is_heeded():
-    """Where SIGHUP is ignored from the start, it stays so, and the run goes on without its terminal."""
+    """Where SIGHUP is ignored from the start, it stays so, and the run goes on without its
+    terminal.
+    """
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
         interrupt = cli.Interrupt()
@@ -224,54 +280,86 @@ def test_nohup_is_heeded():
 
 
 def test_two_processes_in_one_workdir(runs):
-    """The second is told who works there; judging beside it is fine; the lock of a process that was killed stops nobody."""
+    """The second is told who works there; judging beside it is fine; the lock of a process that was
+    killed stops nobody.
+    """
     first = runs.start("shared", "--config.steps=4000", "--config.eval_every=0")
     runs.wait_for("shared", first, lambda rows: any(row["step"] >= 4 for row in rows))
     other = runs.run("shared", "--config.steps=4000", "--config.eval_every=0")
     assert other.returncode == 1
     assert re.fullmatch(
-        rf"error: workdir \S*shared is in use by process {first.pid} on host {re.escape(socket.gethostname())} since \S+ \S+ "
-        r"\(\S*python\S* -m jaxdg\.train .*\); wait for its end, stop it, or give another folder \(its lock is \S*shared/lock\)\n",
+        rf"error: workdir \S*shared is in use by process {first.pid} on host"
+        rf" {re.escape(socket.gethostname())} since \S+ \S+ "
+        r"\(\S*python\S* -m jaxdg\.train .*\); wait for its end, stop it, or give another folder"
+        r" \(its lock is \S*shared/lock\)\n",
         other.stderr,
     ), other.stderr
-    judged = runs.module("evaluate", "--checkpoint", str(runs.folder / "shared"), "--domains", "fog")
+    judged = runs.module(
+        "evaluate", "--checkpoint", str(runs.folder / "shared"), "--domains", "fog"
+    )
     assert judged.returncode == 0, judged.stderr
     assert "corrupted" not in judged.stdout + judged.stderr
     assert first.poll() is None
     first.kill()
     first.communicate()
     assert (runs.folder / "shared" / "lock").is_file()
-    assert locks.holder(runs.folder / "shared" / "lock") is None  # how a killed run goes on is tested above
+    assert (
+        locks.holder(runs.folder / "shared" / "lock") is None
+    )  # how a killed run goes on is tested above
     assert not (runs.folder / "killed" / "lock").exists()
 
 
 def test_a_domain_added_to_a_finished_run(runs):
-    """The new one alone is judged, the rest stays to the digit, the change is recorded; the means are those of all."""
+    """The new one alone is judged, the rest stays to the digit, the change is recorded; the means
+    are those of all.
+    """
     shutil.copytree(runs.folder / "whole", runs.folder / "longer")
-    done = runs.run("longer", "--config.evaluation.domains=clear,fog,night", "--config.evaluation.batch_size=2")
+    done = runs.run(
+        "longer", "--config.evaluation.domains=clear,fog,night", "--config.evaluation.batch_size=2"
+    )
     assert done.returncode == 0, done.stderr
     assert "evaluating step 16 on night\n" in done.stdout
-    old, new = (json.loads((runs.folder / name / "results.json").read_text()) for name in ("whole", "longer"))
+    old, new = (
+        json.loads((runs.folder / name / "results.json").read_text())
+        for name in ("whole", "longer")
+    )
     assert new["domains"].keys() == {"clear", "fog", "night"}
     assert {name: new["domains"][name] for name in ("clear", "fog")} == old["domains"]
     unseen = [new["domains"][name]["mIoU"] for name in ("fog", "night")]
     assert new["mean_unseen"] == pytest.approx(np.mean(unseen))
-    changes = [json.loads(line) for line in (runs.folder / "longer" / "changes.jsonl").read_text().splitlines()]
-    assert [(change["step"], change["field"]) for change in changes] == [(16, "evaluation.batch_size"), (16, "evaluation.domains")]
+    changes = [
+        json.loads(line)
+        for line in (runs.folder / "longer" / "changes.jsonl").read_text().splitlines()
+    ]
+    assert [(change["step"], change["field"]) for change in changes] == [
+        (16, "evaluation.batch_size"),
+        (16, "evaluation.domains"),
+    ]
     rows = [row["domain"] for row in runs.rows("longer") if row["step"] == 16 and "domain" in row]
     assert rows == ["clear", "fog", "night"]
 
 
 def test_what_a_crash_breaks_is_named_and_made_again(runs):
-    """All small files of a run at once, emptied, cut or full of zeros: the same command says so and ends with the same results."""
+    """All small files of a run at once, emptied, cut or full of zeros: the same command says so and
+    ends with the same results.
+    """
     broken = runs.folder / "broken"
     shutil.copytree(runs.folder / "whole", broken)
     (broken / "config.json").write_bytes(b"")
     (broken / "results.json").write_bytes((broken / "results.json").read_bytes()[:-40])
     (broken / "checkpoints" / "best.json").write_bytes(b"\0" * 30)
     rows = (broken / "metrics.jsonl").read_bytes().split(b"\n")
-    (broken / "metrics.jsonl").write_bytes(b"\n".join([*rows[:3], b"\xff\xfe\0", *rows[3:]]) + b'{"step": 17, "lo')
-    judged = runs.module("predict", "--checkpoint", str(broken), "--out", str(runs.folder / "nothing"), str(runs.folder / "tiny.py"))
+    (broken / "metrics.jsonl").write_bytes(
+        b"\n".join([*rows[:3], b"\xff\xfe\0", *rows[3:]]) + b'{"step": 17, "lo'
+    )
+    judged = runs.module(
+        "predict",
+        "--checkpoint",
+        str(broken),
+        "--out",
+        str(runs.folder / "nothing"),
+        str(runs.folder / "tiny.py"),
+    )
     assert judged.returncode == 1
     assert "config.json: broken (empty); run the command that trains it again" in judged.stderr
     done = runs.run("broken")
@@ -279,9 +367,14 @@ def test_what_a_crash_breaks_is_named_and_made_again(runs):
     for name in ("config.json", "results.json", "checkpoints/best.json"):
         assert f"{broken}/{name}: broken (" in done.stdout, done.stdout
         assert (broken / f"{name}.broken").is_file()
-    assert f"{broken}/metrics.jsonl: broken at line 4; it is kept as metrics.jsonl.broken" in done.stdout
+    assert (
+        f"{broken}/metrics.jsonl: broken at line 4; it is kept as metrics.jsonl.broken"
+        in done.stdout
+    )
     for name in ("config.json", "results.json", "checkpoints/best.json"):
-        assert json.loads((broken / name).read_text()) == json.loads((runs.folder / "whole" / name).read_text())
+        assert json.loads((broken / name).read_text()) == json.loads(
+            (runs.folder / "whole" / name).read_text()
+        )
     runs.assert_same("broken", "whole")
 
 
@@ -292,10 +385,16 @@ def test_worker_processes_change_nothing(runs):
 
 
 def test_corrupted_last_checkpoint_falls_back_to_the_one_before(runs):
-    """A cut file in the newest checkpoint is noticed and named; the run goes on from the one before, to the same end."""
+    """A cut file in the newest checkpoint is noticed and named; the run goes on from the one
+    before, to the same end.
+    """
     shutil.copytree(runs.folder / "whole", runs.folder / "corrupted")
     (runs.folder / "corrupted" / "results.json").unlink()
-    files = [f for f in (runs.folder / "corrupted" / "checkpoints" / "16" / "model").rglob("*") if f.is_file()]
+    files = [
+        f
+        for f in (runs.folder / "corrupted" / "checkpoints" / "16" / "model").rglob("*")
+        if f.is_file()
+    ]
     biggest = max(files, key=lambda f: f.stat().st_size)
     biggest.write_bytes(biggest.read_bytes()[: biggest.stat().st_size // 2])
     done = runs.run("corrupted")
@@ -312,7 +411,9 @@ def test_finished_run_prints_its_results_and_trains_no_more(runs):
     assert done.returncode == 0, done.stderr
     assert "mIoU" in done.stdout
     assert "finished" in done.stdout
-    assert before == {f: f.stat().st_mtime_ns for f in (runs.folder / "whole" / "checkpoints").rglob("*")}
+    assert before == {
+        f: f.stat().st_mtime_ns for f in (runs.folder / "whole" / "checkpoints").rglob("*")
+    }
 
 
 def test_changed_configuration_is_refused_with_the_differences(runs):
@@ -326,9 +427,15 @@ def test_changed_configuration_is_refused_with_the_differences(runs):
 def test_misspelt_and_wrong_fields_on_the_command_line(runs):
     """One line says which field, and what was meant or is allowed."""
     done = runs.run("never", "--config.optimiser.clip=1")
-    assert (done.returncode, done.stderr) == (1, "error: unknown field optimiser; did you mean optimizer?\n")
+    assert (done.returncode, done.stderr) == (
+        1,
+        "error: unknown field optimiser; did you mean optimizer?\n",
+    )
     done = runs.run("never", "--config.model.dtype=int8")
-    assert (done.returncode, done.stderr) == (1, "error: model.dtype is int8; allowed: float32 or bfloat16\n")
+    assert (done.returncode, done.stderr) == (
+        1,
+        "error: model.dtype is int8; allowed: float32 or bfloat16\n",
+    )
     done = runs.run("never", "--workdir=az://bucket/run")
     assert done.returncode == 1
     assert re.fullmatch(r"error: --workdir is az://bucket/run, a URL; .*\n", done.stderr)
@@ -336,16 +443,25 @@ def test_misspelt_and_wrong_fields_on_the_command_line(runs):
 
 
 def test_full_disk_is_one_line_and_costs_nothing_saved(runs):
-    """A real disk with room for two checkpoints: the run stops saying so, keeps them, and goes on from the last once there is room."""
+    """A real disk with room for two checkpoints: the run stops saying so, keeps them, and goes on
+    from the last once there is room.
+    """
     (runs.folder / "full").mkdir()
-    mount = lambda *arguments: subprocess.run(["mount", *arguments, str(runs.folder / "full")], capture_output=True, text=True)
+
+    def mount(*arguments):
+        return subprocess.run(
+            ["mount", *arguments, str(runs.folder / "full")], capture_output=True, text=True
+        )
+
     made = mount("-t", "tmpfs", "-o", "size=30m", "tmpfs")
     if made.returncode:
         pytest.skip(f"a small disk cannot be mounted here: {made.stderr.strip()}")
     try:
         done = runs.run("full")
         assert done.returncode == 1, done.stdout + done.stderr
-        assert done.stderr.startswith("error: disk full: the checkpoint of step 8 needs "), done.stderr
+        assert done.stderr.startswith("error: disk full: the checkpoint of step 8 needs "), (
+            done.stderr
+        )
         assert "the checkpoints before it are whole (3, 6)" in done.stderr
         assert done.stderr.count("\n") == 1, done.stderr
         assert mount("-o", "remount,size=200m").returncode == 0
@@ -372,34 +488,58 @@ def test_results_are_what_the_loaded_model_predicts(runs):
             np.add.at(total, (dataset[i]["label"][valid], prediction[valid]), 1)
         expected = 100 * segmentation.iou(total)
         entry = results["domains"][domain]
-        np.testing.assert_allclose([np.nan if v is None else v for v in entry["IoU"].values()], expected, rtol=1e-9)
+        np.testing.assert_allclose(
+            [np.nan if v is None else v for v in entry["IoU"].values()], expected, rtol=1e-9
+        )
         assert entry["mIoU"] == pytest.approx(np.nanmean(expected))
         assert entry["images"] == 3
         assert entry["seen"] == (domain == "clear")
     unseen = results["domains"]["fog"]["mIoU"]
     assert results["mean_unseen"] == pytest.approx(unseen)
     assert results["rPD"] == pytest.approx(100 * unseen / results["domains"]["clear"]["mIoU"])
-    assert (results["task"], results["source"], results["protocol"], results["step"]) == ("segmentation", "clear", "native", 16)
+    assert (results["task"], results["source"], results["protocol"], results["step"]) == (
+        "segmentation",
+        "clear",
+        "native",
+        16,
+    )
 
 
 def test_evaluate_and_predict_commands(runs):
-    """`evaluate` on one step of a workdir repeats its numbers; `predict` writes ids of the image's own size and an overlay."""
-    module = lambda name, *rest: subprocess.run(
-        [sys.executable, "-m", f"jaxdg.{name}", "--checkpoint", str(runs.folder / "whole" / "checkpoints" / "16"), *rest],
-        env={**runs.environment, "JAX_ENABLE_X64": "1"},  # which changes nothing
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    """`evaluate` on one step of a workdir repeats its numbers; `predict` writes ids of the image's
+    own size and an overlay.
+    """
+
+    def module(name, *rest):
+        return subprocess.run(
+            [
+                sys.executable,
+                "-m",
+                f"jaxdg.{name}",
+                "--checkpoint",
+                str(runs.folder / "whole" / "checkpoints" / "16"),
+                *rest,
+            ],
+            env={**runs.environment, "JAX_ENABLE_X64": "1"},  # which changes nothing
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+
     out = runs.folder / "evaluated"
     done = module("evaluate", "--domains", "fog", "--out", str(out), "--batch_size", "2")
     assert done.returncode == 0, done.stderr
-    results = [json.loads((folder / "results.json").read_text()) for folder in (out, runs.folder / "whole")]
+    results = [
+        json.loads((folder / "results.json").read_text()) for folder in (out, runs.folder / "whole")
+    ]
     assert results[0]["domains"]["fog"] == results[1]["domains"]["fog"]
     assert (out / "pictures" / "fog_0.jpg").exists()
     again = module("evaluate", "--domains", "fog", "--protocol", "rein", "--out", str(out))
     assert again.returncode == 1
-    told = f"error: {out}/results.json holds other results (protocol: 'native' there, 'rein' now); give another --out\n"
+    told = (
+        f"error: {out}/results.json holds other results (protocol: 'native' there, 'rein' now);"
+        " give another --out\n"
+    )
     assert again.stderr.endswith(told), again.stderr
     assert json.loads((out / "results.json").read_text()) == results[0]
 
@@ -415,7 +555,9 @@ def test_evaluate_and_predict_commands(runs):
         np.testing.assert_array_equal(ids, jaxdg.load(runs.folder / "whole").predict(image))
     assert (runs.folder / "predicted" / "odd_overlay.jpg").exists()
 
-    done = module("predict", "--out", str(runs.folder / "predicted"), str(runs.folder / "nowhere.jpg"))
+    done = module(
+        "predict", "--out", str(runs.folder / "predicted"), str(runs.folder / "nowhere.jpg")
+    )
     assert done.returncode == 1
     assert "nowhere.jpg does not exist" in done.stderr
 
@@ -428,7 +570,12 @@ def tiny(root: Path | str = "data", **data) -> Config:
             batch_size=8,
             log_every=1,
             eval_every=0,
-            data=DataConfig(root=str(root), crop=(32, 32), streets=StreetsOptions(size=(48, 96), images=3, val_images=1), **data),
+            data=DataConfig(
+                root=str(root),
+                crop=(32, 32),
+                streets=StreetsOptions(size=(48, 96), images=3, val_images=1),
+                **data,
+            ),
             model=ModelConfig(pyramid="none"),
             optimizer=OptimizerConfig(),
             evaluation=EvaluationConfig(domains=("clear",), stride=(32, 32)),
@@ -441,7 +588,9 @@ def start(c: Config, workdir: Path) -> None:
     train.train(c, workdir, cli.console(), cli.Interrupt())
 
 
-def folder_config(root: Path, image: bytes | None = None, label: np.ndarray | None = None) -> Config:
+def folder_config(
+    root: Path, image: bytes | None = None, label: np.ndarray | None = None
+) -> Config:
     """A dataset of one pair of files below `root`, good unless another image or label is given."""
     for name in ("images/town", "labels/town"):
         (root / name).mkdir(parents=True, exist_ok=True)
@@ -449,31 +598,43 @@ def folder_config(root: Path, image: bytes | None = None, label: np.ndarray | No
     Image.fromarray(good).save(root / "images/town/a.jpg")
     if image is not None:
         (root / "images/town/a.jpg").write_bytes(image)
-    Image.fromarray(np.zeros((40, 40), np.uint8) if label is None else label).save(root / "labels/town/a.png")
+    Image.fromarray(np.zeros((40, 40), np.uint8) if label is None else label).save(
+        root / "labels/town/a.png"
+    )
     return tiny(root, source="town", folder=FolderOptions(classes=("one", "two")))
 
 
 def test_bad_files_are_named(tmp_path):
-    """Truncated image, label of another size, id outside the table, empty folder, missing root: each error names the file or folder."""
+    """Truncated image, label of another size, id outside the table, empty folder, missing root:
+    each error names the file or folder.
+    """
     c = folder_config(tmp_path / "cut")
     whole = (tmp_path / "cut/images/town/a.jpg").read_bytes()
     folder_config(tmp_path / "cut", image=whole[: len(whole) // 2])
     with pytest.raises(ValueError, match=r"images/town/a\.jpg: truncated"):
         start(c, tmp_path / "run1")
     with pytest.raises(ValueError, match=r"labels/town/a\.png is 20x30 but its image is 40x40"):
-        start(folder_config(tmp_path / "size", label=np.zeros((30, 20), np.uint8)), tmp_path / "run2")
+        start(
+            folder_config(tmp_path / "size", label=np.zeros((30, 20), np.uint8)), tmp_path / "run2"
+        )
     with pytest.raises(ValueError, match=r"labels/town/a\.png: .*7"):
-        start(folder_config(tmp_path / "id", label=np.full((40, 40), 7, np.uint8)), tmp_path / "run3")
+        start(
+            folder_config(tmp_path / "id", label=np.full((40, 40), 7, np.uint8)), tmp_path / "run3"
+        )
     empty = folder_config(tmp_path / "empty")
     (tmp_path / "empty/images/town/a.jpg").unlink()
     with pytest.raises((ValueError, FileNotFoundError), match="images/town"):
         start(empty, tmp_path / "run4")
-    with pytest.raises(FileNotFoundError, match=r"nowhere does not exist; set JAXDG_DATA or --config\.data\.root"):
+    with pytest.raises(
+        FileNotFoundError, match=r"nowhere does not exist; set JAXDG_DATA or --config\.data\.root"
+    ):
         start(tiny(tmp_path / "nowhere", source="camvid"), tmp_path / "run5")
 
 
 def test_a_run_that_goes_on_with_fewer_images_says_what_that_means(tmp_path, capsys):
-    """An image and its label are taken away after the first step: the run goes on, and says that it is another one from here."""
+    """An image and its label are taken away after the first step: the run goes on, and says that it
+    is another one from here.
+    """
 
     class AtOnce(cli.Interrupt):
         asked = True
@@ -487,15 +648,25 @@ def test_a_run_that_goes_on_with_fewer_images_says_what_that_means(tmp_path, cap
         (tmp_path / f"{kind}/town/b.{suffix}").unlink()
     start(c, tmp_path / "run")
     out = capsys.readouterr().out
-    assert "warning: town has changed since the run's last start: 1 images instead of 2; from here on other images come in" in out
+    assert (
+        "warning: town has changed since the run's last start: 1 images instead of 2; from here on"
+        " other images come in" in out
+    )
     assert out.index("warning") < out.index("resuming from step 1") < out.index("finished")
 
 
 def test_non_finite_loss_names_step_and_files(tmp_path):
-    """A learning rate that blows up stops the run at the step, names its images, and saves nothing of it."""
+    """A learning rate that blows up stops the run at the step, names its images, and saves nothing
+    of it.
+    """
     c = tiny()
-    c.steps, c.optimizer.learning_rate, c.optimizer.clip, c.checkpoint_every = 8, 1e30, 0.0, 1
-    with pytest.raises(ValueError, match=r"the loss of step \d+ is (nan|inf); its batch: streets/clear/\d") as error:
+    c.steps = 8
+    c.optimizer.learning_rate = 1e30
+    c.optimizer.clip = 0.0
+    c.checkpoint_every = 1
+    with pytest.raises(
+        ValueError, match=r"the loss of step \d+ is (nan|inf); its batch: streets/clear/\d"
+    ) as error:
         start(c, tmp_path)
     step = int(str(error.value).split("step ")[1].split()[0])
     checkpoints = Checkpoints(tmp_path)
@@ -507,7 +678,9 @@ def test_batch_that_devices_do_not_divide_is_refused(tmp_path):
     """Eight emulated devices cannot share six crops."""
     c = tiny()
     c.batch_size = 6
-    with pytest.raises(ValueError, match=r"batch_size 6 .* not divisible by 8 devices; allowed: a multiple of 8"):
+    with pytest.raises(
+        ValueError, match=r"batch_size 6 .* not divisible by 8 devices; allowed: a multiple of 8"
+    ):
         start(c, tmp_path)
 
 
@@ -515,26 +688,43 @@ def test_missing_weights_are_refused_before_training(tmp_path):
     """The message says how to make the file."""
     c = tiny()
     c.model.weights = str(tmp_path / "absent.safetensors")
-    with pytest.raises(FileNotFoundError, match=r"absent\.safetensors; convert a checkpoint with jaxdg convert"):
+    with pytest.raises(
+        FileNotFoundError, match=r"absent\.safetensors; convert a checkpoint with jaxdg convert"
+    ):
         start(c, tmp_path / "run")
 
 
 def test_weights_that_are_of_something_else_are_refused_before_training(tmp_path):
-    """A file of another encoder of the zoo, and a download that was not converted: what it is and what to do, before data are opened."""
+    """A file of another encoder of the zoo, and a download that was not converted: what it is and
+    what to do, before data are opened.
+    """
     c = tiny(root="absent")
     c.model.weights = str(tmp_path / "moco.safetensors")
-    weights.save({"cls_token": np.ones((1, 1, 768), np.float32)}, c.model.weights, {"model": "mocov3_b16"})
-    with pytest.raises(ValueError, match=rf"weights of mocov3_b16, and the encoder is {c.model.encoder}: set model.encoder=mocov3_b16"):
+    weights.save(
+        {"cls_token": np.ones((1, 1, 768), np.float32)}, c.model.weights, {"model": "mocov3_b16"}
+    )
+    with pytest.raises(
+        ValueError,
+        match=(
+            rf"weights of mocov3_b16, and the encoder is {c.model.encoder}: set"
+            r" model.encoder=mocov3_b16"
+        ),
+    ):
         start(c, tmp_path / "run")
     c.model.weights = str(tmp_path / "mae.pth")
     Path(c.model.weights).write_bytes(b"PK")
-    with pytest.raises(ValueError, match=r"mae.pth is a .pth file and no converted one.*jaxdg convert --checkpoint .*mae.pth"):
+    with pytest.raises(
+        ValueError,
+        match=r"mae.pth is a .pth file and no converted one.*jaxdg convert --checkpoint .*mae.pth",
+    ):
         start(c, tmp_path / "run")
     assert not (tmp_path / "run" / "config.json").exists()
 
 
 def test_what_was_trained_on_is_named_kept_and_told(tmp_path, capsys):
-    """A copy of the source and a domain without truth are named before the first step, kept in source.npz, and out of every mean."""
+    """A copy of the source and a domain without truth are named before the first step, kept in
+    source.npz, and out of every mean.
+    """
     rng = np.random.default_rng(0)
     labels = {"town": (0, 1), "copy": (0, 1), "other": (0, 1), "blank": (255,)}
     for name, ids in labels.items():
@@ -543,13 +733,19 @@ def test_what_was_trained_on_is_named_kept_and_told(tmp_path, capsys):
         for i in range(2):
             image = rng.integers(0, 255, (40, 40, 3), np.uint8)
             Image.fromarray(image).save(tmp_path / "images" / name / f"{i}.png")
-            Image.fromarray(rng.choice(ids, (40, 40)).astype(np.uint8)).save(tmp_path / "labels" / name / f"{i}.png")
+            Image.fromarray(rng.choice(ids, (40, 40)).astype(np.uint8)).save(
+                tmp_path / "labels" / name / f"{i}.png"
+            )
     shutil.copyfile(tmp_path / "images/town/1.png", tmp_path / "images/copy/0.png")
     c = tiny(tmp_path, source="town", folder=FolderOptions(classes=("one", "two")))
-    c.eval_every, c.evaluation.domains = 2, tuple(labels)
+    c.eval_every = 2
+    c.evaluation.domains = tuple(labels)
     start(c, tmp_path / "run")
     said = " ".join(capsys.readouterr().out.split())
-    for line in ("town: all of its 2 images are trained on; it counts as seen", "copy: 1 of its 2 images is trained on; it counts as seen"):
+    for line in (
+        "town: all of its 2 images are trained on; it counts as seen",
+        "copy: 1 of its 2 images is trained on; it counts as seen",
+    ):
         assert said.index(line) < said.index("step 1/2")
     assert "blank no truth" in said
     assert "town: judged on images it was trained on (2 of 2)" in said
@@ -563,7 +759,9 @@ def test_what_was_trained_on_is_named_kept_and_told(tmp_path, capsys):
     assert (results["mean_unseen"], results["seen_by"]) == (entries["other"]["mIoU"], "images")
     own = (entries["town"]["mIoU"] + entries["copy"]["mIoU"]) / 2  # both were trained on
     assert results["rPD"] == pytest.approx(100 * entries["other"]["mIoU"] / own)
-    assert json.loads((tmp_path / "run" / "checkpoints" / "best.json").read_text())["score"] == pytest.approx(own)
+    assert json.loads((tmp_path / "run" / "checkpoints" / "best.json").read_text())[
+        "score"
+    ] == pytest.approx(own)
     assert TrainedOn.load(tmp_path / "run").count == 2
     rows = {row["domain"]: row for row in read_metrics(tmp_path / "run") if "domain" in row}
     assert (rows["blank"]["mIoU"], rows["copy"]["trained_on"]) == (None, 1)
@@ -571,14 +769,21 @@ def test_what_was_trained_on_is_named_kept_and_told(tmp_path, capsys):
 
 def wrong(tmp_path: Path) -> dict[str, tuple[Config, str]]:
     """Configurations that fail, each late in what is opened, with the message."""
-    pictures, absent, strange = tiny(), tiny(), tiny()
+    pictures = tiny()
+    absent = tiny()
+    strange = tiny()
     other = folder_config(tmp_path / "data")
-    other.eval_every, other.evaluation.domains = 2, ("town", "clear")
-    pictures.data.pixmix, pictures.data.pictures = (1, 1.0), str(tmp_path / "nowhere")
+    other.eval_every = 2
+    other.evaluation.domains = ("town", "clear")
+    pictures.data.pixmix = (1, 1.0)
+    pictures.data.pictures = str(tmp_path / "nowhere")
     absent.model.weights = str(tmp_path / "absent.safetensors")
     strange.model.start = str(tmp_path / "no_run")
     return {
-        "classes": (other, r"domain clear has the classes road, .*but the model was trained on one, two"),
+        "classes": (
+            other,
+            r"domain clear has the classes road, .*but the model was trained on one, two",
+        ),
         "pictures": (pictures, r"nowhere, which data\.pictures names"),
         "weights": (absent, r"absent\.safetensors"),
         "start": (strange, r"no_run/config\.json does not exist"),
@@ -588,7 +793,9 @@ def wrong(tmp_path: Path) -> dict[str, tuple[Config, str]]:
 
 @pytest.mark.parametrize("what", ["classes", "pictures", "weights", "start", "data"])
 def test_a_first_command_that_fails_leaves_nothing(tmp_path, what):
-    """Whatever is wrong with it, and be it found last of all: the workdir was not made, so the corrected command is the first."""
+    """Whatever is wrong with it, and be it found last of all: the workdir was not made, so the
+    corrected command is the first.
+    """
     c, message = wrong(tmp_path)[what]
     (tmp_path / "runs").mkdir()
     with pytest.raises((ValueError, OSError), match=message):
@@ -597,7 +804,9 @@ def test_a_first_command_that_fails_leaves_nothing(tmp_path, what):
 
 
 def test_a_last_checkpoint_that_cannot_be_read_ends_in_an_error(tmp_path, monkeypatch):
-    """What came to the disk is not what was saved: the run does not say finished and keeps it aside; the next start repairs it."""
+    """What came to the disk is not what was saved: the run does not say finished and keeps it
+    aside; the next start repairs it.
+    """
     c = tiny()
     c.checkpoint_every = 1
     reread = Checkpoints.reread
@@ -611,22 +820,34 @@ def test_a_last_checkpoint_that_cannot_be_read_ends_in_an_error(tmp_path, monkey
 
     with monkeypatch.context() as patch:
         patch.setattr(Checkpoints, "reread", damaged)
-        with pytest.raises(ValueError, match=r"the checkpoint of step 2 cannot be read back .*corrupted_checkpoint_2; .*\(1\)$"):
+        with pytest.raises(
+            ValueError,
+            match=(
+                r"the checkpoint of step 2 cannot be read back .*corrupted_checkpoint_2; .*\(1\)$"
+            ),
+        ):
             start(c, tmp_path / "run")
     start(c, tmp_path / "run")
     assert (tmp_path / "run/checkpoints/2").is_dir()
 
 
 def test_paths_with_special_characters(tmp_path):
-    """A workdir, a data root and a folder of pictures whose names mean something to a search: trained, judged, loaded again."""
+    """A workdir, a data root and a folder of pictures whose names mean something to a search:
+    trained, judged, loaded again.
+    """
     place = tmp_path / "a [1]*?#%41 'é'"
     c = folder_config(place / "data [x]*", label=np.eye(40, dtype=np.uint8))
-    c.data.pixmix, c.data.pictures = (1, 1.0), str(place / "data [x]*" / "images")
-    c.eval_every, c.evaluation.domains = 2, ("town",)
+    c.data.pixmix = (1, 1.0)
+    c.data.pictures = str(place / "data [x]*" / "images")
+    c.eval_every = 2
+    c.evaluation.domains = ("town",)
     start(c, place / "-run [2]")
     assert json.loads((place / "-run [2]" / "results.json").read_text())["step"] == 2
     assert jaxdg.load(place / "-run [2]").step == 2
     assert sorted(path.name for path in tmp_path.iterdir()) == [place.name]
-    with pytest.raises(ValueError, match=r"holds .*, which the checkpoint library reads as something else; rename the folder$"):
+    with pytest.raises(
+        ValueError,
+        match=r"holds .*, which the checkpoint library reads as something else; rename the folder$",
+    ):
         start(c, place / "back\\slash")
     assert not (place / "back\\slash").exists()

@@ -7,7 +7,15 @@ import numpy as np
 import pytest
 
 from jaxdg.drawing import pictures as visualize
-from jaxdg.drawing.pictures import box_overlay, box_panel, colorize, grid, legend_rows, overlay, panel
+from jaxdg.drawing.pictures import (
+    box_overlay,
+    box_panel,
+    colorize,
+    grid,
+    legend_rows,
+    overlay,
+    panel,
+)
 
 COLORS = [(200, 10, 20), (0, 128, 255), (90, 240, 30), (255, 255, 0)]
 NAMES = ["road", "sky", "tree", "traffic sign"]
@@ -32,16 +40,23 @@ def label():
 def counts(rgb):
     """How many pixels have each colour."""
     packed, number = np.unique(rgb.astype(np.int64) @ np.array([65536, 256, 1]), return_counts=True)
-    return {(c >> 16, c >> 8 & 255, c & 255): n for c, n in zip(packed.tolist(), number.tolist(), strict=True)}
+    return {
+        (c >> 16, c >> 8 & 255, c & 255): n
+        for c, n in zip(packed.tolist(), number.tolist(), strict=True)
+    }
 
 
 def test_colorize_is_a_table_look_up():
-    """Each pixel has exactly its class's colour, ignored ones are black, for any integer type and any `ignore`."""
+    """Each pixel has exactly its class's colour, ignored ones are black, for any integer type and
+    any `ignore`.
+    """
     label = np.array([[0, 1, 2], [3, 255, 1]], np.uint8)
     expected = [[COLORS[0], COLORS[1], COLORS[2]], [COLORS[3], (0, 0, 0), COLORS[1]]]
     assert colorize(label, COLORS).tolist() == np.array(expected).tolist()
     assert colorize(label.astype(np.int64), COLORS).dtype == np.uint8
-    np.testing.assert_array_equal(colorize(np.array([[-1, 3]]), COLORS, ignore=-1), [[(0, 0, 0), COLORS[3]]])
+    np.testing.assert_array_equal(
+        colorize(np.array([[-1, 3]]), COLORS, ignore=-1), [[(0, 0, 0), COLORS[3]]]
+    )
 
 
 def test_legend_lists_exactly_the_classes_present(label):
@@ -50,12 +65,16 @@ def test_legend_lists_exactly_the_classes_present(label):
     assert [row.name for row in rows] == ["road", "sky", "tree"]
     assert [row.color for row in rows] == [COLORS[0], COLORS[1], COLORS[2]]
     total = 60 * 320 - 20 * 50
-    np.testing.assert_allclose([row.share for row in rows], [(40 * 240 - 1000) / total, 20 * 240 / total, 60 * 80 / total])
+    np.testing.assert_allclose(
+        [row.share for row in rows], [(40 * 240 - 1000) / total, 20 * 240 / total, 60 * 80 / total]
+    )
     assert legend_rows(np.full((3, 3), 255, np.uint8), COLORS, NAMES) == []
 
 
 def test_overlay_blends_leaves_ignored_pixels_and_draws_lines_only_at_class_changes(image, label):
-    """Away from class changes a pixel is the exact blend, ignored pixels are the image, and lines are darker and one pixel wide."""
+    """Away from class changes a pixel is the exact blend, ignored pixels are the image, and lines
+    are darker and one pixel wide.
+    """
     picture = overlay(image, label, COLORS, NAMES, alpha=0.25)[:60]
     edge = np.zeros(label.shape, bool)
     edge[19, :240] = edge[:, 239] = True  # sky over road, both beside the tree
@@ -70,7 +89,9 @@ def test_overlay_blends_leaves_ignored_pixels_and_draws_lines_only_at_class_chan
 
 
 def test_overlay_keeps_the_picture_free_of_the_legend(image, label):
-    """The legend is below: it shows each present class's colour and no other, and a label without classes needs none."""
+    """The legend is below: it shows each present class's colour and no other, and a label without
+    classes needs none.
+    """
     result = overlay(image, label, COLORS, NAMES)
     assert result.dtype == np.uint8
     assert result.shape[0] > 60
@@ -84,7 +105,9 @@ def test_overlay_keeps_the_picture_free_of_the_legend(image, label):
 
 @pytest.mark.parametrize("width", [16, 256, 480, 1024, 2048])
 def test_a_legend_fits_any_width(width):
-    """With 19 long names no swatch is cut off: each shows its whole area, also where the picture is narrower than one entry."""
+    """With 19 long names no swatch is cut off: each shows its whole area, also where the picture is
+    narrower than one entry.
+    """
     colors = [(10 * k + 20, 255 - 10 * k, 77) for k in range(19)]
     names = [f"a rather long class name {k}" for k in range(19)]
     label = (np.arange(38 * width).reshape(38, width) % 19).astype(np.int32)
@@ -96,22 +119,31 @@ def test_a_legend_fits_any_width(width):
 
 
 def test_lines_grow_with_the_picture():
-    """On a picture 2048 wide the line between two classes is two pixels wide, on a small one a single pixel."""
+    """On a picture 2048 wide the line between two classes is two pixels wide, on a small one a
+    single pixel.
+    """
     for width, expected in ((512, 1), (2048, 2)):
         label = np.zeros((4, width), np.uint8)
         label[:, width // 2 :] = 1
-        row = overlay(np.full((4, width, 3), 200, np.uint8), label, [(200, 200, 200)] * 2, ["a", "b"])[0, :, 0]
+        row = overlay(
+            np.full((4, width, 3), 200, np.uint8), label, [(200, 200, 200)] * 2, ["a", "b"]
+        )[0, :, 0]
         assert (row < 200).sum() == expected
 
 
 def test_panel_shows_image_truth_prediction_and_errors(image, label):
-    """Four tiles below their captions: the image, two exact colourings, and red exactly where a judged pixel is wrong."""
+    """Four tiles below their captions: the image, two exact colourings, and red exactly where a
+    judged pixel is wrong.
+    """
     prediction = label.copy()
     prediction[label == 255] = 3
     prediction[:10, :30] = 0
     result = panel(image, label, prediction, COLORS, NAMES)
     top = next(y for y in range(result.shape[0]) if (result[y : y + 60, :320] == image).all())
-    tile = lambda i: result[top : top + 60, i * 324 : i * 324 + 320]
+
+    def tile(i):
+        return result[top : top + 60, i * 324 : i * 324 + 320]
+
     np.testing.assert_array_equal(tile(1), colorize(label, COLORS))
     np.testing.assert_array_equal(tile(2), colorize(prediction, COLORS))
     errors = tile(3).astype(int)
@@ -132,7 +164,8 @@ def test_panel_shrinks_large_images(image, label):
 
 def test_grid_stacks_rows_of_any_width():
     """Rows come below one another unchanged, narrower ones centred."""
-    first, second = np.full((10, 40, 3), 200, np.uint8), np.full((6, 20, 3), 100, np.uint8)
+    first = np.full((10, 40, 3), 200, np.uint8)
+    second = np.full((6, 20, 3), 100, np.uint8)
     result = grid([first, second], gap=4)
     assert result.shape == (20, 40, 3)
     np.testing.assert_array_equal(result[:10], first)
@@ -140,11 +173,16 @@ def test_grid_stacks_rows_of_any_width():
 
 
 def test_a_frame_lies_on_the_border_pixels_of_its_box():
-    """The outermost pixels of [x0, x1) x [y0, y1) have the class's colour, a line of contrast is outside, and the inside is the image."""
+    """The outermost pixels of [x0, x1) x [y0, y1) have the class's colour, a line of contrast is
+    outside, and the inside is the image.
+    """
     background = np.full((300, 320, 3), 77, np.uint8)
     boxes = np.array([[40, 50, 100, 110], [200.4, 59.6, 280.0, 140.2]], np.float32)
     picture = box_overlay(background, boxes, np.array([0, 1]), COLORS, NAMES)[:300]
-    for (x0, y0, x1, y1), color, contrast in (((40, 50, 100, 110), COLORS[0], 255), ((200, 60, 280, 140), COLORS[1], 255)):
+    for (x0, y0, x1, y1), color, contrast in (
+        ((40, 50, 100, 110), COLORS[0], 255),
+        ((200, 60, 280, 140), COLORS[1], 255),
+    ):
         frame = picture[y0:y1, x0:x1].copy()
         assert (frame[[0, -1]] == color).all()
         assert (frame[:, [0, -1]] == color).all()
@@ -154,11 +192,17 @@ def test_a_frame_lies_on_the_border_pixels_of_its_box():
 
 
 def test_boxes_without_a_pixel_in_the_image_are_not_drawn_and_others_are_cut_off():
-    """Boxes outside and of no extent leave the image alone; one that reaches beyond it is framed along the image's border."""
+    """Boxes outside and of no extent leave the image alone; one that reaches beyond it is framed
+    along the image's border.
+    """
     image = np.full((60, 200, 3), 77, np.uint8)
     gone = np.array([[-50, -50, 0, 0], [300, 10, 400, 40], [20, 20, 20, 40]], np.float32)
-    np.testing.assert_array_equal(box_overlay(image, gone, np.array([0, 1, 2]), COLORS, NAMES)[:60], image)
-    picture = box_overlay(image, np.array([[-50, -50, 500, 500]], np.float32), np.array([0]), COLORS, NAMES)[:60]
+    np.testing.assert_array_equal(
+        box_overlay(image, gone, np.array([0, 1, 2]), COLORS, NAMES)[:60], image
+    )
+    picture = box_overlay(
+        image, np.array([[-50, -50, 500, 500]], np.float32), np.array([0]), COLORS, NAMES
+    )[:60]
     assert (picture[[0, -1]] == COLORS[0]).all(axis=2).all()
     assert (picture[:, [0, -1]] == COLORS[0]).all(axis=2).all()
 
@@ -166,21 +210,35 @@ def test_boxes_without_a_pixel_in_the_image_are_not_drawn_and_others_are_cut_off
 @pytest.mark.parametrize("corner", [(0, 0), (1, 0), (0, 1), (1, 1)])
 @pytest.mark.parametrize("width", [120, 320, 2048])
 def test_a_tag_is_wholly_inside_the_picture(width, corner):
-    """In every corner and at every size a tag is as large as in the middle: no pixel of it is cut off."""
-    height, side = width // 2, width // 10
+    """In every corner and at every size a tag is as large as in the middle: no pixel of it is cut
+    off.
+    """
+    height = width // 2
+    side = width // 10
     image = np.full((height, width, 3), 77, np.uint8)
     areas = []
     for x, y in (corner, (0.5, 0.5)):
         start = np.array([x * (width - side), y * (height - side)], np.float32)
-        picture = box_overlay(image, np.concatenate([start, start + side])[None], np.array([0]), COLORS, NAMES, np.array([0.875]))[:height]
-        plain = box_overlay(image, np.concatenate([start, start + side])[None], np.array([0]), COLORS, [""] * 4)[:height]
+        picture = box_overlay(
+            image,
+            np.concatenate([start, start + side])[None],
+            np.array([0]),
+            COLORS,
+            NAMES,
+            np.array([0.875]),
+        )[:height]
+        plain = box_overlay(
+            image, np.concatenate([start, start + side])[None], np.array([0]), COLORS, [""] * 4
+        )[:height]
         areas.append((picture != plain).any(axis=2).sum())
     assert areas[0] == pytest.approx(areas[1], rel=0.25)  # up to the part that lies on the frame
     assert areas[0] > 100
 
 
 def test_tags_never_hide_one_another_nor_boxes():
-    """With 200 boxes in a small picture every tag is a whole rectangle of its own and hides at most half of any box; the best has one."""
+    """With 200 boxes in a small picture every tag is a whole rectangle of its own and hides at most
+    half of any box; the best has one.
+    """
     rng = np.random.default_rng(0)
     start = rng.uniform(0, [400, 200], (200, 2))
     boxes = np.concatenate([start, start + rng.uniform(4, 60, (200, 2))], axis=1)
@@ -203,24 +261,35 @@ def test_tags_never_hide_one_another_nor_boxes():
 
 
 def test_box_overlay_has_a_legend_of_the_classes_present():
-    """Below the picture stand the colours of the classes that have boxes and no other; without boxes there is the image alone."""
+    """Below the picture stand the colours of the classes that have boxes and no other; without
+    boxes there is the image alone.
+    """
     image = np.full((80, 320, 3), 77, np.uint8)
     boxes = np.array([[10, 20, 40, 60], [50, 20, 90, 60], [100, 20, 140, 60]], np.float32)
     legend = counts(box_overlay(image, boxes, np.array([2, 0, 2]), COLORS, NAMES)[80:])
     assert min(legend.get(COLORS[k], 0) for k in (0, 2)) > 60
     assert not {COLORS[1], COLORS[3]} & set(legend)
-    np.testing.assert_array_equal(box_overlay(image, boxes[:0], np.zeros(0, int), COLORS, NAMES), image)
+    np.testing.assert_array_equal(
+        box_overlay(image, boxes[:0], np.zeros(0, int), COLORS, NAMES), image
+    )
 
 
 def test_box_panel_shows_image_truth_and_detections():
     """Three tiles below their captions: the image, and the boxes of each at the scale of the tile."""
     image = np.full((100, 960, 3), 77, np.uint8)
     truth = (np.array([[100, 20, 300, 80]], np.float32), np.array([0]))
-    found = (np.array([[500, 40, 700, 90], [20, 40, 60, 90]], np.float32), np.array([1, 2]), np.array([0.5, 0.25], np.float32))
+    found = (
+        np.array([[500, 40, 700, 90], [20, 40, 60, 90]], np.float32),
+        np.array([1, 2]),
+        np.array([0.5, 0.25], np.float32),
+    )
     result = box_panel(image, truth, found, COLORS, NAMES, tile_width=480)
     assert result.shape[1] == 3 * 480 + 2 * 4
     top = next(y for y in range(result.shape[0]) if (result[y : y + 50, :480] == 77).all())
-    tile = lambda i: result[top : top + 50, i * 484 : i * 484 + 480]
+
+    def tile(i):
+        return result[top : top + 50, i * 484 : i * 484 + 480]
+
     assert (tile(1)[40 - 1, 50:150] == COLORS[0]).all()  # the lower edges of the boxes
     assert (tile(2)[45 - 1, 250:350] == COLORS[1]).all()
     assert (tile(2)[45 - 1, 10:30] == COLORS[2]).all()
@@ -230,7 +299,9 @@ def test_box_panel_shows_image_truth_and_detections():
 
 
 def test_mistakes_with_boxes_are_said(image):
-    """A class without a colour, missing names and lists of unequal length are refused, each with its reason."""
+    """A class without a colour, missing names and lists of unequal length are refused, each with
+    its reason.
+    """
     boxes = np.array([[10, 10, 30, 30], [40, 10, 60, 30]], np.float32)
     with pytest.raises(ValueError, match="class 4, but there are 4 colours"):
         box_overlay(image, boxes, np.array([0, 4]), COLORS, NAMES)
@@ -241,7 +312,9 @@ def test_mistakes_with_boxes_are_said(image):
 
 
 def test_mistakes_are_said(image, label):
-    """Another size, an id without a colour, missing names and an empty grid are refused, each with its reason."""
+    """Another size, an id without a colour, missing names and an empty grid are refused, each with
+    its reason.
+    """
     with pytest.raises(ValueError, match="the label is 100x60 pixels, the image 320x60"):
         overlay(image, label[:, :100], COLORS, NAMES)
     with pytest.raises(ValueError, match="the prediction is"):
@@ -255,6 +328,16 @@ def test_mistakes_are_said(image, label):
 
 
 def test_drawing_needs_no_jax():
-    """The module loads without importing jax or matplotlib, so a script that only draws starts at once."""
-    code = "import sys, jaxdg.drawing.pictures; print([m for m in ('jax', 'flax', 'matplotlib') if m in sys.modules])"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+    """The module loads without importing jax or matplotlib, so a script that only draws starts at
+    once.
+    """
+    code = (
+        "import sys, jaxdg.drawing.pictures; print([m for m in ('jax', 'flax', 'matplotlib') if m"
+        " in sys.modules])"
+    )
+    assert (
+        subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, check=True
+        ).stdout.strip()
+        == "[]"
+    )

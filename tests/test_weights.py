@@ -1,4 +1,6 @@
-"""Names of parameters do not depend on how blocks are stacked, and files that do not fit are told apart by name."""
+"""Names of parameters do not depend on how blocks are stacked, and files that do not fit are told
+apart by name.
+"""
 
 from flax import nnx
 import jax
@@ -13,20 +15,35 @@ from jaxdg.backbones import Pyramid, Vit, VitConfig
 
 def encoder(taps, boundaries=()):
     """A small abstract encoder of 13 blocks: past ten, the order of names and of numbers part."""
-    config = VitConfig(image_size=(8, 8), patch_size=4, width=8, depth=13, heads=2, taps=taps, boundaries=boundaries)
+    config = VitConfig(
+        image_size=(8, 8),
+        patch_size=4,
+        width=8,
+        depth=13,
+        heads=2,
+        taps=taps,
+        boundaries=boundaries,
+    )
     return nnx.eval_shape(lambda: Vit(config, rngs=nnx.Rngs(0)))
 
 
 def numbered(taps, boundaries):
-    """An encoder each of whose blocks holds its own number everywhere, plus a hundredth for each kind of parameter: 7.03 is block 7."""
+    """An encoder each of whose blocks holds its own number everywhere, plus a hundredth for each
+    kind of parameter: 7.03 is block 7.
+    """
     module = encoder(taps, boundaries)
     kinds = sorted({path[-2:] for path, _ in nnx.to_flat_state(nnx.state(module, nnx.Param))})
     for path, variable in nnx.to_flat_state(nnx.state(module, nnx.Param)):
         value = np.full(variable.shape, kinds.index(path[-2:]) / 100, np.float32)
         if "segments" in path:
             first = int(path[path.index("segments") + 1])
-            assert first in (0, *(end + 1 for end in module.blocks.ends)), "a segment is called by its first block"
-            value += first + np.arange(len(value), dtype=np.float32).reshape(-1, *[1] * (value.ndim - 1))
+            assert first in (
+                0,
+                *(end + 1 for end in module.blocks.ends),
+            ), "a segment is called by its first block"
+            value += first + np.arange(len(value), dtype=np.float32).reshape(
+                -1, *[1] * (value.ndim - 1)
+            )
         variable.set_value(jnp.asarray(value))
     return module
 
@@ -64,7 +81,9 @@ def test_slots_point_at_the_right_layer(taps, boundaries):
 
 @pytest.mark.parametrize(("taps", "boundaries"), CUTS)
 def test_factors_land_on_their_layer(taps, boundaries):
-    """A factor tree times the parameters scales each named tensor by its own factor, whatever the cut."""
+    """A factor tree times the parameters scales each named tensor by its own factor, whatever the
+    cut.
+    """
     module = numbered(taps, boundaries)
     before = {name: tensor.copy() for name, tensor in weights.tensors(module).items()}
 
@@ -97,7 +116,9 @@ def test_mismatches_name_every_offender():
     """One phrase for each kind of offence with all names in it, and none where everything fits."""
     wanted = {"a": (1, 2), "b": (3,), "c": (4,), "d": ()}
     assert weights.mismatches(wanted, dict(wanted)) == []
-    assert weights.mismatches(wanted, {"a": (2, 1), "b": (3,), "y": (1,), "x": (1,), "d": (1,)}) == [
+    assert weights.mismatches(
+        wanted, {"a": (2, 1), "b": (3,), "y": (1,), "x": (1,), "d": (1,)}
+    ) == [
         "1 missing (c)",
         "2 unexpected (x, y)",
         "2 of another shape (a is (2, 1), not (1, 2), d is (1,), not ())",
@@ -120,7 +141,9 @@ def test_load_keeps_placement(tmp_path):
 def test_unreadable_files_are_named(tmp_path):
     """An absent file says how to make one; a cut one says that it is damaged."""
     pyramid = Pyramid(4, rngs=nnx.Rngs(0))
-    with pytest.raises(FileNotFoundError, match=r"no weights at .*absent\.safetensors; convert a checkpoint"):
+    with pytest.raises(
+        FileNotFoundError, match=r"no weights at .*absent\.safetensors; convert a checkpoint"
+    ):
         weights.load(pyramid, tmp_path / "absent.safetensors")
     save_file({"a": np.ones(1000, np.float32)}, tmp_path / "whole.safetensors")
     (tmp_path / "cut.safetensors").write_bytes((tmp_path / "whole.safetensors").read_bytes()[:2000])

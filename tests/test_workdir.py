@@ -1,4 +1,6 @@
-"""A workdir belongs to one run: what may change, who works there, and what a crash or a failed start leaves behind."""
+"""A workdir belongs to one run: what may change, who works there, and what a crash or a failed
+start leaves behind.
+"""
 
 import dataclasses
 import json
@@ -36,18 +38,34 @@ def leaves(tree, prefix=""):
 
 
 def test_exactly_the_free_fields_may_change():
-    """Each field is changed alone: every change makes another run, but for where and how it runs and what it writes down."""
-    free, old, objects = set(), Config(), {"data.folder": FolderOptions(), "data.boxes": BoxOptions()}
+    """Each field is changed alone: every change makes another run, but for where and how it runs
+    and what it writes down.
+    """
+    free = set()
+    old = Config()
+    objects = {"data.folder": FolderOptions(), "data.boxes": BoxOptions()}
     for field in leaves(old):
         new = Config()
         holder = config_lib.get(new, field.rpartition(".")[0]) if "." in field else new
-        setattr(holder, field.rpartition(".")[2], objects[field] if field in objects else other(config_lib.get(new, field)))
+        setattr(
+            holder,
+            field.rpartition(".")[2],
+            objects[field] if field in objects else other(config_lib.get(new, field)),
+        )
         changed = workdir.differences(old, new)
         assert len(changed) <= 1 or field in objects, changed
         assert all(phrase.startswith(field) and " -> " in phrase for phrase in changed)
         if not changed:
             free.add(field)
-    where = {"mesh.data", "mesh.fsdp", "data.workers", "data.root", "log_every", "eval_every", "checkpoint_every"}
+    where = {
+        "mesh.data",
+        "mesh.fsdp",
+        "data.workers",
+        "data.root",
+        "log_every",
+        "eval_every",
+        "checkpoint_every",
+    }
     # `other` names a list where there was none, which leaves more out.
     recorded = {
         "keep_checkpoints",
@@ -76,13 +94,21 @@ def with_checkpoint(folder: Path) -> Path:
 
 
 def test_a_workdir_keeps_its_run(tmp_path):
-    """A changed configuration is refused with the differences and the stored one kept; free fields are taken over."""
+    """A changed configuration is refused with the differences and the stored one kept; free fields
+    are taken over.
+    """
     run = tmp_path / "new" / "run"
     workdir.claim(config(), run)
     assert config_lib.load(run) == config()
     with_checkpoint(run)
 
-    with pytest.raises(ValueError, match=r"run holds another run: optimizer\.clip: 0\.01 -> 2\.0; seed: 0 -> 1; give another --workdir"):
+    with pytest.raises(
+        ValueError,
+        match=(
+            r"run holds another run: optimizer\.clip: 0\.01 -> 2\.0; seed: 0 -> 1; give another"
+            r" --workdir"
+        ),
+    ):
         workdir.claim(config(seed=1, optimizer__clip=2.0), run)
     assert config_lib.load(run) == config()
 
@@ -93,19 +119,30 @@ def test_a_workdir_keeps_its_run(tmp_path):
 
 
 def test_a_run_that_saved_nothing_can_be_corrected(tmp_path):
-    """Where there is no checkpoint nothing is lost: other settings begin anew in the same folder, and this is said."""
+    """Where there is no checkpoint nothing is lost: other settings begin anew in the same folder,
+    and this is said.
+    """
     workdir.claim(config(), tmp_path)
     said = []
     workdir.claim(config(batch_size=4), tmp_path, say=said.append)
     assert config_lib.load(tmp_path) == config(batch_size=4)
-    assert said == [f"{tmp_path} held a run that had saved nothing; it begins anew, with batch_size: 8 -> 4"]
+    assert said == [
+        f"{tmp_path} held a run that had saved nothing; it begins anew, with batch_size: 8 -> 4"
+    ]
 
 
 def test_what_may_change_is_recorded(tmp_path):
-    """How images are judged at once, parts of a batch, recomputing, checkpoints kept and domains added: taken over, a line each."""
+    """How images are judged at once, parts of a batch, recomputing, checkpoints kept and domains
+    added: taken over, a line each.
+    """
     run = with_checkpoint(tmp_path)
     workdir.claim(config(evaluation__domains=("clear",)), run)
-    new = {"evaluation__batch_size": 2, "evaluation__windows_per_call": 1, "optimizer__accumulate": 2, "model__remat": True}
+    new = {
+        "evaluation__batch_size": 2,
+        "evaluation__windows_per_call": 1,
+        "optimizer__accumulate": 2,
+        "model__remat": True,
+    }
     changed = config(evaluation__domains=("night", "clear"), keep_checkpoints=5, **new)
     said = []
     workdir.claim(changed, run, step=40, say=said.append)
@@ -139,17 +176,26 @@ def test_what_results_mean_may_not_change(tmp_path, change):
     """A domain taken away, another protocol, fewer images, another stride, more steps: another run."""
     run = with_checkpoint(tmp_path)
     workdir.claim(config(evaluation__domains=("clear", "fog")), run)
-    with pytest.raises(ValueError, match=f"holds another run: {next(iter(change)).replace('__', '[.]')}: "):
+    with pytest.raises(
+        ValueError, match=f"holds another run: {next(iter(change)).replace('__', '[.]')}: "
+    ):
         workdir.claim(config(**{"evaluation__domains": ("clear", "fog")} | change), run)
 
 
 def test_a_skip_list_may_grow(tmp_path):
-    """One more image left out, in the same file or in another, is recorded by name; one less is another run, and so is no list."""
-    run, one, two = with_checkpoint(tmp_path / "run"), tmp_path / "one.txt", tmp_path / "two.txt"
+    """One more image left out, in the same file or in another, is recorded by name; one less is
+    another run, and so is no list.
+    """
+    run = with_checkpoint(tmp_path / "run")
+    one = tmp_path / "one.txt"
+    two = tmp_path / "two.txt"
     (tmp_path / "a").mkdir()
     for i in range(1, 4):
         (tmp_path / f"a/{i}.png").touch()
-    listed = lambda file: config(data__skip=str(file), data__root=str(tmp_path))
+
+    def listed(file):
+        return config(data__skip=str(file), data__root=str(tmp_path))
+
     one.write_text("a/1.png\n")
     workdir.claim(listed(one), run)
     assert (run / "skip.txt").read_text() == "a/1.png\n"
@@ -159,9 +205,15 @@ def test_a_skip_list_may_grow(tmp_path):
     two.write_text("a/3.png\na/2.png\na/1.png\n")
     workdir.claim(listed(two), run, step=7)
     rows = [json.loads(line) for line in (run / "changes.jsonl").read_text().splitlines()]
-    assert [(row["step"], row["field"], row["added"]) for row in rows] == [(3, "data.skip", ["a/2.png"]), (7, "data.skip", ["a/3.png"])]
+    assert [(row["step"], row["field"], row["added"]) for row in rows] == [
+        (3, "data.skip", ["a/2.png"]),
+        (7, "data.skip", ["a/3.png"]),
+    ]
     assert (run / "skip.txt").read_text() == "a/1.png\na/2.png\na/3.png\n"
-    with pytest.raises(ValueError, match=r"holds another run: data\.skip: .*one\.txt no longer lists a/3\.png; give another"):
+    with pytest.raises(
+        ValueError,
+        match=r"holds another run: data\.skip: .*one\.txt no longer lists a/3\.png; give another",
+    ):
         workdir.claim(listed(one), run)
     with pytest.raises(ValueError, match=r"holds another run: data\.skip: '.*two\.txt' -> None"):
         workdir.claim(config(), run)
@@ -173,17 +225,25 @@ def test_a_skip_list_may_grow(tmp_path):
 
 def test_a_run_without_a_skip_list_may_get_one(tmp_path):
     """A damaged image met in the middle of a run is left out, and the run goes on."""
-    run, one = with_checkpoint(tmp_path / "run"), tmp_path / "one.txt"
+    run = with_checkpoint(tmp_path / "run")
+    one = tmp_path / "one.txt"
     workdir.claim(config(), run)
     one.write_text("a/1.png\n")
     workdir.claim(config(data__skip=str(one)), run, step=2)
     (row,) = [json.loads(line) for line in (run / "changes.jsonl").read_text().splitlines()]
-    assert row == {"step": 2, "field": "data.skip", "old": None, "new": str(one), "added": ["a/1.png"]}
+    assert row == {
+        "step": 2,
+        "field": "data.skip",
+        "old": None,
+        "new": str(one),
+        "added": ["a/1.png"],
+    }
 
 
 def test_a_folder_that_appears_in_the_configuration_is_a_difference():
     """From no folder to one, and from no id map to one, are other runs."""
-    old, new = Config(), Config()
+    old = Config()
+    new = Config()
     new.data.folder = FolderOptions()
     assert any(phrase.startswith("data.folder.") for phrase in workdir.differences(old, new))
     mapped = Config()
@@ -191,17 +251,32 @@ def test_a_folder_that_appears_in_the_configuration_is_a_difference():
     assert workdir.differences(new, mapped) == ["data.folder.id_map.7: None -> 0"]
 
 
-@pytest.mark.parametrize("damage", [b"", b"\0" * 40, b'{"steps": 4', b"\xff\xfe{}", b"[1]"], ids=["empty", "zeros", "cut", "bytes", "list"])
+@pytest.mark.parametrize(
+    "damage",
+    [b"", b"\0" * 40, b'{"steps": 4', b"\xff\xfe{}", b"[1]"],
+    ids=["empty", "zeros", "cut", "bytes", "list"],
+)
 def test_a_broken_configuration_is_written_anew(tmp_path, damage):
-    """Reading names the file and what to do; the training command keeps the broken file aside and writes it anew."""
+    """Reading names the file and what to do; the training command keeps the broken file aside and
+    writes it anew.
+    """
     run = with_checkpoint(tmp_path)
     (run / "config.json").write_bytes(damage)
-    with pytest.raises(ValueError, match=r"config\.json: broken \(.*\); run the command that trains it again, .*keeps the checkpoints$"):
+    with pytest.raises(
+        ValueError,
+        match=(
+            r"config\.json: broken \(.*\); run the command that trains it again, .*keeps the"
+            r" checkpoints$"
+        ),
+    ):
         config_lib.load(run)
     workdir.check(config(), run)  # nothing to compare with
     said = []
     workdir.claim(config(), run, say=said.append)
     assert len(said) == 1
-    assert "it is kept as config.json.broken; written anew from the settings of this command" in said[0]
+    assert (
+        "it is kept as config.json.broken; written anew from the settings of this command"
+        in said[0]
+    )
     assert (run / "config.json.broken").read_bytes() == damage
     assert config_lib.load(run) == config()

@@ -1,4 +1,7 @@
-"""Encoders: image to features. `create(name)` builds one, `ZOO` names them all. CLIP's text towers (`jaxdg.text`) go by these names too."""
+"""Encoders: image to features. `create(name)` builds one, `ZOO` names them all.
+
+CLIP's text towers (`jaxdg.text`) go by these names too.
+"""
 
 import importlib
 from typing import TYPE_CHECKING, Any
@@ -20,7 +23,14 @@ from jaxdg.backbones.vit import Vit, VitConfig
 from jaxdg.backbones.zoo import ZOO, build, check_file, create, entry
 
 if TYPE_CHECKING:
-    from jaxdg.text.clip_text import TEXT_TOWERS, ClipText, ClipTextConfig, Projection, load_text_tower, text_embeddings
+    from jaxdg.text.clip_text import (
+        TEXT_TOWERS,
+        ClipText,
+        ClipTextConfig,
+        Projection,
+        load_text_tower,
+        text_embeddings,
+    )
 
 __all__ = [
     "TEXT_TOWERS",
@@ -66,11 +76,20 @@ __all__ = [
     "text_embeddings",
 ]
 
-_OF_TEXT = ("TEXT_TOWERS", "ClipText", "ClipTextConfig", "Projection", "load_text_tower", "text_embeddings")
+_OF_TEXT = (
+    "TEXT_TOWERS",
+    "ClipText",
+    "ClipTextConfig",
+    "Projection",
+    "load_text_tower",
+    "text_embeddings",
+)
 
 
 def __getattr__(name: str) -> Any:
-    """Imports what belongs to `jaxdg.text` on first use: text towers are built of encoders' blocks, so that room stands on this one."""
+    """Imports what belongs to `jaxdg.text` on first use: text towers are built of encoders' blocks,
+    so that room stands on this one.
+    """
     if name in _OF_TEXT:
         return getattr(importlib.import_module("jaxdg.text.clip_text"), name)
     raise AttributeError(f"module 'jaxdg.backbones' has no attribute {name!r}")

@@ -1,9 +1,10 @@
 """CLIP's ResNets (Radford et al. 2021), as OpenAI and open_clip publish them.
 
-Bottlenecks as in torchvision's ResNet, with three convolutions as the stem and average pools before everything that strides. Attribute
-names are OpenAI's. BatchNorm is frozen, as detectors and segmenters keep it: it always uses the statistics of the pre-training, and neither
-they nor its scale and bias are trained. The attention pool, which turns the deepest map into an embedding next to those of texts, is part
-of the encoder; its features do not read it.
+Bottlenecks as in torchvision's ResNet, with three convolutions as the stem and average pools before
+everything that strides. Attribute names are OpenAI's. BatchNorm is frozen, as detectors and
+segmenters keep it: it always uses the statistics of the pre-training, and neither they nor its
+scale and bias are trained. The attention pool, which turns the deepest map into an embedding next
+to those of texts, is part of the encoder; its features do not read it.
 """
 
 import dataclasses
@@ -24,7 +25,8 @@ class ClipResnetConfig(StagedConfig):
     """A CLIP ResNet; fields of `StagedConfig`, and of its attention pool:
 
     Attributes:
-        pool_grid: rows, and columns, of its learned positions: a 32nd of the image's side in the pre-training.
+        pool_grid: rows, and columns, of its learned positions: a 32nd of the image's side in the
+            pre-training.
         embedding: channels of the joint space of images and texts.
     """
 
@@ -39,23 +41,38 @@ class ClipResnetConfig(StagedConfig):
 
 
 class FrozenBatchNorm(nnx.Module):
-    """Batch normalisation with given statistics; all four tensors are loaded and saved, and none is trained."""
+    """Batch normalisation with given statistics; all four tensors are loaded and saved, and none is
+    trained.
+    """
 
     def __init__(self, channels: int):
-        self.scale, self.var = nnx.BatchStat(jnp.ones(channels)), nnx.BatchStat(jnp.ones(channels))
-        self.bias, self.mean = nnx.BatchStat(jnp.zeros(channels)), nnx.BatchStat(jnp.zeros(channels))
+        self.scale = nnx.BatchStat(jnp.ones(channels))
+        self.var = nnx.BatchStat(jnp.ones(channels))
+        self.bias = nnx.BatchStat(jnp.zeros(channels))
+        self.mean = nnx.BatchStat(jnp.zeros(channels))
 
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
         factor = self.scale[...] * jax.lax.rsqrt(self.var[...] + 1e-5)
         return ((x - self.mean[...]) * factor + self.bias[...]).astype(x.dtype)
 
 
-def convolution(inside: int, outside: int, side: int, config: ClipResnetConfig, rngs: nnx.Rngs, stride: int = 1) -> nnx.Conv:
+def convolution(
+    inside: int, outside: int, side: int, config: ClipResnetConfig, rngs: nnx.Rngs, stride: int = 1
+) -> nnx.Conv:
     """A convolution without bias, padded alike on all sides, as in torch."""
-    kernel, strides = (side, side), (stride, stride)
+    kernel = (side, side)
+    strides = (stride, stride)
     init = nnx.initializers.variance_scaling(2.0, "fan_in", "normal")
     return nnx.Conv(
-        inside, outside, kernel, strides, padding=side // 2, use_bias=False, kernel_init=init, dtype=jnp.dtype(config.dtype), rngs=rngs
+        inside,
+        outside,
+        kernel,
+        strides,
+        padding=side // 2,
+        use_bias=False,
+        kernel_init=init,
+        dtype=jnp.dtype(config.dtype),
+        rngs=rngs,
     )
 
 
@@ -66,7 +83,9 @@ def halve(x: Float[Array, "b _ _ c"]) -> Float[Array, "b h w c"]:
 
 
 class Bottleneck(nnx.Module):
-    """Three convolutions and a residual; the first block of a stage changes the channels and, but for the first stage, halves the map."""
+    """Three convolutions and a residual; the first block of a stage changes the channels and, but
+    for the first stage, halves the map.
+    """
 
     def __init__(self, config: ClipResnetConfig, stage: int, first: bool, *, rngs: nnx.Rngs):
         width = config.widths[stage]
@@ -78,7 +97,11 @@ class Bottleneck(nnx.Module):
         self.bn2 = FrozenBatchNorm(width // 4)
         self.conv3 = convolution(width // 4, width, 1, config, rngs)
         self.bn3 = FrozenBatchNorm(width)
-        self.downsample = nnx.List([convolution(inside, width, 1, config, rngs), FrozenBatchNorm(width)]) if first else None
+        self.downsample = (
+            nnx.List([convolution(inside, width, 1, config, rngs), FrozenBatchNorm(width)])
+            if first
+            else None
+        )
 
     def __call__(self, x: Float[Array, "b _ _ _"]) -> Float[Array, "b h w c"]:
         y = jax.nn.relu(self.bn1(self.conv1(x)))
@@ -94,7 +117,8 @@ class AttentionPool(nnx.Module):
     """The deepest map to an embedding: its mean asks, and all pixels and the mean itself answer."""
 
     def __init__(self, config: ClipResnetConfig, *, rngs: nnx.Rngs):
-        c, dtype = config.widths[3], jnp.dtype(config.dtype)
+        c = config.widths[3]
+        dtype = jnp.dtype(config.dtype)
         self.heads = c // 64
         init = nnx.initializers.normal(c**-0.5)
         self.positional_embedding = nnx.Param(init(rngs.params(), (1 + config.pool_grid**2, c)))
@@ -106,18 +130,26 @@ class AttentionPool(nnx.Module):
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b e"]:
         b, h, w, c = x.shape
         x = x.reshape(b, h * w, c)
-        x = jnp.concatenate([x.mean(1, keepdims=True), x], axis=1) + self.positions(h, w).astype(x.dtype)
-        q, k, v = self.q_proj(x[:, :1]), self.k_proj(x), self.v_proj(x)
+        x = jnp.concatenate([x.mean(1, keepdims=True), x], axis=1) + self.positions(h, w).astype(
+            x.dtype
+        )
+        q = self.q_proj(x[:, :1])
+        k = self.k_proj(x)
+        v = self.v_proj(x)
         q, k, v = (t.reshape(b, -1, self.heads, c // self.heads) for t in (q, k, v))
         return self.c_proj(jax.nn.dot_product_attention(q, k, v).reshape(b, c))
 
     def positions(self, rows: int, columns: int) -> Float[Array, "n c"]:
-        """Learned positions, first that of the mean, at the size of a map: as `layers.resize_positions` resizes them."""
+        """Learned positions, first that of the mean, at the size of a map: as
+        `layers.resize_positions` resizes them.
+        """
         positions = self.positional_embedding[...]
         side = round((len(positions) - 1) ** 0.5)
         if (rows, columns) == (side, side):
             return positions
-        down, across = (jnp.asarray(layers.cubic_matrix(side, n), jnp.float32) for n in (rows, columns))
+        down, across = (
+            jnp.asarray(layers.cubic_matrix(side, n), jnp.float32) for n in (rows, columns)
+        )
         square = positions[1:].reshape(side, side, -1)
         resized = jnp.einsum("iy,jx,yxc->ijc", down, across, square).reshape(rows * columns, -1)
         return jnp.concatenate([positions[:1], resized])
@@ -129,22 +161,33 @@ class ClipResnet(Encoder):
     config: ClipResnetConfig
 
     def __init__(self, config: ClipResnetConfig, *, rngs: nnx.Rngs):
-        """Builds the encoder with random parameters; see `jaxdg.backbones.create` for named variants with weights.
+        """Builds the encoder with random parameters; see `jaxdg.backbones.create` for named
+        variants with weights.
 
         Raises:
             ValueError: drop path, of which these networks have none.
         """
         self.config = c = config
         if c.drop_path:
-            raise ValueError(f"drop_path is {c.drop_path}, and CLIP's ResNets skip no branches; set it to 0")
+            raise ValueError(
+                f"drop_path is {c.drop_path}, and CLIP's ResNets skip no branches; set it to 0"
+            )
         stem = c.widths[0] // 4
-        self.conv1, self.bn1 = convolution(3, stem // 2, 3, c, rngs, stride=2), FrozenBatchNorm(stem // 2)
-        self.conv2, self.bn2 = convolution(stem // 2, stem // 2, 3, c, rngs), FrozenBatchNorm(stem // 2)
-        self.conv3, self.bn3 = convolution(stem // 2, stem, 3, c, rngs), FrozenBatchNorm(stem)
+        self.conv1 = convolution(3, stem // 2, 3, c, rngs, stride=2)
+        self.bn1 = FrozenBatchNorm(stem // 2)
+        self.conv2 = convolution(stem // 2, stem // 2, 3, c, rngs)
+        self.bn2 = FrozenBatchNorm(stem // 2)
+        self.conv3 = convolution(stem // 2, stem, 3, c, rngs)
+        self.bn3 = FrozenBatchNorm(stem)
         for stage in range(c.used):
-            block = lambda rngs, first, stage=stage: Bottleneck(c, stage, first == 0, rngs=rngs)
+
+            def block(rngs, first, stage=stage):
+                return Bottleneck(c, stage, first == 0, rngs=rngs)
+
             # The first block of a stage is of another shape than the others.
-            stack = layers.Stack(block, c.blocks[stage], (0, *c.ends(stage)), remat=c.remat, rngs=rngs)
+            stack = layers.Stack(
+                block, c.blocks[stage], (0, *c.ends(stage)), remat=c.remat, rngs=rngs
+            )
             setattr(self, f"layer{stage + 1}", stack)
         self.attnpool = AttentionPool(c, rngs=rngs) if c.used == c.depth else None
 
@@ -154,25 +197,29 @@ class ClipResnet(Encoder):
         """Features of the stages.
 
         Args:
-            images: [b, h, w, 3] normalised with `config.mean` and `config.std`, of `config.image_size`.
+            images: [b, h, w, 3] normalised with `config.mean` and `config.std`, of
+                `config.image_size`.
             key: not used; nothing is drawn.
 
         Returns:
-            One [b, h / stride, w / stride, c] for each tap, finest first; the first convolution rounds sides up, all pools round them down.
+            One [b, h / stride, w / stride, c] for each tap, finest first; the first convolution
+            rounds sides up, all pools round them down.
         """
         c = self.config
         self.check_size(images)
         x = jnp.asarray(images)
         for i in (1, 2, 3):
             x = jax.nn.relu(getattr(self, f"bn{i}")(getattr(self, f"conv{i}")(x)))
-        x, outputs = halve(x), []
+        x = halve(x)
+        outputs = []
         for stage in range(c.used):
             x = getattr(self, f"layer{stage + 1}")(x, None)[c.blocks[stage] - 1]
             outputs.append(x)
         return tuple(outputs[tap] for tap in c.taps)
 
     def pool(self, features: Float[Array, "b h w c"]) -> Float[Array, "b e"]:
-        """The embedding of a whole map of the last stage (or of regions cut from it), in the joint space of images and texts.
+        """The embedding of a whole map of the last stage (or of regions cut from it), in the joint
+        space of images and texts.
 
         Args:
             features: [b, h, w, c] of any size; the pool's positions are resized to it.
@@ -183,7 +230,8 @@ class ClipResnet(Encoder):
         return self._pool()(features)
 
     def pool_dense(self, features: Float[Array, "b h w c"]) -> Float[Array, "b h w e"]:
-        """An embedding for every pixel: each answers for itself, as in MaskCLIP (Zhou et al. 2022); positions do not count.
+        """An embedding for every pixel: each answers for itself, as in MaskCLIP (Zhou et al. 2022);
+        positions do not count.
 
         Args:
             features: [b, h, w, c] of the last stage.
@@ -196,11 +244,16 @@ class ClipResnet(Encoder):
 
     def _pool(self) -> AttentionPool:
         if self.attnpool is None:
-            raise ValueError(f"the attention pool reads the last stage, which this encoder with taps {self.config.taps} does not have")
+            raise ValueError(
+                "the attention pool reads the last stage, which this encoder with taps"
+                f" {self.config.taps} does not have"
+            )
         return self.attnpool
 
     def adapt(self, name: str, tensor: np.ndarray) -> np.ndarray | None:
-        """Fits a stored tensor to this encoder: stages past the last tap, and then the pool, are not needed (None)."""
+        """Fits a stored tensor to this encoder: stages past the last tap, and then the pool, are
+        not needed (None).
+        """
         stage = self.unit_of(name)
         if stage is None:
             return None if self.unused(name) and self.attnpool is None else tensor

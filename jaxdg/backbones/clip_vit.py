@@ -1,8 +1,10 @@
 """CLIP's vision transformer (Radford et al. 2021), as OpenAI and open_clip publish it.
 
-A plain vision transformer with a LayerNorm before the first block, patches without bias, and epsilon 1e-5. OpenAI trained with the
-activation x * sigmoid(1.702 x), "QuickGELU", most of open_clip's own models with GELU by its exact formula. No tensor tells which, so a
-converted file records it, and one made for the other activation is refused at load. Attribute names are those of timm's ViT.
+A plain vision transformer with a LayerNorm before the first block, patches without bias, and
+epsilon 1e-5. OpenAI trained with the activation x * sigmoid(1.702 x), "QuickGELU", most of
+open_clip's own models with GELU by its exact formula. No tensor tells which, so a converted file
+records it, and one made for the other activation is refused at load. Attribute names are those of
+timm's ViT.
 """
 
 from collections.abc import Mapping
@@ -40,14 +42,19 @@ class Mlp(nnx.Module):
     """Two linear layers with the activation between."""
 
     def __init__(self, config: ClipVitConfig, *, rngs: nnx.Rngs):
-        c, dtype = config.width, jnp.dtype(config.dtype)
+        c = config.width
+        dtype = jnp.dtype(config.dtype)
         self.activation = config.activation
         self.fc1 = nnx.Linear(c, 4 * c, dtype=dtype, rngs=rngs)
         self.fc2 = nnx.Linear(4 * c, c, dtype=dtype, rngs=rngs)
 
     def __call__(self, x: Float[Array, "b n c"]) -> Float[Array, "b n c"]:
         y = self.fc1(x)
-        return self.fc2(y * jax.nn.sigmoid(1.702 * y) if self.activation == "quick_gelu" else jax.nn.gelu(y, approximate=False))
+        return self.fc2(
+            y * jax.nn.sigmoid(1.702 * y)
+            if self.activation == "quick_gelu"
+            else jax.nn.gelu(y, approximate=False)
+        )
 
 
 class Block(nnx.Module):
@@ -59,7 +66,9 @@ class Block(nnx.Module):
         self.norm2 = nnx.LayerNorm(config.width, epsilon=EPSILON, rngs=rngs)
         self.mlp = Mlp(config, rngs=rngs)
 
-    def __call__(self, x: Float[Array, "b n c"], keep: Float[Array, "2 b 1 1"]) -> Float[Array, "b n c"]:
+    def __call__(
+        self, x: Float[Array, "b n c"], keep: Float[Array, "2 b 1 1"]
+    ) -> Float[Array, "b n c"]:
         """`keep` scales the two branches (drop path)."""
         x = x + keep[0].astype(x.dtype) * self.attn(self.norm1(x))
         return x + keep[1].astype(x.dtype) * self.mlp(self.norm2(x))
@@ -69,8 +78,18 @@ class PatchEmbed(nnx.Module):
     """Non-overlapping patches, each projected to a token without a bias."""
 
     def __init__(self, config: ClipVitConfig, *, rngs: nnx.Rngs):
-        patch, dtype = (config.patch_size, config.patch_size), jnp.dtype(config.dtype)
-        self.proj = nnx.Conv(3, config.width, patch, strides=patch, padding="VALID", use_bias=False, dtype=dtype, rngs=rngs)
+        patch = (config.patch_size, config.patch_size)
+        dtype = jnp.dtype(config.dtype)
+        self.proj = nnx.Conv(
+            3,
+            config.width,
+            patch,
+            strides=patch,
+            padding="VALID",
+            use_bias=False,
+            dtype=dtype,
+            rngs=rngs,
+        )
 
     def __call__(self, images: Float[Array, "b h w 3"]) -> Float[Array, "b n c"]:
         x = self.proj(images)
@@ -83,7 +102,9 @@ class ClipVit(Vit):
     config: ClipVitConfig
 
     def __init__(self, config: ClipVitConfig, *, rngs: nnx.Rngs):
-        """Builds the encoder with random parameters; see `jaxdg.backbones.create` for named variants with weights."""
+        """Builds the encoder with random parameters; see `jaxdg.backbones.create` for named
+        variants with weights.
+        """
         self.config = config
         rows, columns = config.grid
         init = nnx.initializers.normal(config.width**-0.5)
@@ -91,7 +112,13 @@ class ClipVit(Vit):
         self.pos_embed = nnx.Param(init(rngs.params(), (1, 1 + rows * columns, config.width)))
         self.patch_embed = PatchEmbed(config, rngs=rngs)
         self.norm_pre = nnx.LayerNorm(config.width, epsilon=EPSILON, rngs=rngs)
-        self.blocks = layers.Stack(lambda rngs, _: Block(config, rngs=rngs), config.used, config.ends, remat=config.remat, rngs=rngs)
+        self.blocks = layers.Stack(
+            lambda rngs, _: Block(config, rngs=rngs),
+            config.used,
+            config.ends,
+            remat=config.remat,
+            rngs=rngs,
+        )
 
     def embed(self, images: Float[Array | np.ndarray, "b h w 3"]) -> Float[Array, "b n c"]:
         """As `Vit.embed`, with a LayerNorm before the first block."""
@@ -107,9 +134,11 @@ class ClipVit(Vit):
         Raises:
             ValueError: its conversion recorded another activation, or none.
         """
-        mine, theirs = self.config.activation, about.get("activation")
+        mine = self.config.activation
+        theirs = about.get("activation")
         if theirs != mine:
             raise ValueError(
-                f"these weights were converted as {about.get('model', 'no known encoder')} for the activation {theirs or 'nobody knows'}, "
-                f"and this encoder computes {mine}; create the encoder that they were converted for"
+                f"these weights were converted as {about.get('model', 'no known encoder')} for the"
+                f" activation {theirs or 'nobody knows'}, and this encoder computes {mine}; create"
+                " the encoder that they were converted for"
             )

@@ -1,7 +1,9 @@
-"""DeiT-III (Touvron et al. 2022): the plain vision transformer whose branches are scaled channel by channel (LayerScale).
+"""DeiT-III (Touvron et al. 2022): the plain vision transformer whose branches are scaled channel by
+channel (LayerScale).
 
-Differs from `jaxdg.backbones.vit` in those scales and in positions for patches alone: the class token joins after they are added.
-Attribute names are timm's. Positions of another grid are resized as DeiT's fine-tuning does it, by plain bicubic interpolation.
+Differs from `jaxdg.backbones.vit` in those scales and in positions for patches alone: the class
+token joins after they are added. Attribute names are timm's. Positions of another grid are resized
+as DeiT's fine-tuning does it, by plain bicubic interpolation.
 """
 
 import dataclasses
@@ -47,7 +49,9 @@ class Block(nnx.Module):
         self.mlp = Mlp(config, rngs=rngs)
         self.ls2 = LayerScale(config.width, initial_scale)
 
-    def __call__(self, x: Float[Array, "b n c"], keep: Float[Array, "2 b 1 1"]) -> Float[Array, "b n c"]:
+    def __call__(
+        self, x: Float[Array, "b n c"], keep: Float[Array, "2 b 1 1"]
+    ) -> Float[Array, "b n c"]:
         """`keep` scales the two branches (drop path)."""
         x = x + keep[0].astype(x.dtype) * self.ls1(self.attn(self.norm1(x)))
         return x + keep[1].astype(x.dtype) * self.ls2(self.mlp(self.norm2(x)))
@@ -59,22 +63,35 @@ class Deit3(Vit):
     config: Deit3Config
 
     def __init__(self, config: Deit3Config, *, rngs: nnx.Rngs):
-        """Builds the encoder with random parameters; see `jaxdg.backbones.create` for named variants with weights."""
+        """Builds the encoder with random parameters; see `jaxdg.backbones.create` for named
+        variants with weights.
+        """
         self.config = config
         rows, columns = config.grid
         init = nnx.initializers.truncated_normal(0.02)
         self.cls_token = nnx.Param(init(rngs.params(), (1, 1, config.width)))
         self.pos_embed = nnx.Param(init(rngs.params(), (1, rows * columns, config.width)))
         self.patch_embed = PatchEmbed(config, rngs=rngs)
-        make_block = lambda rngs, _: Block(config, INITIAL_SCALE, rngs=rngs)
-        self.blocks = layers.Stack(make_block, config.used, config.ends, remat=config.remat, rngs=rngs)
+
+        def make_block(rngs, _):
+            return Block(config, INITIAL_SCALE, rngs=rngs)
+
+        self.blocks = layers.Stack(
+            make_block, config.used, config.ends, remat=config.remat, rngs=rngs
+        )
 
     def embed(self, images: Float[Array | np.ndarray, "b h w 3"]) -> Float[Array, "b n c"]:
         """The tokens that enter the first block: class token, and patches with their positions."""
         x = self.patch_embed(jnp.asarray(images))
         cls = jnp.broadcast_to(self.cls_token[...], (x.shape[0], 1, self.config.width))
-        return jnp.concatenate([cls.astype(x.dtype), x + self.pos_embed[...].astype(x.dtype)], axis=1)
+        return jnp.concatenate(
+            [cls.astype(x.dtype), x + self.pos_embed[...].astype(x.dtype)], axis=1
+        )
 
     def adapt(self, name: str, tensor: np.ndarray) -> np.ndarray | None:
         """As `Vit.adapt`, for positions without a row for the class token."""
-        return layers.resize_positions(tensor, self.config.grid, prefix=0) if name == "pos_embed" else super().adapt(name, tensor)
+        return (
+            layers.resize_positions(tensor, self.config.grid, prefix=0)
+            if name == "pos_embed"
+            else super().adapt(name, tensor)
+        )

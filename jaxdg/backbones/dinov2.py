@@ -1,11 +1,14 @@
-"""DINOv2 (Oquab et al. 2024), also with registers (Darcet et al. 2024): tokens beside the class token that no loss reads.
+"""DINOv2 (Oquab et al. 2024), also with registers (Darcet et al. 2024): tokens beside the class
+token that no loss reads.
 
-A plain vision transformer with LayerScale, as DeiT-III's, and positions for the class token and the patches, not for registers. Attribute
-names are those of facebookresearch/dinov2.
+A plain vision transformer with LayerScale, as DeiT-III's, and positions for the class token and the
+patches, not for registers. Attribute names are those of facebookresearch/dinov2.
 
-Its positions, trained for 37x37 patches, are resized as its own code does it for the published files, in two ways: without registers by
-bicubic interpolation whose scale is that of 0.1 patches more than there are (meant against rounding, it reads the positions a little
-up and to the left); with registers by antialiased bicubic interpolation to the size wanted. Features depend on it, so both are kept.
+Its positions, trained for 37x37 patches, are resized as its own code does it for the published
+files, in two ways: without registers by bicubic interpolation whose scale is that of 0.1 patches
+more than there are (meant against rounding, it reads the positions a little up and to the left);
+with registers by antialiased bicubic interpolation to the size wanted. Features depend on it, so
+both are kept.
 
 The largest, ViT-g, has a gated MLP; it is here for planning, and its checkpoint is not converted.
 """
@@ -52,10 +55,13 @@ class Dinov2GiantConfig(Dinov2Config):
 
 
 class SwiGlu(nnx.Module):
-    """The gated MLP `w3(silu(a) * b)` with a and b the halves of `w12 x`, two thirds as wide as a plain one, in multiples of 8."""
+    """The gated MLP `w3(silu(a) * b)` with a and b the halves of `w12 x`, two thirds as wide as a
+    plain one, in multiples of 8.
+    """
 
     def __init__(self, config: Dinov2Config, *, rngs: nnx.Rngs):
-        c, dtype = config.width, jnp.dtype(config.dtype)
+        c = config.width
+        dtype = jnp.dtype(config.dtype)
         hidden = -(-int(4 * c * 2 / 3) // 8) * 8
         self.w12 = nnx.Linear(c, 2 * hidden, dtype=dtype, rngs=rngs)
         self.w3 = nnx.Linear(hidden, c, dtype=dtype, rngs=rngs)
@@ -79,40 +85,63 @@ class Dinov2(Vit):
     config: Dinov2Config
 
     def __init__(self, config: Dinov2Config, *, rngs: nnx.Rngs):
-        """Builds the encoder with random parameters; see `jaxdg.backbones.create` for named variants with weights."""
+        """Builds the encoder with random parameters; see `jaxdg.backbones.create` for named
+        variants with weights.
+        """
         self.config = config
         rows, columns = config.grid
-        small, tiny = nnx.initializers.truncated_normal(0.02), nnx.initializers.normal(1e-6)
+        small = nnx.initializers.truncated_normal(0.02)
+        tiny = nnx.initializers.normal(1e-6)
         self.cls_token = nnx.Param(tiny(rngs.params(), (1, 1, config.width)))
-        self.register_tokens = nnx.Param(tiny(rngs.params(), (1, config.registers, config.width))) if config.registers else None
+        self.register_tokens = (
+            nnx.Param(tiny(rngs.params(), (1, config.registers, config.width)))
+            if config.registers
+            else None
+        )
         self.pos_embed = nnx.Param(small(rngs.params(), (1, 1 + rows * columns, config.width)))
         self.patch_embed = PatchEmbed(config, rngs=rngs)
         block = GatedBlock if isinstance(config, Dinov2GiantConfig) else Block
-        make_block = lambda rngs, _: block(config, INITIAL_SCALE, rngs=rngs)
-        self.blocks = layers.Stack(make_block, config.used, config.ends, remat=config.remat, rngs=rngs)
+
+        def make_block(rngs, _):
+            return block(config, INITIAL_SCALE, rngs=rngs)
+
+        self.blocks = layers.Stack(
+            make_block, config.used, config.ends, remat=config.remat, rngs=rngs
+        )
 
     def embed(self, images: Float[Array | np.ndarray, "b h w 3"]) -> Float[Array, "b n c"]:
-        """The tokens that enter the first block: the class token, registers, which have no position, and patches."""
+        """The tokens that enter the first block: the class token, registers, which have no
+        position, and patches.
+        """
         x = super().embed(images)
         if self.register_tokens is None:
             return x
-        registers = jnp.broadcast_to(self.register_tokens[...], (x.shape[0], self.config.registers, self.config.width))
+        registers = jnp.broadcast_to(
+            self.register_tokens[...], (x.shape[0], self.config.registers, self.config.width)
+        )
         return jnp.concatenate([x[:, :1], registers.astype(x.dtype), x[:, 1:]], axis=1)
 
     def adapt(self, name: str, tensor: np.ndarray) -> np.ndarray | None:
         """As `Vit.adapt`, but positions are resized in DINOv2's two ways."""
         if name != "pos_embed":
             return super().adapt(name, tensor)
-        matrix = antialiased_matrix if self.config.registers else partial(layers.cubic_matrix, offset=0.1)
+        matrix = (
+            antialiased_matrix
+            if self.config.registers
+            else partial(layers.cubic_matrix, offset=0.1)
+        )
         return layers.resize_positions(tensor, self.config.grid, prefix=1, matrix=matrix)
 
 
 def antialiased_matrix(source: int, target: int) -> np.ndarray:
-    """Rows of weights [target, source] of torch's antialiased bicubic interpolation along one axis (a = -0.5).
+    """Rows of weights [target, source] of torch's antialiased bicubic interpolation along one axis
+    (a = -0.5).
 
-    Where an axis shrinks, the kernel widens by as much; what it would read beyond the edges is left out, and rows still sum to 1.
+    Where an axis shrinks, the kernel widens by as much; what it would read beyond the edges is left
+    out, and rows still sum to 1.
     """
-    a, scale = -0.5, source / target
+    a = -0.5
+    scale = source / target
     centre = (np.arange(target)[:, None] + 0.5) * scale
     t = np.abs(np.arange(source) + 0.5 - centre) / max(scale, 1.0)
     near = ((a + 2) * t - (a + 3)) * t * t + 1

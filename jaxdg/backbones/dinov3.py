@@ -1,8 +1,10 @@
-"""DINOv3's vision transformer (Siméoni et al. 2025): LayerScale, registers and rotary positions, no learned ones.
+"""DINOv3's vision transformer (Siméoni et al. 2025): LayerScale, registers and rotary positions, no
+learned ones.
 
-Attribute names are those of facebookresearch/dinov3. Rotary tables are computed for any grid of tokens, never loaded: patch centres in
--1..1 along each side, periods from 1 to 100 in float32, as timm and transformers compute them (the authors' files hold the periods rounded
-to bfloat16). Keys have no bias: the authors keep one and mask it, here queries and values alone have theirs.
+Attribute names are those of facebookresearch/dinov3. Rotary tables are computed for any grid of
+tokens, never loaded: patch centres in -1..1 along each side, periods from 1 to 100 in float32, as
+timm and transformers compute them (the authors' files hold the periods rounded to bfloat16). Keys
+have no bias: the authors keep one and mask it, here queries and values alone have theirs.
 """
 
 import dataclasses
@@ -42,12 +44,15 @@ class Dinov3Config(VitConfig):
         return 1 + self.registers
 
 
-def rotary_tables(grid: tuple[int, int], dim: int) -> tuple[Float[Array, "p d"], Float[Array, "p d"]]:
+def rotary_tables(
+    grid: tuple[int, int], dim: int
+) -> tuple[Float[Array, "p d"], Float[Array, "p d"]]:
     """Cosines and sines by which pairs of a head's channels are turned.
 
     Args:
         grid: rows and columns of tokens.
-        dim: channels of a head; a quarter of them are frequencies for y, a quarter for x, and each turns one pair.
+        dim: channels of a head; a quarter of them are frequencies for y, a quarter for x, and each
+            turns one pair.
 
     Returns:
         Two of [rows * columns, dim / 2], y before x.
@@ -55,16 +60,23 @@ def rotary_tables(grid: tuple[int, int], dim: int) -> tuple[Float[Array, "p d"],
     periods = BASE ** (jnp.arange(dim // 4, dtype=jnp.float32) / (dim // 4))
     centres = [2 * (jnp.arange(side, dtype=jnp.float32) + 0.5) / side - 1 for side in grid]
     y, x = (2 * jnp.pi * centre[:, None] / periods for centre in centres)
-    y, x = jnp.broadcast_to(y[:, None], (*grid, dim // 4)), jnp.broadcast_to(x, (*grid, dim // 4))
+    y = jnp.broadcast_to(y[:, None], (*grid, dim // 4))
+    x = jnp.broadcast_to(x, (*grid, dim // 4))
     both = jnp.concatenate([y, x], axis=-1).reshape(-1, dim // 2)
     return jnp.cos(both), jnp.sin(both)
 
 
-def rotate(x: Float[Array, "b n heads c"], cos: Float[Array, "p d"], sin: Float[Array, "p d"]) -> Float[Array, "b n heads c"]:
-    """Turns channels (0, d), (1, d + 1), .. of the last p tokens, the patches, by their positions' angles."""
+def rotate(
+    x: Float[Array, "b n heads c"], cos: Float[Array, "p d"], sin: Float[Array, "p d"]
+) -> Float[Array, "b n heads c"]:
+    """Turns channels (0, d), (1, d + 1), ..
+
+    of the last p tokens, the patches, by their positions' angles.
+    """
     prefix = x.shape[1] - cos.shape[0]
     first, second = jnp.split(x[:, prefix:].astype(jnp.float32), 2, axis=-1)
-    cos, sin = cos[:, None], sin[:, None]
+    cos = cos[:, None]
+    sin = sin[:, None]
     turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
     return jnp.concatenate([x[:, :prefix], turned.astype(x.dtype)], axis=1)
 
@@ -73,17 +85,22 @@ class Attention(nnx.Module):
     """Multi-head self-attention with rotary positions; queries and values have a bias, keys none."""
 
     def __init__(self, config: Dinov3Config, *, rngs: nnx.Rngs):
-        c, linear = config.width, partial(nnx.Linear, dtype=jnp.dtype(config.dtype), rngs=rngs)
+        c = config.width
+        linear = partial(nnx.Linear, dtype=jnp.dtype(config.dtype), rngs=rngs)
         self.heads = config.heads
         self.qkv = linear(c, 3 * c, use_bias=False)
         self.qv_bias = nnx.Param(jnp.zeros((2, c)))
         self.proj = linear(c, c)
 
-    def __call__(self, x: Float[Array, "b n c"], cos: Float[Array, "p d"], sin: Float[Array, "p d"]) -> Float[Array, "b n c"]:
+    def __call__(
+        self, x: Float[Array, "b n c"], cos: Float[Array, "p d"], sin: Float[Array, "p d"]
+    ) -> Float[Array, "b n c"]:
         q, k, v = jnp.split(self.qkv(x), 3, axis=-1)
         q_bias, v_bias = self.qv_bias[...].astype(q.dtype)
         q, k, v = (t.reshape(*t.shape[:2], self.heads, -1) for t in (q + q_bias, k, v + v_bias))
-        return self.proj(layers.attention(rotate(q, cos, sin), rotate(k, cos, sin), v).reshape(x.shape))
+        return self.proj(
+            layers.attention(rotate(q, cos, sin), rotate(k, cos, sin), v).reshape(x.shape)
+        )
 
 
 class Block(nnx.Module):
@@ -98,7 +115,11 @@ class Block(nnx.Module):
         self.ls2 = LayerScale(config.width, INITIAL_SCALE)
 
     def __call__(
-        self, x: Float[Array, "b n c"], keep: Float[Array, "2 b 1 1"], cos: Float[Array, "p d"], sin: Float[Array, "p d"]
+        self,
+        x: Float[Array, "b n c"],
+        keep: Float[Array, "2 b 1 1"],
+        cos: Float[Array, "p d"],
+        sin: Float[Array, "p d"],
     ) -> Float[Array, "b n c"]:
         """`keep` scales the two branches (drop path); `cos` and `sin` are the rotary tables."""
         x = x + keep[0].astype(x.dtype) * self.ls1(self.attn(self.norm1(x), cos, sin))
@@ -109,10 +130,19 @@ class Blocks(layers.Stack):
     """The stacked blocks, every one of which gets the rotary tables of the encoder's grid."""
 
     def __init__(self, config: Dinov3Config, *, rngs: nnx.Rngs):
-        super().__init__(lambda rngs, _: Block(config, rngs=rngs), config.used, config.ends, remat=config.remat, rngs=rngs)
-        self.grid, self.head_dim = config.grid, config.width // config.heads
+        super().__init__(
+            lambda rngs, _: Block(config, rngs=rngs),
+            config.used,
+            config.ends,
+            remat=config.remat,
+            rngs=rngs,
+        )
+        self.grid = config.grid
+        self.head_dim = config.width // config.heads
 
-    def __call__(self, x: Float[Array, "b n c"], scales: Float[Array, "depth 2 b 1 1"]) -> dict[int, Array]:
+    def __call__(
+        self, x: Float[Array, "b n c"], scales: Float[Array, "depth 2 b 1 1"]
+    ) -> dict[int, Array]:
         return super().__call__(x, scales, *rotary_tables(self.grid, self.head_dim))
 
 
@@ -122,7 +152,9 @@ class Dinov3(Vit):
     config: Dinov3Config
 
     def __init__(self, config: Dinov3Config, *, rngs: nnx.Rngs):
-        """Builds the encoder with random parameters; see `jaxdg.backbones.create` for named variants with weights."""
+        """Builds the encoder with random parameters; see `jaxdg.backbones.create` for named
+        variants with weights.
+        """
         self.config = config
         init = nnx.initializers.normal(0.02)
         self.cls_token = nnx.Param(init(rngs.params(), (1, 1, config.width)))
@@ -131,7 +163,11 @@ class Dinov3(Vit):
         self.blocks = Blocks(config, rngs=rngs)
 
     def embed(self, images: Float[Array | np.ndarray, "b h w 3"]) -> Float[Array, "b n c"]:
-        """The tokens that enter the first block: the class token, registers and patches, none with a position yet."""
+        """The tokens that enter the first block: the class token, registers and patches, none with
+        a position yet.
+        """
         x = self.patch_embed(jnp.asarray(images))
-        first = jnp.concatenate([self.cls_token[...], self.storage_tokens[...]], axis=1).astype(x.dtype)
+        first = jnp.concatenate([self.cls_token[...], self.storage_tokens[...]], axis=1).astype(
+            x.dtype
+        )
         return jnp.concatenate([jnp.broadcast_to(first, (x.shape[0], *first.shape[1:])), x], axis=1)

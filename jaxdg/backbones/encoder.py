@@ -1,4 +1,6 @@
-"""What every encoder offers and is built from, whatever its architecture: images in, one feature map for each tap out."""
+"""What every encoder offers and is built from, whatever its architecture: images in, one feature
+map for each tap out.
+"""
 
 from collections.abc import Sequence
 import dataclasses
@@ -10,19 +12,24 @@ import numpy as np
 
 @dataclasses.dataclass(unsafe_hash=True, kw_only=True)
 class EncoderOptions:
-    """What a run says of its encoder. A run may change it until it builds a model, which keeps a copy.
+    """What a run says of its encoder. A run may change it until it builds a model, which keeps a
+    copy.
 
     Attributes:
         encoder: a name of the zoo (`jaxdg.backbones.ZOO`). Default scratch_ti8.
-        taps: blocks whose features are read, from 0, or stages of a hierarchical encoder; () for the zoo's choice: the last block of
-            each quarter, or what VLTSeg reads; all stages. Default ().
-        patch_size: side of the encoder's patches in pixels; None for that of its pre-training. Default None.
-        patch_resize: how the kernel of stored patches of another size is resized: flexi (FlexiViT's pseudo-inverse) or bicubic. Default
-            flexi.
-        window: rows and columns of tokens in the windows that most blocks of EVA-02 attend in, for large images (ViTDet: 16); 0: every
-            block attends to the whole image. Default 0.
-        drop_path: probability of skipping the branches of the encoder's last block in training; grows linearly from 0. Default 0.
-        remat: recompute encoder blocks in the backward pass: less memory, a third more time. Default False.
+        taps: blocks whose features are read, from 0, or stages of a hierarchical encoder; () for
+            the zoo's choice: the last block of each quarter, or what VLTSeg reads; all stages.
+            Default ().
+        patch_size: side of the encoder's patches in pixels; None for that of its pre-training.
+            Default None.
+        patch_resize: how the kernel of stored patches of another size is resized: flexi (FlexiViT's
+            pseudo-inverse) or bicubic. Default flexi.
+        window: rows and columns of tokens in the windows that most blocks of EVA-02 attend in, for
+            large images (ViTDet: 16); 0: every block attends to the whole image. Default 0.
+        drop_path: probability of skipping the branches of the encoder's last block in training;
+            grows linearly from 0. Default 0.
+        remat: recompute encoder blocks in the backward pass: less memory, a third more time.
+            Default False.
         dtype: compute type, float32 or bfloat16; parameters stay float32. Default float32.
     """
 
@@ -38,7 +45,8 @@ class EncoderOptions:
 
 @dataclasses.dataclass(frozen=True)
 class EncoderConfig:
-    """Fields that all encoders have. Each family says what it is built as, and how it takes the options of a run.
+    """Fields that all encoders have. Each family says what it is built as, and how it takes the
+    options of a run.
 
     Attributes:
         image_size: height and width in pixels.
@@ -70,7 +78,9 @@ class EncoderConfig:
         """
         raise NotImplementedError
 
-    def configured(self, options: EncoderOptions, image_size: tuple[int, int], boundaries: tuple[int, ...]) -> "EncoderConfig":
+    def configured(
+        self, options: EncoderOptions, image_size: tuple[int, int], boundaries: tuple[int, ...]
+    ) -> "EncoderConfig":
         """This encoder as a run wants it.
 
         Args:
@@ -81,13 +91,22 @@ class EncoderConfig:
         Raises:
             ValueError: taps outside the encoder, or an option that this family does not have.
         """
-        name, taps = options.encoder, tuple(sorted(options.taps)) or self.taps
+        name = options.encoder
+        taps = tuple(sorted(options.taps)) or self.taps
         if taps[0] < 0 or taps[-1] >= self.depth or len(set(taps)) != len(taps):
-            raise ValueError(f"taps {taps} of {name} must be different blocks in 0..{self.depth - 1}")
+            raise ValueError(
+                f"taps {taps} of {name} must be different blocks in 0..{self.depth - 1}"
+            )
         if options.patch_size is not None:
-            raise ValueError(f"{name} does not cut images into patches of one size; leave patch_size (model.patch_size) out")
+            raise ValueError(
+                f"{name} does not cut images into patches of one size; leave patch_size"
+                " (model.patch_size) out"
+            )
         if options.window:
-            raise ValueError(f"{name} cannot attend in windows of a chosen size, EVA-02 alone can; leave window (model.window) out")
+            raise ValueError(
+                f"{name} cannot attend in windows of a chosen size, EVA-02 alone can; leave window"
+                " (model.window) out"
+            )
         return dataclasses.replace(
             self,
             image_size=image_size,
@@ -116,9 +135,11 @@ class EncoderConfig:
 
 @dataclasses.dataclass(frozen=True)
 class StagedConfig(EncoderConfig):
-    """A hierarchical encoder: up to four stages of several blocks each, whose maps have 4, 8, 16 and 32 pixels a feature.
+    """A hierarchical encoder: up to four stages of several blocks each, whose maps have 4, 8, 16
+    and 32 pixels a feature.
 
-    Fields of `EncoderConfig`, of which `depth` and `taps` count stages and `boundaries` blocks through all stages, and its sizes.
+    Fields of `EncoderConfig`, of which `depth` and `taps` count stages and `boundaries` blocks
+    through all stages, and its sizes.
 
     Attributes:
         blocks: of each stage.
@@ -153,22 +174,34 @@ class StagedConfig(EncoderConfig):
     def ends(self, stage: int) -> tuple[int, ...]:
         """Blocks of a stage, counted in it from 0, after which stacked segments end."""
         first = sum(self.blocks[:stage])
-        return tuple(end - first for end in self.boundaries if 0 <= end - first < self.blocks[stage])
+        return tuple(
+            end - first for end in self.boundaries if 0 <= end - first < self.blocks[stage]
+        )
 
 
-def join_taps(read: Sequence[int], observed: Sequence[int]) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
+def join_taps(
+    read: Sequence[int], observed: Sequence[int]
+) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
     """The taps of an encoder whose features a decoder reads and a training method observes.
 
     Args:
         read: blocks that the decoder reads, ascending.
-        observed: blocks that a method observes. Those past the last one that is read are left out, as they need not be built.
+        observed: blocks that a method observes. Those past the last one that is read are left out,
+            as they need not be built.
 
     Returns:
-        The taps, the places among them of the blocks that are read, and those of the blocks that are observed.
+        The taps, the places among them of the blocks that are read, and those of the blocks that
+        are observed.
     """
-    taps = tuple(sorted([*read, *(block for block in observed if block < read[-1] and block not in read)]))
+    taps = tuple(
+        sorted([*read, *(block for block in observed if block < read[-1] and block not in read)])
+    )
     places = {block: place for place, block in enumerate(taps)}
-    return taps, tuple(places[block] for block in read), tuple(places[block] for block in observed if block in places)
+    return (
+        taps,
+        tuple(places[block] for block in read),
+        tuple(places[block] for block in observed if block in places),
+    )
 
 
 class Encoder(nnx.Module):
@@ -187,7 +220,8 @@ class Encoder(nnx.Module):
         """Features at the taps.
 
         Args:
-            images: [b, h, w, 3] normalised with `config.mean` and `config.std`, of `config.image_size`.
+            images: [b, h, w, 3] normalised with `config.mean` and `config.std`, of
+                `config.image_size`.
             key: random key that turns drop path on (training).
 
         Returns:
@@ -196,7 +230,9 @@ class Encoder(nnx.Module):
         raise NotImplementedError
 
     def adapt(self, name: str, tensor: np.ndarray) -> np.ndarray | None:
-        """Fits a stored tensor to this encoder (positions resized); None where it has no use for one."""
+        """Fits a stored tensor to this encoder (positions resized); None where it has no use for
+        one.
+        """
         return tensor
 
     def unit_of(self, name: str) -> int | None:
@@ -207,7 +243,10 @@ class Encoder(nnx.Module):
         raise NotImplementedError
 
     def unused(self, name: str) -> bool:
-        """Whether no feature depends on this parameter. Training would only let it decay, so it stays as loaded."""
+        """Whether no feature depends on this parameter.
+
+        Training would only let it decay, so it stays as loaded.
+        """
         return False
 
     def check_size(self, images: Float[Array | np.ndarray, "b h w 3"]) -> None:
@@ -216,7 +255,8 @@ class Encoder(nnx.Module):
         Raises:
             ValueError: both sizes, and what to do.
         """
-        (height, width), (h, w) = self.config.image_size, images.shape[1:3]
+        height, width = self.config.image_size
+        h, w = images.shape[1:3]
         if (h, w) != (height, width):
             raise ValueError(
                 f"the encoder was built for {height}x{width} images and got {h}x{w}; "

@@ -1,12 +1,15 @@
-"""EVA-02 (Fang et al. 2023) and its CLIP-trained form EVA-02-CLIP (Sun et al. 2023), the encoder of VLTSeg.
+"""EVA-02 (Fang et al. 2023) and its CLIP-trained form EVA-02-CLIP (Sun et al. 2023), the encoder of
+VLTSeg.
 
-A plain vision transformer with rotary positions beside the learned ones, a gated MLP (SwiGLU) and extra LayerNorms ("sub-LN") before
-the attention's output projection and inside the MLP. Attribute names are those of baaivision/EVA. Rotary tables are computed for any
-grid of tokens, never loaded; learned positions are resized as EVA's own code does it, by plain bicubic interpolation.
+A plain vision transformer with rotary positions beside the learned ones, a gated MLP (SwiGLU) and
+extra LayerNorms ("sub-LN") before the attention's output projection and inside the MLP. Attribute
+names are those of baaivision/EVA. Rotary tables are computed for any grid of tokens, never loaded;
+learned positions are resized as EVA's own code does it, by plain bicubic interpolation.
 
-For large images most blocks may attend within windows, as in ViTDet (Li et al. 2022) and EVA-02's detectors: the last block of each quarter
-still attends to everything. Parameters are the same. EVA-02's detectors have no class token; here every window sees it, and what the
-windows make of it is averaged.
+For large images most blocks may attend within windows, as in ViTDet (Li et al. 2022) and EVA-02's
+detectors: the last block of each quarter still attends to everything. Parameters are the same.
+EVA-02's detectors have no class token; here every window sees it, and what the windows make of it
+is averaged.
 """
 
 import dataclasses
@@ -22,7 +25,8 @@ from jaxdg.backbones import layers
 from jaxdg.backbones.encoder import EncoderConfig, EncoderOptions
 from jaxdg.backbones.vit import PatchEmbed, Vit, VitConfig
 
-PRETRAINED_GRID = 16  # rows and columns on which rotary positions count in whole steps, whatever the grid of the run
+# rows and columns on which rotary positions count in whole steps, whatever the grid of the run
+PRETRAINED_GRID = 16
 THETA = 10_000.0
 
 
@@ -31,11 +35,14 @@ class Eva02Config(VitConfig):
     """An EVA-02 encoder; fields of `VitConfig`, and what its published variants differ in.
 
     Attributes:
-        subln: separate projections and a LayerNorm in the MLP (MIM-L, CLIP), or fused ones without (MIM-Ti, MIM-S).
+        subln: separate projections and a LayerNorm in the MLP (MIM-L, CLIP), or fused ones without
+            (MIM-Ti, MIM-S).
         inner_attn_ln: LayerNorm on the joined heads before the output projection (CLIP).
-        random_positions: as the public VLTSeg re-implementation loads weights, kept to reproduce its results: learned positions of
-            another grid than the run's are drawn anew instead of being resized, and a stored `inner_attn_ln` is left unused.
-        window: rows and columns of tokens in the windows of attention (EVA-02's detectors: 16); 0: all blocks attend to everything.
+        random_positions: as the public VLTSeg re-implementation loads weights, kept to reproduce
+            its results: learned positions of another grid than the run's are drawn anew instead of
+            being resized, and a stored `inner_attn_ln` is left unused.
+        window: rows and columns of tokens in the windows of attention (EVA-02's detectors: 16); 0:
+            all blocks attend to everything.
     """
 
     subln: bool = True
@@ -47,7 +54,9 @@ class Eva02Config(VitConfig):
         """See `EncoderConfig.build`."""
         return Eva02(self, rngs=rngs)
 
-    def configured(self, options: EncoderOptions, image_size: tuple[int, int], boundaries: tuple[int, ...]) -> EncoderConfig:
+    def configured(
+        self, options: EncoderOptions, image_size: tuple[int, int], boundaries: tuple[int, ...]
+    ) -> EncoderConfig:
         """See `EncoderConfig.configured`; these may attend in windows."""
         config = super().configured(dataclasses.replace(options, window=0), image_size, boundaries)
         return dataclasses.replace(config, window=options.window)
@@ -59,8 +68,14 @@ class Eva02Config(VitConfig):
 
     @property
     def ends(self) -> tuple[int, ...]:
-        """Blocks after which stacked segments end: also where windows give way to the whole image, and back."""
-        changes = (end for block in self.global_blocks for end in (block - 1, block)) if self.window else ()
+        """Blocks after which stacked segments end: also where windows give way to the whole image,
+        and back.
+        """
+        changes = (
+            (end for block in self.global_blocks for end in (block - 1, block))
+            if self.window
+            else ()
+        )
         return (*super().ends, *(end for end in changes if 0 <= end < self.used))
 
     @property
@@ -69,48 +84,78 @@ class Eva02Config(VitConfig):
         return 8 * self.width // 3  # theirs is int(2.6667 * width)
 
 
-def rotary_tables(grid: tuple[int, int], dim: int) -> tuple[Float[Array, "n d"], Float[Array, "n d"]]:
+def rotary_tables(
+    grid: tuple[int, int], dim: int
+) -> tuple[Float[Array, "n d"], Float[Array, "n d"]]:
     """Cosines and sines by which pairs of a head's channels are turned.
 
     Args:
-        grid: rows and columns of tokens; mapped on the pre-training's 16x16, so that positions are `arange(rows) / rows * 16`.
-        dim: channels of a head; a quarter of them are frequencies for y, a quarter for x, and each turns one pair.
+        grid: rows and columns of tokens; mapped on the pre-training's 16x16, so that positions are
+            `arange(rows) / rows * 16`.
+        dim: channels of a head; a quarter of them are frequencies for y, a quarter for x, and each
+            turns one pair.
 
     Returns:
         Two of [rows * columns, dim / 2], y before x.
     """
     frequencies = THETA ** -(jnp.arange(dim // 4, dtype=jnp.float32) / (dim // 4))
-    angles = [jnp.arange(side, dtype=jnp.float32)[:, None] / side * PRETRAINED_GRID * frequencies for side in grid]
-    y, x = jnp.broadcast_to(angles[0][:, None], (*grid, dim // 4)), jnp.broadcast_to(angles[1], (*grid, dim // 4))
+    angles = [
+        jnp.arange(side, dtype=jnp.float32)[:, None] / side * PRETRAINED_GRID * frequencies
+        for side in grid
+    ]
+    y = jnp.broadcast_to(angles[0][:, None], (*grid, dim // 4))
+    x = jnp.broadcast_to(angles[1], (*grid, dim // 4))
     both = jnp.concatenate([y, x], axis=-1).reshape(-1, dim // 2)
     return jnp.cos(both), jnp.sin(both)
 
 
-def rotate(x: Float[Array, "b n heads c"], cos: Float[Array, "p d"], sin: Float[Array, "p d"]) -> Float[Array, "b n heads c"]:
-    """Turns channels (0, 1), (2, 3), .. of the patch tokens, which follow the class token, by their positions' angles."""
+def rotate(
+    x: Float[Array, "b n heads c"], cos: Float[Array, "p d"], sin: Float[Array, "p d"]
+) -> Float[Array, "b n heads c"]:
+    """Turns channels (0, 1), (2, 3), ..
+
+    of the patch tokens, which follow the class token, by their positions' angles.
+    """
     pairs = x[:, 1:].astype(jnp.float32).reshape(x.shape[0], -1, x.shape[2], cos.shape[1], 2)
-    even, odd, cos, sin = pairs[..., 0], pairs[..., 1], cos[:, None], sin[:, None]
+    even = pairs[..., 0]
+    odd = pairs[..., 1]
+    cos = cos[:, None]
+    sin = sin[:, None]
     turned = jnp.stack([even * cos - odd * sin, odd * cos + even * sin], axis=-1)
     return jnp.concatenate([x[:, :1], turned.reshape(x[:, 1:].shape).astype(x.dtype)], axis=1)
 
 
 class Attention(nnx.Module):
-    """Multi-head self-attention with rotary positions and a bias on queries and values, none on keys."""
+    """Multi-head self-attention with rotary positions and a bias on queries and values, none on
+    keys.
+    """
 
     def __init__(self, config: Eva02Config, *, rngs: nnx.Rngs):
-        c, linear = config.width, partial(nnx.Linear, dtype=jnp.dtype(config.dtype), rngs=rngs)
-        self.heads, self.subln = config.heads, config.subln
+        c = config.width
+        linear = partial(nnx.Linear, dtype=jnp.dtype(config.dtype), rngs=rngs)
+        self.heads = config.heads
+        self.subln = config.subln
         if config.subln:
             self.q_proj, self.k_proj, self.v_proj = (linear(c, c, use_bias=False) for _ in range(3))
         else:
             self.qkv = linear(c, 3 * c, use_bias=False)
-        self.q_bias, self.v_bias = nnx.Param(jnp.zeros(c)), nnx.Param(jnp.zeros(c))
-        self.inner_attn_ln = nnx.LayerNorm(c, epsilon=1e-6, rngs=rngs) if config.inner_attn_ln else None
+        self.q_bias = nnx.Param(jnp.zeros(c))
+        self.v_bias = nnx.Param(jnp.zeros(c))
+        self.inner_attn_ln = (
+            nnx.LayerNorm(c, epsilon=1e-6, rngs=rngs) if config.inner_attn_ln else None
+        )
         self.proj = linear(c, c)
 
-    def __call__(self, x: Float[Array, "b n c"], cos: Float[Array, "p d"], sin: Float[Array, "p d"]) -> Float[Array, "b n c"]:
-        q, k, v = (self.q_proj(x), self.k_proj(x), self.v_proj(x)) if self.subln else jnp.split(self.qkv(x), 3, axis=-1)
-        q, v = q + self.q_bias[...].astype(q.dtype), v + self.v_bias[...].astype(v.dtype)
+    def __call__(
+        self, x: Float[Array, "b n c"], cos: Float[Array, "p d"], sin: Float[Array, "p d"]
+    ) -> Float[Array, "b n c"]:
+        q, k, v = (
+            (self.q_proj(x), self.k_proj(x), self.v_proj(x))
+            if self.subln
+            else jnp.split(self.qkv(x), 3, axis=-1)
+        )
+        q = q + self.q_bias[...].astype(q.dtype)
+        v = v + self.v_bias[...].astype(v.dtype)
         q, k, v = (t.reshape(*t.shape[:2], self.heads, -1) for t in (q, k, v))
         y = layers.attention(rotate(q, cos, sin), rotate(k, cos, sin), v).reshape(x.shape)
         return self.proj(y if self.inner_attn_ln is None else self.inner_attn_ln(y))
@@ -123,30 +168,40 @@ class Attention(nnx.Module):
 
 
 class WindowAttention(Attention):
-    """The same within windows, which turn by tables of their own; those that stick out at the bottom and right are filled with zeros."""
+    """The same within windows, which turn by tables of their own; those that stick out at the
+    bottom and right are filled with zeros.
+    """
 
     def __init__(self, config: Eva02Config, *, rngs: nnx.Rngs):
         super().__init__(config, rngs=rngs)
-        self.grid, self.window = config.grid, config.window
+        self.grid = config.grid
+        self.window = config.window
 
-    def __call__(self, x: Float[Array, "b n c"], cos: Float[Array, "p d"], sin: Float[Array, "p d"]) -> Float[Array, "b n c"]:
+    def __call__(
+        self, x: Float[Array, "b n c"], cos: Float[Array, "p d"], sin: Float[Array, "p d"]
+    ) -> Float[Array, "b n c"]:
         b, _, c = x.shape
         windows = layers.to_windows(x[:, 1:].reshape(b, *self.grid, c), self.window)
         token = jnp.repeat(x[:, :1], len(windows) // b, axis=0)
         tables = rotary_tables((self.window, self.window), 2 * cos.shape[1])
         y = super().__call__(jnp.concatenate([token, windows], axis=1), *tables)
         patches = layers.from_windows(y[:, 1:], self.grid, self.window).reshape(b, -1, c)
-        return jnp.concatenate([y[:, :1].reshape(b, -1, c).mean(axis=1, keepdims=True), patches], axis=1)
+        return jnp.concatenate(
+            [y[:, :1].reshape(b, -1, c).mean(axis=1, keepdims=True), patches], axis=1
+        )
 
 
 class SwiGlu(nnx.Module):
     """The gated MLP: `w3(LayerNorm(silu(w1 x) * (w2 x)))`, or w1 and w2 fused and no norm."""
 
     def __init__(self, config: Eva02Config, *, rngs: nnx.Rngs):
-        c, hidden, linear = config.width, config.hidden, partial(nnx.Linear, dtype=jnp.dtype(config.dtype), rngs=rngs)
+        c = config.width
+        hidden = config.hidden
+        linear = partial(nnx.Linear, dtype=jnp.dtype(config.dtype), rngs=rngs)
         self.subln = config.subln
         if config.subln:
-            self.w1, self.w2 = linear(c, hidden), linear(c, hidden)
+            self.w1 = linear(c, hidden)
+            self.w2 = linear(c, hidden)
             self.ffn_ln = nnx.LayerNorm(hidden, epsilon=1e-6, rngs=rngs)
         else:
             self.w12 = linear(c, 2 * hidden)
@@ -168,7 +223,11 @@ class Block(nnx.Module):
         self.mlp = SwiGlu(config, rngs=rngs)
 
     def __call__(
-        self, x: Float[Array, "b n c"], keep: Float[Array, "2 b 1 1"], cos: Float[Array, "p d"], sin: Float[Array, "p d"]
+        self,
+        x: Float[Array, "b n c"],
+        keep: Float[Array, "2 b 1 1"],
+        cos: Float[Array, "p d"],
+        sin: Float[Array, "p d"],
     ) -> Float[Array, "b n c"]:
         """`keep` scales the two branches (drop path); `cos` and `sin` are the rotary tables."""
         x = x + keep[0].astype(x.dtype) * self.attn(self.norm1(x), cos, sin)
@@ -179,12 +238,19 @@ class Blocks(layers.Stack):
     """The stacked blocks, every one of which gets the rotary tables of the encoder's grid."""
 
     def __init__(self, config: Eva02Config, *, rngs: nnx.Rngs):
-        everywhere = lambda first: not config.window or first in config.global_blocks
-        make = lambda rngs, first: Block(config, everywhere(first), rngs=rngs)
-        super().__init__(make, config.used, config.ends, remat=config.remat, rngs=rngs)
-        self.grid, self.head_dim = config.grid, config.width // config.heads
+        def everywhere(first):
+            return not config.window or first in config.global_blocks
 
-    def __call__(self, x: Float[Array, "b n c"], scales: Float[Array, "depth 2 b 1 1"]) -> dict[int, Array]:
+        def make(rngs, first):
+            return Block(config, everywhere(first), rngs=rngs)
+
+        super().__init__(make, config.used, config.ends, remat=config.remat, rngs=rngs)
+        self.grid = config.grid
+        self.head_dim = config.width // config.heads
+
+    def __call__(
+        self, x: Float[Array, "b n c"], scales: Float[Array, "depth 2 b 1 1"]
+    ) -> dict[int, Array]:
         return super().__call__(x, scales, *rotary_tables(self.grid, self.head_dim))
 
 
@@ -194,22 +260,29 @@ class Eva02(Vit):
     config: Eva02Config
 
     def __init__(self, config: Eva02Config, *, rngs: nnx.Rngs):
-        """Builds the encoder with random parameters; see `jaxdg.backbones.create` for named variants with weights."""
+        """Builds the encoder with random parameters; see `jaxdg.backbones.create` for named
+        variants with weights.
+        """
         self.config = config
         init = nnx.initializers.truncated_normal(0.02)
         self.cls_token = nnx.Param(init(rngs.params(), (1, 1, config.width)))
-        self.pos_embed = nnx.Param(init(rngs.params(), (1, 1 + config.grid[0] * config.grid[1], config.width)))
+        self.pos_embed = nnx.Param(
+            init(rngs.params(), (1, 1 + config.grid[0] * config.grid[1], config.width))
+        )
         self.patch_embed = PatchEmbed(config, rngs=rngs)
         self.blocks = Blocks(config, rngs=rngs)
 
     def adapt(self, name: str, tensor: np.ndarray) -> np.ndarray | None:
-        """Fits a stored tensor to this encoder as `Vit.adapt` does, but for the two deviations of `random_positions`."""
+        """Fits a stored tensor to this encoder as `Vit.adapt` does, but for the two deviations of
+        `random_positions`.
+        """
         fitted = super().adapt(name, tensor)
         if not self.config.random_positions or fitted is None:
             return fitted
         if ".inner_attn_ln." in name:
             return None
         if name == "pos_embed" and fitted.shape != tensor.shape:
-            # As after mmengine's load, which warns of another shape and goes on. One fixed draw: the same file, the same encoder.
+            # As after mmengine's load, which warns of another shape and goes on. One fixed draw:
+            # the same file, the same encoder.
             return np.random.default_rng(0).normal(0.0, 0.02, fitted.shape).astype(np.float32)
         return fitted

@@ -1,8 +1,10 @@
-"""The image towers of EVA-CLIP-8B and EVA-CLIP-18B (Sun et al. 2024), for planning: how large a run with them would be.
+"""The image towers of EVA-CLIP-8B and EVA-CLIP-18B (Sun et al. 2024), for planning: how large a run
+with them would be.
 
-A plain vision transformer with RMSNorm in place of LayerNorm, a projection to queries, keys and values without bias, and an MLP of five
-times the width; the larger one normalises after attention and MLP instead of before. No rotary positions. Attribute names are those of
-baaivision/EVA (EVA-CLIP-18B/shinji). Published checkpoints (33 and 37 GB) are not converted.
+A plain vision transformer with RMSNorm in place of LayerNorm, a projection to queries, keys and
+values without bias, and an MLP of five times the width; the larger one normalises after attention
+and MLP instead of before. No rotary positions. Attribute names are those of baaivision/EVA
+(EVA-CLIP-18B/shinji). Published checkpoints (33 and 37 GB) are not converted.
 """
 
 import dataclasses
@@ -19,7 +21,8 @@ RATIO = 5  # of the MLP's inner width to the encoder's
 
 @dataclasses.dataclass(frozen=True)
 class EvaClipConfig(VitConfig):
-    """An EVA-CLIP image tower of 8 or 18 billion parameters; fields of `VitConfig`, and what the two differ in.
+    """An EVA-CLIP image tower of 8 or 18 billion parameters; fields of `VitConfig`, and what the
+    two differ in.
 
     Attributes:
         postnorm: the norms follow attention and MLP (18B) instead of preceding them (8B).
@@ -36,7 +39,8 @@ class Attention(vit.Attention):
     """Multi-head self-attention with one fused projection without bias."""
 
     def __init__(self, config: EvaClipConfig, *, rngs: nnx.Rngs):
-        c, dtype = config.width, jnp.dtype(config.dtype)
+        c = config.width
+        dtype = jnp.dtype(config.dtype)
         self.heads = config.heads
         self.qkv = nnx.Linear(c, 3 * c, use_bias=False, dtype=dtype, rngs=rngs)
         self.proj = nnx.Linear(c, c, dtype=dtype, rngs=rngs)
@@ -46,7 +50,8 @@ class Mlp(vit.Mlp):
     """Two linear layers with GELU between."""
 
     def __init__(self, config: EvaClipConfig, *, rngs: nnx.Rngs):
-        c, dtype = config.width, jnp.dtype(config.dtype)
+        c = config.width
+        dtype = jnp.dtype(config.dtype)
         self.fc1 = nnx.Linear(c, RATIO * c, dtype=dtype, rngs=rngs)
         self.fc2 = nnx.Linear(RATIO * c, c, dtype=dtype, rngs=rngs)
 
@@ -61,10 +66,14 @@ class Block(nnx.Module):
         self.norm2 = nnx.RMSNorm(config.width, epsilon=1e-6, rngs=rngs)
         self.mlp = Mlp(config, rngs=rngs)
 
-    def __call__(self, x: Float[Array, "b n c"], keep: Float[Array, "2 b 1 1"]) -> Float[Array, "b n c"]:
+    def __call__(
+        self, x: Float[Array, "b n c"], keep: Float[Array, "2 b 1 1"]
+    ) -> Float[Array, "b n c"]:
         """`keep` scales the two branches (drop path)."""
         for i, (norm, branch) in enumerate(((self.norm1, self.attn), (self.norm2, self.mlp))):
-            x = x + keep[i].astype(x.dtype) * (norm(branch(x)) if self.postnorm else branch(norm(x))).astype(x.dtype)
+            x = x + keep[i].astype(x.dtype) * (
+                norm(branch(x)) if self.postnorm else branch(norm(x))
+            ).astype(x.dtype)
         return x
 
 
@@ -74,10 +83,20 @@ class EvaClip(Vit):
     config: EvaClipConfig
 
     def __init__(self, config: EvaClipConfig, *, rngs: nnx.Rngs):
-        """Builds the encoder with random parameters; under `nnx.eval_shape` with their shapes alone."""
+        """Builds the encoder with random parameters; under `nnx.eval_shape` with their shapes
+        alone.
+        """
         self.config = config
         init = nnx.initializers.truncated_normal(0.02)
         self.cls_token = nnx.Param(init(rngs.params(), (1, 1, config.width)))
-        self.pos_embed = nnx.Param(init(rngs.params(), (1, 1 + config.grid[0] * config.grid[1], config.width)))
+        self.pos_embed = nnx.Param(
+            init(rngs.params(), (1, 1 + config.grid[0] * config.grid[1], config.width))
+        )
         self.patch_embed = PatchEmbed(config, rngs=rngs)
-        self.blocks = layers.Stack(lambda rngs, _: Block(config, rngs=rngs), config.used, config.ends, remat=config.remat, rngs=rngs)
+        self.blocks = layers.Stack(
+            lambda rngs, _: Block(config, rngs=rngs),
+            config.used,
+            config.ends,
+            remat=config.remat,
+            rngs=rngs,
+        )

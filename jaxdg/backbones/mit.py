@@ -1,8 +1,10 @@
-"""The Mix Transformer of SegFormer (Xie et al. 2021, arXiv 2105.15203): four stages of attention to reduced keys and MLPs that look around.
+"""The Mix Transformer of SegFormer (Xie et al. 2021, arXiv 2105.15203): four stages of attention to
+reduced keys and MLPs that look around.
 
-No learned positions: the depthwise convolution inside each MLP tells where a pixel is, so images may have any size. Attribute names and
-numbers are those of NVlabs/SegFormer: norms of blocks and stages have epsilon 1e-6, those of patches and of reduced keys 1e-5
-(transformers computes all of them with 1e-5).
+No learned positions: the depthwise convolution inside each MLP tells where a pixel is, so images
+may have any size. Attribute names and numbers are those of NVlabs/SegFormer: norms of blocks and
+stages have epsilon 1e-6, those of patches and of reduced keys 1e-5 (transformers computes all of
+them with 1e-5).
 """
 
 import dataclasses
@@ -49,14 +51,20 @@ class Attention(nnx.Module):
     """Multi-head attention in which squares of pixels are joined to one key and value each."""
 
     def __init__(self, config: MitConfig, stage: int, *, rngs: nnx.Rngs):
-        c, ratio, dtype = config.widths[stage], config.reductions[stage], jnp.dtype(config.dtype)
+        c = config.widths[stage]
+        ratio = config.reductions[stage]
+        dtype = jnp.dtype(config.dtype)
         self.heads = config.heads[stage]
         self.q = nnx.Linear(c, c, dtype=dtype, rngs=rngs)
         self.kv = nnx.Linear(c, 2 * c, dtype=dtype, rngs=rngs)
         self.proj = nnx.Linear(c, c, dtype=dtype, rngs=rngs)
         reduced = ratio > 1
         square = (ratio, ratio)
-        self.sr = nnx.Conv(c, c, square, strides=square, padding="VALID", dtype=dtype, rngs=rngs) if reduced else None
+        self.sr = (
+            nnx.Conv(c, c, square, strides=square, padding="VALID", dtype=dtype, rngs=rngs)
+            if reduced
+            else None
+        )
         self.norm = layer_norm(c, 1e-5, rngs) if reduced else None
 
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
@@ -71,7 +79,8 @@ class Attention(nnx.Module):
 class Depthwise(nnx.Module):
     """A 3x3 convolution of each channel by itself, as the sum of nine shifted maps.
 
-    On CPU this was 13 and 29 times as fast as XLA's grouped convolution at two sizes, 5 and 68 times with the backward pass (2026-11-22).
+    On CPU this was 13 and 29 times as fast as XLA's grouped convolution at two sizes, 5 and 68
+    times with the backward pass (2026-11-22).
     """
 
     def __init__(self, channels: int, *, rngs: nnx.Rngs):
@@ -81,8 +90,13 @@ class Depthwise(nnx.Module):
 
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
         _, h, w, _ = x.shape
-        padded, kernel = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0))), self.kernel[...]
-        shifted = [padded[:, i : i + h, j : j + w].astype(jnp.float32) * kernel[i, j, 0] for i in range(3) for j in range(3)]
+        padded = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
+        kernel = self.kernel[...]
+        shifted = [
+            padded[:, i : i + h, j : j + w].astype(jnp.float32) * kernel[i, j, 0]
+            for i in range(3)
+            for j in range(3)
+        ]
         return sum(shifted, start=self.bias[...]).astype(x.dtype)
 
 
@@ -108,21 +122,34 @@ class Block(nnx.Module):
         self.norm2 = layer_norm(c, 1e-6, rngs)
         self.mlp = Mlp(c, dtype=config.dtype, rngs=rngs)
 
-    def __call__(self, x: Float[Array, "b h w c"], keep: Float[Array, "2 b 1 1 1"]) -> Float[Array, "b h w c"]:
+    def __call__(
+        self, x: Float[Array, "b h w c"], keep: Float[Array, "2 b 1 1 1"]
+    ) -> Float[Array, "b h w c"]:
         """`keep` scales the two branches (drop path)."""
         x = x + keep[0].astype(x.dtype) * self.attn(self.norm1(x))
         return x + keep[1].astype(x.dtype) * self.mlp(self.norm2(x))
 
 
 class PatchEmbed(nnx.Module):
-    """Overlapping patches, each projected to a token and normalised: 7x7 every 4 pixels at first, then 3x3 every 2."""
+    """Overlapping patches, each projected to a token and normalised: 7x7 every 4 pixels at first,
+    then 3x3 every 2.
+    """
 
     def __init__(self, config: MitConfig, stage: int, *, rngs: nnx.Rngs):
         side, stride = (7, 4) if stage == 0 else (3, 2)
         before = 3 if stage == 0 else config.widths[stage - 1]
-        c, dtype = config.widths[stage], jnp.dtype(config.dtype)
+        c = config.widths[stage]
+        dtype = jnp.dtype(config.dtype)
         # Padded alike on both sides, as torch does; "SAME" would pad even sides elsewhere.
-        self.proj = nnx.Conv(before, c, (side, side), strides=(stride, stride), padding=side // 2, dtype=dtype, rngs=rngs)
+        self.proj = nnx.Conv(
+            before,
+            c,
+            (side, side),
+            strides=(stride, stride),
+            padding=side // 2,
+            dtype=dtype,
+            rngs=rngs,
+        )
         self.norm = layer_norm(c, 1e-5, rngs)
 
     def __call__(self, x: Float[Array, "b _ _ _"]) -> Float[Array, "b h w c"]:
@@ -136,7 +163,8 @@ class Mit(Encoder):
     config: MitConfig
 
     def __init__(self, config: MitConfig, *, rngs: nnx.Rngs):
-        """Builds the encoder with random parameters; see `jaxdg.backbones.create` for named variants with weights.
+        """Builds the encoder with random parameters; see `jaxdg.backbones.create` for named
+        variants with weights.
 
         Raises:
             ValueError: an image too small for the keys of a stage.
@@ -144,11 +172,22 @@ class Mit(Encoder):
         self.config = c = config
         for stage in range(c.used):
             if min(c.size(stage)) < c.reductions[stage]:
-                (h, w), smallest = c.image_size, 4 * c.reductions[0]
-                raise ValueError(f"image_size {h}x{w} is too small for this encoder, whose keys join squares of {smallest} pixels")
-            block = lambda rngs, _, stage=stage: Block(c, stage, rngs=rngs)
+                h, w = c.image_size
+                smallest = 4 * c.reductions[0]
+                raise ValueError(
+                    f"image_size {h}x{w} is too small for this encoder, whose keys join squares of"
+                    f" {smallest} pixels"
+                )
+
+            def block(rngs, _, stage=stage):
+                return Block(c, stage, rngs=rngs)
+
             setattr(self, f"patch_embed{stage + 1}", PatchEmbed(c, stage, rngs=rngs))
-            setattr(self, f"block{stage + 1}", layers.Stack(block, c.blocks[stage], c.ends(stage), remat=c.remat, rngs=rngs))
+            setattr(
+                self,
+                f"block{stage + 1}",
+                layers.Stack(block, c.blocks[stage], c.ends(stage), remat=c.remat, rngs=rngs),
+            )
             setattr(self, f"norm{stage + 1}", layer_norm(c.widths[stage], 1e-6, rngs))
 
     def __call__(
@@ -157,7 +196,8 @@ class Mit(Encoder):
         """Features of the stages.
 
         Args:
-            images: [b, h, w, 3] normalised with `config.mean` and `config.std`, of `config.image_size`.
+            images: [b, h, w, 3] normalised with `config.mean` and `config.std`, of
+                `config.image_size`.
             key: random key that turns drop path on (training).
 
         Returns:
@@ -166,9 +206,13 @@ class Mit(Encoder):
         c = self.config
         self.check_size(images)
         keep = layers.drop_path_scales(key, c.drop_path, sum(c.blocks), images.shape[0])[..., None]
-        x, outputs, first = jnp.asarray(images), [], 0
+        x = jnp.asarray(images)
+        outputs = []
+        first = 0
         for stage, blocks in enumerate(c.blocks[: c.used]):
-            embed, block, norm = (getattr(self, f"{part}{stage + 1}") for part in ("patch_embed", "block", "norm"))
+            embed, block, norm = (
+                getattr(self, f"{part}{stage + 1}") for part in ("patch_embed", "block", "norm")
+            )
             x = embed(x)
             x = block(x, keep[first : first + blocks])[blocks - 1]
             x = norm(x).astype(x.dtype)

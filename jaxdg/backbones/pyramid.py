@@ -1,7 +1,9 @@
-"""Four levels from four taps of a plain encoder, as the public VLTSeg re-implementation builds them inside its backbone.
+"""Four levels from four taps of a plain encoder, as the public VLTSeg re-implementation builds them
+inside its backbone.
 
-The shallowest tap is enlarged four times, the next twice, the third stays, the deepest is halved by max pooling. Theirs
-normalises with BatchNorm over the global batch; LayerNorm is the default for new runs, being free of batch statistics.
+The shallowest tap is enlarged four times, the next twice, the third stays, the deepest is halved by
+max pooling. Theirs normalises with BatchNorm over the global batch; LayerNorm is the default for
+new runs, being free of batch statistics.
 """
 
 from flax import nnx
@@ -11,23 +13,28 @@ from jaxtyping import Array, Float
 
 
 class Double(nnx.Module):
-    """Transposed convolution with kernel 2 and stride 2, that is, one linear layer whose outputs are laid out as 2x2 pixels.
+    """Transposed convolution with kernel 2 and stride 2, that is, one linear layer whose outputs
+    are laid out as 2x2 pixels.
 
-    `kernel[i, j]` makes the pixel in row i, column j: torch's ConvTranspose2d weight with the axes (in, out, i, j) moved to
-    (i, j, in, out). As a matrix product instead of XLA's dilated convolution it cut a whole training step
-    of 8 crops 128x128 on 2 CPU cores from 1.12 to 0.39 s (2026-11-22). Kernels start as torch's do, within 1 / sqrt(4 out).
+    `kernel[i, j]` makes the pixel in row i, column j: torch's ConvTranspose2d weight with the axes
+    (in, out, i, j) moved to (i, j, in, out). As a matrix product instead of XLA's dilated
+    convolution it cut a whole training step of 8 crops 128x128 on 2 CPU cores from 1.12 to 0.39 s
+    (2026-11-22). Kernels start as torch's do, within 1 / sqrt(4 out).
     """
 
     def __init__(self, channels: int, out: int | None = None, *, dtype: str, rngs: nnx.Rngs):
         out = out or channels
-        init = nnx.initializers.variance_scaling(1 / 3, "fan_in", "uniform", in_axis=(0, 1, 3), out_axis=2)
+        init = nnx.initializers.variance_scaling(
+            1 / 3, "fan_in", "uniform", in_axis=(0, 1, 3), out_axis=2
+        )
         self.kernel = nnx.Param(init(rngs.params(), (2, 2, channels, out)))
         self.bias = nnx.Param(jnp.zeros(out))
         self.dtype = jnp.dtype(dtype)
 
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 o"]:
         b, h, w, _ = x.shape
-        kernel, bias = self.kernel[...].astype(self.dtype), self.bias[...].astype(self.dtype)
+        kernel = self.kernel[...].astype(self.dtype)
+        bias = self.bias[...].astype(self.dtype)
         y = jnp.einsum("bhwc,ijco->bhiwjo", x.astype(self.dtype), kernel)
         return y.reshape(b, 2 * h, 2 * w, -1) + bias
 
@@ -35,22 +42,37 @@ class Double(nnx.Module):
 class Pyramid(nnx.Module):
     """Taps at one stride p to levels at strides p/4, p/2, p and 2p, with unchanged channels."""
 
-    def __init__(self, channels: int, norm: str = "layer", *, dtype: str = "float32", rngs: nnx.Rngs):
+    def __init__(
+        self, channels: int, norm: str = "layer", *, dtype: str = "float32", rngs: nnx.Rngs
+    ):
         """Args:
         channels: of each tap and each level.
-        norm: "layer", or "batch" for statistics over the global batch (checkpoints of the re-implementation).
+        norm: "layer", or "batch" for statistics over the global batch (checkpoints of the
+            re-implementation).
         dtype: compute dtype.
         rngs: initialises the parameters.
         """
         self.fpn1_up1 = Double(channels, dtype=dtype, rngs=rngs)
-        self.fpn1_norm = nnx.BatchNorm(channels, momentum=0.9, rngs=rngs) if norm == "batch" else nnx.LayerNorm(channels, rngs=rngs)
+        self.fpn1_norm = (
+            nnx.BatchNorm(channels, momentum=0.9, rngs=rngs)
+            if norm == "batch"
+            else nnx.LayerNorm(channels, rngs=rngs)
+        )
         self.fpn1_up2 = Double(channels, dtype=dtype, rngs=rngs)
         self.fpn2 = Double(channels, dtype=dtype, rngs=rngs)
 
-    def __call__(self, features: tuple[Float[Array, "b _ _ c"], ...], train: bool = False) -> tuple[Float[Array, "b _ _ c"], ...]:
-        """Four maps [b, h, w, c] of one size, shallow to deep, to [b, 4h, 4w, c], [b, 2h, 2w, c], [b, h, w, c], [b, h // 2, w // 2, c]."""
+    def __call__(
+        self, features: tuple[Float[Array, "b _ _ c"], ...], train: bool = False
+    ) -> tuple[Float[Array, "b _ _ c"], ...]:
+        """Four maps [b, h, w, c] of one size, shallow to deep, to [b, 4h, 4w, c], [b, 2h, 2w, c],
+        [b, h, w, c], [b, h // 2, w // 2, c].
+        """
         x1, x2, x3, x4 = features
         x1 = self.fpn1_up1(x1)
-        x1 = self.fpn1_norm(x1, use_running_average=not train) if isinstance(self.fpn1_norm, nnx.BatchNorm) else self.fpn1_norm(x1)
+        x1 = (
+            self.fpn1_norm(x1, use_running_average=not train)
+            if isinstance(self.fpn1_norm, nnx.BatchNorm)
+            else self.fpn1_norm(x1)
+        )
         x1 = self.fpn1_up2(jax.nn.gelu(x1, approximate=False))
         return x1, self.fpn2(x2), x3, nnx.max_pool(x4, (2, 2), strides=(2, 2))

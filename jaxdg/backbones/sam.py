@@ -1,11 +1,14 @@
-"""The image encoder of Segment Anything (Kirillov et al. 2023): a ViTDet (Li et al. 2022) whose blocks mostly attend within windows.
+"""The image encoder of Segment Anything (Kirillov et al. 2023): a ViTDet (Li et al. 2022) whose
+blocks mostly attend within windows.
 
-Most blocks cut the map of tokens into windows of 14x14, a few attend over the whole of it; both add relative positions to the attention,
-a row's and a column's apart. There is no class token. Attribute names are those of facebookresearch/segment-anything.
+Most blocks cut the map of tokens into windows of 14x14, a few attend over the whole of it; both add
+relative positions to the attention, a row's and a column's apart. There is no class token.
+Attribute names are those of facebookresearch/segment-anything.
 
-Features are read from the blocks: the neck (two convolutions to 256 channels for SAM's own mask decoder) is left out. The original runs at
-1024x1024 alone and never resizes its absolute positions, so here they are resized by plain bicubic interpolation, as other families'; its
-relative positions are interpolated linearly to another grid, as its own code does it.
+Features are read from the blocks: the neck (two convolutions to 256 channels for SAM's own mask
+decoder) is left out. The original runs at 1024x1024 alone and never resizes its absolute positions,
+so here they are resized by plain bicubic interpolation, as other families'; its relative positions
+are interpolated linearly to another grid, as its own code does it.
 """
 
 import dataclasses
@@ -25,7 +28,8 @@ class SamConfig(VitConfig):
     """A SAM image encoder; fields of `VitConfig`, and where its blocks look.
 
     Attributes:
-        global_blocks: blocks that attend over the whole image, from 0; the others stay within windows.
+        global_blocks: blocks that attend over the whole image, from 0; the others stay within
+            windows.
         window: rows and columns of tokens in a window.
     """
 
@@ -43,13 +47,17 @@ class SamConfig(VitConfig):
 
     @property
     def ends(self) -> tuple[int, ...]:
-        """Blocks after which stacked segments end: also where windows give way to the whole image, and back."""
+        """Blocks after which stacked segments end: also where windows give way to the whole image,
+        and back.
+        """
         changes = (end for block in self.global_blocks for end in (block - 1, block))
         return (*super().ends, *(end for end in changes if 0 <= end < self.used))
 
 
 class Attention(vit.Attention):
-    """Multi-head self-attention over a map of tokens, with relative positions that add up from rows and columns (MViTv2)."""
+    """Multi-head self-attention over a map of tokens, with relative positions that add up from rows
+    and columns (MViTv2).
+    """
 
     def __init__(self, config: SamConfig, grid: tuple[int, int], *, rngs: nnx.Rngs):
         super().__init__(config, rngs=rngs)
@@ -63,16 +71,26 @@ class Attention(vit.Attention):
         return self.proj(jax.nn.dot_product_attention(q, k, v, self.bias(q)).reshape(b, n, c))
 
     def bias(self, q: Float[Array, "b n heads d"]) -> Float[Array, "b heads n n"]:
-        """What relative positions add to the logits: each query times the vector of every row's and every column's distance to it."""
+        """What relative positions add to the logits: each query times the vector of every row's and
+        every column's distance to it.
+        """
         b, n, heads, d = q.shape
         q = q.astype(jnp.float32).reshape(b, *self.grid, heads, d)
-        rows, columns = (table[...][distances(side)] for table, side in zip((self.rel_pos_h, self.rel_pos_w), self.grid, strict=True))
-        down, across = jnp.einsum("byxnd,ykd->bnyxk", q, rows), jnp.einsum("byxnd,xkd->bnyxk", q, columns)
+        rows, columns = (
+            table[...][distances(side)]
+            for table, side in zip((self.rel_pos_h, self.rel_pos_w), self.grid, strict=True)
+        )
+        down = jnp.einsum("byxnd,ykd->bnyxk", q, rows)
+        across = jnp.einsum("byxnd,xkd->bnyxk", q, columns)
         return (down[..., :, None] + across[..., None, :]).reshape(b, heads, n, n)
 
 
 class WindowAttention(Attention):
-    """The same within windows. Those that stick out at the bottom and right are filled with zeros, to which the others attend as well."""
+    """The same within windows.
+
+    Those that stick out at the bottom and right are filled with zeros, to which the others attend
+    as well.
+    """
 
     def __init__(self, config: SamConfig, *, rngs: nnx.Rngs):
         super().__init__(config, (config.window, config.window), rngs=rngs)
@@ -80,20 +98,30 @@ class WindowAttention(Attention):
 
     def __call__(self, x: Float[Array, "b n c"]) -> Float[Array, "b n c"]:
         maps = x.reshape(x.shape[0], *self.image, -1)
-        return layers.from_windows(super().__call__(layers.to_windows(maps, self.grid[0])), self.image, self.grid[0]).reshape(x.shape)
+        return layers.from_windows(
+            super().__call__(layers.to_windows(maps, self.grid[0])), self.image, self.grid[0]
+        ).reshape(x.shape)
 
 
 def distances(side: int) -> np.ndarray:
-    """The row of a table of relative positions for each query and key of a row of `side` tokens: [side, side] in 0..2 side - 2."""
+    """The row of a table of relative positions for each query and key of a row of `side` tokens:
+    [side, side] in 0..2 side - 2.
+    """
     return np.arange(side)[:, None] - np.arange(side) + side - 1
 
 
 class Block(vit.Block):
-    """Attention, in windows or over the whole image, and MLP, each behind a LayerNorm and a residual."""
+    """Attention, in windows or over the whole image, and MLP, each behind a LayerNorm and a
+    residual.
+    """
 
     def __init__(self, config: SamConfig, everywhere: bool, *, rngs: nnx.Rngs):
         self.norm1 = nnx.LayerNorm(config.width, epsilon=1e-6, rngs=rngs)
-        self.attn = Attention(config, config.grid, rngs=rngs) if everywhere else WindowAttention(config, rngs=rngs)
+        self.attn = (
+            Attention(config, config.grid, rngs=rngs)
+            if everywhere
+            else WindowAttention(config, rngs=rngs)
+        )
         self.norm2 = nnx.LayerNorm(config.width, epsilon=1e-6, rngs=rngs)
         self.mlp = Mlp(config, rngs=rngs)
 
@@ -104,11 +132,18 @@ class Sam(Vit):
     config: SamConfig
 
     def __init__(self, config: SamConfig, *, rngs: nnx.Rngs):
-        """Builds the encoder with random parameters; see `jaxdg.backbones.create` for named variants with weights."""
+        """Builds the encoder with random parameters; see `jaxdg.backbones.create` for named
+        variants with weights.
+        """
         self.config = config
-        self.pos_embed = nnx.Param(nnx.initializers.normal(0.02)(rngs.params(), (1, *config.grid, config.width)))
+        self.pos_embed = nnx.Param(
+            nnx.initializers.normal(0.02)(rngs.params(), (1, *config.grid, config.width))
+        )
         self.patch_embed = PatchEmbed(config, rngs=rngs)
-        make = lambda rngs, first: Block(config, first in config.global_blocks, rngs=rngs)
+
+        def make(rngs, first):
+            return Block(config, first in config.global_blocks, rngs=rngs)
+
         self.blocks = layers.Stack(make, config.used, config.ends, remat=config.remat, rngs=rngs)
 
     def embed(self, images: Float[Array | np.ndarray, "b h w 3"]) -> Float[Array, "b n c"]:
@@ -117,15 +152,26 @@ class Sam(Vit):
         return x + self.pos_embed[...].reshape(1, *x.shape[1:]).astype(x.dtype)
 
     def adapt(self, name: str, tensor: np.ndarray) -> np.ndarray | None:
-        """Fits a stored tensor to this encoder as `Vit.adapt` does; relative positions of blocks without windows are resized as well."""
+        """Fits a stored tensor to this encoder as `Vit.adapt` does; relative positions of blocks
+        without windows are resized as well.
+        """
         rows, columns = self.config.grid
         if name == "pos_embed":
             if tensor.ndim != 4 or not tensor.size:
                 return tensor  # told as of another shape, like the table below
-            matrices = (layers.cubic_matrix(source, target) for source, target in zip(tensor.shape[1:3], (rows, columns), strict=True))
-            return np.einsum("iy,jx,byxc->bijc", *matrices, tensor, optimize=True).astype(np.float32)
+            matrices = (
+                layers.cubic_matrix(source, target)
+                for source, target in zip(tensor.shape[1:3], (rows, columns), strict=True)
+            )
+            return np.einsum("iy,jx,byxc->bijc", *matrices, tensor, optimize=True).astype(
+                np.float32
+            )
         fitted = super().adapt(name, tensor)
-        if fitted is None or not name.endswith((".rel_pos_h", ".rel_pos_w")) or int(name.split(".")[1]) not in self.config.global_blocks:
+        if (
+            fitted is None
+            or not name.endswith((".rel_pos_h", ".rel_pos_w"))
+            or int(name.split(".")[1]) not in self.config.global_blocks
+        ):
             return fitted
         if fitted.ndim != 2 or len(fitted) % 2 == 0:
             return fitted  # n tokens in a row have 2 n - 1 distances
@@ -133,7 +179,8 @@ class Sam(Vit):
 
 
 def resize_distances(table: np.ndarray, length: int) -> np.ndarray:
-    """Resizes a table of relative positions: linear, half-pixel centres, ends repeated, as torch's `F.interpolate(mode="linear")`.
+    """Resizes a table of relative positions: linear, half-pixel centres, ends repeated, as torch's
+    `F.interpolate(mode="linear")`.
 
     Args:
         table: [2 n - 1, d], from the farthest key below a query to the farthest above it.
@@ -143,7 +190,10 @@ def resize_distances(table: np.ndarray, length: int) -> np.ndarray:
         [length, d], float32.
     """
     # Places in float32, as torch has them: the difference to exact ones would show.
-    at = ((np.arange(length, dtype=np.float32) + 0.5) * np.float32(len(table) / length) - 0.5).clip(0, len(table) - 1)
+    at = ((np.arange(length, dtype=np.float32) + 0.5) * np.float32(len(table) / length) - 0.5).clip(
+        0, len(table) - 1
+    )
     below = np.floor(at).astype(int)
-    above, part = np.minimum(below + 1, len(table) - 1), (at - below)[:, None]
+    above = np.minimum(below + 1, len(table) - 1)
+    part = (at - below)[:, None]
     return ((1 - part) * table[below] + part * table[above]).astype(np.float32)

@@ -1,8 +1,10 @@
-"""The image tower of SigLIP (Zhai et al. 2023) and SigLIP 2 (Tschannen et al. 2025), as google-research/big_vision trains it.
+"""The image tower of SigLIP (Zhai et al. 2023) and SigLIP 2 (Tschannen et al. 2025), as
+google-research/big_vision trains it.
 
-A plain vision transformer without a class token, whose MLPs compute GELU by its tanh formula. The final norm and the attention-pool head
-("MAPHead", timm's `attn_pool`) are left out: dense features are read before them. Attribute names are timm's. Some of timm's own
-definitions, those of the first SigLIP at up to patch 16, compute GELU by its exact formula; the authors' is followed for all.
+A plain vision transformer without a class token, whose MLPs compute GELU by its tanh formula. The
+final norm and the attention-pool head ("MAPHead", timm's `attn_pool`) are left out: dense features
+are read before them. Attribute names are timm's. Some of timm's own definitions, those of the first
+SigLIP at up to patch 16, compute GELU by its exact formula; the authors' is followed for all.
 """
 
 import dataclasses
@@ -55,13 +57,21 @@ class Siglip(Vit):
     config: SiglipConfig
 
     def __init__(self, config: SiglipConfig, *, rngs: nnx.Rngs):
-        """Builds the encoder with random parameters; see `jaxdg.backbones.create` for named variants with weights."""
+        """Builds the encoder with random parameters; see `jaxdg.backbones.create` for named
+        variants with weights.
+        """
         self.config = config
         rows, columns = config.grid
         init = nnx.initializers.normal(config.width**-0.5)
         self.pos_embed = nnx.Param(init(rngs.params(), (1, rows * columns, config.width)))
         self.patch_embed = PatchEmbed(config, rngs=rngs)
-        self.blocks = layers.Stack(lambda rngs, _: Block(config, rngs=rngs), config.used, config.ends, remat=config.remat, rngs=rngs)
+        self.blocks = layers.Stack(
+            lambda rngs, _: Block(config, rngs=rngs),
+            config.used,
+            config.ends,
+            remat=config.remat,
+            rngs=rngs,
+        )
 
     def embed(self, images: Float[Array | np.ndarray, "b h w 3"]) -> Float[Array, "b n c"]:
         """The tokens that enter the first block: patches with their positions."""
@@ -69,10 +79,12 @@ class Siglip(Vit):
         return x + self.pos_embed[...].astype(x.dtype)
 
     def adapt(self, name: str, tensor: np.ndarray) -> np.ndarray | None:
-        """Fits a stored tensor to this encoder as `Vit.adapt` does, but resizes positions as big_vision's `resample_posemb`.
+        """Fits a stored tensor to this encoder as `Vit.adapt` does, but resizes positions as
+        big_vision's `resample_posemb`.
 
-        That is bilinear with the corners fixed (`scipy.ndimage.zoom` of order 1). At some pairs of sizes, such as 32 to 16, scipy's zoom
-        rounds the last row and column to just outside the grid and fills them with zeros; this fault is not followed.
+        That is bilinear with the corners fixed (`scipy.ndimage.zoom` of order 1). At some pairs of
+        sizes, such as 32 to 16, scipy's zoom rounds the last row and column to just outside the
+        grid and fills them with zeros; this fault is not followed.
         """
         if name == "pos_embed":
             matrix = partial(layers.linear_matrix, corners=True)

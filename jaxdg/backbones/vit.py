@@ -1,7 +1,9 @@
-"""The plain vision transformer (Dosovitskiy et al. 2021) as AugReg trained it (Steiner et al. 2022) and timm names it.
+"""The plain vision transformer (Dosovitskiy et al. 2021) as AugReg trained it (Steiner et al. 2022)
+and timm names it.
 
-Pre-norm blocks, a class token, learned positions, GELU by its exact formula. Dense perception reads the patch tokens after some
-blocks (`taps`) without the final norm, so neither that norm nor the classifier exists here. Attribute names are timm's.
+Pre-norm blocks, a class token, learned positions, GELU by its exact formula. Dense perception reads
+the patch tokens after some blocks (`taps`) without the final norm, so neither that norm nor the
+classifier exists here. Attribute names are timm's.
 """
 
 import dataclasses
@@ -19,14 +21,15 @@ from jaxdg.backbones.encoder import Encoder, EncoderConfig, EncoderOptions
 
 @dataclasses.dataclass(frozen=True)
 class VitConfig(EncoderConfig):
-    """A plain vision transformer; fields of `EncoderConfig`, whose remainder of an image the patch does not divide is dropped at the
-    bottom and right, and its sizes.
+    """A plain vision transformer; fields of `EncoderConfig`, whose remainder of an image the patch
+    does not divide is dropped at the bottom and right, and its sizes.
 
     Attributes:
         patch_size: side of a square patch in pixels.
         width: channels of a token.
         heads: attention heads; `width` must divide by it.
-        patch_resize: how a stored kernel for patches of another size is resized, one of `layers.PATCH_RESIZES`; None refuses it.
+        patch_resize: how a stored kernel for patches of another size is resized, one of
+            `layers.PATCH_RESIZES`; None refuses it.
     """
 
     patch_size: int = 16
@@ -38,15 +41,23 @@ class VitConfig(EncoderConfig):
         """See `EncoderConfig.build`."""
         return Vit(self, rngs=rngs)
 
-    def configured(self, options: EncoderOptions, image_size: tuple[int, int], boundaries: tuple[int, ...]) -> EncoderConfig:
+    def configured(
+        self, options: EncoderOptions, image_size: tuple[int, int], boundaries: tuple[int, ...]
+    ) -> EncoderConfig:
         """See `EncoderConfig.configured`; these have patches of one size."""
-        size, resize = options.patch_size, options.patch_resize
-        config = super().configured(dataclasses.replace(options, patch_size=None), image_size, boundaries)
+        size = options.patch_size
+        resize = options.patch_resize
+        config = super().configured(
+            dataclasses.replace(options, patch_size=None), image_size, boundaries
+        )
         if size is None:
             return config
         if size < 1 or resize not in layers.PATCH_RESIZES:
             allowed = f"at least 1 pixel, and one of {' '.join(layers.PATCH_RESIZES)}"
-            raise ValueError(f"patch_size {size} and patch_resize {resize!r} of {options.encoder}; allowed: {allowed}")
+            raise ValueError(
+                f"patch_size {size} and patch_resize {resize!r} of {options.encoder}; allowed:"
+                f" {allowed}"
+            )
         return dataclasses.replace(config, patch_size=size, patch_resize=resize)
 
     @property
@@ -84,7 +95,8 @@ class Attention(nnx.Module):
     """Multi-head self-attention with one fused projection."""
 
     def __init__(self, config: VitConfig, *, rngs: nnx.Rngs):
-        c, dtype = config.width, jnp.dtype(config.dtype)
+        c = config.width
+        dtype = jnp.dtype(config.dtype)
         self.heads = config.heads
         self.qkv = nnx.Linear(c, 3 * c, dtype=dtype, rngs=rngs)
         self.proj = nnx.Linear(c, c, dtype=dtype, rngs=rngs)
@@ -103,7 +115,8 @@ class Mlp(nnx.Module):
     """Two linear layers with GELU between."""
 
     def __init__(self, config: VitConfig, *, rngs: nnx.Rngs):
-        c, dtype = config.width, jnp.dtype(config.dtype)
+        c = config.width
+        dtype = jnp.dtype(config.dtype)
         self.fc1 = nnx.Linear(c, 4 * c, dtype=dtype, rngs=rngs)
         self.fc2 = nnx.Linear(4 * c, c, dtype=dtype, rngs=rngs)
 
@@ -120,7 +133,9 @@ class Block(nnx.Module):
         self.norm2 = nnx.LayerNorm(config.width, epsilon=1e-6, rngs=rngs)
         self.mlp = Mlp(config, rngs=rngs)
 
-    def __call__(self, x: Float[Array, "b n c"], keep: Float[Array, "2 b 1 1"]) -> Float[Array, "b n c"]:
+    def __call__(
+        self, x: Float[Array, "b n c"], keep: Float[Array, "2 b 1 1"]
+    ) -> Float[Array, "b n c"]:
         """`keep` scales the two branches (drop path)."""
         x = x + keep[0].astype(x.dtype) * self.attn(self.norm1(x))
         return x + keep[1].astype(x.dtype) * self.mlp(self.norm2(x))
@@ -131,7 +146,15 @@ class PatchEmbed(nnx.Module):
 
     def __init__(self, config: VitConfig, *, rngs: nnx.Rngs):
         patch = (config.patch_size, config.patch_size)
-        self.proj = nnx.Conv(3, config.width, patch, strides=patch, padding="VALID", dtype=jnp.dtype(config.dtype), rngs=rngs)
+        self.proj = nnx.Conv(
+            3,
+            config.width,
+            patch,
+            strides=patch,
+            padding="VALID",
+            dtype=jnp.dtype(config.dtype),
+            rngs=rngs,
+        )
 
     def __call__(self, images: Float[Array, "b h w 3"]) -> Float[Array, "b n c"]:
         x = self.proj(images)
@@ -144,14 +167,22 @@ class Vit(Encoder):
     config: VitConfig
 
     def __init__(self, config: VitConfig, *, rngs: nnx.Rngs):
-        """Builds the encoder with random parameters; see `jaxdg.backbones.create` for named variants with weights."""
+        """Builds the encoder with random parameters; see `jaxdg.backbones.create` for named
+        variants with weights.
+        """
         self.config = config
         rows, columns = config.grid
         init = nnx.initializers.normal(0.02)
         self.cls_token = nnx.Param(init(rngs.params(), (1, 1, config.width)))
         self.pos_embed = nnx.Param(init(rngs.params(), (1, 1 + rows * columns, config.width)))
         self.patch_embed = PatchEmbed(config, rngs=rngs)
-        self.blocks = layers.Stack(lambda rngs, _: Block(config, rngs=rngs), config.used, config.ends, remat=config.remat, rngs=rngs)
+        self.blocks = layers.Stack(
+            lambda rngs, _: Block(config, rngs=rngs),
+            config.used,
+            config.ends,
+            remat=config.remat,
+            rngs=rngs,
+        )
 
     def __call__(
         self, images: Float[Array | np.ndarray, "b h w 3"], key: Key[Array, ""] | None = None
@@ -159,17 +190,25 @@ class Vit(Encoder):
         """Features of the patch tokens.
 
         Args:
-            images: [b, h, w, 3] normalised with `config.mean` and `config.std`, of `config.image_size`.
+            images: [b, h, w, 3] normalised with `config.mean` and `config.std`, of
+                `config.image_size`.
             key: random key that turns drop path on (training).
 
         Returns:
             One [b, h / p, w / p, c] for each tap, shallow to deep.
         """
         rows, columns = self.config.grid
-        return tuple(t[:, self.config.prefix :].reshape(t.shape[0], rows, columns, -1) for t in self.tokens(images, key))
+        return tuple(
+            t[:, self.config.prefix :].reshape(t.shape[0], rows, columns, -1)
+            for t in self.tokens(images, key)
+        )
 
-    def tokens(self, images: Float[Array | np.ndarray, "b h w 3"], key: Key[Array, ""] | None = None) -> tuple[Float[Array, "b n c"], ...]:
-        """All tokens at the taps, those before the patches first: [b, prefix + rows * columns, c] each."""
+    def tokens(
+        self, images: Float[Array | np.ndarray, "b h w 3"], key: Key[Array, ""] | None = None
+    ) -> tuple[Float[Array, "b n c"], ...]:
+        """All tokens at the taps, those before the patches first: [b, prefix + rows * columns, c]
+        each.
+        """
         c = self.config
         self.check_size(images)
         x = self.embed(images)
@@ -181,14 +220,23 @@ class Vit(Encoder):
         """The tokens that enter the first block: class token and patches, with their positions."""
         x = self.patch_embed(jnp.asarray(images))
         cls = jnp.broadcast_to(self.cls_token[...], (x.shape[0], 1, self.config.width))
-        return jnp.concatenate([cls.astype(x.dtype), x], axis=1) + self.pos_embed[...].astype(x.dtype)
+        return jnp.concatenate([cls.astype(x.dtype), x], axis=1) + self.pos_embed[...].astype(
+            x.dtype
+        )
 
     def adapt(self, name: str, tensor: np.ndarray) -> np.ndarray | None:
-        """Fits a stored tensor to this encoder: positions and patch kernel are resized, blocks past the last tap not needed (None)."""
+        """Fits a stored tensor to this encoder: positions and patch kernel are resized, blocks past
+        the last tap not needed (None).
+        """
         c = self.config
         if name == "pos_embed":
             return layers.resize_positions(tensor, c.grid, prefix=c.prefix)
-        if name == "patch_embed.proj.kernel" and c.patch_resize is not None and tensor.ndim == 4 and tensor.shape[0] != c.patch_size:
+        if (
+            name == "patch_embed.proj.kernel"
+            and c.patch_resize is not None
+            and tensor.ndim == 4
+            and tensor.shape[0] != c.patch_size
+        ):
             return layers.resize_patch(tensor, c.patch_size, c.patch_resize)
         block = self.unit_of(name)
         return None if block is not None and block > c.taps[-1] else tensor

@@ -1,4 +1,6 @@
-"""The commands beside the three verbs, what all of them share, and the one table of them behind `jaxdg COMMAND`."""
+"""The commands beside the three verbs, what all of them share, and the one table of them behind
+`jaxdg COMMAND`.
+"""
 
 import runpy
 import sys

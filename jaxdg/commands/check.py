@@ -1,12 +1,15 @@
-"""Looks at datasets as downloaded: what is there, what is missing, what is broken, and what the labels show.
+"""Looks at datasets as downloaded: what is there, what is missing, what is broken, and what the
+labels show.
 
 python -m jaxdg.data.check --data_root data
 python -m jaxdg.data.check --data_root data --all --write_skip_list skip.txt gta5 acdc/night
 
-Files are paired and their headers and ends read, as at the start of training, and then images and labels are decoded: some of every split,
-or with --all every one. What is broken is listed with its path, all of it, and makes the exit code 1. A split that is not there, or has
-another number of images than its publisher states, is a warning. Records are compared with the digests taken when they were written. A
-contact sheet of every dataset shows what breaks no rule, such as labels read by the wrong table.
+Files are paired and their headers and ends read, as at the start of training, and then images and
+labels are decoded: some of every split, or with --all every one. What is broken is listed with its
+path, all of it, and makes the exit code 1. A split that is not there, or has another number of
+images than its publisher states, is a warning. Records are compared with the digests taken when
+they were written. A contact sheet of every dataset shows what breaks no rule, such as labels read
+by the wrong table.
 """
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
@@ -49,14 +52,24 @@ from jaxdg.evaluation.overlap import Images
 
 SOFTWARE = "jaxdg.data.check"  # which contact sheets say they were written by
 SAMPLE = 20  # images of a split that are decoded without --all
-SHOWN, TILE = 3, 480  # images of a split on a contact sheet, and their width in pixels if theirs is not smaller
+SHOWN = 3
+TILE = (
+    480  # images of a split on a contact sheet, and their width in pixels if theirs is not smaller
+)
 
 # Datasets with boxes alone: their folders and domains.
 BOX_FOLDERS = {
-    "diverse_weather": ("daytime_clear", "night_sunny", "dusk_rainy", "night_rainy", "daytime_foggy"),
+    "diverse_weather": (
+        "daytime_clear",
+        "night_sunny",
+        "dusk_rainy",
+        "night_rainy",
+        "daytime_foggy",
+    ),
     "carla_towns": ("carla", "town05"),
 }
-# Datasets with label maps that have boxes too where there are such files: a folder, and the end of their names.
+# Datasets with label maps that have boxes too where there are such files: a folder, and the end of
+# their names.
 BOX_LABELS = {
     "cityscapes": ("gtFine", "_instanceIds.png"),
     "bdd100k": ("labels/ins_seg", ".png"),
@@ -112,7 +125,8 @@ class Opened:
         intact: images that were decoded and have nothing wrong.
         telling: those of them that show a class.
         counts: pixels by train id, or boxes by class, of the images that were decoded.
-        ids: pixels by the ids of the label files, or boxes without crowds by class, of the same images.
+        ids: pixels by the ids of the label files, or boxes without crowds by class, of the same
+            images.
         flagged: boxes of the same images that are difficult, and those around crowds.
     """
 
@@ -121,9 +135,15 @@ class Opened:
     broken: list[Defect]
     intact: list[int] = dataclasses.field(default_factory=list)
     telling: list[int] = dataclasses.field(default_factory=list)
-    counts: Int64[np.ndarray, "256"] = dataclasses.field(default_factory=lambda: np.zeros(256, np.int64))
-    ids: Int64[np.ndarray, "65536"] = dataclasses.field(default_factory=lambda: np.zeros(65536, np.int64))
-    flagged: Int64[np.ndarray, "2"] = dataclasses.field(default_factory=lambda: np.zeros(2, np.int64))
+    counts: Int64[np.ndarray, "256"] = dataclasses.field(
+        default_factory=lambda: np.zeros(256, np.int64)
+    )
+    ids: Int64[np.ndarray, "65536"] = dataclasses.field(
+        default_factory=lambda: np.zeros(65536, np.int64)
+    )
+    flagged: Int64[np.ndarray, "2"] = dataclasses.field(
+        default_factory=lambda: np.zeros(2, np.int64)
+    )
 
 
 def subjects(
@@ -152,27 +172,47 @@ def subjects(
     """
     found: list[Subject] = []
     for name in names:
-        mine = _published(name, root, mapillary_labels) or _voc(name, root) or _own(name, root, folder, boxes, name in judged_only)
+        mine = (
+            _published(name, root, mapillary_labels)
+            or _voc(name, root)
+            or _own(name, root, folder, boxes, name in judged_only)
+        )
         if any(f"{domain}/".startswith(f"{name}/") for domain in recorded):
-            mine = [s for s in mine if any(os.path.isdir(s.folder) and all(_holds(s.folder, i) for i in t.images) for t in s.splits)]
+            mine = [
+                s
+                for s in mine
+                if any(
+                    os.path.isdir(s.folder) and all(_holds(s.folder, i) for i in t.images)
+                    for t in s.splits
+                )
+            ]
         elif not mine:
             known = ", ".join((*published.PUBLISHED, *BOX_FOLDERS))
             raise ValueError(
-                f"unknown dataset {name!r}; known are {known} and their domains; for others give --config with data.folder or data.boxes"
+                f"unknown dataset {name!r}; known are {known} and their domains; for others give"
+                " --config with data.folder or data.boxes"
             )
         found += mine
     return found
 
 
 def _there(root: str) -> tuple[list[str], list[str]]:
-    """The known datasets that have a folder below the data root, even if it is spelt otherwise; and folders of nothing known."""
-    plain = lambda name: re.sub(r"\W|_", "", name).lower()
+    """The known datasets that have a folder below the data root, even if it is spelt otherwise; and
+    folders of nothing known.
+    """
+
+    def plain(name):
+        return re.sub(r"\W|_", "", name).lower()
+
     folders = storage.subfolders(root)
     known = {plain(name): name for name in (*published.PUBLISHED, *BOX_FOLDERS)}
     mine = {known[plain(folder)] for folder in folders if plain(folder) in known}
     # Of a dataset whose folder is there by its own name, no other spelling is read.
     others = [
-        folder for folder in folders if plain(folder) not in known or (folder != known[plain(folder)] and known[plain(folder)] in folders)
+        folder
+        for folder in folders
+        if plain(folder) not in known
+        or (folder != known[plain(folder)] and known[plain(folder)] in folders)
     ]
     return [name for name in known.values() if name in mine], others
 
@@ -186,15 +226,31 @@ def _published(name: str, root: str, mapillary_labels: str) -> list[Subject]:
     parts: dict[tuple[str, str], list[published.Part]] = {}
     for part in dataset.parts:
         mine = domain == dataset.name or f"{part.domain}/".startswith(f"{domain}/")
-        if mine and (part.split == split if split else not part.listed):  # what a list of GTA5 names is in `all` too
+        if mine and (
+            part.split == split if split else not part.listed
+        ):  # what a list of GTA5 names is in `all` too
             parts.setdefault((part.domain, part.split), []).append(part)
-    label_maps, things = [], []
+    label_maps = []
+    things = []
     for (d, s), these in parts.items():
         stated = sum(part.count for part in these), tuple(part.images for part in these)
-        opening = functools.partial(open_files, f"{d}/{s}", root=root, train=False, folder=None, mapillary_labels=mapillary_labels)
+        opening = functools.partial(
+            open_files,
+            f"{d}/{s}",
+            root=root,
+            train=False,
+            folder=None,
+            mapillary_labels=mapillary_labels,
+        )
         label_maps.append(Split(f"{d}/{s}", opening, *stated))
         if s != "test":
-            things.append(Split(f"{d}/{s}", functools.partial(open_box_files, d, root=root, train=s != "val"), *stated))
+            things.append(
+                Split(
+                    f"{d}/{s}",
+                    functools.partial(open_box_files, d, root=root, train=s != "val"),
+                    *stated,
+                )
+            )
     found = [Subject(name, base, tuple(label_maps))]
     if things and dataset.name in BOX_LABELS and _holds(base, *BOX_LABELS[dataset.name]):
         found.append(Subject(f"{name} boxes", base, tuple(things)))
@@ -204,7 +260,11 @@ def _published(name: str, root: str, mapillary_labels: str) -> list[Subject]:
 def _voc(name: str, root: str) -> list[Subject]:
     for folder, domains in BOX_FOLDERS.items():
         splits = [
-            Split(f"{d}/{'train' if train else 'val'}", functools.partial(open_box_files, d, root=root, train=train), count)
+            Split(
+                f"{d}/{'train' if train else 'val'}",
+                functools.partial(open_box_files, d, root=root, train=train),
+                count,
+            )
             for (d, train), count in COUNTS.items()
             if d in domains and name in (folder, d)
         ]
@@ -213,18 +273,34 @@ def _voc(name: str, root: str) -> list[Subject]:
     return []
 
 
-def _own(name: str, root: str, folder: FolderOptions | None, boxes: BoxOptions | None, judged_only: bool) -> list[Subject]:
+def _own(
+    name: str, root: str, folder: FolderOptions | None, boxes: BoxOptions | None, judged_only: bool
+) -> list[Subject]:
     def subject(title: str, opening: Callable[..., Files], splits: tuple[str, ...]) -> Subject:
-        opened = tuple(Split(f"{name}/{s}", functools.partial(opening, train=s != "val")) for s in splits)
+        opened = tuple(
+            Split(f"{name}/{s}", functools.partial(opening, train=s != "val")) for s in splits
+        )
         return Subject(title, root, opened, own=True, judged_only=judged_only)
 
     found = []
     if folder:
         splits = ("train", "val") if "{split}" in folder.images + folder.labels else ("all",)
-        found.append(subject(name, functools.partial(open_files, name, root=root, folder=folder), splits))
+        found.append(
+            subject(name, functools.partial(open_files, name, root=root, folder=folder), splits)
+        )
     if boxes:
-        splits = ("train", "val") if any(a != b for a, b in (boxes.images, boxes.annotations, boxes.lists)) else ("all",)
-        found.append(subject(f"{name} boxes", functools.partial(open_box_files, name, root=root, own=boxes), splits))
+        splits = (
+            ("train", "val")
+            if any(a != b for a, b in (boxes.images, boxes.annotations, boxes.lists))
+            else ("all",)
+        )
+        found.append(
+            subject(
+                f"{name} boxes",
+                functools.partial(open_box_files, name, root=root, own=boxes),
+                splits,
+            )
+        )
     return found
 
 
@@ -237,7 +313,13 @@ def _holds(base: str, folder: str, suffix: str = "") -> bool:
 
 
 def check(
-    subject: Subject, *, everything: bool, workers: int, console: Console, out: Path, splits: dict[str, Files]
+    subject: Subject,
+    *,
+    everything: bool,
+    workers: int,
+    console: Console,
+    out: Path,
+    splits: dict[str, Files],
 ) -> tuple[list[Defect], list[str]]:
     """Checks a dataset and prints what it finds.
 
@@ -250,20 +332,34 @@ def check(
         splits: receives every split that could be opened, by its name.
 
     Returns:
-        What is broken, each thing once, without a path where it is no single file; and the warnings.
+        What is broken, each thing once, without a path where it is no single file; and the
+        warnings.
     """
     opened, broken, warnings = _open(subject, console)
     splits.update({o.split.name: o.dataset for o in opened})
     _decode(subject.name, opened, everything, workers, console)
     shown = _shown(subject, opened, console)
-    lacking, lines = class_check.findings(shown, own=subject.own, judged_only=subject.judged_only) if shown else ([], [])
+    lacking, lines = (
+        class_check.findings(shown, own=subject.own, judged_only=subject.judged_only)
+        if shown
+        else ([], [])
+    )
     warnings += [line for line, is_warning in lines if is_warning]
     warnings += [
-        f"all {o.flagged[0]} boxes in {len(o.intact)} images of {o.split.name} are difficult, of which VOC's AP counts none"
+        f"all {o.flagged[0]} boxes in {len(o.intact)} images of {o.split.name} are difficult, of"
+        " which VOC's AP counts none"
         for o in opened
         if 0 < o.counts.sum() == o.flagged[0]
     ]
-    broken = list(dict.fromkeys([*broken, *(defect for o in opened for defect in o.broken), *(Defect("", line) for line in lacking)]))
+    broken = list(
+        dict.fromkeys(
+            [
+                *broken,
+                *(defect for o in opened for defect in o.broken),
+                *(Defect("", line) for line in lacking),
+            ]
+        )
+    )
     console.print(Text.assemble((subject.name, "bold"), f"  {subject.folder}"))
     if opened:
         console.print(_table(opened))
@@ -275,7 +371,13 @@ def check(
         console.print(Text(class_check.ids_seen(one)))
     if any(o.intact for o in opened):
         rows = [(o.split.name, o.dataset, _spread(o.telling or o.intact, SHOWN)) for o in opened]
-        console.print(Text(save_sheet(out / (re.sub(r"[^\w-]", "_", subject.name) + ".png"), contact_sheet(rows))))
+        console.print(
+            Text(
+                save_sheet(
+                    out / (re.sub(r"[^\w-]", "_", subject.name) + ".png"), contact_sheet(rows)
+                )
+            )
+        )
     for note in dict.fromkeys(note for o in opened for note in o.dataset.pairs.notes):
         console.print(Text(note))
     for line in (line for line, is_warning in lines if not is_warning):
@@ -288,7 +390,8 @@ def check(
 
 
 def shared_images(splits: Mapping[str, Files], root: str) -> list[str]:
-    """What to say of splits that hold the same images, told by their places and by what the files hold.
+    """What to say of splits that hold the same images, told by their places and by what the files
+    hold.
 
     Args:
         splits: what was opened, by name.
@@ -299,8 +402,8 @@ def shared_images(splits: Mapping[str, Files], root: str) -> list[str]:
     for one, other in itertools.combinations(images, 2):
         if count := int(images[one].among(images[other]).sum()):
             lines.append(
-                f"{count} of the {len(images[one])} images of {one} are images of {other}; a model that is trained on one of the two "
-                "has seen the other"
+                f"{count} of the {len(images[one])} images of {one} are images of {other}; a model"
+                " that is trained on one of the two has seen the other"
             )
     return lines
 
@@ -338,7 +441,9 @@ def _open(subject: Subject, console: Console) -> tuple[list[Opened], list[Defect
     return opened, broken, warnings
 
 
-def _decode(name: str, opened: Sequence[Opened], everything: bool, workers: int, console: Console) -> None:
+def _decode(
+    name: str, opened: Sequence[Opened], everything: bool, workers: int, console: Console
+) -> None:
     """Decodes what nothing is known to be wrong with, and adds to what is known."""
     items: list[tuple[int, int]] = []
     for k, o in enumerate(opened):
@@ -346,8 +451,12 @@ def _decode(name: str, opened: Sequence[Opened], everything: bool, workers: int,
         items += [(k, i) for i in (rest if everything else _spread(rest, SAMPLE))]
     if not items:
         return
-    looks = read_ahead(grain.MapDataset.range(len(items)).map(_Look([o.dataset for o in opened], items)), workers)
-    looks = track(looks, name, len(items), console=console, transient=True, disable=not console.is_terminal)
+    looks = read_ahead(
+        grain.MapDataset.range(len(items)).map(_Look([o.dataset for o in opened], items)), workers
+    )
+    looks = track(
+        looks, name, len(items), console=console, transient=True, disable=not console.is_terminal
+    )
     for (k, i), (counts, (ids, found), flagged, wrong) in zip(items, looks, strict=True):
         opened[k].counts += counts
         opened[k].flagged += flagged
@@ -359,16 +468,29 @@ def _decode(name: str, opened: Sequence[Opened], everything: bool, workers: int,
 
 @dataclasses.dataclass
 class _Look:
-    """Decodes an image and what is known about it; a class and not a closure, so that it reaches worker processes by name."""
+    """Decodes an image and what is known about it; a class and not a closure, so that it reaches
+    worker processes by name.
+    """
 
     datasets: list[Files]
     items: list[tuple[int, int]]
 
-    def __call__(self, j: int) -> tuple[Int64[np.ndarray, "256"], tuple[np.ndarray, np.ndarray], Int64[np.ndarray, "2"], list[Defect]]:
+    def __call__(
+        self, j: int
+    ) -> tuple[
+        Int64[np.ndarray, "256"],
+        tuple[np.ndarray, np.ndarray],
+        Int64[np.ndarray, "2"],
+        list[Defect],
+    ]:
         k, i = self.items[j]
-        dataset, counts, wrong = self.datasets[k], np.zeros(256, np.int64), []
-        ids, flagged = (np.zeros(0, np.int64), np.zeros(0, np.int64)), np.zeros(2, np.int64)
-        image, label = dataset.name(i), dataset.pairs.labels[i] or dataset.name(i)
+        dataset = self.datasets[k]
+        counts = np.zeros(256, np.int64)
+        wrong = []
+        ids = (np.zeros(0, np.int64), np.zeros(0, np.int64))
+        flagged = np.zeros(2, np.int64)
+        image = dataset.name(i)
+        label = dataset.pairs.labels[i] or dataset.name(i)
         try:
             read_image(image)
         except (ValueError, cv2.error) as error:
@@ -380,8 +502,12 @@ class _Look:
         return counts, ids, flagged, wrong
 
 
-def _truth(dataset: Files, i: int) -> tuple[Int64[np.ndarray, "256"], tuple[np.ndarray, np.ndarray], Int64[np.ndarray, "2"]]:
-    """Of the label of image `i` what `Opened.counts`, `ids` and `flagged` say, the second as ids and the count of each."""
+def _truth(
+    dataset: Files, i: int
+) -> tuple[Int64[np.ndarray, "256"], tuple[np.ndarray, np.ndarray], Int64[np.ndarray, "2"]]:
+    """Of the label of image `i` what `Opened.counts`, `ids` and `flagged` say, the second as ids
+    and the count of each.
+    """
     if isinstance(dataset, BoxFiles):
         truth = dataset.boxes(i)
         counts = np.bincount(truth["classes"], minlength=256)
@@ -397,7 +523,9 @@ def _truth(dataset: Files, i: int) -> tuple[Int64[np.ndarray, "256"], tuple[np.n
 
 
 def _shown(subject: Subject, opened: Sequence[Opened], console: Console) -> list[Shown]:
-    """What the labels of the splits show; looks at more of them where a class was not seen, and at all where nothing else will tell."""
+    """What the labels of the splits show; looks at more of them where a class was not seen, and at
+    all where nothing else will tell.
+    """
     decoded = [o for o in opened if o.intact]
     shown = []
     for o in decoded:
@@ -405,10 +533,17 @@ def _shown(subject: Subject, opened: Sequence[Opened], console: Console) -> list
         shown.append(Shown(o.dataset, Look(len(o.intact), ids, o.ids[ids]), o.split.name))
     if not shown:
         return []
-    each = subject.own or not class_check.union(shown).all()  # what one published split lacks another may have
-    doubtful = [not one.classes.all() if each else class_check.fault([one]) is not None for one in shown]
+    each = (
+        subject.own or not class_check.union(shown).all()
+    )  # what one published split lacks another may have
+    doubtful = [
+        not one.classes.all() if each else class_check.fault([one]) is not None for one in shown
+    ]
     with console.status(Text(f"{subject.name}: looking for classes")):
-        return [_look_further(o, one, len(shown)) if doubt else one for o, one, doubt in zip(decoded, shown, doubtful, strict=True)]
+        return [
+            _look_further(o, one, len(shown)) if doubt else one
+            for o, one, doubt in zip(decoded, shown, doubtful, strict=True)
+        ]
 
 
 def _look_further(o: Opened, shown: Shown, parts: int) -> Shown:
@@ -420,7 +555,10 @@ def _look_further(o: Opened, shown: Shown, parts: int) -> Shown:
     further = look(o.dataset, most=class_check.MOST, seconds=seconds, images=rest, defects=o.broken)
     found = dataclasses.replace(shown, look=further)
     if class_check.fault([found]) and further.images < len(rest):
-        found = dataclasses.replace(shown, look=look(o.dataset, most=len(rest), seconds=math.inf, images=rest, defects=o.broken))
+        found = dataclasses.replace(
+            shown,
+            look=look(o.dataset, most=len(rest), seconds=math.inf, images=rest, defects=o.broken),
+        )
     if found.look is not None and found.look.odd >= 0:
         try:
             o.dataset.label(found.look.odd)
@@ -432,7 +570,11 @@ def _look_further(o: Opened, shown: Shown, parts: int) -> Shown:
 def _whole(o: Opened) -> list[int]:
     """Images with whose files nothing is known to be wrong."""
     broken = {path for path, _ in o.broken}
-    return [i for i, pair in enumerate(zip(o.dataset.pairs.images, o.dataset.pairs.labels, strict=True)) if broken.isdisjoint(pair)]
+    return [
+        i
+        for i, pair in enumerate(zip(o.dataset.pairs.images, o.dataset.pairs.labels, strict=True))
+        if broken.isdisjoint(pair)
+    ]
 
 
 def _defect(path: str, error: Exception) -> Defect:
@@ -442,20 +584,32 @@ def _defect(path: str, error: Exception) -> Defect:
 
 def _spread(items: list[int], count: int) -> list[int]:
     """So many of the items, from the first to the last."""
-    return [items[i] for i in sorted({round(i) for i in np.linspace(0, len(items) - 1, count)})] if items else []
+    return (
+        [items[i] for i in sorted({round(i) for i in np.linspace(0, len(items) - 1, count)})]
+        if items
+        else []
+    )
 
 
 def _table(opened: Iterable[Opened]) -> Table:
     opened = list(opened)
-    boxes = ("boxes", "difficult", "crowds") if any(isinstance(o.dataset, BoxFiles) for o in opened) else ()
+    boxes = (
+        ("boxes", "difficult", "crowds")
+        if any(isinstance(o.dataset, BoxFiles) for o in opened)
+        else ()
+    )
     table = Table(
-        *(Column(name, justify="right") for name in ("", "images", "published", "pixels", "decoded", *boxes, "broken files")),
+        *(
+            Column(name, justify="right")
+            for name in ("", "images", "published", "pixels", "decoded", *boxes, "broken files")
+        ),
         box=SIMPLE,
         show_edge=False,
     )
     table.columns[0].justify = "left"
     for o in opened:
-        (sizes, counts), found = np.unique(o.dataset.pairs.sizes, axis=0, return_counts=True), len(o.dataset)
+        sizes, counts = np.unique(o.dataset.pairs.sizes, axis=0, return_counts=True)
+        found = len(o.dataset)
         h, w = sizes[counts.argmax()].tolist() if found else (0, 0)
         pixels = f"{w}x{h}" + (f" and {len(sizes) - 1} others" if len(sizes) > 1 else "")
         images = Text(str(found), style="" if o.split.count in (None, found) else "yellow")
@@ -470,15 +624,25 @@ def _table(opened: Iterable[Opened]) -> Table:
 def _histogram(opened: Sequence[Opened]) -> Table:
     """Shares of pixels, or numbers of boxes, by class and split."""
     labelled = [o for o in opened if isinstance(o.dataset, BoxFiles) or any(o.dataset.pairs.labels)]
-    labels, boxes = opened[0].dataset.labels, isinstance(opened[0].dataset, BoxFiles)
+    labels = opened[0].dataset.labels
+    boxes = isinstance(opened[0].dataset, BoxFiles)
     table = Table(
-        "boxes" if boxes else "% of pixels", *(Column(Text(o.split.name), justify="right") for o in labelled), box=SIMPLE, show_edge=False
+        "boxes" if boxes else "% of pixels",
+        *(Column(Text(o.split.name), justify="right") for o in labelled),
+        box=SIMPLE,
+        show_edge=False,
     )
     rows = list(zip(range(len(labels.names)), labels.names, labels.colors, strict=True))
     for k, name, color in rows if boxes else [*rows, (IGNORE, "ignored", (0, 0, 0))]:
-        cells = [str(o.counts[k]) if boxes else f"{100 * o.counts[k] / max(1, o.counts.sum()):.2f}" for o in labelled]
+        cells = [
+            str(o.counts[k]) if boxes else f"{100 * o.counts[k] / max(1, o.counts.sum()):.2f}"
+            for o in labelled
+        ]
         swatch = ("■ ", f"rgb({color[0]},{color[1]},{color[2]})")
-        table.add_row(Text.assemble(swatch, name), *(cell if o.counts[k] else "-" for o, cell in zip(labelled, cells, strict=True)))
+        table.add_row(
+            Text.assemble(swatch, name),
+            *(cell if o.counts[k] else "-" for o, cell in zip(labelled, cells, strict=True)),
+        )
     return table
 
 
@@ -486,7 +650,10 @@ def save_sheet(file: Path, sheet: UInt8[np.ndarray, "h w 3"]) -> str:
     """Saves a contact sheet, unless it would replace another picture; returns a line about it."""
     file.parent.mkdir(parents=True, exist_ok=True)
     if file.exists() and _software(file) != SOFTWARE:
-        return f"contact sheet not written: {file} is there and is none that this command wrote; move it, or give another --out"
+        return (
+            f"contact sheet not written: {file} is there and is none that this command wrote; move"
+            " it, or give another --out"
+        )
     mark = PngImagePlugin.PngInfo()
     mark.add_text("Software", SOFTWARE)
     partial = file.with_name(f".{file.name}.partial")
@@ -513,36 +680,53 @@ def contact_sheet(rows: Iterable[tuple[str, Files, list[int]]]) -> UInt8[np.ndar
     Returns:
         RGB, one row a split.
     """
-    return visualize.grid([_join([_tile(name, dataset, i) for i in shown]) for name, dataset, shown in rows if shown])
+    return visualize.grid(
+        [_join([_tile(name, dataset, i) for i in shown]) for name, dataset, shown in rows if shown]
+    )
 
 
 def _tile(name: str, dataset: Files, i: int) -> UInt8[np.ndarray, "h w 3"]:
-    sample, labels = dataset[i], dataset.labels
+    sample = dataset[i]
+    labels = dataset.labels
     scale = min(1.0, TILE / sample["image"].shape[1])
-    size = TILE if scale < 1 else sample["image"].shape[1], max(1, round(sample["image"].shape[0] * scale))
+    size = (
+        TILE if scale < 1 else sample["image"].shape[1],
+        max(1, round(sample["image"].shape[0] * scale)),
+    )
     image = np.asarray(cv2.resize(sample["image"], size, interpolation=cv2.INTER_AREA), np.uint8)
     if "boxes" in sample:
-        picture = visualize.box_overlay(image, sample["boxes"] * scale, sample["classes"], labels.colors, labels.names)
+        picture = visualize.box_overlay(
+            image, sample["boxes"] * scale, sample["classes"], labels.colors, labels.names
+        )
     else:
-        label = np.asarray(cv2.resize(sample["label"], size, interpolation=cv2.INTER_NEAREST), np.uint8)
+        label = np.asarray(
+            cv2.resize(sample["label"], size, interpolation=cv2.INTER_NEAREST), np.uint8
+        )
         picture = visualize.overlay(image, label, labels.colors, labels.names)
     caption = Image.new("RGB", (picture.shape[1], 26), visualize.BACKGROUND)
     text = f"{name}  {os.path.basename(dataset.name(i))}"
-    ImageDraw.Draw(caption).text((2, 13), text, font=ImageFont.load_default(13), fill=visualize.TEXT, anchor="lm")
+    ImageDraw.Draw(caption).text(
+        (2, 13), text, font=ImageFont.load_default(13), fill=visualize.TEXT, anchor="lm"
+    )
     return np.concatenate([np.asarray(caption), picture])
 
 
 def _join(tiles: Sequence[UInt8[np.ndarray, "_ _ 3"]], gap: int = 12) -> UInt8[np.ndarray, "h w 3"]:
     """Pictures side by side, their upper edges in line."""
-    heights, widths = [tile.shape[0] for tile in tiles], [tile.shape[1] for tile in tiles]
-    canvas = np.full((max(heights), sum(widths) + gap * (len(tiles) - 1), 3), visualize.BACKGROUND, np.uint8)
+    heights = [tile.shape[0] for tile in tiles]
+    widths = [tile.shape[1] for tile in tiles]
+    canvas = np.full(
+        (max(heights), sum(widths) + gap * (len(tiles) - 1), 3), visualize.BACKGROUND, np.uint8
+    )
     for k, tile in enumerate(tiles):
         left = sum(widths[:k]) + gap * k
         canvas[: heights[k], left : left + widths[k]] = tile
     return canvas
 
 
-def check_records(names: Sequence[str], root: str, console: Console, everything: bool = False) -> dict[str, list[Defect]]:
+def check_records(
+    names: Sequence[str], root: str, console: Console, everything: bool = False
+) -> dict[str, list[Defect]]:
     """Verifies the records below a data root and prints what it finds.
 
     Args:
@@ -554,8 +738,14 @@ def check_records(names: Sequence[str], root: str, console: Console, everything:
     Returns:
         What is broken in the records of each domain that has some.
     """
-    markers, depths = (records.COMPLETE, records.UNFINISHED), ("*", "*/*")
-    paths = [p for depth in depths for marker in markers for p in glob.glob(f"{glob.escape(root)}/{depth}/{records.VERSION}/{marker}")]
+    markers = (records.COMPLETE, records.UNFINISHED)
+    depths = ("*", "*/*")
+    paths = [
+        p
+        for depth in depths
+        for marker in markers
+        for p in glob.glob(f"{glob.escape(root)}/{depth}/{records.VERSION}/{marker}")
+    ]
     found: dict[str, list[Defect]] = {}
     for directory in sorted({os.path.dirname(path) for path in paths}):
         domain = os.path.relpath(os.path.dirname(directory), root)
@@ -565,7 +755,12 @@ def check_records(names: Sequence[str], root: str, console: Console, everything:
             found[domain] = [Defect("", wrong) for wrong in records.verify(directory)]
         except (ValueError, OSError) as error:
             found[domain] = [Defect("", str(error))]
-        console.print(Text.assemble((f"records of {domain}", "bold"), f"  {directory}: {'broken' if found[domain] else 'whole'}"))
+        console.print(
+            Text.assemble(
+                (f"records of {domain}", "bold"),
+                f"  {directory}: {'broken' if found[domain] else 'whole'}",
+            )
+        )
         if not found[domain]:
             found[domain] += _classes_of_records(directory, domain, everything, console)
         _list_broken(found[domain], console)
@@ -573,7 +768,9 @@ def check_records(names: Sequence[str], root: str, console: Console, everything:
     return found
 
 
-def _classes_of_records(directory: str, domain: str, everything: bool, console: Console) -> list[Defect]:
+def _classes_of_records(
+    directory: str, domain: str, everything: bool, console: Console
+) -> list[Defect]:
     """What is wrong with the classes that whole records show; prints what else there is to say."""
     metadata = json.loads(Path(directory, records.METADATA).read_text(encoding="utf-8"))
     if "classes" not in metadata:
@@ -581,7 +778,9 @@ def _classes_of_records(directory: str, domain: str, everything: bool, console: 
     shown = []
     for split in dict.fromkeys(metadata["splits"].values()):
         dataset = records.Records(directory, split)
-        most, seconds = (len(dataset), math.inf) if everything else (class_check.MOST, class_check.SECONDS)
+        most, seconds = (
+            (len(dataset), math.inf) if everything else (class_check.MOST, class_check.SECONDS)
+        )
         shown.append(Shown(dataset, look(dataset, most=most, seconds=seconds), f"{domain}/{split}"))
     broken, lines = class_check.findings(shown, own=published.find(domain) is None)
     for line, is_warning in lines:
@@ -600,7 +799,8 @@ def write_skip_list(file: Path, broken: Iterable[Defect], root: str) -> int:
 
     Args:
         file: is replaced if it is such a list.
-        broken: what `check` returns; that which is no single image or annotation cannot be left out.
+        broken: what `check` returns; that which is no single image or annotation cannot be left
+            out.
         root: data root.
 
     Returns:
@@ -608,7 +808,9 @@ def write_skip_list(file: Path, broken: Iterable[Defect], root: str) -> int:
     """
     reasons: dict[str, list[str]] = {}
     for path, text in broken:
-        if path and not path.lower().endswith((".txt", ".json")):  # lists of images and COCO's files hold many images
+        if path and not path.lower().endswith(
+            (".txt", ".json")
+        ):  # lists of images and COCO's files hold many images
             line = os.path.relpath(path, root)
             line = f"./{line}" if line.startswith("#") else line  # or it would be a comment
             reasons.setdefault(line, []).append(f"# {' '.join(text.lstrip(':').split())}\n")
@@ -635,9 +837,14 @@ def main(
         Whether nothing is broken.
     """
     if not os.path.isdir(root):
-        raise FileNotFoundError(f"data root {os.path.abspath(root)} does not exist; set JAXDG_DATA or --data_root")
+        raise FileNotFoundError(
+            f"data root {os.path.abspath(root)} does not exist; set JAXDG_DATA or --data_root"
+        )
     if skip_list and skip_list.exists() and not _is_replaceable(skip_list):
-        raise ValueError(f"{skip_list} is there and is no list that --write_skip_list wrote; move it, or name another file")
+        raise ValueError(
+            f"{skip_list} is there and is no list that --write_skip_list wrote; move it, or name"
+            " another file"
+        )
     root = os.path.normpath(root)
     if not console.is_terminal:
         console.width = 240  # nobody reads it as it is printed: nothing is cut off
@@ -646,47 +853,82 @@ def main(
     everyone = subjects(names or there, root=root, recorded=recorded, **options)
     if not everyone and not recorded:
         known = ", ".join((*published.PUBLISHED, *BOX_FOLDERS))
-        raise FileNotFoundError(f"{os.path.abspath(root)} has no folder of a known dataset ({known}), only {', '.join(others) or 'none'}")
+        raise FileNotFoundError(
+            f"{os.path.abspath(root)} has no folder of a known dataset ({known}), only"
+            f" {', '.join(others) or 'none'}"
+        )
     broken = [defect for defects in recorded.values() for defect in defects]
     warnings: list[str] = []
     splits: dict[str, Files] = {}
     for subject in everyone:
-        found = check(subject, everything=everything, workers=workers, console=console, out=out, splits=splits)
+        found = check(
+            subject, everything=everything, workers=workers, console=console, out=out, splits=splits
+        )
         broken += found[0]
         warnings += found[1]
     for line in shared_images(splits, root):
         console.print(Text.assemble(("warning: ", "yellow"), line))
         warnings.append(line)
-    if not names and (others := [folder for folder in others if not any(d.split("/")[0] == folder for d in recorded)]):
-        console.print(Text(f"not checked, as these are folders of no known dataset: {', '.join(others)}"))
+    if not names and (
+        others := [
+            folder for folder in others if not any(d.split("/")[0] == folder for d in recorded)
+        ]
+    ):
+        console.print(
+            Text(f"not checked, as these are folders of no known dataset: {', '.join(others)}")
+        )
     if skip_list:
         count = write_skip_list(skip_list, broken, root)
-        console.print(Text(f"{skip_list} lists {count} files to leave out; train with --config.data.skip={skip_list}"))
+        console.print(
+            Text(
+                f"{skip_list} lists {count} files to leave out; train with"
+                f" --config.data.skip={skip_list}"
+            )
+        )
     decoded = "every file was" if everything else f"up to {SAMPLE} images a split were"
-    summary = f"{len(broken)} broken, {len(warnings)} warning{'s' * (len(warnings) != 1)}; {decoded} decoded"
+    summary = (
+        f"{len(broken)} broken, {len(warnings)} warning{'s' * (len(warnings) != 1)}; {decoded}"
+        " decoded"
+    )
     console.print(Text(summary, style="red" if broken else "green"))
     return not broken
 
 
 if __name__ == "__main__":
-    from jaxdg.commands import check as this  # by this name worker processes find what they run, not by __main__
+    from jaxdg.commands import (
+        check as this,
+    )  # by this name worker processes find what they run, not by __main__
     from jaxdg.commands import command_line as cli
     from jaxdg.config.data import DataConfig
 
-    _ROOT = cli.define_path("data_root", "Folder of the datasets; $JAXDG_DATA, else `data`, if left out.")
-    _ALL = flags.DEFINE_bool("all", False, f"Decode every image and label instead of {SAMPLE} a split.")
+    _ROOT = cli.define_path(
+        "data_root", "Folder of the datasets; $JAXDG_DATA, else `data`, if left out."
+    )
+    _ALL = flags.DEFINE_bool(
+        "all", False, f"Decode every image and label instead of {SAMPLE} a split."
+    )
     _OUT = cli.define_path("out", "Folder for the contact sheets.", default="check")
     _WORKERS = flags.DEFINE_integer(
-        "workers", None, "Processes that decode, 0 for threads; all cores with --all if left out.", lower_bound=0
+        "workers",
+        None,
+        "Processes that decode, 0 for threads; all cores with --all if left out.",
+        lower_bound=0,
     )
-    _SKIP = cli.define_path("write_skip_list", "File to write the broken files to, as the configuration's data.skip reads it.")
+    _SKIP = cli.define_path(
+        "write_skip_list",
+        "File to write the broken files to, as the configuration's data.skip reads it.",
+    )
     _CONFIG = cli.define_config()  # for data.folder, data.boxes and data.mapillary_labels
     flags.declare_key_flag("config")
 
     def _judged_only() -> frozenset[str]:
         """The domains of the configuration that it does not train on."""
         config = _CONFIG.value
-        return frozenset(config.evaluation.domains) - set(config.data.source.split("+")) if config else frozenset()
+        return (
+            frozenset(config.evaluation.domains) - set(config.data.source.split("+"))
+            if config
+            else frozenset()
+        )
 
     def _main(arguments: list[str]) -> None:
         data = _CONFIG.value.data if _CONFIG.value else DataConfig()
@@ -695,7 +937,9 @@ if __name__ == "__main__":
             root=_ROOT.value or data.root,
             out=Path(_OUT.value),
             everything=_ALL.value,
-            workers=_WORKERS.value if _WORKERS.value is not None else (os.cpu_count() or 1) * _ALL.value,
+            workers=(
+                _WORKERS.value if _WORKERS.value is not None else (os.cpu_count() or 1) * _ALL.value
+            ),
             skip_list=Path(_SKIP.value) if _SKIP.value else None,
             console=cli.console(),
             folder=data.folder,

@@ -1,4 +1,6 @@
-"""What the commands share: flags that end in a configuration, errors of one line, signals that end a run in order."""
+"""What the commands share: flags that end in a configuration, errors of one line, signals that end
+a run in order.
+"""
 
 from collections.abc import Callable
 import io
@@ -28,7 +30,11 @@ class Experiment:
         """The checked configuration; None if no file was given."""
         if self._flag.value is None:
             return None
-        return config_lib.validated(overrides.applied(config_lib.coerce(self._flag.value, config_lib.Config, ""), self.given))
+        return config_lib.validated(
+            overrides.applied(
+                config_lib.coerce(self._flag.value, config_lib.Config, ""), self.given
+            )
+        )
 
     @property
     def file(self) -> str:
@@ -47,7 +53,8 @@ _given: dict[str, Any] = {}  # filled by `run`
 def define_config() -> Experiment:
     """The flag --config FILE, with --config.FIELD=VALUE overrides."""
     words = "Experiment file below configs/; override any field with --config.FIELD=VALUE."
-    # The library reads the file alone (it is shown no arguments): its overrides would split texts at commas and know no None.
+    # The library reads the file alone (it is shown no arguments): its overrides would split texts
+    # at commas and know no None.
     return Experiment(config_flags.DEFINE_config_file("config", None, words, sys_argv=[]))
 
 
@@ -55,7 +62,8 @@ class _PathParser(flags.ArgumentParser):
     """Reads the value of a flag that names a file or a folder, see `paths.given`."""
 
     def __init__(self, flag: str, urls: bool):
-        self._what, self._urls = f"--{flag}", urls
+        self._what = f"--{flag}"
+        self._urls = urls
 
     def parse(self, argument: str) -> str:
         # Not as a ValueError, in front of which the flags would put words of their own.
@@ -65,7 +73,9 @@ class _PathParser(flags.ArgumentParser):
             raise flags.Error(str(error)) from None
 
 
-def define_path(name: str, help: str, *, default: str | None = None, required: bool = False, urls: bool = False) -> flags.FlagHolder:
+def define_path(
+    name: str, help: str, *, default: str | None = None, required: bool = False, urls: bool = False
+) -> flags.FlagHolder:
     """A flag that names a file or a folder.
 
     Args:
@@ -75,8 +85,17 @@ def define_path(name: str, help: str, *, default: str | None = None, required: b
         required: it must not be left out.
         urls: whether it may be a URL.
     """
-    parser, serializer = _PathParser(name, urls), flags.ArgumentSerializer()
-    return flags.DEFINE(parser, name, default, help, serializer=serializer, required=required, module_name=sys.argv[0])
+    parser = _PathParser(name, urls)
+    serializer = flags.ArgumentSerializer()
+    return flags.DEFINE(
+        parser,
+        name,
+        default,
+        help,
+        serializer=serializer,
+        required=required,
+        module_name=sys.argv[0],
+    )
 
 
 class _ListParser(flags.ArgumentParser):
@@ -89,25 +108,42 @@ class _ListParser(flags.ArgumentParser):
         try:
             found = overrides.parse(argument, tuple[str, ...], self._what)
             if not found or not all(text.strip() for text in found):
-                raise ValueError(f"{self._what} is {argument!r}; allowed: names parted by commas, none of them empty")
+                raise ValueError(
+                    f"{self._what} is {argument!r}; allowed: names parted by commas, none of them"
+                    " empty"
+                )
             return found
         except ValueError as error:
             raise flags.Error(str(error)) from None
 
 
 def define_list(name: str, help: str) -> flags.FlagHolder:
-    """A flag of texts parted by commas; one that holds commas is in quotes. None if it is left out."""
-    return flags.DEFINE(_ListParser(name), name, None, help, serializer=flags.ArgumentSerializer(), module_name=sys.argv[0])
+    """A flag of texts parted by commas; one that holds commas is in quotes.
+
+    None if it is left out.
+    """
+    return flags.DEFINE(
+        _ListParser(name),
+        name,
+        None,
+        help,
+        serializer=flags.ArgumentSerializer(),
+        module_name=sys.argv[0],
+    )
 
 
 def run(main: Callable[[list[str]], None]) -> None:
     """Parses flags, runs `main` and exits; an error a person can mend is one line and exit code 1."""
-    debug = flags.DEFINE_bool("debug", False, "Show the traceback of errors.", module_name=sys.argv[0])
+    debug = flags.DEFINE_bool(
+        "debug", False, "Show the traceback of errors.", module_name=sys.argv[0]
+    )
     logging.set_verbosity(logging.WARNING)
     logging.set_stderrthreshold("warning")
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")  # a file name that is no text must not end a run by being printed
+            stream.reconfigure(
+                errors="backslashreplace"
+            )  # a file name that is no text must not end a run by being printed
 
     app.define_help_flags()
 
@@ -118,19 +154,30 @@ def run(main: Callable[[list[str]], None]) -> None:
             _given.update(found)
         for flag in ("--config", "-config"):
             for i, argument in enumerate(arguments):
-                path = argument.removeprefix(flag + "=") if argument.startswith(flag + "=") else None
+                path = (
+                    argument.removeprefix(flag + "=") if argument.startswith(flag + "=") else None
+                )
                 path = arguments[i + 1] if argument == flag and i + 1 < len(arguments) else path
                 if path is None:
                     continue
-                given, colon, variant = path.partition(":")  # what stands behind the colon is handed to its get_config
+                given, colon, variant = path.partition(
+                    ":"
+                )  # what stands behind the colon is handed to its get_config
                 file = str(config_lib.experiment_file(given))
                 if file != given:
-                    at = i if argument.startswith("--config=") or argument.startswith("-config=") else i + 1
+                    at = (
+                        i
+                        if argument.startswith("--config=") or argument.startswith("-config=")
+                        else i + 1
+                    )
                     arguments[at] = arguments[at].removesuffix(path) + file + colon + variant
                 config_lib.let_import(file)
         positional = flags.FLAGS(arguments)
         if _given and flags.FLAGS["config"].value is None:
-            raise ValueError(f"--config.{next(iter(_given))} changes a configuration, but there is none; give --config FILE")
+            raise ValueError(
+                f"--config.{next(iter(_given))} changes a configuration, but there is none; give"
+                " --config FILE"
+            )
         return positional
 
     def guarded(arguments: list[str]) -> None:
@@ -155,7 +202,9 @@ def _fail(error: Exception) -> None:
 
 
 def console(quiet: bool = False) -> Console:
-    """Where commands print, if not `quiet`: lines are never wrapped, so that paths can be copied, and no text is markup."""
+    """Where commands print, if not `quiet`: lines are never wrapped, so that paths can be copied,
+    and no text is markup.
+    """
     made = Console(soft_wrap=True, highlight=False, markup=False, emoji=False, quiet=quiet)
     if not made.is_terminal:
         made.width = 240  # a log file: no table is cut off
@@ -169,15 +218,17 @@ class Stop(Exception):
 class Interrupt:
     """Notes the signals that ask a run to save and stop; a second Ctrl-C ends the program at once.
 
-    They are SIGTERM, the first Ctrl-C, SIGUSR1 (Slurm's `--signal=USR1@120`) and SIGHUP (the terminal was closed), which is ignored where
-    it was ignored from the start, as under nohup.
+    They are SIGTERM, the first Ctrl-C, SIGUSR1 (Slurm's `--signal=USR1@120`) and SIGHUP (the
+    terminal was closed), which is ignored where it was ignored from the start, as under nohup.
     """
 
     def __init__(self, agree: Callable[[bool], bool] = bool):
         """Args:
-        agree: makes of whether this process was asked to stop whether any of a run was; see `distributed.Agreement`.
+        agree: makes of whether this process was asked to stop whether any of a run was; see
+            `distributed.Agreement`.
         """
-        self._agree, self._noted = agree, False
+        self._agree = agree
+        self._noted = False
         self._terminals = [number for number in (1, 2) if os.isatty(number)]
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP):
             if number == signal.SIGINT or signal.getsignal(number) != signal.SIG_IGN:
@@ -186,7 +237,9 @@ class Interrupt:
     def _note(self, number: int, _) -> None:
         if self._noted and number == signal.SIGINT:
             sys.exit(130)
-        if number == signal.SIGHUP:  # what is printed from now on would be an error, and the run has yet to save
+        if (
+            number == signal.SIGHUP
+        ):  # what is printed from now on would be an error, and the run has yet to save
             null = os.open(os.devnull, os.O_WRONLY)
             for terminal in self._terminals:
                 os.dup2(null, terminal)

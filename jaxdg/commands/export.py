@@ -6,15 +6,17 @@
     model = jax.jit(jax.export.deserialize(open("streets.stablehlo", "rb").read()).call)
     label_map = model(image)    # uint8 [512, 1024, 3], RGB
 
-Where it runs only JAX and flatbuffers are needed, within the compatibility that `jax.export` promises. Beside it `streets.json` says what
-goes in and what comes out: sizes, classes, colours, the protocol of the run. Segmentation gives a label map uint8 [h, w] by the run's
-sliding windows. Detection takes images of the size it was trained on, or that fit it without being resized, and gives {"boxes" [d, 4]:
-x0 y0 x1 y1 in pixels, "scores" [d], "classes" [d]}, the best first; slots without a box have a score of 0. `--batch` makes it take
-[n, h, w, 3] for any n.
+Where it runs only JAX and flatbuffers are needed, within the compatibility that `jax.export`
+promises. Beside it `streets.json` says what goes in and what comes out: sizes, classes, colours,
+the protocol of the run. Segmentation gives a label map uint8 [h, w] by the run's sliding windows.
+Detection takes images of the size it was trained on, or that fit it without being resized, and
+gives {"boxes" [d, 4]: x0 y0 x1 y1 in pixels, "scores" [d], "classes" [d]}, the best first; slots
+without a box have a score of 0. `--batch` makes it take [n, h, w, 3] for any n.
 
-There is no ONNX. jax2onnx 0.17.1, the converter of JAX that is kept up, turns a Mask2Former's scores of one window into a graph that ONNX
-Runtime evaluates alike (to 6e-6), but not the sliding windows around it, and cannot be installed beside the orbax-checkpoint that training
-needs; 0.13.0, the last that can, lacks an operation of Mask2Former.
+There is no ONNX. jax2onnx 0.17.1, the converter of JAX that is kept up, turns a Mask2Former's
+scores of one window into a graph that ONNX Runtime evaluates alike (to 6e-6), but not the sliding
+windows around it, and cannot be installed beside the orbax-checkpoint that training needs; 0.13.0,
+the last that can, lacks an operation of Mask2Former.
 """
 
 from collections.abc import Callable, Sequence
@@ -41,7 +43,9 @@ PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
 
 
 def program(model: Model) -> Callable[[jax.Array], Any]:
-    """What `model.predict` computes, as one function of an image uint8 [h, w, 3] that JAX can trace."""
+    """What `model.predict` computes, as one function of an image uint8 [h, w, 3] that JAX can
+    trace.
+    """
     task: Any = model.task
     c = task.config
 
@@ -52,16 +56,24 @@ def program(model: Model) -> Callable[[jax.Array], Any]:
         return jnp.argmax(scores[0], axis=-1).astype(jnp.uint8)
 
     def boxes(image: jax.Array) -> dict[str, jax.Array]:
-        (h, w), (room_h, room_w) = image.shape[:2], c.data.crop
+        h, w = image.shape[:2]
+        room_h, room_w = c.data.crop
         fitted = jnp.pad(image, ((0, room_h - h), (0, room_w - w), (0, 0)))
-        found = task.detect(model.graph, model.state, fitted[None], jnp.array([[h, w]], jnp.float32))
+        found = task.detect(
+            model.graph, model.state, fitted[None], jnp.array([[h, w]], jnp.float32)
+        )
         inside = jnp.clip(found.boxes[0], 0, jnp.array([w, h, w, h], jnp.float32))
         return {"boxes": inside, "scores": found.scores[0], "classes": found.classes[0]}
 
     return label_map if isinstance(task, Segmentation) else boxes
 
 
-def export(model: Model, size: tuple[int, int], platforms: Sequence[str] = PLATFORMS[:2], batch: bool = False) -> jax.export.Exported:
+def export(
+    model: Model,
+    size: tuple[int, int],
+    platforms: Sequence[str] = PLATFORMS[:2],
+    batch: bool = False,
+) -> jax.export.Exported:
     """The model with its weights as a StableHLO program.
 
     Args:
@@ -73,32 +85,45 @@ def export(model: Model, size: tuple[int, int], platforms: Sequence[str] = PLATF
     Raises:
         ValueError: a detector cannot take images of this size as they are.
     """
-    (h, w), crop = size, model.task.config.data.crop
+    h, w = size
+    crop = model.task.config.data.crop
     if not isinstance(model.task, Segmentation) and model.task.fit.inside(size) != size:  # pyright: ignore[reportAttributeAccessIssue]
         raise ValueError(
-            f"size is {h}x{w}; allowed: what fills {crop[0]}x{crop[1]} in height or in width and exceeds neither, for the detector sees "
-            "images at the size it was trained on; resize them to that before"
+            f"size is {h}x{w}; allowed: what fills {crop[0]}x{crop[1]} in height or in width and"
+            " exceeds neither, for the detector sees images at the size it was trained on; resize"
+            " them to that before"
         )
     function = jax.vmap(program(model)) if batch else program(model)
     shape = jax.export.symbolic_shape(f"n, {h}, {w}, 3") if batch else (h, w, 3)
-    return jax.export.export(jax.jit(function), platforms=platforms)(jax.ShapeDtypeStruct(shape, jnp.uint8))
+    return jax.export.export(jax.jit(function), platforms=platforms)(
+        jax.ShapeDtypeStruct(shape, jnp.uint8)
+    )
 
 
 def description(model: Model, exported: jax.export.Exported) -> dict[str, Any]:
     """What the file beside the program says, of JSON types."""
-    c, labels = model.task.config, model.labels
+    c = model.task.config
+    labels = model.labels
     arrays = (
         {"": exported.out_avals[0]}
         if c.task == "segmentation"
         else dict(zip(("boxes", "classes", "scores"), exported.out_avals, strict=True))
     )
     shapes = {
-        name: {"shape": [str(n) if not isinstance(n, int) else n for n in a.shape], "dtype": a.dtype.name} for name, a in arrays.items()
+        name: {
+            "shape": [str(n) if not isinstance(n, int) else n for n in a.shape],
+            "dtype": a.dtype.name,
+        }
+        for name, a in arrays.items()
     }
     (image,) = exported.in_avals
     return {
         "task": c.task,
-        "input": {"shape": [n if isinstance(n, int) else str(n) for n in image.shape], "dtype": "uint8", "channels": "RGB"},
+        "input": {
+            "shape": [n if isinstance(n, int) else str(n) for n in image.shape],
+            "dtype": "uint8",
+            "channels": "RGB",
+        },
         "output": shapes.get("", shapes),
         "classes": list(labels.names),
         "colors": [list(color) for color in labels.colors],
@@ -110,12 +135,17 @@ def description(model: Model, exported: jax.export.Exported) -> dict[str, Any]:
         "decoder": c.model.decoder,
         "step": model.step,
         "platforms": list(exported.platforms),
-        "versions": {"jaxdg": jaxdg.__version__, "jax": jax.__version__, "calling_convention": exported.calling_convention_version},
+        "versions": {
+            "jaxdg": jaxdg.__version__,
+            "jax": jax.__version__,
+            "calling_convention": exported.calling_convention_version,
+        },
     }
 
 
 def check_out(out: Path) -> Path:
-    """Makes sure, before anything is computed, that an export replaces nothing but an earlier one; returns its description's path.
+    """Makes sure, before anything is computed, that an export replaces nothing but an earlier one;
+    returns its description's path.
 
     Args:
         out: file for the program.
@@ -125,11 +155,17 @@ def check_out(out: Path) -> Path:
     """
     beside = out.with_suffix(".json")
     if beside == out:
-        raise ValueError(f"--out is {out}; its description goes to a file of that name; choose another suffix, such as .stablehlo")
+        raise ValueError(
+            f"--out is {out}; its description goes to a file of that name; choose another suffix,"
+            " such as .stablehlo"
+        )
     described = _is_description(beside)
     for path in (beside, out):
         if path.exists() and not (described and path.is_file()):
-            raise ValueError(f"--out {out} would replace {path}, which is there and is none of an export; give another name, or move it")
+            raise ValueError(
+                f"--out {out} would replace {path}, which is there and is none of an export; give"
+                " another name, or move it"
+            )
     return beside
 
 
@@ -138,14 +174,22 @@ def _is_description(path: Path) -> bool:
         content = json.loads(path.read_bytes())
     except (OSError, ValueError):
         return False
-    return isinstance(content, dict) and {"task", "input", "output", "platforms", "versions"} <= content.keys()
+    return (
+        isinstance(content, dict)
+        and {"task", "input", "output", "platforms", "versions"} <= content.keys()
+    )
 
 
 def write(model: Model, exported: jax.export.Exported, out: Path) -> Path:
-    """Writes the program to `out` and its description beside it, each whole or not at all; returns the description's path."""
+    """Writes the program to `out` and its description beside it, each whole or not at all; returns
+    the description's path.
+    """
     beside = check_out(out)
     out.parent.mkdir(parents=True, exist_ok=True)
-    for path, content in ((out, exported.serialize()), (beside, (json.dumps(description(model, exported), indent=2) + "\n").encode())):
+    for path, content in (
+        (out, exported.serialize()),
+        (beside, (json.dumps(description(model, exported), indent=2) + "\n").encode()),
+    ):
         partial = path.with_name(path.name + ".partial")
         partial.write_bytes(content)
         os.replace(partial, path)
@@ -176,13 +220,26 @@ def main(arguments: Sequence[str]) -> None:
     exported = export(model, (h, w), _PLATFORMS.value, _BATCH.value)
     beside = write(model, exported, out)
     images = f"[n, {h}, {w}, 3]" if _BATCH.value else f"[{h}, {w}, 3]"
-    print(f"{out}: {out.stat().st_size / 1e6:.1f} MB, images uint8 {images}, for {', '.join(exported.platforms)}; described in {beside}")
+    print(
+        f"{out}: {out.stat().st_size / 1e6:.1f} MB, images uint8 {images}, for"
+        f" {', '.join(exported.platforms)}; described in {beside}"
+    )
 
 
 if __name__ == "__main__":
-    _CHECKPOINT = cli.define_path("checkpoint", "A workdir, or one step in it such as DIR/checkpoints/500.", required=True)
-    _OUT = cli.define_path("out", "File for the program, such as model.stablehlo; model.json comes beside it.", required=True)
-    _SIZE = flags.DEFINE_string("size", None, "Height x width of the images it will take; the run's data.crop if left out.")
-    _PLATFORMS = flags.DEFINE_multi_enum("platform", list(PLATFORMS[:2]), PLATFORMS, "Where it will run; may be given several times.")
+    _CHECKPOINT = cli.define_path(
+        "checkpoint", "A workdir, or one step in it such as DIR/checkpoints/500.", required=True
+    )
+    _OUT = cli.define_path(
+        "out",
+        "File for the program, such as model.stablehlo; model.json comes beside it.",
+        required=True,
+    )
+    _SIZE = flags.DEFINE_string(
+        "size", None, "Height x width of the images it will take; the run's data.crop if left out."
+    )
+    _PLATFORMS = flags.DEFINE_multi_enum(
+        "platform", list(PLATFORMS[:2]), PLATFORMS, "Where it will run; may be given several times."
+    )
     _BATCH = flags.DEFINE_bool("batch", False, "Take [n, h, w, 3] for any n.")
     cli.run(main)

@@ -1,9 +1,9 @@
 """Folders that know which of their files a command wrote, so that it replaces no others.
 
-Beside the files lies `.jaxdg_predictions.json`: one JSON object a line, the path of a file below the
-folder and the SHA-256 of what was written. A line is added before its file appears, and a file
-appears whole, so that a run that is killed leaves nothing behind that the next one does not know.
-A file that was changed since, such as a label map corrected by hand, is its owner's.
+Beside the files lies `.jaxdg_predictions.json`: one JSON object a line, the path of a file below
+the folder and the SHA-256 of what was written. A line is added before its file appears, and a file
+appears whole, so that a run that is killed leaves nothing behind that the next one does not know. A
+file that was changed since, such as a label map corrected by hand, is its owner's.
 """
 
 import hashlib
@@ -52,7 +52,11 @@ class Outputs:
         if not os.path.lexists(file):
             return True
         known = self.digests.get(self._key(file))
-        return bool(known) and file.is_file() and hashlib.sha256(file.read_bytes()).hexdigest() in known
+        return (
+            bool(known)
+            and file.is_file()
+            and hashlib.sha256(file.read_bytes()).hexdigest() in known
+        )
 
     def write(self, file: Path, content: bytes) -> None:
         """Writes a file whole or not at all.
@@ -61,7 +65,8 @@ class Outputs:
             file: in the folder or below; folders are made.
             content: of the file.
         """
-        key, digest = self._key(file), hashlib.sha256(content).hexdigest()
+        key = self._key(file)
+        digest = hashlib.sha256(content).hexdigest()
         partial = file.with_name(f".{file.name}.{os.getpid()}.partial")
         with files.naming(file):
             file.parent.mkdir(parents=True, exist_ok=True)
@@ -76,7 +81,9 @@ class Outputs:
     def _note(self, key: str, digest: str) -> None:
         self.digests.setdefault(key, set()).add(digest)
         line = json.dumps({"file": key, "sha256": digest})
-        with open(self.folder / NAME, "ab") as noted:  # in one write, as several processes may add to it
+        with open(
+            self.folder / NAME, "ab"
+        ) as noted:  # in one write, as several processes may add to it
             noted.write(f"\n{line}\n".encode())  # of its own even behind one that a crash has cut
 
     def _key(self, file: Path) -> str:
@@ -84,10 +91,15 @@ class Outputs:
 
 
 def written_above(folder: str) -> set[str]:
-    """The real paths of what was written into a folder and the folders that it is in, as far as noted there.
+    """The real paths of what was written into a folder and the folders that it is in, as far as
+    noted there.
 
     Args:
         folder: that exists.
     """
     place = os.path.realpath(folder)
-    return {os.path.join(above, name) for above in (Path(place), *Path(place).parents) for name in Outputs(above).digests}
+    return {
+        os.path.join(above, name)
+        for above in (Path(place), *Path(place).parents)
+        for name in Outputs(above).digests
+    }

@@ -1,18 +1,22 @@
-"""What a run needs and how fast a step would be on machines that are not here: no device, no data, no weights.
+"""What a run needs and how fast a step would be on machines that are not here: no device, no data,
+no weights.
 
     jaxdg plan --config gta5_eva02 --devices 64 --mesh data=8,fsdp=8 --accelerator h100 --config.model.dtype=bfloat16
 
-The real training step of the configuration is compiled by XLA for as many emulated CPU devices, from shapes alone: no parameter is
-allocated. Printed are bytes a device, the collectives of the optimised program, floating-point operations, and the predicted time.
+The real training step of the configuration is compiled by XLA for as many emulated CPU devices,
+from shapes alone: no parameter is allocated. Printed are bytes a device, the collectives of the
+optimised program, floating-point operations, and the predicted time.
 
 What to believe of it:
-- Parameters, optimiser and batch are exact; so is which collectives a step has, except that GPU and TPU compilers may merge them or turn
-  an all-reduce that is cut right after into a reduce-scatter of half the bytes.
-- Temporaries are those of the program for CPUs: an upper bound. It computes bfloat16 products in float32 and, other than fused attention,
-  holds whole score matrices.
-- The time is arithmetic, not measurement: matrix products at --attainable of the peak rate, the optimiser's pass over its state at the
-  memory's, bytes sent around rings at 0.8 of the interconnect's. Between "overlapped", where products hide what is sent, and "in turn".
-  Nothing is added for launching kernels and reading data: models as small as the tests' are far slower.
+- Parameters, optimiser and batch are exact; so is which collectives a step has, except that GPU and
+  TPU compilers may merge them or turn an all-reduce that is cut right after into a reduce-scatter
+  of half the bytes.
+- Temporaries are those of the program for CPUs: an upper bound. It computes bfloat16 products in
+  float32 and, other than fused attention, holds whole score matrices.
+- The time is arithmetic, not measurement: matrix products at --attainable of the peak rate, the
+  optimiser's pass over its state at the memory's, bytes sent around rings at 0.8 of the
+  interconnect's. Between "overlapped", where products hide what is sent, and "in turn". Nothing is
+  added for launching kernels and reading data: models as small as the tests' are far slower.
 """
 
 from collections import defaultdict
@@ -39,7 +43,9 @@ from jaxdg.training import sharding
 from jaxdg.training.step import make_step
 
 LINK_SHARE = 0.8  # of the interconnect's peak that collectives reach
-USABLE = 0.9  # of the memory; the rest is for the runtime, the compiler's own buffers and fragmentation
+USABLE = (
+    0.9  # of the memory; the rest is for the runtime, the compiler's own buffers and fragmentation
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,7 +54,8 @@ class Accelerator:
 
     Attributes:
         flops: dense bfloat16 operations a second.
-        float32: share of that rate at which float32 products run by default: TF32 on GPUs, one bfloat16 pass on TPUs.
+        float32: share of that rate at which float32 products run by default: TF32 on GPUs, one
+            bfloat16 pass on TPUs.
         memory: bytes.
         bandwidth: of the memory, bytes a second.
         link: bytes a second a chip can send to the chips of its domain around a ring.
@@ -65,17 +72,22 @@ class Accelerator:
     network: float
 
 
-# GPUs: NVIDIA's data sheets of H100 SXM, H200 SXM and A100 80GB SXM (NVLink: half of the sum of both directions), nodes of eight and one
-# network card a GPU as in DGX H100, DGX H200 (400 Gb/s) and DGX A100 (200 Gb/s). TPUs: docs.cloud.google.com/tpu/docs, and for a ring along
-# one axis of the torus and for the data centre's network the tables of jax-ml.github.io/scaling-book/tpus.
+# GPUs: NVIDIA's data sheets of H100 SXM, H200 SXM and A100 80GB SXM (NVLink: half of the sum of
+# both directions), nodes of eight and one network card a GPU as in DGX H100, DGX H200 (400 Gb/s)
+# and DGX A100 (200 Gb/s). TPUs: docs.cloud.google.com/tpu/docs, and for a ring along one axis of
+# the torus and for the data centre's network the tables of jax-ml.github.io/scaling-book/tpus.
 ACCELERATORS = {
     "h100": Accelerator(PEAK_TFLOPS["H100"] * 1e12, 0.5, 80e9, 3.35e12, 450e9, 8, 50e9),
     "h200": Accelerator(PEAK_TFLOPS["H200"] * 1e12, 0.5, 141e9, 4.8e12, 450e9, 8, 50e9),
     "a100": Accelerator(PEAK_TFLOPS["A100"] * 1e12, 0.5, 80e9, 2.039e12, 300e9, 8, 25e9),
-    "tpu_v4": Accelerator(PEAK_TFLOPS["TPU v4"] * 1e12, 1.0, 32.0 * 2**30, 1.2e12, 90e9, 4096, 6.25e9),
+    "tpu_v4": Accelerator(
+        PEAK_TFLOPS["TPU v4"] * 1e12, 1.0, 32.0 * 2**30, 1.2e12, 90e9, 4096, 6.25e9
+    ),
     "tpu_v5e": Accelerator(PEAK_TFLOPS["TPU v5 lite"] * 1e12, 1.0, 16e9, 819e9, 90e9, 256, 3.125e9),
     "tpu_v5p": Accelerator(PEAK_TFLOPS["TPU v5"] * 1e12, 1.0, 95e9, 2.765e12, 180e9, 8960, 6.25e9),
-    "tpu_v6e": Accelerator(PEAK_TFLOPS["TPU v6 lite"] * 1e12, 1.0, 32e9, 1.638e12, 180e9, 256, 12.5e9),
+    "tpu_v6e": Accelerator(
+        PEAK_TFLOPS["TPU v6 lite"] * 1e12, 1.0, 32e9, 1.638e12, 180e9, 256, 12.5e9
+    ),
 }
 
 
@@ -99,14 +111,24 @@ class Collective:
     def sent(self) -> float:
         """Bytes a device sends each time, around a ring."""
         n = self.groups.shape[1]
-        return self.size * {"all-reduce": 2 * (n - 1) / n, "collective-permute": 1.0}.get(self.kind, (n - 1) / n)
+        return self.size * {"all-reduce": 2 * (n - 1) / n, "collective-permute": 1.0}.get(
+            self.kind, (n - 1) / n
+        )
 
     def seconds(self, chip: Accelerator) -> float:
-        """Of one step. A group that leaves its domain is as fast as the network cards of its members in each domain together."""
+        """Of one step.
+
+        A group that leaves its domain is as fast as the network cards of its members in each domain
+        together.
+        """
         domains = self.groups // chip.domain
         within = (domains == domains[:, :1]).all()
         inside = max(np.unique(row, return_counts=True)[1].max() for row in domains)
-        return self.times * self.sent / (LINK_SHARE * (chip.link if within else min(chip.link, inside * chip.network)))
+        return (
+            self.times
+            * self.sent
+            / (LINK_SHARE * (chip.link if within else min(chip.link, inside * chip.network)))
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -146,7 +168,12 @@ class Plan:
 def abstract_batch(task: Task, mesh: Any) -> dict[str, Any]:
     """The shapes of a global training batch, divided over the mesh."""
     c = task.config
-    of = lambda dtype, *shape: jax.ShapeDtypeStruct((c.batch_size, *shape), dtype, sharding=sharding.batch_sharding(mesh))
+
+    def of(dtype, *shape):
+        return jax.ShapeDtypeStruct(
+            (c.batch_size, *shape), dtype, sharding=sharding.batch_sharding(mesh)
+        )
+
     if c.task == "segmentation":
         return {"image": of(np.uint8, *c.data.crop, 3), "label": of(np.uint8, *c.data.crop)}
     n = c.data.max_boxes
@@ -156,7 +183,9 @@ def abstract_batch(task: Task, mesh: Any) -> dict[str, Any]:
 
 def device_bytes(tree: Any) -> int:
     """Bytes that one device holds of a tree of shapes with shardings."""
-    return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
+    return sum(
+        math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree)
+    )
 
 
 def plan(config: Config) -> Plan:
@@ -167,13 +196,25 @@ def plan(config: Config) -> Plan:
     """
     for name, options in methods.settings(config).items():
         if options.on:
-            raise ValueError(f"{name}.on is True; allowed: False, for a method may need weights, which are not read here")
+            raise ValueError(
+                f"{name}.on is True; allowed: False, for a method may need weights, which are not"
+                " read here"
+            )
     start = time.perf_counter()
-    task, mesh = tasks.make_task(config), sharding.make_mesh(config.mesh)
+    task = tasks.make_task(config)
+    mesh = sharding.make_mesh(config.mesh)
     model = tasks.Blueprint.of(task, config.model.freeze)
     state, optimizer = tasks.abstract_state(model, config, mesh)
     places = jax.tree.map(lambda leaf: leaf.sharding, state)
-    step = make_step(model.graph, optimizer, task.loss_denominator, task.losses, jax.random.key(0), places, config.optimizer.accumulate)
+    step = make_step(
+        model.graph,
+        optimizer,
+        task.loss_denominator,
+        task.losses,
+        jax.random.key(0),
+        places,
+        config.optimizer.accumulate,
+    )
     batch = abstract_batch(task, mesh)
     # Machine code that never runs need not be good.
     quick = {"xla_backend_optimization_level": "0", "xla_llvm_disable_expensive_passes": "True"}
@@ -185,7 +226,9 @@ def plan(config: Config) -> Plan:
         optimizer=device_bytes(state.opt_state),
         rest=device_bytes((state.step, state.statistics, batch)),
         temporaries=compiled.memory_analysis().temp_size_in_bytes,
-        parameter_count=sum(math.prod(x.shape) for x in jax.tree.leaves((state.trained, state.frozen))),
+        parameter_count=sum(
+            math.prod(x.shape) for x in jax.tree.leaves((state.trained, state.frozen))
+        ),
         flops=count(step, state, batch),
         collectives=found,
         unknown=unknown,
@@ -195,7 +238,9 @@ def plan(config: Config) -> Plan:
 
 KINDS = "all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute"
 COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) .*\{$")
-CALLED = re.compile(r"(?:calls|to_apply|body|condition|true_computation|false_computation)=%?([\w.\-]+)")
+CALLED = re.compile(
+    r"(?:calls|to_apply|body|condition|true_computation|false_computation)=%?([\w.\-]+)"
+)
 BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
 COLLECTIVE = re.compile(rf"= (.*?) ({KINDS})\(")
@@ -206,10 +251,12 @@ def collectives(program: str) -> tuple[list[Collective], int]:
     """The collectives of an optimised program in XLA's text form, each with how often it runs.
 
     Returns:
-        The collectives, and the number of loops around any whose rounds are unknown and which count once.
+        The collectives, and the number of loops around any whose rounds are unknown and which count
+        once.
     """
     bodies: dict[str, list[str]] = {}
-    entry, lines = "", []
+    entry = ""
+    lines = []
     for line in program.splitlines():
         if not line.startswith(" ") and (header := COMPUTATION.match(line)):
             lines = bodies.setdefault(header[2], [])
@@ -217,17 +264,26 @@ def collectives(program: str) -> tuple[list[Collective], int]:
         else:
             lines.append(line)
 
-    # Callees stand before their callers in the text, so going backwards every caller is known when its callees are reached.
+    # Callees stand before their callers in the text, so going backwards every caller is known when
+    # its callees are reached.
     times: dict[str, int] = defaultdict(int, {entry: 1})
     blind: dict[str, set[str]] = defaultdict(set)  # loops of unknown rounds around a computation
-    found, unknown = [], set()
+    found = []
+    unknown = set()
     for name in reversed(bodies):
         for line in bodies[name]:
-            called = CALLED.findall(line) + [n.strip(" %") for group in BRANCHES.findall(line) for n in group.split(",")]
-            rounds, loop = 1, set()
+            called = CALLED.findall(line) + [
+                n.strip(" %") for group in BRANCHES.findall(line) for n in group.split(",")
+            ]
+            rounds = 1
+            loop = set()
             if " while(" in line:
                 trips = TRIPS.search(line)
-                rounds = int(trips[1]) if trips else _compared(bodies[re.search(r"condition=%?([\w.\-]+)", line)[1]])  # pyright: ignore[reportOptionalSubscript]
+                rounds = (
+                    int(trips[1])
+                    if trips
+                    else _compared(bodies[re.search(r"condition=%?([\w.\-]+)", line)[1]])  # pyright: ignore[reportOptionalSubscript]
+                )
                 loop = set() if rounds else {line}
             for callee in called:
                 times[callee] += times[name] * (rounds or 1)
@@ -243,24 +299,43 @@ def collectives(program: str) -> tuple[list[Collective], int]:
 
 
 def _compared(condition: list[str]) -> int | None:
-    """The constant a loop's counter is held against, where its condition is nothing else; None where that cannot be told."""
-    constants = [int(match[1]) for line in condition if (match := re.search(r"= s32\[\]\S* constant\((\d+)\)", line))]
-    return constants[0] if len(constants) == 1 and any("ROOT" in line and "compare" in line for line in condition) else None
+    """The constant a loop's counter is held against, where its condition is nothing else; None
+    where that cannot be told.
+    """
+    constants = [
+        int(match[1])
+        for line in condition
+        if (match := re.search(r"= s32\[\]\S* constant\((\d+)\)", line))
+    ]
+    return (
+        constants[0]
+        if len(constants) == 1 and any("ROOT" in line and "compare" in line for line in condition)
+        else None
+    )
 
 
 def _bytes(shapes: str) -> int:
     """Bytes of a shape or a tuple of shapes, such as `(f32[2,3]{1,0}, pred[])`."""
-    size = lambda kind, bits: 1 if kind == "pred" else int(bits) // 8
-    return sum(math.prod(map(int, filter(None, dims.split(",")))) * size(kind, bits) for kind, bits, dims in SHAPE.findall(shapes))
+
+    def size(kind, bits):
+        return 1 if kind == "pred" else int(bits) // 8
+
+    return sum(
+        math.prod(map(int, filter(None, dims.split(",")))) * size(kind, bits)
+        for kind, bits, dims in SHAPE.findall(shapes)
+    )
 
 
 def replica_groups(line: str) -> np.ndarray:
-    """The devices that a collective joins, [groups, members], from any of the forms in which XLA writes them.
+    """The devices that a collective joins, [groups, members], from any of the forms in which XLA
+    writes them.
 
     Raises:
         ValueError: yet another form.
     """
-    numbers = lambda text: [int(n) for n in re.findall(r"\d+", text)]
+
+    def numbers(text):
+        return [int(n) for n in re.findall(r"\d+", text)]
 
     def devices(text: str) -> np.ndarray:  # [8] or [4,2]T(1,0)
         shape, _, order = text.partition("T")
@@ -274,16 +349,25 @@ def replica_groups(line: str) -> np.ndarray:
     if match := re.search(r"replica_groups=(\[[\d,]+\])<=(\[[\d,]+\](?:T\([\d,]+\))?)", line):
         return devices(match[2]).reshape(numbers(match[1]))
     # Axes of a mesh: mesh['a'=1,'b'=2,'c'=4], device_ids=([4,2]T(1,0)) {'b'}
-    if match := re.search(r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\((.*?)\))? \{((?:'\w+',?)+)\}", line):
+    if match := re.search(
+        r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\((.*?)\))? \{((?:'\w+',?)+)\}", line
+    ):
         axes = dict(re.findall(r"'(\w+)'=(\d+)", match[1]))
-        shape, over = [int(n) for n in axes.values()], [list(axes).index(axis) for axis in re.findall(r"'(\w+)'", match[3])]
+        shape = [int(n) for n in axes.values()]
+        over = [list(axes).index(axis) for axis in re.findall(r"'(\w+)'", match[3])]
         ids = (devices(match[2]) if match[2] else np.arange(math.prod(shape))).reshape(shape)
-        return np.moveaxis(ids, over, range(-len(over), 0)).reshape(-1, math.prod(shape[i] for i in over))
+        return np.moveaxis(ids, over, range(-len(over), 0)).reshape(
+            -1, math.prod(shape[i] for i in over)
+        )
     raise ValueError(f"cannot read which devices this instruction joins: {line.strip()[:200]}")
 
 
-def predict(p: Plan, chip: Accelerator, devices: int, dtype: str, attainable: float) -> dict[str, float]:
-    """Seconds of a step's parts, with those of the step if sending hides behind products ("overlapped") or follows it ("in turn")."""
+def predict(
+    p: Plan, chip: Accelerator, devices: int, dtype: str, attainable: float
+) -> dict[str, float]:
+    """Seconds of a step's parts, with those of the step if sending hides behind products
+    ("overlapped") or follows it ("in turn").
+    """
     rate = chip.flops * attainable * (1.0 if dtype == "bfloat16" else chip.float32)
     products = p.flops / devices / rate
     # Reads gradients, parameters and moments once, writes parameters and moments.
@@ -311,17 +395,30 @@ def parse_mesh(text: str) -> MeshConfig:
 
 def report(config: Config, p: Plan, devices: int, names: Sequence[str], attainable: float) -> str:
     """What is printed, line by line."""
-    m, (h, w), mb = config.model, config.data.crop, lambda n: f"{n / 1e6:10,.1f} MB"
+    m = config.model
+    h, w = config.data.crop
+
+    def mb(n):
+        return f"{n / 1e6:10,.1f} MB"
+
     lines = [
-        f"{m.encoder} + {m.decoder}, {p.parameter_count / 1e6:.1f} M parameters; batch {config.batch_size} of {h}x{w}, {m.dtype}, "
-        f"remat={m.remat}, freeze={m.freeze}",
-        f"{devices} devices, mesh data={config.mesh.data} fsdp={config.mesh.fsdp}; compiled in {p.seconds:.0f} s",
+        (
+            f"{m.encoder} + {m.decoder}, {p.parameter_count / 1e6:.1f} M parameters; batch"
+            f" {config.batch_size} of {h}x{w}, {m.dtype}, remat={m.remat}, freeze={m.freeze}"
+        ),
+        (
+            f"{devices} devices, mesh data={config.mesh.data} fsdp={config.mesh.fsdp}; compiled in"
+            f" {p.seconds:.0f} s"
+        ),
         "",
         "bytes a device",
         f"  parameters              {mb(p.parameters)}",
         f"  optimiser               {mb(p.optimizer)}",
         f"  batch and statistics    {mb(p.rest)}",
-        f"  temporaries             {mb(p.temporaries)}   gradients ({mb(p.gradients).strip()}) and activations",
+        (
+            f"  temporaries             {mb(p.temporaries)}   gradients ({mb(p.gradients).strip()})"
+            " and activations"
+        ),
         f"  all                     {mb(p.total)}",
         "",
         "collectives a step         times   sent a device   among",
@@ -329,21 +426,31 @@ def report(config: Config, p: Plan, devices: int, names: Sequence[str], attainab
     table: dict[tuple[str, int], list[float]] = {}
     for c in p.collectives:
         row = table.setdefault((c.kind, c.groups.shape[1]), [0, 0.0])
-        row[0], row[1] = row[0] + c.times, row[1] + c.times * c.sent
-    lines += [f"  {kind:<22} {times:8.0f}    {mb(sent)}   {n} devices" for (kind, n), (times, sent) in sorted(table.items())] or ["  none"]
+        row[0] += c.times
+        row[1] += c.times * c.sent
+    lines += [
+        f"  {kind:<22} {times:8.0f}    {mb(sent)}   {n} devices"
+        for (kind, n), (times, sent) in sorted(table.items())
+    ] or ["  none"]
     if p.unknown:
-        lines.append(f"  {p.unknown} loops around some of them have no known number of rounds; they count once")
+        lines.append(
+            f"  {p.unknown} loops around some of them have no known number of rounds; they count"
+            " once"
+        )
     lines += ["", f"{p.flops / 1e12:.2f} TFLOP a step, {p.flops / devices / 1e12:.2f} a device"]
     lines += [
-        f"predicted at {attainable:.0%} of the peak for {m.dtype} products, {LINK_SHARE:.0%} of the links', {USABLE:.0%} of the memory:"
+        f"predicted at {attainable:.0%} of the peak for {m.dtype} products, {LINK_SHARE:.0%} of the"
+        f" links', {USABLE:.0%} of the memory:"
     ]
     for name in names:
-        chip, s = ACCELERATORS[name], predict(p, ACCELERATORS[name], devices, m.dtype, attainable)
+        chip = ACCELERATORS[name]
+        s = predict(p, ACCELERATORS[name], devices, m.dtype, attainable)
         fits = p.total <= USABLE * chip.memory
         lines.append(
-            f"  {name:<8} {'fits' if fits else 'DOES NOT FIT'} {mb(chip.memory).strip()}: {100 * p.total / chip.memory:.0f} %;  "
-            f"step {1e3 * s['overlapped']:.1f} ms overlapped to {1e3 * s['in turn']:.1f} ms in turn "
-            f"(products {1e3 * s['products']:.1f}, exchange {1e3 * s['exchange']:.1f}, update {1e3 * s['update']:.1f})"
+            f"  {name:<8} {'fits' if fits else 'DOES NOT FIT'} {mb(chip.memory).strip()}:"
+            f" {100 * p.total / chip.memory:.0f} %;  step {1e3 * s['overlapped']:.1f} ms overlapped"
+            f" to {1e3 * s['in turn']:.1f} ms in turn (products {1e3 * s['products']:.1f}, exchange"
+            f" {1e3 * s['exchange']:.1f}, update {1e3 * s['update']:.1f})"
         )
     return "\n".join(lines)
 
@@ -362,11 +469,18 @@ def main(arguments: Sequence[str]) -> None:
     unit = mesh.size * config.optimizer.accumulate
     if config.batch_size % unit:
         batch_size = -(-config.batch_size // unit) * unit
-        print(f"batch_size {config.batch_size} cannot be divided among {mesh.size} devices: planned with {batch_size}")
+        print(
+            f"batch_size {config.batch_size} cannot be divided among {mesh.size} devices: planned"
+            f" with {batch_size}"
+        )
         config.batch_size = batch_size
-    blocks, taps = getattr(zoo.entry(config.model.encoder).config, "depth", 0), config.model.taps
+    blocks = getattr(zoo.entry(config.model.encoder).config, "depth", 0)
+    taps = config.model.taps
     if taps and max(taps) + 1 < blocks:
-        print(f"model.taps ends at block {max(taps) + 1} of {blocks}, so the rest is left out; --config.model.taps='()' reads the last too")
+        print(
+            f"model.taps ends at block {max(taps) + 1} of {blocks}, so the rest is left out;"
+            " --config.model.taps='()' reads the last too"
+        )
     names = [_ACCELERATOR.value] if _ACCELERATOR.value else list(ACCELERATORS)
     print(report(config, plan(config), mesh.size, names, _ATTAINABLE.value))
 
@@ -374,8 +488,25 @@ def main(arguments: Sequence[str]) -> None:
 if __name__ == "__main__":
     _CONFIG = cli.define_config()
     flags.declare_key_flag("config")
-    _DEVICES = flags.DEFINE_integer("devices", 1, "Devices of the machine that is planned for.", lower_bound=1)
-    _MESH = flags.DEFINE_string("mesh", None, "How they are arranged, such as data=8,fsdp=8; the configuration's own if left out.")
-    _ACCELERATOR = flags.DEFINE_enum("accelerator", None, list(ACCELERATORS), "Whose rates and memory to predict with; all if left out.")
-    _ATTAINABLE = flags.DEFINE_float("attainable", 0.4, "Share of the peak rate that products reach over a whole step.", 0.01, 1.0)
+    _DEVICES = flags.DEFINE_integer(
+        "devices", 1, "Devices of the machine that is planned for.", lower_bound=1
+    )
+    _MESH = flags.DEFINE_string(
+        "mesh",
+        None,
+        "How they are arranged, such as data=8,fsdp=8; the configuration's own if left out.",
+    )
+    _ACCELERATOR = flags.DEFINE_enum(
+        "accelerator",
+        None,
+        list(ACCELERATORS),
+        "Whose rates and memory to predict with; all if left out.",
+    )
+    _ATTAINABLE = flags.DEFINE_float(
+        "attainable",
+        0.4,
+        "Share of the peak rate that products reach over a whole step.",
+        0.01,
+        1.0,
+    )
     cli.run(main)

@@ -3,10 +3,12 @@
     python -m jaxdg.submit --checkpoint runs/test_server --benchmark cityscapes --data_root DATA --out submissions/cityscapes
 
 Both take a zip archive of one grey 8-bit PNG an image, of the image's size.
-- Cityscapes (cityscapesscripts, evalPixelLevelSemanticLabeling.py): class ids as in its label files (road 7, not train ids); whatever
-  folder a file is in, its name begins with the image's city, sequence and frame, and no two files do so for one image.
-- ACDC: train ids (road 0) at 1920x1080 in a folder `labelTrainIds`, every file named as its image: what the publishers' own projects
-  (github.com/brdav/cma, github.com/lhoyer/MIC) write; the server publishes no checking program.
+- Cityscapes (cityscapesscripts, evalPixelLevelSemanticLabeling.py): class ids as in its label files
+  (road 7, not train ids); whatever folder a file is in, its name begins with the image's city,
+  sequence and frame, and no two files do so for one image.
+- ACDC: train ids (road 0) at 1920x1080 in a folder `labelTrainIds`, every file named as its image:
+  what the publishers' own projects (github.com/brdav/cma, github.com/lhoyer/MIC) write; the server
+  publishes no checking program.
 """
 
 from collections.abc import Collection, Mapping, Sequence
@@ -67,18 +69,30 @@ def _count(dataset: published.Published) -> int:
 TRAIN_TO_ID = tuple(id for id, train in sorted(CITYSCAPES_IDS.items(), key=lambda item: item[1]))
 BENCHMARKS = {
     "cityscapes": Benchmark(
-        "cityscapes/test", TRAIN_TO_ID, "", "leftImg8bit.png", "pred_labelIds.png", _count(published.CITYSCAPES_DATASET)
+        "cityscapes/test",
+        TRAIN_TO_ID,
+        "",
+        "leftImg8bit.png",
+        "pred_labelIds.png",
+        _count(published.CITYSCAPES_DATASET),
     ),
-    "acdc": Benchmark("acdc/test", tuple(range(19)), "labelTrainIds", ".png", ".png", _count(published.ACDC)),
+    "acdc": Benchmark(
+        "acdc/test", tuple(range(19)), "labelTrainIds", ".png", ".png", _count(published.ACDC)
+    ),
 }
 
 
 def expected(benchmark: Benchmark, dataset: Dataset) -> dict[str, tuple[int, int]]:
-    """The files of a submission and the height and width of each; ValueError where two images would have one file."""
+    """The files of a submission and the height and width of each; ValueError where two images would
+    have one file.
+    """
     images: dict[str, str] = {}
     for name in map(dataset.name, range(len(dataset))):
         if (other := images.setdefault(benchmark.file(name), name)) != name:
-            raise ValueError(f"{other} and {name} would both be submitted as {benchmark.file(name)}; keep one of them")
+            raise ValueError(
+                f"{other} and {name} would both be submitted as {benchmark.file(name)}; keep one of"
+                " them"
+            )
     return {benchmark.file(dataset.name(i)): dataset.size(i) for i in range(len(dataset))}
 
 
@@ -105,16 +119,20 @@ def check(folder: Path, files: Mapping[str, tuple[int, int]], benchmark: Benchma
     wrong = [f"{name}: missing" for name in sorted(files.keys() - found)]
     wrong += [f"{name}: belongs to no test image" for name in sorted(found - files.keys())]
     if len(files) != benchmark.count:
-        wrong.append(f"{benchmark.domain}: {len(files)} images; the server expects {benchmark.count}")
+        wrong.append(
+            f"{benchmark.domain}: {len(files)} images; the server expects {benchmark.count}"
+        )
     for name in sorted(found & files.keys()):
         data = (folder / name).read_bytes()
         try:
             with Image.open(io.BytesIO(data)) as image:
-                kind, label = (image.format, image.mode), np.asarray(image)
+                kind = (image.format, image.mode)
+                label = np.asarray(image)
         except Exception as error:  # Pillow raises whatever its format plugins meet
             wrong.append(f"{name}: damaged ({error})")
             continue
-        (h, w), outside = files[name], sorted(set(np.unique(label).tolist()) - set(benchmark.ids))
+        h, w = files[name]
+        outside = sorted(set(np.unique(label).tolist()) - set(benchmark.ids))
         if kind != ("PNG", "L"):
             wrong.append(f"{name}: {' '.join(map(str, kind))}; it must be a grey 8-bit PNG")
         elif cut := images.truncated(io.BytesIO(data)):
@@ -122,12 +140,15 @@ def check(folder: Path, files: Mapping[str, tuple[int, int]], benchmark: Benchma
         elif label.shape != (h, w):
             wrong.append(f"{name}: {label.shape[1]}x{label.shape[0]}; its image is {w}x{h}")
         elif outside:
-            wrong.append(f"{name}: ids {', '.join(map(str, outside))} are no classes of the benchmark")
+            wrong.append(
+                f"{name}: ids {', '.join(map(str, outside))} are no classes of the benchmark"
+            )
     return wrong
 
 
 def check_out(folder: Path, files: Collection[str], archive: Path) -> None:
-    """Makes sure, before anything is predicted, that all in a folder is of a submission and that the archive replaces no other.
+    """Makes sure, before anything is predicted, that all in a folder is of a submission and that
+    the archive replaces no other.
 
     Args:
         folder: of the submission.
@@ -138,7 +159,10 @@ def check_out(folder: Path, files: Collection[str], archive: Path) -> None:
         ValueError: the folder or the archive holds something else; names it.
     """
     if foreign := sorted(_files(folder) - set(files)):
-        raise ValueError(f"{folder} holds {foreign[0]}, which is no prediction of a test image; give another --out, or move it")
+        raise ValueError(
+            f"{folder} holds {foreign[0]}, which is no prediction of a test image; give another"
+            " --out, or move it"
+        )
     if not archive.exists():
         return
     try:
@@ -147,7 +171,10 @@ def check_out(folder: Path, files: Collection[str], archive: Path) -> None:
     except (OSError, zipfile.BadZipFile) as error:
         foreign = [str(error)]
     if foreign:
-        raise ValueError(f"{archive} is there and is no submission ({foreign[0]}); give another --out, or move it")
+        raise ValueError(
+            f"{archive} is there and is no submission ({foreign[0]}); give another --out, or"
+            " move it"
+        )
 
 
 def _files(folder: Path) -> set[str]:
@@ -159,7 +186,9 @@ def _files(folder: Path) -> set[str]:
 def pack(folder: Path, files: Sequence[str], archive: Path) -> None:
     """Writes the archive, whole or not at all."""
     partial = archive.with_suffix(".partial")
-    with zipfile.ZipFile(partial, "w", zipfile.ZIP_STORED) as packed:  # PNG files are compressed already
+    with zipfile.ZipFile(
+        partial, "w", zipfile.ZIP_STORED
+    ) as packed:  # PNG files are compressed already
         for name in sorted(files):
             packed.write(folder / name, name)
     os.replace(partial, archive)
@@ -170,13 +199,17 @@ def main(arguments: Sequence[str]) -> None:
     if len(arguments) > 1:
         raise ValueError(f"unexpected argument {arguments[1]!r}; see --help")
     if _CHECKPOINT.value is None and not _CHECK.value:
-        raise ValueError("--checkpoint DIR is needed to predict; --check alone looks at what --out holds")
-    benchmark, console = BENCHMARKS[_BENCHMARK.value], cli.console()
+        raise ValueError(
+            "--checkpoint DIR is needed to predict; --check alone looks at what --out holds"
+        )
+    benchmark = BENCHMARKS[_BENCHMARK.value]
+    console = cli.console()
     workdir, step = locate(_CHECKPOINT.value or "")
     config = config_lib.Config() if _CHECK.value else config_lib.load(workdir)
     config.data.root = _DATA_ROOT.value or os.environ.get("JAXDG_DATA") or config.data.root
     dataset = Segmentation(config).open(benchmark.domain, train=False)
-    folder, files = Path(_OUT.value, _BENCHMARK.value), expected(benchmark, dataset)
+    folder = Path(_OUT.value, _BENCHMARK.value)
+    files = expected(benchmark, dataset)
     archive = folder.with_suffix(".zip")
     if not _CHECK.value:
         check_out(folder, files, archive)
@@ -188,22 +221,44 @@ def main(arguments: Sequence[str]) -> None:
         predict(config_lib.validated(config), workdir, step, dataset, folder, benchmark)
     if wrong := check(folder, files, benchmark):
         console.print("\n".join(wrong))
-        raise ValueError(f"{folder} would not be accepted: {len(wrong)} offenders, listed above; nothing was packed")
+        raise ValueError(
+            f"{folder} would not be accepted: {len(wrong)} offenders, listed above; nothing was"
+            " packed"
+        )
     check_out(folder, files, archive)
     pack(folder, list(files), archive)
     console.print(f"{archive}: {len(files)} images, {archive.stat().st_size / 1e6:.1f} MB")
 
 
-def predict(config: config_lib.Config, workdir: Path, step: int | None, dataset: Dataset, folder: Path, benchmark: Benchmark) -> None:
+def predict(
+    config: config_lib.Config,
+    workdir: Path,
+    step: int | None,
+    dataset: Dataset,
+    folder: Path,
+    benchmark: Benchmark,
+) -> None:
     """Writes the prediction of every image below `folder`."""
-    task, mesh, console = make_task(config), sharding.make_mesh(config.mesh), cli.console()
+    task = make_task(config)
+    mesh = sharding.make_mesh(config.mesh)
+    console = cli.console()
     if not isinstance(task, Segmentation) or task.labels.names != CITYSCAPES.names:
-        raise ValueError(f"{workdir} was not trained on the 19 classes of Cityscapes, which the benchmark is about")
+        raise ValueError(
+            f"{workdir} was not trained on the 19 classes of Cityscapes, which the benchmark is"
+            " about"
+        )
     plan, state, at = restore_model(workdir, step, config, task, mesh)
-    console.print(f"step {at}, protocol {config.evaluation.protocol}, {len(dataset)} images of {benchmark.domain}")
-    label_maps, protocol, done = task.labeller(plan.graph), task.protocol(benchmark.domain), 0
+    console.print(
+        f"step {at}, protocol {config.evaluation.protocol}, {len(dataset)} images of"
+        f" {benchmark.domain}"
+    )
+    label_maps = task.labeller(plan.graph)
+    protocol = task.protocol(benchmark.domain)
+    done = 0
     batch_size = -(-config.evaluation.batch_size // mesh.size) * mesh.size
-    for batch in eval_batches(dataset, batch_size=batch_size, protocol=protocol, workers=config.data.workers):
+    for batch in eval_batches(
+        dataset, batch_size=batch_size, protocol=protocol, workers=config.data.workers
+    ):
         places = batch.pop("index")
         labels = np.asarray(label_maps(state, sharding.to_devices(batch, mesh), protocol))
         for i, label, (h, w) in zip(places, labels, batch["label_size"], strict=True):
@@ -215,12 +270,24 @@ def predict(config: config_lib.Config, workdir: Path, step: int | None, dataset:
 
 
 if __name__ == "__main__":
-    _CHECKPOINT = cli.define_path("checkpoint", "A workdir, or one step in it such as DIR/checkpoints/500.")
-    _BENCHMARK = flags.DEFINE_enum("benchmark", None, list(BENCHMARKS), "Whose test images.", required=True)
-    _DATA_ROOT = cli.define_path("data_root", "Folder of the datasets; $JAXDG_DATA, else the run's, if left out.", urls=True)
+    _CHECKPOINT = cli.define_path(
+        "checkpoint", "A workdir, or one step in it such as DIR/checkpoints/500."
+    )
+    _BENCHMARK = flags.DEFINE_enum(
+        "benchmark", None, list(BENCHMARKS), "Whose test images.", required=True
+    )
+    _DATA_ROOT = cli.define_path(
+        "data_root", "Folder of the datasets; $JAXDG_DATA, else the run's, if left out.", urls=True
+    )
     _OUT = cli.define_path("out", "Folder for the predictions and the archive.", required=True)
-    _PROTOCOL = flags.DEFINE_enum("protocol", None, list(NAMES), "BENCHMARK_test, with test-time augmentation, if left out.")
-    _CHECK = flags.DEFINE_bool("check", False, "Predict nothing: check the predictions that --out holds, and pack them.")
-    _BATCH_SIZE = flags.DEFINE_integer("batch_size", 1, "Images a step, over all devices.", lower_bound=1)
+    _PROTOCOL = flags.DEFINE_enum(
+        "protocol", None, list(NAMES), "BENCHMARK_test, with test-time augmentation, if left out."
+    )
+    _CHECK = flags.DEFINE_bool(
+        "check", False, "Predict nothing: check the predictions that --out holds, and pack them."
+    )
+    _BATCH_SIZE = flags.DEFINE_integer(
+        "batch_size", 1, "Images a step, over all devices.", lower_bound=1
+    )
     _WORKERS = flags.DEFINE_integer("workers", None, "Processes that read images.", lower_bound=0)
     cli.run(main)

@@ -1,10 +1,21 @@
-"""The configuration of a run: its dataclasses, reading, overriding and checking them, and the workdir's own files."""
+"""The configuration of a run: its dataclasses, reading, overriding and checking them, and the
+workdir's own files.
+"""
 
 import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from jaxdg.config.checking import annotation, coerce, common, flat, get, part_type, unknown_field, validated
+    from jaxdg.config.checking import (
+        annotation,
+        coerce,
+        common,
+        flat,
+        get,
+        part_type,
+        unknown_field,
+        validated,
+    )
     from jaxdg.config.neighbours import let_import
     from jaxdg.config.settings import (
         DECODERS,
@@ -49,7 +60,9 @@ _PLACES = ("settings", "checking", "stored")
 
 
 def __getattr__(name: str) -> Any:
-    """Imports what is asked for on first use: settings bring in all model code, which commands that look at files do not need."""
+    """Imports what is asked for on first use: settings bring in all model code, which commands that
+    look at files do not need.
+    """
     if name in __all__:
         for place in _PLACES:
             module = importlib.import_module(f"jaxdg.config.{place}")

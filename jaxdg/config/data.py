@@ -1,4 +1,6 @@
-"""What a run trains on; apart from the other settings, because commands that look at files alone need no model code."""
+"""What a run trains on; apart from the other settings, because commands that look at files alone
+need no model code.
+"""
 
 import dataclasses
 import os
@@ -12,28 +14,42 @@ class DataConfig:
     """What is trained on, and how samples are made from it.
 
     Attributes:
-        source: the domain trained on: `clear` (generated streets), `gta5`, `camvid` or another published dataset, a domain described by
-            `folder`, or several joined by `+`. Default clear.
-        source_weights: how often each of several sources is drawn; () for by their numbers of images. Default ().
-        skip: text file of paths to leave out with their partners, one a line, relative to `root` or absolute; None if unused. Default None.
-        mapillary_labels: which classes the ids of Mapillary Vistas mean, those of vltseg or of rein. Default vltseg.
+        source: the domain trained on: `clear` (generated streets), `gta5`, `camvid` or another
+            published dataset, a domain described by `folder`, or several joined by `+`. Default
+            clear.
+        source_weights: how often each of several sources is drawn; () for by their numbers of
+            images. Default ().
+        skip: text file of paths to leave out with their partners, one a line, relative to `root` or
+            absolute; None if unused. Default None.
+        mapillary_labels: which classes the ids of Mapillary Vistas mean, those of vltseg or of
+            rein. Default vltseg.
         root: folder that holds the datasets as downloaded. Default: $JAXDG_DATA, else `data`.
-        workers: processes that read and augment; 0 does it in threads of the main process. Default 0.
-        crop: height and width in pixels of training crops and of the model's windows. Default 128x128.
-        resize: height and width in pixels of every image before the random scale; None keeps its own. Default None.
-        keep_ratio: resize to the largest size of the image's own ratio that fits into `resize`. Default False.
-        scale: smallest and largest factor of the random resize before the crop. Default 0.75 to 1.5.
+        workers: processes that read and augment; 0 does it in threads of the main process. Default
+            0.
+        crop: height and width in pixels of training crops and of the model's windows. Default
+            128x128.
+        resize: height and width in pixels of every image before the random scale; None keeps its
+            own. Default None.
+        keep_ratio: resize to the largest size of the image's own ratio that fits into `resize`.
+            Default False.
+        scale: smallest and largest factor of the random resize before the crop. Default 0.75 to
+            1.5.
         flip: probability of a horizontal flip. Default 0.5.
-        max_class_share: a crop is redrawn (at most 10 times) while one class covers this share of it; 1 turns it off. Default 1.
-        rare_class_temperature: of rare-class sampling; the lower, the more the rarest classes are preferred (DAFormer: 0.01). 0 turns it
-            off and shows every image once an epoch. Default 0.
+        max_class_share: a crop is redrawn (at most 10 times) while one class covers this share of
+            it; 1 turns it off. Default 1.
+        rare_class_temperature: of rare-class sampling; the lower, the more the rarest classes are
+            preferred (DAFormer: 0.01). 0 turns it off and shows every image once an epoch. Default
+            0.
         rare_class_min_pixels: of the drawn class in an image that is drawn for it. Default 3000.
         randaugment: number of operations of RandAugment and their magnitude, 0 to 10. Default 0, 0.
-        pixmix: most rounds of PixMix, its k, and beta, the larger of which the less is mixed in; 4, 4 are its authors'. Default 0, 0.
-        pictures: folder of images that PixMix mixes in and TLDR takes styles from; None generates fractals. Default None.
-        distortion_probability: of each change of brightness, contrast, saturation and hue. 1 with the latter two at 0 changes contrast and
-            brightness at once, else it is mmsegmentation's PhotoMetricDistortion, whose strengths are 32, 0.5, 0.5, 18 and probability 0.5.
-            Default 1.
+        pixmix: most rounds of PixMix, its k, and beta, the larger of which the less is mixed in; 4,
+            4 are its authors'. Default 0, 0.
+        pictures: folder of images that PixMix mixes in and TLDR takes styles from; None generates
+            fractals. Default None.
+        distortion_probability: of each change of brightness, contrast, saturation and hue. 1 with
+            the latter two at 0 changes contrast and brightness at once, else it is mmsegmentation's
+            PhotoMetricDistortion, whose strengths are 32, 0.5, 0.5, 18 and probability 0.5. Default
+            1.
         brightness: largest random shift of all pixel values, in units of 0..255. Default 24.
         contrast: largest random relative change of contrast. Default 0.25.
         saturation: largest random relative change of saturation. Default 0.

@@ -1,7 +1,8 @@
 """One process at a time: a lock on a file, which says who holds it.
 
-The lock is the operating system's (POSIX), so that the holder's death frees it, also by kill -9, and network folders know it (NFS, and
-Lustre where it is mounted with `flock`). A process must not open the file again while it holds the lock: closing it would free the lock.
+The lock is the operating system's (POSIX), so that the holder's death frees it, also by kill -9,
+and network folders know it (NFS, and Lustre where it is mounted with `flock`). A process must not
+open the file again while it holds the lock: closing it would free the lock.
 """
 
 from collections.abc import Callable, Iterator
@@ -73,7 +74,10 @@ def _taken(path: Path, what: str, say: Callable[[str], None], final: bool) -> in
             note = _note(handle)
             if error.errno in _NO_LOCKS:
                 other = _living(note)
-                say(f"{what}: its file system has no locks, so a second process on another host would not be noticed")
+                say(
+                    f"{what}: its file system has no locks, so a second process on another host"
+                    " would not be noticed"
+                )
             elif error.errno in (errno.EACCES, errno.EAGAIN):
                 other = _words(note)
             else:
@@ -83,13 +87,22 @@ def _taken(path: Path, what: str, say: Callable[[str], None], final: bool) -> in
             os.close(handle)
             if not final:
                 return None
-            raise InUse(f"{what} is in use by {other}; wait for its end, stop it, or give another folder (its lock is {path})")
-        # The holder before may have removed the file after it was opened here: then the lock is on nothing.
+            raise InUse(
+                f"{what} is in use by {other}; wait for its end, stop it, or give another folder"
+                f" (its lock is {path})"
+            )
+        # The holder before may have removed the file after it was opened here: then the lock is on
+        # nothing.
         with contextlib.suppress(FileNotFoundError):
             if os.path.samestat(os.fstat(handle), os.stat(path)):
                 break
         os.close(handle)
-    mine = {"host": socket.gethostname(), "pid": os.getpid(), "since": time.strftime("%F %T"), "command": shlex.join(sys.orig_argv)}
+    mine = {
+        "host": socket.gethostname(),
+        "pid": os.getpid(),
+        "since": time.strftime("%F %T"),
+        "command": shlex.join(sys.orig_argv),
+    }
     os.ftruncate(handle, 0)
     os.pwrite(handle, json.dumps(mine).encode() + b"\n", 0)
     return handle
@@ -107,13 +120,20 @@ def _note(handle: int) -> dict[str, Any]:
 def _words(note: dict[str, Any]) -> str:
     if not note:
         return "another process"
-    words = f"process {note.get('pid')} on host {note.get('host')} since {note.get('since')} ({note.get('command')})"
+    words = (
+        f"process {note.get('pid')} on host {note.get('host')} since {note.get('since')}"
+        f" ({note.get('command')})"
+    )
     return " ".join(words.split())
 
 
 def _living(note: dict[str, Any]) -> str | None:
     """The holder in words if it lives on this host, as far as can be told without locks."""
-    if note.get("host") != socket.gethostname() or not isinstance(note.get("pid"), int) or note["pid"] == os.getpid():
+    if (
+        note.get("host") != socket.gethostname()
+        or not isinstance(note.get("pid"), int)
+        or note["pid"] == os.getpid()
+    ):
         return None
     try:
         os.kill(note["pid"], 0)

@@ -1,7 +1,9 @@
-"""Lets experiment files import others beside them, as `from configs import gta5_eva02`, wherever a command is run.
+"""Lets experiment files import others beside them, as `from configs import gta5_eva02`, wherever a
+command is run.
 
-Only the folder itself gets a name, its own, and only where Python finds nothing else by that name. A folder on `sys.path` would do more:
-it makes everything in it a module, and the recipes that come with this package lie in the package, beside `files`, `data` and `config`.
+Only the folder itself gets a name, its own, and only where Python finds nothing else by that name.
+A folder on `sys.path` would do more: it makes everything in it a module, and the recipes that come
+with this package lie in the package, beside `files`, `data` and `config`.
 """
 
 import importlib.abc
@@ -13,7 +15,10 @@ from typing import Any
 
 _PACKAGE = Path(__file__).resolve().parent.parent
 # Where the recipes are: of the installed package, or of a checkout.
-RECIPES = next((folder for folder in (_PACKAGE / "configs", _PACKAGE.parent / "configs") if folder.is_dir()), _PACKAGE / "configs")
+RECIPES = next(
+    (folder for folder in (_PACKAGE / "configs", _PACKAGE.parent / "configs") if folder.is_dir()),
+    _PACKAGE / "configs",
+)
 
 
 class _Neighbours(importlib.abc.MetaPathFinder):
@@ -25,9 +30,14 @@ class _Neighbours(importlib.abc.MetaPathFinder):
     def add(self, folder: Path) -> None:
         """Lets the folder be imported by its name, before others of the same name."""
         folders = self._folders.setdefault(folder.name, [])
-        self._folders[folder.name] = [str(folder), *(other for other in folders if other != str(folder))]
+        self._folders[folder.name] = [
+            str(folder),
+            *(other for other in folders if other != str(folder)),
+        ]
 
-    def find_spec(self, fullname: str, path: Any, target: ModuleType | None = None) -> ModuleSpec | None:
+    def find_spec(
+        self, fullname: str, path: Any, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
         package, _, module = fullname.partition(".")
         folders = self._folders.get(package)
         if folders is None or "." in module:

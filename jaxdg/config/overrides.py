@@ -1,9 +1,13 @@
-"""`--config.FIELD=VALUE`: texts of the command line read as the types of their fields, and values written as texts that are read back.
+"""`--config.FIELD=VALUE`: texts of the command line read as the types of their fields, and values
+written as texts that are read back.
 
-- Several texts or numbers are parted by commas, `night,fog`. A text that holds commas stands in quotes as in a CSV file,
-  `'"road, route",sky'`, or all of them in a JSON list, `'["road, route", "sky"]'`. `()` is none.
-- `None` is None where the field may be None. A part of the configuration, or a dict, is a JSON object: `'{"7": 0}'`.
-- `--config.FIELD` alone is True and `--noconfig.FIELD` is False, of fields that are one or the other.
+- Several texts or numbers are parted by commas, `night,fog`. A text that holds commas stands in
+  quotes as in a CSV file, `'"road, route",sky'`, or all of them in a JSON list, `'["road, route",
+  "sky"]'`. `()` is none.
+- `None` is None where the field may be None. A part of the configuration, or a dict, is a JSON
+  object: `'{"7": 0}'`.
+- `--config.FIELD` alone is True and `--noconfig.FIELD` is False, of fields that are one or the
+  other.
 
 Only here is a text ever split: configuration files and config.json hold lists.
 """
@@ -21,7 +25,14 @@ from typing import Any
 
 from jaxdg import config as config_lib
 
-_BOOLEANS = {"true": True, "t": True, "1": True, "false": False, "f": False, "0": False}  # in any case, as of other flags
+_BOOLEANS = {
+    "true": True,
+    "t": True,
+    "1": True,
+    "false": False,
+    "f": False,
+    "0": False,
+}  # in any case, as of other flags
 
 
 def take(arguments: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
@@ -51,10 +62,14 @@ def take(arguments: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
         annotation = config_lib.annotation(field)
         if annotation is bool:
             if negated and text is not None:
-                raise ValueError(f"{argument}; allowed: --noconfig.{field}, or --config.{field}=VALUE")
+                raise ValueError(
+                    f"{argument}; allowed: --noconfig.{field}, or --config.{field}=VALUE"
+                )
             text = "false" if negated else "true" if text is None else text
         elif negated:
-            raise ValueError(f"{argument}; allowed: --config.{field}=VALUE, as {field} is not True or False")
+            raise ValueError(
+                f"{argument}; allowed: --config.{field}=VALUE, as {field} is not True or False"
+            )
         elif text is None:
             text = next(waiting, None)
             if text is None:
@@ -100,12 +115,17 @@ def text_of(value: Any) -> str:
     if not value:
         return "()"
     joined = ",".join(map(str, value))
-    plain = all(isinstance(item, (int, float)) or (isinstance(item, str) and re.fullmatch(r"\w[\w/+.-]*", item)) for item in value)
+    plain = all(
+        isinstance(item, (int, float))
+        or (isinstance(item, str) and re.fullmatch(r"\w[\w/+.-]*", item))
+        for item in value
+    )
     return joined if plain else json.dumps(value, ensure_ascii=False)
 
 
 def applied(config: Any, given: Mapping[str, Any]) -> Any:
-    """A copy of a configuration with other values; a part that was None is made of its defaults where a field of it is given.
+    """A copy of a configuration with other values; a part that was None is made of its defaults
+    where a field of it is given.
 
     Raises:
         ValueError: an unknown field.
@@ -114,7 +134,8 @@ def applied(config: Any, given: Mapping[str, Any]) -> Any:
     for field, value in given.items():
         config_lib.annotation(field)
         *path, last = field.split(".")
-        holder, holder_type = config, config_lib.Config
+        holder = config
+        holder_type = config_lib.Config
         for part in path:
             holder_type = config_lib.part_type(typing.get_type_hints(holder_type)[part])
             if getattr(holder, part) is None:
@@ -134,9 +155,14 @@ def _items(text: str, field: str) -> Any:
     try:
         (row,) = csv.reader([text], skipinitialspace=True, strict=True)
     except csv.Error as error:
-        raise ValueError(f"{field} is {text!r}; allowed: values parted by commas, quoted as in CSV, or a JSON list ({error})") from None
+        raise ValueError(
+            f"{field} is {text!r}; allowed: values parted by commas, quoted as in CSV, or a JSON"
+            f" list ({error})"
+        ) from None
     items = [item.strip() for item in row]
-    return items[:-1] if text.rstrip().endswith(",") else items  # as in a tuple, a comma may stand at the end
+    return (
+        items[:-1] if text.rstrip().endswith(",") else items
+    )  # as in a tuple, a comma may stand at the end
 
 
 def _literal(text: str) -> Any:

@@ -1,4 +1,6 @@
-"""Paths as people give them, on the command line or in a configuration: `~` is a home folder, and what is empty is no path."""
+"""Paths as people give them, on the command line or in a configuration: `~` is a home folder, and
+what is empty is no path.
+"""
 
 import os
 import re
@@ -30,11 +32,15 @@ def given(path: str, what: str, *, allowed: str = "a path", urls: bool = False) 
         if urls:
             return path
         raise ValueError(
-            f"{what} is {path}, a URL; allowed: {allowed}, on a disk of this machine or mounted there. "
-            "Only records lie elsewhere: in data.root, where --out of jaxdg.data.prepare has put them"
+            f"{what} is {path}, a URL; allowed: {allowed}, on a disk of this machine or mounted"
+            " there. Only records lie elsewhere: in data.root, where --out of jaxdg.data.prepare"
+            " has put them"
         )
     expanded = os.path.expanduser(path)
     if expanded.startswith("~"):
         name = path.split("/")[0]
-        raise ValueError(f"{what} is {path}, but {name} is no home folder here; give the whole path, or ./{path} for a folder of that name")
+        raise ValueError(
+            f"{what} is {path}, but {name} is no home folder here; give the whole path, or ./{path}"
+            " for a folder of that name"
+        )
     return expanded

@@ -1,6 +1,8 @@
-"""One experiment's configuration: mutable dataclasses of JSON types that hold the settings of the modules as these define them.
+"""One experiment's configuration: mutable dataclasses of JSON types that hold the settings of the
+modules as these define them.
 
-A file below `configs/` defines `get_config() -> Config`. Every field is documented where it is defined, with its unit and default.
+A file below `configs/` defines `get_config() -> Config`. Every field is documented where it is
+defined, with its unit and default.
 """
 
 import dataclasses
@@ -24,21 +26,26 @@ from jaxdg.training.sharding import MeshConfig
 
 @dataclasses.dataclass(unsafe_hash=True, kw_only=True)
 class ModelConfig(EncoderOptions):
-    """What is trained. The fields of `EncoderOptions` say what the encoder is, and those of the chosen decoder are heeded.
+    """What is trained. The fields of `EncoderOptions` say what the encoder is, and those of the
+    chosen decoder are heeded.
 
     Attributes:
         weights: converted weights of the encoder; None trains from scratch. Default None.
-        text_weights: converted text tower beside the encoder, for the decoder clip_text, or to classify by class names in faster_rcnn_c4.
-            Default None.
-        start: workdir of another run, or one step in it, whose whole model this one starts from instead of `weights`. Default None.
-        pyramid: none, or four levels with layer or batch normalisation; encoders with levels of their own need none and get none.
-            Detectors have their own instead, ViTDet's or an FPN. Default layer.
-        decoder: linear, segformer (MLP), mask2former, which needs a pyramid, or clip_text: CLIP's features against class names, without
-            a step of training. Of detection fcos (light, one stage), faster_rcnn, cascade_rcnn, or faster_rcnn_c4, which looks at proposals
-            with the last stage of a CLIP ResNet. Default linear.
-        freeze: what stays as loaded: none, all (the encoder), `first N` (embeddings and first N blocks), `last N` (last N blocks),
-            or a regular expression searched in parameter names such as `backbone.blocks.3.attn.qkv.kernel`. N counts the stages of a
-            hierarchical encoder. Default none.
+        text_weights: converted text tower beside the encoder, for the decoder clip_text, or to
+            classify by class names in faster_rcnn_c4. Default None.
+        start: workdir of another run, or one step in it, whose whole model this one starts from
+            instead of `weights`. Default None.
+        pyramid: none, or four levels with layer or batch normalisation; encoders with levels of
+            their own need none and get none. Detectors have their own instead, ViTDet's or an FPN.
+            Default layer.
+        decoder: linear, segformer (MLP), mask2former, which needs a pyramid, or clip_text: CLIP's
+            features against class names, without a step of training. Of detection fcos (light, one
+            stage), faster_rcnn, cascade_rcnn, or faster_rcnn_c4, which looks at proposals with the
+            last stage of a CLIP ResNet. Default linear.
+        freeze: what stays as loaded: none, all (the encoder), `first N` (embeddings and first N
+            blocks), `last N` (last N blocks), or a regular expression searched in parameter names
+            such as `backbone.blocks.3.attn.qkv.kernel`. N counts the stages of a hierarchical
+            encoder. Default none.
         linear: settings of that decoder.
         segformer: settings of that decoder.
         mask2former: settings of that decoder.
@@ -72,14 +79,17 @@ class EvaluationConfig:
 
     Attributes:
         domains: evaluated in this order; the source among them is marked as seen.
-        protocol: of segmentation image sizes, windows and label maps: native (images at their own size), vltseg, rein, or with
-            test-time augmentation cityscapes_test, acdc_test; see `evaluation/protocols.py`. Of detection whose AP50 is the score:
-            voc07, voc12 or coco; see `evaluation/average_precision.py`. If empty, which is the default, the first of these.
-        stride: rows and columns in pixels between windows of the size of `data.crop` under native; the others have their own. Default
-            64x64.
+        protocol: of segmentation image sizes, windows and label maps: native (images at their own
+            size), vltseg, rein, or with test-time augmentation cityscapes_test, acdc_test; see
+            `evaluation/protocols.py`. Of detection whose AP50 is the score: voc07, voc12 or coco;
+            see `evaluation/average_precision.py`. If empty, which is the default, the first of
+            these.
+        stride: rows and columns in pixels between windows of the size of `data.crop` under native;
+            the others have their own. Default 64x64.
         batch_size: images a step, over all devices. Default 4.
         windows_per_call: windows computed at once; bounds memory. Default 8.
-        max_images: of each domain so many are judged, evenly spread, for quick comparisons; results say so. 0 for all. Default 0.
+        max_images: of each domain so many are judged, evenly spread, for quick comparisons; results
+            say so. 0 for all. Default 0.
     """
 
     domains: tuple[str, ...] = ("clear", "night", "rain", "fog", "dusk_rain")
@@ -95,11 +105,13 @@ class Config:
     """One experiment.
 
     Attributes:
-        steps: optimiser steps of the run; 0 with the decoder clip_text, which is judged as it is. Default 1000.
+        steps: optimiser steps of the run; 0 with the decoder clip_text, which is judged as it is.
+            Default 1000.
         batch_size: crops a step, over all devices and hosts. Default 8.
         seed: of initialisation, sampling and augmentation. Default 0.
         log_every: steps between rows of metrics.jsonl. Default 10.
-        eval_every: steps between evaluations; 0: no evaluation at all, otherwise also at the end. Default 500.
+        eval_every: steps between evaluations; 0: no evaluation at all, otherwise also at the end.
+            Default 500.
         checkpoint_every: steps between checkpoints; one is always written at the end. Default 100.
         keep_checkpoints: newest checkpoints kept, besides the best on the source domain. Default 2.
         task: segmentation or detection. Default segmentation.
@@ -127,9 +139,14 @@ class Config:
     evaluation: EvaluationConfig = dataclasses.field(default_factory=EvaluationConfig)
 
 
-# What a task allows for model.decoder, and for evaluation.protocol, of which the first is the default.
+# What a task allows for model.decoder, and for evaluation.protocol, of which the first is the
+# default.
 DECODERS = {
-    task: tuple(name for name, hint in typing.get_type_hints(ModelConfig).items() if isinstance(hint, type) and issubclass(hint, kind))
+    task: tuple(
+        name
+        for name, hint in typing.get_type_hints(ModelConfig).items()
+        if isinstance(hint, type) and issubclass(hint, kind)
+    )
     for task, kind in (("segmentation", DecoderOptions), ("detection", HeadConfig))
 }
 PROTOCOLS = {"segmentation": protocols.NAMES, "detection": ("voc07", "voc12", "coco")}

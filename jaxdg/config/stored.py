@@ -49,11 +49,15 @@ def experiment(path: str | Path) -> Any:
 
 def save(config: Config, workdir: str | Path) -> None:
     """Writes `config.json` into the workdir, whole or not at all."""
-    files.write(Path(workdir) / "config.json", json.dumps(dataclasses.asdict(config), indent=2) + "\n")
+    files.write(
+        Path(workdir) / "config.json", json.dumps(dataclasses.asdict(config), indent=2) + "\n"
+    )
 
 
 def _once_empty(content: dict[str, Any]) -> dict[str, Any]:
-    """The contents of config.json with what an empty path meant where one was still allowed: none, or the current folder."""
+    """The contents of config.json with what an empty path meant where one was still allowed: none,
+    or the current folder.
+    """
     for field, allowed in PATHS.items():
         owner, _, name = field.partition(".")
         holder = content.get(owner)
@@ -62,32 +66,59 @@ def _once_empty(content: dict[str, Any]) -> dict[str, Any]:
     return content
 
 
-# Where the settings of two-stage detectors are that `model.rcnn` held once, one list for three detectors.
+# Where the settings of two-stage detectors are that `model.rcnn` held once, one list for three
+# detectors.
 _RCNN = {
     "rpn": {"rpn_convs": "convs", "rpn_samples": "samples", "before": "before", "after": "after"},
-    "roi": {name: name for name in ("channels", "convs", "fcs", "hidden", "proposals", "score_threshold", "nms", "detections")},
+    "roi": {
+        name: name
+        for name in (
+            "channels",
+            "convs",
+            "fcs",
+            "hidden",
+            "proposals",
+            "score_threshold",
+            "nms",
+            "detections",
+        )
+    },
 }
 
 
 def _renamed(content: dict[str, Any], kind: type[Config]) -> dict[str, Any]:
     """A stored configuration by the names that its fields have now.
 
-    Methods of the experiment's own (`jaxdg.methods`) are left out: they change training alone, and only their file knows them.
+    Methods of the experiment's own (`jaxdg.methods`) are left out: they change training alone, and
+    only their file knows them.
     """
     known = {field.name for field in dataclasses.fields(kind)}
-    content = {name: part for name, part in content.items() if name in known or not (isinstance(part, dict) and "on" in part)}
+    content = {
+        name: part
+        for name, part in content.items()
+        if name in known or not (isinstance(part, dict) and "on" in part)
+    }
     model = dict(content.get("model") or {})
     if "segformer_channels" in model:
         model["segformer"] = {"hidden": model.pop("segformer_channels")}
     if "rcnn" in model:
         old = model.pop("rcnn")
-        parts = {part: {new: old[name] for name, new in names.items() if name in old} for part, names in _RCNN.items()}
+        parts = {
+            part: {new: old[name] for name, new in names.items() if name in old}
+            for part, names in _RCNN.items()
+        }
         one_stage = {"stages": [[0.5, 10.0]], "class_agnostic": False}
-        for head, roi in (("cascade_rcnn", {}), ("faster_rcnn", one_stage), ("faster_rcnn_c4", {**one_stage, "size": 14})):
+        for head, roi in (
+            ("cascade_rcnn", {}),
+            ("faster_rcnn", one_stage),
+            ("faster_rcnn_c4", {**one_stage, "size": 14}),
+        ):
             model[head] = {"rpn": dict(parts["rpn"]), "roi": {**parts["roi"], **roi}}
             if "anchors" in old:
                 c4 = head == "faster_rcnn_c4"
-                model[head]["rpn"]["sizes"] = [old["anchors"]] if c4 else [[size] for size in old["anchors"]]
+                model[head]["rpn"]["sizes"] = (
+                    [old["anchors"]] if c4 else [[size] for size in old["anchors"]]
+                )
             kept = ("attention_pool",) if head == "faster_rcnn_c4" else ("channels", "levels")
             model[head] |= {name: old[name] for name in kept if name in old}
     return {**content, "model": model} if model else content
@@ -107,13 +138,19 @@ def load(workdir: str | Path, kind: type[Config] = Config) -> Config:
     """
     path = Path(workdir) / "config.json"
     if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist; give the workdir of a training run (the folder given to --workdir)")
+        raise FileNotFoundError(
+            f"{path} does not exist; give the workdir of a training run (the folder given to"
+            " --workdir)"
+        )
     try:
         content = files.read_json(path)
         if not isinstance(content, dict):
             raise files.Broken(f"{path}: broken (no JSON object)")
     except files.Broken as error:
-        raise files.Broken(f"{error}; run the command that trains it again, which writes it anew and keeps the checkpoints") from None
+        raise files.Broken(
+            f"{error}; run the command that trains it again, which writes it anew and keeps the"
+            " checkpoints"
+        ) from None
     try:
         return validated(coerce(_once_empty(_renamed(content, kind)), kind, ""))
     except ValueError as error:

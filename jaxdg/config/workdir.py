@@ -1,9 +1,8 @@
 """The folder of a run: whose it is, who works in it, and what may change when the run goes on.
 
-config.json      the configuration as the run was last started
-changes.jsonl    what was changed when it was gone on with, one object a change: step, field, old, new
-skip.txt         the files that `data.skip` leaves out, as the run was last started
-lock             held by the process that trains
+config.json      the configuration as the run was last started changes.jsonl    what was changed
+when it was gone on with, one object a change: step, field, old, new skip.txt         the files that
+`data.skip` leaves out, as the run was last started lock             held by the process that trains
 checkpoints/ metrics.jsonl tensorboard/ results.json
 """
 
@@ -23,14 +22,21 @@ from jaxdg.data import skip
 # Changing these leaves the run the same, so a resumed run may differ in them.
 FREE_FIELDS = ("mesh.", "data.workers", "data.root", "log_every", "eval_every", "checkpoint_every")
 # Changing these leaves the same what its results mean; that they changed is recorded.
-RECORDED_FIELDS = ("keep_checkpoints", "model.remat", "optimizer.accumulate", "evaluation.batch_size", "evaluation.windows_per_call")
+RECORDED_FIELDS = (
+    "keep_checkpoints",
+    "model.remat",
+    "optimizer.accumulate",
+    "evaluation.batch_size",
+    "evaluation.windows_per_call",
+)
 
 Say = Callable[[str], None]
 
 
 @contextlib.contextmanager
 def reserved(workdir: Path, say: Say) -> Iterator[None]:
-    """Holds the lock of a workdir inside, so that no other process trains there; if no run claims it, nothing is left behind.
+    """Holds the lock of a workdir inside, so that no other process trains there; if no run claims
+    it, nothing is left behind.
 
     Args:
         workdir: need not exist.
@@ -56,12 +62,20 @@ def check(config: Config, workdir: Path) -> None:
     """Looks, without a change, whether a run of `config` may start or go on in `workdir`.
 
     Raises:
-        ValueError: it holds a run of another configuration that has saved something; the message lists the differences.
+        ValueError: it holds a run of another configuration that has saved something; the message
+            lists the differences.
     """
     old = stored(workdir, kind=type(config))
-    changed = [] if old is None else [*differences(old, config), *_no_longer_skipped(old, config, workdir)]
+    changed = (
+        []
+        if old is None
+        else [*differences(old, config), *_no_longer_skipped(old, config, workdir)]
+    )
     if changed and saved(workdir):
-        raise ValueError(f"{workdir} holds another run: {'; '.join(changed)}; give another --workdir or the same settings")
+        raise ValueError(
+            f"{workdir} holds another run: {'; '.join(changed)}; give another --workdir or the same"
+            " settings"
+        )
 
 
 def claim(config: Config, workdir: str | Path, step: int = 0, say: Say = lambda line: None) -> None:
@@ -81,11 +95,17 @@ def claim(config: Config, workdir: str | Path, step: int = 0, say: Say = lambda 
     old = stored(workdir, say, type(config))
     workdir.mkdir(parents=True, exist_ok=True)
     if old is not None and not saved(workdir) and (changed := differences(old, config)):
-        say(f"{workdir} held a run that had saved nothing; it begins anew, with {'; '.join(changed)}")
+        say(
+            f"{workdir} held a run that had saved nothing; it begins anew, with"
+            f" {'; '.join(changed)}"
+        )
         (workdir / "changes.jsonl").unlink(missing_ok=True)
     elif old is not None and (changes := recorded(old, config, workdir)):
         for change in changes:
-            say(f"changed from step {step} on: {change['field']}: {change['old']!r} -> {change['new']!r}")
+            say(
+                f"changed from step {step} on: {change['field']}: {change['old']!r} ->"
+                f" {change['new']!r}"
+            )
         with files.naming(workdir / "changes.jsonl"), (workdir / "changes.jsonl").open("a") as file:
             file.write("".join(json.dumps({"step": step, **change}) + "\n" for change in changes))
     config_lib.save(config, workdir)
@@ -117,31 +137,71 @@ def stored(workdir: Path, say: Say | None = None, kind: type[Config] = Config) -
     except files.Broken as error:
         if say is not None:
             aside = files.set_aside(workdir / "config.json").name
-            say(f"{str(error).split(';')[0]}; it is kept as {aside}; written anew from the settings of this command")
+            say(
+                f"{str(error).split(';')[0]}; it is kept as {aside}; written anew from the settings"
+                " of this command"
+            )
         return None
 
 
 def results(path: Path, say: Say | None = None) -> dict[str, Any] | None:
-    """The contents of a results.json, None if there is none or it is broken; `say` as for `files.recall`."""
-    good = lambda r: isinstance(r, dict) and isinstance(r.get("step"), int) and isinstance(r.get("domains"), dict)
+    """The contents of a results.json, None if there is none or it is broken; `say` as for
+    `files.recall`.
+    """
+
+    def good(r):
+        return (
+            isinstance(r, dict)
+            and isinstance(r.get("step"), int)
+            and isinstance(r.get("domains"), dict)
+        )
+
     return files.recall(path, good, say, "the evaluation makes it again")
 
 
 def differences(old: Config, new: Config) -> list[str]:
-    """Fields that differ between two configurations and would make them different runs, one phrase each."""
-    a, b = config_lib.flat(dataclasses.asdict(old)), config_lib.flat(dataclasses.asdict(new))
-    changed = [key for key in sorted(a.keys() | b.keys()) if a.get(key) != b.get(key) and not key.startswith(FREE_FIELDS)]
-    return [f"{key}: {a.get(key)!r} -> {b.get(key)!r}" for key in changed if not _harmless(key, a.get(key), b.get(key))]
+    """Fields that differ between two configurations and would make them different runs, one phrase
+    each.
+    """
+    a = config_lib.flat(dataclasses.asdict(old))
+    b = config_lib.flat(dataclasses.asdict(new))
+    changed = [
+        key
+        for key in sorted(a.keys() | b.keys())
+        if a.get(key) != b.get(key) and not key.startswith(FREE_FIELDS)
+    ]
+    return [
+        f"{key}: {a.get(key)!r} -> {b.get(key)!r}"
+        for key in changed
+        if not _harmless(key, a.get(key), b.get(key))
+    ]
 
 
 def recorded(old: Config, new: Config, workdir: Path) -> list[dict[str, Any]]:
-    """What changed between two configurations of one run and is recorded: the field, what it was and what it is."""
-    a, b = config_lib.flat(dataclasses.asdict(old)), config_lib.flat(dataclasses.asdict(new))
-    fields = [key for key in sorted(a.keys() | b.keys()) if a.get(key) != b.get(key) and _harmless(key, a.get(key), b.get(key))]
-    changes = [{"field": key, "old": a.get(key), "new": b.get(key)} for key in fields if key != "data.skip"]
-    before, now = _skipped_before(old, new, workdir), _skipped(new)
+    """What changed between two configurations of one run and is recorded: the field, what it was
+    and what it is.
+    """
+    a = config_lib.flat(dataclasses.asdict(old))
+    b = config_lib.flat(dataclasses.asdict(new))
+    fields = [
+        key
+        for key in sorted(a.keys() | b.keys())
+        if a.get(key) != b.get(key) and _harmless(key, a.get(key), b.get(key))
+    ]
+    changes = [
+        {"field": key, "old": a.get(key), "new": b.get(key)} for key in fields if key != "data.skip"
+    ]
+    before = _skipped_before(old, new, workdir)
+    now = _skipped(new)
     if before is not None and before != now:
-        changes.append({"field": "data.skip", "old": old.data.skip, "new": new.data.skip, "added": sorted(now - before)})
+        changes.append(
+            {
+                "field": "data.skip",
+                "old": old.data.skip,
+                "new": new.data.skip,
+                "added": sorted(now - before),
+            }
+        )
     return changes
 
 
@@ -149,7 +209,9 @@ def _harmless(field: str, old: Any, new: Any) -> bool:
     """Whether a run may go on with another value of a field that is recorded."""
     if field == "evaluation.domains":
         return set(new) >= set(old)
-    return field in RECORDED_FIELDS or (field == "data.skip" and new is not None)  # what is in the list is looked at elsewhere
+    return field in RECORDED_FIELDS or (
+        field == "data.skip" and new is not None
+    )  # what is in the list is looked at elsewhere
 
 
 def _no_longer_skipped(old: Config, new: Config, workdir: Path) -> list[str]:
@@ -158,7 +220,14 @@ def _no_longer_skipped(old: Config, new: Config, workdir: Path) -> list[str]:
     if new.data.skip is None or before is None:  # the first is a difference of the configurations
         return []
     lost = skip.no_longer(before, _skipped(new), new.data.root)
-    return [f"data.skip: {new.data.skip} no longer lists {', '.join(lost[:3])}{', ..' if len(lost) > 3 else ''}"] if lost else []
+    return (
+        [
+            f"data.skip: {new.data.skip} no longer lists"
+            f" {', '.join(lost[:3])}{', ..' if len(lost) > 3 else ''}"
+        ]
+        if lost
+        else []
+    )
 
 
 def _skipped_before(old: Config, new: Config, workdir: Path) -> frozenset[str] | None:
@@ -167,7 +236,11 @@ def _skipped_before(old: Config, new: Config, workdir: Path) -> frozenset[str] |
         return frozenset()
     if (copy := workdir / "skip.txt").is_file():
         return frozenset(copy.read_text(errors="surrogateescape").splitlines())
-    return None if old.data.skip == new.data.skip or not os.path.isfile(old.data.skip) else _skipped(old)
+    return (
+        None
+        if old.data.skip == new.data.skip or not os.path.isfile(old.data.skip)
+        else _skipped(old)
+    )
 
 
 def _skipped(config: Config) -> frozenset[str]:

@@ -1,1 +1,3 @@
-"""Checkpoints of others to jaxdg's files and back: the mapping engine, readers of files, one table a family."""
+"""Checkpoints of others to jaxdg's files and back: the mapping engine, readers of files, one table
+a family.
+"""

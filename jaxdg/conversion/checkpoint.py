@@ -1,5 +1,6 @@
-"""Published checkpoint files, read tensor by tensor with NumPy alone: `.safetensors`, `.npz`, torch's `.pth`, `.pth.tar`, `.pt`, `.ckpt`
-and `.bin`, detectron2's `.pkl`, and models in several files (shards) with their index.
+"""Published checkpoint files, read tensor by tensor with NumPy alone: `.safetensors`, `.npz`,
+torch's `.pth`, `.pth.tar`, `.pt`, `.ckpt` and `.bin`, detectron2's `.pkl`, and models in several
+files (shards) with their index.
 
 Nothing here runs code that a file holds: see `pickled`, `torchfile`.
 """
@@ -28,8 +29,22 @@ SUFFIXES = (".safetensors", ".npz", *TORCH)  # that can be written
 READ = (*SUFFIXES, ".ckpt", ".pkl")
 INDEX = ".index.json"
 SHARD = re.compile(r"(.+)-\d{5}-of-\d{5}(\.\w+)")
-WHOLE = ("model.safetensors", "pytorch_model.bin", "diffusion_pytorch_model.safetensors", "open_clip_model.safetensors")  # of a folder
-BROKEN = (SafetensorError, zipfile.BadZipFile, zlib.error, EOFError, OSError, KeyError, TypeError, ValueError)
+WHOLE = (
+    "model.safetensors",
+    "pytorch_model.bin",
+    "diffusion_pytorch_model.safetensors",
+    "open_clip_model.safetensors",
+)  # of a folder
+BROKEN = (
+    SafetensorError,
+    zipfile.BadZipFile,
+    zlib.error,
+    EOFError,
+    OSError,
+    KeyError,
+    TypeError,
+    ValueError,
+)
 
 
 class Checkpoint(NamedTuple):
@@ -38,12 +53,15 @@ class Checkpoint(NamedTuple):
     Attributes:
         names: of its tensors.
         read: gives the tensor of a name.
-        kind: whether they are an average (`sets.EMA`) or as trained (`sets.RAW`), where the file tells.
+        kind: whether they are an average (`sets.EMA`) or as trained (`sets.RAW`), where the file
+            tells.
         notes: for reports: which of its dictionaries was taken, what lies beside it.
         files: that hold it.
         about: metadata.
-        scripted: whether it is an archive of TorchScript, as OpenAI publishes CLIP, which tells an activation that the tensors do not.
-        wanted: which set of weights was asked for, where there may be several behind different prefixes.
+        scripted: whether it is an archive of TorchScript, as OpenAI publishes CLIP, which tells an
+            activation that the tensors do not.
+        wanted: which set of weights was asked for, where there may be several behind different
+            prefixes.
         was: what the file calls a tensor, by the name that it has here, where names were changed.
         outside: names of the file that are no part of the model, with the reason.
     """
@@ -60,7 +78,9 @@ class Checkpoint(NamedTuple):
     outside: Mapping[str, str] = {}
 
     def config(self) -> dict[str, Any]:
-        """What the config.json of transformers beside the file says, if there is one and it can be read."""
+        """What the config.json of transformers beside the file says, if there is one and it can be
+        read.
+        """
         path = self.files[0].with_name("config.json") if self.files else None
         if path is None or not path.is_file():
             return {}
@@ -83,13 +103,14 @@ def opened(path: str | Path, wanted: str | None = None) -> Iterator[Checkpoint]:
     """Opens a checkpoint for reading.
 
     Args:
-        path: a file, the index of a model in several files, one of these, or a folder that holds a model as it is downloaded.
+        path: a file, the index of a model in several files, one of these, or a folder that holds a
+            model as it is downloaded.
         wanted: of several sets of weights in a file, "ema", "raw" or the keys that lead to one.
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: a kind of file that is not read, a damaged file, one that would run code of its own, or one of several sets of weights
-            of which none was chosen; also while reading.
+        ValueError: a kind of file that is not read, a damaged file, one that would run code of its
+            own, or one of several sets of weights of which none was chosen; also while reading.
     """
     path = _file(Path(path))
     with contextlib.ExitStack() as stack:
@@ -98,7 +119,10 @@ def opened(path: str | Path, wanted: str | None = None) -> Iterator[Checkpoint]:
         elif match := SHARD.fullmatch(path.name):
             index = path.with_name(f"{match[1]}{match[2]}{INDEX}")
             if not index.is_file():
-                raise ValueError(f"{path} is one of several files of a model; put all and {index.name} into its folder and give that index")
+                raise ValueError(
+                    f"{path} is one of several files of a model; put all and {index.name} into its"
+                    " folder and give that index"
+                )
             yield _shards(index, wanted, stack)
         else:
             yield _one(path, wanted, stack)
@@ -107,9 +131,17 @@ def opened(path: str | Path, wanted: str | None = None) -> Iterator[Checkpoint]:
 def _file(path: Path) -> Path:
     """The file that is meant by a path, which may be a folder."""
     if path.is_dir():
-        there = [path / name for whole in WHOLE for name in (whole, whole + INDEX) if (path / name).is_file()]
+        there = [
+            path / name
+            for whole in WHOLE
+            for name in (whole, whole + INDEX)
+            if (path / name).is_file()
+        ]
         if not there:
-            raise FileNotFoundError(f"{path} is a folder without {' or '.join(WHOLE[:2])} or an index of several; give the file itself")
+            raise FileNotFoundError(
+                f"{path} is a folder without {' or '.join(WHOLE[:2])} or an index of several; give"
+                " the file itself"
+            )
         return there[0]
     if not path.is_file():
         raise FileNotFoundError(f"no checkpoint at {path}; give the file that was downloaded")
@@ -122,24 +154,39 @@ def _shards(index: Path, wanted: str | None, stack: contextlib.ExitStack) -> Che
         places = dict(json.loads(index.read_text())["weight_map"])
         files = {name: index.parent / name for name in dict.fromkeys(places.values())}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{index} is no index of a model in several files (no weight_map in it); download it again") from error
+        raise ValueError(
+            f"{index} is no index of a model in several files (no weight_map in it); download it"
+            " again"
+        ) from error
     if outside := [name for name in files if Path(name).name != name]:
-        raise ValueError(f"{index} names files outside of its folder ({sets.shortened(outside)}); this is no index of a published model")
+        raise ValueError(
+            f"{index} names files outside of its folder ({sets.shortened(outside)}); this is no"
+            " index of a published model"
+        )
     if missing := [name for name, file in files.items() if not file.is_file()]:
         raise FileNotFoundError(
-            f"{index} names {len(files)} files, and {len(missing)} of them are not beside it: {sets.shortened(missing)}; download them too"
+            f"{index} names {len(files)} files, and {len(missing)} of them are not beside it:"
+            f" {sets.shortened(missing)}; download them too"
         )
     shards = {name: _one(file, wanted, stack) for name, file in files.items()}
     held = {tensor: name for name, shard in shards.items() for tensor in shard.names}
-    wrong = sorted({tensor for tensor, name in places.items() if tensor not in shards[name].names} | (held.keys() - places.keys()))
+    wrong = sorted(
+        {tensor for tensor, name in places.items() if tensor not in shards[name].names}
+        | (held.keys() - places.keys())
+    )
     if wrong or len(held) < sum(len(shard.names) for shard in shards.values()):
         raise ValueError(
-            f"{index} and its files do not agree on {len(wrong)} tensors ({sets.shortened(wrong)}): they are of different versions, or one "
-            "is damaged; download all again"
+            f"{index} and its files do not agree on {len(wrong)} tensors ({sets.shortened(wrong)}):"
+            " they are of different versions, or one is damaged; download all again"
         )
     notes = f"read from {len(files)} files by {index.name}"
-    read = lambda name: shards[places[name]].read(name)
-    return Checkpoint(list(places), read, notes=(notes,), files=(index, *files.values()), wanted=wanted)
+
+    def read(name):
+        return shards[places[name]].read(name)
+
+    return Checkpoint(
+        list(places), read, notes=(notes,), files=(index, *files.values()), wanted=wanted
+    )
 
 
 def _one(path: Path, wanted: str | None, stack: contextlib.ExitStack) -> Checkpoint:
@@ -148,23 +195,32 @@ def _one(path: Path, wanted: str | None, stack: contextlib.ExitStack) -> Checkpo
         raise ValueError(f"{path} {why}")
     suffix = ".pth" if path.name.endswith(".pth.tar") else path.suffix
     if suffix not in READ:
-        raise ValueError(f"{path} is of no kind that is read ({' '.join(READ)} .pth.tar); convert or rename it")
+        raise ValueError(
+            f"{path} is of no kind that is read ({' '.join(READ)} .pth.tar); convert or rename it"
+        )
     inside = torchfile.members(path)
     try:
         if any(name.endswith("data.pkl") for name in inside) or suffix in (*TORCH, ".ckpt"):
             content, get = torchfile.opened(path, stack)
         elif suffix == ".pkl":
             with path.open("rb") as file:
-                content, get = pickled.content(file), None
+                content = pickled.content(file)
+                get = None
         elif suffix == ".npz":
             if not inside:  # NumPy would take it for a pickle
                 raise zipfile.BadZipFile("no zip archive")
             archive = stack.enter_context(np.load(path, allow_pickle=False))
-            return Checkpoint(list(archive.files), _told(path, archive.__getitem__), files=(path,), wanted=wanted)
+            return Checkpoint(
+                list(archive.files), _told(path, archive.__getitem__), files=(path,), wanted=wanted
+            )
         else:
             file = stack.enter_context(safe_open(path, framework="numpy"))
             return Checkpoint(
-                list(file.keys()), _told(path, lambda name: _numbers(file, name)), files=(path,), about=file.metadata() or {}, wanted=wanted
+                list(file.keys()),
+                _told(path, lambda name: _numbers(file, name)),
+                files=(path,),
+                about=file.metadata() or {},
+                wanted=wanted,
             )
     except pickled.ForeignCode as error:
         raise _pickled_code(path, str(error)) from error
@@ -206,21 +262,30 @@ def _told(path: Path, read: Callable[[str], np.ndarray]) -> Callable[[str], np.n
         try:
             return read(name)
         except pickled.Unread as error:
-            raise ValueError(f"{path} holds, at {name}, {error}; take the file of float16, bfloat16 or float32") from error
+            raise ValueError(
+                f"{path} holds, at {name}, {error}; take the file of float16, bfloat16 or float32"
+            ) from error
         except Exception as error:  # what describes a tensor is whatever the file says
             raise _broken(path, error, name) from error
 
     return told
 
 
-def save(tensors: Mapping[str, np.ndarray], path: str | Path, about: Mapping[str, Any], versions: Mapping[str, int] | None = None) -> None:
-    """Writes tensors in the kind of file that the suffix of `path` says, whole or not at all; only `.safetensors` holds `about`.
+def save(
+    tensors: Mapping[str, np.ndarray],
+    path: str | Path,
+    about: Mapping[str, Any],
+    versions: Mapping[str, int] | None = None,
+) -> None:
+    """Writes tensors in the kind of file that the suffix of `path` says, whole or not at all; only
+    `.safetensors` holds `about`.
 
     Args:
         tensors: by the publisher's names.
         path: the file.
         about: metadata.
-        versions: of modules, as torch's `state_dict` notes them beside its tensors; only torch's files hold them.
+        versions: of modules, as torch's `state_dict` notes them beside its tensors; only torch's
+            files hold them.
 
     Raises:
         OSError: it cannot be written; what was there before is untouched.
@@ -228,7 +293,9 @@ def save(tensors: Mapping[str, np.ndarray], path: str | Path, about: Mapping[str
     """
     path = Path(path)
     if path.suffix == ".safetensors":
-        return weights.save(tensors, path, {**about, "format": "pt"})  # "pt" is what readers in torch look for
+        return weights.save(
+            tensors, path, {**about, "format": "pt"}
+        )  # "pt" is what readers in torch look for
     torch = import_torch(path) if path.suffix in TORCH else None
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
@@ -237,13 +304,19 @@ def save(tensors: Mapping[str, np.ndarray], path: str | Path, about: Mapping[str
             if torch is None:
                 np.savez(file, allow_pickle=False, **tensors)
             else:
-                state = OrderedDict((name, torch.from_numpy(tensor)) for name, tensor in tensors.items())
+                state = OrderedDict(
+                    (name, torch.from_numpy(tensor)) for name, tensor in tensors.items()
+                )
                 if versions:
-                    state.__dict__["_metadata"] = OrderedDict((module, {"version": number}) for module, number in versions.items())
+                    state.__dict__["_metadata"] = OrderedDict(
+                        (module, {"version": number}) for module, number in versions.items()
+                    )
                 torch.save(state, file)
         os.replace(partial, path)
     except (OSError, RuntimeError) as error:  # torch raises RuntimeError on a full disk
-        raise OSError(f"cannot write {path} ({error}); free some space or choose another folder") from error
+        raise OSError(
+            f"cannot write {path} ({error}); free some space or choose another folder"
+        ) from error
     finally:
         partial.unlink(missing_ok=True)
 
@@ -254,15 +327,17 @@ def import_torch(path: Path):
         import torch  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         raise ValueError(
-            f'{path.name} needs torch, which is not installed: pip install -e ".[convert]", or use a .safetensors file'
+            f'{path.name} needs torch, which is not installed: pip install -e ".[convert]", or use'
+            " a .safetensors file"
         ) from error
     return torch
 
 
 def _pickled_code(path: Path, name: str) -> ValueError:
     return ValueError(
-        f"{path} is refused: it holds pickled code ({name}) beside its tensors, and loading it could run anything on this "
-        "machine; save its state_dict() alone where you trust it, then convert that"
+        f"{path} is refused: it holds pickled code ({name}) beside its tensors, and loading it"
+        " could run anything on this machine; save its state_dict() alone where you trust it, then"
+        " convert that"
     )
 
 
@@ -270,5 +345,11 @@ def _broken(path: Path, error: Exception, name: str = "") -> ValueError:
     at = f" at {name}" if name else ""
     reason = " ".join(str(error).split())[:200] or type(error).__name__
     if "allow_pickle" in reason:
-        return ValueError(f"{path} is refused: it holds pickled code{at}, and loading it could run anything on this machine")
-    return ValueError(f"{path} cannot be read{at} ({reason}): damaged, cut short or another kind of file; download it again")
+        return ValueError(
+            f"{path} is refused: it holds pickled code{at}, and loading it could run anything on"
+            " this machine"
+        )
+    return ValueError(
+        f"{path} cannot be read{at} ({reason}): damaged, cut short or another kind of file;"
+        " download it again"
+    )

@@ -8,12 +8,14 @@
     jaxdg convert --model vitdet --checkpoint model_final_61ccd1.pkl --out runs/vitdet_b
     jaxdg convert --model vitdet --checkpoint runs/vitdet_b --out back.pth --reverse
 
-The source may be `.safetensors`, `.npz`, `.pth` (also `.pth.tar`), `.pt`, `.ckpt`, `.bin` or `.pkl`, the `.index.json` of a model in
-several files, or a folder as it is downloaded; only writing torch's files needs torch. Every tensor is converted or left out for a stated
-reason, every parameter of the model is filled, or nothing is written and the offenders are named. Of a file that holds the trained weights
-and their average over the training, --weights ema or --weights raw says which.
-A model is an encoder, the text tower beside one, or `mask2former` or `faster_rcnn` for what follows the encoder, of the sizes that its
-file has. `vltseg` and `vitdet` are whole models: their jaxdg side is a workdir.
+The source may be `.safetensors`, `.npz`, `.pth` (also `.pth.tar`), `.pt`, `.ckpt`, `.bin` or
+`.pkl`, the `.index.json` of a model in several files, or a folder as it is downloaded; only writing
+torch's files needs torch. Every tensor is converted or left out for a stated reason, every
+parameter of the model is filled, or nothing is written and the offenders are named. Of a file that
+holds the trained weights and their average over the training, --weights ema or --weights raw says
+which. A model is an encoder, the text tower beside one, or `mask2former` or `faster_rcnn` for what
+follows the encoder, of the sizes that its file has. `vltseg` and `vitdet` are whole models: their
+jaxdg side is a workdir.
 """
 
 import argparse
@@ -47,7 +49,8 @@ def convert(name: str, source: Path, out: Path, wanted: str | None = None) -> st
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: a file that cannot be read, or does not fit, with the offenders named by kind; nothing is written.
+        ValueError: a file that cannot be read, or does not fit, with the offenders named by kind;
+            nothing is written.
     """
     known = models.layouts(name)
     if out.suffix != ".safetensors":
@@ -55,10 +58,17 @@ def convert(name: str, source: Path, out: Path, wanted: str | None = None) -> st
     free(out, source, name)
     head = models.HEADS.get(name)
     config = None if head else backbones.TEXT_TOWERS.get(name) or backbones.entry(name).config
-    activation = config.activation if isinstance(config, backbones.ClipVitConfig | backbones.ClipTextConfig) else None
+    activation = (
+        config.activation
+        if isinstance(config, backbones.ClipVitConfig | backbones.ClipTextConfig)
+        else None
+    )
     with checkpoint.opened(source, wanted) as file:
         if activation == "gelu" and file.scripted:
-            raise ValueError(f"{source} is an archive as OpenAI publishes, trained with quick_gelu; --list shows the encoders for it")
+            raise ValueError(
+                f"{source} is an archive as OpenAI publishes, trained with quick_gelu; --list shows"
+                " the encoders for it"
+            )
         with _telling(name, source, file):
             view = wrappers.unwrapped(file, known)
             if view.names != file.names:
@@ -83,23 +93,35 @@ def convert(name: str, source: Path, out: Path, wanted: str | None = None) -> st
         if head:
             about |= head.about(*sizes)
         weights.save(converted.tensors, out, about)
-        grids = [f"  {key}: {_grid(converted.tensors[key])}" for key in converted.tensors if key.endswith("pos_embed")]
+        grids = [
+            f"  {key}: {_grid(converted.tensors[key])}"
+            for key in converted.tensors
+            if key.endswith("pos_embed")
+        ]
 
     lines = _mapped(name, source, view, converted.layout, left_out) + grids
     if head:
         lines.append(f"  sizes, by its tensors: {head.described(*sizes)}")
     if activation:
         lines.append(
-            f"  activation: {activation}, because {name} has it; the tensors do not tell, so see --list that the source is for {name}"
+            f"  activation: {activation}, because {name} has it; the tensors do not tell, so see"
+            f" --list that the source is for {name}"
         )
-    return "\n".join([*lines, f"  wrote {out}: {len(converted.tensors)} tensors, {out.stat().st_size} bytes"])
+    return "\n".join(
+        [*lines, f"  wrote {out}: {len(converted.tensors)} tensors, {out.stat().st_size} bytes"]
+    )
 
 
 def convert_whole(name: str, source: Path, out: Path, wanted: str | None = None) -> str:
-    """Converts the published checkpoint `source` of the whole model called `name` to the workdir `out`; else as `convert`."""
+    """Converts the published checkpoint `source` of the whole model called `name` to the workdir
+    `out`; else as `convert`.
+    """
     family = models.WHOLE[name]
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
-        raise ValueError(f"--out {out} is there already; {name} is written to a new folder, the workdir of a finished run")
+        raise ValueError(
+            f"--out {out} is there already; {name} is written to a new folder, the workdir of a"
+            " finished run"
+        )
     with checkpoint.opened(source, wanted) as file:
         with _telling(name, source, file):
             view = wrappers.unwrapped(file, family.layouts())
@@ -109,7 +131,13 @@ def convert_whole(name: str, source: Path, out: Path, wanted: str | None = None)
             converted = mapping.to_flax(model, (layout,), view.names, view.read)
         vltseg.write(config, model, converted.tensors, out)
         lines = _mapped(name, source, view, layout, _left_out(converted, view))
-    return "\n".join([*lines, f"  {family.described(config)}", f"  wrote {out}: {len(converted.tensors)} tensors, step {config.steps}"])
+    return "\n".join(
+        [
+            *lines,
+            f"  {family.described(config)}",
+            f"  wrote {out}: {len(converted.tensors)} tensors, step {config.steps}",
+        ]
+    )
 
 
 @contextlib.contextmanager
@@ -120,11 +148,14 @@ def _telling(name: str, source: Path, file: checkpoint.Checkpoint) -> Iterator[N
     except wrappers.Undecided as error:
         raise ValueError(f"{source} is not clear: {error}") from error
     except mapping.Misfit as error:
-        raise ValueError(f"{source} is no checkpoint of {name}{models.likely(file, name)}: {error}") from error
+        raise ValueError(
+            f"{source} is no checkpoint of {name}{models.likely(file, name)}: {error}"
+        ) from error
 
 
 def free(out: Path, source: Path, name: str | None) -> None:
-    """Refuses to write over the checkpoint, and over a file that jaxdg did not write for the same model.
+    """Refuses to write over the checkpoint, and over a file that jaxdg did not write for the same
+    model.
 
     Raises:
         ValueError: what stands there, and what to do.
@@ -132,7 +163,9 @@ def free(out: Path, source: Path, name: str | None) -> None:
     if not out.exists():
         return
     if source.exists() and out.samefile(source):
-        raise ValueError(f"--out {out} is --checkpoint {source}, which would be lost; name another file")
+        raise ValueError(
+            f"--out {out} is --checkpoint {source}, which would be lost; name another file"
+        )
     if out.is_dir():
         raise ValueError(f"--out {out} is a folder; name a file in it")
     about = {}
@@ -140,42 +173,64 @@ def free(out: Path, source: Path, name: str | None) -> None:
         with contextlib.suppress(ValueError):
             about = weights.metadata(out)
     if "jaxdg" not in about:
-        raise ValueError(f"--out {out} is there already, and nothing tells that jaxdg wrote it; name another file, or remove it")
+        raise ValueError(
+            f"--out {out} is there already, and nothing tells that jaxdg wrote it; name another"
+            " file, or remove it"
+        )
     if name not in (None, about.get("model")):
-        raise ValueError(f"--out {out} is there already, with the weights of {about.get('model')}; name another file, or remove it")
+        raise ValueError(
+            f"--out {out} is there already, with the weights of {about.get('model')}; name another"
+            " file, or remove it"
+        )
 
 
 def _left_out(converted: mapping.Converted, view: checkpoint.Checkpoint) -> dict[str, str]:
     """What of a file was not mapped, by its names there, with the reasons."""
-    return {view.was.get(name, name): why for name, why in converted.left_out.items()} | dict(view.outside)
+    return {view.was.get(name, name): why for name, why in converted.left_out.items()} | dict(
+        view.outside
+    )
 
 
-def _mapped(name: str, source: Path, view: checkpoint.Checkpoint, layout: mapping.Layout, left_out: Mapping[str, str]) -> list[str]:
+def _mapped(
+    name: str,
+    source: Path,
+    view: checkpoint.Checkpoint,
+    layout: mapping.Layout,
+    left_out: Mapping[str, str],
+) -> list[str]:
     """Which tensors were taken, how many were mapped, and which were left out for what reason."""
     total = len(view.names) + len(view.outside)
-    lines = [f"{name} from {source.name}: {total - len(left_out)} of {total} tensors mapped (layout: {layout.name})"]
+    lines = [
+        f"{name} from {source.name}: {total - len(left_out)} of {total} tensors mapped (layout:"
+        f" {layout.name})"
+    ]
     lines += [f"  {note}" for note in view.notes]
     for reason in dict.fromkeys(left_out.values()):
-        kinds = dict.fromkeys(weights.NUMBER.sub("*", key) for key, why in left_out.items() if why == reason)
+        kinds = dict.fromkeys(
+            weights.NUMBER.sub("*", key) for key, why in left_out.items() if why == reason
+        )
         lines.append(f"  left out: {sets.shortened([*kinds], most=20)} ({reason})")
     return lines
 
 
 def reverse(name: str, source: Path, out: Path, chosen: str | None = None) -> str:
-    """Converts the jaxdg file `source` of the model called `name` back to its publisher's names and axes.
+    """Converts the jaxdg file `source` of the model called `name` back to its publisher's names and
+    axes.
 
     Args:
         name: of the zoo, `mask2former` or `faster_rcnn`.
         source: a `.safetensors` file of jaxdg.
         out: `.npz`, `.safetensors`, `.pth`, `.pt` or `.bin`.
-        chosen: name of a layout; None for the one torch users have, or in `.npz` that of its Flax files if there are any.
+        chosen: name of a layout; None for the one torch users have, or in `.npz` that of its Flax
+            files if there are any.
 
     Returns:
         A report for a person.
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: a file that cannot be read, or does not fit, with the offenders named by kind; nothing is written.
+        ValueError: a file that cannot be read, or does not fit, with the offenders named by kind;
+            nothing is written.
     """
     known = models.layouts(name)
     if out.suffix not in checkpoint.SUFFIXES:
@@ -188,39 +243,60 @@ def reverse(name: str, source: Path, out: Path, chosen: str | None = None) -> st
     if chosen is not None and chosen not in names:
         raise ValueError(f"--layout {chosen} is none of {name}; allowed: {', '.join(names)}")
     head = models.HEADS.get(name)
-    flax = [layout for layout in known if out.suffix == ".npz" and any("/" in row.source[0] for row in layout.rows)]
+    flax = [
+        layout
+        for layout in known
+        if out.suffix == ".npz" and any("/" in row.source[0] for row in layout.rows)
+    ]
     layout = known[names.index(chosen)] if chosen else (flax[-1] if flax else known[0])
     stored = weights.read(source)
     try:
         module = head.abstract(*head.of_tensors(stored)) if head else models.abstract(name)
         tensors = mapping.from_flax(module, layout, stored)
     except mapping.Misfit as error:
-        foreign = "" if "jaxdg" in about else "; nothing tells that jaxdg wrote it: a published file is converted without --reverse"
+        foreign = (
+            ""
+            if "jaxdg" in about
+            else (
+                "; nothing tells that jaxdg wrote it: a published file is converted without"
+                " --reverse"
+            )
+        )
         raise ValueError(f"{source} is no file of {name}: {error}{foreign}") from error
     versions = head.VERSIONS if head else None
-    checkpoint.save(tensors, out, {"model": name, "source": source.name, "jaxdg": jaxdg.__version__}, versions)
+    checkpoint.save(
+        tensors, out, {"model": name, "source": source.name, "jaxdg": jaxdg.__version__}, versions
+    )
     return _written(name, out, len(tensors), layout)
 
 
 def reverse_whole(source: Path, out: Path) -> str:
-    """Converts a workdir, or one step in it, of a ViTDet back to detectron2's names and axes; returns and raises as `reverse`."""
+    """Converts a workdir, or one step in it, of a ViTDet back to detectron2's names and axes;
+    returns and raises as `reverse`.
+    """
     if out.suffix not in checkpoint.SUFFIXES:
         raise ValueError(f"--out {out} must end in one of {' '.join(checkpoint.SUFFIXES)}")
     free(out, source, vitdet.NAME)
     config = config_lib.load(locate(source)[0])
     layout = vitdet.of_workdir(config)
     tensors = mapping.from_flax(vltseg.abstract(config), layout, stored_tensors(source))
-    checkpoint.save(tensors, out, {"model": vitdet.NAME, "source": source.name, "jaxdg": jaxdg.__version__})
+    checkpoint.save(
+        tensors, out, {"model": vitdet.NAME, "source": source.name, "jaxdg": jaxdg.__version__}
+    )
     return _written(vitdet.NAME, out, len(tensors), layout)
 
 
 def _written(name: str, out: Path, tensors: int, layout: mapping.Layout) -> str:
     note = f"; {layout.note}" if layout.note else ""
-    return f"{name} to {out}: {tensors} tensors, {out.stat().st_size} bytes (layout: {layout.name}{note})"
+    return (
+        f"{name} to {out}: {tensors} tensors, {out.stat().st_size} bytes (layout:"
+        f" {layout.name}{note})"
+    )
 
 
 def model_of(source: Path, ours: bool, wanted: str | None = None) -> str:
-    """The model that a file is of: by the tensors of a published one (which of them is `wanted`), by the metadata of one of `ours`.
+    """The model that a file is of: by the tensors of a published one (which of them is `wanted`),
+    by the metadata of one of `ours`.
 
     Raises:
         FileNotFoundError: no such file.
@@ -241,9 +317,15 @@ def model_of(source: Path, ours: bool, wanted: str | None = None) -> str:
 def _grid(positions: np.ndarray) -> str:
     """Learned positions [1, prefix + side * side, c] or [1, rows, columns, c] in words."""
     if positions.ndim == 4:
-        return f"{positions.shape[1]}x{positions.shape[2]} positions, stored as they are; load resizes them"
+        return (
+            f"{positions.shape[1]}x{positions.shape[2]} positions, stored as they are; load resizes"
+            " them"
+        )
     side = math.isqrt(positions.shape[1])
-    return f"{side}x{side} positions and {positions.shape[1] - side * side} for tokens without one, stored as they are; load resizes them"
+    return (
+        f"{side}x{side} positions and {positions.shape[1] - side * side} for tokens without one,"
+        " stored as they are; load resizes them"
+    )
 
 
 def _path(text: str) -> Path:
@@ -255,18 +337,46 @@ def _path(text: str) -> Path:
 
 def main(arguments: list[str] | None = None) -> int:
     """The command; returns its exit code."""
-    parser = argparse.ArgumentParser(prog="jaxdg convert", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", metavar="NAME", help="a name that --list shows; needed where the file does not tell")
+    parser = argparse.ArgumentParser(
+        prog="jaxdg convert",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "--model",
+        metavar="NAME",
+        help="a name that --list shows; needed where the file does not tell",
+    )
     parser.add_argument("--checkpoint", metavar="FILE", type=_path, help="file to convert")
     parser.add_argument(
-        "--out", metavar="FILE", type=_path, help="file to write; .safetensors unless --reverse; a folder for vltseg and vitdet"
+        "--out",
+        metavar="FILE",
+        type=_path,
+        help="file to write; .safetensors unless --reverse; a folder for vltseg and vitdet",
     )
     parser.add_argument(
-        "--weights", metavar="ema|raw|NAME", help="which of several sets of weights in a file: the average over the training, or as trained"
+        "--weights",
+        metavar="ema|raw|NAME",
+        help=(
+            "which of several sets of weights in a file: the average over the training, or as"
+            " trained"
+        ),
     )
-    parser.add_argument("--reverse", action="store_true", help="from jaxdg's names back to the publisher's; --out chooses the kind of file")
-    parser.add_argument("--layout", metavar="NAME", help="with --reverse, whose names to write; a wrong one lists those there are")
-    parser.add_argument("--list", action="store_true", help="show the models, where their weights are, licence and size")
+    parser.add_argument(
+        "--reverse",
+        action="store_true",
+        help="from jaxdg's names back to the publisher's; --out chooses the kind of file",
+    )
+    parser.add_argument(
+        "--layout",
+        metavar="NAME",
+        help="with --reverse, whose names to write; a wrong one lists those there are",
+    )
+    parser.add_argument(
+        "--list",
+        action="store_true",
+        help="show the models, where their weights are, licence and size",
+    )
     args = parser.parse_args(arguments)
     if args.list:
         print(models.listing())
@@ -274,7 +384,9 @@ def main(arguments: list[str] | None = None) -> int:
     if not (args.checkpoint and args.out):
         parser.error("--checkpoint and --out are both needed (or --list)")
     if args.layout and not args.reverse:
-        parser.error("--layout is for --reverse; the layout of a published file is recognised by its names")
+        parser.error(
+            "--layout is for --reverse; the layout of a published file is recognised by its names"
+        )
     if args.weights and args.reverse:
         parser.error("--weights is for published files; one of jaxdg holds one set")
     if args.model == vltseg.NAME and args.reverse:
@@ -285,9 +397,17 @@ def main(arguments: list[str] | None = None) -> int:
             free(args.out, args.checkpoint, None)
             args.model = model_of(args.checkpoint, args.reverse, args.weights)
         if args.reverse:
-            print(reverse_whole(*files) if args.model == vitdet.NAME else reverse(args.model, *files, args.layout))
+            print(
+                reverse_whole(*files)
+                if args.model == vitdet.NAME
+                else reverse(args.model, *files, args.layout)
+            )
         else:
-            print((convert_whole if args.model in models.WHOLE else convert)(args.model, *files, args.weights))
+            print(
+                (convert_whole if args.model in models.WHOLE else convert)(
+                    args.model, *files, args.weights
+                )
+            )
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

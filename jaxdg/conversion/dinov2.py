@@ -1,4 +1,6 @@
-"""DINOv2 with and without registers: the names of its authors (timm's too, without registers), of transformers and of timm."""
+"""DINOv2 with and without registers: the names of its authors (timm's too, without registers), of
+transformers and of timm.
+"""
 
 from collections.abc import Mapping
 
@@ -34,7 +36,14 @@ def layouts(config: Dinov2Config) -> tuple[Layout, ...]:
         (
             *(row for row in rows if ".qkv." not in row.target),
             *(
-                Row(tuple(f"blocks.*.attention.attention.{part}.{theirs}" for part in ("query", "key", "value")), target, transform)
+                Row(
+                    tuple(
+                        f"blocks.*.attention.attention.{part}.{theirs}"
+                        for part in ("query", "key", "value")
+                    ),
+                    target,
+                    transform,
+                )
                 for theirs, target, transform in (
                     ("weight", "blocks.*.attn.qkv.kernel", APART_KERNELS),
                     ("bias", "blocks.*.attn.qkv.bias", APART_BIASES),
@@ -48,12 +57,21 @@ def layouts(config: Dinov2Config) -> tuple[Layout, ...]:
     if not config.registers:
         return authors, transformers
     timm = renamed(
-        (*(row for row in rows if row.target != "pos_embed"), Row(("pos_embed",), "pos_embed", CLASS_ROW, resized=True)),
+        (
+            *(row for row in rows if row.target != "pos_embed"),
+            Row(("pos_embed",), "pos_embed", CLASS_ROW, resized=True),
+        ),
         "timm",
         (("register_tokens", "reg_token"),),
         ((r"norm\.(weight|bias)", NORM),),
     )
-    return authors, transformers, timm._replace(beside=_class_token, note="the class token's position is added to that token")
+    return (
+        authors,
+        transformers,
+        timm._replace(
+            beside=_class_token, note="the class token's position is added to that token"
+        ),
+    )
 
 
 def _class_token(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -62,4 +80,6 @@ def _class_token(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 
 # Where there are registers timm's positions have no row for the class token.
-CLASS_ROW = Transform(lambda a: np.concatenate([np.zeros_like(a[:, :1]), a], axis=1), lambda a: (a[:, 1:],))
+CLASS_ROW = Transform(
+    lambda a: np.concatenate([np.zeros_like(a[:, :1]), a], axis=1), lambda a: (a[:, 1:],)
+)

@@ -1,4 +1,6 @@
-"""DINOv3's vision transformers: the names of its authors, of transformers and of timm, whose models have biases or, as usual, none."""
+"""DINOv3's vision transformers: the names of its authors, of transformers and of timm, whose models
+have biases or, as usual, none.
+"""
 
 import numpy as np
 
@@ -27,7 +29,9 @@ BIAS = "blocks.*.attn.qv_bias"
 
 def layouts(config: Dinov3Config) -> tuple[Layout, ...]:
     """All layouts of the model of `config`; the first is that of the files its authors publish."""
-    unbiased = tuple(row for row in vit.timm().rows if row.target not in ("pos_embed", "blocks.*.attn.qkv.bias"))
+    unbiased = tuple(
+        row for row in vit.timm().rows if row.target not in ("pos_embed", "blocks.*.attn.qkv.bias")
+    )
     rows = (*unbiased, Row(("storage_tokens",), "storage_tokens", SAME), *SCALES)
     authors = Layout(
         "DINOv3",
@@ -37,7 +41,11 @@ def layouts(config: Dinov3Config) -> tuple[Layout, ...]:
     transformers = renamed(
         (
             *(row for row in rows if row.target != "blocks.*.attn.qkv.kernel"),
-            Row(tuple(f"blocks.*.attention.{part}_proj.weight" for part in "qkv"), "blocks.*.attn.qkv.kernel", APART_KERNELS),
+            Row(
+                tuple(f"blocks.*.attention.{part}_proj.weight" for part in "qkv"),
+                "blocks.*.attn.qkv.kernel",
+                APART_KERNELS,
+            ),
             Row(tuple(f"blocks.*.attention.{part}_proj.bias" for part in "qv"), BIAS, STACKED),
         ),
         "transformers",
@@ -47,7 +55,12 @@ def layouts(config: Dinov3Config) -> tuple[Layout, ...]:
     without = Transform(lambda: np.zeros((2, config.width), np.float32), _no_bias)
     left_out = ((r"norm\.(weight|bias)", NORM),)
     timm = renamed((*rows, Row((), BIAS, without)), "timm", TIMM, left_out)
-    biased = renamed((*rows, Row(("blocks.*.attn.q_bias", "blocks.*.attn.v_bias"), BIAS, STACKED)), "timm_qkvb", TIMM, left_out)
+    biased = renamed(
+        (*rows, Row(("blocks.*.attn.q_bias", "blocks.*.attn.v_bias"), BIAS, STACKED)),
+        "timm_qkvb",
+        TIMM,
+        left_out,
+    )
     return authors, transformers, timm, biased
 
 
@@ -59,7 +72,10 @@ def _masked(bias: np.ndarray, mask: np.ndarray) -> np.ndarray:
     """
     q, k, v = np.split(bias * mask, 3)
     if k.any():
-        raise ValueError("an attn.qkv.bias_mask leaves the keys a bias, and DINOv3's have none; this is another model's file or damaged")
+        raise ValueError(
+            "an attn.qkv.bias_mask leaves the keys a bias, and DINOv3's have none; this is another"
+            " model's file or damaged"
+        )
     return np.stack([q, v])
 
 
@@ -76,7 +92,10 @@ def _no_bias(bias: np.ndarray) -> tuple[()]:
         ValueError: there is a bias to be kept.
     """
     if bias.any():
-        raise ValueError("queries and values have biases, which timm's usual names have no place for; write --layout timm_qkvb")
+        raise ValueError(
+            "queries and values have biases, which timm's usual names have no place for; write"
+            " --layout timm_qkvb"
+        )
     return ()
 
 

@@ -1,4 +1,6 @@
-"""EVA-02: the names of its authors (EVA-CLIP, EVA-02 MIM), of the VLTSeg re-implementation, of timm and of open_clip."""
+"""EVA-02: the names of its authors (EVA-CLIP, EVA-02 MIM), of the VLTSeg re-implementation, of timm
+and of open_clip.
+"""
 
 import re
 
@@ -20,15 +22,22 @@ TIMM = {
     "mlp.ffn_ln": "mlp.norm",
     "attn.inner_attn_ln": "attn.norm",
 }
-TIMM_BIASES = {"attn.q_bias": "attn.q_proj.bias", "attn.v_bias": "attn.v_proj.bias"}  # where the projections are not fused
+TIMM_BIASES = {
+    "attn.q_bias": "attn.q_proj.bias",
+    "attn.v_bias": "attn.v_proj.bias",
+}  # where the projections are not fused
 
 
 def layouts(config: Eva02Config) -> tuple[Layout, ...]:
-    """All layouts in which files of the model of `config` exist; the first is that of the file its authors publish."""
+    """All layouts in which files of the model of `config` exist; the first is that of the file its
+    authors publish.
+    """
     timm = TIMM | TIMM_BIASES if config.subln else TIMM
     clip = _layout(config, "EVA-CLIP", "visual.", {}, [(r"text\..+|logit_scale", TEXT)])
     mim = _layout(config, "EVA-02", "", {}, [(r"mask_token|lm_head\.(weight|bias)", MASKED)])
-    vltseg = _layout(config, "VLTSeg", "backbone.", {}, [(r"backbone\.fpn\d\..+|decode_head\..+", HEAD)])
+    vltseg = _layout(
+        config, "VLTSeg", "backbone.", {}, [(r"backbone\.fpn\d\..+|decode_head\..+", HEAD)]
+    )
     others = (
         _layout(config, "timm", "", timm, []),
         _layout(config, "open_clip", "visual.trunk.", timm, [(r"text\..+|logit_scale", TEXT)]),
@@ -38,9 +47,17 @@ def layouts(config: Eva02Config) -> tuple[Layout, ...]:
     return (vltseg, clip, mim, *others) if config.random_positions else (mim, clip, vltseg, *others)
 
 
-def _layout(config: Eva02Config, name: str, prefix: str, renamed: dict[str, str], left_out: list[tuple[str, str]]) -> Layout:
+def _layout(
+    config: Eva02Config,
+    name: str,
+    prefix: str,
+    renamed: dict[str, str],
+    left_out: list[tuple[str, str]],
+) -> Layout:
     """EVA's names, which jaxdg shares, behind a prefix; parts of a block may be renamed."""
-    norms, biased, plain = ["norm1", "norm2"], ["attn.proj", "mlp.w3"], ["attn.q_bias", "attn.v_bias"]
+    norms = ["norm1", "norm2"]
+    biased = ["attn.proj", "mlp.w3"]
+    plain = ["attn.q_bias", "attn.v_bias"]
     unbiased = ["attn.q_proj", "attn.k_proj", "attn.v_proj"] if config.subln else ["attn.qkv"]
     biased += ["mlp.w1", "mlp.w2"] if config.subln else ["mlp.w12"]
     norms += ["mlp.ffn_ln"] * config.subln + ["attn.inner_attn_ln"] * config.inner_attn_ln
@@ -53,7 +70,10 @@ def _layout(config: Eva02Config, name: str, prefix: str, renamed: dict[str, str]
         Row((f"{prefix}pos_embed",), "pos_embed", SAME, resized=True),
         Row((f"{prefix}patch_embed.proj.weight",), "patch_embed.proj.kernel", CONV),
         Row((f"{prefix}patch_embed.proj.bias",), "patch_embed.proj.bias", SAME),
-        *(Row((f"{prefix}blocks.*.{renamed.get(p, p)}{theirs}",), f"blocks.*.{p}{ours}", t) for p, theirs, ours, t in parts),
+        *(
+            Row((f"{prefix}blocks.*.{renamed.get(p, p)}{theirs}",), f"blocks.*.{p}{ours}", t)
+            for p, theirs, ours, t in parts
+        ),
     )
     start = re.escape(prefix)
     left_out = [*left_out, (start + r"(norm|fc_norm|head)\.(weight|bias)", OUTPUT)]

@@ -1,4 +1,6 @@
-"""SegFormer's Mix Transformers: the names of NVlabs' files, which hold the encoder or a whole segmenter, and those of transformers."""
+"""SegFormer's Mix Transformers: the names of NVlabs' files, which hold the encoder or a whole
+segmenter, and those of transformers.
+"""
 
 import numpy as np
 
@@ -7,7 +9,8 @@ from jaxdg.conversion.mapping import CONV, LINEAR, SAME, Layout, Row, Transform
 CLASSIFIER = "classifier of the pre-training: dense features are read before it"
 DECODER = "the decoder of a segmenter, whose encoder alone is converted"
 
-# Parts with a weight and a bias: their names in jaxdg, NVlabs' and transformers', and what becomes of the weight.
+# Parts with a weight and a bias: their names in jaxdg, NVlabs' and transformers', and what becomes
+# of the weight.
 STAGE = (
     ("patch_embed{}.proj", "patch_embed{}.proj", "patch_embeddings.{}.proj", CONV),
     ("patch_embed{}.norm", "patch_embed{}.norm", "patch_embeddings.{}.layer_norm", SAME),
@@ -33,29 +36,47 @@ def layouts() -> tuple[Layout, ...]:
     return (
         Layout("SegFormer encoder", nvlabs(""), ((r"head\.(weight|bias)", CLASSIFIER),)),
         Layout("SegFormer", nvlabs("backbone."), ((r"decode_head\..+", DECODER),)),
-        Layout("transformers", transformers(), ((r"classifier\.(weight|bias)", CLASSIFIER), (r"decode_head\..+", DECODER))),
+        Layout(
+            "transformers",
+            transformers(),
+            ((r"classifier\.(weight|bias)", CLASSIFIER), (r"decode_head\..+", DECODER)),
+        ),
     )
 
 
 def nvlabs(prefix: str) -> tuple[Row, ...]:
     """The rows of `mit_b*.pth` ("") or of `segformer.b*.pth` ("backbone.")."""
-    parts = [(ours.format("*"), theirs.format("*"), transform) for ours, theirs, _, transform in STAGE]
-    parts += [(f"block*.*.{ours}", f"block*.*.{theirs}", transform) for ours, theirs, _, transform in BLOCK]
+    parts = [
+        (ours.format("*"), theirs.format("*"), transform) for ours, theirs, _, transform in STAGE
+    ]
+    parts += [
+        (f"block*.*.{ours}", f"block*.*.{theirs}", transform)
+        for ours, theirs, _, transform in BLOCK
+    ]
     parts += [("block*.*.attn.kv", "block*.*.attn.kv", LINEAR)]
-    return tuple(row for ours, theirs, transform in parts for row in pair(ours, prefix + theirs, transform))
+    return tuple(
+        row for ours, theirs, transform in parts for row in pair(ours, prefix + theirs, transform)
+    )
 
 
 def transformers() -> tuple[Row, ...]:
-    """The rows of `nvidia/mit-b*` and `nvidia/segformer-*`, where stages count from 0, and keys and values are apart."""
+    """The rows of `nvidia/mit-b*` and `nvidia/segformer-*`, where stages count from 0, and keys and
+    values are apart.
+    """
     rows: list[Row] = []
     for stage in range(4):
-        root, block, ours = "segformer.encoder.", f"segformer.encoder.block.{stage}.*.", f"block{stage + 1}.*."
+        root = "segformer.encoder."
+        block = f"segformer.encoder.block.{stage}.*."
+        ours = f"block{stage + 1}.*."
         for mine, _, theirs, transform in STAGE:
             rows += pair(mine.format(stage + 1), root + theirs.format(stage), transform)
         for mine, _, theirs, transform in BLOCK:
             rows += pair(ours + mine, block + theirs, transform)
         for kind, theirs, transform in (("kernel", "weight", PAIR), ("bias", "bias", PAIR_BIAS)):
-            sources = (f"{block}attention.self.key.{theirs}", f"{block}attention.self.value.{theirs}")
+            sources = (
+                f"{block}attention.self.key.{theirs}",
+                f"{block}attention.self.value.{theirs}",
+            )
             rows.append(Row(sources, f"{ours}attn.kv.{kind}", transform))
     return tuple(rows)
 
@@ -63,4 +84,6 @@ def transformers() -> tuple[Row, ...]:
 def pair(ours: str, theirs: str, transform: Transform) -> tuple[Row, Row]:
     """The rows of a part's weight and bias."""
     kind = "scale" if transform is SAME else "kernel"
-    return Row((f"{theirs}.weight",), f"{ours}.{kind}", transform), Row((f"{theirs}.bias",), f"{ours}.bias", SAME)
+    return Row((f"{theirs}.weight",), f"{ours}.{kind}", transform), Row(
+        (f"{theirs}.bias",), f"{ours}.bias", SAME
+    )

@@ -1,4 +1,6 @@
-"""MoCo-v3: the names of its authors' training checkpoints, of MMSelfSup (also its backbone alone) and of timm."""
+"""MoCo-v3: the names of its authors' training checkpoints, of MMSelfSup (also its backbone alone)
+and of timm.
+"""
 
 from jaxdg.backbones import MocoV3Config
 from jaxdg.conversion import vit
@@ -19,7 +21,9 @@ OPEN_MMLAB = (
 
 
 def layouts(config: MocoV3Config) -> tuple[Layout, ...]:
-    """All layouts of the model of `config`; the first is that of its usual file: the authors publish no encoder of 24 blocks."""
+    """All layouts of the model of `config`; the first is that of its usual file: the authors
+    publish no encoder of 24 blocks.
+    """
     timm = vit.timm()
     authors = renamed(
         timm.rows,
@@ -36,9 +40,15 @@ def layouts(config: MocoV3Config) -> tuple[Layout, ...]:
         timm.rows,
         "MMSelfSup",
         OPEN_MMLAB,
-        ((r"backbone\.ln1\.(weight|bias)", NORM), (r"momentum_encoder\..+", MOMENTUM), (r"(neck|head)\..+", HEADS)),
+        (
+            (r"backbone\.ln1\.(weight|bias)", NORM),
+            (r"momentum_encoder\..+", MOMENTUM),
+            (r"(neck|head)\..+", HEADS),
+        ),
         prefix="backbone.",
     )
-    backbone = renamed(timm.rows, "MMSelfSup_backbone", OPEN_MMLAB, ((r"ln1\.(weight|bias)", NORM),))
+    backbone = renamed(
+        timm.rows, "MMSelfSup_backbone", OPEN_MMLAB, ((r"ln1\.(weight|bias)", NORM),)
+    )
     usual = (mmselfsup, authors) if config.depth == 24 else (authors, mmselfsup)
     return *usual, backbone, timm

@@ -42,13 +42,16 @@ TYPES: dict[str, type] = {  # what transformers' config.json calls encoders that
     "sam": backbones.SamConfig,
     "sam_vision_model": backbones.SamConfig,
 }
-HEADS = {family.NAME: family for family in (mask2former, faster_rcnn)}  # converted without an encoder, of the sizes of the file's tensors
+HEADS = {
+    family.NAME: family for family in (mask2former, faster_rcnn)
+}  # converted without an encoder, of the sizes of the file's tensors
 PLANNED = backbones.EvaClipConfig, backbones.Dinov2GiantConfig  # for planning alone
 WHOLE = {family.NAME: family for family in (vltseg, vitdet)}  # converted to a workdir
 
 
 def layouts(name: str) -> tuple[mapping.Layout, ...]:
-    """The layouts in which checkpoints of the model called `name` are published; the first is the one torch users have.
+    """The layouts in which checkpoints of the model called `name` are published; the first is the
+    one torch users have.
 
     Raises:
         ValueError: an unknown name, or an encoder without published weights.
@@ -58,14 +61,25 @@ def layouts(name: str) -> tuple[mapping.Layout, ...]:
     if name in backbones.TEXT_TOWERS:
         return clip_text.layouts(backbones.TEXT_TOWERS[name])
     if name not in backbones.ZOO:
-        close = difflib.get_close_matches(name, [*backbones.ZOO, *backbones.TEXT_TOWERS, *HEADS, *WHOLE], n=1)
-        raise ValueError(f"unknown model {name!r}; {f'did you mean {close[0]}?' if close else '--list shows all'}")
+        close = difflib.get_close_matches(
+            name, [*backbones.ZOO, *backbones.TEXT_TOWERS, *HEADS, *WHOLE], n=1
+        )
+        raise ValueError(
+            f"unknown model {name!r};"
+            f" {f'did you mean {close[0]}?' if close else '--list shows all'}"
+        )
     entry = backbones.entry(name)
     match entry.config:
         case config if isinstance(config, PLANNED):
-            raise ValueError(f"{name} is for planning: its shapes tell how large a run would be, and its checkpoint is not converted")
+            raise ValueError(
+                f"{name} is for planning: its shapes tell how large a run would be, and its"
+                " checkpoint is not converted"
+            )
         case _ if not entry.source:
-            raise ValueError(f"{name} is trained from scratch and has no published weights; --list shows the encoders that have")
+            raise ValueError(
+                f"{name} is trained from scratch and has no published weights; --list shows the"
+                " encoders that have"
+            )
         case backbones.Eva02Config():
             return eva02.layouts(entry.config)
         case backbones.ClipVitConfig():
@@ -94,23 +108,31 @@ def layouts(name: str) -> tuple[mapping.Layout, ...]:
 def abstract(name: str) -> nnx.Module:
     """The encoder or text tower called `name` at full depth, shapes without numbers."""
     if name in backbones.TEXT_TOWERS:
-        return nnx.eval_shape(lambda: backbones.ClipText(backbones.TEXT_TOWERS[name], rngs=nnx.Rngs(0)))
+        return nnx.eval_shape(
+            lambda: backbones.ClipText(backbones.TEXT_TOWERS[name], rngs=nnx.Rngs(0))
+        )
     return nnx.eval_shape(lambda: backbones.create(name))
 
 
 def converted_encoders() -> list[str]:
     """Names of the zoo whose published checkpoints can be converted."""
-    return [name for name, entry in backbones.ZOO.items() if entry.source and not isinstance(entry.config, PLANNED)]
+    return [
+        name
+        for name, entry in backbones.ZOO.items()
+        if entry.source and not isinstance(entry.config, PLANNED)
+    ]
 
 
 def identified(file: Checkpoint) -> str:
-    """The encoder whose checkpoint a file is, or one of `HEADS` or `vitdet`, as far as names and shapes tell.
+    """The encoder whose checkpoint a file is, or one of `HEADS` or `vitdet`, as far as names and
+    shapes tell.
 
-    Of a file that holds two towers the image's is meant; of one that fits several models, those of its own image size, and of these the
-    model that uses most of it.
+    Of a file that holds two towers the image's is meant; of one that fits several models, those of
+    its own image size, and of these the model that uses most of it.
 
     Raises:
-        ValueError: none fits, or several do and are named, or the file holds several sets of weights.
+        ValueError: none fits, or several do and are named, or the file holds several sets of
+            weights.
     """
     for prefixes, name in (  # of any size
         ((".sem_seg_head.", ".model.transformer_module."), mask2former.NAME),
@@ -123,20 +145,34 @@ def identified(file: Checkpoint) -> str:
     if len(best) == 1:
         return best[0]
     if best:
-        raise ValueError(f"its tensors are those of {' and of '.join(best)}; say with --model which of them it is")
+        raise ValueError(
+            f"its tensors are those of {' and of '.join(best)}; say with --model which of them"
+            " it is"
+        )
     if undecided:
         raise undecided
     if {"jaxdg", "layout"} <= file.about.keys():
-        raise ValueError(f"it is converted already, as {file.about['model']}; give it as model.weights")
-    raise ValueError("its tensors are those of no model that --list shows; say with --model what it should be, to be told what differs")
+        raise ValueError(
+            f"it is converted already, as {file.about['model']}; give it as model.weights"
+        )
+    raise ValueError(
+        "its tensors are those of no model that --list shows; say with --model what it should be,"
+        " to be told what differs"
+    )
 
 
 def likely(file: Checkpoint, name: str) -> str:
-    """What a file that is no checkpoint of `name` is instead, to be told after that; nothing where it cannot be told."""
+    """What a file that is no checkpoint of `name` is instead, to be told after that; nothing where
+    it cannot be told.
+    """
     if {"jaxdg", "layout"} <= file.about.keys():
         return f", it is converted already, as {file.about.get('model')}"
     best = [other for other in _best(file)[0] if other != name]
-    text = [other for other in backbones.TEXT_TOWERS if other != name and not best and _fits(file, other)]
+    text = [
+        other
+        for other in backbones.TEXT_TOWERS
+        if other != name and not best and _fits(file, other)
+    ]
     return f", it is one of {' or '.join(best + text)}" if best + text else ""
 
 
@@ -152,33 +188,51 @@ def _best(file: Checkpoint) -> tuple[list[str], wrappers.Undecided | None]:
             continue
         as_told = view.names == file.names
         for layout in layouts(name):
-            if _may_be(name, layout, view) and _may_be_by_config(file, name) and (converted := _converted(name, layout, view)):
+            if (
+                _may_be(name, layout, view)
+                and _may_be_by_config(file, name)
+                and (converted := _converted(name, layout, view))
+            ):
                 shapes = mapping.source_shapes(abstract(name), layout)
                 exact = all(view.read(key).shape == shape for key, shape in shapes.items())
                 fit = (exact, as_told, len(view.names) - len(converted.left_out))
                 fitting[name] = max(fitting.get(name, fit), fit)
     if file.scripted:
-        fitting = {name: fit for name, fit in fitting.items() if getattr(backbones.entry(name).config, "activation", "") != "gelu"}
+        fitting = {
+            name: fit
+            for name, fit in fitting.items()
+            if getattr(backbones.entry(name).config, "activation", "") != "gelu"
+        }
     return [name for name, fit in fitting.items() if fit == max(fitting.values())], undecided
 
 
 def check_names(file: Checkpoint, name: str) -> None:
-    """Refuses a file for `name` whose names fit that only when something is taken off, while they are those of another model as they are.
+    """Refuses a file for `name` whose names fit that only when something is taken off, while they
+    are those of another model as they are.
 
-    MoCo-v3's encoder behind its `module.base_encoder.` has all tensors of a plain vision transformer, but reads other pixel statistics.
+    MoCo-v3's encoder behind its `module.base_encoder.` has all tensors of a plain vision
+    transformer, but reads other pixel statistics.
 
     Raises:
         Misfit: the others by name.
     """
-    others = [other for other in converted_encoders() if any(_may_be(other, layout, file) for layout in layouts(other))]
+    others = [
+        other
+        for other in converted_encoders()
+        if any(_may_be(other, layout, file) for layout in layouts(other))
+    ]
     if others and name not in others:
-        raise mapping.Misfit(f"its names are those of {' and of '.join(others)}; say that with --model")
+        raise mapping.Misfit(
+            f"its names are those of {' and of '.join(others)}; say that with --model"
+        )
 
 
 def check_config(file: Checkpoint, name: str) -> None:
-    """Refuses an encoder that the config.json beside a file of transformers says it is not of, where the tensors do not tell.
+    """Refuses an encoder that the config.json beside a file of transformers says it is not of,
+    where the tensors do not tell.
 
-    MAE's encoder has the names and shapes of a plain vision transformer, and CLIP's are the same for either activation.
+    MAE's encoder has the names and shapes of a plain vision transformer, and CLIP's are the same
+    for either activation.
 
     Raises:
         Misfit: what it says.
@@ -191,11 +245,17 @@ def check_config(file: Checkpoint, name: str) -> None:
     ours = text or backbones.entry(name).config
     if text is None and type(ours) is not TYPES.get(kind):
         known = "another model" if kind in TYPES else "a model that is not here"
-        raise mapping.Misfit(f"the config.json beside it says {kind}, {known}, though names may be the same")
+        raise mapping.Misfit(
+            f"the config.json beside it says {kind}, {known}, though names may be the same"
+        )
     tower = config.get("text_config" if text else "vision_config") or config
-    theirs, mine = tower.get("hidden_act"), getattr(ours, "activation", None)
+    theirs = tower.get("hidden_act")
+    mine = getattr(ours, "activation", None)
     if mine and theirs and theirs != mine:
-        raise mapping.Misfit(f"the config.json beside it says hidden_act {theirs}, and {name} computes {mine}; --list shows both")
+        raise mapping.Misfit(
+            f"the config.json beside it says hidden_act {theirs}, and {name} computes {mine};"
+            " --list shows both"
+        )
 
 
 def _fits(file: Checkpoint, name: str) -> bool:
@@ -203,7 +263,9 @@ def _fits(file: Checkpoint, name: str) -> bool:
         view = wrappers.unwrapped(file, layouts(name))
     except wrappers.Undecided:
         return False
-    return any(_may_be(name, layout, view) and _converted(name, layout, view) for layout in layouts(name))
+    return any(
+        _may_be(name, layout, view) and _converted(name, layout, view) for layout in layouts(name)
+    )
 
 
 def _may_be_by_config(file: Checkpoint, name: str) -> bool:
@@ -215,12 +277,23 @@ def _may_be_by_config(file: Checkpoint, name: str) -> bool:
 
 
 def _may_be(name: str, layout: mapping.Layout, view: Checkpoint) -> bool:
-    """Whether names, number and width of blocks are those of a model: quick, where building the model's shapes takes a second."""
+    """Whether names, number and width of blocks are those of a model: quick, where building the
+    model's shapes takes a second.
+    """
     names = set(view.names)
-    if not names >= {source for row in layout.rows for source in row.source if "*" not in source} or not layout.covers(names):
+    if not names >= {
+        source for row in layout.rows for source in row.source if "*" not in source
+    } or not layout.covers(names):
         return False
     config = backbones.TEXT_TOWERS.get(name) or backbones.entry(name).config
-    row = next((row for row in layout.rows if row.target == "blocks.*.norm1.scale" and "*" in row.source[0]), None)
+    row = next(
+        (
+            row
+            for row in layout.rows
+            if row.target == "blocks.*.norm1.scale" and "*" in row.source[0]
+        ),
+        None,
+    )
     if row is None:
         return True
     first = row.source[0].replace("*", "{}")
@@ -238,10 +311,24 @@ def _converted(name: str, layout: mapping.Layout, view: Checkpoint) -> mapping.C
 
 def listing() -> str:
     """Every model with published weights: name, megabytes, licence, where to get it."""
-    rows = [(name, f"{entry.megabytes} MB", entry.licence, entry.source) for name, entry in backbones.ZOO.items() if entry.source]
+    rows = [
+        (name, f"{entry.megabytes} MB", entry.licence, entry.source)
+        for name, entry in backbones.ZOO.items()
+        if entry.source
+    ]
     for name in backbones.TEXT_TOWERS:
         entry = backbones.entry(image := name.removesuffix("_text"))
-        rows.append((name, f"{entry.megabytes} MB", entry.licence, f"the file of {image}, where it holds both towers"))
+        rows.append(
+            (
+                name,
+                f"{entry.megabytes} MB",
+                entry.licence,
+                f"the file of {image}, where it holds both towers",
+            )
+        )
     rows += [(name, *family.LISTED) for name, family in (HEADS | WHOLE).items()]
     widths = [max(len(row[i]) for row in rows) for i in range(3)]
-    return "\n".join("  ".join([*(cell.ljust(width) for cell, width in zip(row, widths, strict=False)), row[3]]) for row in rows)
+    return "\n".join(
+        "  ".join([*(cell.ljust(width) for cell, width in zip(row, widths, strict=False)), row[3]])
+        for row in rows
+    )

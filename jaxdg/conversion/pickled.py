@@ -1,9 +1,10 @@
 """Pickles of tensors, as torch and detectron2 save them, read without running what they ask for.
 
-A pickle names the functions that are to rebuild its objects. None of them is called. Tensors of torch and arrays of NumPy become
-descriptions of their bytes, containers stay containers, and everything else that lies beside the tensors (settings, logs, dates, paths,
-whole modules) becomes a `Passed`: a stand-in that takes whatever it is given and does nothing. A pickle that asks for a command, a
-file or a program is refused by name.
+A pickle names the functions that are to rebuild its objects. None of them is called. Tensors of
+torch and arrays of NumPy become descriptions of their bytes, containers stay containers, and
+everything else that lies beside the tensors (settings, logs, dates, paths, whole modules) becomes a
+`Passed`: a stand-in that takes whatever it is given and does nothing. A pickle that asks for a
+command, a file or a program is refused by name.
 """
 
 from collections import OrderedDict
@@ -39,12 +40,15 @@ TYPES: dict[str, Any] = {  # torch's names
     "int64": np.int64,
     "long": np.int64,
 }
-# No honest checkpoint asks for these. They would not run here either, but whoever made such a file means harm.
+# No honest checkpoint asks for these. They would not run here either, but whoever made such a file
+# means harm.
 MODULES = re.compile(
     r"(os|posix|nt|subprocess|sys|shutil|socket|ctypes|importlib|runpy|pty|code|codeop|commands|webbrowser|tempfile|multiprocessing|asyncio"
     r"|threading|signal|pickle|marshal|dill|cloudpickle|pip|http|urllib|requests)(\.|$)"
 )
-FUNCTIONS = re.compile(r"(.*\.)?(eval|exec|execfile|compile|open|__import__|input|breakpoint|system|popen|load|loads|fromfile|memmap)")
+FUNCTIONS = re.compile(
+    r"(.*\.)?(eval|exec|execfile|compile|open|__import__|input|breakpoint|system|popen|load|loads|fromfile|memmap)"
+)
 
 
 class ForeignCode(pickle.UnpicklingError):
@@ -56,7 +60,9 @@ class Unread(ValueError):
 
 
 class Storage(NamedTuple):
-    """A run of numbers in a file of torch: their type, None for bytes of any, the name of the run, and where in it this one begins."""
+    """A run of numbers in a file of torch: their type, None for bytes of any, the name of the run,
+    and where in it this one begins.
+    """
 
     dtype: Any
     key: str
@@ -64,7 +70,10 @@ class Storage(NamedTuple):
 
 
 class Tensor(NamedTuple):
-    """Part of a storage; offset and strides in elements. Of a kind that is not read, only its name is known, in place of the type."""
+    """Part of a storage; offset and strides in elements.
+
+    Of a kind that is not read, only its name is known, in place of the type.
+    """
 
     storage: Storage
     dtype: Any
@@ -77,7 +86,8 @@ class Dtype:
     """Stands for a `numpy.dtype`: a code such as f4, and the order of its bytes."""
 
     def __init__(self, code: str, *_: Any):
-        self.code, self.order = code, "="
+        self.code = code
+        self.order = "="
 
     def __setstate__(self, state: tuple) -> None:
         self.order = state[1]
@@ -94,7 +104,9 @@ class Dtype:
 
 
 class Array:
-    """Stands for a `numpy.ndarray` as it is first pickled: without content, which follows as its state."""
+    """Stands for a `numpy.ndarray` as it is first pickled: without content, which follows as its
+    state.
+    """
 
     def __init__(self, *_: Any):
         self.state: tuple = ()
@@ -115,7 +127,10 @@ class Array:
 
 
 class Passed(dict):
-    """Stands for a foreign object: takes whatever it is given and does nothing. What it is given as a mapping can be looked at."""
+    """Stands for a foreign object: takes whatever it is given and does nothing.
+
+    What it is given as a mapping can be looked at.
+    """
 
     name = "an object"
     module = False  # of torch, with parameters
@@ -161,7 +176,9 @@ def _tensor(storage: Any, offset: int, shape: Any, strides: Any, *_: Any) -> Ten
     return Tensor(storage, storage.dtype, offset, tuple(shape), tuple(strides))
 
 
-def _tensor_of_type(storage: Any, offset: int, shape: Any, strides: Any, grad: Any, hooks: Any, dtype: Any, *_: Any) -> Tensor:
+def _tensor_of_type(
+    storage: Any, offset: int, shape: Any, strides: Any, grad: Any, hooks: Any, dtype: Any, *_: Any
+) -> Tensor:
     return Tensor(storage, dtype, offset, tuple(shape), tuple(strides))
 
 
@@ -173,8 +190,12 @@ KNOWN: dict[tuple[str, str], Any] = {
     ("numpy", "dtype"): Dtype,
     ("numpy", "ndarray"): Array,
     ("numpy.core.multiarray", "_reconstruct"): lambda *_: Array(),
-    ("numpy.core.multiarray", "scalar"): lambda dtype, content=b"", *_: _array((), dtype, False, content),
-    ("numpy.core.numeric", "_frombuffer"): lambda content, dtype, shape, order: _array(shape, dtype, order == "F", content),
+    ("numpy.core.multiarray", "scalar"): lambda dtype, content=b"", *_: _array(
+        (), dtype, False, content
+    ),
+    ("numpy.core.numeric", "_frombuffer"): lambda content, dtype, shape, order: _array(
+        shape, dtype, order == "F", content
+    ),
     ("collections", "OrderedDict"): OrderedDict,
     ("_codecs", "encode"): lambda text, _: text.encode("latin1"),  # how old protocols hold bytes,
     ("builtins", "bytes"): lambda: b"",  # and none
@@ -186,7 +207,9 @@ KNOWN: dict[tuple[str, str], Any] = {
     ("torch._utils", "_rebuild_parameter"): _first,
     ("torch._utils", "_rebuild_parameter_with_state"): _first,
     ("torch._utils", "_rebuild_device_tensor_from_numpy"): _first,
-    ("torch._tensor", "_rebuild_from_type_v2"): lambda function, kind, arguments, *_: function(*arguments),
+    ("torch._tensor", "_rebuild_from_type_v2"): lambda function, kind, arguments, *_: function(
+        *arguments
+    ),
 }
 
 
@@ -206,7 +229,9 @@ class Unpickler(pickle.Unpickler):
             return TYPES.get(name.removesuffix("Storage").lower())  # none for UntypedStorage
         if module == "torch" and name in TYPES:
             return np.dtype(TYPES[name])
-        if module == "torch._utils" and name.startswith("_rebuild_"):  # sparse, quantised, without numbers
+        if module == "torch._utils" and name.startswith(
+            "_rebuild_"
+        ):  # sparse, quantised, without numbers
             return lambda *_: Tensor(Storage(None, ""), name.removeprefix("_rebuild_"), 0, (), ())
         if module.split(".")[0] == "__torch__":
             return Part
@@ -217,10 +242,13 @@ class Unpickler(pickle.Unpickler):
         return type("Passed", (Passed,), {"name": f"{module}.{name}"})
 
     def persistent_load(self, pid: Any) -> Any:
-        """A storage, given as ("storage", type, key, device, length) or, in old files, with the part of another one that it is."""
+        """A storage, given as ("storage", type, key, device, length) or, in old files, with the
+        part of another one that it is.
+        """
         if pid[0] == "module":  # a class with its source, beside an old whole module
             return pid[1]
-        dtype, key = pid[1], pid[2]
+        dtype = pid[1]
+        key = pid[2]
         view = pid[5] if len(pid) > 5 else None
         return Storage(np.dtype(dtype) if dtype else None, str(key), view[1] if view else 0)
 

@@ -26,11 +26,14 @@ def layouts() -> tuple[Layout, ...]:
     )
 
 
-def _layout(name: str, prefix: str, renamed: dict[str, str], left_out: tuple[tuple[str, str], ...]) -> Layout:
+def _layout(
+    name: str, prefix: str, renamed: dict[str, str], left_out: tuple[tuple[str, str], ...]
+) -> Layout:
     """Our names behind a prefix, parts of them renamed."""
     patches = f"{prefix}{renamed.get('patch_embed.proj', 'patch_embed.proj')}"
     block = f"{prefix}{renamed.get('blocks', 'blocks')}.*."
-    linears, norms = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2"), ("norm1", "norm2")
+    linears = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
+    norms = ("norm1", "norm2")
     parts = [(part, ".weight", ".kernel", LINEAR) for part in linears]
     parts += [(part, ".weight", ".scale", SAME) for part in norms]
     parts += [(part, ".bias", ".bias", SAME) for part in (*linears, *norms)]
@@ -38,7 +41,18 @@ def _layout(name: str, prefix: str, renamed: dict[str, str], left_out: tuple[tup
         Row((f"{prefix}pos_embed",), "pos_embed", SAME, resized=True),
         Row((f"{patches}.weight",), "patch_embed.proj.kernel", CONV),
         Row((f"{patches}.bias",), "patch_embed.proj.bias", SAME),
-        *(Row((f"{block}attn.rel_pos_{side}",), f"blocks.*.attn.rel_pos_{side}", SAME, resized=True) for side in "hw"),
-        *(Row((f"{block}{renamed.get(p, p)}{there}",), f"blocks.*.{p}{ours}", t) for p, there, ours, t in parts),
+        *(
+            Row(
+                (f"{block}attn.rel_pos_{side}",),
+                f"blocks.*.attn.rel_pos_{side}",
+                SAME,
+                resized=True,
+            )
+            for side in "hw"
+        ),
+        *(
+            Row((f"{block}{renamed.get(p, p)}{there}",), f"blocks.*.{p}{ours}", t)
+            for p, there, ours, t in parts
+        ),
     )
     return Layout(name, rows, (*left_out, (re.escape(prefix) + r"(neck|head)\..+", NECK)))

@@ -1,8 +1,9 @@
 """Files of torch, read by their tensors alone: without torch, and without running what they hold.
 
-Three kinds: the zip archives of `torch.save` and those of TorchScript, as OpenAI publishes CLIP, both of raw storages (`data/0`, `data/1`,
-..) and a pickle that names them (`data.pkl`; a program in `code/` is never looked at), and what `torch.save` wrote before 1.6: pickles,
-and the storages after them.
+Three kinds: the zip archives of `torch.save` and those of TorchScript, as OpenAI publishes CLIP,
+both of raw storages (`data/0`, `data/1`, ..) and a pickle that names them (`data.pkl`; a program in
+`code/` is never looked at), and what `torch.save` wrote before 1.6: pickles, and the storages after
+them.
 """
 
 from collections.abc import Callable, Iterable
@@ -56,7 +57,9 @@ def _zip(path: Path, stack: contextlib.ExitStack) -> tuple[Any, Callable[[Storag
     names = archive.namelist()
     root = next(name for name in names if name.endswith("data.pkl")).removesuffix("data.pkl")
     if f"{root}byteorder" in names and archive.read(f"{root}byteorder") != b"little":
-        raise ValueError("written on a machine of the other byte order; save it again on a usual one")
+        raise ValueError(
+            "written on a machine of the other byte order; save it again on a usual one"
+        )
     content = pickled.content(io.BytesIO(archive.read(f"{root}data.pkl")))
     if scripted(names):
         found: dict[str, Tensor] = {}
@@ -80,7 +83,8 @@ def _legacy(path: Path, stack: contextlib.ExitStack) -> tuple[Any, Callable[[Sto
     size = path.stat().st_size
     for key in pickled.content(file):
         count = int.from_bytes(file.read(8), "little")
-        start, length = file.tell(), count * unpickler.sizes[str(key)]
+        start = file.tell()
+        length = count * unpickler.sizes[str(key)]
         if start + length > size:
             raise EOFError("cut short")
         places[str(key)] = start, length
@@ -109,7 +113,9 @@ class _Legacy(pickled.Unpickler):
 
 
 def _collect(part: Part, prefix: str, found: dict[str, Tensor]) -> None:
-    """The tensors of a TorchScript archive's modules, by the names that the state dict would give them."""
+    """The tensors of a TorchScript archive's modules, by the names that the state dict would give
+    them.
+    """
     for name, value in part.attributes.items():
         if isinstance(value, Tensor):
             found[prefix + name] = value
@@ -125,12 +131,18 @@ def _read(read: Callable[[Storage], np.ndarray], tensor: Tensor) -> np.ndarray:
         ValueError: it reaches past its storage.
     """
     if tensor.dtype is None or isinstance(tensor.dtype, str):
-        raise Unread(f"a tensor of a kind that is not read ({tensor.dtype or 'quantised, or of complex numbers'})")
-    storage, dtype = read(tensor.storage), np.dtype(tensor.dtype)
+        raise Unread(
+            "a tensor of a kind that is not read"
+            f" ({tensor.dtype or 'quantised, or of complex numbers'})"
+        )
+    storage = read(tensor.storage)
+    dtype = np.dtype(tensor.dtype)
     numbers = storage[: storage.size // dtype.itemsize * dtype.itemsize].view(dtype)
     start = tensor.offset + tensor.storage.offset
     last = sum((n - 1) * step for n, step in zip(tensor.shape, tensor.strides, strict=True))
-    if min((start, *tensor.strides, *tensor.shape)) < 0 or (math.prod(tensor.shape) and start + last >= numbers.size):
+    if min((start, *tensor.strides, *tensor.shape)) < 0 or (
+        math.prod(tensor.shape) and start + last >= numbers.size
+    ):
         raise ValueError("a tensor reaches past its storage")
     strides = [step * dtype.itemsize for step in tensor.strides]
     return np.lib.stride_tricks.as_strided(numbers[start:], tensor.shape, strides, writeable=False)

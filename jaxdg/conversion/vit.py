@@ -1,6 +1,8 @@
-"""Plain vision transformers: timm's names (also DeiT's originals), those of the AugReg `.npz` files, and those of big_vision today.
+"""Plain vision transformers: timm's names (also DeiT's originals), those of the AugReg `.npz`
+files, and those of big_vision today.
 
-Both kinds of `.npz` hold Flax's kernels, with queries, keys and values apart and split into heads; the numbers in the names differ.
+Both kinds of `.npz` hold Flax's kernels, with queries, keys and values apart and split into heads;
+the numbers in the names differ.
 """
 
 from collections.abc import Mapping
@@ -29,8 +31,14 @@ POOL = "attention pooling: dense features are read before it"
 
 
 def layouts(config: VitConfig) -> tuple[Layout, ...]:
-    """All layouts, for the model of `config`; big_vision shares some files as they are saved, others without the leading `params/`."""
-    shared = (big_vision(config.heads, prefix, scan) for prefix in ("params/", "") for scan in (False, True))
+    """All layouts, for the model of `config`; big_vision shares some files as they are saved,
+    others without the leading `params/`.
+    """
+    shared = (
+        big_vision(config.heads, prefix, scan)
+        for prefix in ("params/", "")
+        for scan in (False, True)
+    )
     return timm(), *shared, augreg(config.heads), transformers()
 
 
@@ -65,10 +73,19 @@ def timm() -> Layout:
 
 
 def transformers() -> Layout:
-    """`google/vit-*`, where queries, keys and values are apart; of `ViTModel`, and with `vit.` before its names of what is built on it."""
+    """`google/vit-*`, where queries, keys and values are apart; of `ViTModel`, and with `vit.`
+    before its names of what is built on it.
+    """
     rows = timm().rows
     apart = [
-        Row(tuple(f"blocks.*.attention.attention.{part}.{theirs}" for part in ("query", "key", "value")), target, transform)
+        Row(
+            tuple(
+                f"blocks.*.attention.attention.{part}.{theirs}"
+                for part in ("query", "key", "value")
+            ),
+            target,
+            transform,
+        )
         for theirs, target, transform in (
             ("weight", "blocks.*.attn.qkv.kernel", APART_KERNELS),
             ("bias", "blocks.*.attn.qkv.bias", APART_BIASES),
@@ -86,7 +103,9 @@ def transformers() -> Layout:
 
 
 def _with_class(positions: np.ndarray) -> np.ndarray:
-    """[1, n, c] to [1, 1 + n, c], the class token's being zero; positions that count it already stay as they are."""
+    """[1, n, c] to [1, 1 + n, c], the class token's being zero; positions that count it already
+    stay as they are.
+    """
     if positions.ndim != 3 or math.isqrt(positions.shape[1]) ** 2 + 1 == positions.shape[1]:
         return positions
     return np.concatenate([np.zeros_like(positions[:, :1]), positions], axis=1)
@@ -115,8 +134,9 @@ def augreg(heads: int) -> Layout:
 def big_vision(heads: int, prefix: str, scan: bool, class_token: bool = True) -> Layout:
     """Parameters of `models/vit.py` of google-research/big_vision, as its checkpoints name them.
 
-    Its model adds positions before it prepends the class token, so that token has none; there the class token's position goes into it,
-    and here it is zero. An older file whose positions count the class token is told by their number, as big_vision's loader does it.
+    Its model adds positions before it prepends the class token, so that token has none; there the
+    class token's position goes into it, and here it is zero. An older file whose positions count
+    the class token is told by their number, as big_vision's loader does it.
 
     Args:
         heads: of the attention.
@@ -125,14 +145,23 @@ def big_vision(heads: int, prefix: str, scan: bool, class_token: bool = True) ->
         class_token: `pool_type="tok"`; otherwise there is none.
     """
     block = f"{prefix}Transformer/encoderblock/" if scan else f"{prefix}Transformer/encoderblock_*/"
-    cls, positions = f"{prefix}cls", f"{prefix}pos_embedding"
+    cls = f"{prefix}cls"
+    positions = f"{prefix}pos_embedding"
 
     def beside(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         ones = np.ones(tensors["pos_embed"].shape[-1], np.float32)
-        norm = {f"{prefix}Transformer/encoder_norm/scale": ones, f"{prefix}Transformer/encoder_norm/bias": 0 * ones}
-        return norm | {cls: tensors["cls_token"] + tensors["pos_embed"][:, :1]} if class_token else norm
+        norm = {
+            f"{prefix}Transformer/encoder_norm/scale": ones,
+            f"{prefix}Transformer/encoder_norm/bias": 0 * ones,
+        }
+        return (
+            norm | {cls: tensors["cls_token"] + tensors["pos_embed"][:, :1]}
+            if class_token
+            else norm
+        )
 
-    start, pool = re.escape(prefix), "tok" if class_token else "none"
+    start = re.escape(prefix)
+    pool = "tok" if class_token else "none"
     return Layout(
         f"big_vision{'-scan' * scan}{'-bare' * (not prefix)}",
         (
@@ -147,13 +176,21 @@ def big_vision(heads: int, prefix: str, scan: bool, class_token: bool = True) ->
             (start + r"MAPHead_0/.+", POOL),
         ),
         beside=beside,
-        note=f'final norm, which jaxdg does not keep, of scale 1 and bias 0; made for num_classes=None, pool_type="{pool}", scan={scan}',
+        note=(
+            "final norm, which jaxdg does not keep, of scale 1 and bias 0; made for"
+            f' num_classes=None, pool_type="{pool}", scan={scan}'
+        ),
     )
 
 
-def _flax(prefix: str, block: str, heads: int, *, attention: int, norm2: int, mlp: int) -> tuple[Row, ...]:
-    """Rows of patches and blocks; `block` leads the names of a block's parts, which carry these numbers."""
-    kernel, bias = _heads(heads, kernel=True), _heads(heads, kernel=False)
+def _flax(
+    prefix: str, block: str, heads: int, *, attention: int, norm2: int, mlp: int
+) -> tuple[Row, ...]:
+    """Rows of patches and blocks; `block` leads the names of a block's parts, which carry these
+    numbers.
+    """
+    kernel = _heads(heads, kernel=True)
+    bias = _heads(heads, kernel=False)
     out = Transform(
         lambda k: k.reshape(-1, k.shape[2]),  # [h, d, c] to [c, c]
         lambda k: (k.reshape(heads, -1, k.shape[1]),),
@@ -172,8 +209,16 @@ def _flax(prefix: str, block: str, heads: int, *, attention: int, norm2: int, ml
     there = f"{block}MultiHeadDotProductAttention_{attention}"
     return (
         *plain,
-        Row(tuple(f"{there}/{part}/kernel" for part in ("query", "key", "value")), "blocks.*.attn.qkv.kernel", kernel),
-        Row(tuple(f"{there}/{part}/bias" for part in ("query", "key", "value")), "blocks.*.attn.qkv.bias", bias),
+        Row(
+            tuple(f"{there}/{part}/kernel" for part in ("query", "key", "value")),
+            "blocks.*.attn.qkv.kernel",
+            kernel,
+        ),
+        Row(
+            tuple(f"{there}/{part}/bias" for part in ("query", "key", "value")),
+            "blocks.*.attn.qkv.bias",
+            bias,
+        ),
         Row((f"{there}/out/kernel",), "blocks.*.attn.proj.kernel", out),
         Row((f"{there}/out/bias",), "blocks.*.attn.proj.bias", SAME),
     )
@@ -187,6 +232,8 @@ def _heads(heads: int, kernel: bool) -> Transform:
         return np.concatenate([part.reshape(*part.shape[:lead], -1) for part in parts], axis=-1)
 
     def split(fused: np.ndarray) -> tuple[np.ndarray, ...]:
-        return tuple(part.reshape(*part.shape[:lead], heads, -1) for part in np.split(fused, 3, axis=-1))
+        return tuple(
+            part.reshape(*part.shape[:lead], heads, -1) for part in np.split(fused, 3, axis=-1)
+        )
 
     return Transform(fuse, split)

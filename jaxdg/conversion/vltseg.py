@@ -1,7 +1,8 @@
-"""Whole models of the public VLTSeg re-implementation (VLTSeg/VLTSeg) to a workdir: encoder, pyramid and Mask2Former decoder.
+"""Whole models of the public VLTSeg re-implementation (VLTSeg/VLTSeg) to a workdir: encoder,
+pyramid and Mask2Former decoder.
 
-Names are mmsegmentation's and mmdetection's. What a file does not tell is taken from `configs/gta5_eva02_repro.py` and from the crop that
-its number of positions goes with.
+Names are mmsegmentation's and mmdetection's. What a file does not tell is taken from
+`configs/gta5_eva02_repro.py` and from the crop that its number of positions goes with.
 """
 
 from collections.abc import Mapping
@@ -23,22 +24,44 @@ from jaxdg.config import Config, Mask2FormerOptions
 from jaxdg.conversion import eva02, mask2former
 from jaxdg.conversion.checkpoint import Checkpoint
 from jaxdg.conversion.mapping import SAME, Layout, Misfit, Row, Transform
-from jaxdg.conversion.mask2former import CONV1, CONV1_UNBIASED, CONV3_UNBIASED, DENSE, EMBEDDING, FUSED, NORM
+from jaxdg.conversion.mask2former import (
+    CONV1,
+    CONV1_UNBIASED,
+    CONV3_UNBIASED,
+    DENSE,
+    EMBEDDING,
+    FUSED,
+    NORM,
+)
 from jaxdg.tasks.run_state import make_task
 from jaxdg.training.checkpoint import Checkpoints
 from jaxdg.training.step import TrainState
 
 NAME = "vltseg"
-LISTED = ("1351 MB", "CC-BY-NC-4.0", "vltseg_checkpoint_*.pth, linked in the README of VLTSeg/VLTSeg; whole models, --out is a workdir")
+LISTED = (
+    "1351 MB",
+    "CC-BY-NC-4.0",
+    (
+        "vltseg_checkpoint_*.pth, linked in the README of VLTSeg/VLTSeg; whole models, --out is a"
+        " workdir"
+    ),
+)
 ENCODER = "eva02_clip_l14_vltseg_repro"
 POSITIONS = "backbone.pos_embed"
 COUNT = "batches counted: the running statistics do not need it"
 
 
-RECIPES = {36: "gta5_eva02", 73: "cityscapes_eva02"}  # what such models were most likely trained by, by rows of positions
+RECIPES = {
+    36: "gta5_eva02",
+    73: "cityscapes_eva02",
+}  # what such models were most likely trained by, by rows of positions
 
 DOUBLE = (  # a transposed convolution of 2x2 pixels: torch [in, out, i, j], here [i, j, in, out]
-    (".weight", ".kernel", Transform(lambda w: w.transpose(2, 3, 0, 1), lambda k: (k.transpose(2, 3, 0, 1),))),
+    (
+        ".weight",
+        ".kernel",
+        Transform(lambda w: w.transpose(2, 3, 0, 1), lambda k: (k.transpose(2, 3, 0, 1),)),
+    ),
     (".bias", ".bias", SAME),
 )
 STATISTICS = ((".running_mean", ".mean", SAME), (".running_var", ".var", SAME))
@@ -49,7 +72,8 @@ PYRAMID = (
     ("fpn2", "fpn2.0", DOUBLE),
 )
 
-PIXEL, LAYER = "pixel_decoder.encoder.layers.*", "transformer_decoder.layers.*"
+PIXEL = "pixel_decoder.encoder.layers.*"
+LAYER = "transformer_decoder.layers.*"
 # Names of the head in jaxdg, and below `decode_head.`.
 HEAD = (
     ("pixel_decoder.input_proj.*.conv", "pixel_decoder.input_convs.*.conv", CONV1),
@@ -68,8 +92,14 @@ HEAD = (
     ("pixel_decoder.layer_1.conv", "pixel_decoder.output_convs.0.conv", CONV3_UNBIASED),
     ("pixel_decoder.layer_1.norm", "pixel_decoder.output_convs.0.gn", NORM),
     ("pixel_decoder.mask_features", "pixel_decoder.mask_feature", CONV1),
-    *((f"layers.*.{part}.in_proj", f"{LAYER}.{part}.attn.in_proj", FUSED) for part in ("cross_attn", "self_attn")),
-    *((f"layers.*.{part}.out_proj", f"{LAYER}.{part}.attn.out_proj", DENSE) for part in ("cross_attn", "self_attn")),
+    *(
+        (f"layers.*.{part}.in_proj", f"{LAYER}.{part}.attn.in_proj", FUSED)
+        for part in ("cross_attn", "self_attn")
+    ),
+    *(
+        (f"layers.*.{part}.out_proj", f"{LAYER}.{part}.attn.out_proj", DENSE)
+        for part in ("cross_attn", "self_attn")
+    ),
     ("layers.*.cross_norm", f"{LAYER}.norms.0", NORM),
     ("layers.*.self_norm", f"{LAYER}.norms.1", NORM),
     ("layers.*.linear1", f"{LAYER}.ffn.layers.0.0", DENSE),
@@ -94,7 +124,10 @@ def layout() -> Layout:
             for here, there, kind in table
             for ending, end, transform in kind
         ]
-    left_out = ((r"backbone\.(blocks\.\d+\.attn\.)?rope\.freqs_(cos|sin)", eva02.ROPE), (r"backbone\.fpn1\.1\.num_batches_tracked", COUNT))
+    left_out = (
+        (r"backbone\.(blocks\.\d+\.attn\.)?rope\.freqs_(cos|sin)", eva02.ROPE),
+        (r"backbone\.fpn1\.1\.num_batches_tracked", COUNT),
+    )
     return Layout("VLTSeg, whole model", tuple(rows), left_out)
 
 
@@ -110,19 +143,30 @@ def of_checkpoint(file: Checkpoint) -> Config:
         Misfit: positions of another grid than the re-implementation trains on.
         ValueError: sizes that no configuration has.
     """
-    shape = file.read(POSITIONS).shape if POSITIONS in file.names else (1, 1 + next(iter(RECIPES)) ** 2, 0)  # told as missing later
+    shape = (
+        file.read(POSITIONS).shape
+        if POSITIONS in file.names
+        else (1, 1 + next(iter(RECIPES)) ** 2, 0)
+    )  # told as missing later
     grid = math.isqrt(max(shape[1] - 1, 0)) if len(shape) == 3 else 0
     if grid not in RECIPES or shape[1] != 1 + grid * grid:
         crops = {side: recipe(name).data.crop[0] for side, name in RECIPES.items()}
-        allowed = " or ".join(f"(1, {1 + side * side}, ..) for a crop of {crop}" for side, crop in crops.items())
+        allowed = " or ".join(
+            f"(1, {1 + side * side}, ..) for a crop of {crop}" for side, crop in crops.items()
+        )
         raise Misfit(f"{POSITIONS} is {shape}, not {allowed}")
-    c, trained_by = recipe("gta5_eva02_repro"), recipe(RECIPES[grid])
+    c = recipe("gta5_eva02_repro")
+    trained_by = recipe(RECIPES[grid])
     for field in ("steps", "batch_size", "eval_every", "data", "evaluation"):
         setattr(c, field, getattr(trained_by, field))
-    c.model.encoder, c.model.weights, c.model.taps = ENCODER, None, backbones.entry(ENCODER).config.taps
+    c.model.encoder = ENCODER
+    c.model.weights = None
+    c.model.taps = backbones.entry(ENCODER).config.taps
     head, _ = mask2former.of_tensors(_head_tensors(file))
     sizes = dataclasses.asdict(head)
-    c.model.mask2former = Mask2FormerOptions(**{field.name: sizes[field.name] for field in dataclasses.fields(Mask2FormerOptions)})
+    c.model.mask2former = Mask2FormerOptions(
+        **{field.name: sizes[field.name] for field in dataclasses.fields(Mask2FormerOptions)}
+    )
     return config_lib.validated(c)
 
 
@@ -132,14 +176,22 @@ def recipe(name: str) -> Config:
 
 
 def _head_tensors(file: Checkpoint) -> dict[str, np.ndarray]:
-    """The head's tensors by jaxdg's names, but for those that are missing, or so misshapen that they tell no size."""
+    """The head's tensors by jaxdg's names, but for those that are missing, or so misshapen that
+    they tell no size.
+    """
     found = {}
     for row in layout().rows:
         pattern = re.compile(re.escape(row.source[0]).replace(r"\*", r"(\d+)"))
-        for match in filter(None, map(pattern.fullmatch, file.names)) if row.target.startswith("head.") else ():
+        for match in (
+            filter(None, map(pattern.fullmatch, file.names))
+            if row.target.startswith("head.")
+            else ()
+        ):
             with contextlib.suppress(ValueError, IndexError):
                 tensor = row.transform.forward(file.read(match[0]))
-                found[row.target.removeprefix("head.").replace("*", "{}").format(*match.groups())] = tensor
+                found[
+                    row.target.removeprefix("head.").replace("*", "{}").format(*match.groups())
+                ] = tensor
     return found
 
 
@@ -169,8 +221,11 @@ def write(config: Config, model: nnx.Module, tensors: Mapping[str, np.ndarray], 
     """
     weights.fill(model, tensors, out)
     _, trained, statistics = nnx.split(model, nnx.Param, ...)
-    # Nothing of an optimiser is published: the run is at its end, and another one starts from it by `model.start`.
-    state = TrainState(jnp.asarray(config.steps, jnp.int32), trained, nnx.State({}), statistics, opt_state=())
+    # Nothing of an optimiser is published: the run is at its end, and another one starts from it by
+    # `model.start`.
+    state = TrainState(
+        jnp.asarray(config.steps, jnp.int32), trained, nnx.State({}), statistics, opt_state=()
+    )
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f"{out.name}.partial_") as folder:
         partial = Path(folder) / out.name
@@ -182,8 +237,11 @@ def write(config: Config, model: nnx.Module, tensors: Mapping[str, np.ndarray], 
 
 def described(config: Config) -> str:
     """The run in words."""
-    (crop, _), (stride, _), m = config.data.crop, config.evaluation.stride, config.model.mask2former
+    crop, _ = config.data.crop
+    stride, _ = config.evaluation.stride
+    m = config.model.mask2former
     return (
-        f"{config.model.encoder}, {m.queries} queries, {m.layers} layers after {m.pixel_layers} of the pixel decoder; windows of {crop} "
-        f"pixels every {stride}; no tensor tells what it was trained on: {config.data.source}, says its config.json"
+        f"{config.model.encoder}, {m.queries} queries, {m.layers} layers after {m.pixel_layers} of"
+        f" the pixel decoder; windows of {crop} pixels every {stride}; no tensor tells what it was"
+        f" trained on: {config.data.source}, says its config.json"
     )

@@ -1,10 +1,13 @@
-"""Boxes in annotation files: VOC's XML, one file an image, and COCO's JSON, one file for many images.
+"""Boxes in annotation files: VOC's XML, one file an image, and COCO's JSON, one file for many
+images.
 
-Both are checked before a run begins, in parallel, and what was found is kept (see `cache.py`): later runs touch neither the images nor the
-XML files. A JSON file is kept parsed, as that of COCO takes long; an XML file is parsed again, and checked again, whenever its image is
-read, so that corrections count. Coordinates up to one pixel beyond the image are clipped, as writers disagree whether they count pixels
-from 0 or 1; all else that is wrong is refused with its path and the number of the object. What a file of either form may hold is said in
-`voc_xml.py` and `coco_json.py`.
+Both are checked before a run begins, in parallel, and what was found is kept (see `cache.py`):
+later runs touch neither the images nor the XML files. A JSON file is kept parsed, as that of COCO
+takes long; an XML file is parsed again, and checked again, whenever its image is read, so that
+corrections count. Coordinates up to one pixel beyond the image are clipped, as writers disagree
+whether they count pixels from 0 or 1; all else that is wrong is refused with its path and the
+number of the object. What a file of either form may hold is said in `voc_xml.py` and
+`coco_json.py`.
 """
 
 from collections.abc import Collection, Mapping, Sequence
@@ -29,7 +32,8 @@ FLAGS = ("-1", "0", "1")  # behind a name in the list of a single class: absent,
 
 @dataclasses.dataclass(frozen=True)
 class VocPart:
-    """Images with an XML file each; folders are relative to the dataset's, alternatives of which the first that exists counts.
+    """Images with an XML file each; folders are relative to the dataset's, alternatives of which
+    the first that exists counts.
 
     Attributes:
         images: image folder.
@@ -71,7 +75,10 @@ class CocoBoxes:
     def of(self, i: int) -> Boxes:
         """The boxes of image `i`."""
         mine = slice(int(self.ends[i - 1]) if i else 0, int(self.ends[i]))
-        return {key: getattr(self, key)[mine].copy() for key in ("boxes", "classes", "difficult", "crowd", "areas")}
+        return {
+            key: getattr(self, key)[mine].copy()
+            for key in ("boxes", "classes", "difficult", "crowd", "areas")
+        }
 
 
 def index_voc(
@@ -81,7 +88,8 @@ def index_voc(
     skip: Collection[str] = (),
     defects: list[Defect] | None = None,
 ) -> tuple[index.Pairs, Int32[np.ndarray, " n"]]:
-    """Pairs images with their XML files and checks both, or recalls the outcome of an earlier check.
+    """Pairs images with their XML files and checks both, or recalls the outcome of an earlier
+    check.
 
     Args:
         tree: the dataset's files.
@@ -95,11 +103,17 @@ def index_voc(
 
     Raises:
         FileNotFoundError: a folder or list does not exist.
-        ValueError: missing, unreadable or truncated files, several of one name, lines of a list that name no image, or what `read_voc`
-            refuses; names all of them. Or classes that are told apart only by the case of their letters.
+        ValueError: missing, unreadable or truncated files, several of one name, lines of a list
+            that name no image, or what `read_voc` refuses; names all of them. Or classes that are
+            told apart only by the case of their letters.
     """
-    if twice := [name for name in classes if [other.lower() for other in classes].count(name.lower()) > 1]:
-        raise ValueError(f"the classes {', '.join(twice)} differ in the case of their letters alone, which VOC's files do not; rename one")
+    if twice := [
+        name for name in classes if [other.lower() for other in classes].count(name.lower()) > 1
+    ]:
+        raise ValueError(
+            f"the classes {', '.join(twice)} differ in the case of their letters alone, which VOC's"
+            " files do not; rename one"
+        )
 
     def make() -> dict[str, np.ndarray]:
         wrong: list[Defect] = []
@@ -108,7 +122,9 @@ def index_voc(
             checked = list(pool.map(lambda pair: _check_pair(pair[0], pair[1], classes), pairs))
         _report(wrong + [defect for *_, found in checked for defect in found], defects)
         if not pairs:
-            raise ValueError(f"no images of {os.path.abspath(tree.base)} are left; see its lists, and data.skip")
+            raise ValueError(
+                f"no images of {os.path.abspath(tree.base)} are left; see its lists, and data.skip"
+            )
         images, labels = zip(*pairs, strict=True)
         sizes, fingerprints = index.arrays([header for header, *_ in checked])
         counts = np.array([count for _, count, *_ in checked], np.int32)
@@ -121,9 +137,22 @@ def index_voc(
             "notes": encoded(_mistaken(pairs, [said for *_, said, _ in checked])),
         }
 
-    kept = make() if defects is not None else cached(_key("voc", tree, parts, classes, skip), tree.modified, make)
+    kept = (
+        make()
+        if defects is not None
+        else cached(_key("voc", tree, parts, classes, skip), tree.modified, make)
+    )
     notes = (*tree.passed.told(), *decoded(kept["notes"]))
-    return index.Pairs(decoded(kept["images"]), decoded(kept["labels"]), kept["sizes"], kept["fingerprints"], notes), kept["counts"]
+    return (
+        index.Pairs(
+            decoded(kept["images"]),
+            decoded(kept["labels"]),
+            kept["sizes"],
+            kept["fingerprints"],
+            notes,
+        ),
+        kept["counts"],
+    )
 
 
 def read_voc(path: str, size: tuple[int, int], classes: tuple[str, ...]) -> Boxes:
@@ -135,8 +164,9 @@ def read_voc(path: str, size: tuple[int, int], classes: tuple[str, ...]) -> Boxe
         classes: names that objects may have, whatever the case of their letters.
 
     Raises:
-        ValueError: a file that does not parse, is none of VOC's or states another size, or objects of unknown class, without a name or one
-            box of four numbers, of no size, or outside the image; names all of them.
+        ValueError: a file that does not parse, is none of VOC's or states another size, or objects
+            of unknown class, without a name or one box of four numbers, of no size, or outside the
+            image; names all of them.
     """
     boxes, _, wrong = voc_xml.read(path, size, classes)
     _report(wrong, None)
@@ -150,50 +180,88 @@ def index_coco(
     skip: Collection[str] = (),
     defects: list[Defect] | None = None,
 ) -> CocoBoxes:
-    """Reads annotation files and checks them and their images, or recalls the outcome of an earlier check.
+    """Reads annotation files and checks them and their images, or recalls the outcome of an earlier
+    check.
 
     Args:
         tree: the dataset's files.
         parts: what is wanted of them.
         classes: names that categories may have; () for those of the first file, ordered by id.
         skip: paths of images to leave out.
-        defects: receives what is wrong with images and their boxes instead of an error; nothing is recalled then.
+        defects: receives what is wrong with images and their boxes instead of an error; nothing is
+            recalled then.
 
     Returns:
         Everything, images ordered as listed; without the boxes that have defects.
 
     Raises:
         FileNotFoundError: a folder or annotation file does not exist.
-        ValueError: an annotation file of another form; entries that lack a key or share an id or a name; missing, unreadable or truncated
-            images, sizes other than stated, or boxes of an unknown class or image, without four numbers, of no size, outside the image, or
-            with flags and areas that are none; names all of them.
+        ValueError: an annotation file of another form; entries that lack a key or share an id or a
+            name; missing, unreadable or truncated images, sizes other than stated, or boxes of an
+            unknown class or image, without four numbers, of no size, outside the image, or with
+            flags and areas that are none; names all of them.
     """
 
     def make() -> dict[str, np.ndarray]:
         wrong: list[Defect] = []
-        names, read = classes, []
+        names = classes
+        read = []
         for part in parts:
             path = _file(tree, (part.annotations,), part.file)
             content = coco_json.load(path)
             names = names or coco_json.category_names(content)
-            options: dict[str, Any] = {"names": names, "skip": frozenset(skip), "look": _look, "wrong": wrong}
+            options: dict[str, Any] = {
+                "names": names,
+                "skip": frozenset(skip),
+                "look": _look,
+                "wrong": wrong,
+            }
             read.append(coco_json.read(tree, part, path, content, **options))
         _report(wrong, defects)
-        images, arrays = [image for images, _ in read for image in images], [arrays for _, arrays in read]
+        images = [image for images, _ in read for image in images]
+        arrays = [arrays for _, arrays in read]
         if not images:
-            raise ValueError(f"no images of {os.path.abspath(tree.base)} are left; see {', '.join(p.file for p in parts)}, and data.skip")
+            raise ValueError(
+                f"no images of {os.path.abspath(tree.base)} are left; see"
+                f" {', '.join(p.file for p in parts)}, and data.skip"
+            )
         joined = {key: np.concatenate([array[key] for array in arrays]) for key in arrays[0]}
         return joined | {"images": encoded(images), "names": encoded(names)}
 
-    kept = make() if defects is not None else cached(_key("coco", tree, parts, classes, skip), tree.modified, make)
-    pairs = index.Pairs(images := decoded(kept["images"]), [""] * len(images), kept["sizes"], kept["fingerprints"], tree.passed.told())
+    kept = (
+        make()
+        if defects is not None
+        else cached(_key("coco", tree, parts, classes, skip), tree.modified, make)
+    )
+    pairs = index.Pairs(
+        images := decoded(kept["images"]),
+        [""] * len(images),
+        kept["sizes"],
+        kept["fingerprints"],
+        tree.passed.told(),
+    )
     fields = {key: kept[key] for key in ("boxes", "classes", "difficult", "crowd", "areas")}
-    return CocoBoxes(names=tuple(decoded(kept["names"])), pairs=pairs, **fields, ends=kept["counts"].cumsum())
+    return CocoBoxes(
+        names=tuple(decoded(kept["names"])), pairs=pairs, **fields, ends=kept["counts"].cumsum()
+    )
 
 
-def _key(kind: str, tree: storage.Tree, parts: Sequence[Any], classes: tuple[str, ...], skip: Collection[str]) -> list[Any]:
+def _key(
+    kind: str,
+    tree: storage.Tree,
+    parts: Sequence[Any],
+    classes: tuple[str, ...],
+    skip: Collection[str],
+) -> list[Any]:
     place = [tree.base, os.path.realpath(tree.base), tree.exact]
-    return [kind, VERSION, place, [dataclasses.astuple(part) for part in parts], classes, sorted(skip)]
+    return [
+        kind,
+        VERSION,
+        place,
+        [dataclasses.astuple(part) for part in parts],
+        classes,
+        sorted(skip),
+    ]
 
 
 def _file(tree: storage.Tree, folders: tuple[str, ...], name: str) -> str:
@@ -201,10 +269,17 @@ def _file(tree: storage.Tree, folders: tuple[str, ...], name: str) -> str:
     return tree.file(folders, name)
 
 
-def _pair(tree: storage.Tree, part: VocPart, skip: frozenset[str], wrong: list[Defect]) -> list[tuple[str, str]]:
-    images, annotations = _by_stem(tree, part.images, index.IMAGE_SUFFIXES), _by_stem(tree, part.annotations, (".xml",))
+def _pair(
+    tree: storage.Tree, part: VocPart, skip: frozenset[str], wrong: list[Defect]
+) -> list[tuple[str, str]]:
+    images = _by_stem(tree, part.images, index.IMAGE_SUFFIXES)
+    annotations = _by_stem(tree, part.annotations, (".xml",))
     known = images.keys() | annotations.keys()
-    stems = _listed(_file(tree, part.lists, part.listed), images, annotations, wrong) if part.listed else sorted(known)
+    stems = (
+        _listed(_file(tree, part.lists, part.listed), images, annotations, wrong)
+        if part.listed
+        else sorted(known)
+    )
     pairs = []
     for stem in stems:
         found = [files.get(stem, []) for files in (images, annotations)]
@@ -223,7 +298,9 @@ def _pair(tree: storage.Tree, part: VocPart, skip: frozenset[str], wrong: list[D
     return pairs
 
 
-def _by_stem(tree: storage.Tree, folders: tuple[str, ...], suffixes: tuple[str, ...]) -> dict[str, list[str]]:
+def _by_stem(
+    tree: storage.Tree, folders: tuple[str, ...], suffixes: tuple[str, ...]
+) -> dict[str, list[str]]:
     """The files below a folder by their relative paths without extension; most often one each."""
     found: dict[str, list[str]] = {}
     for name, path in sorted(tree.files(*folders).items()):
@@ -233,16 +310,24 @@ def _by_stem(tree: storage.Tree, folders: tuple[str, ...], suffixes: tuple[str, 
     return found
 
 
-def _listed(path: str, images: Mapping[str, Sequence[str]], annotations: Mapping[str, Sequence[str]], wrong: list[Defect]) -> list[str]:
+def _listed(
+    path: str,
+    images: Mapping[str, Sequence[str]],
+    annotations: Mapping[str, Sequence[str]],
+    wrong: list[Defect],
+) -> list[str]:
     """The names in a list, each once; notes the lines that are none.
 
-    A line is a name, with or without extension. A name may hold spaces, and a flag of `FLAGS` may follow it: each of them says that the
-    image belongs to the list. Empty lines do not count, nor do those that begin with # and name nothing.
+    A line is a name, with or without extension. A name may hold spaces, and a flag of `FLAGS` may
+    follow it: each of them says that the image belongs to the list. Empty lines do not count, nor
+    do those that begin with # and name nothing.
     """
     try:
         lines = storage.composed(storage.read(path).decode("utf-8-sig")).splitlines()
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is no text in UTF-8 ({error.reason} at byte {error.start}); save it as that") from error
+        raise ValueError(
+            f"{path} is no text in UTF-8 ({error.reason} at byte {error.start}); save it as that"
+        ) from error
     stems: list[str] = []
     for number, line in enumerate(map(str.strip, lines), start=1):
         name, _, last = line.rpartition(" ") if " " in line else line.rpartition("\t")
@@ -252,11 +337,18 @@ def _listed(path: str, images: Mapping[str, Sequence[str]], annotations: Mapping
         if stem is not None:
             stems.append(stem)
         elif line and not line.startswith("#"):
-            wrong.append(Defect(path, f": line {number} lists {line}, which is neither an image nor an annotation"))
+            wrong.append(
+                Defect(
+                    path,
+                    f": line {number} lists {line}, which is neither an image nor an annotation",
+                )
+            )
     return list(dict.fromkeys(stems))
 
 
-def _stem(name: str, images: Mapping[str, Sequence[str]], annotations: Mapping[str, Sequence[str]]) -> str | None:
+def _stem(
+    name: str, images: Mapping[str, Sequence[str]], annotations: Mapping[str, Sequence[str]]
+) -> str | None:
     """The path without extension that a name in a list means, if there is such a file."""
     if not name:
         return None
@@ -269,7 +361,9 @@ def _stem(name: str, images: Mapping[str, Sequence[str]], annotations: Mapping[s
     return stem if any(os.path.basename(path) == os.path.basename(plain) for path in own) else None
 
 
-def _check_pair(image: str, annotation: str, classes: tuple[str, ...]) -> tuple[index.Header, int, str, list[Defect]]:
+def _check_pair(
+    image: str, annotation: str, classes: tuple[str, ...]
+) -> tuple[index.Header, int, str, list[Defect]]:
     """Also the number of boxes, and the image that they are said to be of."""
     header, wrong = _look(image)
     boxes, said, found = voc_xml.read(annotation, header.size, classes)
@@ -277,16 +371,22 @@ def _check_pair(image: str, annotation: str, classes: tuple[str, ...]) -> tuple[
 
 
 def _mistaken(pairs: Sequence[tuple[str, str]], said: Sequence[str]) -> tuple[str, ...]:
-    """A line on annotations that say they are of another image that is there too: files may have been renamed, or mixed up."""
+    """A line on annotations that say they are of another image that is there too: files may have
+    been renamed, or mixed up.
+    """
     stems = [os.path.splitext(os.path.basename(image))[0] for image, _ in pairs]
     known = set(stems)
     others = [i for i, name in enumerate(said) if name != stems[i] and name in known]
     if not others:
         return ()
-    (image, annotation), name = pairs[others[0]], said[others[0]]
+    image, annotation = pairs[others[0]]
+    name = said[others[0]]
     return (
-        f"{len(others)} of {len(pairs)} annotations name another image than their own in <filename>, such as {annotation} with {name}; "
-        f"they count for the image of their own name, {os.path.basename(image)} there: look whether files were mixed up",
+        (
+            f"{len(others)} of {len(pairs)} annotations name another image than their own in"
+            f" <filename>, such as {annotation} with {name}; they count for the image of their own"
+            f" name, {os.path.basename(image)} there: look whether files were mixed up"
+        ),
     )
 
 
@@ -300,7 +400,14 @@ def _report(wrong: Sequence[Defect], defects: list[Defect] | None, limit: int = 
     if defects is not None:
         defects += wrong
     elif wrong:
-        more = f"; and {len(wrong) - limit} more ({len(wrong)} in all)" if len(wrong) > limit else ""
+        more = (
+            f"; and {len(wrong) - limit} more ({len(wrong)} in all)" if len(wrong) > limit else ""
+        )
         told = "; ".join(path + text for path, text in wrong[:limit])
-        listing = all(path.lower().endswith((".json", ".txt")) for path, _ in wrong)  # of many images, which cannot be left out
-        raise ValueError(f"{told}{more}; correct {'the file' if listing else 'these files, or leave them out with data.skip'}")
+        listing = all(
+            path.lower().endswith((".json", ".txt")) for path, _ in wrong
+        )  # of many images, which cannot be left out
+        raise ValueError(
+            f"{told}{more}; correct"
+            f" {'the file' if listing else 'these files, or leave them out with data.skip'}"
+        )

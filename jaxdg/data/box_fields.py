@@ -5,9 +5,12 @@ from typing import Any
 from jaxtyping import Float, Float32, Integer
 import numpy as np
 
-Boxes = dict[str, np.ndarray]  # `boxes`, `classes`, `difficult`, `crowd` and `areas` of one image, see `boxes.py`
+Boxes = dict[
+    str, np.ndarray
+]  # `boxes`, `classes`, `difficult`, `crowd` and `areas` of one image, see `boxes.py`
 
-YES, NO = ("1", "1.0", "true", "yes", "t", "y"), ("", "0", "0.0", "false", "no", "f", "n")
+YES = ("1", "1.0", "true", "yes", "t", "y")
+NO = ("", "0", "0.0", "false", "no", "f", "n")
 BORDERS = (32.0**2, 96.0**2)  # between COCO's small, medium and large, square pixels
 
 
@@ -33,11 +36,15 @@ def areas_of(boxes: Float[np.ndarray, "n 4"]) -> Float32[np.ndarray, " n"]:
 
 
 def rounded(areas: Float[np.ndarray, " n"]) -> Float32[np.ndarray, " n"]:
-    """Areas in float32; what is beside a border of COCO's sizes stays on its side, as the border itself counts on both."""
+    """Areas in float32; what is beside a border of COCO's sizes stays on its side, as the border
+    itself counts on both.
+    """
     result = areas.astype(np.float32)
     for border in BORDERS:
         moved = (result == border) & (areas != border)
-        result[moved] = np.nextafter(np.float32(border), np.where(areas[moved] < border, 0, 2 * border).astype(np.float32))
+        result[moved] = np.nextafter(
+            np.float32(border), np.where(areas[moved] < border, 0, 2 * border).astype(np.float32)
+        )
     return result
 
 
@@ -47,27 +54,38 @@ def fit(
     """Boxes from corners as they are written.
 
     Args:
-        corners: smallest and largest x and y; the largest pixel is part of the box if pixels count from 1.
+        corners: smallest and largest x and y; the largest pixel is part of the box if pixels count
+            from 1.
         sizes: height and width of the image, one a box.
         first: number of the first pixel, 0 or 1.
 
     Returns:
-        x0 y0 x1 y1 in pixels, clipped to the image; and the rows and faults of those that are no box or more than one pixel outside.
+        x0 y0 x1 y1 in pixels, clipped to the image; and the rows and faults of those that are no
+        box or more than one pixel outside.
     """
     limits = sizes[:, ::-1]
     with np.errstate(all="ignore"):  # a file may hold any number
-        low, high = (corners[:, :2] - first).astype(np.float32), corners[:, 2:].astype(np.float32)
+        low = (corners[:, :2] - first).astype(np.float32)
+        high = corners[:, 2:].astype(np.float32)
         boxes = np.concatenate([low.clip(0, limits), high.clip(0, limits)], 1, dtype=np.float32)
         positive = np.min(high - low, axis=1) > 0
-        inside = np.min(np.concatenate([corners[:, :2] >= -1, corners[:, 2:] <= limits + 1, boxes[:, 2:] > boxes[:, :2]], 1), axis=1)
+        inside = np.min(
+            np.concatenate(
+                [corners[:, :2] >= -1, corners[:, 2:] <= limits + 1, boxes[:, 2:] > boxes[:, :2]], 1
+            ),
+            axis=1,
+        )
     wrong = []
     for i in np.flatnonzero(~(positive & inside)).tolist():
-        (x0, y0, x1, y1), (h, w) = corners[i].tolist(), sizes[i].tolist()
+        x0, y0, x1, y1 = corners[i].tolist()
+        h, w = sizes[i].tolist()
         if not np.isfinite(corners[i]).all():
             what = "has no box of four numbers"
         elif not positive[i]:
             what = f"has a box of {x1 - x0 + first:g}x{y1 - y0 + first:g} pixels"
         else:
-            what = f"has a box outside the image (x {x0:g} to {x1:g}, y {y0:g} to {y1:g} of {w}x{h})"
+            what = (
+                f"has a box outside the image (x {x0:g} to {x1:g}, y {y0:g} to {y1:g} of {w}x{h})"
+            )
         wrong.append((i, what))
     return boxes, wrong

@@ -1,11 +1,13 @@
 """Images with boxes, opened by the name of their domain.
 
-A box is x0 y0 x1 y1 in pixels and covers [x0, x1) x [y0, y1): its width is x1 - x0, and the whole image is 0 0 w h. VOC counts pixels
-from 1 and includes the last: its xmin ymin xmax ymax are x0 + 1, y0 + 1, x1, y1. Boxes are in the order of their file, small ones are
-never left out, and images without boxes count.
+A box is x0 y0 x1 y1 in pixels and covers [x0, x1) x [y0, y1): its width is x1 - x0, and the whole
+image is 0 0 w h. VOC counts pixels from 1 and includes the last: its xmin ymin xmax ymax are x0 +
+1, y0 + 1, x1, y1. Boxes are in the order of their file, small ones are never left out, and images
+without boxes count.
 
-Diverse Weather (Wu and Deng, CVPR 2022) is trained on `daytime_clear`; its other four domains are tested on what their `train.txt` lists,
-as the field does. Cityscapes, BDD100K and SYNTHIA have boxes around the instances of their label images, ACDC in its COCO files.
+Diverse Weather (Wu and Deng, CVPR 2022) is trained on `daytime_clear`; its other four domains are
+tested on what their `train.txt` lists, as the field does. Cityscapes, BDD100K and SYNTHIA have
+boxes around the instances of their label images, ACDC in its COCO files.
 """
 
 from collections.abc import Collection
@@ -19,7 +21,16 @@ from jaxdg.data import index, instances, published, records, storage
 from jaxdg.data.annotations import CocoBoxes, VocPart, index_coco, index_voc, read_voc
 from jaxdg.data.box_fields import Boxes, areas_of
 from jaxdg.data.coco_json import CocoPart
-from jaxdg.data.datasets import STREETS, Dataset, Files, Mixture, Streets, StreetsOptions, Subset, domain_names
+from jaxdg.data.datasets import (
+    STREETS,
+    Dataset,
+    Files,
+    Mixture,
+    Streets,
+    StreetsOptions,
+    Subset,
+    domain_names,
+)
 from jaxdg.data.images import read_image
 from jaxdg.data.labels import CITYSCAPES, LabelSet, palette
 from jaxdg.data.skip import skip_list, without
@@ -27,15 +38,35 @@ from jaxdg.data.skip import skip_list, without
 
 def _like(**classes: str) -> LabelSet:
     """Classes in the colours of those of Cityscapes that they resemble."""
-    return LabelSet(tuple(classes), tuple(CITYSCAPES.colors[CITYSCAPES.names.index(alike)] for alike in classes.values()))
+    return LabelSet(
+        tuple(classes),
+        tuple(CITYSCAPES.colors[CITYSCAPES.names.index(alike)] for alike in classes.values()),
+    )
 
 
 THINGS = LabelSet(CITYSCAPES.names[instances.FIRST :], CITYSCAPES.colors[instances.FIRST :])
-STREETS_THINGS = LabelSet(CITYSCAPES.names[6:8] + THINGS.names, CITYSCAPES.colors[6:8] + THINGS.colors)
-DIVERSE_WEATHER = _like(bus="bus", bike="bicycle", car="car", motor="motorcycle", person="person", rider="rider", truck="truck")
-CARLA = _like(vehicle="car", bike="bicycle", motobike="motorcycle", traffic_light="traffic light", traffic_sign="traffic sign")
+STREETS_THINGS = LabelSet(
+    CITYSCAPES.names[6:8] + THINGS.names, CITYSCAPES.colors[6:8] + THINGS.colors
+)
+DIVERSE_WEATHER = _like(
+    bus="bus",
+    bike="bicycle",
+    car="car",
+    motor="motorcycle",
+    person="person",
+    rider="rider",
+    truck="truck",
+)
+CARLA = _like(
+    vehicle="car",
+    bike="bicycle",
+    motobike="motorcycle",
+    traffic_light="traffic light",
+    traffic_sign="traffic sign",
+)
 
-# Published number of images by domain and whether they are to train on; for the others see `published.py`.
+# Published number of images by domain and whether they are to train on; for the others see
+# `published.py`.
 COUNTS = {
     ("daytime_clear", True): 19395,
     ("daytime_clear", False): 8313,
@@ -48,23 +79,36 @@ COUNTS = {
     ("town05", False): 249,
 }
 ACDC_CONDITIONS = ("fog", "night", "rain", "snow")
-KNOWN = (*STREETS, *dict.fromkeys(name for name, _ in COUNTS), *instances.READERS, "acdc", *(f"acdc/{c}" for c in ACDC_CONDITIONS))
+KNOWN = (
+    *STREETS,
+    *dict.fromkeys(name for name, _ in COUNTS),
+    *instances.READERS,
+    "acdc",
+    *(f"acdc/{c}" for c in ACDC_CONDITIONS),
+)
 
 
 @dataclasses.dataclass
 class BoxOptions:
-    """Any images with boxes, in VOC or COCO form. `{domain}` in a path stands for the domain's name.
+    """Any images with boxes, in VOC or COCO form. `{domain}` in a path stands for the domain's
+    name.
 
     Attributes:
-        images: image folders below the data root, to train on and to judge on; they may be in an archive, as `photos.zip/images`.
+        images: image folders below the data root, to train on and to judge on; they may be in an
+            archive, as `photos.zip/images`.
         annotations: for each a folder of VOC's XML files, or a JSON file as COCO's.
-        lists: for each a text file of the names that count, as VOC has them; "" for all images. A JSON file says itself which these are.
-        classes: class names in the order of their ids, all that the annotations hold; empty for those of the JSON file, by their ids.
+        lists: for each a text file of the names that count, as VOC has them; "" for all images. A
+            JSON file says itself which these are.
+        classes: class names in the order of their ids, all that the annotations hold; empty for
+            those of the JSON file, by their ids.
     """
 
     images: tuple[str, str] = ("{domain}/VOC2007/JPEGImages", "{domain}/VOC2007/JPEGImages")
     annotations: tuple[str, str] = ("{domain}/VOC2007/Annotations", "{domain}/VOC2007/Annotations")
-    lists: tuple[str, str] = ("{domain}/VOC2007/ImageSets/Main/trainval.txt", "{domain}/VOC2007/ImageSets/Main/test.txt")
+    lists: tuple[str, str] = (
+        "{domain}/VOC2007/ImageSets/Main/trainval.txt",
+        "{domain}/VOC2007/ImageSets/Main/test.txt",
+    )
     classes: tuple[str, ...] = ()
 
 
@@ -84,10 +128,11 @@ class BoxFiles(Files):
         self.labels = labels
 
     def __getitem__(self, i: int) -> dict[str, np.ndarray]:
-        """`image` uint8 RGB [h, w, 3]; `boxes` float32 [n, 4]; `classes` int32, `difficult` and `crowd` bool, `areas` float32, all [n].
+        """`image` uint8 RGB [h, w, 3]; `boxes` float32 [n, 4]; `classes` int32, `difficult` and
+        `crowd` bool, `areas` float32, all [n].
 
-        An area is that of the object in square pixels, by which COCO's evaluation tells small from large: what the file says, or the pixels
-        of the instance, else those of the box.
+        An area is that of the object in square pixels, by which COCO's evaluation tells small from
+        large: what the file says, or the pixels of the instance, else those of the box.
         """
         return {"image": self._sized(i, self.name(i), read_image(self.name(i))), **self.boxes(i)}
 
@@ -135,7 +180,9 @@ class InstanceFiles(BoxFiles):
 
 
 class StreetsBoxes(Streets):
-    """Generated street scenes with boxes around what is visible of traffic lights, signs, people and vehicles."""
+    """Generated street scenes with boxes around what is visible of traffic lights, signs, people
+    and vehicles.
+    """
 
     def __init__(self, domain: str, options: StreetsOptions, train: bool):
         super().__init__(domain, options, train)
@@ -145,7 +192,12 @@ class StreetsBoxes(Streets):
         names = [STREETS_THINGS.names.index(CITYSCAPES.names[k]) for k in scene.box_labels.tolist()]
         none = np.zeros(len(names), bool)
         flags = {"difficult": none, "crowd": none.copy(), "areas": areas_of(scene.boxes)}
-        return {"image": scene.image, "boxes": scene.boxes, "classes": np.array(names, np.int32), **flags}
+        return {
+            "image": scene.image,
+            "boxes": scene.boxes,
+            "classes": np.array(names, np.int32),
+            **flags,
+        }
 
 
 def box_labels(domain: str, own: BoxOptions | None) -> LabelSet:
@@ -156,7 +208,8 @@ def box_labels(domain: str, own: BoxOptions | None) -> LabelSet:
         own: as for `open_boxes`.
 
     Raises:
-        ValueError: an unknown domain or one without boxes, or one of one's own whose classes are not named.
+        ValueError: an unknown domain or one without boxes, or one of one's own whose classes are
+            not named.
     """
     domain = domain_names(domain)[0]
     if domain in STREETS:
@@ -170,7 +223,10 @@ def box_labels(domain: str, own: BoxOptions | None) -> LabelSet:
     if own is None:
         raise _unknown(domain)
     if not own.classes:
-        raise ValueError("data.boxes.classes is empty; name the classes there, as a trained model has to know them without its data")
+        raise ValueError(
+            "data.boxes.classes is empty; name the classes there, as a trained model has to know"
+            " them without its data"
+        )
     return LabelSet(own.classes, palette(len(own.classes)))
 
 
@@ -194,15 +250,23 @@ def open_boxes(
         skip: a text file of paths to leave out with their partners, see `skip.py`.
 
     Returns:
-        The dataset, with the samples of `BoxFiles`: records where the root holds them, else files, which are paired and checked.
+        The dataset, with the samples of `BoxFiles`: records where the root holds them, else files,
+        which are paired and checked.
 
     Raises:
-        FileNotFoundError: the data root, a folder or file of the domain, or the skip list does not exist.
-        ValueError: an unknown domain or one without boxes or without such images, files that do not pair up or are wrong in themselves, or
-            records of other classes.
+        FileNotFoundError: the data root, a folder or file of the domain, or the skip list does not
+            exist.
+        ValueError: an unknown domain or one without boxes or without such images, files that do not
+            pair up or are wrong in themselves, or records of other classes.
     """
     if len(parts := domain_names(domain)) > 1:
-        options: dict[str, Any] = {"root": root, "train": train, "streets": streets, "own": own, "skip": skip}
+        options: dict[str, Any] = {
+            "root": root,
+            "train": train,
+            "streets": streets,
+            "own": own,
+            "skip": skip,
+        }
         return Mixture([open_boxes(part, **options) for part in parts])
     if domain in STREETS:
         return StreetsBoxes(domain, streets or StreetsOptions(), train)
@@ -213,8 +277,9 @@ def open_boxes(
         names = box_labels(domain, own).names
         if found.labels.names != names:
             raise ValueError(
-                f"the records {found.directory} were written with the classes {', '.join(found.labels.names)}, but those of {domain} are "
-                f"{', '.join(names)}; change data.boxes.classes or prepare the records again"
+                f"the records {found.directory} were written with the classes"
+                f" {', '.join(found.labels.names)}, but those of {domain} are {', '.join(names)};"
+                " change data.boxes.classes or prepare the records again"
             )
     return without(found, skip, root, strict=train) if skip else found
 
@@ -243,8 +308,9 @@ def check_room(dataset: Dataset, max_boxes: int) -> None:
     i = int(counts.argmax())
     if counts[i] > max_boxes:
         raise ValueError(
-            f"{dataset.name(i)} has {counts[i]} boxes, and {np.count_nonzero(counts > max_boxes)} of {len(counts)} images of "
-            f"{dataset.domain} have more than data.max_boxes, {max_boxes}; allowed: at least {counts[i]}"
+            f"{dataset.name(i)} has {counts[i]} boxes, and {np.count_nonzero(counts > max_boxes)}"
+            f" of {len(counts)} images of {dataset.domain} have more than data.max_boxes,"
+            f" {max_boxes}; allowed: at least {counts[i]}"
         )
 
 
@@ -265,7 +331,8 @@ def open_box_files(
         train: as for `open_boxes`.
         own: as for `open_boxes`.
         skip: as for `open_boxes`.
-        defects: receives what is wrong with files, which then is no error; outcomes of earlier checks are not used.
+        defects: receives what is wrong with files, which then is no error; outcomes of earlier
+            checks are not used.
 
     Returns:
         The dataset; those with defects are in it too.
@@ -275,66 +342,126 @@ def open_box_files(
         ValueError: as for `open_boxes`.
     """
     if "://" in root:
-        raise FileNotFoundError(f"{root} has no records of {domain}; only they are read from there: run `python -m jaxdg.data.prepare`")
+        raise FileNotFoundError(
+            f"{root} has no records of {domain}; only they are read from there: run `python -m"
+            " jaxdg.data.prepare`"
+        )
     root = os.path.normpath(root)
     if not os.path.isdir(root):
-        raise FileNotFoundError(f"data root {os.path.abspath(root)} does not exist; set JAXDG_DATA or --config.data.root")
+        raise FileNotFoundError(
+            f"data root {os.path.abspath(root)} does not exist; set JAXDG_DATA or"
+            " --config.data.root"
+        )
     domain_names(domain)  # or raises
     left_out = skip_list(skip, root, strict=train) if skip else ()
     split = "train" if train else "val"
     if (domain, False) in COUNTS and (domain, train) not in COUNTS:
-        raise ValueError(f"domain {domain!r} is kept unseen and has no training images; train on daytime_clear or carla")
+        raise ValueError(
+            f"domain {domain!r} is kept unseen and has no training images; train on daytime_clear"
+            " or carla"
+        )
     if domain in ("carla", "town05"):
-        towns = {"town05": "test"} if domain == "town05" else dict.fromkeys(("town01", "town02", "town03", "town04"), split)
-        tree, parts = storage.Tree(os.path.join(root, "carla_towns")), [_voc2007((town,), part) for town, part in towns.items()]
+        towns = (
+            {"town05": "test"}
+            if domain == "town05"
+            else dict.fromkeys(("town01", "town02", "town03", "town04"), split)
+        )
+        tree = storage.Tree(os.path.join(root, "carla_towns"))
+        parts = [_voc2007((town,), part) for town, part in towns.items()]
         return VocFiles(domain, index_voc(tree, parts, CARLA.names, left_out, defects), CARLA)
     if (domain, train) in COUNTS:
         tree = storage.Tree(os.path.join(root, "diverse_weather"))
-        part = _voc2007(_spellings(domain), "test" if domain == "daytime_clear" and not train else "train")
-        return VocFiles(domain, index_voc(tree, [part], DIVERSE_WEATHER.names, left_out, defects), DIVERSE_WEATHER)
+        part = _voc2007(
+            _spellings(domain), "test" if domain == "daytime_clear" and not train else "train"
+        )
+        return VocFiles(
+            domain,
+            index_voc(tree, [part], DIVERSE_WEATHER.names, left_out, defects),
+            DIVERSE_WEATHER,
+        )
     if domain in instances.READERS:
-        return _instances(domain, storage.Tree(os.path.join(root, domain)), split, left_out, defects)
+        return _instances(
+            domain, storage.Tree(os.path.join(root, domain)), split, left_out, defects
+        )
     if domain in KNOWN:
-        # The file of the training images in rain lists those of all conditions, hence the beginning of the names.
+        # The file of the training images in rain lists those of all conditions, hence the beginning
+        # of the names.
         parts = [
-            CocoPart(f"rgb_anon/{c}/{split}", "gt_detection", f"{c}/instancesonly_{c}_{split}_gt_detection.json", f"{c}/{split}/")
+            CocoPart(
+                f"rgb_anon/{c}/{split}",
+                "gt_detection",
+                f"{c}/instancesonly_{c}_{split}_gt_detection.json",
+                f"{c}/{split}/",
+            )
             for c in ACDC_CONDITIONS
             if domain in ("acdc", f"acdc/{c}")
         ]
         tree = storage.Tree(os.path.join(root, "acdc"))
         return CocoFiles(domain, index_coco(tree, parts, THINGS.names, left_out, defects), THINGS)
     if own is not None:
-        return _own(domain, storage.Tree(root, exact=True), 0 if train else 1, own, left_out, defects)
+        return _own(
+            domain, storage.Tree(root, exact=True), 0 if train else 1, own, left_out, defects
+        )
     raise _unknown(domain)
 
 
 def _unknown(domain: str) -> ValueError:
     if published.find(domain):
-        return ValueError(f"{domain} has no boxes, as it is published without instances; known are {', '.join(KNOWN)}")
-    return ValueError(f"unknown domain {domain!r}; known are {', '.join(KNOWN)}; for boxes of your own set data.boxes")
+        return ValueError(
+            f"{domain} has no boxes, as it is published without instances; known are"
+            f" {', '.join(KNOWN)}"
+        )
+    return ValueError(
+        f"unknown domain {domain!r}; known are {', '.join(KNOWN)}; for boxes of your own set"
+        " data.boxes"
+    )
 
 
 def _voc2007(folders: tuple[str, ...], listed: str) -> VocPart:
     images, annotations, lists = (
-        tuple(f"{folder}/VOC2007/{kind}" for folder in folders) for kind in ("JPEGImages", "Annotations", "ImageSets/Main")
+        tuple(f"{folder}/VOC2007/{kind}" for folder in folders)
+        for kind in ("JPEGImages", "Annotations", "ImageSets/Main")
     )
     return VocPart(images, annotations, lists, f"{listed}.txt")
 
 
 def _spellings(domain: str) -> tuple[str, ...]:
-    """`night_sunny`, `Night-Sunny` and so on: how the folders of Diverse Weather are called in circulation."""
+    """`night_sunny`, `Night-Sunny` and so on: how the folders of Diverse Weather are called in
+    circulation.
+    """
     names = (domain, "daytime_sunny") if domain == "daytime_clear" else (domain,)
     words = [name.split("_") for name in names]
-    return tuple(a + dash + b for time, sky in words for dash in "_-" for a in (time, time.title()) for b in (sky, sky.title()))
+    return tuple(
+        a + dash + b
+        for time, sky in words
+        for dash in "_-"
+        for a in (time, time.title())
+        for b in (sky, sky.title())
+    )
 
 
-def _instances(domain: str, tree: storage.Tree, split: str, skip: Collection[str], defects: list[index.Defect] | None) -> InstanceFiles:
+def _instances(
+    domain: str,
+    tree: storage.Tree,
+    split: str,
+    skip: Collection[str],
+    defects: list[index.Defect] | None,
+) -> InstanceFiles:
     images, labels, image_suffix, label_suffix = {
-        "cityscapes": (f"leftImg8bit/{split}", f"gtFine/{split}", "_leftImg8bit.png", "_gtFine_instanceIds.png"),
+        "cityscapes": (
+            f"leftImg8bit/{split}",
+            f"gtFine/{split}",
+            "_leftImg8bit.png",
+            "_gtFine_instanceIds.png",
+        ),
         "bdd100k": (f"images/10k/{split}", f"labels/ins_seg/bitmasks/{split}", ".jpg", ".png"),
         "synthia": ("RGB", "GT/LABELS", ".png", ".png"),
     }[domain]
-    files: dict[str, Any] = {"image_suffix": image_suffix, "label_suffix": label_suffix, "skip": skip}
+    files: dict[str, Any] = {
+        "image_suffix": image_suffix,
+        "label_suffix": label_suffix,
+        "skip": skip,
+    }
     if defects is None:
         pairs = index.index_pairs(tree, [(images, (labels,))], **files)
     else:
@@ -343,18 +470,31 @@ def _instances(domain: str, tree: storage.Tree, split: str, skip: Collection[str
     return InstanceFiles(domain, pairs, THINGS)
 
 
-def _own(domain: str, tree: storage.Tree, at: int, own: BoxOptions, skip: Collection[str], defects: list[index.Defect] | None) -> BoxFiles:
-    images, annotations, listed = (paths[at].replace("{domain}", domain) for paths in (own.images, own.annotations, own.lists))
+def _own(
+    domain: str,
+    tree: storage.Tree,
+    at: int,
+    own: BoxOptions,
+    skip: Collection[str],
+    defects: list[index.Defect] | None,
+) -> BoxFiles:
+    images, annotations, listed = (
+        paths[at].replace("{domain}", domain) for paths in (own.images, own.annotations, own.lists)
+    )
     if annotations.lower().endswith(".json"):
         if listed and own.lists != BoxOptions.lists:
             raise ValueError(
-                f"data.boxes.lists names {listed}, but only of VOC's XML files a list is read; take what is not to count out of "
-                f"{annotations}, or leave it out with data.skip"
+                f"data.boxes.lists names {listed}, but only of VOC's XML files a list is read; take"
+                f" what is not to count out of {annotations}, or leave it out with data.skip"
             )
-        content = index_coco(tree, [CocoPart(images, *os.path.split(annotations))], own.classes, skip, defects)
+        content = index_coco(
+            tree, [CocoPart(images, *os.path.split(annotations))], own.classes, skip, defects
+        )
         return CocoFiles(domain, content, LabelSet(content.names, palette(len(content.names))))
     if not own.classes:
-        raise ValueError("data.boxes.classes is empty; XML files do not list their classes, so name them there")
+        raise ValueError(
+            "data.boxes.classes is empty; XML files do not list their classes, so name them there"
+        )
     part = VocPart((images,), (annotations,), (os.path.dirname(listed),), os.path.basename(listed))
     labels = LabelSet(own.classes, palette(len(own.classes)))
     return VocFiles(domain, index_voc(tree, [part], labels.names, skip, defects), labels)

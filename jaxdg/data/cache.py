@@ -1,7 +1,8 @@
 """Arrays kept from run to run, for as long as what they were made from is unchanged.
 
-They lie, as compiled programs do, under `$JAXDG_CACHE` (else `~/.cache/jaxdg`, and without a home in the temporary folder). A cache saves
-time and is never needed: it may be deleted, and a full or read-only disk is no error.
+They lie, as compiled programs do, under `$JAXDG_CACHE` (else `~/.cache/jaxdg`, and without a home
+in the temporary folder). A cache saves time and is never needed: it may be deleted, and a full or
+read-only disk is no error.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -31,7 +32,8 @@ def folder() -> Path:
     home = os.path.expanduser("~")
     if home != "~":
         return Path(home, ".cache", "jaxdg")
-    # A user without a home, as in many containers. Compiled programs are run, so the folder must be nobody else's.
+    # A user without a home, as in many containers. Compiled programs are run, so the folder must be
+    # nobody else's.
     shared = Path(tempfile.gettempdir(), f"jaxdg-{os.getuid()}")
     with contextlib.suppress(OSError):
         shared.mkdir(mode=0o700, exist_ok=True)
@@ -40,13 +42,16 @@ def folder() -> Path:
     return Path(os.devnull, "jaxdg")  # where nothing can be kept
 
 
-def cached(key: Any, modified: Mapping[str, int], make: Callable[[], dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+def cached(
+    key: Any, modified: Mapping[str, int], make: Callable[[], dict[str, np.ndarray]]
+) -> dict[str, np.ndarray]:
     """What `make` returns, or returned in an earlier run.
 
     Args:
         key: JSON value that says what is made.
-        modified: filled by `make`: each file and folder it looked at, and when that last changed (nanoseconds). What was made
-            is good for as long as neither these times nor their sizes change.
+        modified: filled by `make`: each file and folder it looked at, and when that last changed
+            (nanoseconds). What was made is good for as long as neither these times nor their sizes
+            change.
         make: what takes time.
 
     Returns:
@@ -57,7 +62,8 @@ def cached(key: Any, modified: Mapping[str, int], make: Callable[[], dict[str, n
     kept = _recall(file)
     if kept is None:
         kept = make()
-        # What changed a moment ago may change again within the resolution of its clock: the next run looks again.
+        # What changed a moment ago may change again within the resolution of its clock: the next
+        # run looks again.
         if max(modified.values(), default=0) < time.time_ns() - 2_000_000_000:
             _remember(file, kept, modified)
     return kept
@@ -70,8 +76,9 @@ def fingerprint(paths: Sequence[str]) -> tuple[str, dict[str, int]]:
         paths: as `storage.read` takes them; there may be very many.
 
     Returns:
-        A digest of the resolved paths, sizes and modification times (nanoseconds), for members of archives those of the archive; and the
-        file that changed last with its time, as `cached` takes it.
+        A digest of the resolved paths, sizes and modification times (nanoseconds), for members of
+        archives those of the archive; and the file that changed last with its time, as `cached`
+        takes it.
     """
     folders: dict[str, list[str]] = {}
     for path in paths:
@@ -80,10 +87,14 @@ def fingerprint(paths: Sequence[str]) -> tuple[str, dict[str, int]]:
     digest = hashlib.sha256()
     last = ("", 0)
     with ThreadPoolExecutor(THREADS) as pool:
-        for names, (lines, latest) in zip(folders.values(), pool.map(_stats, folders.items()), strict=True):
+        for names, (lines, latest) in zip(
+            folders.values(), pool.map(_stats, folders.items()), strict=True
+        ):
             digest.update("\0".join([*names, *lines]).encode(errors="surrogateescape"))
             last = max(last, latest, key=lambda file: file[1])
-    digest.update("\0".join(os.path.basename(path) for path in paths).encode(errors="surrogateescape"))
+    digest.update(
+        "\0".join(os.path.basename(path) for path in paths).encode(errors="surrogateescape")
+    )
     return digest.hexdigest(), dict([last]) if paths else {}
 
 
@@ -116,7 +127,12 @@ def _stats(folder: tuple[str, list[str]]) -> tuple[list[str], tuple[str, int]]:
     path, names = folder
     if storage.in_archive(f"{path}/{names[0]}"):
         archive, at = storage.modified(path)
-        return [os.path.realpath(archive), os.path.abspath(path)[len(archive) :], str(at), str(os.path.getsize(archive))], (archive, at)
+        return [
+            os.path.realpath(archive),
+            os.path.abspath(path)[len(archive) :],
+            str(at),
+            str(os.path.getsize(archive)),
+        ], (archive, at)
     lines = [os.path.realpath(path)]
     latest = ("", 0)
     for name in names:
@@ -133,7 +149,11 @@ def _stats(folder: tuple[str, list[str]]) -> tuple[list[str], tuple[str, int]]:
 
 def _remember(file: Path, arrays: dict[str, np.ndarray], modified: Mapping[str, int]) -> None:
     with contextlib.suppress(OSError):
-        arrays = arrays | {"modified": encoded(f"{at} {os.path.getsize(path)} {path}" for path, at in modified.items())}
+        arrays = arrays | {
+            "modified": encoded(
+                f"{at} {os.path.getsize(path)} {path}" for path, at in modified.items()
+            )
+        }
         file.parent.mkdir(parents=True, exist_ok=True)
         handle, temporary = tempfile.mkstemp(dir=file.parent, prefix=file.stem, suffix=".tmp")
         try:

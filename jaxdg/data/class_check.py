@@ -1,10 +1,12 @@
-"""Whether labels show what a model is to learn from them and be judged by; said before the first step.
+"""Whether labels show what a model is to learn from them and be judged by; said before the first
+step.
 
-A model that has only ever seen one class answers with it and scores 100; a class that never occurs is never learnt. Both come from ids that
-no class has far more often than from images: a mask saved as 0 and 255 has one class, as 255 is ignored unless told otherwise.
+A model that has only ever seen one class answers with it and scores 100; a class that never occurs
+is never learnt. Both come from ids that no class has far more often than from images: a mask saved
+as 0 and 255 has one class, as 255 is ignored unless told otherwise.
 
-Reading all labels takes too long for the start of a run, so ever more of them are looked at until every class was seen. What ends a run is
-said only when all labels have been looked at.
+Reading all labels takes too long for the start of a run, so ever more of them are looked at until
+every class was seen. What ends a run is said only when all labels have been looked at.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -22,8 +24,10 @@ from jaxdg.data.datasets import Dataset, Files, Streets, Subset
 from jaxdg.data.labels import IGNORE
 from jaxdg.data.records import Records
 
-MOST, SECONDS = 2000, 60.0  # images of a source that are looked at, and what that may take
-DOMAIN_MOST, DOMAIN_SECONDS = 100, 10.0  # the same of a domain to judge on
+MOST = 2000
+SECONDS = 60.0  # images of a source that are looked at, and what that may take
+DOMAIN_MOST = 100
+DOMAIN_SECONDS = 10.0  # the same of a domain to judge on
 TOLD = 8  # ids or classes in a message
 
 
@@ -48,7 +52,11 @@ class Shown:
     def classes(self) -> Bool[np.ndarray, " k"]:
         """Whether each class was seen."""
         k = len(self.dataset.labels.names)
-        return np.ones(k, bool) if self.look is None else np.isin(np.arange(k), id_classes(self.dataset)[self.look.ids])
+        return (
+            np.ones(k, bool)
+            if self.look is None
+            else np.isin(np.arange(k), id_classes(self.dataset)[self.look.ids])
+        )
 
     @property
     def whole(self) -> bool:
@@ -59,7 +67,9 @@ class Shown:
     def boxes(self) -> bool:
         """Whether there are boxes instead of label maps."""
         inner = _inner(self.dataset)
-        return isinstance(inner, BoxFiles | StreetsBoxes) or (isinstance(inner, Records) and inner.boxes)
+        return isinstance(inner, BoxFiles | StreetsBoxes) or (
+            isinstance(inner, Records) and inner.boxes
+        )
 
     @property
     def unlabelled(self) -> bool:
@@ -69,12 +79,16 @@ class Shown:
 
 
 def show(dataset: Dataset, most: int, seconds: float) -> list[Shown]:
-    """Looks at the labels of a dataset, of a mixture at those of each part; see `class_counts.look`.
+    """Looks at the labels of a dataset, of a mixture at those of each part; see
+    `class_counts.look`.
 
     Raises:
         ValueError: a label is damaged, or holds ids that have no class.
     """
-    found = [Shown(part, None if _is_generated(part) else look(part, most=most, seconds=seconds)) for part in parts_of(dataset)]
+    found = [
+        Shown(part, None if _is_generated(part) else look(part, most=most, seconds=seconds))
+        for part in parts_of(dataset)
+    ]
     for one in found:
         if one.look is not None and one.look.odd >= 0 and len(dataset.labels.names) > 1:
             try:
@@ -84,7 +98,9 @@ def show(dataset: Dataset, most: int, seconds: float) -> list[Shown]:
     return found
 
 
-def before_training(source: Dataset, domains: Mapping[str, Dataset], say: Callable[[Text], None]) -> None:
+def before_training(
+    source: Dataset, domains: Mapping[str, Dataset], say: Callable[[Text], None]
+) -> None:
     """Says what is wrong with the classes of what a run trains on and is judged on.
 
     Args:
@@ -98,7 +114,12 @@ def before_training(source: Dataset, domains: Mapping[str, Dataset], say: Callab
     shown = show(source, MOST, SECONDS)
     if fault(shown) and not all(one.whole for one in shown):
         left = sum(len(one.dataset) - one.look.images for one in shown if one.look is not None)
-        say(Text(f"{source.domain}: no more than one class so far; looks at the other {left} labels, once for all runs"))
+        say(
+            Text(
+                f"{source.domain}: no more than one class so far; looks at the other {left} labels,"
+                " once for all runs"
+            )
+        )
         shown = [one if one.whole else Shown(one.dataset, count(one.dataset).look) for one in shown]
     if wrong := fault(shown):
         raise ValueError(wrong)
@@ -109,13 +130,16 @@ def before_training(source: Dataset, domains: Mapping[str, Dataset], say: Callab
         say(Text.assemble(("warning: ", "bold yellow"), line) if loud else Text(f"note: {line}"))
 
 
-def findings(shown: Sequence[Shown], *, own: bool, judged_only: bool = False) -> tuple[list[str], list[tuple[str, bool]]]:
+def findings(
+    shown: Sequence[Shown], *, own: bool, judged_only: bool = False
+) -> tuple[list[str], list[tuple[str, bool]]]:
     """What is to be said of the splits of a dataset that may be trained on.
 
     Args:
         shown: what was seen in each, the one to train on first.
-        own: whether it is a folder of one's own: its label maps are broken if a class never occurs. Of a published dataset, of boxes, and
-            of a split to judge on that is no more than a warning.
+        own: whether it is a folder of one's own: its label maps are broken if a class never occurs.
+            Of a published dataset, of boxes, and of a split to judge on that is no more than a
+            warning.
         judged_only: nobody trains on it, so that all is a warning.
 
     Returns:
@@ -138,24 +162,39 @@ def findings(shown: Sequence[Shown], *, own: bool, judged_only: bool = False) ->
 
 def fault(shown: Sequence[Shown]) -> str | None:
     """Why nothing can be learnt from a source as a whole, if that is so."""
-    first, seen = shown[0], union(shown)
-    names, source = first.dataset.labels.names, _name(shown)
+    first = shown[0]
+    seen = union(shown)
+    names = first.dataset.labels.names
+    source = _name(shown)
     if first.boxes:
-        return None if seen.any() else f"{source} has no box to learn from in {_looked(shown)}; see the annotation files"
+        return (
+            None
+            if seen.any()
+            else f"{source} has no box to learn from in {_looked(shown)}; see the annotation files"
+        )
     told = "; ".join([*map(ids_seen, shown), *filter(None, [_way_out(first)])])
     if len(names) == 1:
-        return f"{source} has the single class {names[0]}, and a model of one class always scores 100; {told}"
+        return (
+            f"{source} has the single class {names[0]}, and a model of one class always scores 100;"
+            f" {told}"
+        )
     if not seen.any():
         return f"no label of {source} shows a class, in {_looked(shown)}; {told}"
     if seen.sum() == 1:
         only = names[int(seen.argmax())]
-        return f"only {only} occurs in the labels of {source}, in {_looked(shown)}: a model that answers nothing else scores 100; {told}"
+        return (
+            f"only {only} occurs in the labels of {source}, in {_looked(shown)}: a model that"
+            f" answers nothing else scores 100; {told}"
+        )
     return None
 
 
 def missing(shown: Sequence[Shown]) -> list[tuple[str, bool]]:
-    """Classes of a source that never occur, and parts that show nothing: a line each, and whether it is to be loud."""
-    names, absent = shown[0].dataset.labels.names, ~union(shown)
+    """Classes of a source that never occur, and parts that show nothing: a line each, and whether
+    it is to be loud.
+    """
+    names = shown[0].dataset.labels.names
+    absent = ~union(shown)
     lines = [
         (f"{one} shows no class at all in {_looked([one])}; {ids_seen(one)}", True)
         for one in shown
@@ -166,12 +205,38 @@ def missing(shown: Sequence[Shown]) -> list[tuple[str, bool]]:
     lacking = [name for name, gone in zip(names, absent, strict=True) if gone]
     if set(lacking) <= {name for one in shown for name in known_to_lack(one.dataset.domain)}:
         return [*lines, (f"{_name(shown)} has no {_some(lacking)}, as published", False)]
-    told = "; ".join([f"{_some(lacking)} never occur{'s' * (len(lacking) == 1)} in {_name(shown)}, in {_looked(shown)}"])
-    unmapped = [] if shown[0].boxes else [name for name in lacking if not any(_has_id(one.dataset, names.index(name)) for one in shown)]
-    why = f"; data.folder.id_map maps no id to {_some(unmapped)}" if unmapped and not published.find(shown[0].dataset.domain) else ""
+    told = "; ".join(
+        [
+            f"{_some(lacking)} never occur{'s' * (len(lacking) == 1)} in {_name(shown)}, in"
+            f" {_looked(shown)}"
+        ]
+    )
+    unmapped = (
+        []
+        if shown[0].boxes
+        else [
+            name
+            for name in lacking
+            if not any(_has_id(one.dataset, names.index(name)) for one in shown)
+        ]
+    )
+    why = (
+        f"; data.folder.id_map maps no id to {_some(unmapped)}"
+        if unmapped and not published.find(shown[0].dataset.domain)
+        else ""
+    )
     way = _way_out(shown[0])
     seen = "; ".join(map(ids_seen, shown))
-    return [*lines, (f"{told}: a model cannot learn what it never sees; {seen}{why}{f'; {way}' if way else ''}", True)]
+    return [
+        *lines,
+        (
+            (
+                f"{told}: a model cannot learn what it never sees;"
+                f" {seen}{why}{f'; {way}' if way else ''}"
+            ),
+            True,
+        ),
+    ]
 
 
 def known_to_lack(domain: str) -> tuple[str, ...]:
@@ -181,45 +246,86 @@ def known_to_lack(domain: str) -> tuple[str, ...]:
 
 
 def ids_seen(shown: Shown) -> str:
-    """How often each id was seen, as in `ids in the label files: 0 93.1 % (background), 255 6.9 % (ignored)`."""
+    """How often each id was seen, as in `ids in the label files: 0 93.1 % (background), 255 6.9 %
+    (ignored)`.
+    """
     if shown.look is None:
         return f"{shown} is generated"
     if shown.unlabelled:
         return f"{shown} has no label files"
-    ids, counts, names = shown.look.ids, shown.look.counts, shown.dataset.labels.names
+    ids = shown.look.ids
+    counts = shown.look.counts
+    names = shown.dataset.labels.names
     if shown.boxes:
-        return "boxes: " + (_some([f"{names[k]} {n}" for k, n in zip(ids.tolist(), counts.tolist(), strict=True)]) or "none")
+        return "boxes: " + (
+            _some([f"{names[k]} {n}" for k, n in zip(ids.tolist(), counts.tolist(), strict=True)])
+            or "none"
+        )
     meaning = {**dict(enumerate(names)), IGNORE: "ignored", -1: "no class"}
     classes = id_classes(shown.dataset)
     order = np.argsort(-counts, kind="stable")
     share = 100 * counts / max(1, counts.sum())
-    percent = lambda x: f"{x:.1f} %" if x >= 0.95 else f"{x:.2g} %"
+
+    def percent(x):
+        return f"{x:.1f} %" if x >= 0.95 else f"{x:.2g} %"
+
     if is_mapped(shown.dataset):
-        return f"classes in {shown}: " + _some([f"{meaning[int(classes[ids[j]])]} {percent(share[j])}" for j in order])
-    told = _some([f"{ids[j]} {percent(share[j])} ({meaning.get(int(classes[ids[j]]), 'no class')})" for j in order])
+        return f"classes in {shown}: " + _some(
+            [f"{meaning[int(classes[ids[j]])]} {percent(share[j])}" for j in order]
+        )
+    told = _some(
+        [
+            f"{ids[j]} {percent(share[j])} ({meaning.get(int(classes[ids[j]]), 'no class')})"
+            for j in order
+        ]
+    )
     return f"ids in the label files of {shown}: {told}"
 
 
 def _against(source: Sequence[Shown], name: str, shown: Sequence[Shown]) -> list[tuple[str, bool]]:
     """What the classes of a domain mean for its score, beside those of the source."""
-    names, seen, learnt = shown[0].dataset.labels.names, union(shown), union(source)
+    names = shown[0].dataset.labels.names
+    seen = union(shown)
+    learnt = union(source)
     if names != source[0].dataset.labels.names:
         return []  # said elsewhere
-    looked, score = _looked(shown), "AP50" if shown[0].boxes else "IoU"
+    looked = _looked(shown)
+    score = "AP50" if shown[0].boxes else "IoU"
     told = "; ".join(map(ids_seen, shown))
     if not seen.any():
         return [(f"{name} has nothing to judge by in {looked}; {told}", True)]
     if not shown[0].boxes and seen.sum() == 1 and len(names) > 1:
         only = names[int(seen.argmax())]
-        return [(f"only {only} occurs in {name}, in {looked}, so that its mIoU says nothing; {told}", True)]
+        return [
+            (
+                f"only {only} occurs in {name}, in {looked}, so that its mIoU says nothing; {told}",
+                True,
+            )
+        ]
     lines = []
     if (new := seen & ~learnt).any():
         what = _some([names[k] for k in np.flatnonzero(new)])
-        lines.append((f"{name} has {what}, of which {_name(source)} shows none: the {score} there counts in its mean all the same", True))
+        lines.append(
+            (
+                (
+                    f"{name} has {what}, of which {_name(source)} shows none: the {score} there"
+                    " counts in its mean all the same"
+                ),
+                True,
+            )
+        )
     if (gone := learnt & ~seen).any():
         what = _some([names[k] for k in np.flatnonzero(gone)])
         rest = "" if shown[0].boxes else ", unless the model predicts it there, which counts as 0"
-        lines.append((f"{what} not seen in {name}, in {looked}: what a domain lacks stays out of its mean{rest}", False))
+        lines.append(
+            (
+                (
+                    f"{what} not seen in {name}, in {looked}: what a domain lacks stays out of its"
+                    f" mean{rest}"
+                ),
+                False,
+            )
+        )
     return lines
 
 
@@ -236,7 +342,11 @@ def _looked(shown: Sequence[Shown]) -> str:
     """How many images that is about."""
     looked = sum(len(one.dataset) if one.look is None else one.look.images for one in shown)
     total = sum(len(one.dataset) for one in shown)
-    return f"all {total} image{'s' * (total != 1)}" if looked == total else f"{looked} of {total} images looked at"
+    return (
+        f"all {total} image{'s' * (total != 1)}"
+        if looked == total
+        else f"{looked} of {total} images looked at"
+    )
 
 
 def _is_generated(dataset: Dataset) -> bool:
@@ -253,17 +363,26 @@ def _has_id(dataset: Dataset, train_id: int) -> bool:
 
 def _way_out(shown: Shown) -> str:
     """What to set where a mask of one's own has a background and one class, or one class is named."""
-    names, dataset = shown.dataset.labels.names, shown.dataset
+    names = shown.dataset.labels.names
+    dataset = shown.dataset
     if shown.look is None or len(names) > 2 or is_mapped(dataset) or published.find(dataset.domain):
         return ""
     foreground = [i for i in shown.look.ids.tolist() if i]
     background, class_name = ("background", *names)[-2:]
     classes = f'classes=("{background}", "{class_name}")'
     if len(foreground) != 1:
-        return f"a class and its background are {classes} of data.folder, whose id_map says which id is which" if len(names) == 1 else ""
+        return (
+            f"a class and its background are {classes} of data.folder, whose id_map says which id"
+            " is which"
+            if len(names) == 1
+            else ""
+        )
     if foreground == [1]:
         return f"if 1 marks {class_name}, set {classes} in data.folder" if len(names) == 1 else ""
-    return f"if {foreground[0]} marks {class_name}, set {classes}, id_map={{{foreground[0]}: 1}} in data.folder"
+    return (
+        f"if {foreground[0]} marks {class_name}, set {classes}, id_map={{{foreground[0]}: 1}} in"
+        " data.folder"
+    )
 
 
 def _some(items: Sequence[str]) -> str:

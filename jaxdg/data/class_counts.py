@@ -1,8 +1,10 @@
-"""Which ids the labels of a dataset hold, how often, and so how many pixels or boxes of each class there are.
+"""Which ids the labels of a dataset hold, how often, and so how many pixels or boxes of each class
+there are.
 
-All labels are counted once and kept for as long as the label files are the same ones: by their resolved paths, sizes and modification times
-in nanoseconds; records by the digests in their metadata, generated streets by their seed. A look at some evenly spread images is cheaper
-and is kept likewise.
+All labels are counted once and kept for as long as the label files are the same ones: by their
+resolved paths, sizes and modification times in nanoseconds; records by the digests in their
+metadata, generated streets by their seed. A look at some evenly spread images is cheaper and is
+kept likewise.
 """
 
 from collections.abc import Iterable, Sequence
@@ -39,7 +41,8 @@ class Look:
 
     Attributes:
         images: how many were looked at.
-        ids: as the label files hold them, each once and ascending; of records and boxes those of the classes.
+        ids: as the label files hold them, each once and ascending; of records and boxes those of
+            the classes.
         counts: pixels of each id, or boxes of each class.
         odd: an image whose label holds ids that have no class; -1 if there is none.
     """
@@ -79,7 +82,8 @@ def class_pixels(dataset: Dataset, workers: int = 0) -> Int32[np.ndarray, "n k"]
 
 
 def count(dataset: Dataset, workers: int = 0) -> Counts:
-    """Counts all labels of a dataset, or recalls the counts of label files that have not changed since.
+    """Counts all labels of a dataset, or recalls the counts of label files that have not changed
+    since.
 
     Args:
         dataset: no mixture.
@@ -88,11 +92,13 @@ def count(dataset: Dataset, workers: int = 0) -> Counts:
     Raises:
         ValueError: a label is damaged, or holds ids that are no class's.
     """
-    n, k = len(dataset), len(dataset.labels.names)
+    n = len(dataset)
+    k = len(dataset.labels.names)
     key, modified = _content(dataset)
 
     def make() -> dict[str, np.ndarray]:
-        classes, total = np.zeros((n, k), np.int32), np.zeros(KINDS, np.int64)
+        classes = np.zeros((n, k), np.int32)
+        total = np.zeros(KINDS, np.int64)
         table = id_classes(dataset)
         items = grain.MapDataset.range(n).map(_Read(dataset, strict=True))
         for i, (ids, found, _) in enumerate(read_ahead(items, workers)):
@@ -114,13 +120,15 @@ def look(
     images: Sequence[int] | None = None,
     defects: list[Defect] | None = None,
 ) -> Look:
-    """Looks at ever more evenly spread images, until every class was seen, or all or enough of them were looked at.
+    """Looks at ever more evenly spread images, until every class was seen, or all or enough of them
+    were looked at.
 
     Args:
         dataset: no mixture.
         most: images to look at.
         seconds: that this may take.
-        images: those that count; None for all. Only then is the outcome of an earlier look at the same label files used.
+        images: those that count; None for all. Only then is the outcome of an earlier look at the
+            same label files used.
         defects: receives what is wrong with labels, which then is no error.
 
     Raises:
@@ -134,10 +142,17 @@ def look(
         for path in {storage.modified(path) for path in _label_files(dataset, looked)}:
             modified.update([path])
         ids = np.flatnonzero(total)
-        return {"images": np.array(len(looked)), "ids": ids, "counts": total[ids], "odd": np.array(odd)}
+        return {
+            "images": np.array(len(looked)),
+            "ids": ids,
+            "counts": total[ids],
+            "odd": np.array(odd),
+        }
 
     whole = images is None and defects is None
-    kept = cached(["class look", VERSION, _names(dataset), most], modified, make) if whole else make()
+    kept = (
+        cached(["class look", VERSION, _names(dataset), most], modified, make) if whole else make()
+    )
     return Look(int(kept["images"]), kept["ids"], kept["counts"], int(kept["odd"]))
 
 
@@ -165,7 +180,9 @@ def id_classes(dataset: Dataset) -> Integer[np.ndarray, "KINDS"]:
 
 
 def is_mapped(dataset: Dataset) -> bool:
-    """Whether the ids in a `Look` are those of the classes, as label files cannot be seen any more or there are boxes."""
+    """Whether the ids in a `Look` are those of the classes, as label files cannot be seen any more
+    or there are boxes.
+    """
     inner = _inner(dataset)
     return not isinstance(inner, Files) or isinstance(inner, BoxFiles)
 
@@ -178,11 +195,14 @@ def _progressive(
     dataset: Dataset, images: list[int], most: int, seconds: float, defects: list[Defect] | None
 ) -> tuple[Int64[np.ndarray, "KINDS"], list[int], int]:
     """Pixels of every id, the images they are of, and `Look.odd`."""
-    total, table, k = np.zeros(KINDS, np.int64), id_classes(dataset), len(dataset.labels.names)
+    total = np.zeros(KINDS, np.int64)
+    table = id_classes(dataset)
+    k = len(dataset.labels.names)
     wanted = np.arange(k)
     order = [images[i] for i in spread(len(images), most)]
     looked: list[int] = []
-    odd, until = -1, time.monotonic() + seconds
+    odd = -1
+    until = time.monotonic() + seconds
     while len(looked) < len(order) and time.monotonic() < until:
         if np.isin(wanted, table[np.flatnonzero(total)]).all():
             break
@@ -204,7 +224,9 @@ def _progressive(
 
 
 def spread(items: int, most: int) -> list[int]:
-    """Numbers below `items`, at most so many: the first, the last, and ever denser between them (multiples of the golden ratio)."""
+    """Numbers below `items`, at most so many: the first, the last, and ever denser between them
+    (multiples of the golden ratio).
+    """
     if not items:
         return []
     between = np.arange(4 * min(items, most)) * ((5**0.5 - 1) / 2) % 1.0 * items
@@ -214,31 +236,44 @@ def spread(items: int, most: int) -> list[int]:
 
 @dataclasses.dataclass
 class _Read:
-    """Ids in the label of image i, and pixels or boxes of each; a class and not a closure, so that it reaches worker processes by name.
+    """Ids in the label of image i, and pixels or boxes of each; a class and not a closure, so that
+    it reaches worker processes by name.
 
     Attributes:
         dataset: its images.
-        strict: errors are raised, and ids that have no class are errors; else damage is told beside an empty result.
+        strict: errors are raised, and ids that have no class are errors; else damage is told beside
+            an empty result.
     """
 
     dataset: Dataset
     strict: bool
 
-    def __call__(self, i: int) -> tuple[Integer[np.ndarray, " m"], Integer[np.ndarray, " m"], Defect | None]:
+    def __call__(
+        self, i: int
+    ) -> tuple[Integer[np.ndarray, " m"], Integer[np.ndarray, " m"], Defect | None]:
         try:
             ids, counts = truth_ids(self.dataset, i)
         except (ValueError, cv2.error) as error:
             if self.strict:
                 raise
             path = label_path(self.dataset, i)
-            return np.zeros(0, np.int64), np.zeros(0, np.int64), Defect(path, f": {str(error).removeprefix(path).lstrip(': ')}")
+            return (
+                np.zeros(0, np.int64),
+                np.zeros(0, np.int64),
+                Defect(path, f": {str(error).removeprefix(path).lstrip(': ')}"),
+            )
         if self.strict and (id_classes(self.dataset)[ids] < 0).any():
-            self.dataset[i] if not isinstance(self.dataset, Files) else self.dataset.label(i)  # the error that says where
+            (
+                self.dataset[i] if not isinstance(self.dataset, Files) else self.dataset.label(i)
+            )  # the error that says where
         return ids, counts, None
 
 
-def truth_ids(dataset: Dataset, i: int) -> tuple[Integer[np.ndarray, " m"], Integer[np.ndarray, " m"]]:
-    """The ids in a label and the pixels of each; of boxes the classes and how many boxes each has, regions of crowds left out.
+def truth_ids(
+    dataset: Dataset, i: int
+) -> tuple[Integer[np.ndarray, " m"], Integer[np.ndarray, " m"]]:
+    """The ids in a label and the pixels of each; of boxes the classes and how many boxes each has,
+    regions of crowds left out.
 
     Args:
         dataset: no mixture.
@@ -280,10 +315,14 @@ def _label_files(dataset: Dataset, images: Iterable[int]) -> list[str]:
 
 
 def _names(dataset: Dataset) -> str:
-    """A digest of what a dataset consists of by name, and of what its labels mean; of records and streets also of their content."""
+    """A digest of what a dataset consists of by name, and of what its labels mean; of records and
+    streets also of their content.
+    """
     inner = _inner(dataset)
     chosen = dataset.images if isinstance(dataset, Subset) else len(dataset)
-    digest = hashlib.sha256(json.dumps([dataset.domain, dataset.labels.names, chosen, os.path.realpath(".")]).encode())
+    digest = hashlib.sha256(
+        json.dumps([dataset.domain, dataset.labels.names, chosen, os.path.realpath(".")]).encode()
+    )
     if isinstance(inner, Files) and not isinstance(inner, CocoFiles):
         digest.update("\0".join(inner.pairs.labels).encode(errors="surrogateescape"))
         digest.update(np.asarray(getattr(inner, "table", 0)).tobytes())
@@ -293,7 +332,9 @@ def _names(dataset: Dataset) -> str:
 
 
 def _content(dataset: Dataset) -> tuple[list[Any], dict[str, int]]:
-    """What the labels of a dataset depend on; and the file that changed last, with the time (nanoseconds)."""
+    """What the labels of a dataset depend on; and the file that changed last, with the time
+    (nanoseconds).
+    """
     of: list[Any] = [dataset.domain, dataset.labels.names, len(dataset)]
     if isinstance(dataset, CocoFiles):
         content = (dataset.content.classes, dataset.content.crowd, dataset.content.ends)
@@ -304,7 +345,12 @@ def _content(dataset: Dataset) -> tuple[list[Any], dict[str, int]]:
         return [*of, table, files], modified
     if isinstance(dataset, Records):
         metadata = Path(dataset.directory, METADATA).read_bytes()
-        return [*of, dataset.split, list(dataset.left_out), hashlib.sha256(metadata).hexdigest()], {}
+        return [
+            *of,
+            dataset.split,
+            list(dataset.left_out),
+            hashlib.sha256(metadata).hexdigest(),
+        ], {}
     if isinstance(dataset, Streets):
         return [*of, dataset.seed, dataset.image_size], {}
     digest = hashlib.sha256(np.asarray(getattr(dataset, "table", 0)).tobytes())

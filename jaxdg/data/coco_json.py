@@ -1,9 +1,11 @@
-"""COCO's annotation files: lists of `images`, `categories` and `annotations` that name each other by ids.
+"""COCO's annotation files: lists of `images`, `categories` and `annotations` that name each other
+by ids.
 
-They are read as pycocotools reads them (Lin et al. 2014): ids may be numbers or texts, an image may be without annotations, `area` is that
-of the object and not of its box. Where pycocotools would lose something without a word (two entries of one id, an annotation of no image,
-a key that occurs twice), the entry is named instead. `difficult` and `ignore`, which COCO's own evaluation does not read, mark difficult
-boxes: writers of VOC's truth in this form use them.
+They are read as pycocotools reads them (Lin et al. 2014): ids may be numbers or texts, an image may
+be without annotations, `area` is that of the object and not of its box. Where pycocotools would
+lose something without a word (two entries of one id, an annotation of no image, a key that occurs
+twice), the entry is named instead. `difficult` and `ignore`, which COCO's own evaluation does not
+read, mark difficult boxes: writers of VOC's truth in this form use them.
 """
 
 from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
@@ -35,7 +37,8 @@ class CocoPart:
         images: image folder.
         annotations: folder of the JSON file.
         file: its path in that folder.
-        start: beginning of the file names that count, which is not part of their paths below `images`.
+        start: beginning of the file names that count, which is not part of their paths below
+            `images`.
     """
 
     images: str
@@ -51,21 +54,37 @@ def load(path: str) -> dict[str, list[Entry]]:
         path: as `storage.read` takes it.
 
     Raises:
-        ValueError: the file is unreadable, is not JSON, lacks a list, or holds a key twice in one place.
+        ValueError: the file is unreadable, is not JSON, lacks a list, or holds a key twice in one
+            place.
     """
     data = storage.read(path)
     try:
         content = json.loads(data, object_pairs_hook=_object)
     except (ValueError, RecursionError) as error:  # no JSON, no text
-        lines = "; a file with one JSON value a line is not read" if str(error).startswith("Extra data") else ""
-        raise ValueError(f"{path}: no COCO annotation file ({error}{lines}); correct it, or fetch it again") from error
+        lines = (
+            "; a file with one JSON value a line is not read"
+            if str(error).startswith("Extra data")
+            else ""
+        )
+        raise ValueError(
+            f"{path}: no COCO annotation file ({error}{lines}); correct it, or fetch it again"
+        ) from error
     if not isinstance(content, dict):
-        raise ValueError(f"{path}: no COCO annotation file (a list, as files of results are); name the file with {', '.join(LISTS)}")
+        raise ValueError(
+            f"{path}: no COCO annotation file (a list, as files of results are); name the file with"
+            f" {', '.join(LISTS)}"
+        )
     for key in LISTS:
         entries = content.get(key)
         if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
-            fault = f"{key!r} is no list of objects" if key in content else f"it has no {key!r}, only {', '.join(content) or 'nothing'}"
-            raise ValueError(f"{path}: no COCO annotation file ({fault}); correct it, or fetch it again")
+            fault = (
+                f"{key!r} is no list of objects"
+                if key in content
+                else f"it has no {key!r}, only {', '.join(content) or 'nothing'}"
+            )
+            raise ValueError(
+                f"{path}: no COCO annotation file ({fault}); correct it, or fetch it again"
+            )
     return content
 
 
@@ -81,8 +100,14 @@ def _object(pairs: list[tuple[str, Any]]) -> Entry:
 
 def category_names(content: Mapping[str, list[Entry]]) -> tuple[str, ...]:
     """The names of the categories, ordered by id; those that `read` refuses are left out."""
-    found = {e["id"]: e["name"] for e in content["categories"] if not _id_fault(e, "id") and _is_name(e.get("name"))}
-    return tuple(dict.fromkeys(found[i] for i in sorted(found, key=lambda i: (isinstance(i, str), i))))
+    found = {
+        e["id"]: e["name"]
+        for e in content["categories"]
+        if not _id_fault(e, "id") and _is_name(e.get("name"))
+    }
+    return tuple(
+        dict.fromkeys(found[i] for i in sorted(found, key=lambda i: (isinstance(i, str), i)))
+    )
 
 
 def read(
@@ -109,8 +134,9 @@ def read(
         wrong: receives what is wrong.
 
     Returns:
-        The paths of its images in the order of the file, and their `sizes`, `fingerprints`, `counts` (numbers of boxes), `boxes`,
-        `classes`, `difficult`, `crowd` and `areas`, without the boxes that have defects.
+        The paths of its images in the order of the file, and their `sizes`, `fingerprints`,
+        `counts` (numbers of boxes), `boxes`, `classes`, `difficult`, `crowd` and `areas`, without
+        the boxes that have defects.
     """
     reader = _Reader(path, names, wrong)
     classes = reader.categories(content["categories"])
@@ -122,7 +148,11 @@ def read(
     kept = {i: image for i, image in images.items() if not looked[i][1]}
     sizes, fingerprints = index.arrays([header for header, _ in looked.values()])
     rows = reader.annotations(content["annotations"], set(listed), kept, classes)
-    return list(images.values()), {"sizes": sizes, "fingerprints": fingerprints, **_arrays(rows, images, sizes, reader)}
+    return list(images.values()), {
+        "sizes": sizes,
+        "fingerprints": fingerprints,
+        **_arrays(rows, images, sizes, reader),
+    }
 
 
 class _Row(NamedTuple):
@@ -136,10 +166,14 @@ class _Row(NamedTuple):
     area: float
 
 
-def _arrays(rows: list[_Row], images: Mapping[Hashable, str], sizes: np.ndarray, reader: "_Reader") -> dict[str, np.ndarray]:
+def _arrays(
+    rows: list[_Row], images: Mapping[Hashable, str], sizes: np.ndarray, reader: "_Reader"
+) -> dict[str, np.ndarray]:
     place = {i: k for k, i in enumerate(images)}
     owner = np.array([place[row.entry["image_id"]] for row in rows], np.int32)
-    boxes, misfits = fit(np.array([row.corners for row in rows], np.float64).reshape(-1, 4), sizes[owner], first=0)
+    boxes, misfits = fit(
+        np.array([row.corners for row in rows], np.float64).reshape(-1, 4), sizes[owner], first=0
+    )
     for i, what in misfits:
         reader.say_of(rows[i].entry, images, what)
     order = np.argsort(owner, kind="stable")
@@ -169,21 +203,34 @@ class _Reader:
 
     def say_of(self, e: Entry, images: Mapping[Hashable, str], text: str) -> None:
         """Notes what is wrong with an annotation of one of `images`."""
-        self.wrong.append(Defect(images[e["image_id"]], f": annotation {e['id']} of {os.path.basename(self.path)} {text}"))
+        self.wrong.append(
+            Defect(
+                images[e["image_id"]],
+                f": annotation {e['id']} of {os.path.basename(self.path)} {text}",
+            )
+        )
 
     def categories(self, entries: list[Entry]) -> dict[Hashable, str]:
         """The name of each category by its id."""
         found: dict[Hashable, str] = {}
         for n, e in enumerate(entries, start=1):
             title = _title("category", e, n)
-            if fault := _id_fault(e, "id") or ("" if _is_name(e.get("name")) else f"has {_said(e, 'name')}; a name is a text"):
+            if fault := _id_fault(e, "id") or (
+                "" if _is_name(e.get("name")) else f"has {_said(e, 'name')}; a name is a text"
+            ):
                 self.say(f"{title} {fault}")
                 continue
             if e["id"] in found:
-                self.say(f"the categories {found[e['id']]!r} and {e['name']!r} have one id, {e['id']}; give one another")
+                self.say(
+                    f"the categories {found[e['id']]!r} and {e['name']!r} have one id, {e['id']};"
+                    " give one another"
+                )
             elif e["name"] in found.values():
                 first = next(i for i, name in found.items() if name == e["name"])
-                self.say(f"the categories {first} and {e['id']} have one name, {e['name']!r}; rename one, or make them one")
+                self.say(
+                    f"the categories {first} and {e['id']} have one name, {e['name']!r}; rename"
+                    " one, or make them one"
+                )
             found.setdefault(e["id"], e["name"])
         return found
 
@@ -203,7 +250,10 @@ class _Reader:
                 continue
             if e["id"] in listed:
                 first = listed[e["id"]].get("file_name")
-                self.say(f"the images {first!r} and {name!r} have one id, {e['id']}; renumber those of one of the files that were joined")
+                self.say(
+                    f"the images {first!r} and {name!r} have one id, {e['id']}; renumber those of"
+                    " one of the files that were joined"
+                )
                 continue
             listed[e["id"]] = e
             if not name.startswith(start):
@@ -212,9 +262,18 @@ class _Reader:
             if image in skip:
                 continue
             if fault:
-                self.wrong.append(Defect(image, f" is listed by {os.path.basename(self.path)} as image {e['id']}, but {fault}"))
+                self.wrong.append(
+                    Defect(
+                        image,
+                        f" is listed by {os.path.basename(self.path)} as image {e['id']}, but"
+                        f" {fault}",
+                    )
+                )
             elif image in owners:
-                self.say(f"the images {owners[image]} and {e['id']} are one file, {name}; make them one, with the annotations of both")
+                self.say(
+                    f"the images {owners[image]} and {e['id']} are one file, {name}; make them one,"
+                    " with the annotations of both"
+                )
             else:
                 found[e["id"]] = image
                 owners[image] = e["id"]
@@ -222,14 +281,29 @@ class _Reader:
 
     def size_fault(self, image: str, size: tuple[int, int], e: Entry) -> list[Defect]:
         """What is wrong with the size that an entry states."""
-        (h, w), stated = size, (e["height"], e["width"])
+        h, w = size
+        stated = (e["height"], e["width"])
         if stated == (h, w):
             return []
-        turned = "; they are swapped, or the image was turned after it was annotated" if stated == (w, h) else ""
-        return [Defect(image, f" is {w}x{h} but {os.path.basename(self.path)} says {stated[1]}x{stated[0]}{turned}")]
+        turned = (
+            "; they are swapped, or the image was turned after it was annotated"
+            if stated == (w, h)
+            else ""
+        )
+        return [
+            Defect(
+                image,
+                f" is {w}x{h} but {os.path.basename(self.path)} says"
+                f" {stated[1]}x{stated[0]}{turned}",
+            )
+        ]
 
     def annotations(
-        self, entries: list[Entry], listed: Collection[Hashable], images: Mapping[Hashable, str], classes: Mapping[Hashable, str]
+        self,
+        entries: list[Entry],
+        listed: Collection[Hashable],
+        images: Mapping[Hashable, str],
+        classes: Mapping[Hashable, str],
     ) -> list[_Row]:
         """The boxes in `images`; `listed` are the ids of all images."""
         rows: list[_Row] = []
@@ -246,7 +320,10 @@ class _Reader:
                 self.say(f"annotation {e['id']} occurs twice; take one out")
             seen[known_as] = e.get("bbox")
             if e["image_id"] not in listed:
-                self.say(f"annotation {e['id']} is of image {_spelt(e['image_id'], listed)}, which is not listed")
+                self.say(
+                    f"annotation {e['id']} is of image {_spelt(e['image_id'], listed)}, which is"
+                    " not listed"
+                )
                 continue
             if e["image_id"] not in images:
                 continue
@@ -256,18 +333,31 @@ class _Reader:
                 continue
             fault = _id_fault(e, "category_id")
             if not fault and category is None:
-                fault = f"has the unknown class {_spelt(e['category_id'], classes)} (known are {known})"
+                fault = (
+                    f"has the unknown class {_spelt(e['category_id'], classes)} (known are {known})"
+                )
             if fault := fault or _values_fault(e):
                 self.say_of(e, images, fault)
                 continue
             assert category is not None  # or there had been a fault
             difficult = bool(flag(e.get("difficult")) or flag(e.get("ignore")))
             area = math.nan if e.get("area") is None else float(e["area"])
-            rows.append(_Row(e, ids[category], _corners(e["bbox"]), difficult, bool(flag(e.get("iscrowd"))), area))
+            rows.append(
+                _Row(
+                    e,
+                    ids[category],
+                    _corners(e["bbox"]),
+                    difficult,
+                    bool(flag(e.get("iscrowd"))),
+                    area,
+                )
+            )
         for category, mine in foreign.items():
             self.say(
-                f"annotation {mine[0]}{f' and {len(mine) - 1} more are' if len(mine) > 1 else ' is'} of the category {category!r}, which "
-                f"is none of the classes {', '.join(self.names)}; name it in data.boxes.classes, or take its annotations out of the file"
+                "annotation"
+                f" {mine[0]}{f' and {len(mine) - 1} more are' if len(mine) > 1 else ' is'} of the"
+                f" category {category!r}, which is none of the classes {', '.join(self.names)};"
+                " name it in data.boxes.classes, or take its annotations out of the file"
             )
         return rows
 
@@ -282,15 +372,17 @@ class _Places:
     def of(self, name: str) -> tuple[str, str]:
         """The path of an image, and why it is none.
 
-        A name is relative to the image folder. One that is written with backslashes, dots or the image folder's own name in front means the
-        same file; of others nobody knows which of several files of a name they mean.
+        A name is relative to the image folder. One that is written with backslashes, dots or the
+        image folder's own name in front means the same file; of others nobody knows which of
+        several files of a name they mean.
         """
         if (own := storage.composed(name)) in self.files:
             return self.files[own], ""
         plain = posixpath.normpath(own.replace("\\", "/"))
         if plain in self.files:
             return self.files[plain], ""
-        parts, above = plain.split("/"), os.path.abspath(self.folder).split("/")
+        parts = plain.split("/")
+        above = os.path.abspath(self.folder).split("/")
         for k in range(1, len(parts)):
             rest = "/".join(parts[k:])
             if parts[:k] == above[-k:] and rest in self.files:
@@ -298,7 +390,9 @@ class _Places:
         path = os.path.join(self.folder, plain)
         if os.path.isfile(path):
             return path, ""
-        alike = [own for own in self.files if own.rpartition("/")[2].lower() == parts[-1].lower()][:1]
+        alike = [own for own in self.files if own.rpartition("/")[2].lower() == parts[-1].lower()][
+            :1
+        ]
         hint = f"; if {alike[0]} is meant, write that as its file_name" if alike else ""
         spelt = "" if plain == name else f" ({name})"
         return path, f"does not exist{spelt}{hint}"
@@ -321,7 +415,10 @@ def _image_fault(e: Entry) -> str:
         value: Any = e.get(key)
         whole = type(value) is int or (isinstance(value, float) and value.is_integer())
         if not whole or value < 1:
-            return f"({e['file_name']}) has {_said(e, key)}; allowed is a whole number of pixels from 1"
+            return (
+                f"({e['file_name']}) has {_said(e, key)}; allowed is a whole number of pixels"
+                " from 1"
+            )
     return ""
 
 
@@ -370,6 +467,14 @@ def _spelt(value: Any, known: Collection[Hashable]) -> str:
     """An id that is not known, and whether it is known as another type."""
     if isinstance(value, str):
         other = int(value) if value.isdecimal() else value
-        return f"{value!r} (a text, where the file has the number {other})" if other in known else repr(value)
+        return (
+            f"{value!r} (a text, where the file has the number {other})"
+            if other in known
+            else repr(value)
+        )
     other = f"{value:g}" if isinstance(value, float) else str(value)
-    return f"{value} (a number, where the file has the text {other!r})" if other in known else str(value)
+    return (
+        f"{value} (a number, where the file has the text {other!r})"
+        if other in known
+        else str(value)
+    )

@@ -1,8 +1,10 @@
 """Labelled images of a domain, opened by its name.
 
-A domain is a string. `clear`, `night`, `rain`, `fog` and `dusk_rain` are generated street scenes; `gta5`, `cityscapes`, `acdc/night` and
-the others of `published.py` are read as downloaded, from folders or unopened zip archives; any other name is a pair of folders described by
-`FolderOptions`; `gta5+synthia` is both. Datasets hold plain values, so that worker processes receive them by pickling.
+A domain is a string. `clear`, `night`, `rain`, `fog` and `dusk_rain` are generated street scenes;
+`gta5`, `cityscapes`, `acdc/night` and the others of `published.py` are read as downloaded, from
+folders or unopened zip archives; any other name is a pair of folders described by `FolderOptions`;
+`gta5+synthia` is both. Datasets hold plain values, so that worker processes receive them by
+pickling.
 """
 
 import bisect
@@ -18,7 +20,16 @@ import numpy as np
 
 from jaxdg.data import index, published, records, storage
 from jaxdg.data.images import read_image, read_label
-from jaxdg.data.labels import CITYSCAPES, IGNORE, LabelSet, apply_table, class_ids, id_table, own_table, palette
+from jaxdg.data.labels import (
+    CITYSCAPES,
+    IGNORE,
+    LabelSet,
+    apply_table,
+    class_ids,
+    id_table,
+    own_table,
+    palette,
+)
 from jaxdg.data.skip import skip_list, without
 
 STREETS = ("clear", "night", "rain", "fog", "dusk_rain")  # as in streets.APPEARANCES
@@ -43,20 +54,23 @@ class StreetsOptions:
 
 @dataclasses.dataclass
 class FolderOptions:
-    """Any pair of image and label folders. `{domain}` in a path stands for the domain's name, `{split}` for `train` or `val`.
+    """Any pair of image and label folders. `{domain}` in a path stands for the domain's name,
+    `{split}` for `train` or `val`.
 
     Attributes:
         images: image folder below the data root; it may be in an archive, as `photos.zip/images`.
         labels: label folder below the data root, with the same sub-folders as the image folder.
-        image_suffix: end of an image's file name behind the part it shares with its label; "" for any image extension.
+        image_suffix: end of an image's file name behind the part it shares with its label; "" for
+            any image extension.
         label_suffix: the same for label files.
         classes: class names in the order of their train ids.
-        id_map: label file id to train id; empty if the files hold train ids already. Where all its file ids
-            lie beyond the train ids, a class that it does not mention keeps its train id as file id: a mask of
-            0 and 255 is `classes=("background", "crack")`, `id_map={255: 1}`.
-        ignore: label file ids that neither the loss nor a score sees; those of signed files may be negative. The default 255 gives
-            way to an `id_map` that maps 255.
-        colors: RGB, 0-255, one a class; empty for the Cityscapes colours where the classes are Cityscapes', else a palette.
+        id_map: label file id to train id; empty if the files hold train ids already. Where all its
+            file ids lie beyond the train ids, a class that it does not mention keeps its train id
+            as file id: a mask of 0 and 255 is `classes=("background", "crack")`, `id_map={255: 1}`.
+        ignore: label file ids that neither the loss nor a score sees; those of signed files may be
+            negative. The default 255 gives way to an `id_map` that maps 255.
+        colors: RGB, 0-255, one a class; empty for the Cityscapes colours where the classes are
+            Cityscapes', else a palette.
     """
 
     images: str = "images/{domain}"
@@ -92,7 +106,9 @@ class Dataset(Protocol):
         ...
 
     def __getitem__(self, i: int) -> dict[str, np.ndarray]:
-        """`image`: uint8 RGB [h, w, 3]; `label`: uint8 train ids [h, w], 255 where ignored, or instead the fields of `boxes.BoxFiles`."""
+        """`image`: uint8 RGB [h, w, 3]; `label`: uint8 train ids [h, w], 255 where ignored, or
+        instead the fields of `boxes.BoxFiles`.
+        """
         ...
 
 
@@ -106,7 +122,14 @@ class Files:
         colors: by which the palettes of label files are known, see `labels.class_ids`.
     """
 
-    def __init__(self, domain: str, pairs: index.Pairs, table: np.ndarray, labels: LabelSet, red: bool = False):
+    def __init__(
+        self,
+        domain: str,
+        pairs: index.Pairs,
+        table: np.ndarray,
+        labels: LabelSet,
+        red: bool = False,
+    ):
         self.domain = domain
         self.pairs = pairs
         self.table = table
@@ -130,17 +153,26 @@ class Files:
         return not any(self.pairs.labels)
 
     def __getitem__(self, i: int) -> dict[str, np.ndarray]:
-        return {"image": self._sized(i, self.pairs.images[i], read_image(self.pairs.images[i])), "label": self.label(i)}
+        return {
+            "image": self._sized(i, self.pairs.images[i], read_image(self.pairs.images[i])),
+            "label": self.label(i),
+        }
 
     def label(self, i: int) -> UInt8[np.ndarray, "h w"]:
         """The label of image `i`, without reading the image."""
         path = self.pairs.labels[i]
         if not path:
             return np.full(self.size(i), IGNORE, np.uint8)
-        return self._sized(i, path, apply_table(read_label(path, red=self.red, colors=self.colors), self.table, path))
+        return self._sized(
+            i,
+            path,
+            apply_table(read_label(path, red=self.red, colors=self.colors), self.table, path),
+        )
 
     def ids(self, i: int) -> tuple[Integer[np.ndarray, " m"], Integer[np.ndarray, " m"]]:
-        """The ids in the label file of image `i`, ascending, and the pixels of each; 255 where there is no file."""
+        """The ids in the label file of image `i`, ascending, and the pixels of each; 255 where
+        there is no file.
+        """
         path = self.pairs.labels[i]
         if not path:
             return np.array([IGNORE]), np.array([math.prod(self.size(i))])
@@ -154,10 +186,11 @@ class Files:
 
     def _sized(self, i: int, path: str, array: np.ndarray) -> np.ndarray:
         if array.shape[:2] != self.size(i):
-            (h, w), (index_h, index_w) = array.shape[:2], self.size(i)
+            h, w = array.shape[:2]
+            index_h, index_w = self.size(i)
             raise ValueError(
-                f"{path} is {w}x{h} but was {index_w}x{index_h} like its partner when the folder was indexed; "
-                "fetch both files again and start again"
+                f"{path} is {w}x{h} but was {index_w}x{index_h} like its partner when the folder"
+                " was indexed; fetch both files again and start again"
             )
         return array
 
@@ -174,8 +207,8 @@ class Mixture:
         for part in parts:
             if part.labels.names != first.labels.names:
                 raise ValueError(
-                    f"domains {first.domain!r} and {part.domain!r} cannot be mixed, their classes differ: "
-                    f"{', '.join(first.labels.names)} and {', '.join(part.labels.names)}"
+                    f"domains {first.domain!r} and {part.domain!r} cannot be mixed, their classes"
+                    f" differ: {', '.join(first.labels.names)} and {', '.join(part.labels.names)}"
                 )
         self.domain = "+".join(part.domain for part in parts)
         self.labels = first.labels
@@ -211,9 +244,14 @@ class Subset:
         dataset: the whole.
         images: how many; all, if it has no more.
         """
-        self.domain, self.labels = dataset.domain, dataset.labels
+        self.domain = dataset.domain
+        self.labels = dataset.labels
         self.dataset = dataset
-        self.images = [i * len(dataset) // images for i in range(images)] if images < len(dataset) else list(range(len(dataset)))
+        self.images = (
+            [i * len(dataset) // images for i in range(images)]
+            if images < len(dataset)
+            else list(range(len(dataset)))
+        )
 
     def __len__(self) -> int:
         return len(self.images)
@@ -231,7 +269,8 @@ class Subset:
 class Streets:
     """Generated street scenes; scene `i` of every domain shows the same world.
 
-    A scene is drawn once and then kept while the kept ones fit into `CACHE_BYTES`, because drawing takes longer than reading a file.
+    A scene is drawn once and then kept while the kept ones fit into `CACHE_BYTES`, because drawing
+    takes longer than reading a file.
     """
 
     CACHE_BYTES = 256 << 20
@@ -241,7 +280,8 @@ class Streets:
         self.labels = CITYSCAPES
         self.image_size = (int(options.size[0]), int(options.size[1]))
         self.count = options.images if train else options.val_images
-        # Even seeds train, odd seeds validate: no two runs, whatever their seeds, ever train on another's validation scenes.
+        # Even seeds train, odd seeds validate: no two runs, whatever their seeds, ever train on
+        # another's validation scenes.
         self.seed = 2 * options.seed + (0 if train else 1)
         self._drawn: dict[int, dict[str, np.ndarray]] = {}
 
@@ -258,7 +298,9 @@ class Streets:
         return f"streets/{self.domain}/{i}"
 
     def scene(self, i: int) -> str:
-        """What picture image `i` is; unlike its name it tells training from validation, and worlds and sizes apart."""
+        """What picture image `i` is; unlike its name it tells training from validation, and worlds
+        and sizes apart.
+        """
         h, w = self.image_size
         return f"streets/{self.domain}/{self.seed}/{i}/{h}x{w}"
 
@@ -292,9 +334,11 @@ def open_domain(
     """Opens the labelled images of a domain.
 
     Args:
-        domain: `clear`, `night`, `rain`, `fog`, `dusk_rain` (generated), a published one, with or without its split (`acdc/night`,
-            `cityscapes/test`), the name of a folder, or several of these joined by `+`.
-        root: data root; a published dataset is read from `root/NAME`, folders as `folder` says. Records may be on `gs://..` or `s3://..`.
+        domain: `clear`, `night`, `rain`, `fog`, `dusk_rain` (generated), a published one, with or
+            without its split (`acdc/night`, `cityscapes/test`), the name of a folder, or several of
+            these joined by `+`.
+        root: data root; a published dataset is read from `root/NAME`, folders as `folder` says.
+            Records may be on `gs://..` or `s3://..`.
         train: the images to train on, else those to judge on.
         streets: the generated scenes.
         folder: where the images and labels of any other domain are.
@@ -306,25 +350,39 @@ def open_domain(
 
     Raises:
         FileNotFoundError: the data root, a folder of the domain or the skip list does not exist.
-        ValueError: an unknown domain, an empty folder, files that do not pair up or are damaged, or records that are unfinished, damaged or
-            written with another label map.
+        ValueError: an unknown domain, an empty folder, files that do not pair up or are damaged, or
+            records that are unfinished, damaged or written with another label map.
     """
     if len(parts := domain_names(domain)) > 1:
-        options: dict[str, Any] = {"root": root, "train": train, "streets": streets, "folder": folder}
+        options: dict[str, Any] = {
+            "root": root,
+            "train": train,
+            "streets": streets,
+            "folder": folder,
+        }
         options |= {"mapillary_labels": mapillary_labels, "skip": skip}
         return Mixture([open_domain(part, **options) for part in parts])
     if domain in STREETS:
         return Streets(domain, streets, train)
     found = records.open_records(root, domain, train=train)
     if found is None:
-        return open_files(domain, root=root, train=train, folder=folder, mapillary_labels=mapillary_labels, skip=skip)
+        return open_files(
+            domain,
+            root=root,
+            train=train,
+            folder=folder,
+            mapillary_labels=mapillary_labels,
+            skip=skip,
+        )
     table = label_table(domain, folder, mapillary_labels)
     # An id that had no meaning when the records were written is in none of their labels.
-    same_table = found.table is not None and np.array_equal(np.where(found.table < 0, table, found.table), table)
+    same_table = found.table is not None and np.array_equal(
+        np.where(found.table < 0, table, found.table), table
+    )
     if not same_table or found.labels.names != label_set(domain, folder).names:
         raise ValueError(
-            f"the records {found.directory} were written with other classes or label ids than data.folder or data.mapillary_labels say; "
-            "change these or prepare the records again"
+            f"the records {found.directory} were written with other classes or label ids than"
+            " data.folder or data.mapillary_labels say; change these or prepare the records again"
         )
     return without(found, skip, root, strict=train) if skip else found
 
@@ -333,16 +391,21 @@ def domain_names(domain: str) -> list[str]:
     """The domains that are joined by `+`.
 
     Raises:
-        ValueError: one of them is empty or named twice, or leads to the folder of another one, such as `..`.
+        ValueError: one of them is empty or named twice, or leads to the folder of another one, such
+            as `..`.
     """
     names = domain.split("+")
     for name in names:
         if not name.strip() or not set(name.split("/")).isdisjoint(("", ".", "..")):
             raise ValueError(
-                f"domain {domain!r} names {name!r}, which is no domain's name; give one such as clear, acdc/night or gta5+synthia"
+                f"domain {domain!r} names {name!r}, which is no domain's name; give one such as"
+                " clear, acdc/night or gta5+synthia"
             )
     if len(set(names)) < len(names):
-        raise ValueError(f"domain {domain!r} names one domain twice; name each once (data.source_weights draws one more often)")
+        raise ValueError(
+            f"domain {domain!r} names one domain twice; name each once (data.source_weights draws"
+            " one more often)"
+        )
     return names
 
 
@@ -356,7 +419,8 @@ def open_files(
     skip: str | None = None,
     defects: list[index.Defect] | None = None,
 ) -> Files:
-    """Opens the files of a domain, whether or not there are records of it; all else is as for `open_domain`.
+    """Opens the files of a domain, whether or not there are records of it; all else is as for
+    `open_domain`.
 
     Args:
         domain: one that is not generated, and not several.
@@ -365,14 +429,21 @@ def open_files(
         folder: as for `open_domain`.
         mapillary_labels: as for `open_domain`.
         skip: as for `open_domain`.
-        defects: receives what is wrong with files, which then is no error; the outcome of an earlier check is not used.
+        defects: receives what is wrong with files, which then is no error; the outcome of an
+            earlier check is not used.
     """
     labels = label_set(domain, folder)
     if "://" in root:
-        raise FileNotFoundError(f"{root} has no records of {domain}; only they are read from there: run `python -m jaxdg.data.prepare`")
+        raise FileNotFoundError(
+            f"{root} has no records of {domain}; only they are read from there: run `python -m"
+            " jaxdg.data.prepare`"
+        )
     root = os.path.normpath(root)
     if not os.path.isdir(root):
-        raise FileNotFoundError(f"data root {os.path.abspath(root)} does not exist; set JAXDG_DATA or --config.data.root")
+        raise FileNotFoundError(
+            f"data root {os.path.abspath(root)} does not exist; set JAXDG_DATA or"
+            " --config.data.root"
+        )
     left_out = skip_list(skip, root, strict=train) if skip else ()
     if dataset := published.find(domain, mapillary_labels):
         return _published(domain, dataset, root, train, left_out, defects)
@@ -396,40 +467,71 @@ def label_set(domain: str, folder: FolderOptions | None) -> LabelSet:
     if dataset := published.find(domain):
         return dataset.labels
     if folder is None:
-        known = ", ".join((*STREETS, *(name for dataset in published.PUBLISHED.values() for name in dataset.domains)))
+        known = ", ".join(
+            (
+                *STREETS,
+                *(name for dataset in published.PUBLISHED.values() for name in dataset.domains),
+            )
+        )
         raise ValueError(
-            f"unknown domain {domain!r}; known are {known}; for images of your own set data.folder (its images and labels folders, "
-            "where {domain} stands for the name)"
+            f"unknown domain {domain!r}; known are {known}; for images of your own set data.folder"
+            " (its images and labels folders, where {domain} stands for the name)"
         )
     names = tuple(folder.classes)
     standard = CITYSCAPES.colors if names == CITYSCAPES.names else palette(len(names))
     return LabelSet(names, tuple((r, g, b) for r, g, b in folder.colors) or standard)
 
 
-def label_table(domain: str, folder: FolderOptions | None, mapillary_labels: str) -> Int16[np.ndarray, "65536"]:
+def label_table(
+    domain: str, folder: FolderOptions | None, mapillary_labels: str
+) -> Int16[np.ndarray, "65536"]:
     """Label file id to train id, see `labels.id_table`; arguments as for `open_domain`."""
     if dataset := published.find(domain, mapillary_labels):
         return id_table(dataset.table())
     names = label_set(domain, folder).names
     assert folder is not None  # or label_set had raised
-    outside = sorted({target for target in folder.id_map.values() if target >= len(names) and target != IGNORE})
+    outside = sorted(
+        {target for target in folder.id_map.values() if target >= len(names) and target != IGNORE}
+    )
     if outside:
-        raise ValueError(f"data.folder.id_map maps to train ids {outside}, but data.folder.classes has {len(names)} classes")
+        raise ValueError(
+            f"data.folder.id_map maps to train ids {outside}, but data.folder.classes has"
+            f" {len(names)} classes"
+        )
     return own_table(names, folder.id_map, folder.ignore)
 
 
 def _published(
-    domain: str, dataset: published.Published, root: str, train: bool, skip: Collection[str], defects: list[index.Defect] | None
+    domain: str,
+    dataset: published.Published,
+    root: str,
+    train: bool,
+    skip: Collection[str],
+    defects: list[index.Defect] | None,
 ) -> Files:
     parts = dataset.select(domain, train)
     tree = storage.Tree(os.path.join(root, dataset.name))
     folders = [(part.images, part.labels) for part in parts]
-    pairs = _pairs(tree, folders, defects, image_suffix=dataset.image_suffix, label_suffix=dataset.label_suffix, skip=skip)
+    pairs = _pairs(
+        tree,
+        folders,
+        defects,
+        image_suffix=dataset.image_suffix,
+        label_suffix=dataset.label_suffix,
+        skip=skip,
+    )
     start = tuple(start for part in parts for start in part.start)
     listed = {number for part in parts if part.listed for number in _numbers(tree, part)}
     if start or listed:
-        stem = lambda path: os.path.splitext(os.path.basename(path))[0]
-        keep = [i for i, path in enumerate(pairs.images) if (int(stem(path)) in listed if listed else stem(path).startswith(start))]
+
+        def stem(path):
+            return os.path.splitext(os.path.basename(path))[0]
+
+        keep = [
+            i
+            for i, path in enumerate(pairs.images)
+            if (int(stem(path)) in listed if listed else stem(path).startswith(start))
+        ]
         if not keep:
             raise ValueError(
                 f"{os.path.abspath(tree.base)} holds no images of {', '.join(start) or domain} in "
@@ -445,11 +547,17 @@ def _numbers(tree: storage.Tree, part: published.Part) -> list[int]:
 
     path = os.path.join(tree.base, part.listed)
     if not os.path.isfile(path):
-        raise FileNotFoundError(f"{os.path.abspath(path)} does not exist; {part.domain}/{part.split} needs it, {part.domain} is all images")
+        raise FileNotFoundError(
+            f"{os.path.abspath(path)} does not exist; {part.domain}/{part.split} needs it,"
+            f" {part.domain} is all images"
+        )
     try:
         return scipy.io.loadmat(path)[f"{part.split}Ids"].ravel().tolist()
     except Exception as error:  # whatever a damaged file makes scipy raise
-        raise ValueError(f"{path}: no {part.split}Ids in it ({type(error).__name__}: {error}); fetch the file again") from error
+        raise ValueError(
+            f"{path}: no {part.split}Ids in it ({type(error).__name__}: {error}); fetch the file"
+            " again"
+        ) from error
 
 
 def _folder(
@@ -461,14 +569,27 @@ def _folder(
     skip: Collection[str],
     defects: list[index.Defect] | None,
 ) -> Files:
-    fill = lambda path: path.replace("{domain}", domain).replace("{split}", "train" if train else "val")
-    tree, folders = storage.Tree(root, exact=True), [(fill(options.images), (fill(options.labels),))]
-    pairs = _pairs(tree, folders, defects, image_suffix=options.image_suffix, label_suffix=options.label_suffix, skip=skip)
+    def fill(path):
+        return path.replace("{domain}", domain).replace("{split}", "train" if train else "val")
+
+    tree = storage.Tree(root, exact=True)
+    folders = [(fill(options.images), (fill(options.labels),))]
+    pairs = _pairs(
+        tree,
+        folders,
+        defects,
+        image_suffix=options.image_suffix,
+        label_suffix=options.label_suffix,
+        skip=skip,
+    )
     return Files(domain, pairs, label_table(domain, options, ""), labels)
 
 
 def _pairs(
-    tree: storage.Tree, folders: Sequence[tuple[str, Sequence[str]]], defects: list[index.Defect] | None, **files: Any
+    tree: storage.Tree,
+    folders: Sequence[tuple[str, Sequence[str]]],
+    defects: list[index.Defect] | None,
+    **files: Any,
 ) -> index.Pairs:
     if defects is None:
         return index.index_pairs(tree, folders, **files)

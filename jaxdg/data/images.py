@@ -1,24 +1,24 @@
 """Pixels of image files and ids of label files, or one line that says why there are none.
 
-The content of a file says what it is, never its name: JPEG, PNG, WebP, TIFF, BMP, PPM or GIF. It must be there to its end; what follows
-the end does not count. An image is read as
+The content of a file says what it is, never its name: JPEG, PNG, WebP, TIFF, BMP, PPM or GIF. It
+must be there to its end; what follows the end does not count. An image is read as
 
-    8-bit RGB, palette                     these colours
-    grey of 1, 2, 4 or 8 bits              from black to white, in all three channels
-    alpha, a transparent colour            left out: the stored colours count
-    16 bits a channel                      the high byte; refused if none reaches 64: 14 bits or fewer stored in 16
-    PPM, PGM of any highest value          from black to this value
-    CMYK, YCbCr                            RGB as Pillow converts them
-    32-bit integers, floats, Lab, ..       refused: nothing says which value is white
-    several frames or pages                refused: nothing says which of them a label is of; of a JPEG with further images (MPO) the first
+    8-bit RGB, palette                     these colours grey of 1, 2, 4 or 8 bits              from
+    black to white, in all three channels alpha, a transparent colour            left out: the
+    stored colours count 16 bits a channel                      the high byte; refused if none
+    reaches 64: 14 bits or fewer stored in 16 PPM, PGM of any highest value          from black to
+    this value CMYK, YCbCr                            RGB as Pillow converts them 32-bit integers,
+    floats, Lab, ..       refused: nothing says which value is white several frames or pages
+    refused: nothing says which of them a label is of; of a JPEG with further images (MPO) the first
 
-and a label as the numbers that are stored: grey values, or the indices (never the colours) of a palette. What is compressed with loss is
-no label.
+and a label as the numbers that are stored: grey values, or the indices (never the colours) of a
+palette. What is compressed with loss is no label.
 
-**Orientation.** Labels are drawn on pixels, so the stored pixels count: in training, in evaluation and in records. An orientation in the
-metadata (EXIF) asks viewers to turn or mirror them. Whoever drew the labels may have seen either, so an image with one is refused, at the
-start and by `python -m jaxdg.data.check`, unless its label has the same, or the sizes tell that both are of the stored pixels. An image
-alone, as `predict` reads it, is turned upright like in every viewer.
+**Orientation.** Labels are drawn on pixels, so the stored pixels count: in training, in evaluation
+and in records. An orientation in the metadata (EXIF) asks viewers to turn or mirror them. Whoever
+drew the labels may have seen either, so an image with one is refused, at the start and by `python
+-m jaxdg.data.check`, unless its label has the same, or the sizes tell that both are of the stored
+pixels. An image alone, as `predict` reads it, is turned upright like in every viewer.
 """
 
 import contextlib
@@ -36,17 +36,43 @@ from jaxdg.data import jpeg, storage
 from jaxdg.data.labels import ClassIds, palette_fault
 
 FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "PPM", "GIF")  # Pillow's names
-PNG_START, PNG_END = b"\x89PNG\r\n\x1a\n", b"\0\0\0\0IEND\xaeB`\x82"
+PNG_START = b"\x89PNG\r\n\x1a\n"
+PNG_END = b"\0\0\0\0IEND\xaeB`\x82"
 TAIL = 1024  # bytes that hold the end marker, some padding and metadata
-ORIENTATION, WIDTH, HEIGHT, BITS, WHITE_IS = 274, 256, 257, 258, 262  # tags of TIFF, the first of EXIF too
-TURNS = ("", "", "mirrored", "turned by 180 degrees", "turned by 180 degrees and mirrored", "turned by 90 degrees and mirrored")
+ORIENTATION = 274
+WIDTH = 256
+HEIGHT = 257
+BITS = 258
+WHITE_IS = 262  # tags of TIFF, the first of EXIF too
+TURNS = (
+    "",
+    "",
+    "mirrored",
+    "turned by 180 degrees",
+    "turned by 180 degrees and mirrored",
+    "turned by 90 degrees and mirrored",
+)
 TURNS += ("turned by 90 degrees", "turned by 270 degrees and mirrored", "turned by 270 degrees")
-COLORS = ("1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr")  # modes of 8 bits that are images
+COLORS = (
+    "1",
+    "L",
+    "LA",
+    "La",
+    "P",
+    "PA",
+    "RGB",
+    "RGBA",
+    "RGBa",
+    "RGBX",
+    "CMYK",
+    "YCbCr",
+)  # modes of 8 bits that are images
 IDS = ("1", "L", "P", "I", "I;16", "I;16B")  # modes that are labels
 PGM_HEADER = re.compile(rb"P[25]" + 3 * rb"(?:\s|#[^\n]*\n)+(\d+)")
 REMEDY = "fetch the file again, or leave it out with data.skip"
 
-# Pillow's guards against hostile files refuse what OpenCV reads: more than 179 megapixels, a megabyte of text. These files are one's own.
+# Pillow's guards against hostile files refuse what OpenCV reads: more than 179 megapixels, a
+# megabyte of text. These files are one's own.
 Image.MAX_IMAGE_PIXELS = None
 PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY
 
@@ -74,32 +100,43 @@ def read_image(path: str, *, upright: bool = False) -> UInt8[np.ndarray, "h w 3"
         RGB.
 
     Raises:
-        ValueError: the file is unreadable, truncated, damaged or of a kind that is refused; names it.
+        ValueError: the file is unreadable, truncated, damaged or of a kind that is refused; names
+            it.
     """
     data = _whole(path)
     pixels = _pixels(path, data)
     return turned(pixels, _orientation(_opened(io.BytesIO(data)), data)) if upright else pixels
 
 
-def read_label(path: str, *, red: bool = False, colors: ClassIds | None = None) -> Integer[np.ndarray, "h w"]:
+def read_label(
+    path: str, *, red: bool = False, colors: ClassIds | None = None
+) -> Integer[np.ndarray, "h w"]:
     """Decodes a label file: grey values, or the indices (never the colours) of a palette image.
 
     Args:
         path: a single-channel image, usually PNG, as `storage.read` takes it.
         red: a 16-bit RGB image instead, which holds the ids in its red channel, as SYNTHIA's.
-        colors: those that classes are known by; a palette that has them in another order is refused.
+        colors: those that classes are known by; a palette that has them in another order is
+            refused.
 
     Returns:
         Ids as stored.
 
     Raises:
-        ValueError: the file is unreadable, truncated, damaged or an image of another kind; names it.
+        ValueError: the file is unreadable, truncated, damaged or an image of another kind; names
+            it.
     """
     if red:
         label = read_channels(path)
         if label.dtype != np.uint16 or label.ndim != 3:
-            kind = f"{8 * label.itemsize}-bit {('grey', 'RGB', 'RGBA')[max(0, label[..., None].shape[2] - 2)]}"
-            raise ValueError(f"{path}: a label must be a 16-bit RGB image with ids in red, this one is {kind}; use the id files")
+            kind = (
+                f"{8 * label.itemsize}-bit"
+                f" {('grey', 'RGB', 'RGBA')[max(0, label[..., None].shape[2] - 2)]}"
+            )
+            raise ValueError(
+                f"{path}: a label must be a 16-bit RGB image with ids in red, this one is {kind};"
+                " use the id files"
+            )
         return label[..., 2]
     data = _whole(path)
     image, turn = _load(path, data)
@@ -110,7 +147,9 @@ def read_label(path: str, *, red: bool = False, colors: ClassIds | None = None) 
         raise ValueError(f"{path}: {wrong}")
     label = np.asarray(image)
     if image.mode == "L" and (bits := _bits(image, data)) < 8:
-        label = label // (255 // (2**bits - 1))  # Pillow stretches grey values of 2 and 4 bits over 0-255
+        label = label // (
+            255 // (2**bits - 1)
+        )  # Pillow stretches grey values of 2 and 4 bits over 0-255
     return _stored(label.astype(np.uint8) if label.dtype == bool else label, turn)
 
 
@@ -130,13 +169,17 @@ def read_channels(path: str) -> Shaped[np.ndarray, "h w *c"]:
     label = _by_opencv(data, cv2.IMREAD_UNCHANGED) if data.startswith(PNG_START) else None
     if label is None:
         image, _ = _load(path, data)  # or it says what is wrong
-        told = _lossy(image) or f"a label of several channels or 16 bits must be a PNG file, this one is {image.format}; use the id files"
+        told = (
+            _lossy(image)
+            or f"a label of several channels or 16 bits must be a PNG file, this one is {image.format}; use the id files"
+        )
         raise ValueError(f"{path}: {told if image.format != 'PNG' else f'damaged; {REMEDY}'}")
     return label
 
 
 def truncated(file: io.BufferedIOBase) -> str | None:
-    """What is missing at the end of an image file, if anything; of most files only the first and last bytes are read.
+    """What is missing at the end of an image file, if anything; of most files only the first and
+    last bytes are read.
 
     Args:
         file: open; its position changes.
@@ -144,16 +187,25 @@ def truncated(file: io.BufferedIOBase) -> str | None:
     Returns:
         None for whole files and for formats that do not tell, else what is wrong.
     """
-    tail, size = _tail(file), file.tell()
+    tail = _tail(file)
+    size = file.tell()
     if not size:
         return "empty (0 bytes)"
     file.seek(0)
     head = file.read(16)
     if head.startswith(PNG_START):
-        return None if PNG_END in tail or PNG_END in head + file.read() else "truncated (no PNG end chunk)"
+        return (
+            None
+            if PNG_END in tail or PNG_END in head + file.read()
+            else "truncated (no PNG end chunk)"
+        )
     if head.startswith(jpeg.START):
         # The end marker may lie megabytes before the end, ahead of a film.
-        return None if jpeg.END in tail or jpeg.end(head + file.read()) else "truncated (no JPEG end marker)"
+        return (
+            None
+            if jpeg.END in tail or jpeg.end(head + file.read())
+            else "truncated (no JPEG end marker)"
+        )
     if head[:4] == b"RIFF" and (whole := 8 + int.from_bytes(head[4:8], "little")) > size:
         return f"truncated ({size} of {whole} bytes)"
     return None
@@ -172,7 +224,8 @@ def read_header(file: io.BufferedIOBase, *, label: bool) -> Stored:
         label: it is to be a label and not an image.
 
     Raises:
-        ValueError: the file is truncated, no image, or of a kind that is refused; says what is wrong, not where.
+        ValueError: the file is truncated, no image, or of a kind that is refused; says what is
+            wrong, not where.
     """
     if wrong := truncated(file):
         raise ValueError(wrong)
@@ -229,22 +282,30 @@ def _pixels(path: str, data: bytes) -> UInt8[np.ndarray, "h w 3"]:
         if wrong := _no_colors(image) or _frames(image):
             raise ValueError(f"{path}: {wrong}")
         image.info.pop("transparency", None)
-        grey = np.asarray(image) >> 8 if image.mode.startswith("I") else np.asarray(image.convert("RGB"))
-        pixels = _stored(np.repeat(grey[..., None], 3, 2) if grey.ndim == 2 else grey, turn).astype(np.uint8)
+        grey = (
+            np.asarray(image) >> 8
+            if image.mode.startswith("I")
+            else np.asarray(image.convert("RGB"))
+        )
+        pixels = _stored(np.repeat(grey[..., None], 3, 2) if grey.ndim == 2 else grey, turn).astype(
+            np.uint8
+        )
         deep = image.format == "TIFF" and _bits(image, data) > 8
     else:
         deep = data.startswith(PNG_START) and data[24] == 16
     if deep and (highest := int(pixels.max())) < 64:
         bits = 8 + highest.bit_length()
         raise ValueError(
-            f"{path}: a 16-bit image of which no value uses more than {bits} bits, so that it would be nearly black; "
-            f"convert it to 8 bits by the number of bits that it holds, such as `value >> {bits - 8}` for {bits}"
+            f"{path}: a 16-bit image of which no value uses more than {bits} bits, so that it would"
+            " be nearly black; convert it to 8 bits by the number of bits that it holds, such as"
+            f" `value >> {bits - 8}` for {bits}"
         )
     return pixels
 
 
 def decode(data: bytes, path: str) -> UInt8[np.ndarray, "h w 3"] | None:
-    """The pixels of a JPEG or PNG file of the usual kinds, as they are stored; a damaged JPEG is never a picture with a grey part.
+    """The pixels of a JPEG or PNG file of the usual kinds, as they are stored; a damaged JPEG is
+    never a picture with a grey part.
 
     Args:
         data: the file.
@@ -261,7 +322,9 @@ def decode(data: bytes, path: str) -> UInt8[np.ndarray, "h w 3"] | None:
             return jpeg.decode(data)
         except ValueError as error:
             raise ValueError(f"{path}: {error}; {REMEDY}") from error
-    if not data.startswith(PNG_START) or data.find(b"acTL", 0, data.find(b"IDAT")) > 0:  # the latter: several frames
+    if (
+        not data.startswith(PNG_START) or data.find(b"acTL", 0, data.find(b"IDAT")) > 0
+    ):  # the latter: several frames
         return None
     # A third faster than Pillow, with the same pixels.
     return _by_opencv(data, cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION)
@@ -293,7 +356,9 @@ def _opened(file: io.BufferedIOBase) -> Image.Image:
 
 
 def _orientation(image: Image.Image, tail: bytes) -> int:
-    """The orientation of an image that is not loaded; `tail` is the end of its file, where a PNG may say it."""
+    """The orientation of an image that is not loaded; `tail` is the end of its file, where a PNG
+    may say it.
+    """
     found = None
     with contextlib.suppress(Exception):  # what viewers cannot read they do not obey
         exif = Image.Image.getexif(image)  # that of PNG images would decode the pixels first
@@ -314,34 +379,57 @@ def _bits(image: Image.Image, data: bytes) -> int:
 def _lossy(image: Image.Image) -> str | None:
     """Why an image cannot hold ids, if its format says so."""
     if image.format in ("JPEG", "MPO") or image.info.get("compression") in ("jpeg", "tiff_jpeg"):
-        return "a label must not be a JPEG image, whose compression alters ids; get the labels as PNG from where they were made"
+        return (
+            "a label must not be a JPEG image, whose compression alters ids; get the labels as PNG"
+            " from where they were made"
+        )
     if image.format == "WEBP" or image.info.get("compression") == "webp":
-        return "a label must not be a WebP image, which holds colours instead of ids; get the labels as PNG from where they were made"
+        return (
+            "a label must not be a WebP image, which holds colours instead of ids; get the labels"
+            " as PNG from where they were made"
+        )
     return None
 
 
 def _frames(image: Image.Image) -> str | None:
     frames = getattr(image, "n_frames", 1)
-    return f"has {frames} frames or pages; save the one that counts alone" if frames > 1 and image.format != "MPO" else None
+    return (
+        f"has {frames} frames or pages; save the one that counts alone"
+        if frames > 1 and image.format != "MPO"
+        else None
+    )
 
 
 def _no_colors(image: Image.Image) -> str | None:
     """Why it is no image, if its mode is none."""
     deep = image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM"))
     kind = {"I": "32-bit integers", "F": "floats"}.get(image.mode, image.mode)
-    return None if deep or image.mode in COLORS else f"an image must have 8 or 16 bits a channel, this one has {kind}; convert it to 8 bits"
+    return (
+        None
+        if deep or image.mode in COLORS
+        else f"an image must have 8 or 16 bits a channel, this one has {kind}; convert it to 8 bits"
+    )
 
 
 def _no_ids(image: Image.Image, data: bytes) -> str | None:
     """Why the values of an image are no ids, if they are not."""
     if image.mode not in IDS:
         kind = {"F": "of floats"}.get(image.mode, image.mode)
-        return f"a label must be a grey or palette image of class ids, this one is {kind}; use the id files"
+        return (
+            f"a label must be a grey or palette image of class ids, this one is {kind}; use the id"
+            " files"
+        )
     highest = PGM_HEADER.match(data) if image.format == "PPM" else None
     if image.format == "PPM" and (highest is None or int(highest[3]) not in (255, 65535)):
-        return "a label as PGM must state 255 or 65535 as its highest value, or ids are scaled; save it as PNG"
+        return (
+            "a label as PGM must state 255 or 65535 as its highest value, or ids are scaled; save"
+            " it as PNG"
+        )
     if image.format == "TIFF" and image.tag_v2.get(WHITE_IS) == 0:  # pyright: ignore[reportAttributeAccessIssue]
-        return "a label as TIFF must not count from white (WhiteIsZero), which leaves open what its ids are; save it as PNG"
+        return (
+            "a label as TIFF must not count from white (WhiteIsZero), which leaves open what its"
+            " ids are; save it as PNG"
+        )
     return None
 
 

@@ -1,9 +1,10 @@
 """The start-up check: images paired with labels, their sizes, and whether the files are whole.
 
-Of files only headers and the last bytes are read; members of archives are read in full, which verifies their checksums. That is done by
-several threads, and the outcome is kept in an index under `$JAXDG_CACHE` (else `~/.cache/jaxdg`). Later runs compare the modification times
-of folders and archives, which change when a file is added, removed or renamed, and touch no file at all. A file rewritten in place is
-noticed when it is read: decoding checks the same things again.
+Of files only headers and the last bytes are read; members of archives are read in full, which
+verifies their checksums. That is done by several threads, and the outcome is kept in an index under
+`$JAXDG_CACHE` (else `~/.cache/jaxdg`). Later runs compare the modification times of folders and
+archives, which change when a file is added, removed or renamed, and touch no file at all. A file
+rewritten in place is noticed when it is read: decoding checks the same things again.
 """
 
 from collections.abc import Collection, Sequence
@@ -33,7 +34,8 @@ class Header(NamedTuple):
     Attributes:
         height: pixels.
         width: pixels.
-        fingerprint: 64 bits of its length and some of its bytes, see `fingerprint`; 0 if it could not be read.
+        fingerprint: 64 bits of its length and some of its bytes, see `fingerprint`; 0 if it could
+            not be read.
     """
 
     height: int
@@ -67,7 +69,8 @@ class Pairs:
         labels: paths, one an image; "" where there are only images.
         sizes: height and width of each image and its label, pixels.
         fingerprints: of the image files, see `fingerprint`; None where nobody took them.
-        notes: what was passed over when the files were listed, a line each; () where an earlier listing was recalled.
+        notes: what was passed over when the files were listed, a line each; () where an earlier
+            listing was recalled.
     """
 
     images: list[str]
@@ -79,7 +82,13 @@ class Pairs:
     def take(self, keep: Sequence[int]) -> "Pairs":
         """Some of the pairs, by their places."""
         fingerprints = None if self.fingerprints is None else self.fingerprints[keep]
-        return Pairs([self.images[i] for i in keep], [self.labels[i] for i in keep], self.sizes[keep], fingerprints, self.notes)
+        return Pairs(
+            [self.images[i] for i in keep],
+            [self.labels[i] for i in keep],
+            self.sizes[keep],
+            fingerprints,
+            self.notes,
+        )
 
 
 def index_pairs(
@@ -90,13 +99,16 @@ def index_pairs(
     label_suffix: str,
     skip: Collection[str] = (),
 ) -> Pairs:
-    """Pairs and checks the files of image and label folders, or recalls the outcome of an earlier check.
+    """Pairs and checks the files of image and label folders, or recalls the outcome of an earlier
+    check.
 
     Args:
         tree: the dataset's files.
-        folders: an image folder and its label folder, or the latter's alternatives, of which the first that exists counts; no label folder
-            for images without labels. Sub-folders count, and must be the same on both sides.
-        image_suffix: the end of an image's file name that is not part of the name it shares with its label; "" for any image extension.
+        folders: an image folder and its label folder, or the latter's alternatives, of which the
+            first that exists counts; no label folder for images without labels. Sub-folders count,
+            and must be the same on both sides.
+        image_suffix: the end of an image's file name that is not part of the name it shares with
+            its label; "" for any image extension.
         label_suffix: the same for labels.
         skip: paths of files to leave out with their partners.
 
@@ -105,24 +117,52 @@ def index_pairs(
 
     Raises:
         FileNotFoundError: a folder does not exist.
-        ValueError: files without partner, unreadable or truncated files, or label sizes other than their images'; names all of them.
+        ValueError: files without partner, unreadable or truncated files, or label sizes other than
+            their images'; names all of them.
     """
 
     def make() -> dict[str, np.ndarray]:
-        pairs, defects = examine(tree, folders, image_suffix=image_suffix, label_suffix=label_suffix, skip=skip)
+        pairs, defects = examine(
+            tree, folders, image_suffix=image_suffix, label_suffix=label_suffix, skip=skip
+        )
         if defects:
-            remedy = "fetch these files again, or leave them out with data.skip (a text file with their paths, one a line)"
+            remedy = (
+                "fetch these files again, or leave them out with data.skip (a text file with their"
+                " paths, one a line)"
+            )
             raise ValueError(f"{_some([d.path + d.text for d in defects])}; {remedy}")
         if not pairs.images:
-            raise ValueError(f"data.skip leaves no image of {os.path.abspath(tree.base)}; shorten the list")
+            raise ValueError(
+                f"data.skip leaves no image of {os.path.abspath(tree.base)}; shorten the list"
+            )
         fingerprints = {} if pairs.fingerprints is None else {"fingerprints": pairs.fingerprints}
-        return {"images": encoded(pairs.images), "labels": encoded(pairs.labels), "sizes": pairs.sizes, **fingerprints}
+        return {
+            "images": encoded(pairs.images),
+            "labels": encoded(pairs.labels),
+            "sizes": pairs.sizes,
+            **fingerprints,
+        }
 
     place = [tree.base, os.path.realpath(tree.base), tree.exact]
-    key = ["pairs", VERSION, place, [[i, list(t)] for i, t in folders], image_suffix, label_suffix, sorted(skip)]
+    key = [
+        "pairs",
+        VERSION,
+        place,
+        [[i, list(t)] for i, t in folders],
+        image_suffix,
+        label_suffix,
+        sorted(skip),
+    ]
     kept = cached(key, tree.modified, make)
-    images = decoded(kept.pop("images"))  # their bytes are not needed any more: a million paths take room
-    return Pairs(images, decoded(kept.pop("labels")) or [""] * len(images), kept["sizes"], kept.get("fingerprints"))
+    images = decoded(
+        kept.pop("images")
+    )  # their bytes are not needed any more: a million paths take room
+    return Pairs(
+        images,
+        decoded(kept.pop("labels")) or [""] * len(images),
+        kept["sizes"],
+        kept.get("fingerprints"),
+    )
 
 
 def examine(
@@ -133,7 +173,8 @@ def examine(
     label_suffix: str,
     skip: Collection[str] = (),
 ) -> tuple[Pairs, list[Defect]]:
-    """Pairs and checks files as `index_pairs` does, but lists defects instead of raising errors, and recalls nothing.
+    """Pairs and checks files as `index_pairs` does, but lists defects instead of raising errors,
+    and recalls nothing.
 
     Args:
         tree: as for `index_pairs`.
@@ -143,7 +184,8 @@ def examine(
         skip: as for `index_pairs`.
 
     Returns:
-        All pairs, those with defects included, whose sizes may be those of the label or 0; and the defects.
+        All pairs, those with defects included, whose sizes may be those of the label or 0; and the
+        defects.
 
     Raises:
         FileNotFoundError: a folder does not exist.
@@ -154,21 +196,40 @@ def examine(
     skip = frozenset(skip)
     for image_folder, label_folders in folders:
         images = _by_stem(tree, (image_folder,), image_suffix)
-        labels = _by_stem(tree, label_folders, label_suffix) if label_folders else dict.fromkeys(images, "")
-        for stem in [stem for files in (images, labels) for stem, path in files.items() if path in skip]:
+        labels = (
+            _by_stem(tree, label_folders, label_suffix)
+            if label_folders
+            else dict.fromkeys(images, "")
+        )
+        for stem in [
+            stem for files in (images, labels) for stem, path in files.items() if path in skip
+        ]:
             images.pop(stem, None)
             labels.pop(stem, None)
         names = [f"*{suffix or ' .jpg, .png, ..'}" for suffix in (image_suffix, label_suffix)]
-        defects += [Defect(images[stem], f" has no label ({names[1]})") for stem in sorted(images.keys() - labels.keys())]
-        defects += [Defect(labels[stem], f" has no image ({names[0]})") for stem in sorted(labels.keys() - images.keys())]
+        defects += [
+            Defect(images[stem], f" has no label ({names[1]})")
+            for stem in sorted(images.keys() - labels.keys())
+        ]
+        defects += [
+            Defect(labels[stem], f" has no image ({names[0]})")
+            for stem in sorted(labels.keys() - images.keys())
+        ]
         pairs += [(images[stem], labels[stem]) for stem in sorted(images.keys() & labels.keys())]
     headers: list[Header] = []
-    with ThreadPoolExecutor(THREADS) as pool:  # in blocks: the pool keeps a kilobyte for everything that it is asked
+    with ThreadPoolExecutor(
+        THREADS
+    ) as pool:  # in blocks: the pool keeps a kilobyte for everything that it is asked
         blocks = (pairs[i : i + 256] for i in range(0, len(pairs), 256))
-        for header, found in itertools.chain.from_iterable(pool.map(lambda block: [check_pair(pair) for pair in block], blocks)):
+        for header, found in itertools.chain.from_iterable(
+            pool.map(lambda block: [check_pair(pair) for pair in block], blocks)
+        ):
             headers.append(header)
             defects += found
-    return Pairs([i for i, _ in pairs], [t for _, t in pairs], *arrays(headers), tree.passed.told()), defects
+    return (
+        Pairs([i for i, _ in pairs], [t for _, t in pairs], *arrays(headers), tree.passed.told()),
+        defects,
+    )
 
 
 def arrays(headers: Sequence[Header]) -> tuple[Int32[np.ndarray, "n 2"], UInt64[np.ndarray, " n"]]:
@@ -186,24 +247,34 @@ def _by_stem(tree: storage.Tree, folders: Sequence[str], suffix: str) -> dict[st
         if stem is None:
             continue
         if stem in found:
-            raise ValueError(f"{found[stem]} and {path} share a name; keep one, or say which with a suffix (data.folder.image_suffix)")
+            raise ValueError(
+                f"{found[stem]} and {path} share a name; keep one, or say which with a suffix"
+                " (data.folder.image_suffix)"
+            )
         found[stem] = path
     if not found:
         folder = os.path.abspath(tree.places(*folders)[0])
         passed = "".join(f" ({line})" for line in tree.passed.told())
-        raise ValueError(f"folder {folder} holds no *{suffix or ' .png, .jpg, .. image'} files{passed}; fetch them, or check data.folder")
+        raise ValueError(
+            f"folder {folder} holds no *{suffix or ' .png, .jpg, .. image'} files{passed}; fetch"
+            " them, or check data.folder"
+        )
     return found
 
 
 def _stem(name: str, suffix: str) -> str | None:
-    """What remains of a name without the suffix, or without any image extension where that is ""; None if it ends otherwise."""
+    """What remains of a name without the suffix, or without any image extension where that is "";
+    None if it ends otherwise.
+    """
     if not suffix:
         stem, extension = os.path.splitext(name)
         return stem if extension.lower() in IMAGE_SUFFIXES else None
     if name.endswith(suffix):
         return name[: -len(suffix)]
     start, extension = os.path.splitext(suffix)
-    start, extension = (start, extension) if extension else ("", start)  # of ".png", os.path takes all for the name
+    start, extension = (
+        (start, extension) if extension else ("", start)
+    )  # of ".png", os.path takes all for the name
     # Cameras and Windows write .PNG and .JPG.
     same = name.lower().endswith(extension.lower()) and name[: -len(extension)].endswith(start)
     return name[: -len(suffix)] if same else None
@@ -229,7 +300,11 @@ def check_pair(pair: tuple[str, str], *, boxes: bool = False) -> tuple[Header, l
                 headers.append(header)
                 stored.append(form)
             except Exception as error:  # Pillow raises whatever its format plugins meet
-                text = str(error) if str(error).startswith(path) else f"{path}: unreadable ({type(error).__name__}: {error})"
+                text = (
+                    str(error)
+                    if str(error).startswith(path)
+                    else f"{path}: unreadable ({type(error).__name__}: {error})"
+                )
                 defects.append(Defect(path, text.removeprefix(path).replace("\n", " ")))
     if not defects and (boxes or pair[1]):
         defects += _misfits(pair, stored)
@@ -237,23 +312,38 @@ def check_pair(pair: tuple[str, str], *, boxes: bool = False) -> tuple[Header, l
 
 
 def _misfits(pair: tuple[str, str], stored: Sequence[Stored]) -> list[Defect]:
-    """Sizes that differ, and an orientation that leaves open which pixels the label or the boxes are of; see `images.py`."""
-    (size, turn), (label_size, label_turn) = stored[0], stored[-1]
+    """Sizes that differ, and an orientation that leaves open which pixels the label or the boxes
+    are of; see `images.py`.
+    """
+    size, turn = stored[0]
+    label_size, label_turn = stored[-1]
     path, odd = (pair[0], turn) if turn > 1 else (pair[1], label_turn)
     orientation = f"its orientation (EXIF {odd}: {TURNS[odd]})"
     bake = "turn its pixels by `mogrify -auto-orient FILE`"
     one_lies = (turn >= 5) != (label_turn >= 5)
     if size != label_size:
-        (h, w), (label_h, label_w) = size, label_size
+        h, w = size
+        label_h, label_w = label_size
         text = f" is {label_w}x{label_h} but its image is {w}x{h}"
         if one_lies and size == label_size[::-1]:
             text += f", as viewers do not show {os.path.basename(path)} by {orientation}; {bake}"
         return [Defect(pair[1], text)]
     alone = len(stored) == 1
-    sizes_tell = one_lies and size[0] != size[1]  # had the other been drawn on the turned pixels, its size would be turned too
+    sizes_tell = (
+        one_lies and size[0] != size[1]
+    )  # had the other been drawn on the turned pixels, its size would be turned too
     if (alone and turn > 1) or (turn != label_turn and not sizes_tell):
-        text = f": {orientation} leaves open whether the {'boxes' if alone else 'label'} fit the stored or the turned pixels"
-        return [Defect(path, f"{text}; {bake} if the turned ones, else take the orientation off by `exiftool -Orientation= FILE`")]
+        text = (
+            f": {orientation} leaves open whether the {'boxes' if alone else 'label'} fit the"
+            " stored or the turned pixels"
+        )
+        return [
+            Defect(
+                path,
+                f"{text}; {bake} if the turned ones, else take the orientation off by `exiftool"
+                " -Orientation= FILE`",
+            )
+        ]
     return []
 
 
@@ -268,10 +358,12 @@ def _header(path: str, label: bool) -> tuple[Header, Stored]:
 
 
 def fingerprint(file: io.BufferedIOBase) -> int:
-    """64 bits that equal files share, and others hardly ever: of the length, the beginning and the end.
+    """64 bits that equal files share, and others hardly ever: of the length, the beginning and the
+    end.
 
-    The end of a PNG holds a checksum of all its pixels, and that of a JPEG is as good as random. Formats that do not compress may have
-    black there in many images, so of them bytes in between count too.
+    The end of a PNG holds a checksum of all its pixels, and that of a JPEG is as good as random.
+    Formats that do not compress may have black there in many images, so of them bytes in between
+    count too.
 
     Args:
         file: its contents, whatever its name says.
@@ -292,5 +384,9 @@ def fingerprint(file: io.BufferedIOBase) -> int:
 
 
 def _some(offenders: Sequence[str], limit: int = 10) -> str:
-    more = f"; and {len(offenders) - limit} more ({len(offenders)} in all)" if len(offenders) > limit else ""
+    more = (
+        f"; and {len(offenders) - limit} more ({len(offenders)} in all)"
+        if len(offenders) > limit
+        else ""
+    )
     return "; ".join(offenders[:limit]) + more

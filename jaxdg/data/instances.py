@@ -1,4 +1,5 @@
-"""Boxes around the instances in label images: tight around an object's visible pixels, in the classes of `CITYSCAPES`' eight things.
+"""Boxes around the instances in label images: tight around an object's visible pixels, in the
+classes of `CITYSCAPES`' eight things.
 
 Pixels of a thing that belong to no instance are a crowd, one box a class.
 """
@@ -12,8 +13,13 @@ from jaxdg.data.box_fields import Boxes
 from jaxdg.data.images import read_channels
 from jaxdg.data.labels import CITYSCAPES_IDS, SYNTHIA_IDS
 
-FIRST, COUNT = 11, 8  # train ids of the things: person, rider, car, truck, bus, train, motorcycle, bicycle
-FORMS = {1: (np.uint16, "16-bit grey"), 3: (np.uint16, "16-bit RGB"), 4: (np.uint8, "8-bit RGBA")}  # by the number of channels
+FIRST = 11
+COUNT = 8  # train ids of the things: person, rider, car, truck, bus, train, motorcycle, bicycle
+FORMS = {
+    1: (np.uint16, "16-bit grey"),
+    3: (np.uint16, "16-bit RGB"),
+    4: (np.uint8, "8-bit RGBA"),
+}  # by the number of channels
 
 
 def read(path: str, channels: int) -> np.ndarray:
@@ -29,14 +35,18 @@ def read(path: str, channels: int) -> np.ndarray:
     Raises:
         ValueError: the file is unreadable, truncated, damaged or of another form; names it.
     """
-    (dtype, form), label = FORMS[channels], read_channels(path)
+    dtype, form = FORMS[channels]
+    label = read_channels(path)
     if label.dtype != dtype or label.shape[2:] != ((channels,) if channels > 1 else ()):
-        raise ValueError(f"{path}: a label with instances must be a {form} image; use the instance files")
+        raise ValueError(
+            f"{path}: a label with instances must be a {form} image; use the instance files"
+        )
     return label
 
 
 def cityscapes(label: Integer[np.ndarray, "h w"], path: str) -> Boxes:
-    """Boxes of `*_gtFine_instanceIds.png`: an instance is class id * 1000 + number, a crowd the class id alone.
+    """Boxes of `*_gtFine_instanceIds.png`: an instance is class id * 1000 + number, a crowd the
+    class id alone.
 
     Args:
         label: as read.
@@ -49,7 +59,8 @@ def cityscapes(label: Integer[np.ndarray, "h w"], path: str) -> Boxes:
 
 
 def bdd100k(label: Integer[np.ndarray, "h w 4"], path: str) -> Boxes:
-    """Boxes of a bitmask: category (from 1), attributes (1 ignored, 2 crowd, ..) and two bytes of instance id in red, green, blue, alpha.
+    """Boxes of a bitmask: category (from 1), attributes (1 ignored, 2 crowd, ..) and two bytes of
+    instance id in red, green, blue, alpha.
 
     What is to be ignored is marked as a crowd, as neither counts.
 
@@ -61,8 +72,12 @@ def bdd100k(label: Integer[np.ndarray, "h w 4"], path: str) -> Boxes:
         ValueError: a category outside 0 to 8.
     """
     if (red := label[..., 2]).max() > COUNT:
-        raise ValueError(f"{path}: holds category {red.max()}; allowed are 0 to {COUNT}; fetch the file again")
-    words = np.ascontiguousarray(label).view("<u4")[..., 0]  # alpha, red, green and blue from the highest byte down
+        raise ValueError(
+            f"{path}: holds category {red.max()}; allowed are 0 to {COUNT}; fetch the file again"
+        )
+    words = np.ascontiguousarray(label).view("<u4")[
+        ..., 0
+    ]  # alpha, red, green and blue from the highest byte down
     ids, boxes, areas = extents(np.where(red > 0, words, 0))
     return _boxes(boxes, areas, (ids >> 16 & 255).astype(np.int32) - 1, (ids >> 8 & 3) > 0)
 
@@ -77,9 +92,12 @@ def synthia(label: Integer[np.ndarray, "h w 3"], path: str) -> Boxes:
     Raises:
         ValueError: a class outside 0 to 22.
     """
-    green, red = label[..., 1].astype(np.int64), label[..., 2]
+    green = label[..., 1].astype(np.int64)
+    red = label[..., 2]
     if red.max() > 22:
-        raise ValueError(f"{path}: holds class {red.max()}; allowed are 0 to 22; fetch the file again")
+        raise ValueError(
+            f"{path}: holds class {red.max()}; allowed are 0 to 22; fetch the file again"
+        )
     table = np.full(23, -1, np.int64)
     table[list(SYNTHIA_IDS)] = [train - FIRST for train in SYNTHIA_IDS.values()]
     thing = table[red]
@@ -108,14 +126,19 @@ def extents(
         The ids in ascending order, x0 y0 x1 y1 in pixels of each, and the number of its pixels.
     """
     h, w = ids.shape
-    edges = np.ones((h, w), bool)  # where runs of equal pixels begin: there are far fewer runs than pixels
+    edges = np.ones(
+        (h, w), bool
+    )  # where runs of equal pixels begin: there are far fewer runs than pixels
     edges[:, 1:] = ids[:, 1:] != ids[:, :-1]
     start = np.flatnonzero(edges)
     stop = np.append(start[1:], h * w)
     owner = ids.ravel()[start]
     keep = np.flatnonzero(owner)
     keep = keep[np.argsort(owner[keep], kind="stable")]
-    owner, rows, left, right = owner[keep], start[keep] // w, start[keep] % w, (stop[keep] - 1) % w + 1
+    owner = owner[keep]
+    rows = start[keep] // w
+    left = start[keep] % w
+    right = (stop[keep] - 1) % w + 1
     first = np.flatnonzero(np.diff(owner, prepend=0))
     if not len(first):
         return owner, np.zeros((0, 4), np.float32), np.zeros(0, np.float32)
@@ -128,5 +151,11 @@ def extents(
 def _boxes(boxes: np.ndarray, areas: np.ndarray, classes: np.ndarray, crowd: np.ndarray) -> Boxes:
     """Those of a thing."""
     none = np.zeros(len(boxes), bool)
-    fields = {"boxes": boxes, "classes": classes.astype(np.int32), "difficult": none, "crowd": crowd, "areas": areas}
+    fields = {
+        "boxes": boxes,
+        "classes": classes.astype(np.int32),
+        "difficult": none,
+        "crowd": crowd,
+        "areas": areas,
+    }
     return {key: field[classes >= 0] for key, field in fields.items()}

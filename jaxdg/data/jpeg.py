@@ -1,7 +1,9 @@
-"""JPEG files (ITU-T T.81) decoded strictly: one with a hole in its data is an error, never a picture with a grey or shifted part.
+"""JPEG files (ITU-T T.81) decoded strictly: one with a hole in its data is an error, never a
+picture with a grey or shifted part.
 
-libjpeg goes on after damage and mentions it in a warning, which OpenCV and Pillow drop. `simplejpeg` decodes by libjpeg-turbo too, to the
-same pixels in the same time, and hands on the warnings. What follows the end marker, such as the film of a motion photo, does not count.
+libjpeg goes on after damage and mentions it in a warning, which OpenCV and Pillow drop.
+`simplejpeg` decodes by libjpeg-turbo too, to the same pixels in the same time, and hands on the
+warnings. What follows the end marker, such as the film of a motion photo, does not count.
 """
 
 from collections.abc import Iterator
@@ -13,10 +15,15 @@ import simplejpeg
 
 START = b"\xff\xd8\xff"
 END = b"\xff\xd9"
-PROGRESSIVE, TABLES, SCAN, END_OF_IMAGE = 0xC2, 0xC4, 0xDA, 0xD9
+PROGRESSIVE = 0xC2
+TABLES = 0xC4
+SCAN = 0xDA
+END_OF_IMAGE = 0xD9
 _MARKER = re.compile(rb"\xff[^\x00\xff\xd0-\xd7]")  # those of restarts are part of a scan
 SMALLEST = 64  # bytes; a hole of a disk or a network has hundreds
-_HARMLESS = re.compile(r"Adobe color transform|JFIF revision|Inconsistent progression|Invalid SOS parameters")
+_HARMLESS = re.compile(
+    r"Adobe color transform|JFIF revision|Inconsistent progression|Invalid SOS parameters"
+)
 
 
 def decode(data: bytes) -> UInt8[np.ndarray, "h w 3"] | None:
@@ -26,7 +33,8 @@ def decode(data: bytes) -> UInt8[np.ndarray, "h w 3"] | None:
         data: the file.
 
     Returns:
-        RGB; None for a file of a kind that libjpeg-turbo does not know or does not turn into RGB, such as CMYK.
+        RGB; None for a file of a kind that libjpeg-turbo does not know or does not turn into RGB,
+        such as CMYK.
 
     Raises:
         ValueError: the data is damaged; says how, not where.
@@ -45,7 +53,9 @@ def decode(data: bytes) -> UInt8[np.ndarray, "h w 3"] | None:
 
 
 def _kind(data: bytes) -> str | None:
-    """RGB, Gray, CMYK or the like; None for a header that libjpeg-turbo does not know or that holds more than it should."""
+    """RGB, Gray, CMYK or the like; None for a header that libjpeg-turbo does not know or that holds
+    more than it should.
+    """
     try:
         return simplejpeg.decode_jpeg_header(data)[2]
     except ValueError:
@@ -58,10 +68,13 @@ def end(data: bytes) -> int:
 
 
 def _segments(data: bytes) -> Iterator[tuple[int, int, int]]:
-    """Marker, begin and end of the content of each segment; the data of a scan lies between the ends of its segment and the next's."""
+    """Marker, begin and end of the content of each segment; the data of a scan lies between the
+    ends of its segment and the next's.
+    """
     at = len(END)
     while found := _MARKER.search(data, at):
-        marker, start = data[found.end() - 1], found.end()
+        marker = data[found.end() - 1]
+        start = found.end()
         at = start if marker == END_OF_IMAGE else start + int.from_bytes(data[start : start + 2])
         yield marker, start, at
         if marker == END_OF_IMAGE:
@@ -71,15 +84,22 @@ def _segments(data: bytes) -> Iterator[tuple[int, int, int]]:
 def _has_hole(data: bytes) -> bool:
     """Whether a scan holds zeros that no encoder writes.
 
-    A decoder that meets zeros reads the code of zeros alone again and again and may find its way back, in which case libjpeg warns of
-    nothing. Flat areas give such data only where that code means that nothing follows in a block.
+    A decoder that meets zeros reads the code of zeros alone again and again and may find its way
+    back, in which case libjpeg warns of nothing. Flat areas give such data only where that code
+    means that nothing follows in a block.
     """
     first = next((stop for marker, _, stop in _segments(data) if marker == SCAN), len(data))
     zeros = data.find(bytes(SMALLEST), first)
     if zeros < 0 or data.find(END, first, zeros) > 0:  # nearly always
         return False
-    idle: dict[int, bool] = {}  # by class (0 DC, 16 AC) and number of a table, whether the code of zeros alone means that nothing follows
-    progressive, least, begin = False, None, 0
+    idle: dict[int, bool] = (
+        {}
+        # by class (0 DC, 16 AC) and number of a table, whether the code of zeros alone means that
+        # nothing follows
+    )
+    progressive = False
+    least = None
+    begin = 0
     for marker, start, stop in _segments(data):
         if least and data.find(bytes(least), begin, start) >= 0:
             return True
@@ -88,28 +108,39 @@ def _has_hole(data: bytes) -> bool:
         if marker == TABLES:
             idle |= _idle_tables(data[start + 2 : stop])
         if marker == SCAN:
-            least, begin = _least_hole(data[start + 2 : stop], idle, progressive), stop
+            least = _least_hole(data[start + 2 : stop], idle, progressive)
+            begin = stop
     return False
 
 
 def _idle_tables(segment: bytes) -> dict[int, bool]:
-    """Of each Huffman table in a segment, whether its first code is "no difference" (DC) or "end of block" (AC)."""
-    found, at = {}, 0
+    """Of each Huffman table in a segment, whether its first code is "no difference" (DC) or "end of
+    block" (AC).
+    """
+    found = {}
+    at = 0
     while at + 17 < len(segment):
         symbol = segment[at + 17]
-        found[segment[at]] = symbol % 16 == 0 and symbol != 0xF0  # the latter: sixteen zeros, and more follows
+        found[segment[at]] = (
+            symbol % 16 == 0 and symbol != 0xF0
+        )  # the latter: sixteen zeros, and more follows
         at += 17 + sum(segment[at + 1 : at + 17])
     return found
 
 
 def _least_hole(segment: bytes, idle: dict[int, bool], progressive: bool) -> int | None:
-    """How many bytes of zeros make a hole in the scan that a segment begins; None for any number being data."""
+    """How many bytes of zeros make a hole in the scan that a segment begins; None for any number
+    being data.
+    """
     count = segment[0]
     tables = segment[2 : 2 + 2 * count : 2]
-    first, refined = segment[1 + 2 * count], segment[3 + 2 * count] >> 4
+    first = segment[1 + 2 * count]
+    refined = segment[3 + 2 * count] >> 4
     dc = all(idle.get(table >> 4, True) for table in tables)  # unknown tables may mean anything
     ac = all(idle.get(16 | table % 16, True) for table in tables)
-    if progressive and first:  # encoders join the ends of blocks to one code, with at most some hundred bits of refinement
+    if (
+        progressive and first
+    ):  # encoders join the ends of blocks to one code, with at most some hundred bits of refinement
         return 4 * SMALLEST if refined else SMALLEST
     flat = refined or dc if progressive else dc and ac
     return None if flat else SMALLEST

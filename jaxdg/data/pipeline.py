@@ -1,8 +1,10 @@
 """Batches by random access: what a step trains on depends on (seed, step) alone.
 
-Position p = step * batch size + row of the endless sequence of examples is given an image by a sampler, and its augmentation is drawn from
-(seed, p). So the data state of a checkpoint is the step, and a run sees the same batches with 0 or 8 worker processes and on 1 or 4 hosts.
-Built on `grain.MapDataset`; the import brings in no flax and touches no device, because worker processes are spawned and import it again.
+Position p = step * batch size + row of the endless sequence of examples is given an image by a
+sampler, and its augmentation is drawn from (seed, p). So the data state of a checkpoint is the
+step, and a run sees the same batches with 0 or 8 worker processes and on 1 or 4 hosts. Built on
+`grain.MapDataset`; the import brings in no flax and touches no device, because worker processes are
+spawned and import it again.
 """
 
 import dataclasses
@@ -28,7 +30,9 @@ class Judging(Protocol):
     """How images are resized that a model is judged on: an evaluation protocol, or `Fit` for boxes."""
 
     def sizes(self, size: tuple[int, int]) -> Any:
-        """The sizes of an image and of its label after `prepare`, from the size as stored; height and width in pixels."""
+        """The sizes of an image and of its label after `prepare`, from the size as stored; height
+        and width in pixels.
+        """
         ...
 
     def prepare(self, sample: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -66,20 +70,26 @@ def train_batches(
         shard: this host's index and the number of hosts; host i gets the i-th block of rows.
 
     Returns:
-        An iterator over batches of `image` uint8 [b, crop height, crop width, 3], b = batch size / hosts, with `label` uint8 [b, crop
-        height, crop width], or with `boxes` float32 [b, n, 4], `classes` int32, `areas` float32, `difficult`, `crowd` and `valid` bool, all
-        [b, n], n = max_boxes, `valid` False where padded; and with `style` uint8 like `image`, if asked for. Its `close()`, or dropping it,
-        ends the workers.
+        An iterator over batches of `image` uint8 [b, crop height, crop width, 3], b = batch size /
+        hosts, with `label` uint8 [b, crop height, crop width], or with `boxes` float32 [b, n, 4],
+        `classes` int32, `areas` float32, `difficult`, `crowd` and `valid` bool, all [b, n], n =
+        max_boxes, `valid` False where padded; and with `style` uint8 like `image`, if asked for.
+        Its `close()`, or dropping it, ends the workers.
 
     Raises:
         FileNotFoundError: there are no pictures in the folder named.
-        ValueError: the batch does not split evenly; while iterating: a damaged file or one of more than `max_boxes` boxes, by name.
+        ValueError: the batch does not split evenly; while iterating: a damaged file or one of more
+            than `max_boxes` boxes, by name.
     """
     rows = _rows(batch_size, shard)
     pictures = Pictures.of(augmentation.pictures if styles or augmentation.pixmix[0] else None)
     first = start * batch_size + shard[0] * rows
-    example = _TrainExample(dataset, sampler, augmentation, pictures, seed, max_boxes, styles, first, rows, batch_size)
-    return read_ahead(grain.MapDataset.range((stop - start) * rows).map(example).batch(rows), workers)
+    example = _TrainExample(
+        dataset, sampler, augmentation, pictures, seed, max_boxes, styles, first, rows, batch_size
+    )
+    return read_ahead(
+        grain.MapDataset.range((stop - start) * rows).map(example).batch(rows), workers
+    )
 
 
 def batch_files(dataset: Dataset, sampler: Sampler, *, batch_size: int, step: int) -> list[str]:
@@ -108,32 +118,37 @@ def eval_batches(
 ) -> Items:
     """The rows of this host in batches that show every image once.
 
-    A batch holds images of similar sizes, in one corner of arrays that fit the largest: there are few shapes, however many sizes there are,
-    and images that all have one size are not padded. The last batch of a shape is filled up, so that all hosts get as many batches.
+    A batch holds images of similar sizes, in one corner of arrays that fit the largest: there are
+    few shapes, however many sizes there are, and images that all have one size are not padded. The
+    last batch of a shape is filled up, so that all hosts get as many batches.
 
     Args:
         dataset: what to judge on.
         batch_size: images in a global batch.
-        protocol: resizes images, one for label maps or one for boxes; None leaves them at their own size.
+        protocol: resizes images, one for label maps or one for boxes; None leaves them at their own
+            size.
         max_boxes: boxes are padded to so many an image; 0 for a dataset of label maps.
         workers: worker processes; 0 reads with threads of this process.
         shard: this host's index and the number of hosts; host i gets the i-th block of rows.
 
     Returns:
-        An iterator over batches of `image` uint8 [b, h, w, 3], b = batch size / hosts, and `size` int32 [b, 2], every image's own height
-        and width, with `label` uint8 [b, h2, w2] (255 where padded) and `label_size`, or with the boxes of `train_batches`; `mask` bool
-        [b], False where an image only fills up the batch, and `index` int32 [b], its place in the dataset, -1 where it fills up. Its
-        `close()`, or dropping it, ends the workers.
+        An iterator over batches of `image` uint8 [b, h, w, 3], b = batch size / hosts, and `size`
+        int32 [b, 2], every image's own height and width, with `label` uint8 [b, h2, w2] (255 where
+        padded) and `label_size`, or with the boxes of `train_batches`; `mask` bool [b], False where
+        an image only fills up the batch, and `index` int32 [b], its place in the dataset, -1 where
+        it fills up. Its `close()`, or dropping it, ends the workers.
 
     Raises:
-        ValueError: the dataset is empty or the batch does not split evenly; while iterating: a damaged file or one of more than
-            `max_boxes` boxes, by name.
+        ValueError: the dataset is empty or the batch does not split evenly; while iterating: a
+            damaged file or one of more than `max_boxes` boxes, by name.
     """
     if not len(dataset):
         raise ValueError(f"domain {dataset.domain!r} has no images to evaluate on")
     rows = _rows(batch_size, shard)
     stored = (dataset.size(i) for i in range(len(dataset)))
-    sizes = np.array([protocol.sizes(size) if protocol else (size, size) for size in stored], np.int32)
+    sizes = np.array(
+        [protocol.sizes(size) if protocol else (size, size) for size in stored], np.int32
+    )
     order, shapes = _eval_order(sizes, batch_size)
     mine = order.reshape(-1, batch_size)[:, shard[0] * rows : (shard[0] + 1) * rows].ravel()
     example = _EvalExample(dataset, protocol, mine, shapes, rows, max_boxes)
@@ -142,7 +157,9 @@ def eval_batches(
 
 @dataclasses.dataclass
 class _TrainExample:
-    """Number i of a host's rows, read and augmented; a class and not a closure, so that it reaches worker processes by name."""
+    """Number i of a host's rows, read and augmented; a class and not a closure, so that it reaches
+    worker processes by name.
+    """
 
     dataset: Dataset
     sampler: Sampler
@@ -161,7 +178,9 @@ class _TrainExample:
         sample = _read(self.dataset, at, self.max_boxes)
         rng = np.random.default_rng((self.seed, EXAMPLE, p))
         sample = random_crop(sample, self.augmentation, rng, wanted)
-        sample = _pad_boxes(randaugment(sample, *self.augmentation.randaugment, rng), self.max_boxes)
+        sample = _pad_boxes(
+            randaugment(sample, *self.augmentation.randaugment, rng), self.max_boxes
+        )
         sample["image"] = pixmix(sample["image"], *self.augmentation.pixmix, self.pictures, rng)
         if self.styles:
             sample["style"] = self.pictures.draw(self.augmentation.crop, rng)
@@ -184,7 +203,11 @@ class _EvalExample:
         sample = _read(self.dataset, at, self.max_boxes) if at >= 0 else _nothing(self.max_boxes)
         if self.protocol and at >= 0:
             sample = self.protocol.prepare(sample)
-        sample = {**_pad_boxes(sample, self.max_boxes), "mask": np.bool_(at >= 0), "index": np.int32(at)}
+        sample = {
+            **_pad_boxes(sample, self.max_boxes),
+            "mask": np.bool_(at >= 0),
+            "index": np.int32(at),
+        }
         image_shape, label_shape = self.shapes[i // self.rows]
         sample["image"], sample["size"] = _pad(sample["image"], image_shape, 0)
         if "label" in sample:
@@ -196,7 +219,9 @@ def _read(dataset: Dataset, i: int, max_boxes: int) -> dict[str, np.ndarray]:
     sample = dataset[i]
     n = len(sample.get("boxes", ()))
     if n > max_boxes:
-        raise ValueError(f"{dataset.name(i)} has {n} boxes; data.max_boxes is {max_boxes}; allowed: at least {n}")
+        raise ValueError(
+            f"{dataset.name(i)} has {n} boxes; data.max_boxes is {max_boxes}; allowed: at least {n}"
+        )
     if "boxes" in sample and "areas" not in sample:
         sample = {**sample, "areas": areas_of(sample["boxes"])}
     return sample
@@ -206,7 +231,8 @@ def _pad_boxes(sample: dict[str, np.ndarray], max_boxes: int) -> dict[str, np.nd
     """Boxes, if there are any, in the first rows of arrays of fixed length."""
     if "boxes" not in sample:
         return sample
-    n, padded = len(sample["boxes"]), {"image": sample["image"], "valid": np.arange(max_boxes) < len(sample["boxes"])}
+    n = len(sample["boxes"])
+    padded = {"image": sample["image"], "valid": np.arange(max_boxes) < len(sample["boxes"])}
     for key, (shape, dtype) in BOX_FIELDS.items():
         padded[key] = np.zeros((max_boxes, *shape), dtype)
         padded[key][:n] = sample[key]
@@ -228,25 +254,36 @@ def _nothing(max_boxes: int) -> dict[str, np.ndarray]:
     image = np.zeros((1, 1, 3), np.uint8)
     if not max_boxes:
         return {"image": image, "label": np.full((1, 1), IGNORE, np.uint8)}
-    return {"image": image, **{key: np.zeros((0, *shape), dtype) for key, (shape, dtype) in BOX_FIELDS.items()}}
+    return {
+        "image": image,
+        **{key: np.zeros((0, *shape), dtype) for key, (shape, dtype) in BOX_FIELDS.items()},
+    }
 
 
 def _rows(batch_size: int, shard: tuple[int, int]) -> int:
     host, hosts = shard
     if batch_size < 1 or batch_size % hosts:
-        raise ValueError(f"batch_size {batch_size} does not split evenly over {hosts} hosts; make it a multiple of {hosts}")
+        raise ValueError(
+            f"batch_size {batch_size} does not split evenly over {hosts} hosts; make it a multiple"
+            f" of {hosts}"
+        )
     if not 0 <= host < hosts:
         raise ValueError(f"host {host} of {hosts} hosts; hosts count from 0")
     return batch_size // hosts
 
 
-def _eval_order(sizes: Int32[np.ndarray, "n 2 2"], batch_size: int) -> tuple[Int64[np.ndarray, " m"], Int32[np.ndarray, "batches 2 2"]]:
-    """Examples grouped by the sizes of image and label, each group padded with -1 to whole batches, and the two shapes of each batch.
+def _eval_order(
+    sizes: Int32[np.ndarray, "n 2 2"], batch_size: int
+) -> tuple[Int64[np.ndarray, " m"], Int32[np.ndarray, "batches 2 2"]]:
+    """Examples grouped by the sizes of image and label, each group padded with -1 to whole batches,
+    and the two shapes of each batch.
 
-    A group holds sides between two half powers of 2. The shape of an array is the largest of its kind, so that there are no more shapes of
-    images, for each of which a model compiles, than groups of image sizes alone. Within a group neighbours are most alike.
+    A group holds sides between two half powers of 2. The shape of an array is the largest of its
+    kind, so that there are no more shapes of images, for each of which a model compiles, than
+    groups of image sizes alone. Within a group neighbours are most alike.
     """
-    order, shapes = [], []
+    order = []
+    shapes = []
     level = np.ceil(2 * np.log2(sizes)).astype(np.int32)
     largest = np.empty_like(sizes)
     for kind in range(2):

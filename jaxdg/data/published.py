@@ -1,7 +1,9 @@
-"""The published segmentation datasets: which folders a download has, how its files pair up, and what their label ids mean.
+"""The published segmentation datasets: which folders a download has, how its files pair up, and
+what their label ids mean.
 
-Folders are relative to `ROOT/NAME`, where the publisher's archives lie unopened or unpacked (see `storage.Tree`). Numbers of images are
-those that the publishers state; `check` shows them beside what it finds.
+Folders are relative to `ROOT/NAME`, where the publisher's archives lie unopened or unpacked (see
+`storage.Tree`). Numbers of images are those that the publishers state; `check` shows them beside
+what it finds.
 """
 
 from collections.abc import Mapping
@@ -31,7 +33,8 @@ class Part:
         labels: label folder, or its alternatives; none where the labels are kept secret.
         count: published number of images.
         start: beginnings of the file names that count, of all if empty.
-        listed: a .mat file beside the folders with the numbers of the images, as `trainIds`; none if empty.
+        listed: a .mat file beside the folders with the numbers of the images, as `trainIds`; none
+            if empty.
     """
 
     domain: str
@@ -51,7 +54,8 @@ class Published:
         name: of its folder below the data root.
         parts: what it consists of.
         ids: label file id to train id.
-        count: label file ids run from 0 to this number, exclusive; those not in `ids` are ignored, as 255 is. Others are errors.
+        count: label file ids run from 0 to this number, exclusive; those not in `ids` are ignored,
+            as 255 is. Others are errors.
         labels: its classes.
         image_suffix: end of an image's file name behind the part that it shares with its label.
         label_suffix: the same for label files.
@@ -70,10 +74,12 @@ class Published:
     lacks: tuple[str, ...] = ()
 
     def select(self, domain: str, train: bool) -> tuple[Part, ...]:
-        """The parts of a domain: its training images, or those to judge on; both are all where there are no splits.
+        """The parts of a domain: its training images, or those to judge on; both are all where
+        there are no splits.
 
         Args:
-            domain: a name from `domains`, or with the name of a split behind it, which then counts: `cityscapes/test`.
+            domain: a name from `domains`, or with the name of a split behind it, which then counts:
+                `cityscapes/test`.
             train: which, where `domain` names no split.
 
         Raises:
@@ -82,17 +88,29 @@ class Published:
         name, _, split = domain.rpartition("/")
         mine = [part for part in self.parts if _holds(domain, part.domain) and not part.listed]
         found = [part for part in self.parts if _holds(name, part.domain) and part.split == split]
-        found = found or [part for part in mine if part.split in (("train" if train else "val"), "all")]
+        found = found or [
+            part for part in mine if part.split in (("train" if train else "val"), "all")
+        ]
         if not found:
             splits = ", ".join(dict.fromkeys(part.split for part in mine))
-            raise ValueError(f"domain {domain!r} is kept unseen and has no training images (it has {splits}); train on another domain")
+            raise ValueError(
+                f"domain {domain!r} is kept unseen and has no training images (it has {splits});"
+                " train on another domain"
+            )
         return tuple(found)
 
     @property
     def domains(self) -> tuple[str, ...]:
         """Names to open it by; the splits of each may stand behind it."""
         whole = (self.name,) if any(_holds(self.name, part.domain) for part in self.parts) else ()
-        return (*whole, *(name for name in dict.fromkeys(part.domain for part in self.parts) if name != self.name))
+        return (
+            *whole,
+            *(
+                name
+                for name in dict.fromkeys(part.domain for part in self.parts)
+                if name != self.name
+            ),
+        )
 
     def table(self) -> dict[int, int]:
         """Every id that a label file may hold, and its train id."""
@@ -104,13 +122,20 @@ def _holds(domain: str, part: str) -> bool:
 
 
 TRAIN_IDS = {i: i for i in range(19)}
-ACDC_COUNTS = {"train": (400, 400, 400, 400), "val": (100, 106, 100, 100), "test": (500, 500, 500, 500)}
+ACDC_COUNTS = {
+    "train": (400, 400, 400, 400),
+    "val": (100, 106, 100, 100),
+    "test": (500, 500, 500, 500),
+}
 
 GTA5 = Published(
     "gta5",
     (
         Part("gta5", "all", "images", ("labels",), 24966),
-        *(Part("gta5", s, "images", ("labels",), n, listed="split.mat") for s, n in (("train", 12403), ("val", 6382), ("test", 6181))),
+        *(
+            Part("gta5", s, "images", ("labels",), n, listed="split.mat")
+            for s, n in (("train", 12403), ("val", 6382), ("test", 6181))
+        ),
     ),
     CITYSCAPES_IDS,
     35,
@@ -137,7 +162,10 @@ CITYSCAPES_DATASET = Published(
 )
 BDD100K = Published(
     "bdd100k",
-    tuple(Part("bdd100k", s, f"images/10k/{s}", (f"labels/sem_seg/masks/{s}",), n) for s, n in (("train", 7000), ("val", 1000))),
+    tuple(
+        Part("bdd100k", s, f"images/10k/{s}", (f"labels/sem_seg/masks/{s}",), n)
+        for s, n in (("train", 7000), ("val", 1000))
+    ),
     TRAIN_IDS,
     19,
     image_suffix=".jpg",
@@ -145,7 +173,9 @@ BDD100K = Published(
 MAPILLARY = Published(
     "mapillary",
     tuple(
-        Part("mapillary", split, f"{folder}/images", (f"{folder}/v1.2/labels", f"{folder}/labels"), n)
+        Part(
+            "mapillary", split, f"{folder}/images", (f"{folder}/v1.2/labels", f"{folder}/labels"), n
+        )
         for split, folder, n in (("train", "training", 18000), ("val", "validation", 2000))
     ),
     MAPILLARY_VLTSEG_IDS,
@@ -155,7 +185,13 @@ MAPILLARY = Published(
 ACDC = Published(
     "acdc",
     tuple(
-        Part(f"acdc/{c}", split, f"rgb_anon/{c}/{split}", () if split == "test" else (f"gt/{c}/{split}",), n)
+        Part(
+            f"acdc/{c}",
+            split,
+            f"rgb_anon/{c}/{split}",
+            () if split == "test" else (f"gt/{c}/{split}",),
+            n,
+        )
         for split, counts in ACDC_COUNTS.items()
         for c, n in zip(("fog", "night", "rain", "snow"), counts, strict=True)
     ),
@@ -164,8 +200,16 @@ ACDC = Published(
     image_suffix="_rgb_anon.png",
     label_suffix="_gt_labelTrainIds.png",
 )
-DARK_ZURICH = dataclasses.replace(ACDC, name="dark_zurich", parts=(Part("dark_zurich", "val", "rgb_anon/val", ("gt/val",), 50),))
-WILDDASH2 = Published("wilddash2", (Part("wilddash2", "all", "images", ("labels",), 4256),), WILDDASH2_IDS, 81, image_suffix=".jpg")
+DARK_ZURICH = dataclasses.replace(
+    ACDC, name="dark_zurich", parts=(Part("dark_zurich", "val", "rgb_anon/val", ("gt/val",), 50),)
+)
+WILDDASH2 = Published(
+    "wilddash2",
+    (Part("wilddash2", "all", "images", ("labels",), 4256),),
+    WILDDASH2_IDS,
+    81,
+    image_suffix=".jpg",
+)
 # Training and validation by day in one town, unseen: another place by day, and all of dusk.
 CAMVID_DATASET = Published(
     "camvid",
@@ -173,7 +217,10 @@ CAMVID_DATASET = Published(
         Part("camvid", "train", "train", ("trainannot",), 305, start=("0016E5", "0006R0")),
         Part("camvid", "val", "val", ("valannot",), 101, start=("0016E5",)),
         Part("day", "val", "test", ("testannot",), 171, start=("Seq05VD",)),
-        *(Part("dusk", "val", split, (f"{split}annot",), n, start=("0001TP",)) for split, n in (("train", 62), ("test", 62))),
+        *(
+            Part("dusk", "val", split, (f"{split}annot",), n, start=("0001TP",))
+            for split, n in (("train", 62), ("test", 62))
+        ),
     ),
     {i: i for i in range(11)},  # 11 is void
     12,
@@ -181,19 +228,45 @@ CAMVID_DATASET = Published(
     image_suffix="",
 )
 
-# The two unseen films as sources of their own, each judged on what comes after its training images. Of dusk that is SegNet's split.
+# The two unseen films as sources of their own, each judged on what comes after its training images.
+# Of dusk that is SegNet's split.
 CAMVID_FILMS = dataclasses.replace(
     CAMVID_DATASET,
     parts=(
-        Part("camvid_day", "train", "test", ("testannot",), 100, start=("Seq05VD_f00", "Seq05VD_f01", "Seq05VD_f02")),
-        Part("camvid_day", "val", "test", ("testannot",), 71, start=("Seq05VD_f03", "Seq05VD_f04", "Seq05VD_f05")),
+        Part(
+            "camvid_day",
+            "train",
+            "test",
+            ("testannot",),
+            100,
+            start=("Seq05VD_f00", "Seq05VD_f01", "Seq05VD_f02"),
+        ),
+        Part(
+            "camvid_day",
+            "val",
+            "test",
+            ("testannot",),
+            71,
+            start=("Seq05VD_f03", "Seq05VD_f04", "Seq05VD_f05"),
+        ),
         Part("camvid_dusk", "train", "train", ("trainannot",), 62, start=("0001TP",)),
         Part("camvid_dusk", "val", "test", ("testannot",), 62, start=("0001TP",)),
     ),
 )
 
 PUBLISHED: dict[str, Published] = {
-    d.name: d for d in (CAMVID_DATASET, GTA5, SYNTHIA, CITYSCAPES_DATASET, BDD100K, MAPILLARY, ACDC, DARK_ZURICH, WILDDASH2)
+    d.name: d
+    for d in (
+        CAMVID_DATASET,
+        GTA5,
+        SYNTHIA,
+        CITYSCAPES_DATASET,
+        BDD100K,
+        MAPILLARY,
+        ACDC,
+        DARK_ZURICH,
+        WILDDASH2,
+    )
 }
 
 
@@ -202,11 +275,14 @@ def find(domain: str, mapillary_labels: str = "vltseg") -> Published | None:
 
     Args:
         domain: as `Published.select` takes it.
-        mapillary_labels: which of the two mappings in use Mapillary Vistas is read by: vltseg or rein.
+        mapillary_labels: which of the two mappings in use Mapillary Vistas is read by: vltseg or
+            rein.
     """
     for dataset in (*PUBLISHED.values(), CAMVID_FILMS):
         splits = (part.split for part in dataset.parts)
-        if domain in dataset.domains or (domain.rpartition("/")[0] in dataset.domains and domain.rpartition("/")[2] in splits):
+        if domain in dataset.domains or (
+            domain.rpartition("/")[0] in dataset.domains and domain.rpartition("/")[2] in splits
+        ):
             rein = dataset is MAPILLARY and mapillary_labels == "rein"
             return dataclasses.replace(dataset, ids=MAPILLARY_REIN_IDS) if rein else dataset
     return None

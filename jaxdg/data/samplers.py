@@ -1,8 +1,9 @@
 """Which image stands at position p of the endless sequence of training examples, by random access.
 
-Every sampler is a plain function of (seed, p), so that it does not matter how many processes and hosts ask it. Three of them:
-permutations, which show every image once an epoch; parts drawn by weight; and DAFormer's rare-class sampling (Hoyer et al. 2022,
-lhoyer/DAFormer), which draws a class with P(c) ~ exp((1 - f_c) / T), f_c its share of all labelled pixels, and then one of its images.
+Every sampler is a plain function of (seed, p), so that it does not matter how many processes and
+hosts ask it. Three of them: permutations, which show every image once an epoch; parts drawn by
+weight; and DAFormer's rare-class sampling (Hoyer et al. 2022, lhoyer/DAFormer), which draws a class
+with P(c) ~ exp((1 - f_c) / T), f_c its share of all labelled pixels, and then one of its images.
 """
 
 from collections.abc import Callable
@@ -34,7 +35,9 @@ class Draw(NamedTuple):
     wanted: Wanted | None = None
 
 
-Sampler = Callable[[int], Draw]  # a pure function of the position, which holds plain values only, so that it pickles
+Sampler = Callable[
+    [int], Draw
+]  # a pure function of the position, which holds plain values only, so that it pickles
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,7 +60,12 @@ class RareClasses:
     """A class by its rareness, then any image with enough of it, where the crop should show it."""
 
     def __init__(
-        self, seed: tuple[int, ...], pixels: Int32[np.ndarray, "n k"], temperature: float, min_pixels: int, names: tuple[str, ...]
+        self,
+        seed: tuple[int, ...],
+        pixels: Int32[np.ndarray, "n k"],
+        temperature: float,
+        min_pixels: int,
+        names: tuple[str, ...],
     ):
         """Args:
             seed: of all draws.
@@ -70,15 +78,22 @@ class RareClasses:
             ValueError: no class occurs, or no image shows enough of one that does.
         """
         if not pixels.any():
-            raise ValueError("no label shows any class, so that none can be drawn; run `python -m jaxdg.data.check`")
-        self.seed, self.min_pixels = seed, min_pixels
+            raise ValueError(
+                "no label shows any class, so that none can be drawn; run `python -m"
+                " jaxdg.data.check`"
+            )
+        self.seed = seed
+        self.min_pixels = min_pixels
         self.total: list[int] = pixels.sum(axis=0, dtype=np.int64).tolist()
         self.probabilities = class_probabilities(pixels, temperature)
         self.images = [np.flatnonzero(column >= min_pixels).astype(np.int32) for column in pixels.T]
         for name, most, images in zip(names, pixels.max(axis=0), self.images, strict=True):
             if most and not len(images):
                 shown = f"no image shows more than {most} pixels of {name}"
-                raise ValueError(f"data.rare_class_min_pixels is {min_pixels}, but {shown}; allowed: at most {most}")
+                raise ValueError(
+                    f"data.rare_class_min_pixels is {min_pixels}, but {shown}; allowed: at most"
+                    f" {most}"
+                )
 
     def __call__(self, p: int) -> Draw:
         rng = np.random.default_rng((*self.seed, RARE, p))
@@ -87,16 +102,21 @@ class RareClasses:
 
 
 class Weighted:
-    """At each position a part by its weight; the k-th position of a part is the k-th of that part's own sampler."""
+    """At each position a part by its weight; the k-th position of a part is the k-th of that part's
+    own sampler.
+    """
 
-    def __init__(self, seed: int, parts: list[Sampler], lengths: list[int], weights: tuple[float, ...]):
+    def __init__(
+        self, seed: int, parts: list[Sampler], lengths: list[int], weights: tuple[float, ...]
+    ):
         """Args:
         seed: of the draws of parts.
         parts: a sampler each.
         lengths: images in each, which follow one another in the dataset.
         weights: of each, above 0 and in any unit.
         """
-        self.seed, self.parts = seed, parts
+        self.seed = seed
+        self.parts = parts
         self.first = np.cumsum([0, *lengths])
         self.probabilities = np.array(weights) / np.sum(weights)
         self._before = {0: np.zeros(len(parts), np.int64)}
@@ -105,20 +125,28 @@ class Weighted:
         block, within = divmod(p, BLOCK)
         drawn = self._drawn(block)
         part = int(drawn[within])
-        draw = self.parts[part](int(self._drawn_before(block)[part] + np.count_nonzero(drawn[:within] == part)))
+        draw = self.parts[part](
+            int(self._drawn_before(block)[part] + np.count_nonzero(drawn[:within] == part))
+        )
         return draw._replace(image=draw.image + int(self.first[part]))
 
     def _drawn_before(self, block: int) -> Int64[np.ndarray, " parts"]:
-        """How often each part was drawn before a block; threads may fill in the same numbers at the same time."""
+        """How often each part was drawn before a block; threads may fill in the same numbers at the
+        same time.
+        """
         known = block
         while known not in self._before:
             known -= 1
         for b in range(known, block):
-            self._before[b + 1] = self._before[b] + np.bincount(self._drawn(b), minlength=len(self.parts))
+            self._before[b + 1] = self._before[b] + np.bincount(
+                self._drawn(b), minlength=len(self.parts)
+            )
         return self._before[block]
 
     def _drawn(self, block: int) -> Int64[np.ndarray, " BLOCK"]:
-        return np.random.default_rng((self.seed, PART, block)).choice(len(self.parts), BLOCK, p=self.probabilities)
+        return np.random.default_rng((self.seed, PART, block)).choice(
+            len(self.parts), BLOCK, p=self.probabilities
+        )
 
 
 def make_sampler(
@@ -135,10 +163,12 @@ def make_sampler(
     Args:
         dataset: what to train on.
         seed: of the order.
-        weights: of the parts of a `Mixture`; without, a mixture is one dataset like any other and every image is seen once an epoch.
+        weights: of the parts of a `Mixture`; without, a mixture is one dataset like any other and
+            every image is seen once an epoch.
         temperature: of rare-class sampling, within each weighted part; 0 turns it off.
         min_pixels: see `RareClasses`.
-        workers: processes that count the pixels of classes, where that has not been done before; 0 does it in threads of this process.
+        workers: processes that count the pixels of classes, where that has not been done before; 0
+            does it in threads of this process.
 
     Returns:
         A pure function of the position.
@@ -152,23 +182,35 @@ def make_sampler(
             raise ValueError(f"domain {part.domain!r} has no images to train on")
         if not temperature:
             return Permutations(seed, len(part))
-        return RareClasses(seed, class_pixels(part, workers), temperature, min_pixels, part.labels.names)
+        return RareClasses(
+            seed, class_pixels(part, workers), temperature, min_pixels, part.labels.names
+        )
 
     if not weights:
         return of(dataset, (seed,))
     parts = dataset.parts if isinstance(dataset, Mixture) else (dataset,)
-    return Weighted(seed, [of(part, (seed, PART, k)) for k, part in enumerate(parts)], [len(part) for part in parts], weights)
+    return Weighted(
+        seed,
+        [of(part, (seed, PART, k)) for k, part in enumerate(parts)],
+        [len(part) for part in parts],
+        weights,
+    )
 
 
 def class_totals(sampler: Sampler) -> tuple[int, ...]:
-    """Pixels of each class that a sampler of rare classes draws by, part after part; () where none are counted."""
+    """Pixels of each class that a sampler of rare classes draws by, part after part; () where none
+    are counted.
+    """
     if isinstance(sampler, Weighted):
         return tuple(total for part in sampler.parts for total in class_totals(part))
     return tuple(sampler.total) if isinstance(sampler, RareClasses) else ()
 
 
-def class_probabilities(pixels: Int32[np.ndarray, "n k"], temperature: float) -> Float64[np.ndarray, " k"]:
-    """How often rare-class sampling draws each class: a softmax of (1 - share) / temperature over the classes that occur.
+def class_probabilities(
+    pixels: Int32[np.ndarray, "n k"], temperature: float
+) -> Float64[np.ndarray, " k"]:
+    """How often rare-class sampling draws each class: a softmax of (1 - share) / temperature over
+    the classes that occur.
 
     Args:
         pixels: of each class in each image.

@@ -20,11 +20,15 @@ import re
 
 from jaxdg.data import records, storage
 
-HEADER = "# written by python -m jaxdg.data.check\n"  # the first line of a list that may be replaced
+HEADER = (  # the first line of a list that may be replaced
+    "# written by python -m jaxdg.data.check\n"
+)
 TOLD = 3  # lines that match nothing of which an error says all
 
 
-def skip_list(file: str, root: str, opened: records.Records | None = None, *, strict: bool = True) -> frozenset[str]:
+def skip_list(
+    file: str, root: str, opened: records.Records | None = None, *, strict: bool = True
+) -> frozenset[str]:
     """The paths in a list of files to leave out.
 
     Args:
@@ -55,7 +59,9 @@ def skip_list(file: str, root: str, opened: records.Records | None = None, *, st
     return frozenset(found)
 
 
-def without(dataset: records.Records, file: str, root: str, *, strict: bool = True) -> records.Records:
+def without(
+    dataset: records.Records, file: str, root: str, *, strict: bool = True
+) -> records.Records:
     """Records without the images in a list.
 
     Args:
@@ -76,7 +82,8 @@ def without(dataset: records.Records, file: str, root: str, *, strict: bool = Tr
 
 
 def entries(file: str, root: str) -> frozenset[str]:
-    """What a list says, without a look at the files: the same on every machine, for archives, folders and records.
+    """What a list says, without a look at the files: the same on every machine, for archives,
+    folders and records.
 
     Args:
         file: as for `skip_list`.
@@ -98,7 +105,11 @@ def no_longer(before: Collection[str], now: Collection[str], root: str) -> list[
         root: the data root.
     """
     place = _Root(root, None)
-    gone = [path for path in sorted(set(before) - set(now)) if not any(other.endswith(f"/{path}") for other in now)]
+    gone = [
+        path
+        for path in sorted(set(before) - set(now))
+        if not any(other.endswith(f"/{path}") for other in now)
+    ]
     return [path for path in gone if place.find(path)]
 
 
@@ -143,7 +154,11 @@ class _Root:
     @functools.cached_property
     def recorded(self) -> dict[str, str]:
         """The same of all records below the root."""
-        return {key: name for found in records.names_below(self.root) for key, name in _keys(*found).items()}
+        return {
+            key: name
+            for found in records.names_below(self.root)
+            for key, name in _keys(*found).items()
+        }
 
     @functools.cached_property
     def nameless(self) -> frozenset[str]:
@@ -159,7 +174,8 @@ class _Root:
                 path, *tails = self.tails(reading)
                 if found := look(path):
                     return found
-                # The path of another root, or of the current folder, ends like the one below this root.
+                # The path of another root, or of the current folder, ends like the one below this
+                # root.
                 others = [found for tail in tails if (found := look(tail))]
                 if len(others) == 1:
                     return others[0]
@@ -182,7 +198,9 @@ class _Root:
         return system.exists(f"{inner}/{self.tails(reading)[0].partition('/')[0]}")
 
     def _here(self, path: str) -> list[str]:
-        """The paths by which the datasets that are opened know what is at a path relative to the root."""
+        """The paths by which the datasets that are opened know what is at a path relative to the
+        root.
+        """
         mine = self.mine.get(_key(path))
         disk = self._on_disk(path) if self.local and not path.startswith("../") else []
         if mine is None:
@@ -190,7 +208,9 @@ class _Root:
         return [os.path.join(self.root, mine), *disk]
 
     def _elsewhere(self, path: str) -> list[str]:
-        """The same of records that are not opened; they are looked for only if a line names nothing else."""
+        """The same of records that are not opened; they are looked for only if a line names nothing
+        else.
+        """
         name = self.recorded.get(_key(path))
         return [] if name is None else [os.path.join(self.root, name)]
 
@@ -210,10 +230,16 @@ class _Root:
 
     def _in_archive(self, path: str) -> list[str]:
         """Where the file is in the archives beside which it would be, were it unpacked."""
-        place, parts = self.root, path.split("/")
+        place = self.root
+        parts = path.split("/")
         while len(parts) > 1 and os.path.isdir(below := os.path.join(place, parts[0])):
-            place, parts = below, parts[1:]
-        archives = [name for name in storage.entries(place) if name.lower().endswith(".zip") and not storage.is_hidden(name)]
+            place = below
+            parts = parts[1:]
+        archives = [
+            name
+            for name in storage.entries(place)
+            if name.lower().endswith(".zip") and not storage.is_hidden(name)
+        ]
         inside = [storage.spelt(os.path.join(place, name), "/".join(parts)) for name in archives]
         return [member for member in inside if storage.is_file(member)]
 
@@ -229,7 +255,11 @@ class _Root:
     def _nearest_on_disk(self, parts: Sequence[str]) -> str | None:
         place = self.root
         if not storage.is_folder(os.path.join(place, parts[0])):
-            starts = [name for name in storage.subfolders(place) if storage.is_folder(os.path.join(place, name, parts[0]))]
+            starts = [
+                name
+                for name in storage.subfolders(place)
+                if storage.is_folder(os.path.join(place, name, parts[0]))
+            ]
             parts = [*starts[:1], *parts]
         for part in parts:
             names = [name for name in storage.entries(place) if not storage.is_hidden(name)]
@@ -240,7 +270,9 @@ class _Root:
 
 
 def _key(path: str) -> str:
-    """What a path has in common with that of the same image elsewhere: composed, and as if unpacked."""
+    """What a path has in common with that of the same image elsewhere: composed, and as if
+    unpacked.
+    """
     return storage.composed(_unpacked(path))
 
 
@@ -261,7 +293,9 @@ def _close(wanted: str, names: Sequence[str], neighbours: int = 200) -> str | No
     for order in (slice(None), slice(None, None, -1)):
         ordered = sorted(name[order] for name in names)
         at = bisect.bisect(ordered, wanted[order])
-        near |= dict.fromkeys(name[order] for name in ordered[max(0, at - neighbours) : at + neighbours])
+        near |= dict.fromkeys(
+            name[order] for name in ordered[max(0, at - neighbours) : at + neighbours]
+        )
     return next(iter(difflib.get_close_matches(wanted, near, 1)), None)
 
 
@@ -273,10 +307,20 @@ def _told(file: str, place: _Root, lost: Sequence[tuple[int, str]]) -> str:
         what = f"no file below {os.path.abspath(place.root) if place.local else place.root}"
         if place.local and storage.is_folder(os.path.join(place.root, path)):
             what = "a folder, and a line names one file"
-        elif path.partition("/")[0] in place.nameless and place.local and storage.is_file(os.path.join(place.root, path)):
+        elif (
+            path.partition("/")[0] in place.nameless
+            and place.local
+            and storage.is_file(os.path.join(place.root, path))
+        ):
             what = "no image of its records, which do not know their labels; name the image"
         near = place.nearest(line)
-        told.append(f"line {number}: {line.strip()!r} is {what}" + (f" (nearest is {near})" if near else ""))
-    more = f"; and lines {', '.join(str(number) for number, _ in lost[TOLD:][:10])}" if len(lost) > TOLD else ""
+        told.append(
+            f"line {number}: {line.strip()!r} is {what}" + (f" (nearest is {near})" if near else "")
+        )
+    more = (
+        f"; and lines {', '.join(str(number) for number, _ in lost[TOLD:][:10])}"
+        if len(lost) > TOLD
+        else ""
+    )
     more += ", .." if len(lost) > TOLD + 10 else ""
     return f"data.skip: {file}, {'; '.join(told)}{more}; correct these lines or delete them"

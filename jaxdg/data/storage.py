@@ -1,7 +1,8 @@
 """The files of a dataset, unpacked or still in zip archives.
 
 A path is that of a file, or of a member of a zip archive as if the archive were a folder:
-`ROOT/cityscapes/gtFine_trainvaltest.zip/gtFine/val/..`. Only such strings reach worker processes; every process opens the archives itself.
+`ROOT/cityscapes/gtFine_trainvaltest.zip/gtFine/val/..`. Only such strings reach worker processes;
+every process opens the archives itself.
 
 Hidden entries and those that systems leave behind are never listed (`is_hidden`). Links are
 followed, but no folder is listed twice. The same letters may be stored as one code point or as
@@ -19,7 +20,8 @@ import unicodedata
 import zipfile
 import zlib
 
-# What file managers, NAS systems and archivers leave in folders, in lower case; all else of this kind begins with a dot.
+# What file managers, NAS systems and archivers leave in folders, in lower case; all else of this
+# kind begins with a dot.
 SYSTEM = frozenset(
     {
         "@eadir",
@@ -41,12 +43,16 @@ SYSTEM = frozenset(
 
 
 def is_hidden(name: str) -> bool:
-    """Whether a file or folder of this name is hidden or a system's own, and so never part of a dataset."""
+    """Whether a file or folder of this name is hidden or a system's own, and so never part of a
+    dataset.
+    """
     return name.startswith(".") or name.lower() in SYSTEM
 
 
 def composed(name: str) -> str:
-    """A name by which it is compared: NFC, in which a letter and its accents are one code point where there is such a one."""
+    """A name by which it is compared: NFC, in which a letter and its accents are one code point
+    where there is such a one.
+    """
     return name if name.isascii() else unicodedata.normalize("NFC", name)
 
 
@@ -97,13 +103,17 @@ def is_file(path: str) -> bool:
 
 
 def size(path: str) -> int:
-    """Bytes of a file or of a member of an archive; what the archive says of it, without reading it."""
+    """Bytes of a file or of a member of an archive; what the archive says of it, without reading
+    it.
+    """
     archive, inner = _split(path)
     return os.stat(path).st_size if archive is None else archive.names[inner].file_size
 
 
 def subfolders(folder: str) -> list[str]:
-    """Names of the folders in a folder, an archive, or a folder in an archive; sorted, no hidden ones."""
+    """Names of the folders in a folder, an archive, or a folder in an archive; sorted, no hidden
+    ones.
+    """
     archive, inner = _split(folder)
     if archive is not None:
         names = [*archive.subfolders[inner]]
@@ -114,7 +124,9 @@ def subfolders(folder: str) -> list[str]:
 
 
 def entries(folder: str) -> list[str]:
-    """All names in a folder, an archive, or a folder in an archive; sorted; none if there is no such folder."""
+    """All names in a folder, an archive, or a folder in an archive; sorted; none if there is no
+    such folder.
+    """
     archive, inner = _split(folder)
     if archive is not None:
         return sorted([*archive.subfolders.get(inner, ()), *archive.files.get(inner, ())])
@@ -122,7 +134,8 @@ def entries(folder: str) -> list[str]:
 
 
 def spelt(base: str, path: str) -> str:
-    """Where `path` is below `base`, although the letters of its names may be composed otherwise on disk.
+    """Where `path` is below `base`, although the letters of its names may be composed otherwise on
+    disk.
 
     Args:
         base: a folder, an archive, or a folder in an archive.
@@ -159,10 +172,15 @@ class Passed:
         """A line about each kind that there is."""
         lines = []
         if count := sum(self.hidden.values()):
-            lines.append(f"{count} hidden or system entr{'y' if count == 1 else 'ies'} skipped, such as {self.example}")
+            lines.append(
+                f"{count} hidden or system entr{'y' if count == 1 else 'ies'} skipped, such as"
+                f" {self.example}"
+            )
         if self.links:
             links = f"{len(self.links)} link{'s' * (len(self.links) > 1)}"
-            lines.append(f"{links} skipped that lead to folders listed already, such as {min(self.links)}")
+            lines.append(
+                f"{links} skipped that lead to folders listed already, such as {min(self.links)}"
+            )
         return tuple(lines)
 
     def note(self, folder: str, hidden: list[str]) -> None:
@@ -172,8 +190,11 @@ class Passed:
             self.example = self.example or os.path.join(folder, min(hidden))
 
 
-def walk(folder: str, passed: Passed | None = None, seen: set[str] | None = None) -> Iterator[tuple[str, list[str]]]:
-    """The folder itself and each folder below, with the names of the files directly in it; nothing hidden.
+def walk(
+    folder: str, passed: Passed | None = None, seen: set[str] | None = None
+) -> Iterator[tuple[str, list[str]]]:
+    """The folder itself and each folder below, with the names of the files directly in it; nothing
+    hidden.
 
     Links are followed. A folder that several paths lead to is listed once, by the path without
     links if there is one; a link to a folder that it is in is passed over.
@@ -199,7 +220,10 @@ def walk(folder: str, passed: Passed | None = None, seen: set[str] | None = None
             passed.links.update([place] if os.path.islink(place) else [])
             continue
         seen.add(real)
-        names, hidden, below, linked = [], [], [], []
+        names = []
+        hidden = []
+        below = []
+        linked = []
         with os.scandir(place) as entries:
             for entry in entries:
                 if is_hidden(entry.name):
@@ -221,7 +245,8 @@ def walk(folder: str, passed: Passed | None = None, seen: set[str] | None = None
 def _walk_archive(folder: str, passed: Passed) -> Iterator[tuple[str, list[str]]]:
     archive, inner = _split(folder)
     assert archive is not None
-    files, folders = archive.files.get(inner, []), archive.subfolders[inner]
+    files = archive.files.get(inner, [])
+    folders = archive.subfolders[inner]
     passed.note(folder, [name for name in (*files, *folders) if is_hidden(name)])
     yield folder, [name for name in files if not is_hidden(name)]
     for name in subfolders(folder):
@@ -243,7 +268,8 @@ def modified(folder: str) -> tuple[str, int]:
 
 
 class Tree:
-    """The folder of a dataset as downloaded: what is unpacked in it and what its zip archives hold, merged.
+    """The folder of a dataset as downloaded: what is unpacked in it and what its zip archives hold,
+    merged.
 
     What is unpacked, and every archive, may lie one folder deeper, as `bdd100k/images/10k/..` does
     in its archives. A file that is both unpacked and in an archive is read unpacked if both have
@@ -255,7 +281,8 @@ class Tree:
 
         Args:
             base: the dataset's folder.
-            exact: folders are only where they are said to be, neither one deeper nor in an archive that their path does not name.
+            exact: folders are only where they are said to be, neither one deeper nor in an archive
+                that their path does not name.
         """
         self.base = base
         self.exact = exact
@@ -273,7 +300,8 @@ class Tree:
 
         Raises:
             FileNotFoundError: none of the folders exists; says where one was found instead.
-            ValueError: an archive is damaged; there are two candidates for the folder or for a file.
+            ValueError: an archive is damaged; there are two candidates for the folder or for a
+                file.
         """
         found: dict[str, str] = {}
         seen: set[str] = set()
@@ -301,7 +329,9 @@ class Tree:
         places = self.places(*folders)
         found = [path for place in places if is_file(path := spelt(place, name))]
         if not found:
-            raise FileNotFoundError(f"{os.path.join(os.path.abspath(places[0]), name)} does not exist; fetch it")
+            raise FileNotFoundError(
+                f"{os.path.join(os.path.abspath(places[0]), name)} does not exist; fetch it"
+            )
         path = functools.reduce(_choose, found)
         self.modified.update([modified(path)])
         return path
@@ -317,17 +347,27 @@ class Tree:
             ValueError: as for `files`.
         """
         if self.exact:
-            found = [path for folder in folders if is_folder(path := spelt(self.base, folder.rstrip("/")))][:1]
+            found = [
+                path
+                for folder in folders
+                if is_folder(path := spelt(self.base, folder.rstrip("/")))
+            ][:1]
             if not found:
                 raise FileNotFoundError(
-                    f"folder {os.path.abspath(os.path.join(self.base, folders[0]))} does not exist; "
-                    "check JAXDG_DATA or --config.data.root, and data.folder"
+                    f"folder {os.path.abspath(os.path.join(self.base, folders[0]))} does not exist;"
+                    " check JAXDG_DATA or --config.data.root, and data.folder"
                 )
             return found
         if os.path.isdir(self.base):
-            self.modified.update([modified(self.base)])  # changes when an archive or a folder is added
+            self.modified.update(
+                [modified(self.base)]
+            )  # changes when an archive or a folder is added
             sources = self._sources()
-            spellings = [places for folder in folders if (places := [p for source in sources for p in _within(source, folder)])]
+            spellings = [
+                places
+                for folder in folders
+                if (places := [p for source in sources for p in _within(source, folder)])
+            ]
             for first, *_ in spellings[1:]:
                 if not _is_same(spellings[0][0], first):
                     raise ValueError(_twice(spellings[0][0], first))
@@ -337,31 +377,53 @@ class Tree:
 
     def _sources(self) -> list[str]:
         with os.scandir(self.base) as entries:
-            archives = [entry for entry in entries if entry.name.lower().endswith(".zip") and entry.is_file()]
+            archives = [
+                entry
+                for entry in entries
+                if entry.name.lower().endswith(".zip") and entry.is_file()
+            ]
         return [self.base, *sorted(entry.path for entry in archives if not is_hidden(entry.name))]
 
     def _lost(self, folders: tuple[str, ...]) -> str:
         base = os.path.abspath(self.base)
         wanted = f"{base} should hold {' or '.join(folders)}, unpacked or in a zip archive"
         if elsewhere := [place for folder in folders for place in self._elsewhere(base, folder)]:
-            return f"{wanted}, but {elsewhere[0]} was found instead; move it, or set JAXDG_DATA or --config.data.root"
+            return (
+                f"{wanted}, but {elsewhere[0]} was found instead; move it, or set JAXDG_DATA or"
+                " --config.data.root"
+            )
         if not os.path.isdir(base):
             return f"{wanted}, but does not exist; check JAXDG_DATA or --config.data.root"
         entries = sorted(name for name in os.listdir(base) if not is_hidden(name))
-        return f"{wanted}, but holds {', '.join(entries[:8]) or 'nothing'}{', ..' if len(entries) > 8 else ''}; fetch what is missing"
+        return (
+            f"{wanted}, but holds"
+            f" {', '.join(entries[:8]) or 'nothing'}{', ..' if len(entries) > 8 else ''}; fetch"
+            " what is missing"
+        )
 
     def _elsewhere(self, base: str, folder: str) -> Iterator[str]:
-        """Where people put things: the folder without its upper levels, deeper, beside or above where it should be."""
+        """Where people put things: the folder without its upper levels, deeper, beside or above
+        where it should be.
+        """
         root, name = os.path.split(base)
         above = os.path.dirname(root)
         alike = []
         if os.path.isdir(root):
-            alike = [n for n in subfolders(root) if n != name and re.sub(r"\W|_", "", n).lower() == re.sub(r"\W|_", "", name).lower()]
+            alike = [
+                n
+                for n in subfolders(root)
+                if n != name and re.sub(r"\W|_", "", n).lower() == re.sub(r"\W|_", "", name).lower()
+            ]
         upper = [*(os.path.join(root, n) for n in alike), root, os.path.join(above, name), above]
         if os.path.isdir(base):
             parts = folder.split("/")
             tails = ["/".join(parts[i:]) for i in range(1, len(parts))]
-            yield from (place for tail in tails for source in self._sources() for place in _within(source, tail))
+            yield from (
+                place
+                for tail in tails
+                for source in self._sources()
+                for place in _within(source, tail)
+            )
             for source in self._sources():
                 for one in subfolders(source):
                     for two in subfolders(os.path.join(source, one)):
@@ -376,7 +438,9 @@ def _within(source: str, folder: str) -> list[str]:
 
 
 def _is_same(first: str, second: str) -> bool:
-    """Whether two folders are one: a link to the other, or another spelling where the disk does not tell capitals apart."""
+    """Whether two folders are one: a link to the other, or another spelling where the disk does not
+    tell capitals apart.
+    """
     return not in_archive(first) and not in_archive(second) and os.path.samefile(first, second)
 
 
@@ -392,9 +456,15 @@ def _choose(first: str, second: str) -> str:
         if size(unpacked) == size(packed):
             return unpacked
         sizes = f"differ: {size(unpacked)} and {size(packed)} bytes"
-        raise ValueError(f"{unpacked} and {packed} {sizes}; keep the right one: delete the file, or move the archive elsewhere")
+        raise ValueError(
+            f"{unpacked} and {packed} {sizes}; keep the right one: delete the file, or move the"
+            " archive elsewhere"
+        )
     if first == second:
-        raise ValueError(f"{first} is in its archive twice, with different contents; unpack the archive and keep one")
+        raise ValueError(
+            f"{first} is in its archive twice, with different contents; unpack the archive and"
+            " keep one"
+        )
     raise ValueError(_twice(first, second))
 
 
@@ -403,13 +473,18 @@ def _twice(first: str, second: str) -> str:
     names = [os.path.basename(path) for path in (first, second)]
     if composed(first) == composed(second):
         forms = " and ".join(ascii(name) for name in names)
-        return f"{first} and {second} differ only in how their letters are composed ({forms}); keep one"
+        return (
+            f"{first} and {second} differ only in how their letters are composed ({forms});"
+            " keep one"
+        )
     remedy = "keep one, and move the other, or what it is in, out of the dataset's folder"
     return f"{first} and {second} are two candidates for the same place; {remedy}"
 
 
 class _Archive:
-    """An open archive and its members by folder; folders and names without the slash at their ends, "" for the archive itself."""
+    """An open archive and its members by folder; folders and names without the slash at their ends,
+    "" for the archive itself.
+    """
 
     def __init__(self, path: str):
         self.path = path
@@ -422,7 +497,9 @@ class _Archive:
             self._add(folder)
             path = f"{folder}/{name}" if folder else name
             other = self.names.get(path)
-            if name and (other is None or (other.CRC, other.file_size) != (info.CRC, info.file_size)):
+            if name and (
+                other is None or (other.CRC, other.file_size) != (info.CRC, info.file_size)
+            ):
                 self.names[path] = info
                 self.files.setdefault(folder, []).append(name)
 
@@ -440,13 +517,18 @@ def _split(path: str) -> tuple[_Archive | None, str]:
         archive = path[: match.end()]
         if os.path.isfile(archive):
             status = os.stat(archive)
-            return _open(archive, status.st_mtime_ns, status.st_size, os.getpid()), path[match.end() + 1 :]
+            return (
+                _open(archive, status.st_mtime_ns, status.st_size, os.getpid()),
+                path[match.end() + 1 :],
+            )
     return None, path
 
 
 @functools.lru_cache(maxsize=128)
 def _open(path: str, at: int, size: int, process: int) -> _Archive:
-    """Opened again when the archive has changed, and in a forked process, which would share the position in the file."""
+    """Opened again when the archive has changed, and in a forked process, which would share the
+    position in the file.
+    """
     try:
         return _Archive(path)
     except (OSError, zipfile.BadZipFile, EOFError) as error:

@@ -1,7 +1,8 @@
 """VOC's XML files: one `annotation`, with an `object` of a `name` and a `bndbox` for every thing.
 
-Tags count whatever the case of their letters and their namespace. What VOC's form leaves open is refused, as a guess would be a box in the
-wrong place or of the wrong class, or an image without things.
+Tags count whatever the case of their letters and their namespace. What VOC's form leaves open is
+refused, as a guess would be a box in the wrong place or of the wrong class, or an image without
+things.
 """
 
 from collections import Counter
@@ -19,8 +20,11 @@ from jaxdg.data.index import Defect
 CORNERS = ("xmin", "ymin", "xmax", "ymax")
 
 
-def read(path: str, size: tuple[int, int], classes: Sequence[str]) -> tuple[Boxes, str, list[Defect]]:
-    """The boxes of a file, the name without extension of the image that it says they are of, and what is wrong in it.
+def read(
+    path: str, size: tuple[int, int], classes: Sequence[str]
+) -> tuple[Boxes, str, list[Defect]]:
+    """The boxes of a file, the name without extension of the image that it says they are of, and
+    what is wrong in it.
 
     Args:
         path: as `storage.read` takes it.
@@ -40,8 +44,13 @@ def read(path: str, size: tuple[int, int], classes: Sequence[str]) -> tuple[Boxe
     wrong += [f": object {i} {fault}" for i, thing in numbered for fault in _object_faults(thing)]
     ids = {name.lower(): k for k, name in enumerate(classes)}
     names = [_text(thing, "name") for thing in objects]
-    unknown = [(i, name) for i, name in enumerate(names, start=1) if name and name.lower() not in ids]
-    wrong += [f": object {i} has the unknown class {name!r} (known are {', '.join(classes)})" for i, name in unknown]
+    unknown = [
+        (i, name) for i, name in enumerate(names, start=1) if name and name.lower() not in ids
+    ]
+    wrong += [
+        f": object {i} has the unknown class {name!r} (known are {', '.join(classes)})"
+        for i, name in unknown
+    ]
     corners = [[_number(thing.findtext(f"bndbox/{key}")) for key in CORNERS] for thing in objects]
     sizes = np.array([size] * len(objects), np.int32).reshape(-1, 2)
     boxes, misfits = fit(np.array(corners, np.float64).reshape(-1, 4), sizes, first=1)
@@ -50,7 +59,9 @@ def read(path: str, size: tuple[int, int], classes: Sequence[str]) -> tuple[Boxe
     result: Boxes = {
         "boxes": boxes,
         "classes": np.array([ids.get(name.lower(), 0) for name in names], np.int32),
-        "difficult": np.array([flag(thing.findtext("difficult")) or False for thing in objects], bool),
+        "difficult": np.array(
+            [flag(thing.findtext("difficult")) or False for thing in objects], bool
+        ),
         "crowd": np.zeros(len(objects), bool),
         "areas": areas_of(boxes),
     }
@@ -62,7 +73,8 @@ def _root(path: str) -> ElementTree.Element:
     """The parsed file, its tags in lower case and without namespaces.
 
     Raises:
-        ValueError: it is not readable, not XML, or the XML of something else; the message begins with the path.
+        ValueError: it is not readable, not XML, or the XML of something else; the message begins
+            with the path.
     """
     data = storage.read(path)
     try:
@@ -72,7 +84,9 @@ def _root(path: str) -> ElementTree.Element:
     for element in root.iter():
         element.tag = element.tag.rpartition("}")[2].lower()
     if root.tag != "annotation":
-        raise ValueError(f"{path} is no file of VOC's: it begins with <{root.tag}> instead of <annotation>")
+        raise ValueError(
+            f"{path} is no file of VOC's: it begins with <{root.tag}> instead of <annotation>"
+        )
     return root
 
 
@@ -81,13 +95,19 @@ def _size_fault(root: ElementTree.Element, size: tuple[int, int]) -> list[str]:
     stated = [_number(root.findtext(f"size/{key}") or "0") for key in ("width", "height")]
     if not any(stated) or stated == [w, h]:  # some writers state 0x0
         return []
-    turned = "; they are swapped, or the image was turned after it was annotated" if stated == [h, w] else ""
+    turned = (
+        "; they are swapped, or the image was turned after it was annotated"
+        if stated == [h, w]
+        else ""
+    )
     return [f": says {stated[0]:g}x{stated[1]:g} but its image is {w}x{h}{turned}"]
 
 
 def _strays(root: ElementTree.Element, objects: Sequence[ElementTree.Element]) -> list[str]:
     """Objects and boxes where they belong to nothing: they would be read as none."""
-    frames = sum(len(thing.findall("bndbox")) + len(thing.findall("part/bndbox")) for thing in objects)
+    frames = sum(
+        len(thing.findall("bndbox")) + len(thing.findall("part/bndbox")) for thing in objects
+    )
     wrong = []
     if sum(1 for _ in root.iter("object")) > len(objects):
         wrong.append(": holds an <object> that is not directly in <annotation>")
@@ -98,7 +118,11 @@ def _strays(root: ElementTree.Element, objects: Sequence[ElementTree.Element]) -
 
 def _object_faults(thing: ElementTree.Element) -> list[str]:
     tags = Counter(child.tag for child in thing)
-    faults = [f"has {tags[key]} <{key}>; which one counts is not known" for key in ("name", "bndbox", "difficult") if tags[key] > 1]
+    faults = [
+        f"has {tags[key]} <{key}>; which one counts is not known"
+        for key in ("name", "bndbox", "difficult")
+        if tags[key] > 1
+    ]
     if not _text(thing, "name"):
         faults.append("has no name")
     frame = thing.find("bndbox")

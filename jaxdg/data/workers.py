@@ -1,6 +1,8 @@
-"""The items of a `grain.MapDataset` in order, read ahead by threads of this process or by worker processes.
+"""The items of a `grain.MapDataset` in order, read ahead by threads of this process or by worker
+processes.
 
-The import brings in no flax and touches no device, because worker processes are spawned and import it again.
+The import brings in no flax and touches no device, because worker processes are spawned and import
+it again.
 """
 
 import atexit
@@ -35,13 +37,18 @@ def read_ahead(items: grain.MapDataset, workers: int) -> Items:
         workers: worker processes; 0 reads with threads of this process.
 
     Returns:
-        An iterator over the items in order; what reading raises, it raises. Its `close()`, or dropping it, ends the workers.
+        An iterator over the items in order; what reading raises, it raises. Its `close()`, or
+        dropping it, ends the workers.
     """
     if workers:
         iterator = _from_processes(items, workers)
     else:
         threads = max(2, min(8, os.cpu_count() or 1))
-        iterator = _from_threads(items.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads)))
+        iterator = _from_threads(
+            items.to_iter_dataset(
+                grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads)
+            )
+        )
     _open.add(iterator)
     return iterator
 
@@ -50,7 +57,9 @@ def read_ahead(items: grain.MapDataset, workers: int) -> Items:
 def _close_all() -> None:
     """Ends what a run left open, while there still is an interpreter to do it."""
     for iterator in list(_open):
-        with contextlib.suppress(ValueError):  # another thread waits for an item and will never see it
+        with contextlib.suppress(
+            ValueError
+        ):  # another thread waits for an item and will never see it
             iterator.close()
 
 
@@ -65,11 +74,15 @@ def _from_threads(items: grain.IterDataset) -> Items:
 def _from_processes(items: grain.MapDataset, workers: int) -> Items:
     """Items in order from a pool of processes, two a process ahead.
 
-    A pool in place of grain's `mp_prefetch`, which, in grain 0.2.18, waits 25 seconds for its processes where a run ends early, and whose
-    shared memory outgrows the 64 MB of a container by default. The items are the same.
+    A pool in place of grain's `mp_prefetch`, which, in grain 0.2.18, waits 25 seconds for its
+    processes where a run ends early, and whose shared memory outgrows the 64 MB of a container by
+    default. The items are the same.
     """
-    spawn, dataset = multiprocessing.get_context("spawn"), cloudpickle.dumps(items)
-    pool = ProcessPoolExecutor(workers, mp_context=spawn, initializer=_start_worker, initargs=(dataset,))
+    spawn = multiprocessing.get_context("spawn")
+    dataset = cloudpickle.dumps(items)
+    pool = ProcessPoolExecutor(
+        workers, mp_context=spawn, initializer=_start_worker, initargs=(dataset,)
+    )
     pending = collections.deque()
     try:
         for i in range(len(items)):
@@ -81,9 +94,12 @@ def _from_processes(items: grain.MapDataset, workers: int) -> Items:
             yield pending.popleft().result()
     except BrokenProcessPool as error:
         for process in (pool._processes or {}).values():
-            process.kill()  # the pool only asks the others to end, by the signal that they leave to the main process
+            # the pool only asks the others to end, by the signal that they leave to the main
+            # process
+            process.kill()
         raise ChildProcessError(
-            "a data worker was killed, perhaps for want of memory; run again with a lower --config.data.workers"
+            "a data worker was killed, perhaps for want of memory; run again with a lower"
+            " --config.data.workers"
         ) from error
     finally:
         pool.shutdown(cancel_futures=True)
@@ -91,13 +107,17 @@ def _from_processes(items: grain.MapDataset, workers: int) -> Items:
 
 @contextlib.contextmanager
 def _inherited():
-    """What processes started here inherit: the signals of `cli.Interrupt` blocked, and no main module.
+    """What processes started here inherit: the signals of `cli.Interrupt` blocked, and no main
+    module.
 
-    Ctrl-C, schedulers and closed terminals signal every process of a run, and the main process still needs its workers to finish the
-    step. And a worker would otherwise import the main module, with flax and all of a training run, though it needs the datasets alone.
+    Ctrl-C, schedulers and closed terminals signal every process of a run, and the main process
+    still needs its workers to finish the step. And a worker would otherwise import the main module,
+    with flax and all of a training run, though it needs the datasets alone.
     """
     main = sys.modules["__main__"]
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP))
+    before = signal.pthread_sigmask(
+        signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
+    )
     sys.modules["__main__"] = types.ModuleType("__main__")
     try:
         yield

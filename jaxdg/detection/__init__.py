@@ -1,7 +1,19 @@
-"""Features to boxes: detectors, their operators with fixed shapes and validity masks, and their evaluation."""
+"""Features to boxes: detectors, their operators with fixed shapes and validity masks, and their
+evaluation.
+"""
 
 from jaxdg.detection.anchors import anchors, points
-from jaxdg.detection.boxes import area, clip, decode, encode, giou, iou, non_empty, pairwise_giou, pairwise_iou
+from jaxdg.detection.boxes import (
+    area,
+    clip,
+    decode,
+    encode,
+    giou,
+    iou,
+    non_empty,
+    pairwise_giou,
+    pairwise_iou,
+)
 from jaxdg.detection.detector import Detector, DetectorConfig
 from jaxdg.detection.fcos import FcosConfig
 from jaxdg.detection.nms import nms

@@ -1,7 +1,8 @@
 """Anchors of a pyramid, and the points that anchor-free heads predict from.
 
-Anchors are laid as in detectron2's `DefaultAnchorGenerator`: their sides are not rounded, and by default the first is centred on the
-image's corner (its offset 0; ViTDet's and Mask R-CNN's configs leave it there). torchvision's detectors round the half sides.
+Anchors are laid as in detectron2's `DefaultAnchorGenerator`: their sides are not rounded, and by
+default the first is centred on the image's corner (its offset 0; ViTDet's and Mask R-CNN's configs
+leave it there). torchvision's detectors round the half sides.
 """
 
 from collections.abc import Sequence
@@ -13,13 +14,16 @@ import numpy as np
 RATIOS = (0.5, 1.0, 2.0)
 
 
-def points(shapes: Sequence[tuple[int, int]], strides: Sequence[int | float], offset: float = 0.5) -> tuple[Float32[Array, "_ 2"], ...]:
+def points(
+    shapes: Sequence[tuple[int, int]], strides: Sequence[int | float], offset: float = 0.5
+) -> tuple[Float32[Array, "_ 2"], ...]:
     """The place of every cell in the image, row by row.
 
     Args:
         shapes: rows and columns of each level.
         strides: pixels in a cell of each level.
-        offset: of a point from the upper left corner of its cell, in cells; 0.5 is the centre, as in FCOS (Tian et al. 2019).
+        offset: of a point from the upper left corner of its cell, in cells; 0.5 is the centre, as
+            in FCOS (Tian et al. 2019).
 
     Returns:
         (x, y) in pixels, one array a level.
@@ -41,7 +45,8 @@ def anchors(
     offset: float = 0.0,
     rounded: bool = False,
 ) -> tuple[Float32[Array, "_ 4"], ...]:
-    """The anchors of every cell: cells row by row, in a cell all ratios of the first size, then of the next.
+    """The anchors of every cell: cells row by row, in a cell all ratios of the first size, then of
+    the next.
 
     Args:
         shapes: rows and columns of each level.
@@ -56,8 +61,13 @@ def anchors(
     """
 
     def level(centres, sizes):
-        half = np.array([[size / ratio**0.5 / 2, size * ratio**0.5 / 2] for size in sizes for ratio in ratios], np.float32)
+        half = np.array(
+            [[size / ratio**0.5 / 2, size * ratio**0.5 / 2] for size in sizes for ratio in ratios],
+            np.float32,
+        )
         half = np.round(half) if rounded else half
-        return (jnp.tile(centres, 2)[:, None] + np.concatenate([-half, half], axis=1)).reshape(-1, 4)
+        return (jnp.tile(centres, 2)[:, None] + np.concatenate([-half, half], axis=1)).reshape(
+            -1, 4
+        )
 
     return tuple(level(*pair) for pair in zip(points(shapes, strides, offset), sizes, strict=True))

@@ -1,4 +1,6 @@
-"""The true boxes that detectors learn from and the boxes that they find, with a fixed number of slots an image."""
+"""The true boxes that detectors learn from and the boxes that they find, with a fixed number of
+slots an image.
+"""
 
 from collections.abc import Mapping
 from typing import NamedTuple
@@ -27,8 +29,8 @@ class Targets(NamedTuple):
         """Reads a batch.
 
         Args:
-            batch: `boxes` [b, m, 4], `classes` and `valid` [b, m]; where `crowd` [b, m] is true, a box covers a group and is not
-                to be found.
+            batch: `boxes` [b, m, 4], `classes` and `valid` [b, m]; where `crowd` [b, m] is true, a
+                box covers a group and is not to be found.
         """
         valid = batch["valid"] & boxlib.non_empty(batch["boxes"])
         if "crowd" in batch:
@@ -55,10 +57,15 @@ class Detected(NamedTuple):
     @classmethod
     def of(cls, boxes: Array, scores: Array, classes: Array, valid: Array) -> "Detected":
         """Clears the slots without a box."""
-        clear = lambda x: jnp.where(valid.reshape(*valid.shape, *[1] * (x.ndim - 2)), x, 0)
+
+        def clear(x):
+            return jnp.where(valid.reshape(*valid.shape, *[1] * (x.ndim - 2)), x, 0)
+
         return cls(clear(boxes), clear(scores), clear(classes).astype(jnp.int32), valid)
 
 
 def take(x: Shaped[Array, "b n *c"], index: Int[Array, "b r"]) -> Shaped[Array, "b r *c"]:
     """Rows of each image."""
-    return jnp.take_along_axis(x, index.reshape(*index.shape, *[1] * (x.ndim - 2)), axis=1, mode="promise_in_bounds")
+    return jnp.take_along_axis(
+        x, index.reshape(*index.shape, *[1] * (x.ndim - 2)), axis=1, mode="promise_in_bounds"
+    )

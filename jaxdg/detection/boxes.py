@@ -1,10 +1,12 @@
 """Boxes: areas, overlaps, and the offsets by which a detector moves an anchor.
 
-A box is (x0, y0, x1, y1) in pixels, continuous: it covers [x0, x1) x [y0, y1). A box whose width or height is not positive is empty:
-its area and its overlap with anything are 0, where torchvision divides 0 by 0. All is float32 and broadcasts over leading axes.
+A box is (x0, y0, x1, y1) in pixels, continuous: it covers [x0, x1) x [y0, y1). A box whose width or
+height is not positive is empty: its area and its overlap with anything are 0, where torchvision
+divides 0 by 0. All is float32 and broadcasts over leading axes.
 
-Areas stand in selects, not only as products: a compiler may not fuse those with the sums around them, so that an overlap has the same
-bits wherever it is computed. Ties between anchors and comparisons with a threshold depend on it.
+Areas stand in selects, not only as products: a compiler may not fuse those with the sums around
+them, so that an overlap has the same bits wherever it is computed. Ties between anchors and
+comparisons with a threshold depend on it.
 """
 
 import math
@@ -12,7 +14,9 @@ import math
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Float32
 
-SCALE_LIMIT = math.log(1000 / 16)  # a decoded side is at most 62.5 times its anchor's, as in detectron2 and torchvision
+SCALE_LIMIT = math.log(
+    1000 / 16
+)  # a decoded side is at most 62.5 times its anchor's, as in detectron2 and torchvision
 
 Weights = tuple[float, float, float, float]
 
@@ -34,15 +38,20 @@ def non_empty(boxes: Float[Array, "*n 4"], least: float = 0.0) -> Bool[Array, "*
     return jnp.all(jnp.isfinite(boxes), axis=-1) & (width > least) & (height > least)
 
 
-def clip(boxes: Float[Array, "*n 4"], size: tuple[int, int] | Float[Array, "*#n 2"]) -> Float32[Array, "*n 4"]:
+def clip(
+    boxes: Float[Array, "*n 4"], size: tuple[int, int] | Float[Array, "*#n 2"]
+) -> Float32[Array, "*n 4"]:
     """Boxes cut off at the image's border.
 
     Args:
         boxes: in pixels.
-        size: height and width of the image; an array gives each box its own, as `sizes[:, None]` [b, 1, 2] does for boxes [b, n, 4].
+        size: height and width of the image; an array gives each box its own, as `sizes[:, None]`
+            [b, 1, 2] does for boxes [b, n, 4].
     """
     height, width = jnp.moveaxis(jnp.asarray(size, jnp.float32), -1, 0)
-    return jnp.clip(boxes.astype(jnp.float32), 0.0, jnp.stack([width, height, width, height], axis=-1))
+    return jnp.clip(
+        boxes.astype(jnp.float32), 0.0, jnp.stack([width, height, width, height], axis=-1)
+    )
 
 
 def iou(a: Float[Array, "*#n 4"], b: Float[Array, "*#n 4"]) -> Float32[Array, "*n"]:
@@ -57,11 +66,19 @@ def pairwise_iou(a: Float[Array, "*b n 4"], b: Float[Array, "*b m 4"]) -> Float3
 
 
 def giou(a: Float[Array, "*#n 4"], b: Float[Array, "*#n 4"]) -> Float32[Array, "*n"]:
-    """Generalised IoU (Rezatofighi et al. 2019) of boxes in the same place, -1 to 1: IoU less the share of the hull that neither covers."""
+    """Generalised IoU (Rezatofighi et al.
+
+    2019) of boxes in the same place, -1 to 1: IoU less the share of the hull that neither covers.
+    """
     intersection, union = _overlap(a, b)
-    (ax0, ay0, ax1, ay1), (bx0, by0, bx1, by1) = _corners(a), _corners(b)
-    hull = _product(jnp.maximum(ax1, bx1) - jnp.minimum(ax0, bx0), jnp.maximum(ay1, by1) - jnp.minimum(ay0, by0))
-    return intersection / jnp.where(union > 0, union, 1.0) - (hull - union) / jnp.where(hull > 0, hull, 1.0)
+    ax0, ay0, ax1, ay1 = _corners(a)
+    bx0, by0, bx1, by1 = _corners(b)
+    hull = _product(
+        jnp.maximum(ax1, bx1) - jnp.minimum(ax0, bx0), jnp.maximum(ay1, by1) - jnp.minimum(ay0, by0)
+    )
+    return intersection / jnp.where(union > 0, union, 1.0) - (hull - union) / jnp.where(
+        hull > 0, hull, 1.0
+    )
 
 
 def pairwise_giou(a: Float[Array, "*b n 4"], b: Float[Array, "*b m 4"]) -> Float32[Array, "*b n m"]:
@@ -69,8 +86,13 @@ def pairwise_giou(a: Float[Array, "*b n 4"], b: Float[Array, "*b m 4"]) -> Float
     return giou(a[..., :, None, :], b[..., None, :, :])
 
 
-def encode(boxes: Float[Array, "*#n 4"], anchors: Float[Array, "*#n 4"], weights: Weights = (1.0, 1.0, 1.0, 1.0)) -> Float32[Array, "*n 4"]:
-    """Offsets from anchors to boxes, as R-CNN (Girshick et al. 2014) and detectron2's `Box2BoxTransform`.
+def encode(
+    boxes: Float[Array, "*#n 4"],
+    anchors: Float[Array, "*#n 4"],
+    weights: Weights = (1.0, 1.0, 1.0, 1.0),
+) -> Float32[Array, "*n 4"]:
+    """Offsets from anchors to boxes, as R-CNN (Girshick et al. 2014) and detectron2's
+    `Box2BoxTransform`.
 
     Args:
         boxes: targets.
@@ -78,30 +100,43 @@ def encode(boxes: Float[Array, "*#n 4"], anchors: Float[Array, "*#n 4"], weights
         weights: of the four offsets; a box head takes (10, 10, 5, 5).
 
     Returns:
-        Shift of the centre in sides of the anchor, and the logarithm of the ratio of sides, each times its weight. Finite, but
-        without meaning, where a box or an anchor is empty.
+        Shift of the centre in sides of the anchor, and the logarithm of the ratio of sides, each
+        times its weight. Finite, but without meaning, where a box or an anchor is empty.
     """
-    (x, y, width, height), (anchor_x, anchor_y, anchor_width, anchor_height) = _centres(boxes), _centres(anchors)
-    positive = lambda side: jnp.where(side > 0, side, 1.0)
-    width, height, anchor_width, anchor_height = (positive(side) for side in (width, height, anchor_width, anchor_height))
+    x, y, width, height = _centres(boxes)
+    anchor_x, anchor_y, anchor_width, anchor_height = _centres(anchors)
+
+    def positive(side):
+        return jnp.where(side > 0, side, 1.0)
+
+    width, height, anchor_width, anchor_height = (
+        positive(side) for side in (width, height, anchor_width, anchor_height)
+    )
     shifts = (x - anchor_x) / anchor_width, (y - anchor_y) / anchor_height
     scales = jnp.log(width / anchor_width), jnp.log(height / anchor_height)
-    return jnp.stack([w * offset for w, offset in zip(weights, (*shifts, *scales), strict=True)], axis=-1)
+    return jnp.stack(
+        [w * offset for w, offset in zip(weights, (*shifts, *scales), strict=True)], axis=-1
+    )
 
 
 def decode(
-    offsets: Float[Array, "*#n 4"], anchors: Float[Array, "*#n 4"], weights: Weights = (1.0, 1.0, 1.0, 1.0)
+    offsets: Float[Array, "*#n 4"],
+    anchors: Float[Array, "*#n 4"],
+    weights: Weights = (1.0, 1.0, 1.0, 1.0),
 ) -> Float32[Array, "*n 4"]:
-    """Boxes at offsets from anchors, the inverse of `encode`; a side grows by a factor of 62.5 at most.
+    """Boxes at offsets from anchors, the inverse of `encode`; a side grows by a factor of 62.5 at
+    most.
 
     Args:
-        offsets: as `encode` returns them. Those of k classes, [.., n, k, 4], take anchors [.., n, 1, 4].
+        offsets: as `encode` returns them. Those of k classes, [.., n, k, 4], take anchors [.., n,
+            1, 4].
         anchors: anchors or proposals.
         weights: as given to `encode`.
     """
     anchor_x, anchor_y, anchor_width, anchor_height = _centres(anchors)
     dx, dy, dw, dh = (offset / w for offset, w in zip(_corners(offsets), weights, strict=True))
-    x, y = dx * anchor_width + anchor_x, dy * anchor_height + anchor_y
+    x = dx * anchor_width + anchor_x
+    y = dy * anchor_height + anchor_y
     half_width = 0.5 * jnp.exp(jnp.minimum(dw, SCALE_LIMIT)) * anchor_width
     half_height = 0.5 * jnp.exp(jnp.minimum(dh, SCALE_LIMIT)) * anchor_height
     return jnp.stack([x - half_width, y - half_height, x + half_width, y + half_height], axis=-1)
@@ -125,6 +160,9 @@ def _product(width: Array, height: Array) -> Array:
 
 def _overlap(a: Array, b: Array) -> tuple[Array, Array]:
     """Intersection and union."""
-    (ax0, ay0, ax1, ay1), (bx0, by0, bx1, by1) = _corners(a), _corners(b)
-    intersection = _product(jnp.minimum(ax1, bx1) - jnp.maximum(ax0, bx0), jnp.minimum(ay1, by1) - jnp.maximum(ay0, by0))
+    ax0, ay0, ax1, ay1 = _corners(a)
+    bx0, by0, bx1, by1 = _corners(b)
+    intersection = _product(
+        jnp.minimum(ax1, bx1) - jnp.maximum(ax0, bx0), jnp.minimum(ay1, by1) - jnp.maximum(ay0, by0)
+    )
     return intersection, area(a) + area(b) - intersection

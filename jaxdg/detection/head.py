@@ -1,7 +1,7 @@
 """What every detector's head offers, whatever it computes: features in, boxes and a loss out.
 
-A new head is one file: its settings that build it, and the module. `jaxdg/config/settings.py` lists the
-settings of all heads, and that list is all that knows them by name.
+A new head is one file: its settings that build it, and the module. `jaxdg/config/settings.py` lists
+the settings of all heads, and that list is all that knows them by name.
 """
 
 from collections.abc import Sequence
@@ -19,7 +19,8 @@ class HeadConfig:
     """A head before it is built; each is a dataclass.
 
     Attributes:
-        levels: of the pyramid that boxes are looked for on, from 0 to 3 with 4 to 32 pixels a feature; neighbours, ascending.
+        levels: of the pyramid that boxes are looked for on, from 0 to 3 with 4 to 32 pixels a
+            feature; neighbours, ascending.
     """
 
     levels: tuple[int, ...]
@@ -40,11 +41,16 @@ class HeadConfig:
         Raises:
             ValueError: this head has no such classifier.
         """
-        raise ValueError("model.text_weights is set; allowed: None but with model.decoder faster_rcnn_c4 and its attention_pool")
+        raise ValueError(
+            "model.text_weights is set; allowed: None but with model.decoder faster_rcnn_c4 and its"
+            " attention_pool"
+        )
 
     @property
     def pyramid_channels(self) -> int | None:
-        """Channels of the pyramid between encoder and head; None: the head reads the encoder's own maps."""
+        """Channels of the pyramid between encoder and head; None: the head reads the encoder's own
+        maps.
+        """
         raise NotImplementedError
 
     def taps(self, encoder: backbones.EncoderConfig) -> tuple[int, ...]:
@@ -79,7 +85,9 @@ class HeadConfig:
         raise NotImplementedError
 
     def uses(self, name: str) -> bool:
-        """Whether the head reads a parameter of the encoder (by its name there) that no feature depends on."""
+        """Whether the head reads a parameter of the encoder (by its name there) that no feature
+        depends on.
+        """
         return False
 
 
@@ -105,7 +113,9 @@ class Head(nnx.Module):
         """What losses are divided by, from the true boxes of the global batch."""
         raise NotImplementedError
 
-    def losses(self, output: Any, targets: Targets, denominator: Float32[Array, ""], key: Key[Array, ""]) -> dict[str, Float32[Array, ""]]:
+    def losses(
+        self, output: Any, targets: Targets, denominator: Float32[Array, ""], key: Key[Array, ""]
+    ) -> dict[str, Float32[Array, ""]]:
         """Named loss terms of a part of a batch, which add up to the loss.
 
         Args:

@@ -1,12 +1,15 @@
 """Exact greedy non-maximum suppression with fixed shapes.
 
-Boxes are taken in order of score; one is dropped if it overlaps a kept one by more than the threshold. As torchvision's `nms` and
-`batched_nms`, box by box: equal scores keep the order of the input, and the comparison with the threshold is the exact one. Different:
-the number of results is fixed, with a mask, and classes are kept apart by comparing them, not by moving boxes apart, which rounds.
+Boxes are taken in order of score; one is dropped if it overlaps a kept one by more than the
+threshold. As torchvision's `nms` and `batched_nms`, box by box: equal scores keep the order of the
+input, and the comparison with the threshold is the exact one. Different: the number of results is
+fixed, with a mask, and classes are kept apart by comparing them, not by moving boxes apart, which
+rounds.
 
-Boxes go in tiles. Which boxes of a tile stay, given those that earlier tiles have dropped, is the one fixed point of "a box stays unless
-a box before it stays and overlaps it"; iterating from any start settles the i-th box by the i-th round, and typically all in a few. For
-2000 boxes of one image that took 2 to 3 ms on 2 busy CPU cores (2026-11-23).
+Boxes go in tiles. Which boxes of a tile stay, given those that earlier tiles have dropped, is the
+one fixed point of "a box stays unless a box before it stays and overlaps it"; iterating from any
+start settles the i-th box by the i-th round, and typically all in a few. For 2000 boxes of one
+image that took 2 to 3 ms on 2 busy CPU cores (2026-11-23).
 """
 
 from functools import partial
@@ -40,14 +43,16 @@ def nms(
         classes: only boxes of the same class drop each other; None: all do.
 
     Returns:
-        Indices of the kept boxes by descending score, 0 after the last; and which of them hold a box.
+        Indices of the kept boxes by descending score, 0 after the last; and which of them hold a
+        box.
 
     Raises:
         ValueError: `threshold` is not in 0 to 1.
     """
     if not 0 <= threshold <= 1:
         raise ValueError(f"the IoU threshold of NMS is {threshold}; it must be from 0 to 1")
-    # The largest float32 that is not above it: an IoU, itself a float32, exceeds one if and only if it exceeds the other.
+    # The largest float32 that is not above it: an IoU, itself a float32, exceeds one if and only if
+    # it exceeds the other.
     limit = np.float32(threshold)
     limit = np.nextafter(limit, np.float32(-1)) if float(limit) > threshold else limit
     classes = jnp.zeros(scores.shape, jnp.int32) if classes is None else classes
@@ -61,13 +66,21 @@ def _nms(size, boxes, scores, valid, classes, limit):
     n = scores.shape[0]
     order = jnp.argsort(jnp.where(valid, -scores, jnp.inf), stable=True).astype(jnp.int32)
     tiles = max(-(-n // TILE), 1)
-    padded = lambda x: jnp.pad(x[order], [(0, tiles * TILE - n)] + [(0, 0)] * (x.ndim - 1))
-    boxes, classes, stays = padded(boxes), padded(classes), padded(valid)
+
+    def padded(x):
+        return jnp.pad(x[order], [(0, tiles * TILE - n)] + [(0, 0)] * (x.ndim - 1))
+
+    boxes = padded(boxes)
+    classes = padded(classes)
+    stays = padded(valid)
     place = jnp.arange(tiles * TILE)
 
     def tile(stays, start):
         """Drops what the boxes from `start` drop, among themselves and after them."""
-        cut = lambda x: jax.lax.dynamic_slice_in_dim(x, start, TILE)
+
+        def cut(x):
+            return jax.lax.dynamic_slice_in_dim(x, start, TILE)
+
         drops = iou(cut(boxes)[:, None], boxes) > limit
         drops &= (cut(classes)[:, None] == classes) & (cut(place)[:, None] < place)
         among = jax.lax.dynamic_slice_in_dim(drops, start, TILE, axis=1)
@@ -77,10 +90,15 @@ def _nms(size, boxes, scores, valid, classes, limit):
             now, _ = state
             return free & ~jnp.any(among & now[:, None], axis=0), now
 
-        settled, _ = jax.lax.while_loop(lambda state: jnp.any(state[0] != state[1]), settle, settle((free, free)))
+        settled, _ = jax.lax.while_loop(
+            lambda state: jnp.any(state[0] != state[1]), settle, settle((free, free))
+        )
         return stays & ~jnp.any(drops & settled[:, None], axis=0), None
 
     stays, _ = jax.lax.scan(tile, stays, jnp.arange(tiles) * TILE)
     best, kept = jax.lax.top_k(jnp.where(stays, place[::-1] + 1, 0), min(size, n))
-    pad = lambda x: jnp.pad(x, (0, size - len(x)))
+
+    def pad(x):
+        return jnp.pad(x, (0, size - len(x)))
+
     return pad(jnp.where(best > 0, order[kept], 0)), pad(best > 0)

@@ -1,19 +1,25 @@
 """Average precision of detections by the three rules in use: `voc07`, `voc12` and `coco`.
 
-- `voc07`, the rule of Diverse Weather: AP at IoU 0.5 as VOC's development kit computes it, the mean of the best precision at recalls of
-  at least 0, 0.1, .., 1. Each detection belongs to the true box of its class that it overlaps most. If that IoU is above 0.5 (not equal)
-  it is a hit, unless a higher score has hit the box before: duplicates are false. On a `difficult` box it counts neither way.
+- `voc07`, the rule of Diverse Weather: AP at IoU 0.5 as VOC's development kit computes it, the mean
+  of the best precision at recalls of at least 0, 0.1, .., 1. Each detection belongs to the true box
+  of its class that it overlaps most. If that IoU is above 0.5 (not equal) it is a hit, unless a
+  higher score has hit the box before: duplicates are false. On a `difficult` box it counts neither
+  way.
 - `voc12`: the same matches, but the area under the curve.
-- `coco`: as in pycocotools (Lin et al. 2014): ten IoU from 0.5 to 0.95 (reached, not passed), the best box that is still free, the best
-  100 detections of a class in an image, precision at 101 recalls, and the twelve numbers of `COCO_NUMBERS`.
+- `coco`: as in pycocotools (Lin et al. 2014): ten IoU from 0.5 to 0.95 (reached, not passed), the
+  best box that is still free, the best 100 detections of a class in an image, precision at 101
+  recalls, and the twelve numbers of `COCO_NUMBERS`.
 
-VOC counts pixels: its boxes are 1-based and inclusive, and a width is xmax - xmin + 1. Here a box covers [x0, x1), so that VOC's file says
-(x0 + 1, y0 + 1, x1, y1), for truth and detections alike (what detectron2's `PascalVOCDetectionEvaluator` writes). Widths and intersections
-are then the same numbers in both forms, hence one IoU serves all rules. Other than that evaluator, nothing is rounded (it keeps 3 digits
-of a score and 1 of a coordinate, which makes ties), and equal scores keep the order in which they were added. The code of CLIP the
-Gap trains on truth that ends one pixel earlier and is judged on detections that begin one pixel later: not followed here.
+VOC counts pixels: its boxes are 1-based and inclusive, and a width is xmax - xmin + 1. Here a box
+covers [x0, x1), so that VOC's file says (x0 + 1, y0 + 1, x1, y1), for truth and detections alike
+(what detectron2's `PascalVOCDetectionEvaluator` writes). Widths and intersections are then the same
+numbers in both forms, hence one IoU serves all rules. Other than that evaluator, nothing is rounded
+(it keeps 3 digits of a score and 1 of a coordinate, which makes ties), and equal scores keep the
+order in which they were added. The code of CLIP the Gap trains on truth that ends one pixel earlier
+and is judged on detections that begin one pixel later: not followed here.
 
-What a rule does not know: VOC has no crowd regions, they are difficult boxes there; COCO knows no difficult boxes, they count as others.
+What a rule does not know: VOC has no crowd regions, they are difficult boxes there; COCO knows no
+difficult boxes, they count as others.
 """
 
 from collections.abc import Sequence
@@ -29,10 +35,17 @@ COCO_NUMBERS = (
     "AR1", "AR10", "AR100", "AR_small", "AR_medium", "AR_large",
 )  # fmt: skip
 
-VOC_RECALLS = np.arange(0.0, 1.1, 0.1)  # with the rounding of this sum: 0.30000000000000004 is not reached by 3 of 10 boxes
+VOC_RECALLS = np.arange(
+    0.0, 1.1, 0.1
+)  # with the rounding of this sum: 0.30000000000000004 is not reached by 3 of 10 boxes
 COCO_RECALLS = np.linspace(0.0, 1.0, 101)
 COCO_IOU = np.linspace(0.5, 0.95, 10)
-COCO_AREAS = ((0.0, 1e10), (0.0, 32.0**2), (32.0**2, 96.0**2), (96.0**2, 1e10))  # all, small, medium, large; ends included
+COCO_AREAS = (
+    (0.0, 1e10),
+    (0.0, 32.0**2),
+    (32.0**2, 96.0**2),
+    (96.0**2, 1e10),
+)  # all, small, medium, large; ends included
 COCO_DETECTIONS = 100
 
 
@@ -45,7 +58,8 @@ class Truth:
         classes: from 0.
         difficult: boxes that a detector may miss or find at no cost under VOC's rules.
         crowd: regions of many objects, in which detections count neither way.
-        areas: square pixels, what COCO calls small, medium and large by: of the object's mask where a dataset tells it. None: of the boxes.
+        areas: square pixels, what COCO calls small, medium and large by: of the object's mask where
+            a dataset tells it. None: of the boxes.
     """
 
     boxes: Float[np.ndarray, "_ 4"]
@@ -102,14 +116,27 @@ class AveragePrecision:
             detections: those found.
 
         Raises:
-            ValueError: the arrays differ in length, a number is not finite, a box ends before it begins, an area is below 0, or a class has
-                no name.
+            ValueError: the arrays differ in length, a number is not finite, a box ends before it
+                begins, an area is below 0, or a class has no name.
         """
         where = f"image {len(self.truths)} (counted from 0)"
         areas = {} if truth.areas is None else {"areas": truth.areas}
         flags = {"difficult": truth.difficult, "crowd": truth.crowd}
-        _check(f"{where}: truth", len(self.names), boxes=truth.boxes, classes=truth.classes, **flags, **areas)
-        _check(f"{where}: detections", len(self.names), boxes=detections.boxes, classes=detections.classes, scores=detections.scores)
+        _check(
+            f"{where}: truth",
+            len(self.names),
+            boxes=truth.boxes,
+            classes=truth.classes,
+            **flags,
+            **areas,
+        )
+        _check(
+            f"{where}: detections",
+            len(self.names),
+            boxes=detections.boxes,
+            classes=detections.classes,
+            scores=detections.scores,
+        )
         self.truths.append(truth)
         self.detections.append(detections)
         self._pairs.append(_pairs(truth, detections))
@@ -121,45 +148,74 @@ class AveragePrecision:
             protocol: whose AP at IoU 0.5 is the main result.
 
         Returns:
-            `mAP50`: mean over the classes that occur; `AP50`: of each class by name; both by `protocol`. `protocols`: the same two by each
-            of the three rules. `coco`: the numbers of `COCO_NUMBERS`. None where no true box counts.
+            `mAP50`: mean over the classes that occur; `AP50`: of each class by name; both by
+                `protocol`. `protocols`: the same two by each
+            of the three rules. `coco`: the numbers of `COCO_NUMBERS`. None where no true box
+            counts.
         """
         boxes = self._flat()
         ap07, ap12 = _voc(boxes, len(self.names))
         coco = _coco(boxes, len(self.names))
-        half, three_quarters = 0, 5  # where 0.5 and 0.75 are in COCO_IOU
-        precision, recall = coco.precision, coco.recall
-        numbers = [precision[:, 0], precision[:, 0, half], precision[:, 0, three_quarters], *np.moveaxis(precision, 1, 0)[1:]]
+        half = 0
+        three_quarters = 5  # where 0.5 and 0.75 are in COCO_IOU
+        precision = coco.precision
+        recall = coco.recall
+        numbers = [
+            precision[:, 0],
+            precision[:, 0, half],
+            precision[:, 0, three_quarters],
+            *np.moveaxis(precision, 1, 0)[1:],
+        ]
         numbers += [*np.moveaxis(recall, 1, 0)]
         per_class = {"voc07": ap07, "voc12": ap12, "coco": precision[:, 0, half]}
         protocols = {
-            rule: {"mAP50": _mean(values), "AP50": {name: _mean(value) for name, value in zip(self.names, values, strict=True)}}
+            rule: {
+                "mAP50": _mean(values),
+                "AP50": {
+                    name: _mean(value) for name, value in zip(self.names, values, strict=True)
+                },
+            }
             for rule, values in per_class.items()
         }
         return {
             **protocols[protocol],
             "protocols": protocols,
-            "coco": {name: _mean(values) for name, values in zip(COCO_NUMBERS, numbers, strict=True)},
+            "coco": {
+                name: _mean(values) for name, values in zip(COCO_NUMBERS, numbers, strict=True)
+            },
         }
 
     def _flat(self) -> "_Boxes":
         """All images in one, the detections by falling score; equal ones as they were added."""
-        join = lambda arrays, dtype: np.concatenate([np.zeros(0, dtype), *arrays]).astype(dtype)
+
+        def join(arrays, dtype):
+            return np.concatenate([np.zeros(0, dtype), *arrays]).astype(dtype)
+
         scores = join((d.scores for d in self.detections), np.float64)
         order = np.argsort(-scores, kind="stable")
         place = np.empty_like(order)
         place[order] = np.arange(len(order))
         classes = join((d.classes for d in self.detections), np.int64)[order]
-        image = np.repeat(np.arange(len(self.detections)), [len(d.scores) for d in self.detections])[order]
-        detected, true = [np.cumsum([0, *(len(x.boxes) for x in sets)]) for sets in (self.detections, self.truths)]
-        pairs = [(d + detected[i], t + true[i], iou, share) for i, (d, t, iou, share) in enumerate(self._pairs)]
+        image = np.repeat(
+            np.arange(len(self.detections)), [len(d.scores) for d in self.detections]
+        )[order]
+        detected, true = [
+            np.cumsum([0, *(len(x.boxes) for x in sets)]) for sets in (self.detections, self.truths)
+        ]
+        pairs = [
+            (d + detected[i], t + true[i], iou, share)
+            for i, (d, t, iou, share) in enumerate(self._pairs)
+        ]
         pair_detection, pair_truth, iou, share = ([p[k] for p in pairs] for k in range(4))
         return _Boxes(
             classes=classes,
             areas=join((box_areas(d.boxes) for d in self.detections), np.float64)[order],
             ranks=_ranks(image * len(self.names) + classes),
             true_classes=join((t.classes for t in self.truths), np.int64),
-            true_areas=join((box_areas(t.boxes) if t.areas is None else t.areas for t in self.truths), np.float64),
+            true_areas=join(
+                (box_areas(t.boxes) if t.areas is None else t.areas for t in self.truths),
+                np.float64,
+            ),
             difficult=join((t.difficult for t in self.truths), bool),
             crowd=join((t.crowd for t in self.truths), bool),
             pair_detection=place[join(pair_detection, np.int64)],
@@ -170,11 +226,15 @@ class AveragePrecision:
 
 
 class _Boxes(NamedTuple):
-    """Detections `n` by falling score, true boxes `m`, and the pairs `p` of both that overlap enough to matter."""
+    """Detections `n` by falling score, true boxes `m`, and the pairs `p` of both that overlap
+    enough to matter.
+    """
 
     classes: Int64[np.ndarray, "n"]
     areas: Float64[np.ndarray, "n"]
-    ranks: Int64[np.ndarray, "n"]  # among the detections of the same class and image, by falling score
+    ranks: Int64[
+        np.ndarray, "n"
+    ]  # among the detections of the same class and image, by falling score
     true_classes: Int64[np.ndarray, "m"]
     true_areas: Float64[np.ndarray, "m"]
     difficult: Bool[np.ndarray, "m"]
@@ -182,41 +242,63 @@ class _Boxes(NamedTuple):
     pair_detection: Int64[np.ndarray, "p"]
     pair_truth: Int64[np.ndarray, "p"]
     iou: Float64[np.ndarray, "p"]
-    share: Float64[np.ndarray, "p"]  # IoU; with a crowd region the share of the detection that lies in it
+    share: Float64[
+        np.ndarray, "p"
+    ]  # IoU; with a crowd region the share of the detection that lies in it
 
 
 class _CocoScores(NamedTuple):
     """Of each class, nan where no true box counts."""
 
     precision: Float64[np.ndarray, "k 4 10"]  # AP by area and IoU
-    recall: Float64[np.ndarray, "k 6 10"]  # by IoU: best 1, 10, 100 detections, then small, medium, large
+    recall: Float64[
+        np.ndarray, "k 6 10"
+    ]  # by IoU: best 1, 10, 100 detections, then small, medium, large
 
 
 def _check(what: str, num_classes: int, **arrays: np.ndarray) -> None:
     lengths = {name: len(array) for name, array in arrays.items()}
     if len(set(lengths.values())) > 1:
-        raise ValueError(f"{what}: one entry a box is needed, but the lengths are {', '.join(f'{n} {k}' for n, k in lengths.items())}")
+        raise ValueError(
+            f"{what}: one entry a box is needed, but the lengths are"
+            f" {', '.join(f'{n} {k}' for n, k in lengths.items())}"
+        )
     for name, array in arrays.items():
         if not np.isfinite(array).all():
-            raise ValueError(f"{what}: {name} hold a value that is not finite: {array[~np.isfinite(array)][0]}")
-    boxes, classes = arrays["boxes"], arrays["classes"]
+            raise ValueError(
+                f"{what}: {name} hold a value that is not finite: {array[~np.isfinite(array)][0]}"
+            )
+    boxes = arrays["boxes"]
+    classes = arrays["classes"]
     if (arrays.get("areas", boxes[:0]) < 0).any():
         raise ValueError(f"{what}: the area {arrays['areas'].min():g} is below 0")
     turned = (boxes[:, 2:] < boxes[:, :2]).any(axis=1)
     if turned.any():
-        raise ValueError(f"{what}: the box {boxes[turned][0].tolist()} ends before it begins; boxes are x0 y0 x1 y1")
+        raise ValueError(
+            f"{what}: the box {boxes[turned][0].tolist()} ends before it begins; boxes are x0 y0"
+            " x1 y1"
+        )
     unknown = (classes < 0) | (classes >= num_classes)
     if unknown.any():
-        raise ValueError(f"{what}: class {classes[unknown][0]}, but there are {num_classes} classes, 0..{num_classes - 1}")
+        raise ValueError(
+            f"{what}: class {classes[unknown][0]}, but there are {num_classes} classes,"
+            f" 0..{num_classes - 1}"
+        )
 
 
 def _pairs(truth: Truth, detections: Detections) -> tuple[np.ndarray, ...]:
-    """Detection, true box, IoU and share (as in `_Boxes`) of the pairs of one class and image that some rule can match."""
+    """Detection, true box, IoU and share (as in `_Boxes`) of the pairs of one class and image that
+    some rule can match.
+    """
     d, t = np.nonzero(detections.classes[:, None] == truth.classes)
-    found, true = detections.boxes[d].astype(np.float64), truth.boxes[t].astype(np.float64)
+    found = detections.boxes[d].astype(np.float64)
+    true = truth.boxes[t].astype(np.float64)
     sides = np.minimum(found[:, 2:], true[:, 2:]) - np.maximum(found[:, :2], true[:, :2])
     both = np.clip(sides, 0, None).prod(axis=1)
-    divide = lambda area: np.divide(both, area, out=np.zeros_like(both), where=both > 0)
+
+    def divide(area):
+        return np.divide(both, area, out=np.zeros_like(both), where=both > 0)
+
     iou = divide(box_areas(found) + box_areas(true) - both)
     share = np.where(truth.crowd[t], divide(box_areas(found)), iou)
     near = share >= COCO_IOU[0]
@@ -232,9 +314,12 @@ def _ranks(groups: Int64[np.ndarray, "n"]) -> Int64[np.ndarray, "n"]:
     return ranks
 
 
-def _curve(hits: Bool[np.ndarray, "n"], counted: Bool[np.ndarray, "n"], positives: int) -> tuple[np.ndarray, np.ndarray]:
+def _curve(
+    hits: Bool[np.ndarray, "n"], counted: Bool[np.ndarray, "n"], positives: int
+) -> tuple[np.ndarray, np.ndarray]:
     """Recall after each detection, and the best precision at that recall or a higher one."""
-    true, all_ = np.cumsum(hits), np.cumsum(counted)
+    true = np.cumsum(hits)
+    all_ = np.cumsum(counted)
     precision = true / np.maximum(all_, 1)
     return true / positives, np.maximum.accumulate(precision[::-1])[::-1]
 
@@ -244,17 +329,21 @@ def _mean_at(points: np.ndarray, recall: np.ndarray, precision: np.ndarray) -> f
     return float(np.append(precision, 0.0)[np.searchsorted(recall, points)].mean())
 
 
-def _voc(boxes: _Boxes, num_classes: int) -> tuple[Float64[np.ndarray, "k"], Float64[np.ndarray, "k"]]:
+def _voc(
+    boxes: _Boxes, num_classes: int
+) -> tuple[Float64[np.ndarray, "k"], Float64[np.ndarray, "k"]]:
     """AP of each class by the rules of 2007 and of 2012, nan where no true box counts."""
     enough = boxes.iou > 0.5
-    d, t = boxes.pair_detection[enough], boxes.pair_truth[enough]
+    d = boxes.pair_detection[enough]
+    t = boxes.pair_truth[enough]
     order = np.lexsort((t, -boxes.iou[enough], d))
     d, best = np.unique(d[order], return_index=True)
     t = t[order][best]  # the true box of each detection that has one, the first of equals
     first = np.zeros(len(d), bool)
     first[np.unique(t, return_index=True)[1]] = True
     optional = boxes.difficult | boxes.crowd
-    hits, counted = np.zeros(len(boxes.classes), bool), np.ones(len(boxes.classes), bool)
+    hits = np.zeros(len(boxes.classes), bool)
+    counted = np.ones(len(boxes.classes), bool)
     hits[d] = first & ~optional[t]
     counted[d] = ~optional[t]
     ap07, ap12 = np.full((2, num_classes), np.nan)
@@ -269,37 +358,56 @@ def _voc(boxes: _Boxes, num_classes: int) -> tuple[Float64[np.ndarray, "k"], Flo
 
 def _coco(boxes: _Boxes, num_classes: int) -> _CocoScores:
     """AP and AR of each class, area and IoU."""
-    precision, recall = np.full((num_classes, 4, 10), np.nan), np.full((num_classes, 6, 10), np.nan)
+    precision = np.full((num_classes, 4, 10), np.nan)
+    recall = np.full((num_classes, 6, 10), np.nan)
     allowed = boxes.ranks < COCO_DETECTIONS
     of_class = [np.flatnonzero(allowed & (boxes.classes == k)) for k in range(num_classes)]
     for a, (least, most) in enumerate(COCO_AREAS):
         outside = (boxes.areas < least) | (boxes.areas > most)
         optional = boxes.crowd | (boxes.true_areas < least) | (boxes.true_areas > most)
         positives = np.bincount(boxes.true_classes[~optional], minlength=num_classes).tolist()
-        # What each detection wishes: first boxes that count, then the greater overlap, then the later box.
-        order = np.lexsort((-boxes.pair_truth, -boxes.share, optional[boxes.pair_truth], boxes.pair_detection))
+        # What each detection wishes: first boxes that count, then the greater overlap, then the
+        # later box.
+        order = np.lexsort(
+            (-boxes.pair_truth, -boxes.share, optional[boxes.pair_truth], boxes.pair_detection)
+        )
         order = order[allowed[boxes.pair_detection[order]]]
         for i, least_iou in enumerate(COCO_IOU):
             wishes = order[boxes.share[order] >= least_iou]
-            match = _match(boxes.pair_detection[wishes], boxes.pair_truth[wishes], boxes.crowd, len(boxes.classes))
-            counted, hits = ~outside, match >= 0
+            match = _match(
+                boxes.pair_detection[wishes],
+                boxes.pair_truth[wishes],
+                boxes.crowd,
+                len(boxes.classes),
+            )
+            counted = ~outside
+            hits = match >= 0
             counted[hits] = ~optional[match[hits]]
             hits &= counted
             for k in np.flatnonzero(positives):
                 mine = of_class[k]
-                precision[k, a, i] = _mean_at(COCO_RECALLS, *_curve(hits[mine], counted[mine], positives[k]))
+                precision[k, a, i] = _mean_at(
+                    COCO_RECALLS, *_curve(hits[mine], counted[mine], positives[k])
+                )
                 if a == 0:
-                    recall[k, :3, i] = [np.count_nonzero(hits[mine] & (boxes.ranks[mine] < n)) / positives[k] for n in (1, 10, 100)]
+                    recall[k, :3, i] = [
+                        np.count_nonzero(hits[mine] & (boxes.ranks[mine] < n)) / positives[k]
+                        for n in (1, 10, 100)
+                    ]
                 else:
                     recall[k, 2 + a, i] = np.count_nonzero(hits[mine]) / positives[k]
     return _CocoScores(precision, recall)
 
 
-def _match(d: Int64[np.ndarray, "p"], t: Int64[np.ndarray, "p"], shared: Bool[np.ndarray, "m"], n: int) -> Int64[np.ndarray, "n"]:
-    """The true box that each of `n` detections gets if they choose one after another, the highest score first; -1 for none.
+def _match(
+    d: Int64[np.ndarray, "p"], t: Int64[np.ndarray, "p"], shared: Bool[np.ndarray, "m"], n: int
+) -> Int64[np.ndarray, "n"]:
+    """The true box that each of `n` detections gets if they choose one after another, the highest
+    score first; -1 for none.
 
-    All choose at once, every box keeps the highest score that wants it, and the others move on to their next wish: with all boxes
-    agreeing on the order of the detections, this ends with what choosing in turn gives (deferred acceptance, Gale and Shapley 1962).
+    All choose at once, every box keeps the highest score that wants it, and the others move on to
+    their next wish: with all boxes agreeing on the order of the detections, this ends with what
+    choosing in turn gives (deferred acceptance, Gale and Shapley 1962).
 
     Args:
         d: detections of the allowed pairs, ascending; a lower number is a higher score.
@@ -320,7 +428,9 @@ def _match(d: Int64[np.ndarray, "p"], t: Int64[np.ndarray, "p"], shared: Bool[np
             return match
         wish = wish + refused
         left = wish < end
-        choosing, wish, end = choosing[left], wish[left], end[left]
+        choosing = choosing[left]
+        wish = wish[left]
+        end = end[left]
 
 
 def _mean(values: np.ndarray | np.float64) -> float | None:

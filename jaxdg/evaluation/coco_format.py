@@ -1,9 +1,10 @@
 """Truth and detections of a domain as COCO's JSON files, which pycocotools and other tools read.
 
-`NAME_truth.json` is an annotation file, `NAME.json` its results file. Boxes are x y width height. Classes count from 1 there, as do images
-and annotations (pycocotools takes annotation 0 for no match). Crowd regions are `iscrowd`; a difficult box has `"difficult": 1`, a key that
-COCO does not know and its tools do not read, so that they count such a box as any other: as `AveragePrecision` does by COCO's rule.
-Numbers keep all their digits, so that pycocotools gives the same scores.
+`NAME_truth.json` is an annotation file, `NAME.json` its results file. Boxes are x y width height.
+Classes count from 1 there, as do images and annotations (pycocotools takes annotation 0 for no
+match). Crowd regions are `iscrowd`; a difficult box has `"difficult": 1`, a key that COCO does not
+know and its tools do not read, so that they count such a box as any other: as `AveragePrecision`
+does by COCO's rule. Numbers keep all their digits, so that pycocotools gives the same scores.
 """
 
 from collections.abc import Sequence
@@ -26,7 +27,8 @@ def write_coco(
     truths: Sequence[Truth],
     detections: Sequence[Detections],
 ) -> None:
-    """Writes `DOMAIN_truth.json` and `DOMAIN.json`; missing folders are made, also those that a domain such as `acdc/night` implies.
+    """Writes `DOMAIN_truth.json` and `DOMAIN.json`; missing folders are made, also those that a
+    domain such as `acdc/night` implies.
 
     Args:
         folder: where to.
@@ -42,17 +44,35 @@ def write_coco(
     """
     if not len(files) == len(sizes) == len(truths) == len(detections):
         raise ValueError(
-            f"{domain}: {len(files)} files, {len(sizes)} sizes, {len(truths)} truths and {len(detections)} detections; each image has one"
+            f"{domain}: {len(files)} files, {len(sizes)} sizes, {len(truths)} truths and"
+            f" {len(detections)} detections; each image has one"
         )
-    annotations, results = [], []
+    annotations = []
+    results = []
     for image_id, (truth, found) in enumerate(zip(truths, detections, strict=True), start=1):
         areas = box_areas(truth.boxes) if truth.areas is None else truth.areas
-        rows = (_xywh(truth.boxes), truth.classes.tolist(), areas.tolist(), truth.crowd.tolist(), truth.difficult.tolist())
+        rows = (
+            _xywh(truth.boxes),
+            truth.classes.tolist(),
+            areas.tolist(),
+            truth.crowd.tolist(),
+            truth.difficult.tolist(),
+        )
         for bbox, k, area, crowd, difficult in zip(*rows, strict=True):
-            row = {"id": len(annotations) + 1, "image_id": image_id, "category_id": k + 1, "bbox": bbox, "area": area}
+            row = {
+                "id": len(annotations) + 1,
+                "image_id": image_id,
+                "category_id": k + 1,
+                "bbox": bbox,
+                "area": area,
+            }
             annotations.append(row | {"iscrowd": int(crowd), "difficult": int(difficult)})
-        for bbox, k, score in zip(_xywh(found.boxes), found.classes.tolist(), found.scores.tolist(), strict=True):
-            results.append({"image_id": image_id, "category_id": k + 1, "bbox": bbox, "score": score})
+        for bbox, k, score in zip(
+            _xywh(found.boxes), found.classes.tolist(), found.scores.tolist(), strict=True
+        ):
+            results.append(
+                {"image_id": image_id, "category_id": k + 1, "bbox": bbox, "score": score}
+            )
     annotation_file = {
         "info": {"description": domain},
         "images": [
@@ -62,14 +82,22 @@ def write_coco(
         "categories": [{"id": k, "name": name} for k, name in enumerate(names, start=1)],
         "annotations": annotations,
     }
-    inside = "/".join(part for part in domain.split("/") if part not in ("", ".", ".."))  # a domain may be the path of a folder
-    for path, content in ((folder / f"{inside}_truth.json", annotation_file), (folder / f"{inside}.json", results)):
+    inside = "/".join(
+        part for part in domain.split("/") if part not in ("", ".", "..")
+    )  # a domain may be the path of a folder
+    for path, content in (
+        (folder / f"{inside}_truth.json", annotation_file),
+        (folder / f"{inside}.json", results),
+    ):
         path.parent.mkdir(parents=True, exist_ok=True)
         write(path, json.dumps(content))
 
 
-def read_coco(truth_file: Path, detections_file: Path) -> tuple[tuple[str, ...], list[Truth], list[Detections]]:
-    """Reads what `write_coco` or another tool wrote, in the order of pycocotools: classes and images by their ids.
+def read_coco(
+    truth_file: Path, detections_file: Path
+) -> tuple[tuple[str, ...], list[Truth], list[Detections]]:
+    """Reads what `write_coco` or another tool wrote, in the order of pycocotools: classes and
+    images by their ids.
 
     Args:
         truth_file: annotations; `area`, `iscrowd` and `difficult` may be absent.
@@ -80,10 +108,11 @@ def read_coco(truth_file: Path, detections_file: Path) -> tuple[tuple[str, ...],
 
     Raises:
         FileNotFoundError: a file is absent.
-        ValueError: a file is not JSON, lacks a key, has two entries of one id or a flag that is neither 0 nor 1, or names an image or a
-            class that the truth does not list.
+        ValueError: a file is not JSON, lacks a key, has two entries of one id or a flag that is
+            neither 0 nor 1, or names an image or a class that the truth does not list.
     """
-    content, results = _read(truth_file), _read(detections_file)
+    content = _read(truth_file)
+    results = _read(detections_file)
     try:
         categories = sorted(content["categories"], key=lambda c: c["id"])
         class_of = _places(truth_file, "categories", [c["id"] for c in categories])
@@ -94,12 +123,18 @@ def read_coco(truth_file: Path, detections_file: Path) -> tuple[tuple[str, ...],
         raise ValueError(f"{truth_file}: not a COCO annotation file: {error!r}") from error
     try:
         found = _by_image(detections_file, results, image_of, class_of, "score")
-        detections = [Detections(boxes, np.array([r["score"] for r in rows], float), classes) for boxes, classes, rows in found]
+        detections = [
+            Detections(boxes, np.array([r["score"] for r in rows], float), classes)
+            for boxes, classes, rows in found
+        ]
     except (KeyError, TypeError) as error:
         raise ValueError(f"{detections_file}: not a COCO results file: {error!r}") from error
     truths = []
     for boxes, classes, rows in true:
-        difficult, crowd = (np.array([_flag(truth_file, r, key) for r in rows], bool) for key in ("difficult", "iscrowd"))
+        difficult, crowd = (
+            np.array([_flag(truth_file, r, key) for r in rows], bool)
+            for key in ("difficult", "iscrowd")
+        )
         areas = np.array([r.get("area", r["bbox"][2] * r["bbox"][3]) for r in rows], float)
         truths.append(Truth(boxes, classes, difficult, crowd, areas))
     return names, truths, detections
@@ -131,12 +166,19 @@ def _flag(path: Path, row: dict[str, Any], key: str) -> bool:
     said = {"0": False, "false": False, "0.0": False, "1": True, "true": True, "1.0": True}
     text = str(row.get(key) or 0).strip().lower()
     if text not in said:
-        raise ValueError(f"{path}: an annotation of image {row['image_id']} has the {key} {row[key]!r}; allowed are 0 and 1")
+        raise ValueError(
+            f"{path}: an annotation of image {row['image_id']} has the {key} {row[key]!r}; allowed"
+            " are 0 and 1"
+        )
     return said[text]
 
 
 def _by_image(
-    path: Path, rows: list[dict[str, Any]], image_of: dict[int, int], class_of: dict[int, int], *more: str
+    path: Path,
+    rows: list[dict[str, Any]],
+    image_of: dict[int, int],
+    class_of: dict[int, int],
+    *more: str,
 ) -> list[tuple[np.ndarray, np.ndarray, list[dict[str, Any]]]]:
     """Boxes x0 y0 x1 y1, classes and rows of each image; a row needs `more` keys too."""
     images: list[list[dict[str, Any]]] = [[] for _ in image_of]
@@ -149,6 +191,10 @@ def _by_image(
         images[image_of[row["image_id"]]].append(row)
     boxes = [np.array([r["bbox"] for r in rows], float).reshape(-1, 4) for rows in images]
     return [
-        (np.concatenate([b[:, :2], b[:, :2] + b[:, 2:]], axis=1), np.array([class_of[r["category_id"]] for r in rows], np.int64), rows)
+        (
+            np.concatenate([b[:, :2], b[:, :2] + b[:, 2:]], axis=1),
+            np.array([class_of[r["category_id"]] for r in rows], np.int64),
+            rows,
+        )
         for b, rows in zip(boxes, images, strict=True)
     ]

@@ -1,16 +1,20 @@
 """The 15 common corruptions of ImageNet-C at five severities, for images of any size.
 
-Defined by Hendrycks and Dietterich (2019, "Benchmarking Neural Network Robustness to Common Corruptions and Perturbations",
-github hendrycks/robustness) for 224 x 224 pixels, and by Michaelis et al. (2019, "Benchmarking Robustness in Object Detection",
-github bethgelab/imagecorruptions) for any size. This is the latter with the same constants, borders and order of random draws: given the
-same draws, images are equal to within one grey level. What one could not guess and published scores rest on:
+Defined by Hendrycks and Dietterich (2019, "Benchmarking Neural Network Robustness to Common
+Corruptions and Perturbations", github hendrycks/robustness) for 224 x 224 pixels, and by Michaelis
+et al. (2019, "Benchmarking Robustness in Object Detection", github bethgelab/imagecorruptions) for
+any size. This is the latter with the same constants, borders and order of random draws: given the
+same draws, images are equal to within one grey level. What one could not guess and published scores
+rest on:
 
 - results are cut to whole grey values, not rounded;
-- glass blur copies pixels from their neighbours, one after another: both publications mean to swap them, but NumPy's views make it a copy;
+- glass blur copies pixels from their neighbours, one after another: both publications mean to swap
+  them, but NumPy's views make it a copy;
 - zoom blur cuts zoomed images off below and at the right, and does not centre them;
 - defocus blur's soft disks weigh a little more than 1.
 
-Frost differs: the photographs are replaced by five pictures of ice that are drawn here, of about the same colour, contrast and spectrum.
+Frost differs: the photographs are replaced by five pictures of ice that are drawn here, of about
+the same colour, contrast and spectrum.
 """
 
 from collections.abc import Callable
@@ -34,9 +38,11 @@ SEVERITIES = (1, 2, 3, 4, 5)
 
 
 class Corrupted:
-    """A dataset whose images are corrupted; labels and boxes stay. An image is always corrupted in the same way.
+    """A dataset whose images are corrupted; labels and boxes stay. An image is always corrupted in
+    the same way.
 
-    What is drawn depends on (image file's name, kind, severity) alone, and so neither on the data root nor on the form of the dataset.
+    What is drawn depends on (image file's name, kind, severity) alone, and so neither on the data
+    root nor on the form of the dataset.
     """
 
     def __init__(self, dataset: Dataset, kind: str, severity: int):
@@ -49,8 +55,11 @@ class Corrupted:
             ValueError: no such kind or severity.
         """
         _definition(kind, severity)  # or raises
-        self.dataset, self.kind, self.severity = dataset, kind, severity
-        self.domain, self.labels = dataset.domain, dataset.labels
+        self.dataset = dataset
+        self.kind = kind
+        self.severity = severity
+        self.domain = dataset.domain
+        self.labels = dataset.labels
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -62,7 +71,8 @@ class Corrupted:
         return self.dataset.name(i)
 
     def __getitem__(self, i: int) -> dict[str, np.ndarray]:
-        sample, file = self.dataset[i], os.path.basename(self.name(i))
+        sample = self.dataset[i]
+        file = os.path.basename(self.name(i))
         seed = zlib.crc32(f"{file} {self.kind} {self.severity}".encode())
         return {**sample, "image": corrupt(sample["image"], self.kind, self.severity, seed)}
 
@@ -84,7 +94,8 @@ def corrupt(image: Pixels, kind: str, severity: int, seed: int) -> Pixels:
     """
     function, constants = _definition(kind, severity)
     result = function(image, np.random.default_rng(seed), *constants)
-    # Cut, not rounded; the hair's breadth keeps rounding errors from darkening what the corruption leaves alone.
+    # Cut, not rounded; the hair's breadth keeps rounding errors from darkening what the corruption
+    # leaves alone.
     return np.clip(result + 1e-3, 0, 255).astype(np.uint8) if result.dtype != np.uint8 else result
 
 
@@ -97,7 +108,7 @@ def _definition(kind: str, severity: int) -> tuple[Callable[..., Result], tuple[
     return function, constants[severity - 1]
 
 
-# --- Noise ------------------------------------------------------------------------------------------------------------------------------
+# --- Noise ----------------------------------------------------------------------------------------
 
 
 def _gaussian_noise(image: Pixels, rng: np.random.Generator, deviation: float) -> Result:
@@ -111,11 +122,12 @@ def _shot_noise(image: Pixels, rng: np.random.Generator, photons: float) -> Resu
 
 def _impulse_noise(image: Pixels, rng: np.random.Generator, share: float) -> Result:
     """A share of values becomes 0 or 255, each channel by itself."""
-    hit, white = rng.random(image.shape) <= share, rng.random(image.shape) <= 0.5
+    hit = rng.random(image.shape) <= share
+    white = rng.random(image.shape) <= 0.5
     return np.where(hit, np.where(white, np.uint8(255), np.uint8(0)), image)
 
 
-# --- Blur -------------------------------------------------------------------------------------------------------------------------------
+# --- Blur -----------------------------------------------------------------------------------------
 
 
 def _defocus_blur(image: Pixels, rng: np.random.Generator, radius: int, softness: float) -> Result:
@@ -126,11 +138,23 @@ def _defocus_blur(image: Pixels, rng: np.random.Generator, radius: int, softness
     return cv2.filter2D(image.astype(np.float32), -1, kernel)
 
 
-def _glass_blur(image: Pixels, rng: np.random.Generator, sigma: float, reach: int, rounds: int) -> Result:
+def _glass_blur(
+    image: Pixels, rng: np.random.Generator, sigma: float, reach: int, rounds: int
+) -> Result:
     """Pixels copied from near by, between two Gaussian blurs."""
-    blur = lambda x: cv2.GaussianBlur(x.astype(np.float64), (2 * int(4 * sigma + 0.5) + 1,) * 2, sigma, borderType=cv2.BORDER_REPLICATE)
+
+    def blur(x):
+        return cv2.GaussianBlur(
+            x.astype(np.float64),
+            (2 * int(4 * sigma + 0.5) + 1,) * 2,
+            sigma,
+            borderType=cv2.BORDER_REPLICATE,
+        )
+
     x = (blur(image) + 1e-3).astype(np.uint8)
-    (h, w), rows, columns = image.shape[:2], image.shape[0] - 2 * reach, image.shape[1] - 2 * reach
+    h, w = image.shape[:2]
+    rows = image.shape[0] - 2 * reach
+    columns = image.shape[1] - 2 * reach
     if rows > 0 and columns > 0:
         for _ in range(rounds):
             source = _sources(h, w, reach, rng.integers(-reach, reach, (rows, columns, 2)))
@@ -138,11 +162,14 @@ def _glass_blur(image: Pixels, rng: np.random.Generator, sigma: float, reach: in
     return blur(x)
 
 
-def _sources(h: int, w: int, reach: int, offsets: Int64[np.ndarray, "rows columns 2"]) -> Int64[np.ndarray, " n"]:
-    """Which pixel each pixel shows after every inner one, from the last to the first, was made a copy of one near by.
+def _sources(
+    h: int, w: int, reach: int, offsets: Int64[np.ndarray, "rows columns 2"]
+) -> Int64[np.ndarray, " n"]:
+    """Which pixel each pixel shows after every inner one, from the last to the first, was made a
+    copy of one near by.
 
-    One copied from a pixel that had its turn before shows what that one shows by then. Instead of going through the pixels, all such chains
-    are followed at once, twice as far each time.
+    One copied from a pixel that had its turn before shows what that one shows by then. Instead of
+    going through the pixels, all such chains are followed at once, twice as far each time.
 
     Args:
         h: height of the image.
@@ -150,14 +177,16 @@ def _sources(h: int, w: int, reach: int, offsets: Int64[np.ndarray, "rows column
         reach: inner pixels are `reach` + 1 to h - `reach` down, and likewise across.
         offsets: columns and rows to the pixel that is copied, in the order of turns.
     """
-    n, grid = h * w, np.arange(h * w).reshape(h, w)
+    n = h * w
+    grid = np.arange(h * w).reshape(h, w)
     inner = np.s_[reach + 1 : h - reach + 1, reach + 1 : w - reach + 1]
     has_turn = np.zeros((h, w), bool)
     has_turn[inner] = True
     dx, dy = np.moveaxis(offsets[::-1, ::-1], 2, 0)
     copied = grid[inner] + dy * w + dx
     before = (copied > grid[inner]) & has_turn.ravel()[copied]
-    # What a pixel shows: what pixel i has come to show (i), or what it showed in the beginning (i + n).
+    # What a pixel shows: what pixel i has come to show (i), or what it showed in the beginning (i +
+    # n).
     shows = grid.ravel() + n
     shows[grid[inner]] = np.where(before, copied, copied + n)
     while len(chained := np.flatnonzero(shows < n)):
@@ -169,8 +198,12 @@ def _motion_blur(image: Pixels, rng: np.random.Generator, radius: int, sigma: fl
     return _moved(image.astype(np.float32), radius, sigma, rng.uniform(-45, 45))
 
 
-def _moved(x: Float32[np.ndarray, "h w *c"], radius: int, sigma: float, degrees: float) -> Float32[np.ndarray, "h w *c"]:
-    """The trail of a movement: half a Gaussian along a line, in whole pixels, as ImageMagick draws it."""
+def _moved(
+    x: Float32[np.ndarray, "h w *c"], radius: int, sigma: float, degrees: float
+) -> Float32[np.ndarray, "h w *c"]:
+    """The trail of a movement: half a Gaussian along a line, in whole pixels, as ImageMagick draws
+    it.
+    """
     weights = np.exp(-0.5 * (np.arange(2 * radius + 1) / sigma) ** 2)
     kernel = np.zeros((4 * radius + 1, 4 * radius + 1))
     for i, weight in enumerate(weights / weights.sum()):
@@ -183,24 +216,30 @@ def _moved(x: Float32[np.ndarray, "h w *c"], radius: int, sigma: float, degrees:
 
 def _zoom_blur(image: Pixels, rng: np.random.Generator, stop: float, step: float) -> Result:
     """The mean of the image and of those zoomed in more and more."""
-    x, (h, w) = image.astype(np.float32), image.shape[:2]
+    x = image.astype(np.float32)
+    h, w = image.shape[:2]
     factors = np.arange(1, stop, step)
     return sum((_zoomed(x, factor)[:h, :w] for factor in factors), x) / (len(factors) + 1)
 
 
 def _zoomed(x: Float32[np.ndarray, "h w *c"], factor: float) -> Float32[np.ndarray, "h2 w2 *c"]:
-    """The middle of an image enlarged bilinearly, corner pixels onto corner pixels, to at least the image's size."""
-    matrix, size = np.zeros((2, 3)), []
+    """The middle of an image enlarged bilinearly, corner pixels onto corner pixels, to at least the
+    image's size.
+    """
+    matrix = np.zeros((2, 3))
+    size = []
     for axis, side in ((1, x.shape[0]), (0, x.shape[1])):
         part = math.ceil(side / factor)
         size.append(round(part * factor))
         matrix[axis, axis] = (part - 1) / max(size[-1] - 1, 1)
         matrix[axis, 2] = (side - part) // 2
     flags = cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP
-    return cv2.warpAffine(x, matrix, (size[1], size[0]), flags=flags, borderMode=cv2.BORDER_REPLICATE)
+    return cv2.warpAffine(
+        x, matrix, (size[1], size[0]), flags=flags, borderMode=cv2.BORDER_REPLICATE
+    )
 
 
-# --- Weather ----------------------------------------------------------------------------------------------------------------------------
+# --- Weather --------------------------------------------------------------------------------------
 
 
 def _snow(
@@ -231,11 +270,15 @@ def _frost(image: Pixels, rng: np.random.Generator, light: float, ice: float) ->
     factor = 1.1 * max(1, h / texture.shape[0], w / texture.shape[1])
     size = math.ceil(factor * texture.shape[1]), math.ceil(factor * texture.shape[0])
     texture = cv2.resize(texture, size, interpolation=cv2.INTER_CUBIC)
-    top, left = rng.integers(0, texture.shape[0] - h), rng.integers(0, texture.shape[1] - w)
-    return light * image.astype(np.float32) + ice * texture[top : top + h, left : left + w].astype(np.float32)
+    top = rng.integers(0, texture.shape[0] - h)
+    left = rng.integers(0, texture.shape[1] - w)
+    return light * image.astype(np.float32) + ice * texture[top : top + h, left : left + w].astype(
+        np.float32
+    )
 
 
-# Mean colour (RGB, 0-255), contrast (standard deviation), number of crystals and their length in pixels.
+# Mean colour (RGB, 0-255), contrast (standard deviation), number of crystals and their length in
+# pixels.
 _ICE = (
     ((92, 146, 164), 19, 1400, 40),
     ((201, 205, 214), 22, 1800, 40),
@@ -254,37 +297,63 @@ def frost_texture(number: int) -> UInt8[np.ndarray, "360 600 3"]:
         number: 0 to `FROSTS` - 1.
     """
     colour, deviation, crystals, length = _ICE[number]
-    rng, h, w = np.random.default_rng(number), 360, 600
+    rng = np.random.default_rng(number)
+    h = 360
+    w = 600
     clouds = _clouds(1024, 1.2, rng)[:h, :w]
     feathers = np.full((h, w), 128, np.uint8)
     # Long ones first, so that short ones stay visible on them.
     for size in np.sort(length * rng.pareto(2.5, crystals).clip(0.15, 5))[::-1]:
-        angle, root, shade = rng.uniform(0, 2 * np.pi), rng.uniform(-20, (w + 20, h + 20)), rng.integers(60, 200)
+        angle = rng.uniform(0, 2 * np.pi)
+        root = rng.uniform(-20, (w + 20, h + 20))
+        shade = rng.integers(60, 200)
         along = np.arange(0, size, 2)
         stem = root + along[:, None] * (np.cos(angle), np.sin(angle))
-        reach = rng.uniform(0.15, 0.4) * size * np.sin(np.pi * along / size) * rng.uniform(0.4, 1, (2, len(along)))
+        reach = (
+            rng.uniform(0.15, 0.4)
+            * size
+            * np.sin(np.pi * along / size)
+            * rng.uniform(0.4, 1, (2, len(along)))
+        )
         turned = angle + np.pi / 3 * np.array([[1], [-1]])
-        barbs = np.stack([stem + reach[..., None] * np.stack([np.cos(turned), np.sin(turned)], -1), np.stack([stem, stem])], 2)
-        lines = np.round(16 * np.concatenate([barbs.reshape(-1, 2, 2), stem[None, [0, -1]]])).astype(np.int32)
+        barbs = np.stack(
+            [
+                stem + reach[..., None] * np.stack([np.cos(turned), np.sin(turned)], -1),
+                np.stack([stem, stem]),
+            ],
+            2,
+        )
+        lines = np.round(
+            16 * np.concatenate([barbs.reshape(-1, 2, 2), stem[None, [0, -1]]])
+        ).astype(np.int32)
         rng.shuffle(lines)
         for i in range(4):  # shades of lines
             color = int(np.clip(shade + rng.integers(-55, 56), 0, 255))
             cv2.polylines(feathers, list(lines[i::4]), False, color, 1, cv2.LINE_AA, 4)
-    normal = lambda x: (x - x.mean()) / x.std()
-    relief = normal(normal(clouds) + normal(cv2.GaussianBlur(feathers.astype(np.float32), (0, 0), 0.5)))
+
+    def normal(x):
+        return (x - x.mean()) / x.std()
+
+    relief = normal(
+        normal(clouds) + normal(cv2.GaussianBlur(feathers.astype(np.float32), (0, 0), 0.5))
+    )
     return np.clip(np.array(colour) + deviation * relief[..., None], 0, 255).astype(np.uint8)
 
 
 def _fog(image: Pixels, rng: np.random.Generator, thickness: float, decay: float) -> Result:
     """Clouds added, and the brightest value kept."""
-    (h, w), brightest = image.shape[:2], image.max() / 255
+    h, w = image.shape[:2]
+    brightest = image.max() / 255
     clouds = _clouds(1 << (max(image.shape) - 1).bit_length(), decay, rng)[:h, :w, None]
     return (image + 255 * thickness * clouds) * np.float32(brightest / (brightest + thickness))
 
 
 def _clouds(side: int, decay: float, rng: np.random.Generator) -> Float32[np.ndarray, "side side"]:
-    """Values of 0 to 1 by the diamond-square algorithm on a torus, its `side` a power of 2; every octave is `decay`^2 times weaker."""
-    height, roughness = np.zeros((side, side), np.float32), 100.0
+    """Values of 0 to 1 by the diamond-square algorithm on a torus, its `side` a power of 2; every
+    octave is `decay`^2 times weaker.
+    """
+    height = np.zeros((side, side), np.float32)
+    roughness = 100.0
 
     def middle(total: Float32[np.ndarray, "n n"]) -> Float[np.ndarray, "n n"]:
         """The mean of four neighbours, whose sum is given, and something random."""
@@ -292,17 +361,23 @@ def _clouds(side: int, decay: float, rng: np.random.Generator) -> Float32[np.nda
 
     step = side
     while step > 1:
-        corners, centres = height[::step, ::step], height[step // 2 :: step, step // 2 :: step]
+        corners = height[::step, ::step]
+        centres = height[step // 2 :: step, step // 2 :: step]
         pairs = corners + np.roll(corners, -1, 0)
         centres[:] = middle(pairs + np.roll(pairs, -1, 1))
-        height[::step, step // 2 :: step] = middle(centres + np.roll(centres, 1, 0) + corners + np.roll(corners, -1, 1))
-        height[step // 2 :: step, ::step] = middle(centres + np.roll(centres, 1, 1) + corners + np.roll(corners, -1, 0))
-        step, roughness = step // 2, roughness / decay
+        height[::step, step // 2 :: step] = middle(
+            centres + np.roll(centres, 1, 0) + corners + np.roll(corners, -1, 1)
+        )
+        height[step // 2 :: step, ::step] = middle(
+            centres + np.roll(centres, 1, 1) + corners + np.roll(corners, -1, 0)
+        )
+        step = step // 2
+        roughness = roughness / decay
     height -= height.min()
     return height / height.max()
 
 
-# --- Digital ----------------------------------------------------------------------------------------------------------------------------
+# --- Digital --------------------------------------------------------------------------------------
 
 
 def _brightness(image: Pixels, rng: np.random.Generator, shift: float) -> Result:
@@ -322,17 +397,28 @@ def _elastic_transform(image: Pixels, rng: np.random.Generator, strength: float)
     h, w = image.shape[:2]
     widths = tuple(2 * int(0.03 * side + 0.5) + 1 for side in (w, h))
     dx, dy = (
-        cv2.GaussianBlur(rng.uniform(-0.005 * h, 0.005 * h, (h, w)), widths, 0.01 * w, sigmaY=0.01 * h, borderType=cv2.BORDER_REFLECT)
+        cv2.GaussianBlur(
+            rng.uniform(-0.005 * h, 0.005 * h, (h, w)),
+            widths,
+            0.01 * w,
+            sigmaY=0.01 * h,
+            borderType=cv2.BORDER_REFLECT,
+        )
         for _ in range(2)
     )
     x, y = np.meshgrid(np.arange(w), np.arange(h))
-    at_x, at_y = (x + strength * dx).astype(np.float32), (y + strength * dy).astype(np.float32)
-    return cv2.remap(image.astype(np.float32), at_x, at_y, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REFLECT)
+    at_x = (x + strength * dx).astype(np.float32)
+    at_y = (y + strength * dy).astype(np.float32)
+    return cv2.remap(
+        image.astype(np.float32), at_x, at_y, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REFLECT
+    )
 
 
 def _pixelate(image: Pixels, rng: np.random.Generator, factor: float) -> Result:
     h, w = image.shape[:2]
-    small = Image.fromarray(image).resize((max(1, int(w * factor)), max(1, int(h * factor))), Image.Resampling.BOX)
+    small = Image.fromarray(image).resize(
+        (max(1, int(w * factor)), max(1, int(h * factor))), Image.Resampling.BOX
+    )
     return np.array(small.resize((w, h), Image.Resampling.NEAREST))
 
 
@@ -342,7 +428,8 @@ def _jpeg_compression(image: Pixels, rng: np.random.Generator, quality: int) -> 
     return np.array(Image.open(file))
 
 
-# By the publications' names and in their order: the function and its constants at severities 1 to 5.
+# By the publications' names and in their order: the function and its constants at severities 1 to
+# 5.
 _KINDS: dict[str, tuple[Callable[..., Result], tuple[tuple[Any, ...], ...]]] = {
     "gaussian_noise": (_gaussian_noise, ((0.08,), (0.12,), (0.18,), (0.26,), (0.38,))),
     "shot_noise": (_shot_noise, ((60.0,), (25.0,), (12.0,), (5.0,), (3.0,))),
@@ -350,7 +437,10 @@ _KINDS: dict[str, tuple[Callable[..., Result], tuple[tuple[Any, ...], ...]]] = {
     "defocus_blur": (_defocus_blur, ((3, 0.1), (4, 0.5), (6, 0.5), (8, 0.5), (10, 0.5))),
     "glass_blur": (_glass_blur, ((0.7, 1, 2), (0.9, 2, 1), (1.0, 2, 3), (1.1, 3, 2), (1.5, 4, 2))),
     "motion_blur": (_motion_blur, ((10, 3.0), (15, 5.0), (15, 8.0), (15, 12.0), (20, 15.0))),
-    "zoom_blur": (_zoom_blur, ((1.11, 0.01), (1.16, 0.01), (1.21, 0.02), (1.26, 0.02), (1.31, 0.03))),
+    "zoom_blur": (
+        _zoom_blur,
+        ((1.11, 0.01), (1.16, 0.01), (1.21, 0.02), (1.26, 0.02), (1.31, 0.03)),
+    ),
     "snow": (
         _snow,
         (

@@ -1,8 +1,9 @@
 """Confusion matrix and intersection over union, as the official Cityscapes evaluation counts them.
 
-A class's IoU is TP / (TP + FP + FN), taken from one matrix over the whole test set and never averaged over images.
-Pixels whose truth is ignored count nowhere, not even as false positives. Counting runs on the device in int32, one matrix a
-batch; the set's total is the sum of those on the host in int64, because a large set passes 2^31 pixels.
+A class's IoU is TP / (TP + FP + FN), taken from one matrix over the whole test set and never
+averaged over images. Pixels whose truth is ignored count nowhere, not even as false positives.
+Counting runs on the device in int32, one matrix a batch; the set's total is the sum of those on the
+host in int64, because a large set passes 2^31 pixels.
 """
 
 import jax.numpy as jnp
@@ -18,9 +19,10 @@ def confusion_matrix(
 ) -> Int32[Array, "k k"]:
     """Counts how often each true class was predicted as each class.
 
-    A pixel counts only if its label and its prediction both lie in [0, num_classes) and its label is not `ignore`; every
-    other value is left out silently, since a traced function cannot raise. Readers check label ids when they read them. The
-    padding of a last batch is left out by setting its labels to `ignore`.
+    A pixel counts only if its label and its prediction both lie in [0, num_classes) and its label
+    is not `ignore`; every other value is left out silently, since a traced function cannot raise.
+    Readers check label ids when they read them. The padding of a last batch is left out by setting
+    its labels to `ignore`.
 
     Args:
         prediction: class ids of any shape and integer type.
@@ -35,29 +37,48 @@ def confusion_matrix(
         ValueError: the shapes differ.
     """
     if prediction.shape != label.shape:
-        raise ValueError(f"prediction {prediction.shape} and label {label.shape} must have the same shape")
-    predicted, true = jnp.asarray(prediction).astype(jnp.int32).reshape(-1), jnp.asarray(label).astype(jnp.int32).reshape(-1)
-    counted = (true != ignore) & (true >= 0) & (true < num_classes) & (predicted >= 0) & (predicted < num_classes)
-    # One bin more takes what is not counted. On CPU a bincount is 20 times faster than one-hot matrix products, and it is exact.
+        raise ValueError(
+            f"prediction {prediction.shape} and label {label.shape} must have the same shape"
+        )
+    predicted = jnp.asarray(prediction).astype(jnp.int32).reshape(-1)
+    true = jnp.asarray(label).astype(jnp.int32).reshape(-1)
+    counted = (
+        (true != ignore)
+        & (true >= 0)
+        & (true < num_classes)
+        & (predicted >= 0)
+        & (predicted < num_classes)
+    )
+    # One bin more takes what is not counted. On CPU a bincount is 20 times faster than one-hot
+    # matrix products, and it is exact.
     bins = jnp.where(counted, true * num_classes + predicted, num_classes**2)
-    return jnp.bincount(bins, length=num_classes**2 + 1)[:-1].reshape(num_classes, num_classes).astype(jnp.int32)
+    return (
+        jnp.bincount(bins, length=num_classes**2 + 1)[:-1]
+        .reshape(num_classes, num_classes)
+        .astype(jnp.int32)
+    )
 
 
 def iou(confusion: Integer[Array | np.ndarray, "k k"]) -> Float64[np.ndarray, "k"]:
     """Intersection over union of each class.
 
     Args:
-        confusion: counts, rows the truth; the sum of any number of matrices, in int64 if it may pass 2^31.
+        confusion: counts, rows the truth; the sum of any number of matrices, in int64 if it may
+            pass 2^31.
 
     Returns:
-        IoU of each class in [0, 1]; nan where a class is neither in the truth nor in the prediction. `np.nanmean` of it is the mIoU.
+        IoU of each class in [0, 1]; nan where a class is neither in the truth nor in the
+        prediction. `np.nanmean` of it is the mIoU.
 
     Raises:
         ValueError: a count is negative, so an int32 sum has overflowed.
     """
     counts = np.asarray(confusion).astype(np.int64)
     if (counts < 0).any():
-        raise ValueError("the confusion matrix has negative counts: an int32 sum overflowed; add the matrices of the batches in int64")
+        raise ValueError(
+            "the confusion matrix has negative counts: an int32 sum overflowed; add the matrices of"
+            " the batches in int64"
+        )
     hit = np.diagonal(counts)
     union = counts.sum(axis=0) + counts.sum(axis=1) - hit
     return np.divide(hit, union, out=np.full(len(counts), np.nan), where=union > 0)

@@ -1,11 +1,14 @@
 """Which images were trained on: no domain that has some of them is unseen, whatever it is called.
 
-Domains are compared by what they are called (`gta5/val` and `gta5/train` are one dataset's) and by their images, which are the same where
-one of these is the same: the file, links of folders resolved; the fingerprint that the start-up check took of it (see `index.py`); the
-scene of the generated streets. Where two files have one fingerprint some of them are compared byte by byte, so that nothing is said of
-images that only look alike. Records carry the fingerprints of the files that they were made of; older ones are told by the names of these.
+Domains are compared by what they are called (`gta5/val` and `gta5/train` are one dataset's) and by
+their images, which are the same where one of these is the same: the file, links of folders
+resolved; the fingerprint that the start-up check took of it (see `index.py`); the scene of the
+generated streets. Where two files have one fingerprint some of them are compared byte by byte, so
+that nothing is said of images that only look alike. Records carry the fingerprints of the files
+that they were made of; older ones are told by the names of these.
 
-A run keeps what it was trained on in `source.npz` of its workdir, so that evaluation elsewhere knows it without the images.
+A run keeps what it was trained on in `source.npz` of its workdir, so that evaluation elsewhere
+knows it without the images.
 
 Not told: the same picture in another file format, or encoded anew.
 """
@@ -65,14 +68,21 @@ class Images:
         if isinstance(inner, Files):
             return cls.of_files(inner.pairs.images, root, inner.pairs.fingerprints, inner.name)
         n = len(dataset)
-        names = [inner.scene(i) if isinstance(inner, Streets) else _relative(dataset.name(i), root) for i in range(n)]
+        names = [
+            inner.scene(i) if isinstance(inner, Streets) else _relative(dataset.name(i), root)
+            for i in range(n)
+        ]
         unknown = np.zeros(n, np.uint64)
         contents = inner.fingerprints if isinstance(inner, Records) else None
         return cls(unknown, _hashes(names), unknown if contents is None else contents)
 
     @classmethod
     def of_files(
-        cls, paths: Sequence[str], root: str, contents: Hashes | None = None, path: Callable[[int], str] = lambda i: ""
+        cls,
+        paths: Sequence[str],
+        root: str,
+        contents: Hashes | None = None,
+        path: Callable[[int], str] = lambda i: "",
     ) -> "Images":
         """Those of files.
 
@@ -83,12 +93,22 @@ class Images:
             path: of a place, the path.
         """
         contents = np.zeros(len(paths), np.uint64) if contents is None else contents
-        return cls(_hashes(_resolved(paths)), _hashes([_relative(path, root) for path in paths]), contents, path)
+        return cls(
+            _hashes(_resolved(paths)),
+            _hashes([_relative(path, root) for path in paths]),
+            contents,
+            path,
+        )
 
     @classmethod
-    def joined(cls, parts: Sequence["Images"], path: Callable[[int], str] = lambda i: "") -> "Images":
+    def joined(
+        cls, parts: Sequence["Images"], path: Callable[[int], str] = lambda i: ""
+    ) -> "Images":
         """Those of several, one after another."""
-        where, names, contents = (np.concatenate([getattr(part, key) for part in parts]) for key in ("files", "names", "contents"))
+        where, names, contents = (
+            np.concatenate([getattr(part, key) for part in parts])
+            for key in ("files", "names", "contents")
+        )
         return cls(where, names, contents, path)
 
     def __len__(self) -> int:
@@ -96,32 +116,54 @@ class Images:
 
     def take(self, places: Sequence[int]) -> "Images":
         """Some of them."""
-        return Images(self.files[places], self.names[places], self.contents[places], lambda i: self.path(places[i]))
+        return Images(
+            self.files[places],
+            self.names[places],
+            self.contents[places],
+            lambda i: self.path(places[i]),
+        )
 
     def among(self, others: "Images") -> Bool[np.ndarray, " n"]:
         """Which of these images are among others."""
         found = _among(self.files, others.files)
         # A name says less than a content, as another root may have other images of the name.
         unknown = others.names[others.contents == 0]
-        found |= _among(self.names, unknown) | (_among(self.names, others.names) & (self.contents == 0))
+        found |= _among(self.names, unknown) | (
+            _among(self.names, others.names) & (self.contents == 0)
+        )
         alike = np.flatnonzero(_among(self.contents, others.contents) & ~found)
         found[self._confirmed(alike, others)] = True
         return found
 
     def _confirmed(self, alike: np.ndarray, others: "Images") -> np.ndarray:
-        """Those of `alike`, whose contents are among the others', that a look at the files does not refute."""
+        """Those of `alike`, whose contents are among the others', that a look at the files does not
+        refute.
+        """
         order = np.argsort(others.contents, kind="stable")
-        first, last = (np.searchsorted(others.contents, self.contents[alike], side, sorter=order) for side in ("left", "right"))
+        first, last = (
+            np.searchsorted(others.contents, self.contents[alike], side, sorter=order)
+            for side in ("left", "right")
+        )
         readable = np.flatnonzero((self.files[alike] != 0) & (others.files[order[first]] != 0))
 
         def same(k: int) -> bool:
             mine = storage.read(self.path(int(alike[k])))
-            return any(mine == storage.read(others.path(int(j))) for j in order[first[k] : last[k]] if others.files[j])
+            return any(
+                mine == storage.read(others.path(int(j)))
+                for j in order[first[k] : last[k]]
+                if others.files[j]
+            )
 
-        some = readable[np.unique(np.linspace(0, len(readable) - 1, min(CONFIRMED, len(readable))).round().astype(int))]
+        some = readable[
+            np.unique(
+                np.linspace(0, len(readable) - 1, min(CONFIRMED, len(readable))).round().astype(int)
+            )
+        ]
         if all(map(same, some.tolist())):
             return alike
-        return np.delete(alike, [k for k in readable.tolist() if not same(k)])  # fingerprints say little of such files: all are compared
+        return np.delete(
+            alike, [k for k in readable.tolist() if not same(k)]
+        )  # fingerprints say little of such files: all are compared
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,7 +171,8 @@ class TrainedOn:
     """What a model was trained on.
 
     Attributes:
-        domains: the source of the run, its parts one by one, and those of the run whose model it started from.
+        domains: the source of the run, its parts one by one, and those of the run whose model it
+            started from.
         count: images of the run's own source, at its last start.
         classes: names of its classes.
         table: SHA-256 of what the ids of its label files mean, "" where there are no label maps.
@@ -152,16 +195,29 @@ class TrainedOn:
             source: the images to train on.
             root: the data root that they were opened in.
         """
-        return cls(tuple(source.domain.split("+")), len(source), source.labels.names, _table(source), Images.of(source, root))
+        return cls(
+            tuple(source.domain.split("+")),
+            len(source),
+            source.labels.names,
+            _table(source),
+            Images.of(source, root),
+        )
 
     def without_images(self) -> "TrainedOn":
         """The same domains, of which no image is trained on."""
-        return dataclasses.replace(self, images=None if self.images is None else self.images.take([]))
+        return dataclasses.replace(
+            self, images=None if self.images is None else self.images.take([])
+        )
 
     def with_pictures(self, paths: Sequence[str], root: str) -> "TrainedOn":
-        """This, and besides pictures that are mixed into the images, or whose styles these are given."""
+        """This, and besides pictures that are mixed into the images, or whose styles these are
+        given.
+        """
         assert self.images is not None
-        return dataclasses.replace(self, images=Images.joined([self.images, Images.of_files(paths, root)], self.images.path))
+        return dataclasses.replace(
+            self,
+            images=Images.joined([self.images, Images.of_files(paths, root)], self.images.path),
+        )
 
     def also(self, other: "TrainedOn | None") -> "TrainedOn":
         """This, and besides the domains and images of another."""
@@ -171,11 +227,16 @@ class TrainedOn:
         if self.images is None or other.images is None:
             return dataclasses.replace(self, domains=domains)
         more = other.images.take(np.flatnonzero(~other.images.among(self.images)).tolist())
-        more = dataclasses.replace(more, files=np.zeros(len(more), np.uint64))  # `path` knows this one's alone
-        return dataclasses.replace(self, domains=domains, images=Images.joined([self.images, more], self.images.path))
+        more = dataclasses.replace(
+            more, files=np.zeros(len(more), np.uint64)
+        )  # `path` knows this one's alone
+        return dataclasses.replace(
+            self, domains=domains, images=Images.joined([self.images, more], self.images.path)
+        )
 
     def changes(self, before: "TrainedOn", source: str) -> str | None:
-        """What is not as at the run's last start, and what that means for a run that goes on; None if nothing changed.
+        """What is not as at the run's last start, and what that means for a run that goes on; None
+        if nothing changed.
 
         Args:
             before: what the run's workdir says.
@@ -186,36 +247,53 @@ class TrainedOn:
         """
         if before.classes and before.classes != self.classes:
             raise ValueError(
-                f"the run was trained on the classes {', '.join(before.classes)}, and now {source} has {', '.join(self.classes)}; "
-                "give another --workdir, or the dataset with the classes of before"
+                f"the run was trained on the classes {', '.join(before.classes)}, and now {source}"
+                f" has {', '.join(self.classes)}; give another --workdir, or the dataset with the"
+                " classes of before"
             )
         if before.table and before.table != self.table:
             raise ValueError(
-                f"the ids in the label files of {source} mean other classes than at the run's last start; "
-                "give another --workdir, or the label map of before (data.folder, data.mapillary_labels, or the records)"
+                f"the ids in the label files of {source} mean other classes than at the run's last"
+                " start; give another --workdir, or the label map of before (data.folder,"
+                " data.mapillary_labels, or the records)"
             )
         found = []
         if before.count != self.count:
             found.append(f"{self.count} images instead of {before.count}")
         elif self.images is not None and before.images is not None:
-            own = self.images.take(range(min(self.count, len(self.images))))  # a run of no step is trained on none
+            own = self.images.take(
+                range(min(self.count, len(self.images)))
+            )  # a run of no step is trained on none
             if others := int((~own.among(before.images)).sum()):
                 found.append(f"{others} of its {self.count} images that were not there")
         if before.pixels and self.pixels and before.pixels != self.pixels:
-            found.append("labels with other numbers of pixels of the classes, by which rare classes are drawn")
+            found.append(
+                "labels with other numbers of pixels of the classes, by which rare classes are"
+                " drawn"
+            )
         if not found:
             return None
         return (
-            f"{source} has changed since the run's last start: {' and '.join(found)}; from here on other images come in another order, "
-            "and the run is no longer the one that it would have been"
+            f"{source} has changed since the run's last start: {' and '.join(found)}; from here on"
+            " other images come in another order, and the run is no longer the one that it would"
+            " have been"
         )
 
     def save(self, workdir: Path) -> None:
-        """Writes `source.npz`, whole or not at all: `about` (JSON: all but the images), `names`, `contents`."""
+        """Writes `source.npz`, whole or not at all: `about` (JSON: all but the images), `names`,
+        `contents`.
+        """
         assert self.images is not None
-        about = {"version": 1, "domains": self.domains, "count": self.count, "classes": self.classes, "table": self.table}
+        about = {
+            "version": 1,
+            "domains": self.domains,
+            "count": self.count,
+            "classes": self.classes,
+            "table": self.table,
+        }
         about["pixels"] = self.pixels
-        packed, coded = io.BytesIO(), np.frombuffer(json.dumps(about).encode(), np.uint8)
+        packed = io.BytesIO()
+        coded = np.frombuffer(json.dumps(about).encode(), np.uint8)
         np.savez(packed, about=coded, names=self.images.names, contents=self.images.contents)
         files.write(workdir / FILE, packed.getvalue())
 
@@ -231,13 +309,23 @@ class TrainedOn:
             return None
         try:
             with open(path, "rb") as packed, np.load(packed) as arrays:
-                about, names, contents = json.loads(arrays["about"].tobytes()), arrays["names"], arrays["contents"]
+                about = json.loads(arrays["about"].tobytes())
+                names = arrays["names"]
+                contents = arrays["contents"]
             images = Images(np.zeros(len(names), np.uint64), names, contents)
             pixels = tuple(about.get("pixels", ()))
-            return cls(tuple(about["domains"]), about["count"], tuple(about["classes"]), about["table"], images, pixels)
+            return cls(
+                tuple(about["domains"]),
+                about["count"],
+                tuple(about["classes"]),
+                about["table"],
+                images,
+                pixels,
+            )
         except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
             raise ValueError(
-                f"{path} is damaged ({type(error).__name__}: {error}); delete it, and the run's own command writes it again"
+                f"{path} is damaged ({type(error).__name__}: {error}); delete it, and the run's own"
+                " command writes it again"
             ) from error
 
 
@@ -248,7 +336,8 @@ class Standing:
     Attributes:
         seen: whether it is of the datasets trained on, or has images of theirs.
         trained_on: which of its judged images were trained on; None where that is not known.
-        part_of: the unseen domain that has its images too, so that they do not count twice in a mean.
+        part_of: the unseen domain that has its images too, so that they do not count twice in a
+            mean.
     """
 
     seen: bool
@@ -257,16 +346,22 @@ class Standing:
 
 
 def family(domain: str) -> str:
-    """What a domain is a split or a part of: the published dataset `gta5` of `gta5/val`, `acdc` of `acdc/night`; else itself."""
+    """What a domain is a split or a part of: the published dataset `gta5` of `gta5/val`, `acdc` of
+    `acdc/night`; else itself.
+    """
     return domain.split("/")[0] if published.find(domain) else domain
 
 
 def standings(
-    trained: TrainedOn, domains: Mapping[str, Dataset], root: str, say: Callable[[str], None] = lambda line: None
+    trained: TrainedOn,
+    domains: Mapping[str, Dataset],
+    root: str,
+    say: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Standing]:
     """How each domain stands to what was trained on.
 
-    A domain is seen if it is of a dataset trained on, has images trained on, or has images that a seen domain is judged on.
+    A domain is seen if it is of a dataset trained on, has images trained on, or has images that a
+    seen domain is judged on.
 
     Args:
         trained: what was trained on.
@@ -274,11 +369,17 @@ def standings(
         root: the data root that they were opened in.
         say: receives a line for every domain whose name does not tell how it stands.
     """
-    whole = {name: dataset.dataset if isinstance(dataset, Subset) else dataset for name, dataset in domains.items()}
+    whole = {
+        name: dataset.dataset if isinstance(dataset, Subset) else dataset
+        for name, dataset in domains.items()
+    }
     images = {name: Images.of(dataset, root) for name, dataset in whole.items()}
     families = {family(part) for domain in trained.domains for part in domain.split("+")}
     related = {name for name in domains if families & {family(part) for part in name.split("+")}}
-    masks = {name: None if trained.images is None else mine.among(trained.images) for name, mine in images.items()}
+    masks = {
+        name: None if trained.images is None else mine.among(trained.images)
+        for name, mine in images.items()
+    }
     seen = set(related)
     for name, mask in masks.items():
         n = 0 if mask is None else int(mask.sum())
@@ -286,7 +387,10 @@ def standings(
             seen.add(name)
             say(f"{name}: {_some(n, len(images[name]))} trained on; it counts as seen")
         elif name in related and name not in trained.domains:
-            say(f"{name}: of a dataset that is trained on ({', '.join(trained.domains)}); it counts as seen")
+            say(
+                f"{name}: of a dataset that is trained on ({', '.join(trained.domains)}); it counts"
+                " as seen"
+            )
     waiting = list(seen)
     while waiting:  # what shares images with a seen domain is seen, and so on
         known = waiting.pop()
@@ -294,7 +398,10 @@ def standings(
             if n := int(images[name].among(images[known]).sum()):
                 seen.add(name)
                 waiting.append(name)
-                say(f"{name}: {_some(n, len(images[name]))} in {known} too, which is seen; so it counts as seen")
+                say(
+                    f"{name}: {_some(n, len(images[name]))} in {known} too, which is seen; so it"
+                    " counts as seen"
+                )
     part_of = _parts([name for name in domains if name not in seen], images, say)
     judged = {
         name: mask[dataset.images] if mask is not None and isinstance(dataset, Subset) else mask
@@ -303,8 +410,12 @@ def standings(
     return {name: Standing(name in seen, judged[name], part_of.get(name)) for name in domains}
 
 
-def _parts(unseen: Sequence[str], images: Mapping[str, Images], say: Callable[[str], None]) -> dict[str, str]:
-    """The domains that share images with another one, by name, and that one: of two the smaller if it lies in the other, else the later."""
+def _parts(
+    unseen: Sequence[str], images: Mapping[str, Images], say: Callable[[str], None]
+) -> dict[str, str]:
+    """The domains that share images with another one, by name, and that one: of two the smaller if
+    it lies in the other, else the later.
+    """
     part_of: dict[str, str] = {}
     for name in unseen:
         for other in [other for other in unseen[: unseen.index(name)] if other not in part_of]:
@@ -316,7 +427,10 @@ def _parts(unseen: Sequence[str], images: Mapping[str, Images], say: Callable[[s
             part_of[part] = whole
             if not part.startswith(f"{whole}/"):
                 count = int(images[part].among(images[whole]).sum())
-                say(f"{part}: {_some(count, len(images[part]))} in {whole} too; it counts as a part of it and not in the mean of unseen")
+                say(
+                    f"{part}: {_some(count, len(images[part]))} in {whole} too; it counts as a part"
+                    " of it and not in the mean of unseen"
+                )
             if part == name:
                 break
     for name, whole in part_of.items():
@@ -327,7 +441,11 @@ def _parts(unseen: Sequence[str], images: Mapping[str, Images], say: Callable[[s
 
 
 def _some(n: int, of: int) -> str:
-    return f"all of its {of} images are" if n == of else f"{n} of its {of} images {'is' if n == 1 else 'are'}"
+    return (
+        f"all of its {of} images are"
+        if n == of
+        else f"{n} of its {of} images {'is' if n == 1 else 'are'}"
+    )
 
 
 def _relative(path: str, root: str) -> str:
@@ -349,7 +467,10 @@ def _resolved(paths: Sequence[str]) -> list[str]:
 
 def _hashes(texts: Sequence[str]) -> Hashes:
     """64 bits of each text, the same in every process."""
-    digests = (hashlib.blake2b(text.encode(errors="surrogateescape"), digest_size=8).digest() for text in texts)
+    digests = (
+        hashlib.blake2b(text.encode(errors="surrogateescape"), digest_size=8).digest()
+        for text in texts
+    )
     return np.frombuffer(b"".join(digests), np.uint64)
 
 
@@ -361,7 +482,14 @@ def _among(these: Hashes, others: UInt64[np.ndarray, " m"]) -> Bool[np.ndarray, 
 def _table(dataset: Any) -> str:
     """SHA-256 of the label tables of a dataset, "" where it has none."""
     inner = dataset.dataset if isinstance(dataset, Subset) else dataset
-    tables = [getattr(part, "table", None) for part in (inner.parts if isinstance(inner, Mixture) else (inner,))]
+    tables = [
+        getattr(part, "table", None)
+        for part in (inner.parts if isinstance(inner, Mixture) else (inner,))
+    ]
     if all(table is None for table in tables):
         return ""
-    return hashlib.sha256(b"|".join(b"" if table is None else np.asarray(table, np.int16).tobytes() for table in tables)).hexdigest()
+    return hashlib.sha256(
+        b"|".join(
+            b"" if table is None else np.asarray(table, np.int16).tobytes() for table in tables
+        )
+    ).hexdigest()

@@ -1,8 +1,8 @@
 """What changes training and leaves the architecture alone; one file a method.
 
-A field of the configuration whose type is a `MethodOptions` is a method. An experiment file may add one of its
-own: a subclass of `Config` with such a field. Training asks the methods that are on, through `Method` alone;
-evaluation, prediction, export and conversion know nothing of them.
+A field of the configuration whose type is a `MethodOptions` is a method. An experiment file may add
+one of its own: a subclass of `Config` with such a field. Training asks the methods that are on,
+through `Method` alone; evaluation, prediction, export and conversion know nothing of them.
 """
 
 import dataclasses

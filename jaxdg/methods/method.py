@@ -55,8 +55,10 @@ class Method:
     """One method in one run.
 
     Attributes:
-        wants_pictures: every image of a batch comes with a picture, `style` uint8 [b, h, w, 3], drawn from `data.pictures`.
-        changes_model: what is left when training ends (`finish`) differs from the model that is trained.
+        wants_pictures: every image of a batch comes with a picture, `style` uint8 [b, h, w, 3],
+            drawn from `data.pictures`.
+        changes_model: what is left when training ends (`finish`) differs from the model that is
+            trained.
     """
 
     wants_pictures = False
@@ -67,7 +69,9 @@ class Method:
         return ()
 
     def boundaries(self, depth: int) -> tuple[int, ...]:
-        """Blocks after which a stacked segment must end, because `extend` changes the next block otherwise than this one."""
+        """Blocks after which a stacked segment must end, because `extend` changes the next block
+        otherwise than this one.
+        """
         return ()
 
     def extend(self, model: Any, rngs: nnx.Rngs) -> None:
@@ -87,10 +91,14 @@ class Method:
         """
         return trained
 
-    def preparation(self, task: Any, model: Any, mesh: Mesh) -> Callable[[Batch, int], Batch] | None:
-        """What is done to a batch on the devices before its step: a function of (batch, step from 0); None for nothing.
+    def preparation(
+        self, task: Any, model: Any, mesh: Mesh
+    ) -> Callable[[Batch, int], Batch] | None:
+        """What is done to a batch on the devices before its step: a function of (batch, step from
+        0); None for nothing.
 
-        Images that are float32 afterwards have been augmented; uint8 ones are augmented in the step.
+        Images that are float32 afterwards have been augmented; uint8 ones are augmented in the
+        step.
 
         Args:
             task: of the run.
@@ -100,14 +108,20 @@ class Method:
         return None
 
     def images(self, images: Float[Array, "b h w 3"], batch: Batch) -> Float[Array, "n h w 3"]:
-        """What the encoder sees in a step, RGB in 0..255: the augmented images, or several for each."""
+        """What the encoder sees in a step, RGB in 0..255: the augmented images, or several for
+        each.
+        """
         return images
 
     def targets(self, batch: Batch) -> Batch:
-        """What the losses are computed of: a prepared batch, with a row for each row of features that `observe` leaves."""
+        """What the losses are computed of: a prepared batch, with a row for each row of features
+        that `observe` leaves.
+        """
         return batch
 
-    def observe(self, features: Features, places: Sequence[int], batch: Batch) -> tuple[Kept, dict[str, Float[Array, ""]]]:
+    def observe(
+        self, features: Features, places: Sequence[int], batch: Batch
+    ) -> tuple[Kept, dict[str, Float[Array, ""]]]:
         """Looks at features and adds loss terms.
 
         Args:
@@ -116,12 +130,16 @@ class Method:
             batch: as prepared, or a part of it.
 
         Returns:
-            The features that the decoder goes on with, and named loss terms; those of a batch are the sums of those of its parts.
+            The features that the decoder goes on with, and named loss terms; those of a batch are
+            the sums of those of its parts.
         """
         return features, {}
 
     def transformation(self) -> optax.GradientTransformation | None:
-        """What comes after the optimiser: it sees its updates and the parameters. Its state is saved with the optimiser's."""
+        """What comes after the optimiser: it sees its updates and the parameters.
+
+        Its state is saved with the optimiser's.
+        """
         return None
 
     def finish(self, model: Any, state: Any) -> None:
@@ -134,6 +152,8 @@ class Method:
 
 
 def tap_places(model: Any, blocks: Sequence[int]) -> list[int]:
-    """Where the features of blocks are among those that a model's `encode` returns; blocks that are not built are left out."""
+    """Where the features of blocks are among those that a model's `encode` returns; blocks that are
+    not built are left out.
+    """
     taps = model.backbone.config.taps
     return [taps.index(block) for block in blocks if block in taps]

@@ -1,7 +1,14 @@
 """Features to masks: decoders, sliding windows, mIoU."""
 
 from jaxdg.evaluation.mean_iou import confusion_matrix, iou
-from jaxdg.evaluation.sliding_window import label_map, mirror, resize_scores, shared_side, sliding_window, window_starts
+from jaxdg.evaluation.sliding_window import (
+    label_map,
+    mirror,
+    resize_scores,
+    shared_side,
+    sliding_window,
+    window_starts,
+)
 from jaxdg.segmentation.clip_text import ClipTextHead, ClipTextHeadConfig
 from jaxdg.segmentation.linear import LinearHead
 from jaxdg.segmentation.mask2former.head import Mask2Former, Mask2FormerConfig

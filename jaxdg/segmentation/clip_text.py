@@ -1,11 +1,15 @@
-"""Zero-shot segmentation without any training: CLIP's features of every patch against the embeddings of class names.
+"""Zero-shot segmentation without any training: CLIP's features of every patch against the
+embeddings of class names.
 
-MaskCLIP (Zhou et al. 2022, chongzhou96/MaskCLIP): in the last block of the image tower every token attends to itself only, so that the
-attention's output is the projected value of the token itself; residual and MLP stay as they are. LayerNorm and projection then lead into
-the joint space, where the cosine to a class's embedding is its score. Of a ResNet it is the values of the attention pool that are
-projected. Different from theirs: activation and epsilons are those CLIP was trained with (their configuration has exact GELU and 1e-6),
-cosines are multiplied by CLIP's temperature, which makes them the logits it was trained with and changes no decision, and the class
-embeddings are those of one template. Their key smoothing and prompt denoising are refinements of their own, and not built.
+MaskCLIP (Zhou et al. 2022, chongzhou96/MaskCLIP): in the last block of the image tower every token
+    attends to itself only, so that the
+attention's output is the projected value of the token itself; residual and MLP stay as they are.
+LayerNorm and projection then lead into the joint space, where the cosine to a class's embedding is
+its score. Of a ResNet it is the values of the attention pool that are projected. Different from
+theirs: activation and epsilons are those CLIP was trained with (their configuration has exact GELU
+and 1e-6), cosines are multiplied by CLIP's temperature, which makes them the logits it was trained
+with and changes no decision, and the class embeddings are those of one template. Their key
+smoothing and prompt denoising are refinements of their own, and not built.
 """
 
 from collections.abc import Sequence
@@ -71,13 +75,18 @@ class ClipTextHead(PixelHead):
         self.tower = f"{encoder}_text"
         if self.tower not in clip_text.TEXT_TOWERS:
             known = ", ".join(name.removesuffix("_text") for name in clip_text.TEXT_TOWERS)
-            raise ValueError(f"model.decoder clip_text needs an encoder with a text tower; model.encoder is {encoder}, allowed: {known}")
+            raise ValueError(
+                "model.decoder clip_text needs an encoder with a text tower; model.encoder is"
+                f" {encoder}, allowed: {known}"
+            )
         tower = clip_text.TEXT_TOWERS[self.tower]
         self.names = config.names
         self.texts = nnx.BatchStat(jnp.zeros((len(config.names), tower.embedding)))
         self.logit_scale = nnx.BatchStat(jnp.zeros(()))
         projection = tower.image_projection
-        self.image_projection = None if projection is None else clip_text.Projection(projection, rngs=rngs)
+        self.image_projection = (
+            None if projection is None else clip_text.Projection(projection, rngs=rngs)
+        )
 
     def __call__(
         self,
@@ -99,7 +108,8 @@ class ClipTextHead(PixelHead):
         return (values(backbone, before, last),)
 
     def load_text(self, path: str | Path) -> None:
-        """Fills the head from a converted text tower: the embeddings of its class names, and the way into their space.
+        """Fills the head from a converted text tower: the embeddings of its class names, and the
+        way into their space.
 
         Args:
             path: made by `conversion/torch_to_flax.py --model ENCODER_text`.
@@ -111,13 +121,23 @@ class ClipTextHead(PixelHead):
         tower = clip_text.load_text_tower(path)
         name = weights.metadata(path)["model"]
         if name != self.tower:
-            raise ValueError(f"model.text_weights {path} holds {name}; allowed: {self.tower}, the tower beside the encoder")
-        stored = {name: tensor for name, tensor in weights.tensors(tower).items() if name.startswith(("image_projection.", "logit_scale"))}
+            raise ValueError(
+                f"model.text_weights {path} holds {name}; allowed: {self.tower}, the tower beside"
+                " the encoder"
+            )
+        stored = {
+            name: tensor
+            for name, tensor in weights.tensors(tower).items()
+            if name.startswith(("image_projection.", "logit_scale"))
+        }
         weights.fill(self, stored | {"texts": tower.embeddings(self.names)}, path)
 
 
-def values(backbone: backbones.Encoder, before: Float[Array, "b h w c"], last: Float[Array, "b _ _ _"]) -> Float[Array, "b gh gw e"]:
-    """The last features of an image tower with its last attention undone, as MaskCLIP computes them.
+def values(
+    backbone: backbones.Encoder, before: Float[Array, "b h w c"], last: Float[Array, "b _ _ _"]
+) -> Float[Array, "b gh gw e"]:
+    """The last features of an image tower with its last attention undone, as MaskCLIP computes
+    them.
 
     Args:
         backbone: the tower, whose last two blocks or stages are tapped.
@@ -125,7 +145,8 @@ def values(backbone: backbones.Encoder, before: Float[Array, "b h w c"], last: F
         last: features after it.
 
     Returns:
-        What its last norm and projection take of each patch; of a ResNet, each pixel's embedding, not normalised.
+        What its last norm and projection take of each patch; of a ResNet, each pixel's embedding,
+        not normalised.
     """
     if isinstance(backbone, backbones.ClipResnet):
         return backbone.pool_dense(last)

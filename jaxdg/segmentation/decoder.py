@@ -1,7 +1,8 @@
 """What every decoder offers, whatever it computes: features in, class scores and a loss out.
 
-A new decoder is one file: its settings, its config that builds it, and the module. `jaxdg/config/settings.py` lists
-the settings of all decoders, and that list is all that knows them by name.
+A new decoder is one file: its settings, its config that builds it, and the module.
+`jaxdg/config/settings.py` lists the settings of all decoders, and that list is all that knows them
+by name.
 """
 
 from collections.abc import Sequence
@@ -90,10 +91,14 @@ class Decoder(nnx.Module):
         raise NotImplementedError
 
     def loss_denominator(self, label: UInt8[Array, "b H W"]) -> Any:
-        """What the loss terms are divided by: a tree of scalars, from the labels of the global batch."""
+        """What the loss terms are divided by: a tree of scalars, from the labels of the global
+        batch.
+        """
         raise NotImplementedError
 
-    def loss(self, output: Any, label: UInt8[Array, "b H W"], denominator: Any, key: Key[Array, ""]) -> dict[str, Float[Array, ""]]:
+    def loss(
+        self, output: Any, label: UInt8[Array, "b H W"], denominator: Any, key: Key[Array, ""]
+    ) -> dict[str, Float[Array, ""]]:
         """Named loss terms of a part of a batch, which add up to the loss.
 
         Args:
@@ -116,4 +121,6 @@ class Decoder(nnx.Module):
         Raises:
             ValueError: this decoder reads no text.
         """
-        raise ValueError(f"model.text_weights is {path}; allowed: None, as this decoder reads no text")
+        raise ValueError(
+            f"model.text_weights is {path}; allowed: None, as this decoder reads no text"
+        )

@@ -1,7 +1,9 @@
-"""The simplest decoder: every feature map normalised, read by a 1x1 linear layer, and the class scores of all maps added.
+"""The simplest decoder: every feature map normalised, read by a 1x1 linear layer, and the class
+scores of all maps added.
 
-Adding the readings is the same as one 1x1 layer on the concatenated maps, but each is computed at its own resolution and only
-the k class scores are enlarged. A probe of what the encoder knows rather than a model of its own.
+Adding the readings is the same as one 1x1 layer on the concatenated maps, but each is computed at
+its own resolution and only the k class scores are enlarged. A probe of what the encoder knows
+rather than a model of its own.
 """
 
 from collections.abc import Sequence
@@ -19,9 +21,13 @@ IGNORE = 255
 
 
 class PixelHead(Decoder):
-    """What decoders share whose output is class scores of every pixel, at the finest map's resolution."""
+    """What decoders share whose output is class scores of every pixel, at the finest map's
+    resolution.
+    """
 
-    def scores(self, output: Float[Array, "b h w k"], size: tuple[int, int]) -> Float[Array, "b H W k"]:
+    def scores(
+        self, output: Float[Array, "b h w k"], size: tuple[int, int]
+    ) -> Float[Array, "b H W k"]:
         """Class scores of `output` at an image size."""
         return resize_scores(output, size)
 
@@ -36,16 +42,20 @@ class PixelHead(Decoder):
         denominator: Float[Array, ""],
         key: Key[Array, ""] | None = None,
     ) -> dict[str, Float[Array, ""]]:
-        """Cross entropy at the label's resolution, summed over labelled pixels and divided by `denominator`.
+        """Cross entropy at the label's resolution, summed over labelled pixels and divided by
+        `denominator`.
 
-        A batch's loss is thus the sum of the losses of its parts, whatever their sizes. Nothing is drawn, so `key` is not used.
+        A batch's loss is thus the sum of the losses of its parts, whatever their sizes. Nothing is
+        drawn, so `key` is not used.
         """
         _, h, w = label.shape
         logits = resize_scores(output, (h, w))
         valid = label != IGNORE
         log_p = jax.nn.log_softmax(logits)
         # A one-hot product instead of a gather: its gradient needs no scatter.
-        picked = jnp.sum(log_p * jax.nn.one_hot(label, logits.shape[-1], dtype=log_p.dtype), axis=-1)
+        picked = jnp.sum(
+            log_p * jax.nn.one_hot(label, logits.shape[-1], dtype=log_p.dtype), axis=-1
+        )
         return {"cross_entropy": -jnp.sum(jnp.where(valid, picked, 0.0)) / denominator}
 
 
@@ -78,7 +88,9 @@ class LinearConfig(DecoderConfig):
 class LinearHead(PixelHead):
     """Feature maps to class scores at the finest map's resolution."""
 
-    def __init__(self, num_classes: int, channels: Sequence[int], *, dtype: str = "float32", rngs: nnx.Rngs):
+    def __init__(
+        self, num_classes: int, channels: Sequence[int], *, dtype: str = "float32", rngs: nnx.Rngs
+    ):
         """Args:
         num_classes: k.
         channels: of each feature map, finest map first.
@@ -86,7 +98,9 @@ class LinearHead(PixelHead):
         rngs: initialises the parameters.
         """
         self.norms = nnx.List([nnx.LayerNorm(c, epsilon=1e-6, rngs=rngs) for c in channels])
-        self.classifiers = nnx.List([nnx.Linear(c, num_classes, dtype=jnp.dtype(dtype), rngs=rngs) for c in channels])
+        self.classifiers = nnx.List(
+            [nnx.Linear(c, num_classes, dtype=jnp.dtype(dtype), rngs=rngs) for c in channels]
+        )
 
     def __call__(
         self,
@@ -96,5 +110,11 @@ class LinearHead(PixelHead):
     ) -> Float[Array, "b h w k"]:
         """Class scores (logits) at the size of the finest map, float32; the same in training."""
         _, h, w, _ = features[0].shape
-        readings = [read(norm(x)) for norm, read, x in zip(self.norms, self.classifiers, features, strict=True)]
-        return sum((resize_scores(r.astype(jnp.float32), (h, w)) for r in readings), start=jnp.zeros((), jnp.float32))
+        readings = [
+            read(norm(x))
+            for norm, read, x in zip(self.norms, self.classifiers, features, strict=True)
+        ]
+        return sum(
+            (resize_scores(r.astype(jnp.float32), (h, w)) for r in readings),
+            start=jnp.zeros((), jnp.float32),
+        )

@@ -1,8 +1,10 @@
-"""SegFormer's decoder (Xie et al. 2021): every level to one width by a linear layer, all levels at the finest size, mixed, and classified.
+"""SegFormer's decoder (Xie et al. 2021): every level to one width by a linear layer, all levels at
+the finest size, mixed, and classified.
 
-Parameters are named as in transformers and ordered as in NVlabs/SegFormer, where the coarsest level comes first. Different from both:
-levels are mixed before they are enlarged. Enlarging is linear, so the sum of the enlarged products is the product of the enlarged levels,
-and the wide concatenation, four times the size of anything else here, never exists.
+Parameters are named as in transformers and ordered as in NVlabs/SegFormer, where the coarsest level
+comes first. Different from both: levels are mixed before they are enlarged. Enlarging is linear, so
+the sum of the enlarged products is the product of the enlarged levels, and the wide concatenation,
+four times the size of anything else here, never exists.
 """
 
 from collections.abc import Sequence
@@ -25,7 +27,8 @@ class SegformerOptions(DecoderOptions):
     """Sizes of the SegFormer decoder.
 
     Attributes:
-        hidden: channels inside; SegFormer has 256 on its encoders B0 and B1, and 768 on larger ones. Default 256.
+        hidden: channels inside; SegFormer has 256 on its encoders B0 and B1, and 768 on larger
+            ones. Default 256.
     """
 
     hidden: int = 256
@@ -65,24 +68,37 @@ class SegformerHead(PixelHead):
         """
         self.config = c = config
         self.dtype = jnp.dtype(c.dtype)
-        self.linear_c = nnx.List([nnx.Linear(n, c.hidden, dtype=self.dtype, rngs=rngs) for n in channels])
+        self.linear_c = nnx.List(
+            [nnx.Linear(n, c.hidden, dtype=self.dtype, rngs=rngs) for n in channels]
+        )
         self.linear_fuse = nnx.Linear(len(channels) * c.hidden, c.hidden, use_bias=False, rngs=rngs)
         self.batch_norm = nnx.BatchNorm(c.hidden, momentum=0.9, dtype=jnp.float32, rngs=rngs)
-        self.classifier = nnx.Linear(c.hidden, c.num_classes, kernel_init=nnx.initializers.normal(0.01), dtype=self.dtype, rngs=rngs)
+        self.classifier = nnx.Linear(
+            c.hidden,
+            c.num_classes,
+            kernel_init=nnx.initializers.normal(0.01),
+            dtype=self.dtype,
+            rngs=rngs,
+        )
 
     def __call__(
-        self, features: tuple[Float[Array, "b _ _ _"], ...], key: Key[Array, ""] | None = None, train: bool = False
+        self,
+        features: tuple[Float[Array, "b _ _ _"], ...],
+        key: Key[Array, ""] | None = None,
+        train: bool = False,
     ) -> Float[Array, "b h w k"]:
         """Class scores (logits) at the size of the finest map, float32.
 
         Args:
             features: one map a level, finest first.
             key: random key that turns dropout on: whole channels of a sample, as in mmsegmentation.
-            train: normalise with the statistics of the batch (over all devices) and let the running ones follow. A batch that is computed
-                in parts is normalised part by part.
+            train: normalise with the statistics of the batch (over all devices) and let the running
+                ones follow. A batch that is computed in parts is normalised part by part.
         """
         _, h, w, _ = features[0].shape
-        kernels = jnp.split(self.linear_fuse.kernel[...].astype(self.dtype), len(features))  # the coarsest level's comes first
+        kernels = jnp.split(
+            self.linear_fuse.kernel[...].astype(self.dtype), len(features)
+        )  # the coarsest level's comes first
         x = jnp.zeros((), jnp.float32)
         for feature, linear, kernel in zip(features, self.linear_c, reversed(kernels), strict=True):
             mixed = jnp.matmul(linear(feature), kernel, preferred_element_type=jnp.float32)

@@ -19,10 +19,12 @@ class SegmenterConfig(backbones.EncoderOptions):
 
     Attributes:
         num_classes: k.
-        image_size: height and width in pixels of the crops it is trained on and the windows it predicts.
+        image_size: height and width in pixels of the crops it is trained on and the windows it
+            predicts.
         decoder: its kind and sizes; None for the linear one.
-        pyramid: "none" reads the taps as they are; "layer" or "batch" builds four levels of a plain encoder with that normalisation.
-            A hierarchical encoder has its own levels, which are always read as they are.
+        pyramid: "none" reads the taps as they are; "layer" or "batch" builds four levels of a plain
+            encoder with that normalisation. A hierarchical encoder has its own levels, which are
+            always read as they are.
         observed: blocks whose features `encode` returns beside those that the decoder reads.
         boundaries: further blocks after which stacked segments end.
     """
@@ -39,31 +41,48 @@ class Segmenter(nnx.Module):
     """Images to the decoder's output; `head` turns that into class scores or a loss."""
 
     def __init__(self, config: SegmenterConfig, *, rngs: nnx.Rngs):
-        """Builds the model with random parameters; encoder weights are loaded into `backbone` afterwards.
+        """Builds the model with random parameters; encoder weights are loaded into `backbone`
+        afterwards.
 
         Raises:
-            ValueError: a pyramid that the taps or the image size do not allow, or a decoder without the pyramid it needs.
+            ValueError: a pyramid that the taps or the image size do not allow, or a decoder without
+                the pyramid it needs.
         """
         c = config
         self.config = config
         decoder = c.decoder or LinearConfig(c.num_classes, c.dtype)
         read = c.taps or decoder.taps(backbones.entry(c.encoder).config)
         taps, self.read, self.observed = backbones.join_taps(sorted(read), c.observed)
-        self.backbone = backbones.build(c, taps=taps, image_size=c.image_size, boundaries=c.boundaries, rngs=rngs)
-        channels, strides = (tuple(x[i] for i in self.read) for x in (self.backbone.channels, self.backbone.config.strides))
+        self.backbone = backbones.build(
+            c, taps=taps, image_size=c.image_size, boundaries=c.boundaries, rngs=rngs
+        )
+        channels, strides = (
+            tuple(x[i] for i in self.read)
+            for x in (self.backbone.channels, self.backbone.config.strides)
+        )
         hierarchical = isinstance(self.backbone.config, backbones.StagedConfig)
         builds_levels = c.pyramid != "none" and not hierarchical
         if builds_levels:
             check_pyramid(c, len(channels), strides[-1])
         if decoder.needs_levels and not builds_levels and not (hierarchical and len(channels) == 4):
             raise ValueError(
-                f"model.decoder {decoder.name} reads four levels of different sizes, and {c.encoder} gives {len(channels)} with "
-                f"{', '.join(map(str, strides))} pixels a feature; set model.pyramid to layer or batch, or model.taps to ()"
+                f"model.decoder {decoder.name} reads four levels of different sizes, and"
+                f" {c.encoder} gives {len(channels)} with {', '.join(map(str, strides))} pixels a"
+                " feature; set model.pyramid to layer or batch, or model.taps to ()"
             )
-        self.pyramid = backbones.Pyramid(channels[0], c.pyramid, dtype=c.dtype, rngs=rngs) if builds_levels else None
+        self.pyramid = (
+            backbones.Pyramid(channels[0], c.pyramid, dtype=c.dtype, rngs=rngs)
+            if builds_levels
+            else None
+        )
         self.head = decoder.build(channels, encoder=c.encoder, rngs=rngs)
 
-    def __call__(self, images: Float[Array, "b h w 3"], key: Key[Array, ""] | None = None, train: bool = False) -> Any:
+    def __call__(
+        self,
+        images: Float[Array, "b h w 3"],
+        key: Key[Array, ""] | None = None,
+        train: bool = False,
+    ) -> Any:
         """The decoder's output, which `head.scores` and `head.loss` take.
 
         Args:
@@ -73,11 +92,20 @@ class Segmenter(nnx.Module):
         """
         return self.decode(self.encode(images, key), key, train)
 
-    def encode(self, images: Float[Array, "b h w 3"], key: Key[Array, ""] | None = None) -> tuple[Float[Array, "b _ _ _"], ...]:
-        """Features of all taps: those that are read (`read` are their places) and observed (`observed`); arguments as for the model."""
+    def encode(
+        self, images: Float[Array, "b h w 3"], key: Key[Array, ""] | None = None
+    ) -> tuple[Float[Array, "b _ _ _"], ...]:
+        """Features of all taps: those that are read (`read` are their places) and observed
+        (`observed`); arguments as for the model.
+        """
         return self.backbone(images, key)
 
-    def decode(self, features: tuple[Float[Array, "b _ _ _"], ...], key: Key[Array, ""] | None = None, train: bool = False) -> Any:
+    def decode(
+        self,
+        features: tuple[Float[Array, "b _ _ _"], ...],
+        key: Key[Array, ""] | None = None,
+        train: bool = False,
+    ) -> Any:
         """The decoder's output from features of all taps; other arguments as those of the model."""
         features = tuple(features[i] for i in self.read)
         if self.pyramid is not None:
@@ -86,12 +114,16 @@ class Segmenter(nnx.Module):
         return self.head(features, None if key is None else jax.random.fold_in(key, 1), train)
 
     def adapt(self, name: str, tensor: np.ndarray) -> np.ndarray | None:
-        """Fits a tensor stored by a segmenter for another image size to this one, as the encoder does."""
+        """Fits a tensor stored by a segmenter for another image size to this one, as the encoder
+        does.
+        """
         part, _, rest = name.partition(".")
         return self.backbone.adapt(rest, tensor) if part == "backbone" else tensor
 
     def unused(self, name: str) -> bool:
-        """Whether training leaves this parameter alone: no feature depends on it, or the decoder is not trained at all."""
+        """Whether training leaves this parameter alone: no feature depends on it, or the decoder is
+        not trained at all.
+        """
         part, _, rest = name.partition(".")
         return not self.head.trained or (part == "backbone" and self.backbone.unused(rest))
 
@@ -114,10 +146,12 @@ def check_pyramid(config: SegmenterConfig, taps: int, stride: int) -> None:
     """
     c = config
     if taps != 4:
-        raise ValueError(f"model.pyramid is {c.pyramid!r}, which reads four taps; model.taps is {c.taps}")
+        raise ValueError(
+            f"model.pyramid is {c.pyramid!r}, which reads four taps; model.taps is {c.taps}"
+        )
     if min(c.image_size) < 2 * stride:
         h, w = c.image_size
         raise ValueError(
-            f"model.pyramid is {c.pyramid!r}, which halves the deepest map; data.crop {h}x{w} is too small for it, "
-            f"it must be at least {2 * stride}x{2 * stride}"
+            f"model.pyramid is {c.pyramid!r}, which halves the deepest map; data.crop {h}x{w} is"
+            f" too small for it, it must be at least {2 * stride}x{2 * stride}"
         )

@@ -1,8 +1,10 @@
-"""Surfaces from polygons: the camera, painter's algorithm and textures of the generated streets (`streets_light.py` lights them).
+"""Surfaces from polygons: the camera, painter's algorithm and textures of the generated streets
+(`streets_light.py` lights them).
 
-Every polygon is drawn once, far to near, into a map of surface ids. All else is looked up from that map: label, object, depth (the inverse
-depth of a plane is affine in the pixel) and colour, so that labels and depth are exact by construction and an appearance is only light.
-Units are metres and radians; world axes are x right, y ahead, z up with the ground at z = 0; colours are RGB in 0..1.
+Every polygon is drawn once, far to near, into a map of surface ids. All else is looked up from that
+map: label, object, depth (the inverse depth of a plane is affine in the pixel) and colour, so that
+labels and depth are exact by construction and an appearance is only light. Units are metres and
+radians; world axes are x right, y ahead, z up with the ground at z = 0; colours are RGB in 0..1.
 """
 
 from dataclasses import dataclass, field
@@ -13,8 +15,12 @@ from typing import NamedTuple
 import cv2
 import numpy as np
 
-PLAIN, GROUND, PAVING, FOLIAGE, FACADE, BRICK, BARS = range(7)  # materials; GROUND and PAVING lie flat
-NO_GLOW, SIGNAL, VEHICLE, LAMP = range(4)  # what shines: traffic lights always, vehicles in bad light, street lamps and windows in the dark
+PLAIN, GROUND, PAVING, FOLIAGE, FACADE, BRICK, BARS = range(
+    7
+)  # materials; GROUND and PAVING lie flat
+NO_GLOW, SIGNAL, VEHICLE, LAMP = range(
+    4
+)  # what shines: traffic lights always, vehicles in bad light, street lamps and windows in the dark
 SKY = 10  # train id of what no polygon covers
 NEAR = 0.3  # polygons are cut at this depth
 CULLED = 1  # flag of a polygon seen from its front only (counter-clockwise)
@@ -40,7 +46,8 @@ class Camera:
 
     def axes(self) -> np.ndarray:
         """Rows: right, down, forward in world axes, float32 [3, 3]."""
-        (sy, cy), (sp, cp) = (np.sin(self.yaw), np.cos(self.yaw)), (np.sin(self.pitch), np.cos(self.pitch))
+        sy, cy = (np.sin(self.yaw), np.cos(self.yaw))
+        sp, cp = (np.sin(self.pitch), np.cos(self.pitch))
         return np.array([[cy, -sy, 0], [sy * sp, cy * sp, -cp], [sy * cp, cy * cp, sp]], np.float32)
 
     def view(self, points: np.ndarray) -> np.ndarray:
@@ -48,29 +55,42 @@ class Camera:
         return (points - np.array(self.position, np.float32)) @ self.axes().T
 
     def pixels(self, view: np.ndarray) -> np.ndarray:
-        """Camera points [n, 3] with positive depth to pixel coordinates [n, 2] (column, row); pixel centres are whole numbers."""
+        """Camera points [n, 3] with positive depth to pixel coordinates [n, 2] (column, row); pixel
+        centres are whole numbers.
+        """
         h, w = self.size
-        return view[:, :2] / view[:, 2:] * self.focal + np.array([(w - 1) / 2, (h - 1) / 2], np.float32)
+        return view[:, :2] / view[:, 2:] * self.focal + np.array(
+            [(w - 1) / 2, (h - 1) / 2], np.float32
+        )
 
     def rays(self) -> tuple[np.ndarray, np.ndarray]:
         """Right and down components of each pixel's ray with forward 1, each float32 [h * w]."""
         h, w = self.size
-        x, y = (np.arange(w, dtype=np.float32) - (w - 1) / 2) / self.focal, (np.arange(h, dtype=np.float32) - (h - 1) / 2) / self.focal
+        x = (np.arange(w, dtype=np.float32) - (w - 1) / 2) / self.focal
+        y = (np.arange(h, dtype=np.float32) - (h - 1) / 2) / self.focal
         return np.tile(x, h), np.repeat(y, w)
 
 
 class Shape(NamedTuple):
-    """Polygons of one kind of object in its own axes, drawn in order; `slots` index the palette the object is painted with."""
+    """Polygons of one kind of object in its own axes, drawn in order; `slots` index the palette the
+    object is painted with.
+    """
 
     vertices: np.ndarray  # float32 [v, 3]
     sizes: np.ndarray  # int [p] vertices a polygon
     slots: np.ndarray  # int [p]
-    table: np.ndarray  # float32 [p, 9]: colour 3 (from the palette), noise amplitude, noise scale in texels a metre, parameters 4
+    table: (
+        np.ndarray
+        # float32 [p, 9]: colour 3 (from the palette), noise amplitude, noise scale in texels a metre,
+        # parameters 4
+    )
     kinds: np.ndarray  # int32 [p, 3]: material, glow, flags
 
 
 class Group(NamedTuple):
-    """Polygons that are painted together; larger keys are painted earlier, equal keys in order of addition."""
+    """Polygons that are painted together; larger keys are painted earlier, equal keys in order of
+    addition.
+    """
 
     key: float
     label: int
@@ -89,9 +109,13 @@ class Mesh:
     """All polygons of one world, and the shadows on its ground."""
 
     groups: list[Group] = field(default_factory=list)
-    shadows: list[list] = field(default_factory=list)  # cast by the sun: ground outlines of four corners (x, y, 0)
+    shadows: list[list] = field(
+        default_factory=list
+    )  # cast by the sun: ground outlines of four corners (x, y, 0)
     contacts: list[list] = field(default_factory=list)  # below objects, in any light
-    lamps: list[tuple[float, float, float]] = field(default_factory=list)  # street lamps that light the night
+    lamps: list[tuple[float, float, float]] = field(
+        default_factory=list
+    )  # street lamps that light the night
     objects: list[int] = field(default_factory=list)  # label of object i + 1
 
     def object(self, label: int) -> int:
@@ -99,16 +123,44 @@ class Mesh:
         self.objects.append(label)
         return len(self.objects)
 
-    def polygon(self, vertices, color, label: int, key: float, material=PLAIN, noise=(0.06, 8.0), params=(0, 0, 0, 0), flags=0):
+    def polygon(
+        self,
+        vertices,
+        color,
+        label: int,
+        key: float,
+        material=PLAIN,
+        noise=(0.06, 8.0),
+        params=(0, 0, 0, 0),
+        flags=0,
+    ):
         """Adds one polygon [k, 3] of its own colour."""
-        table, kinds = np.array([[*color, *noise, *params]], np.float32), np.array([[material, NO_GLOW, flags]], np.int32)
+        table = np.array([[*color, *noise, *params]], np.float32)
+        kinds = np.array([[material, NO_GLOW, flags]], np.int32)
         vertices = np.array(vertices, np.float32)
         self.groups.append(Group(key, label, 0, vertices, ONE[len(vertices)], table, kinds))
 
-    def place(self, shape: Shape, palette: np.ndarray, at, heading: float, label: int, key: float, obj=0, scale=(1.0, 1.0, 1.0), z=0.0):
-        """Adds a shape at ground position `at`, turned clockwise from +y by `heading`, painted with `palette` [slots, 3]."""
-        s, c = math.sin(heading), math.cos(heading)
-        turn = np.array([[c * scale[0], -s * scale[0], 0], [s * scale[1], c * scale[1], 0], [0, 0, scale[2]]], np.float32)
+    def place(
+        self,
+        shape: Shape,
+        palette: np.ndarray,
+        at,
+        heading: float,
+        label: int,
+        key: float,
+        obj=0,
+        scale=(1.0, 1.0, 1.0),
+        z=0.0,
+    ):
+        """Adds a shape at ground position `at`, turned clockwise from +y by `heading`, painted with
+        `palette` [slots, 3].
+        """
+        s = math.sin(heading)
+        c = math.cos(heading)
+        turn = np.array(
+            [[c * scale[0], -s * scale[0], 0], [s * scale[1], c * scale[1], 0], [0, 0, scale[2]]],
+            np.float32,
+        )
         vertices = shape.vertices @ turn
         vertices += np.array([at[0], at[1], z], np.float32)
         table = shape.table.copy()
@@ -118,7 +170,9 @@ class Mesh:
 
 @dataclass(frozen=True)
 class Raster:
-    """What the painter leaves: surface ids and, a row a surface (row 0 is the sky), what a pixel of it is."""
+    """What the painter leaves: surface ids and, a row a surface (row 0 is the sky), what a pixel of
+    it is.
+    """
 
     ids: np.ndarray  # int32 [h, w]
     under: np.ndarray  # int32 [h, w]: the surface behind a see-through one
@@ -133,8 +187,11 @@ class Raster:
 
 def rasterize(mesh: Mesh, camera: Camera) -> Raster:
     """Paints the mesh far to near into a map of surface ids."""
-    groups = sorted(mesh.groups, key=lambda g: -g.key)  # stable, so the order inside equal keys holds
-    vertices, sizes = np.concatenate([g.vertices for g in groups]), np.concatenate([g.sizes for g in groups])
+    groups = sorted(
+        mesh.groups, key=lambda g: -g.key
+    )  # stable, so the order inside equal keys holds
+    vertices = np.concatenate([g.vertices for g in groups])
+    sizes = np.concatenate([g.sizes for g in groups])
     table = np.concatenate([np.zeros((1, 9), np.float32), *(g.table for g in groups)])
     kinds = np.concatenate([np.zeros((1, 3), np.int32), *(g.kinds for g in groups)])
     counts = [1, *(len(g.sizes) for g in groups)]
@@ -145,31 +202,47 @@ def rasterize(mesh: Mesh, camera: Camera) -> Raster:
     view = camera.view(vertices)
     following = np.arange(1, len(vertices) + 1)
     following[ends - 1] = starts
-    a, b = view - np.repeat(view[starts], sizes, 0), view[following] - np.repeat(view[starts], sizes, 0)
+    a = view - np.repeat(view[starts], sizes, 0)
+    b = view[following] - np.repeat(view[starts], sizes, 0)
     newell = np.stack(
-        [a[:, 1] * b[:, 2] - a[:, 2] * b[:, 1], a[:, 2] * b[:, 0] - a[:, 0] * b[:, 2], a[:, 0] * b[:, 1] - a[:, 1] * b[:, 0]], 1
+        [
+            a[:, 1] * b[:, 2] - a[:, 2] * b[:, 1],
+            a[:, 2] * b[:, 0] - a[:, 0] * b[:, 2],
+            a[:, 0] * b[:, 1] - a[:, 1] * b[:, 0],
+        ],
+        1,
     )
     normal = np.add.reduceat(newell, starts)
     normal /= np.linalg.norm(normal, axis=1, keepdims=True) + 1e-9
     offset = (normal * view[starts]).sum(1)
-    depth_min, depth_max = np.minimum.reduceat(view[:, 2], starts), np.maximum.reduceat(view[:, 2], starts)
+    depth_min = np.minimum.reduceat(view[:, 2], starts)
+    depth_max = np.maximum.reduceat(view[:, 2], starts)
     pixels = camera.pixels(np.maximum(view, [-1e9, -1e9, NEAR])).clip(-20000, 20000)
-    low, high = np.minimum.reduceat(pixels, starts), np.maximum.reduceat(pixels, starts)
+    low = np.minimum.reduceat(pixels, starts)
+    high = np.maximum.reduceat(pixels, starts)
     h, w = camera.size
     cut = depth_min < NEAR
     outside = (low > [w, h]).any(1) | (high < -1).any(1)
     speck = (high - low < 1).all(1)
-    skip = (depth_max < NEAR) | (~cut & (outside | speck)) | ((kinds[1:, 2] == CULLED) & (offset > 0))
+    skip = (
+        (depth_max < NEAR) | (~cut & (outside | speck)) | ((kinds[1:, 2] == CULLED) & (offset > 0))
+    )
     fixed = np.round(pixels * 16).astype(np.int32)
-    ids, under = np.zeros((h, w), np.int32), np.zeros((h, w), np.int32)
+    ids = np.zeros((h, w), np.int32)
+    under = np.zeros((h, w), np.int32)
     sheer = (kinds[1:, 0] == BARS).tolist()
-    first, last, cut = starts.tolist(), ends.tolist(), cut.tolist()
+    first = starts.tolist()
+    last = ends.tolist()
+    cut = cut.tolist()
     for i in np.flatnonzero(~skip).tolist():
         outline = fixed[first[i] : last[i]]
         if cut[i]:
-            outline = np.round(camera.pixels(cut_near(view[first[i] : last[i]])).clip(-20000, 20000) * 16).astype(np.int32)
+            outline = np.round(
+                camera.pixels(cut_near(view[first[i] : last[i]])).clip(-20000, 20000) * 16
+            ).astype(np.int32)
         if sheer[i]:  # remember what stands behind
-            (x0, y0), (x1, y1) = np.maximum(outline.min(0) // 16 - 1, 0), np.maximum(outline.max(0) // 16 + 2, 0)
+            x0, y0 = np.maximum(outline.min(0) // 16 - 1, 0)
+            x1, y1 = np.maximum(outline.max(0) // 16 + 2, 0)
             before = ids[y0:y1, x0:x1].copy()
             cv2.fillPoly(ids, [outline], i + 1, shift=4)
             new = ids[y0:y1, x0:x1] == i + 1
@@ -182,7 +255,10 @@ def rasterize(mesh: Mesh, camera: Camera) -> Raster:
     edge = (vertices[starts + 1] - vertices[starts])[:, :2]
     edge = edge / (np.linalg.norm(edge, axis=1, keepdims=True) + 1e-9)
     along = np.concatenate([edge, (edge * vertices[starts, :2]).sum(1, keepdims=True)], 1)
-    pad = lambda x: np.concatenate([np.zeros((1, 3), np.float32), x]).astype(np.float32)
+
+    def pad(x):
+        return np.concatenate([np.zeros((1, 3), np.float32), x]).astype(np.float32)
+
     return Raster(ids, under, pad(plane), pad(world_normal), pad(along), label, owner, table, kinds)
 
 
@@ -199,7 +275,9 @@ def cut_near(polygon: np.ndarray) -> np.ndarray:
 
 @lru_cache(1)
 def tiles() -> tuple[np.ndarray, np.ndarray]:
-    """Fixed noise: a soft and a crisp periodic 256 x 256 cloud of several octaves (about -1..1), and a long line of white noise."""
+    """Fixed noise: a soft and a crisp periodic 256 x 256 cloud of several octaves (about -1..1),
+    and a long line of white noise.
+    """
     rng = np.random.default_rng(19)
     clouds = []
     for fall in (0.45, 0.12):
@@ -207,7 +285,12 @@ def tiles() -> tuple[np.ndarray, np.ndarray]:
         for n in (4, 8, 16, 32, 64, 128, 256):
             coarse = np.pad(rng.standard_normal((n, n)).astype(np.float32), 2, mode="wrap")
             k = 256 // n
-            cloud += cv2.resize(coarse, None, fx=k, fy=k, interpolation=cv2.INTER_CUBIC)[2 * k : -2 * k, 2 * k : -2 * k] * n**-fall
+            cloud += (
+                cv2.resize(coarse, None, fx=k, fy=k, interpolation=cv2.INTER_CUBIC)[
+                    2 * k : -2 * k, 2 * k : -2 * k
+                ]
+                * n**-fall
+            )
         clouds.append(cloud.ravel() / cloud.std() * 0.5)
     return np.concatenate(clouds), rng.standard_normal(1 << 20).astype(np.float32)
 
@@ -223,7 +306,11 @@ def smooth_noise(u: np.ndarray, v: np.ndarray) -> np.ndarray:
     n = len(u)
     u, v = (np.resize(np.mod(c, 256), (n + 511) // 512 * 512).reshape(-1, 512) for c in (u, v))
     tile = tiles()[0][:65536].reshape(256, 256)
-    return np.asarray(cv2.remap(tile, u, v, cv2.INTER_LINEAR, borderMode=cv2.BORDER_WRAP)).ravel()[:n] if n else u.ravel()
+    return (
+        np.asarray(cv2.remap(tile, u, v, cv2.INTER_LINEAR, borderMode=cv2.BORDER_WRAP)).ravel()[:n]
+        if n
+        else u.ravel()
+    )
 
 
 def _fraction(x: np.ndarray) -> np.ndarray:
@@ -263,18 +350,29 @@ def paint(raster: Raster, camera: Camera) -> Pixels:
         bars = (_fraction(u / p[:, 0]) < p[:, 1]) | (_fraction(v / p[:, 2] + 0.5) < p[:, 3])
         ids[sheer] = np.where(bars, ids[sheer], raster.under.ravel()[sheer])
     u, v, depth, params, x, y, z = _texture(raster, camera, axes, ids, rx, ry)
-    table, kinds = raster.table, raster.kinds
+    table = raster.table
+    kinds = raster.kinds
     material = kinds[:, 0].take(ids)
-    flat, leafy = (material == GROUND) | (material == PAVING), material == FOLIAGE
-    amplitude, scale = table[:, 3].take(ids), table[:, 4].take(ids)
-    fine = np.clip(2.2 - depth * scale * (0.6 / camera.focal), 0.15, 1)  # texels smaller than a pixel fade into their mean
-    grain = noise(np.where(flat, x, u + ids * np.float32(0.37)) * scale, np.where(flat, y, z) * scale, leafy)
+    flat = (material == GROUND) | (material == PAVING)
+    leafy = material == FOLIAGE
+    amplitude = table[:, 3].take(ids)
+    scale = table[:, 4].take(ids)
+    fine = np.clip(
+        2.2 - depth * scale * (0.6 / camera.focal), 0.15, 1
+    )  # texels smaller than a pixel fade into their mean
+    grain = noise(
+        np.where(flat, x, u + ids * np.float32(0.37)) * scale, np.where(flat, y, z) * scale, leafy
+    )
     color = table[:, :3].take(ids, 0) * (1 + amplitude * grain * np.where(leafy, 1, fine))[:, None]
     shine = np.where((kinds[:, 1] > 0).take(ids)[:, None], color, np.float32(0))
     _facades(np.flatnonzero(material == FACADE), u, v, params, depth, camera, color, shine)
     paved = np.flatnonzero(material == PAVING)
-    joint = (_fraction(x[paved] / params[paved, 0]) < 0.07) | (_fraction(y[paved] / params[paved, 0]) < 0.07)
-    color[paved] *= (1 - 0.2 * joint * np.clip(1.5 - depth[paved] * (10 / camera.focal), 0, 1))[:, None]
+    joint = (_fraction(x[paved] / params[paved, 0]) < 0.07) | (
+        _fraction(y[paved] / params[paved, 0]) < 0.07
+    )
+    color[paved] *= (1 - 0.2 * joint * np.clip(1.5 - depth[paved] * (10 / camera.focal), 0, 1))[
+        :, None
+    ]
     brick = np.flatnonzero(material == BRICK)
     row = v[brick] / 0.25
     joint = (_fraction(row) < 0.16) | (_fraction(u[brick] / 0.5 + np.floor(row) * 0.5) < 0.08)
@@ -283,37 +381,73 @@ def paint(raster: Raster, camera: Camera) -> Pixels:
 
 
 def _texture(raster, camera, axes, ids, rx, ry):
-    """Texture coordinates in metres, depth, parameters and world position of the pixels with these surfaces and rays."""
+    """Texture coordinates in metres, depth, parameters and world position of the pixels with these
+    surfaces and rays.
+    """
     plane = raster.plane.take(ids, 0)
     depth = 1 / np.maximum(plane[:, 0] * rx + plane[:, 1] * ry + plane[:, 2], 1e-3)
-    x, y, z = (camera.position[k] + depth * (axes[0, k] * rx + axes[1, k] * ry + axes[2, k]) for k in range(3))
+    x, y, z = (
+        camera.position[k] + depth * (axes[0, k] * rx + axes[1, k] * ry + axes[2, k])
+        for k in range(3)
+    )
     along = raster.along.take(ids, 0)
-    return x * along[:, 0] + y * along[:, 1] - along[:, 2], z, depth, raster.table[:, 5:9].take(ids, 0), x, y, z
+    return (
+        x * along[:, 0] + y * along[:, 1] - along[:, 2],
+        z,
+        depth,
+        raster.table[:, 5:9].take(ids, 0),
+        x,
+        y,
+        z,
+    )
 
 
 def _facades(at, u, v, params, depth, camera, color, shine):
-    """Windows, shop fronts and cornices, in place; parameters: window pitch, floor height, seed, style (1 and more has a shop)."""
-    u, v, p = u[at], v[at], params[at]
-    seed, shop = np.floor(p[:, 2] * 997), p[:, 3] >= 1
-    column, level = np.floor(u / p[:, 0]), np.floor(v / p[:, 1])
-    fu, fv = u / p[:, 0] - column, v / p[:, 1] - level
+    """Windows, shop fronts and cornices, in place; parameters: window pitch, floor height, seed,
+    style (1 and more has a shop).
+    """
+    u = u[at]
+    v = v[at]
+    p = params[at]
+    seed = np.floor(p[:, 2] * 997)
+    shop = p[:, 3] >= 1
+    column = np.floor(u / p[:, 0])
+    level = np.floor(v / p[:, 1])
+    fu = u / p[:, 0] - column
+    fv = v / p[:, 1] - level
     pick = _hash(column + 64, level + 64, seed)
     half = 0.20 + 0.22 * _fraction(p[:, 2] * 7)  # half a window's share of the pitch
     top = 0.78 + 0.12 * _fraction(p[:, 2] * 13)
     bottom = np.where(_fraction(p[:, 3]) > 0.7, 0.08, 0.30)  # some have French windows
     front = shop & (level == 0)
-    half, bottom, top = np.where(front, 0.44, half), np.where(front, 0.10, bottom), np.where(front, 0.72, top)
+    half = np.where(front, 0.44, half)
+    bottom = np.where(front, 0.10, bottom)
+    top = np.where(front, 0.72, top)
     inside = (np.abs(fu - 0.5) < half) & (fv > bottom) & (fv < top) & (level >= 0)
     border = 0.045 + 0.25 * depth[at] / camera.focal
-    frame = inside & ((np.abs(np.abs(fu - 0.5) - half) < border) | (np.abs(fv - top) < border * 0.7) | (np.abs(fu - 0.5) < border * 0.3))
-    glass = (0.10 + 0.26 * pick**2 + 0.22 * fv * pick)[:, None] * np.array([0.95, 1.0, 1.08], np.float32)
-    glass = np.where((pick > 0.86)[:, None], np.array([0.62, 0.58, 0.5], np.float32), glass)  # blinds
-    wall = color[at] * (1 - 0.10 * (fv < 0.05) - 0.06 * (fv > 0.97) - 0.10 * (front & ~inside))[:, None]
+    frame = inside & (
+        (np.abs(np.abs(fu - 0.5) - half) < border)
+        | (np.abs(fv - top) < border * 0.7)
+        | (np.abs(fu - 0.5) < border * 0.3)
+    )
+    glass = (0.10 + 0.26 * pick**2 + 0.22 * fv * pick)[:, None] * np.array(
+        [0.95, 1.0, 1.08], np.float32
+    )
+    glass = np.where(
+        (pick > 0.86)[:, None], np.array([0.62, 0.58, 0.5], np.float32), glass
+    )  # blinds
+    wall = (
+        color[at]
+        * (1 - 0.10 * (fv < 0.05) - 0.06 * (fv > 0.97) - 0.10 * (front & ~inside))[:, None]
+    )
     light_frame = np.where(np.mod(seed, 3) == 0, 0.25, 0.8)[:, None] * np.ones(3, np.float32)
     board = front & (fv > 0.77) & (fv < 0.95)
     hue = _hash(np.floor(column / 3), seed)[:, None] * 6.28 + np.array([0, 2.1, 4.2], np.float32)
     wall = np.where(board[:, None], 0.42 + 0.32 * np.sin(hue), wall)
     color[at] = np.where(frame[:, None], light_frame, np.where(inside[:, None], glass, wall))
     lit = (inside & ~frame & (pick < np.where(front, 0.75, 0.30))) | (board & (pick < 0.5))
-    tone = np.stack([np.ones_like(pick), 0.72 + 0.25 * _fraction(pick * 31), 0.40 + 0.5 * _fraction(pick * 57)], 1)
+    tone = np.stack(
+        [np.ones_like(pick), 0.72 + 0.25 * _fraction(pick * 31), 0.40 + 0.5 * _fraction(pick * 57)],
+        1,
+    )
     shine[at] = np.where(lit[:, None], tone * (0.45 + 0.5 * _fraction(pick * 91))[:, None], 0)

@@ -1,10 +1,12 @@
 """Generated street scenes with the 19 Cityscapes classes: the dataset that needs no download.
 
-A world (street, houses, traffic, people) depends on (seed, index) alone; its five appearances differ in light and weather, so label map
-and boxes are the same for all. `clear` is the source domain; `night`, `rain`, `fog` and `dusk_rain` are the unseen ones. The geometry is
-in metres in front of a pinhole camera, so every picture size shows the same street.
+A world (street, houses, traffic, people) depends on (seed, index) alone; its five appearances
+differ in light and weather, so label map and boxes are the same for all. `clear` is the source
+domain; `night`, `rain`, `fog` and `dusk_rain` are the unseen ones. The geometry is in metres in
+front of a pinhole camera, so every picture size shows the same street.
 
-`streets_place` and `streets_traffic` make the worlds, `streets_shapes` the things in them, `streets_draw` and `streets_light` the pictures.
+`streets_place` and `streets_traffic` make the worlds, `streets_shapes` the things in them,
+`streets_draw` and `streets_light` the pictures.
 """
 
 from dataclasses import dataclass
@@ -26,8 +28,10 @@ class Scene:
     Attributes:
         image: uint8 [h, w, 3], RGB.
         label: uint8 [h, w], Cityscapes train ids 0..18; every pixel has one.
-        boxes: float32 [n, 4], x0 y0 x1 y1 in pixels, tight around an object's visible pixels (x1 and y1 exclusive), nearest objects last.
-        box_labels: int32 [n], train ids: traffic light, traffic sign and person .. bicycle. Objects under 16 visible pixels have no box.
+        boxes: float32 [n, 4], x0 y0 x1 y1 in pixels, tight around an object's visible pixels (x1
+            and y1 exclusive), nearest objects last.
+        box_labels: int32 [n], train ids: traffic light, traffic sign and person .. bicycle. Objects
+            under 16 visible pixels have no box.
     """
 
     image: np.ndarray
@@ -36,7 +40,9 @@ class Scene:
     box_labels: np.ndarray
 
 
-def render(seed: int, index: int, appearance: str = "clear", size: tuple[int, int] = (256, 512)) -> Scene:
+def render(
+    seed: int, index: int, appearance: str = "clear", size: tuple[int, int] = (256, 512)
+) -> Scene:
     """Renders a street, bit-identical in every run.
 
     Args:
@@ -66,9 +72,11 @@ def render(seed: int, index: int, appearance: str = "clear", size: tuple[int, in
 def _boxes(objects: np.ndarray, labels: list[int]) -> tuple[np.ndarray, np.ndarray]:
     """Tight boxes of the objects (numbered from 1) in a map of object numbers."""
     rows, columns = np.nonzero(objects)
-    owner, n = objects[rows, columns], len(labels) + 1
+    owner = objects[rows, columns]
+    n = len(labels) + 1
     h, w = objects.shape
-    low, high = np.full((n, 2), max(h, w)), np.full((n, 2), -1)
+    low = np.full((n, 2), max(h, w))
+    high = np.full((n, 2), -1)
     for k, at in enumerate((columns, rows)):
         np.minimum.at(low[:, k], owner, at)
         np.maximum.at(high[:, k], owner, at)

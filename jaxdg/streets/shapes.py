@@ -1,7 +1,9 @@
-"""The things that stand and move on the generated streets, as polygons in metres in their own axes: x right, y ahead, z up, feet at 0.
+"""The things that stand and move on the generated streets, as polygons in metres in their own axes:
+x right, y ahead, z up, feet at 0.
 
-Vehicles are solids whose faces are counter-clockwise from outside; people, bicycles, trees, signs and lights are flat cut-outs: side views
-lie in the plane x = 0 and face +y, front and rear views in the plane y = 0.
+Vehicles are solids whose faces are counter-clockwise from outside; people, bicycles, trees, signs
+and lights are flat cut-outs: side views lie in the plane x = 0 and face +y, front and rear views in
+the plane y = 0.
 """
 
 from functools import lru_cache
@@ -12,7 +14,28 @@ import numpy as np
 from jaxdg.streets.draw import BARS, CULLED, FOLIAGE, LAMP, NO_GLOW, PLAIN, SIGNAL, VEHICLE, Shape
 
 SLOTS = 20
-BODY, TRIM, GLASS, TYRE, HUB, HEAD, TAIL, PLATE, SKIN, HAIR, TOP, LEGS, SHOE, METAL, DARK, RED, AMBER, GREEN, WHITE, LEAF = range(SLOTS)
+(
+    BODY,
+    TRIM,
+    GLASS,
+    TYRE,
+    HUB,
+    HEAD,
+    TAIL,
+    PLATE,
+    SKIN,
+    HAIR,
+    TOP,
+    LEGS,
+    SHOE,
+    METAL,
+    DARK,
+    RED,
+    AMBER,
+    GREEN,
+    WHITE,
+    LEAF,
+) = range(SLOTS)
 PALETTE = np.array([
     [0.5, 0.5, 0.5], [0.2, 0.2, 0.22], [0.13, 0.17, 0.21], [0.06, 0.06, 0.065], [0.55, 0.56, 0.58], [0.96, 0.95, 0.88], [0.72, 0.06, 0.06],
     [0.88, 0.88, 0.82], [0.80, 0.60, 0.48], [0.16, 0.11, 0.08], [0.3, 0.3, 0.5], [0.15, 0.17, 0.25], [0.1, 0.08, 0.08], [0.46, 0.47, 0.48],
@@ -24,7 +47,8 @@ class Sketch:
     """Collects polygons into a `Shape`."""
 
     def __init__(self):
-        self.polygons, self.rows = [], []
+        self.polygons = []
+        self.rows = []
 
     def add(self, vertices, slot: int, glow=NO_GLOW, material=PLAIN, flags=0):
         self.polygons.append(np.asarray(vertices, np.float32))
@@ -38,16 +62,24 @@ class Sketch:
     def patch(self, quad, u0, u1, v0, v1, slot, glow=NO_GLOW):
         """A part of a face, in shares of its width and height."""
         a, b, c, d = quad
-        at = lambda u, v: (a * (1 - u) + b * u) * (1 - v) + (d * (1 - u) + c * u) * v
+
+        def at(u, v):
+            return (a * (1 - u) + b * u) * (1 - v) + (d * (1 - u) + c * u) * v
+
         return self.face([at(u0, v0), at(u1, v0), at(u1, v1), at(u0, v1)], slot, glow)
 
     def prism(self, low, high, z0, z1, slot, top=None):
-        """A tapered box from rectangle `low` at z0 to `high` at z1, each (half width, y rear, y front); returns its four sides
-        in the order rear, right, front, left.
+        """A tapered box from rectangle `low` at z0 to `high` at z1, each (half width, y rear, y
+        front); returns its four sides in the order rear, right, front, left.
         """
-        corners = [np.array([[-k, r, z], [k, r, z], [k, f, z], [-k, f, z]], np.float32) for (k, r, f), z in ((low, z0), (high, z1))]
+        corners = [
+            np.array([[-k, r, z], [k, r, z], [k, f, z], [-k, f, z]], np.float32)
+            for (k, r, f), z in ((low, z0), (high, z1))
+        ]
         (a, b, c, d), (e, g, i, j) = corners
-        faces = [self.face(q, slot) for q in ((a, b, g, e), (b, c, i, g), (c, d, j, i), (d, a, e, j))]
+        faces = [
+            self.face(q, slot) for q in ((a, b, g, e), (b, c, i, g), (c, d, j, i), (d, a, e, j))
+        ]
         self.face((e, g, i, j), slot if top is None else top)
         return faces
 
@@ -57,7 +89,14 @@ class Sketch:
         for side in sides:
             for y in ys:
                 for r, slot in ((radius, TYRE), (radius * 0.55, HUB)):
-                    ring = np.stack([np.full(10, side * (half + 0.01)), y + side * r * np.cos(angle), radius + r * np.sin(angle)], 1)
+                    ring = np.stack(
+                        [
+                            np.full(10, side * (half + 0.01)),
+                            y + side * r * np.cos(angle),
+                            radius + r * np.sin(angle),
+                        ],
+                        1,
+                    )
                     self.add(ring, slot, flags=CULLED)
 
     def disc(self, x, z, rx, rz, slot, n=10, plane="xz", glow=NO_GLOW, material=PLAIN):
@@ -67,10 +106,13 @@ class Sketch:
 
     def limb(self, start, end, w0, w1, slot, plane="xz"):
         """A tapered bar between two points of a vertical plane."""
-        (x0, z0), (x1, z1) = start, end
+        x0, z0 = start
+        x1, z1 = end
         length = max(np.hypot(x1 - x0, z1 - z0), 1e-6)
-        nx, nz = -(z1 - z0) / length / 2, (x1 - x0) / length / 2
-        xs, zs = [x0 - nx * w0, x1 - nx * w1, x1 + nx * w1, x0 + nx * w0], [z0 - nz * w0, z1 - nz * w1, z1 + nz * w1, z0 + nz * w0]
+        nx = -(z1 - z0) / length / 2
+        nz = (x1 - x0) / length / 2
+        xs = [x0 - nx * w0, x1 - nx * w1, x1 + nx * w1, x0 + nx * w0]
+        zs = [z0 - nz * w0, z1 - nz * w1, z1 + nz * w1, z0 + nz * w0]
         self.add(_flat(np.array(xs), np.array(zs), plane), slot)
 
     def outline(self, points, slot, plane="xz", glow=NO_GLOW, material=PLAIN):
@@ -82,10 +124,15 @@ class Sketch:
         slots, glow, material, flags = np.array(self.rows, np.int32).T
         table = np.zeros((len(slots), 9), np.float32)
         leafy = material == FOLIAGE
-        table[:, 3], table[:, 4] = np.where(leafy, 0.36, 0.05), np.where(leafy, 14.0, 30.0)
+        table[:, 3] = np.where(leafy, 0.36, 0.05)
+        table[:, 4] = np.where(leafy, 14.0, 30.0)
         table[:, 5:9] = 0.045, 0.22, 9.0, 0.0  # spokes, where the material is BARS
         return Shape(
-            np.concatenate(self.polygons), np.array([len(p) for p in self.polygons]), slots, table, np.stack([material, glow, flags], 1)
+            np.concatenate(self.polygons),
+            np.array([len(p) for p in self.polygons]),
+            slots,
+            table,
+            np.stack([material, glow, flags], 1),
         )
 
 
@@ -95,11 +142,26 @@ def _flat(a, z, plane):
 
 
 def car(length=4.3, width=1.76, height=1.48, hood=0.26, trunk=0.12, waist=0.62) -> Shape:
-    """A passenger car; `hood` and `trunk` are shares of its length, `waist` the share of its height below the windows."""
-    s, half, back, front, belt = Sketch(), width / 2, -length / 2, length / 2, height * waist
-    rear, _, nose, _ = s.prism((half, back, front), (half * 0.97, back + 0.06, front - 0.10), 0.24, belt, BODY)
-    y0, y1 = back + 0.06 + trunk * length * 0.6, front - hood * length
-    cabin = s.prism((half * 0.95, y0, y1), (half * 0.74, y0 + trunk * length * 0.7 + 0.12, y1 - 0.17 * length), belt, height, BODY)
+    """A passenger car; `hood` and `trunk` are shares of its length, `waist` the share of its height
+    below the windows.
+    """
+    s = Sketch()
+    half = width / 2
+    back = -length / 2
+    front = length / 2
+    belt = height * waist
+    rear, _, nose, _ = s.prism(
+        (half, back, front), (half * 0.97, back + 0.06, front - 0.10), 0.24, belt, BODY
+    )
+    y0 = back + 0.06 + trunk * length * 0.6
+    y1 = front - hood * length
+    cabin = s.prism(
+        (half * 0.95, y0, y1),
+        (half * 0.74, y0 + trunk * length * 0.7 + 0.12, y1 - 0.17 * length),
+        belt,
+        height,
+        BODY,
+    )
     for i, (u0, u1) in enumerate(((0.07, 0.93), (0.04, 0.96), (0.06, 0.94), (0.04, 0.96))):
         if i % 2:
             s.patch(cabin[i], u0, 0.50, 0.1, 0.86, GLASS)
@@ -120,7 +182,8 @@ def car(length=4.3, width=1.76, height=1.48, hood=0.26, trunk=0.12, waist=0.62) 
 
 def lorry_cab(width=2.4, height=2.9) -> Shape:
     """A lorry's driver cab, 2.2 m long, front at y = 1.1."""
-    s, half = Sketch(), width / 2
+    s = Sketch()
+    half = width / 2
     _, right, nose, left = s.prism((half, -1.1, 1.1), (half * 0.94, -1.1, 0.9), 0.5, height, BODY)
     s.patch(nose, 0.06, 0.94, 0.50, 0.86, GLASS)
     s.patch(nose, 0.15, 0.85, 0.16, 0.42, TRIM)
@@ -134,10 +197,15 @@ def lorry_cab(width=2.4, height=2.9) -> Shape:
 
 def lorry_load(width=2.5, length=2.6, z0=1.0, height=3.6, wheels=True, style=0) -> Shape:
     """A piece of a lorry's load: a box (0), a tarpaulin with bands (1) or an open tipper (2)."""
-    s, half, r, f = Sketch(), width / 2, -length / 2, length / 2
+    s = Sketch()
+    half = width / 2
+    r = -length / 2
+    f = length / 2
     s.prism((half * 0.8, r, f), (half * 0.8, r, f), 0.55, z0, DARK)
     top = z0 + 1.1 if style == 2 else height
-    rear, right, _, left = s.prism((half, r, f), (half * (1.0 if style != 2 else 1.03), r, f), z0, top, TRIM)
+    rear, right, _, left = s.prism(
+        (half, r, f), (half * (1.0 if style != 2 else 1.03), r, f), z0, top, TRIM
+    )
     if style == 0:
         s.patch(rear, 0.49, 0.51, 0.02, 0.98, DARK)
         for u in (0.22, 0.76):
@@ -157,8 +225,13 @@ def lorry_load(width=2.5, length=2.6, z0=1.0, height=3.6, wheels=True, style=0) 
 
 
 def bus_piece(length=2.4, width=2.5, height=3.05, wheel=False, door=False) -> Shape:
-    """A slice of a bus; its rear and front faces carry what a bus's rear and front carry and show where no slice hides them."""
-    s, half, r, f = Sketch(), width / 2, -length / 2, length / 2
+    """A slice of a bus; its rear and front faces carry what a bus's rear and front carry and show
+    where no slice hides them.
+    """
+    s = Sketch()
+    half = width / 2
+    r = -length / 2
+    f = length / 2
     rear, right, nose, left = s.prism((half, r, f), (half * 0.98, r, f), 0.32, height, BODY)
     for side in (right, left):
         s.patch(side, 0.0, 1.0, 0.40, 0.84, GLASS)
@@ -183,8 +256,13 @@ def bus_piece(length=2.4, width=2.5, height=3.05, wheel=False, door=False) -> Sh
 
 
 def train_piece(length=3.0, width=2.7, height=3.7, door=False) -> Shape:
-    """A slice of a train or tram: no wheels to be seen, a skirt, a stripe, a band of windows, gear on the roof."""
-    s, half, r, f = Sketch(), width / 2, -length / 2, length / 2
+    """A slice of a train or tram: no wheels to be seen, a skirt, a stripe, a band of windows, gear
+    on the roof.
+    """
+    s = Sketch()
+    half = width / 2
+    r = -length / 2
+    f = length / 2
     rear, right, nose, left = s.prism((half, r, f), (half, r, f), 0.18, height * 0.90, BODY)
     shoulder = s.prism((half, r, f), (half * 0.72, r, f), height * 0.90, height, METAL)
     for side in (right, left):
@@ -211,29 +289,55 @@ def person(stride=0.3, arms=0.15, skirt=False, bag=False, seen_from_behind=False
     """A pedestrian 1.75 m tall."""
     s = Sketch()
     for side in (-1, 1):
-        knee, foot = (side * (0.08 + stride * 0.28), 0.48), (side * (0.07 + stride * 0.62), 0.05)
+        knee = (side * (0.08 + stride * 0.28), 0.48)
+        foot = (side * (0.07 + stride * 0.62), 0.05)
         s.limb((side * 0.09, 0.92), knee, 0.19, 0.15, LEGS)
         s.limb(knee, foot, 0.15, 0.11, LEGS)
         s.limb((foot[0] - 0.05, 0.035), (foot[0] + 0.11, 0.035), 0.09, 0.07, SHOE)
     if skirt:
         s.outline([(-0.17, 1.0), (0.17, 1.0), (0.27, 0.52), (-0.27, 0.52)], TOP)
     for side in (-1, 1):
-        elbow, hand = (side * (0.25 + arms * 0.3), 1.14), (side * (0.24 + arms * 0.9), 0.88 + arms * 0.25)
+        elbow = (side * (0.25 + arms * 0.3), 1.14)
+        hand = (side * (0.24 + arms * 0.9), 0.88 + arms * 0.25)
         s.limb((side * 0.20, 1.42), elbow, 0.12, 0.10, TOP)
         s.limb(elbow, hand, 0.10, 0.08, TOP)
         s.disc(hand[0], hand[1] - 0.03, 0.05, 0.06, SKIN, 6)
-    s.outline([(-0.20, 0.88), (0.20, 0.88), (0.19, 1.15), (0.245, 1.40), (0.16, 1.48), (-0.16, 1.48), (-0.245, 1.40), (-0.19, 1.15)], TOP)
+    s.outline(
+        [
+            (-0.20, 0.88),
+            (0.20, 0.88),
+            (0.19, 1.15),
+            (0.245, 1.40),
+            (0.16, 1.48),
+            (-0.16, 1.48),
+            (-0.245, 1.40),
+            (-0.19, 1.15),
+        ],
+        TOP,
+    )
     if bag:
         s.outline([(-0.16, 1.05), (0.16, 1.05), (0.17, 1.38), (-0.17, 1.38)], TRIM)
     s.limb((0, 1.45), (0, 1.54), 0.11, 0.10, SKIN)
     s.disc(0, 1.625, 0.105, 0.135, HAIR if seen_from_behind else SKIN, 10)
-    s.outline([(-0.115, 1.62), (-0.06, 1.69), (0.06, 1.69), (0.115, 1.62), (0.09, 1.76), (0, 1.79), (-0.09, 1.76)], HAIR)
+    s.outline(
+        [
+            (-0.115, 1.62),
+            (-0.06, 1.69),
+            (0.06, 1.69),
+            (0.115, 1.62),
+            (0.09, 1.76),
+            (0, 1.79),
+            (-0.09, 1.76),
+        ],
+        HAIR,
+    )
     return s.shape()
 
 
 def bicycle_side() -> Shape:
     """A bicycle from its side; the wheels can be seen through."""
-    s, p = Sketch(), "yz"
+    s = Sketch()
+    p = "yz"
     for y in (-0.52, 0.54):
         s.disc(y, 0.36, 0.36, 0.36, TYRE, 16, p)
         s.disc(y, 0.36, 0.29, 0.29, HUB, 14, p, material=BARS)
@@ -261,17 +365,36 @@ def bicycle_end(front: bool) -> Shape:
 
 def cyclist_side(upright=0.3) -> Shape:
     """Who rides a bicycle or motorcycle, from the side; `upright` shifts the shoulders back."""
-    s, p, shoulder = Sketch(), "yz", (0.22 - 0.25 * upright, 1.46)
+    s = Sketch()
+    p = "yz"
+    shoulder = (0.22 - 0.25 * upright, 1.46)
     s.limb((-0.18, 0.95), (0.14, 0.72), 0.20, 0.16, LEGS, p)
     s.limb((0.14, 0.72), (-0.02, 0.28), 0.16, 0.11, LEGS, p)
     s.limb((-0.10, 0.22), (0.14, 0.24), 0.10, 0.08, SHOE, p)
     s.outline(
-        [(-0.32, 0.90), (-0.05, 0.88), (shoulder[0] + 0.16, shoulder[1] - 0.06), (shoulder[0], shoulder[1] + 0.08), (-0.24, 1.25)], TOP, p
+        [
+            (-0.32, 0.90),
+            (-0.05, 0.88),
+            (shoulder[0] + 0.16, shoulder[1] - 0.06),
+            (shoulder[0], shoulder[1] + 0.08),
+            (-0.24, 1.25),
+        ],
+        TOP,
+        p,
     )
     s.limb(shoulder, (0.30, 1.16), 0.14, 0.11, TOP, p)
     s.limb((0.30, 1.16), (0.44, 1.04), 0.11, 0.08, SKIN, p)
     s.disc(shoulder[0] + 0.13, 1.63, 0.11, 0.13, SKIN, 10, p)
-    s.outline([(shoulder[0] - 0.02, 1.64), (shoulder[0] + 0.26, 1.68), (shoulder[0] + 0.20, 1.78), (shoulder[0] + 0.08, 1.80)], HAIR, p)
+    s.outline(
+        [
+            (shoulder[0] - 0.02, 1.64),
+            (shoulder[0] + 0.26, 1.68),
+            (shoulder[0] + 0.20, 1.78),
+            (shoulder[0] + 0.08, 1.80),
+        ],
+        HAIR,
+        p,
+    )
     return s.shape()
 
 
@@ -284,7 +407,9 @@ def cyclist_end(front: bool) -> Shape:
         s.limb((side * 0.13, knee - 0.40), (side * 0.18, knee - 0.40), 0.10, 0.10, SHOE)
         s.limb((side * 0.20, 1.42), (side * 0.34, 1.18), 0.13, 0.11, TOP)
         s.limb((side * 0.34, 1.18), (side * 0.29, 1.03), 0.11, 0.09, TOP)
-    s.outline([(-0.20, 0.86), (0.20, 0.86), (0.25, 1.40), (0.14, 1.50), (-0.14, 1.50), (-0.25, 1.40)], TOP)
+    s.outline(
+        [(-0.20, 0.86), (0.20, 0.86), (0.25, 1.40), (0.14, 1.50), (-0.14, 1.50), (-0.25, 1.40)], TOP
+    )
     s.disc(0, 1.62, 0.11, 0.14, SKIN if front else HAIR, 10)
     s.outline([(-0.13, 1.63), (0.13, 1.63), (0.10, 1.77), (0, 1.81), (-0.10, 1.77)], HAIR)
     return s.shape()
@@ -292,7 +417,8 @@ def cyclist_end(front: bool) -> Shape:
 
 def motorcycle_side() -> Shape:
     """A motorcycle from its side."""
-    s, p = Sketch(), "yz"
+    s = Sketch()
+    p = "yz"
     for y in (-0.68, 0.72):
         s.disc(y, 0.33, 0.33, 0.33, TYRE, 14, p)
         s.disc(y, 0.33, 0.18, 0.18, HUB, 10, p)
@@ -300,7 +426,20 @@ def motorcycle_side() -> Shape:
     s.disc(0.02, 0.44, 0.20, 0.17, METAL, 8, p)
     s.limb((-0.95, 0.38), (-0.05, 0.30), 0.14, 0.09, METAL, p)
     s.limb((0.72, 0.33), (0.50, 1.0), 0.10, 0.10, METAL, p)
-    s.outline([(-0.98, 0.82), (-0.60, 0.70), (0.02, 0.66), (0.48, 0.70), (0.42, 0.98), (0.10, 1.02), (-0.18, 0.86), (-0.80, 0.94)], BODY, p)
+    s.outline(
+        [
+            (-0.98, 0.82),
+            (-0.60, 0.70),
+            (0.02, 0.66),
+            (0.48, 0.70),
+            (0.42, 0.98),
+            (0.10, 1.02),
+            (-0.18, 0.86),
+            (-0.80, 0.94),
+        ],
+        BODY,
+        p,
+    )
     s.outline([(-0.82, 0.90), (-0.18, 0.84), (-0.14, 0.92), (-0.70, 1.0)], TYRE, p)
     s.outline([(0.42, 0.72), (0.72, 0.84), (0.60, 1.16), (0.42, 1.06)], BODY, p)
     s.disc(0.70, 0.88, 0.07, 0.10, HEAD, 8, p, VEHICLE)
@@ -312,7 +451,10 @@ def motorcycle_end(front: bool) -> Shape:
     """A motorcycle from its front or rear."""
     s = Sketch()
     s.disc(0, 0.34, 0.11, 0.34, TYRE, 12)
-    s.outline([(-0.26, 0.42), (0.26, 0.42), (0.30, 0.70), (0.20, 1.04), (-0.20, 1.04), (-0.30, 0.70)], BODY)
+    s.outline(
+        [(-0.26, 0.42), (0.26, 0.42), (0.30, 0.70), (0.20, 1.04), (-0.20, 1.04), (-0.30, 0.70)],
+        BODY,
+    )
     s.outline([(-0.14, 0.40), (0.14, 0.40), (0.16, 0.60), (-0.16, 0.60)], DARK)
     s.limb((-0.38, 1.04), (0.38, 1.04), 0.07, 0.07, DARK)
     for side in (-1, 1):
@@ -323,7 +465,9 @@ def motorcycle_end(front: bool) -> Shape:
 
 
 def tree(rng: np.random.Generator, kind: int) -> Shape:
-    """A broad-leaved tree (0), a poplar (1), a conifer (2) or a bush (3), about 1 m wide and 1 m tall before scaling."""
+    """A broad-leaved tree (0), a poplar (1), a conifer (2) or a bush (3), about 1 m wide and 1 m
+    tall before scaling.
+    """
     s = Sketch()
     if kind != 3:
         fork = 0.45 if kind != 2 else 0.2
@@ -335,10 +479,20 @@ def tree(rng: np.random.Generator, kind: int) -> Shape:
         for z, r in ((0.12, 0.34), (0.36, 0.27), (0.60, 0.18)):
             xs = np.linspace(-r, r, 9)
             jag = [(x, z + 0.05 * (i % 2) + 0.02 * rng.standard_normal()) for i, x in enumerate(xs)]
-            s.outline([*jag, (r * 0.3, z + 0.27), (0, z + 0.40), (-r * 0.3, z + 0.27)], LEAF, material=FOLIAGE)
+            s.outline(
+                [*jag, (r * 0.3, z + 0.27), (0, z + 0.40), (-r * 0.3, z + 0.27)],
+                LEAF,
+                material=FOLIAGE,
+            )
         return s.shape()
     blobs = {
-        0: [(0, 0.66, 0.36, 0.30), (-0.22, 0.58, 0.24, 0.2), (0.23, 0.60, 0.24, 0.2), (-0.1, 0.80, 0.24, 0.19), (0.13, 0.78, 0.24, 0.2)],
+        0: [
+            (0, 0.66, 0.36, 0.30),
+            (-0.22, 0.58, 0.24, 0.2),
+            (0.23, 0.60, 0.24, 0.2),
+            (-0.1, 0.80, 0.24, 0.19),
+            (0.13, 0.78, 0.24, 0.2),
+        ],
         1: [(0, 0.45, 0.20, 0.30), (0, 0.65, 0.20, 0.30), (0.02, 0.80, 0.13, 0.19)],
         3: [(-0.2, 0.34, 0.30, 0.36), (0.22, 0.36, 0.28, 0.38), (0, 0.55, 0.32, 0.42)],
     }[kind]
@@ -346,7 +500,9 @@ def tree(rng: np.random.Generator, kind: int) -> Shape:
         n = 28
         angle = np.arange(n) * (2 * np.pi / n)
         r = 1 + 0.09 * np.repeat(rng.standard_normal(n // 4), 4) + 0.07 * rng.standard_normal(n)
-        points = np.stack([x + rx * r * np.cos(angle), np.maximum(z + rz * r * np.sin(angle), 0.0)], 1)
+        points = np.stack(
+            [x + rx * r * np.cos(angle), np.maximum(z + rz * r * np.sin(angle), 0.0)], 1
+        )
         s.outline(points, LEAF if i % 2 == 0 else TOP, material=FOLIAGE)
     return s.shape()
 
@@ -357,10 +513,21 @@ def lamp_head(reach: float, height: float) -> Shape:
     s.limb((0, height - 0.25), (reach * 0.5, height + 0.12), 0.13, 0.11, METAL)
     s.limb((reach * 0.5, height + 0.12), (reach, height + 0.15), 0.11, 0.10, METAL)
     s.outline(
-        [(reach * 0.72, height + 0.10), (reach * 1.15, height + 0.10), (reach * 1.12, height + 0.26), (reach * 0.75, height + 0.26)], METAL
+        [
+            (reach * 0.72, height + 0.10),
+            (reach * 1.15, height + 0.10),
+            (reach * 1.12, height + 0.26),
+            (reach * 0.75, height + 0.26),
+        ],
+        METAL,
     )
     s.outline(
-        [(reach * 0.76, height + 0.06), (reach * 1.10, height + 0.06), (reach * 1.10, height + 0.13), (reach * 0.76, height + 0.13)],
+        [
+            (reach * 0.76, height + 0.06),
+            (reach * 1.10, height + 0.06),
+            (reach * 1.10, height + 0.13),
+            (reach * 0.76, height + 0.13),
+        ],
         HEAD,
         glow=LAMP,
     )
@@ -376,7 +543,9 @@ def bar(points, width: float, slot=METAL) -> Shape:
 
 
 def traffic_light(lit: int, board: bool) -> Shape:
-    """A head with three lamps of which `lit` (0 red, 1 amber, 2 green) shines, 1.05 m tall from z = 0; some have a backing board."""
+    """A head with three lamps of which `lit` (0 red, 1 amber, 2 green) shines, 1.05 m tall from z =
+    0; some have a backing board.
+    """
     s = Sketch()
     if board:
         s.outline([(-0.32, -0.10), (0.32, -0.10), (0.32, 1.15), (-0.32, 1.15)], WHITE)
@@ -384,7 +553,9 @@ def traffic_light(lit: int, board: bool) -> Shape:
     s.outline([(-0.20, 0), (0.20, 0), (0.20, 1.05), (-0.20, 1.05)], TRIM)
     for i, slot in enumerate((RED, AMBER, GREEN)):
         z = 0.88 - 0.35 * i
-        s.disc(0, z, 0.15, 0.15, slot if i == lit else DARK, 10, glow=SIGNAL if i == lit else NO_GLOW)
+        s.disc(
+            0, z, 0.15, 0.15, slot if i == lit else DARK, 10, glow=SIGNAL if i == lit else NO_GLOW
+        )
     return s.shape()
 
 

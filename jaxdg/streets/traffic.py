@@ -1,7 +1,8 @@
-"""The life of a generated street: vehicles that drive, wait, cross and park, trains and trams, lamps, signs and lights, and people.
+"""The life of a generated street: vehicles that drive, wait, cross and park, trains and trams,
+lamps, signs and lights, and people.
 
-Vehicles longer than a car are laid in slices, each with its own place in the painter's order: they bend with the road, and what
-stands beside them neither hides nor is hidden by the wrong half.
+Vehicles longer than a car are laid in slices, each with its own place in the painter's order: they
+bend with the road, and what stands beside them neither hides nor is hidden by the wrong half.
 """
 
 import math
@@ -16,20 +17,54 @@ LENGTH = {CAR: 4.6, BUS: 12.0, TRUCK: 9.2, BICYCLE: 1.9, MOTORCYCLE: 2.2}  # met
 
 CAR_PAINT = [[0.86, 0.86, 0.86], [0.62, 0.64, 0.66], [0.36, 0.37, 0.39], [0.09, 0.09, 0.10], [0.10, 0.18, 0.40], [0.58, 0.07, 0.07],
              [0.22, 0.36, 0.56], [0.12, 0.28, 0.20], [0.70, 0.58, 0.36], [0.45, 0.28, 0.16], [0.85, 0.72, 0.15]]  # fmt: skip
-BUS_PAINT = [[0.80, 0.10, 0.08], [0.93, 0.74, 0.10], [0.15, 0.38, 0.66], [0.16, 0.52, 0.32], [0.88, 0.46, 0.10]]
+BUS_PAINT = [
+    [0.80, 0.10, 0.08],
+    [0.93, 0.74, 0.10],
+    [0.15, 0.38, 0.66],
+    [0.16, 0.52, 0.32],
+    [0.88, 0.46, 0.10],
+]
 BUS_TRIM = [[0.9, 0.9, 0.88], [0.25, 0.26, 0.28], [0.85, 0.75, 0.2]]
-LOAD_PAINT = [[0.90, 0.90, 0.89], [0.76, 0.77, 0.78], [0.82, 0.80, 0.70], [0.30, 0.42, 0.60], [0.55, 0.60, 0.40], [0.70, 0.36, 0.20]]
+LOAD_PAINT = [
+    [0.90, 0.90, 0.89],
+    [0.76, 0.77, 0.78],
+    [0.82, 0.80, 0.70],
+    [0.30, 0.42, 0.60],
+    [0.55, 0.60, 0.40],
+    [0.70, 0.36, 0.20],
+]
 TRAIN_PAINT = [  # body, stripe
     ([0.90, 0.89, 0.84], [0.78, 0.10, 0.10]), ([0.95, 0.83, 0.30], [0.90, 0.88, 0.80]), ([0.88, 0.89, 0.90], [0.13, 0.32, 0.62]),
     ([0.83, 0.86, 0.80], [0.12, 0.46, 0.30]), ([0.68, 0.70, 0.72], [0.75, 0.14, 0.12])]  # fmt: skip
 WEAR = [[0.12, 0.12, 0.14], [0.16, 0.20, 0.34], [0.62, 0.12, 0.12], [0.80, 0.80, 0.78], [0.32, 0.36, 0.30], [0.52, 0.42, 0.30],
         [0.20, 0.42, 0.52], [0.86, 0.62, 0.16], [0.50, 0.24, 0.42], [0.42, 0.44, 0.48], [0.16, 0.36, 0.24]]  # fmt: skip
 SKIN_TONES = [[0.90, 0.72, 0.60], [0.80, 0.60, 0.46], [0.60, 0.42, 0.30], [0.40, 0.27, 0.19]]
-HAIR_TONES = [[0.12, 0.09, 0.07], [0.32, 0.20, 0.10], [0.68, 0.54, 0.30], [0.60, 0.60, 0.60], [0.5, 0.15, 0.12]]
-HELMETS = [[0.15, 0.1, 0.08], [0.85, 0.85, 0.85], [0.7, 0.1, 0.1], [0.1, 0.1, 0.12], [0.1, 0.3, 0.6]]
-POLE_PAINT = [[0.42, 0.43, 0.44], [0.20, 0.21, 0.21], [0.56, 0.57, 0.57], [0.34, 0.25, 0.17], [0.22, 0.32, 0.26]]
+HAIR_TONES = [
+    [0.12, 0.09, 0.07],
+    [0.32, 0.20, 0.10],
+    [0.68, 0.54, 0.30],
+    [0.60, 0.60, 0.60],
+    [0.5, 0.15, 0.12],
+]
+HELMETS = [
+    [0.15, 0.1, 0.08],
+    [0.85, 0.85, 0.85],
+    [0.7, 0.1, 0.1],
+    [0.1, 0.1, 0.12],
+    [0.1, 0.3, 0.6],
+]
+POLE_PAINT = [
+    [0.42, 0.43, 0.44],
+    [0.20, 0.21, 0.21],
+    [0.56, 0.57, 0.57],
+    [0.34, 0.25, 0.17],
+    [0.22, 0.32, 0.26],
+]
 SIGNAL_PAINT = [[0.10, 0.11, 0.11], [0.13, 0.20, 0.16], [0.72, 0.58, 0.12]]
-RAIL, SIGN_RED, SIGN_BLUE, SIGN_GREEN = [0.55, 0.55, 0.56], [0.80, 0.08, 0.10], [0.08, 0.26, 0.62], [0.06, 0.40, 0.26]
+RAIL = [0.55, 0.55, 0.56]
+SIGN_RED = [0.80, 0.08, 0.10]
+SIGN_BLUE = [0.08, 0.26, 0.62]
+SIGN_GREEN = [0.06, 0.40, 0.26]
 
 
 class Street(Place):
@@ -48,24 +83,35 @@ class Street(Place):
             self._pavement_life(side)
         self._crossers()
 
-    # -- vehicles -----------------------------------------------------------------------------------------------------------------------
+    # -- vehicles
+    # -----------------------------------------------------------------------------------------------------------------------
 
     def free(self, s0, s1, t, margin=1.0) -> bool:
         """Claims a stretch of the road; false where something stands."""
-        if any(abs(t - other) < 1.9 and s0 - margin < b and a < s1 + margin for a, b, other in self.taken):
+        if any(
+            abs(t - other) < 1.9 and s0 - margin < b and a < s1 + margin
+            for a, b, other in self.taken
+        ):
             return False
         self.taken.append((s0, s1, t))
         return True
 
     def _slices(self, label, count=0):
         """Shapes of a long vehicle from tail to head, their length in metres, and its colours."""
-        models, pick = self.models, self.pick
+        models = self.models
+        pick = self.pick
         if label == BUS:
             plain, wheels, door = models["bus"]
             doors = pick([door, plain])
-            return [doors, wheels, plain, wheels, doors], 2.4, self.palette(BODY=self.tint(pick(BUS_PAINT)), TRIM=self.tint(pick(BUS_TRIM)))
+            return (
+                [doors, wheels, plain, wheels, doors],
+                2.4,
+                self.palette(BODY=self.tint(pick(BUS_PAINT)), TRIM=self.tint(pick(BUS_TRIM))),
+            )
         if label == TRUCK:
-            palette = self.palette(BODY=self.tint(pick(CAR_PAINT)), TRIM=self.tint(pick(LOAD_PAINT)))
+            palette = self.palette(
+                BODY=self.tint(pick(CAR_PAINT)), TRIM=self.tint(pick(LOAD_PAINT))
+            )
             return [pick(models["load"])] * 3 + models["cab"], 2.3, palette
         plain, door = models["train"]
         body, stripe = pick(TRAIN_PAINT)
@@ -76,7 +122,9 @@ class Street(Place):
         )
 
     def _lay(self, label, pose, count=0):
-        """Lays a long vehicle; `pose` maps metres from its tail and its length to x, y, heading and painter's key."""
+        """Lays a long vehicle; `pose` maps metres from its tail and its length to x, y, heading and
+        painter's key.
+        """
         pieces, length, palette = self._slices(label, count)
         obj = self.mesh.object(label)
         for i, piece in enumerate(pieces):
@@ -89,14 +137,24 @@ class Street(Place):
 
         def pose(d, total):
             middle = s + d if ahead else s + total - d
-            return *self.road.at(middle, t), self.road.heading(middle) + (0 if ahead else math.pi), middle
+            return (
+                *self.road.at(middle, t),
+                self.road.heading(middle) + (0 if ahead else math.pi),
+                middle,
+            )
 
         return pose
 
     def _athwart(self, s, t, toward):
-        """The pose of a vehicle that crosses at s with its tail at t; of its slices the outer ones are farther."""
+        """The pose of a vehicle that crosses at s with its tail at t; of its slices the outer ones
+        are farther.
+        """
         heading = self.road.heading(s) + toward * math.pi / 2
-        return lambda d, total: (*self.road.at(s, t + toward * d), heading, s + 0.002 * abs(t + toward * d))
+        return lambda d, total: (
+            *self.road.at(s, t + toward * d),
+            heading,
+            s + 0.002 * abs(t + toward * d),
+        )
 
     def _vehicle(self, label, s, t, ahead) -> bool:
         """Puts a vehicle with its near end at s on lane t; false where there is no room."""
@@ -115,8 +173,18 @@ class Street(Place):
 
     def _car(self, x, y, heading, key):
         paint = self.pick(CAR_PAINT if self.chance(0.6) else CAR_PAINT[:4])
-        palette, tall = self.palette(BODY=self.tint(paint, 0.08)), self.rng.uniform(0.96, 1.06)
-        self.mesh.place(self.pick(self.models["car"]), palette, (x, y), heading, CAR, key, self.mesh.object(CAR), (1, 1, tall))
+        palette = self.palette(BODY=self.tint(paint, 0.08))
+        tall = self.rng.uniform(0.96, 1.06)
+        self.mesh.place(
+            self.pick(self.models["car"]),
+            palette,
+            (x, y),
+            heading,
+            CAR,
+            key,
+            self.mesh.object(CAR),
+            (1, 1, tall),
+        )
         self.solid_shadow(x, y, heading, 0.88, 4.3, 1.2)
 
     def _two_wheeler(self, label, s, t, heading, ridden):
@@ -126,14 +194,31 @@ class Street(Place):
         view = 0 if abs(math.sin(sight)) > 0.5 else (2 if math.cos(sight) > 0 else 1)
         turn = heading if view == 0 else self.camera.yaw
         bicycle = label == BICYCLE
-        palette = self.palette(BODY=self.tint(self.pick(WEAR if bicycle else CAR_PAINT), 0.1), HUB=[0.3 if bicycle else 0.5] * 3)
+        palette = self.palette(
+            BODY=self.tint(self.pick(WEAR if bicycle else CAR_PAINT), 0.1),
+            HUB=[0.3 if bicycle else 0.5] * 3,
+        )
         model = self.models["bicycle" if bicycle else "motorcycle"][view]
-        self.mesh.place(model, palette, (x, y), turn, label, s, self.mesh.object(label), (1.1, 1.05, 1.05))
+        self.mesh.place(
+            model, palette, (x, y), turn, label, s, self.mesh.object(label), (1.1, 1.05, 1.05)
+        )
         if ridden:
-            top, legs = self.tint(self.pick(WEAR), 0.1), self.tint(self.pick(WEAR), 0.05, 0.7)
-            wear = self.palette(TOP=top, LEGS=legs, SKIN=self.pick(SKIN_TONES), HAIR=self.tint(self.pick(HELMETS)))
+            top = self.tint(self.pick(WEAR), 0.1)
+            legs = self.tint(self.pick(WEAR), 0.05, 0.7)
+            wear = self.palette(
+                TOP=top, LEGS=legs, SKIN=self.pick(SKIN_TONES), HAIR=self.tint(self.pick(HELMETS))
+            )
             model = self.models["rider"][view if view or bicycle else 3]
-            self.mesh.place(model, wear, (x, y), turn, RIDER, s - 0.01, self.mesh.object(RIDER), (1.15, 1, self.rng.uniform(1.0, 1.1)))
+            self.mesh.place(
+                model,
+                wear,
+                (x, y),
+                turn,
+                RIDER,
+                s - 0.01,
+                self.mesh.object(RIDER),
+                (1.15, 1, self.rng.uniform(1.0, 1.1)),
+            )
         self.solid_shadow(x, y, heading, 0.25, 1.8, 1.6 if ridden else 0.9)
 
     def _traffic(self):
@@ -141,7 +226,11 @@ class Street(Place):
         rng = self.rng
         limit = min(75.0, self.far - 3)
         own = min((abs(t - self.camera.position[0]), t) for t, ahead in self.lanes if ahead)[1]
-        for label in [label for label, p in ((BUS, 0.38), (TRUCK, 0.40), (MOTORCYCLE, 0.36), (BICYCLE, 0.32)) if self.chance(p)]:
+        for label in [
+            label
+            for label, p in ((BUS, 0.38), (TRUCK, 0.40), (MOTORCYCLE, 0.36), (BICYCLE, 0.32))
+            if self.chance(p)
+        ]:
             nearest, farthest = (1.5, 24.0) if label in (BUS, TRUCK) else (5.0, 14.0)
             for _ in range(4):
                 t, ahead = self.pick(self.lanes)
@@ -149,28 +238,43 @@ class Street(Place):
                 if self._vehicle(label, s, t + rng.normal(0, 0.15), ahead):
                     break
         for t, ahead in self.lanes:
-            s, gap = rng.uniform(8 if t == own else 3, 28), rng.uniform(6, 30)
+            s = rng.uniform(8 if t == own else 3, 28)
+            gap = rng.uniform(6, 30)
             while s < limit:
-                self._vehicle(self.pick([CAR] * 12 + [TRUCK, BUS, MOTORCYCLE, BICYCLE]), s, t + rng.normal(0, 0.2), ahead)
+                self._vehicle(
+                    self.pick([CAR] * 12 + [TRUCK, BUS, MOTORCYCLE, BICYCLE]),
+                    s,
+                    t + rng.normal(0, 0.2),
+                    ahead,
+                )
                 s += 6 + rng.exponential(gap)
         for side in (-1, 1):
             if self.parking[side]:
                 self._parked(side, min(limit, 60))
 
     def _parked(self, side, limit):
-        rng, t, ahead = self.rng, side * (self.half + self.parking[side] / 2 + 0.05), side == self.drive
-        s, full = rng.uniform(2, 8), rng.uniform(0.35, 0.95)
+        rng = self.rng
+        t = side * (self.half + self.parking[side] / 2 + 0.05)
+        ahead = side == self.drive
+        s = rng.uniform(2, 8)
+        full = rng.uniform(0.35, 0.95)
         while s < limit:
             inside = self.crossing and self.crossing[0] - 7 < s < self.crossing[1] + 2
             if not inside and self.chance(full):
-                self._vehicle(self.pick([CAR] * 10 + [TRUCK, BUS]), s, t + rng.normal(0, 0.08), ahead != self.chance(0.1))
+                self._vehicle(
+                    self.pick([CAR] * 10 + [TRUCK, BUS]),
+                    s,
+                    t + rng.normal(0, 0.08),
+                    ahead != self.chance(0.1),
+                )
             s += rng.uniform(5.2, 6.5)
 
     def _side_street(self, s0, s1):
         """Vehicles that cross ahead, seen from their sides; none where a train crosses."""
         rng = self.rng
         for share, toward in ((0.3, 1), (0.72, -1)):
-            s, t = s0 + (s1 - s0) * share, rng.uniform(-16, 6)
+            s = s0 + (s1 - s0) * share
+            t = rng.uniform(-16, 6)
             if any(lane == math.inf for _, _, lane in self.taken):
                 continue
             for _ in range(rng.integer(0, 3)):
@@ -186,7 +290,8 @@ class Street(Place):
         rng = self.rng
         if self.rails:
             if self.chance(0.85):
-                t, s = self.rails * (self.front(self.rails) + 2.7), rng.uniform(1, 14)
+                t = self.rails * (self.front(self.rails) + 2.7)
+                s = rng.uniform(1, 14)
                 stop = (self.crossing[0] if self.crossing else self.far) - 1
                 count = min(rng.integer(6, 13), int((stop - s) / 3))
                 if count > 1:
@@ -195,7 +300,8 @@ class Street(Place):
             t, ahead = self.pick(self.lanes)
             for k in (-0.75, 0.70):
                 self.ground(self.road.strip(t + k, t + k + 0.09, -8, self.far), RAIL, ROAD, 6.5)
-            s, count = rng.uniform(7, 22), rng.integer(4, 10)
+            s = rng.uniform(7, 22)
+            count = rng.integer(4, 10)
             if self.free(s, s + 3 * count, t, 2):
                 self._lay(TRAIN, self._along(s, t, ahead), count)
         elif self.crossing and self.chance(0.35):
@@ -205,7 +311,8 @@ class Street(Place):
             self.taken.append((s - 2, s + 2, math.inf))
             self._lay(TRAIN, self._athwart(s, rng.uniform(-30, -4), 1), rng.integer(7, 13))
 
-    # -- street furniture and people ----------------------------------------------------------------------------------------------------
+    # -- street furniture and people
+    # ----------------------------------------------------------------------------------------------------
 
     def _pole(self, s, t, height, width):
         """Puts up a pole and returns its colours."""
@@ -217,15 +324,21 @@ class Street(Place):
     def _furniture(self, side):
         """Lamps or masts, street trees, lights, signs and railings along a kerb."""
         rng = self.rng
-        t = side * (self.edge(side) + min(0.5, (self.verge[side] + self.pavement[side]) * 0.4 + 0.1))
+        t = side * (
+            self.edge(side) + min(0.5, (self.verge[side] + self.pavement[side]) * 0.4 + 0.1)
+        )
         far = min(80.0, self.far)
         if self.chance(0.75):
-            height, step, lamps = rng.uniform(5, 8.5), rng.uniform(16, 30), self.chance(0.8)
+            height = rng.uniform(5, 8.5)
+            step = rng.uniform(16, 30)
+            lamps = self.chance(0.8)
             for s in np.arange(rng.uniform(4, 16), far, step).tolist():
                 palette = self._pole(s, t, height, rng.uniform(0.17, 0.26))
                 if lamps:
                     reach = -side * rng.uniform(0.9, 2.0)
-                    x, y = self.stand(shapes.lamp_head(reach, height), palette, s, t, POLE, s - 0.01)
+                    x, y = self.stand(
+                        shapes.lamp_head(reach, height), palette, s, t, POLE, s - 0.01
+                    )
                     self.mesh.lamps.append((x + reach, y, height))
         if self.chance(0.55):
             for s in np.arange(rng.uniform(5, 14), far, rng.uniform(6, 14)).tolist():
@@ -243,60 +356,133 @@ class Street(Place):
         """Traffic lights on a pole and, at times, on a mast over the road."""
         rng = self.rng
         s = min(max((self.crossing[0] if self.crossing else rng.uniform(7, 22)) - 1, 6.0), 20.0)
-        lit, height, size = rng.integer(0, 3), rng.uniform(2.3, 3.2), rng.uniform(1.15, 1.6)
-        model, palette = self.pick(self.models["light"][2 * lit : 2 * lit + 2]), self.palette(TRIM=self.tint(self.pick(SIGNAL_PAINT), 0.05))
-        metal, heads = self._pole(s, t, height + 0.3, 0.18), [(0.0, height)]
+        lit = rng.integer(0, 3)
+        height = rng.uniform(2.3, 3.2)
+        size = rng.uniform(1.15, 1.6)
+        model = self.pick(self.models["light"][2 * lit : 2 * lit + 2])
+        palette = self.palette(TRIM=self.tint(self.pick(SIGNAL_PAINT), 0.05))
+        metal = self._pole(s, t, height + 0.3, 0.18)
+        heads = [(0.0, height)]
         if self.chance(0.5):
-            reach, top = -side * rng.uniform(2.5, 5.5), rng.uniform(5.0, 6.0)
+            reach = -side * rng.uniform(2.5, 5.5)
+            top = rng.uniform(5.0, 6.0)
             self.stand(shapes.bar([(0, 0), (0, top), (reach, top + 0.15)], 0.2), metal, s, t, POLE)
             heads.append((reach, top - 0.75))
         for shift, z in heads:
-            self.stand(model, palette, s, t, LIGHT, s - 0.02, self.mesh.object(LIGHT), (size, 1, size), shift, z)
+            self.stand(
+                model,
+                palette,
+                s,
+                t,
+                LIGHT,
+                s - 0.02,
+                self.mesh.object(LIGHT),
+                (size, 1, size),
+                shift,
+                z,
+            )
 
     def _sign(self, s, t):
         """One or two signs on a pole, or a wide one with directions."""
-        rng, signs = self.rng, self.models["sign"]
+        rng = self.rng
+        signs = self.models["sign"]
         if self.chance(0.22):
-            z, size, shown = rng.uniform(3.0, 4.5), rng.uniform(0.8, 1.25), [signs[6]]
+            z = rng.uniform(3.0, 4.5)
+            size = rng.uniform(0.8, 1.25)
+            shown = [signs[6]]
         else:
-            z, size, shown = (
-                rng.uniform(2.2, 2.9),
-                rng.uniform(1.0, 1.4),
-                [self.pick(signs[:6]) for _ in range(2 if self.chance(0.3) else 1)],
-            )
+            z = rng.uniform(2.2, 2.9)
+            size = rng.uniform(1.0, 1.4)
+            shown = [self.pick(signs[:6]) for _ in range(2 if self.chance(0.3) else 1)]
         self._pole(s, t, z + 0.3, 0.15)
-        palette = self.palette(TOP=self.tint(SIGN_GREEN if shown[0] is signs[6] and self.chance(0.35) else SIGN_BLUE), RED=SIGN_RED)
+        palette = self.palette(
+            TOP=self.tint(SIGN_GREEN if shown[0] is signs[6] and self.chance(0.35) else SIGN_BLUE),
+            RED=SIGN_RED,
+        )
         for i, model in enumerate(shown):
-            self.stand(model, palette, s, t, SIGN, s - 0.02, self.mesh.object(SIGN), (size, 1, size), 0.0, z - 0.95 * size * i)
+            self.stand(
+                model,
+                palette,
+                s,
+                t,
+                SIGN,
+                s - 0.02,
+                self.mesh.object(SIGN),
+                (size, 1, size),
+                0.0,
+                z - 0.95 * size * i,
+            )
 
     def _person(self, s, t):
-        tall = self.rng.uniform(0.62, 0.8) if self.chance(0.1) else self.rng.uniform(0.93, 1.08)  # some are children
-        top, legs, bag = self.tint(self.pick(WEAR), 0.1), self.tint(self.pick(WEAR), 0.1, 0.65), self.tint(self.pick(WEAR))
-        palette = self.palette(TOP=top, LEGS=legs, TRIM=bag, SKIN=self.pick(SKIN_TONES), HAIR=self.tint(self.pick(HAIR_TONES)))
+        tall = (
+            self.rng.uniform(0.62, 0.8) if self.chance(0.1) else self.rng.uniform(0.93, 1.08)
+        )  # some are children
+        top = self.tint(self.pick(WEAR), 0.1)
+        legs = self.tint(self.pick(WEAR), 0.1, 0.65)
+        bag = self.tint(self.pick(WEAR))
+        palette = self.palette(
+            TOP=top,
+            LEGS=legs,
+            TRIM=bag,
+            SKIN=self.pick(SKIN_TONES),
+            HAIR=self.tint(self.pick(HAIR_TONES)),
+        )
         scale = (tall * self.rng.uniform(0.9, 1.15) * self.pick([-1, 1]), 1, tall)
-        x, y = self.stand(self.pick(self.models["person"]), palette, s, t, PERSON, s, self.mesh.object(PERSON), scale)
+        x, y = self.stand(
+            self.pick(self.models["person"]),
+            palette,
+            s,
+            t,
+            PERSON,
+            s,
+            self.mesh.object(PERSON),
+            scale,
+        )
         self.cast((x - 0.2, y), (x + 0.2, y), 1.7 * tall)
-        self.mesh.contacts.append([(x - 0.3, y - 0.2, 0), (x + 0.3, y - 0.2, 0), (x + 0.3, y + 0.2, 0), (x - 0.3, y + 0.2, 0)])
+        self.mesh.contacts.append(
+            [
+                (x - 0.3, y - 0.2, 0),
+                (x + 0.3, y - 0.2, 0),
+                (x + 0.3, y + 0.2, 0),
+                (x - 0.3, y + 0.2, 0),
+            ]
+        )
 
     def _pavement_life(self, side):
         """Who walks and waits on a pavement, and what is parked there."""
-        rng, width = self.rng, self.pavement[side] + self.verge[side]
+        rng = self.rng
+        width = self.pavement[side] + self.verge[side]
         if width < 1:
             return
-        inner, outer = self.edge(side) + 0.5, self.edge(side) + width - 0.3
+        inner = self.edge(side) + 0.5
+        outer = self.edge(side) + width - 0.3
         for _ in range(self.pick([0, 0, 1, 1, 2, 3, 4, 6, 8])):
             self._person(4 + rng.exponential(14), side * rng.uniform(inner, outer))
         if self.chance(0.15):
-            s, t = rng.uniform(5, 16), rng.uniform(inner, outer)
+            s = rng.uniform(5, 16)
+            t = rng.uniform(inner, outer)
             for _ in range(rng.integer(5, 12)):
-                self._person(s + rng.normal(0, 1.2), side * min(max(t + rng.normal(0, 0.8), inner), outer))
+                self._person(
+                    s + rng.normal(0, 1.2), side * min(max(t + rng.normal(0, 0.8), inner), outer)
+                )
         for label, p in ((BICYCLE, 0.36), (MOTORCYCLE, 0.30)):
             if self.chance(p):
-                s, across = rng.uniform(3.5, 13), self.chance(0.5)
+                s = rng.uniform(3.5, 13)
+                across = self.chance(0.5)
                 step, t = (rng.uniform(0.6, 1.1), inner + 0.5) if across else (2.0, inner)
                 for i in range(rng.integer(1, 5)):
-                    turn = rng.normal(0, 0.1) + (math.pi / 2 if across else 0) + self.pick([0, math.pi])
-                    self._two_wheeler(label, s + i * step, side * t, self.road.heading(s) + turn, ridden=self.chance(0.1))
+                    turn = (
+                        rng.normal(0, 0.1)
+                        + (math.pi / 2 if across else 0)
+                        + self.pick([0, math.pi])
+                    )
+                    self._two_wheeler(
+                        label,
+                        s + i * step,
+                        side * t,
+                        self.road.heading(s) + turn,
+                        ridden=self.chance(0.1),
+                    )
 
     def _crossers(self):
         """Who crosses the road on foot or wheels."""
@@ -306,7 +492,14 @@ class Street(Place):
             for _ in range(rng.integer(0, 6)):
                 self._person(s + rng.uniform(0.3, 2.7), rng.uniform(-self.half, self.half))
         for p in (0.35, 0.15):
-            s, t = rng.uniform(6, 13), rng.uniform(-self.half, self.half)
+            s = rng.uniform(6, 13)
+            t = rng.uniform(-self.half, self.half)
             if self.chance(p) and self.free(s - 1, s + 1, t, 0.3):
                 turn = self.pick([-1, 1]) * math.pi / 2 + rng.normal(0, 0.3)
-                self._two_wheeler(self.pick([BICYCLE, BICYCLE, MOTORCYCLE]), s, t, self.road.heading(s) + turn, ridden=True)
+                self._two_wheeler(
+                    self.pick([BICYCLE, BICYCLE, MOTORCYCLE]),
+                    s,
+                    t,
+                    self.road.heading(s) + turn,
+                    ridden=True,
+                )

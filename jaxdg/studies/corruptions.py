@@ -1,17 +1,20 @@
-"""How robust models are: judged on the 15 kinds of corrupted images (`data/corruptions.py`) at five severities.
+"""How robust models are: judged on the 15 kinds of corrupted images (`data/corruptions.py`) at five
+severities.
 
     python -m jaxdg.studies.corruptions --config configs/study_tiny.py --workdir runs/corruptions
     python -m jaxdg.studies.corruptions --config configs/study_tiny.py --workdir runs/corruptions --checkpoint runs/a,runs/b
 
-The first trains the models of `get_study()` before it judges them; the second takes the runs it is given. Images of all domains in
-`evaluation.domains` are corrupted at their own size, before anything else is done with them. A cell is one kind at one severity on one
-domain; it is written into the run's own workdir, `corruptions_STEP/DOMAIN/KIND_SEVERITY.json`, and never judged twice. In study.json a run
-has
+The first trains the models of `get_study()` before it judges them; the second takes the runs it is
+given. Images of all domains in `evaluation.domains` are corrupted at their own size, before
+anything else is done with them. A cell is one kind at one severity on one domain; it is written
+into the run's own workdir, `corruptions_STEP/DOMAIN/KIND_SEVERITY.json`, and never judged twice. In
+study.json a run has
 
-    "severities"   those that are judged, such as [1, 3]
-    "corruptions"  {DOMAIN: {"clean": score, KIND: [score at severity 1, 2, ..]}}, null where not judged
+    "severities"   those that are judged, such as [1, 3] "corruptions"  {DOMAIN: {"clean": score,
+    KIND: [score at severity 1, 2, ..]}}, null where not judged
 
-Robustness in percent is the mean over all kinds and severities, relative to the same images as they are. A mean with a gap is no mean.
+Robustness in percent is the mean over all kinds and severities, relative to the same images as they
+are. A mean with a gap is no mean.
 """
 
 from collections.abc import Mapping, Sequence
@@ -54,7 +57,8 @@ class Corruptions(Study):
     """The study.
 
     Attributes:
-        max_images: of a domain so many are judged, 0 for all; None for `evaluation.max_images` of each run.
+        max_images: of a domain so many are judged, 0 for all; None for `evaluation.max_images` of
+            each run.
     """
 
     max_images: int | None = None
@@ -66,65 +70,103 @@ class Corruptions(Study):
 
     def cells(self) -> list[tuple[str, int]]:
         """Kinds and severities that are judged; the images as they are come first."""
-        return [("clean", 0), *((kind, severity) for kind in self.kinds for severity in self.options.severities)]
+        return [
+            ("clean", 0),
+            *((kind, severity) for kind in self.kinds for severity in self.options.severities),
+        ]
 
     def judged(self, run: Run) -> Config:
         """The configuration that a run is judged by."""
         config = self.config(run)
         images = config.evaluation.max_images if self.max_images is None else self.max_images
-        return dataclasses.replace(config, evaluation=dataclasses.replace(config.evaluation, max_images=images))
+        return dataclasses.replace(
+            config, evaluation=dataclasses.replace(config.evaluation, max_images=images)
+        )
 
     def cell(self, run: Run, domain: str, kind: str, severity: int) -> Path:
         """Where the outcome of a cell is written."""
         name = f"{kind}_{severity}" if severity else kind
-        return self.workdir(run) / f"corruptions_{self.config(run).steps}" / domain.replace("/", "_") / f"{name}.json"
+        return (
+            self.workdir(run)
+            / f"corruptions_{self.config(run).steps}"
+            / domain.replace("/", "_")
+            / f"{name}.json"
+        )
 
     def outcome(self, run: Run, domain: str, kind: str, severity: int) -> Mapping[str, Any] | None:
         """What is known of a cell, None if it has not been judged on these images."""
         outcome = files.recall(
-            self.cell(run, domain, kind, severity), lambda cell: isinstance(cell, dict) and {"score", "max_images"} <= cell.keys()
+            self.cell(run, domain, kind, severity),
+            lambda cell: isinstance(cell, dict) and {"score", "max_images"} <= cell.keys(),
         )
         images = self.judged(run).evaluation.max_images or None
         return outcome if outcome is not None and outcome["max_images"] == images else None
 
     def score(self, run: Run, domain: str, kind: str, severity: int) -> float | None:
-        """The score of a cell, None if it has not been judged on these images, or they have no truth."""
+        """The score of a cell, None if it has not been judged on these images, or they have no
+        truth.
+        """
         outcome = self.outcome(run, domain, kind, severity)
         return None if outcome is None else outcome["score"]
 
     def scores(self, run: Run, domain: str) -> Scores:
         """What is known of a run on a domain."""
-        at = lambda kind, severity: self.score(run, domain, kind, severity) if severity in self.options.severities else None
-        by_kind = {kind: [at(kind, severity) for severity in range(1, max(self.options.severities) + 1)] for kind in self.kinds}
+
+        def at(kind, severity):
+            return (
+                self.score(run, domain, kind, severity)
+                if severity in self.options.severities
+                else None
+            )
+
+        by_kind = {
+            kind: [at(kind, severity) for severity in range(1, max(self.options.severities) + 1)]
+            for kind in self.kinds
+        }
         return {"clean": self.score(run, domain, "clean", 0), **by_kind}
 
     def check(self) -> None:
         """ValueError where a kind or a severity does not exist."""
         o = self.options
         if unknown := sorted(set(o.kinds) - set(KINDS)):
-            raise ValueError(f"unknown kinds of corruption {', '.join(unknown)} in StudyOptions; known are {', '.join(KINDS)}")
+            raise ValueError(
+                f"unknown kinds of corruption {', '.join(unknown)} in StudyOptions; known are"
+                f" {', '.join(KINDS)}"
+            )
         if not o.severities or set(o.severities) - set(SEVERITIES):
-            raise ValueError(f"StudyOptions.severities is {tuple(o.severities)}; allowed: some of 1 to 5")
+            raise ValueError(
+                f"StudyOptions.severities is {tuple(o.severities)}; allowed: some of 1 to 5"
+            )
 
 
 class Trained(Corruptions):
-    """The same of runs that were trained before, wherever they lie; overrides of the command line change how they are judged."""
+    """The same of runs that were trained before, wherever they lie; overrides of the command line
+    change how they are judged.
+    """
 
     def __init__(self, checkpoints: Sequence[str], name: str, plan: Plan, **given: Any):
         """Args:
-        checkpoints: workdirs; runs that differ in the `seedN` at the end of their folder's name are taken together.
+        checkpoints: workdirs; runs that differ in the `seedN` at the end of their folder's name are
+            taken together.
         name: see `Study`.
         plan: not followed.
         given: see `Study`.
 
         Raises:
             FileNotFoundError: no such workdir.
-            ValueError: a run that has not come to its end, runs of several tasks or protocols, or several of one name.
+            ValueError: a run that has not come to its end, runs of several tasks or protocols, or
+                several of one name.
         """
-        self.name, self.file, self.given, self.options, self.folder = name, *(given[key] for key in ("file", "given", "options", "folder"))
-        self.runs, self._found = [], {}
+        self.name, self.file, self.given, self.options, self.folder = (
+            name,
+            *(given[key] for key in ("file", "given", "options", "folder")),
+        )
+        self.runs = []
+        self._found = {}
         self._check_folder()
-        for workdir in (Path(paths.given(checkpoint, "--checkpoint")) for checkpoint in checkpoints):
+        for workdir in (
+            Path(paths.given(checkpoint, "--checkpoint")) for checkpoint in checkpoints
+        ):
             config = configured(config_lib.load(workdir), self.given)
             # The data root of this machine, not the one the run was trained on.
             root = self.given.get("data.root") or os.environ.get("JAXDG_DATA") or config.data.root
@@ -132,16 +174,24 @@ class Trained(Corruptions):
             group = re.sub(r"[ _]*seed\d+$", "", workdir.resolve().name) or workdir.resolve().name
             run = Run(group, {}, config.seed)
             if run.name in self._found:
-                raise ValueError(f"--checkpoint names two runs {run.name}: {self._found[run.name][0]} and {workdir}; rename a folder")
+                raise ValueError(
+                    f"--checkpoint names two runs {run.name}: {self._found[run.name][0]} and"
+                    f" {workdir}; rename a folder"
+                )
             self.runs.append(run)
             self._found[run.name] = workdir, config
             if self.results(run) is None:
-                raise ValueError(f"{workdir} holds no run that was trained and evaluated to its end; go on with it first")
+                raise ValueError(
+                    f"{workdir} holds no run that was trained and evaluated to its end; go on with"
+                    " it first"
+                )
         self.base = self.config(self.runs[0])
         judged = {(c.task, c.evaluation.protocol) for _, c in self._found.values()}
         if len(judged) > 1:
             kinds = " and ".join(map(" ".join, sorted(judged)))
-            raise ValueError(f"--checkpoint names runs judged as {kinds}; their scores do not compare")
+            raise ValueError(
+                f"--checkpoint names runs judged as {kinds}; their scores do not compare"
+            )
 
     def workdir(self, run: Run) -> Path:
         return self._found[run.name][0]
@@ -170,7 +220,8 @@ def judge(study: Corruptions, runs: Sequence[Run], console: Console, interrupt: 
         if not missing:
             continue
         runtime.set_up()
-        task, mesh = make_task(config), sharding.make_mesh(MeshConfig())
+        task = make_task(config)
+        mesh = sharding.make_mesh(MeshConfig())
         domains = open_domains(task)
         model, state, _ = restore_model(study.workdir(run), config.steps, config, task, mesh)
         evaluate = task.evaluator(model.graph, mesh)  # compiles for the first cell alone
@@ -178,12 +229,18 @@ def judge(study: Corruptions, runs: Sequence[Run], console: Console, interrupt: 
         for i, (domain, kind, severity) in enumerate(missing, 1):
             dataset = Corrupted(domains[domain], kind, severity) if severity else domains[domain]
             result = evaluate(state, dataset, interrupt.check)
-            outcome = {"score": result.score, "max_images": config.evaluation.max_images or None, **result.metrics}
+            outcome = {
+                "score": result.score,
+                "max_images": config.evaluation.max_images or None,
+                **result.metrics,
+            }
             _write(study.cell(run, domain, kind, severity), outcome)
             left = (time.perf_counter() - start) / i * (len(missing) - i) / 60
             what = f"{domain} {kind} {severity}" if severity else f"{domain} clean"
             told = NO_TRUTH if result.score is None else f"{result.score:.1f} {task.score_name}"
-            console.print(f"{run.name}: {what}: {told}  ({i} of {len(missing)}, ETA {left:.1f} min)")
+            console.print(
+                f"{run.name}: {what}: {told}  ({i} of {len(missing)}, ETA {left:.1f} min)"
+            )
     show(study, runs, console)
 
 
@@ -201,11 +258,15 @@ def summary(scores: Scores, severities: Sequence[int]) -> dict[str, Any]:
         severities: that are judged.
 
     Returns:
-        `clean`; `severity`: the mean over kinds by severity; `mean` of these; `relative`: that in percent of `clean`.
+        `clean`; `severity`: the mean over kinds by severity; `mean` of these; `relative`: that in
+        percent of `clean`.
     """
     kinds = [values for kind, values in scores.items() if kind != "clean"]
-    by_severity = {severity: _mean([values[severity - 1] for values in kinds]) for severity in severities}
-    mean, clean = _mean(list(by_severity.values())), scores["clean"]
+    by_severity = {
+        severity: _mean([values[severity - 1] for values in kinds]) for severity in severities
+    }
+    mean = _mean(list(by_severity.values()))
+    clean = scores["clean"]
     relative = 100 * mean / clean if mean is not None and clean else None
     return {"clean": clean, "severity": by_severity, "mean": mean, "relative": relative}
 
@@ -217,15 +278,34 @@ def _mean(values: Sequence[float | None]) -> float | None:
 
 def show(study: Corruptions, runs: Sequence[Run], console: Console) -> None:
     """A table for every domain, a run a row."""
-    domains = dict.fromkeys(domain for run in runs for domain in study.config(run).evaluation.domains)
-    cell = lambda value: "-" if value is None else f"{value:.1f}"
+    domains = dict.fromkeys(
+        domain for run in runs for domain in study.config(run).evaluation.domains
+    )
+
+    def cell(value):
+        return "-" if value is None else f"{value:.1f}"
+
     for domain in domains:
-        table = Table(title=f"{domain}, corrupted: mean over {len(study.kinds)} kinds, in %", title_justify="left")
-        for head in ("run", "clean", *(f"severity {severity}" for severity in study.options.severities), "mean", "relative to clean"):
+        table = Table(
+            title=f"{domain}, corrupted: mean over {len(study.kinds)} kinds, in %",
+            title_justify="left",
+        )
+        for head in (
+            "run",
+            "clean",
+            *(f"severity {severity}" for severity in study.options.severities),
+            "mean",
+            "relative to clean",
+        ):
             table.add_column(head, justify="left" if head == "run" else "right", no_wrap=True)
         for run in runs:
             means = summary(study.scores(run, domain), study.options.severities)
-            figures = (means["clean"], *means["severity"].values(), means["mean"], means["relative"])
+            figures = (
+                means["clean"],
+                *means["severity"].values(),
+                means["mean"],
+                means["relative"],
+            )
             table.add_row(run.name, *map(cell, figures))
         console.print(table)
 
@@ -233,21 +313,38 @@ def show(study: Corruptions, runs: Sequence[Run], console: Console) -> None:
 def entry(study: Corruptions, run: Run) -> dict[str, Any]:
     """What study.json says of a run besides what it says in all studies."""
     domains = study.config(run).evaluation.domains
-    return {"severities": list(study.options.severities), "corruptions": {domain: study.scores(run, domain) for domain in domains}}
+    return {
+        "severities": list(study.options.severities),
+        "corruptions": {domain: study.scores(run, domain) for domain in domains},
+    }
 
 
 def make(*arguments: Any, **given: Any) -> Corruptions:
     """The study that the flags describe."""
-    made = Trained(_CHECKPOINT.value, *arguments, **given) if _CHECKPOINT.value else Corruptions(*arguments, **given)
+    made = (
+        Trained(_CHECKPOINT.value, *arguments, **given)
+        if _CHECKPOINT.value
+        else Corruptions(*arguments, **given)
+    )
     made.check()
     made.max_images = _MAX_IMAGES.value
     checkpoints = text_of([local(checkpoint) for checkpoint in _CHECKPOINT.value or ()])
-    named = {"checkpoint": checkpoints if _CHECKPOINT.value else None, "max_images": made.max_images}
+    named = {
+        "checkpoint": checkpoints if _CHECKPOINT.value else None,
+        "max_images": made.max_images,
+    }
     made.flags = [f"--{name}={value}" for name, value in named.items() if value is not None]
     return made
 
 
 if __name__ == "__main__":
-    _CHECKPOINT = cli.define_list("checkpoint", "Workdirs of finished runs, by comma, to judge instead of training any.")
-    _MAX_IMAGES = flags.DEFINE_integer("max_images", None, "Judge so many images of a domain, evenly spread; 0 for all.", lower_bound=0)
+    _CHECKPOINT = cli.define_list(
+        "checkpoint", "Workdirs of finished runs, by comma, to judge instead of training any."
+    )
+    _MAX_IMAGES = flags.DEFINE_integer(
+        "max_images",
+        None,
+        "Judge so many images of a domain, evenly spread; 0 for all.",
+        lower_bound=0,
+    )
     main("corruptions", plan, judge=judge, entry=entry, make=make)

@@ -1,4 +1,5 @@
-"""Which pre-training carries furthest: the encoders of an experiment's `get_study()`, fine-tuned and frozen.
+"""Which pre-training carries furthest: the encoders of an experiment's `get_study()`, fine-tuned
+and frozen.
 
     python -m jaxdg.studies.pretraining --config configs/study_tiny.py --workdir runs/pretraining
 
@@ -14,7 +15,10 @@ from jaxdg.studies.study import Settings, StudyOptions
 
 def plan(base: Config, options: StudyOptions) -> Mapping[str, Settings]:
     """See `study.Plan`."""
-    encoders = options.encoders or {base.model.encoder: {}, "from scratch": {"model.weights": None, "model.start": None}}
+    encoders = options.encoders or {
+        base.model.encoder: {},
+        "from scratch": {"model.weights": None, "model.start": None},
+    }
     groups: dict[str, Settings] = {}
     for encoder, settings in encoders.items():
         model = study.configured(base, settings).model

@@ -1,14 +1,19 @@
-"""A study: training runs that differ in one thing, made one after another or as independent jobs, and what they say, collected.
+"""A study: training runs that differ in one thing, made one after another or as independent jobs,
+and what they say, collected.
 
     python -m jaxdg.studies.freezing --config configs/study_tiny.py --workdir runs/freezing
 
-Run it again and it goes on: finished runs are left alone, interrupted ones resumed, missing ones trained. In the study's folder
+Run it again and it goes on: finished runs are left alone, interrupted ones resumed, missing ones
+trained. In the study's folder
 
-    runs/NAME/     is the workdir of each run, made by `python -m jaxdg.train`
-    study.json     is what is known so far: every run with its settings, command and results, and mean and spread over seeds. A run that did
-                   not come to its end is "missing". It depends on the finished runs alone: no times, no absolute paths.
+    runs/NAME/     is the workdir of each run, made by `python -m jaxdg.train` study.json     is
+    what is known so far: every run with its settings, command and results, and mean and spread over
+    seeds. A run that did
+                   not come to its end is "missing". It depends on the finished runs alone: no
+                   times, no absolute paths.
 
-Not taken care of: a run that takes several machines. `--list` prints every run's command, to be started by other means.
+Not taken care of: a run that takes several machines. `--list` prints every run's command, to be
+started by other means.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -47,15 +52,20 @@ Settings = Mapping[str, Any]  # field of the configuration to value, such as {"m
 
 @dataclasses.dataclass(frozen=True)
 class StudyOptions:
-    """What the studies of an experiment compare. An experiment file may define `get_study() -> StudyOptions` beside `get_config()`.
+    """What the studies of an experiment compare. An experiment file may define `get_study() ->
+    StudyOptions` beside `get_config()`.
 
-    They are no part of a run's configuration: changing them adds or drops runs, and leaves those that stay in both alone.
+    They are no part of a run's configuration: changing them adds or drops runs, and leaves those
+    that stay in both alone.
 
     Attributes:
-        encoders: of `pretraining`: settings by the encoder's name in tables. Default: the experiment's encoder as it is, and from scratch.
-        freeze_first: of `freezing`: numbers of first blocks to freeze, the embeddings with them. Default 1 to 12.
+        encoders: of `pretraining`: settings by the encoder's name in tables. Default: the
+            experiment's encoder as it is, and from scratch.
+        freeze_first: of `freezing`: numbers of first blocks to freeze, the embeddings with them.
+            Default 1 to 12.
         freeze_last: of `freezing`: numbers of last blocks to freeze. Default 1 to 12.
-        sources: of `transfer`: settings by the domain that is trained on. Default: the domains of `evaluation.domains`, without any.
+        sources: of `transfer`: settings by the domain that is trained on. Default: the domains of
+            `evaluation.domains`, without any.
         seeds: of `seeds`. Default 0, 1, 2.
         models: of `corruptions`: settings by the name in tables. Default: the experiment as it is.
         kinds: of `corruptions`: kinds of corruption, () for all 15. Default ().
@@ -109,7 +119,17 @@ class Study:
 
     flags: Sequence[str] = ()
 
-    def __init__(self, name: str, plan: Plan, *, file: str, given: Settings, base: Config, options: StudyOptions, folder: Path):
+    def __init__(
+        self,
+        name: str,
+        plan: Plan,
+        *,
+        file: str,
+        given: Settings,
+        base: Config,
+        options: StudyOptions,
+        folder: Path,
+    ):
         """Args:
         name: of the study: pretraining, freezing, ..
         plan: what it compares.
@@ -120,30 +140,60 @@ class Study:
         folder: of the study; need not exist.
 
         Raises:
-            ValueError: an unknown field, a value that is not allowed, two runs of one name, or a folder that holds other runs than these.
+            ValueError: an unknown field, a value that is not allowed, two runs of one name, or a
+                folder that holds other runs than these.
         """
-        self.name, self.file, self.given, self.options, self.folder = name, file, given, options, folder
+        self.name = name
+        self.file = file
+        self.given = given
+        self.options = options
+        self.folder = folder
         common = options.settings.get(name, {})
         self.base = configured(base, common)
         if not self.base.eval_every:
-            raise ValueError("eval_every is 0; allowed: at least 1 in a study, which compares results")
+            raise ValueError(
+                "eval_every is 0; allowed: at least 1 in a study, which compares results"
+            )
         seeds = options.seeds if name == "seeds" else options.repeat
         groups = plan(self.base, options)
-        self.runs = [Run(group, {**common, **settings}, seed) for group, settings in groups.items() for seed in seeds]
+        self.runs = [
+            Run(group, {**common, **settings}, seed)
+            for group, settings in groups.items()
+            for seed in seeds
+        ]
         names = [run.name for run in self.runs]
         if twice := sorted({n for n in names if names.count(n) > 1}):
-            raise ValueError(f"study {name} plans several runs called {', '.join(twice)}; give encoders, models or seeds other names")
+            raise ValueError(
+                f"study {name} plans several runs called {', '.join(twice)}; give encoders, models"
+                " or seeds other names"
+            )
         self._check_folder()
 
     def _check_folder(self) -> None:
-        other = files.recall(self.folder / "study.json", lambda study: isinstance(study, dict) and "study" in study, logging.warning)
+        other = files.recall(
+            self.folder / "study.json",
+            lambda study: isinstance(study, dict) and "study" in study,
+            logging.warning,
+        )
         if other is not None and other["study"] != self.name:
-            raise ValueError(f"{self.folder} holds the study {other['study']}; give another --workdir")
+            raise ValueError(
+                f"{self.folder} holds the study {other['study']}; give another --workdir"
+            )
         for run in self.runs:
-            workdir, config = self.workdir(run), self.config(run)  # of every run, so that a wrong setting is found before any training
+            workdir = self.workdir(run)
+            config = self.config(
+                run
+            )  # of every run, so that a wrong setting is found before any training
             old = workdir_lib.stored(workdir)
-            if old is not None and workdir_lib.saved(workdir) and (changed := workdir_lib.differences(old, config)):
-                raise ValueError(f"{workdir} holds another run: {'; '.join(changed)}; give its settings or another --workdir, or delete it")
+            if (
+                old is not None
+                and workdir_lib.saved(workdir)
+                and (changed := workdir_lib.differences(old, config))
+            ):
+                raise ValueError(
+                    f"{workdir} holds another run: {'; '.join(changed)}; give its settings or"
+                    " another --workdir, or delete it"
+                )
 
     def workdir(self, run: Run) -> Path:
         """The folder of a run."""
@@ -157,13 +207,26 @@ class Study:
         """What trains a run, without the interpreter; `show` writes paths."""
         changes = {**self.given, **run.settings, "seed": run.seed}
         options = ["--config", show(self.file), "--workdir", show(str(self.workdir(run)))]
-        return ["-m", "jaxdg.train", *options, *(f"--config.{field}={show(overrides.text_of(value))}" for field, value in changes.items())]
+        return [
+            "-m",
+            "jaxdg.train",
+            *options,
+            *(
+                f"--config.{field}={show(overrides.text_of(value))}"
+                for field, value in changes.items()
+            ),
+        ]
 
     def results(self, run: Run) -> dict[str, Any] | None:
         """The contents of results.json of a run that has come to its end, else None."""
-        workdir, steps = self.workdir(run), self.config(run).steps
+        workdir = self.workdir(run)
+        steps = self.config(run).steps
         results = workdir_lib.results(workdir / "results.json")
-        whole = results is not None and results["step"] == steps and (workdir / "checkpoints" / str(steps)).is_dir()
+        whole = (
+            results is not None
+            and results["step"] == steps
+            and (workdir / "checkpoints" / str(steps)).is_dir()
+        )
         return results if whole else None
 
     def status(self, run: Run) -> str:
@@ -172,20 +235,31 @@ class Study:
             return "finished"
         if (error := self.error(run)) is not None:
             return f"failed: {error}"
-        steps = [int(path.name) for path in self.workdir(run).glob("checkpoints/*") if path.name.isdigit()]
+        steps = [
+            int(path.name)
+            for path in self.workdir(run).glob("checkpoints/*")
+            if path.name.isdigit()
+        ]
         return f"interrupted at step {max(steps)}" if steps else "missing"
 
     def error(self, run: Run) -> str | None:
         """What ended the last attempt at a run too early, None if nothing did."""
         file = self.workdir(run) / "error.txt"
-        lines = [line.strip() for line in file.read_text(errors="replace").splitlines()] if file.is_file() else []
-        lines = [line for line in lines if line.startswith("error: ")] or [line for line in lines if line]
+        lines = (
+            [line.strip() for line in file.read_text(errors="replace").splitlines()]
+            if file.is_file()
+            else []
+        )
+        lines = [line for line in lines if line.startswith("error: ")] or [
+            line for line in lines if line
+        ]
         return lines[-1].removeprefix("error: ") if lines else None
 
     def train(self, run: Run, console: Console, interrupt: Interrupt) -> bool:
         """Trains a run to its end, in a process of its own; whether it has come there.
 
-        A run that another process trains is waited for: that of another study, or one that outlived a study that was killed.
+        A run that another process trains is waited for: that of another study, or one that outlived
+        a study that was killed.
 
         Raises:
             Stop: the study was asked to stop; so was the training, which has saved.
@@ -194,7 +268,8 @@ class Study:
         workdir.mkdir(parents=True, exist_ok=True)
         with (workdir / "study.lock").open("w") as lock:
             said = False
-            # The process that trains holds it too, and keeps it if this one is killed. One that was started by hand holds its own.
+            # The process that trains holds it too, and keeps it if this one is killed. One that was
+            # started by hand holds its own.
             while not _lock(lock) or locks.holder(workdir / "lock") is not None:
                 if not said:
                     console.print(f"{run.name}: waits for another process that trains it")
@@ -206,14 +281,19 @@ class Study:
         if self.results(run) is not None:
             return True
         interrupt.check()
-        console.print(f"{run.name} did not come to its end: {self.error(run) or 'it was stopped'}", style="red")
+        console.print(
+            f"{run.name} did not come to its end: {self.error(run) or 'it was stopped'}",
+            style="red",
+        )
         return False
 
     def _start(self, run: Run, lock: IO[str], interrupt: Interrupt) -> None:
         """Trains a run as far as it goes, and leaves what ended it too early in error.txt."""
         file = self.workdir(run) / "error.txt"
         with file.open("w") as errors:
-            process = subprocess.Popen([sys.executable, *self.command(run)], stderr=errors, pass_fds=[lock.fileno()])
+            process = subprocess.Popen(
+                [sys.executable, *self.command(run)], stderr=errors, pass_fds=[lock.fileno()]
+            )
         asked = False
         while process.poll() is None:
             if interrupt.asked and not asked:
@@ -236,8 +316,15 @@ class Study:
         """
         score = "mAP50" if self.base.task == "detection" else "mIoU"
         shown = [f"--config={local(self.file)}", f"--workdir={local(str(self.folder))}"]
-        shown += [*self.flags, *(f"--config.{field}={local(overrides.text_of(value))}" for field, value in self.given.items())]
-        runs, groups = [], {run.group: run.settings for run in self.runs}
+        shown += [
+            *self.flags,
+            *(
+                f"--config.{field}={local(overrides.text_of(value))}"
+                for field, value in self.given.items()
+            ),
+        ]
+        groups = {run.group: run.settings for run in self.runs}
+        runs = []
         for run in self.runs:
             results = self.results(run)
             runs.append(
@@ -269,7 +356,11 @@ class Study:
             },
             "runs": runs,
             "groups": [
-                {"group": group, "settings": dict(settings), **summary([r for r in runs if r["group"] == group], score)}
+                {
+                    "group": group,
+                    "settings": dict(settings),
+                    **summary([r for r in runs if r["group"] == group], score),
+                }
                 for group, settings in groups.items()
             ],
         }
@@ -286,15 +377,24 @@ def summary(runs: Sequence[Mapping[str, Any]], score: str) -> dict[str, Any]:
         score: of a domain: mIoU or mAP50.
 
     Returns:
-        `n` finished of so many planned (`of`), and for each domain, for the mean of those never seen and for rPD: mean, spread and n.
+        `n` finished of so many planned (`of`), and for each domain, for the mean of those never
+        seen and for rPD: mean, spread and n.
     """
     finished = [run["results"] for run in runs if run["results"] is not None]
     domains = dict.fromkeys(name for results in finished for name in results["domains"])
     return {
         "n": len(finished),
         "of": len(runs),
-        "domains": {name: mean_and_spread(r["domains"][name][score] for r in finished if name in r["domains"]) for name in domains},
-        **{key: mean_and_spread(results[key] for results in finished) for key in ("mean_unseen", "rPD")},
+        "domains": {
+            name: mean_and_spread(
+                r["domains"][name][score] for r in finished if name in r["domains"]
+            )
+            for name in domains
+        },
+        **{
+            key: mean_and_spread(results[key] for results in finished)
+            for key in ("mean_unseen", "rPD")
+        },
     }
 
 
@@ -333,22 +433,49 @@ def show(everything: Mapping[str, Any], console: Console) -> None:
     """A table of the groups of study.json."""
     groups = everything["groups"]
     domains = dict.fromkeys(name for group in groups for name in group["domains"])
-    table = Table(title=f"{everything['score']} in %, protocol {everything['protocol']}, mean ± spread over seeds", title_justify="left")
+    table = Table(
+        title=(
+            f"{everything['score']} in %, protocol {everything['protocol']}, mean ± spread over"
+            " seeds"
+        ),
+        title_justify="left",
+    )
     table.add_column("", no_wrap=True)
     for name in (*domains, "mean unseen", "rPD", "runs"):
         table.add_column(name, justify="right")
     for group in groups:
-        figures = [*(group["domains"].get(name) for name in domains), group["mean_unseen"], group["rPD"]]
-        cells = ["-" if f is None or f["mean"] is None else _figure(f) for f in figures] if group["n"] else ["missing"] * len(figures)
-        table.add_row(group["group"], *cells, str(group["n"]) if group["n"] == group["of"] else f"{group['n']} of {group['of']}")
+        figures = [
+            *(group["domains"].get(name) for name in domains),
+            group["mean_unseen"],
+            group["rPD"],
+        ]
+        cells = (
+            ["-" if f is None or f["mean"] is None else _figure(f) for f in figures]
+            if group["n"]
+            else ["missing"] * len(figures)
+        )
+        table.add_row(
+            group["group"],
+            *cells,
+            str(group["n"]) if group["n"] == group["of"] else f"{group['n']} of {group['of']}",
+        )
     console.print(table)
-    finished = {g["group"]: [run["results"] for run in everything["runs"] if run["group"] == g["group"] and run["results"]] for g in groups}
+    finished = {
+        g["group"]: [
+            run["results"]
+            for run in everything["runs"]
+            if run["group"] == g["group"] and run["results"]
+        ]
+        for g in groups
+    }
     for line in results_lib.remarks_of(finished):
         console.print(line)
 
 
 def _figure(figure: Mapping[str, Any]) -> str:
-    return f"{figure['mean']:.1f}" + ("" if figure["spread"] is None else f" ± {figure['spread']:.1f}")
+    return f"{figure['mean']:.1f}" + (
+        "" if figure["spread"] is None else f" ± {figure['spread']:.1f}"
+    )
 
 
 def main(
@@ -364,37 +491,72 @@ def main(
     Args:
         name: of the study.
         plan: what it compares.
-        judge: what else is done with those of the runs that are finished, after training; raises `cli.Stop` if asked to stop.
+        judge: what else is done with those of the runs that are finished, after training; raises
+            `cli.Stop` if asked to stop.
         entry: what that adds to a run in study.json.
         make: the study of the arguments of `Study`.
     """
     experiment = cli.define_config()
     flags.FLAGS.register_key_flag_for_module(sys.argv[0], flags.FLAGS["config"])
     key: dict[str, Any] = {"module_name": sys.argv[0]}  # --help shows these
-    workdir = cli.define_path("workdir", "Folder of the study: made if needed, gone on with if it holds it.")
-    only = flags.DEFINE_integer("run", None, "Make this run alone, counted from 0 as --list shows them.", lower_bound=0, **key)
-    listed = flags.DEFINE_bool("list", False, "Print the runs, how far they are, and their commands; do nothing.", **key)
-    collect = flags.DEFINE_bool("collect", False, "Write study.json of what there is; make no run.", **key)
+    workdir = cli.define_path(
+        "workdir", "Folder of the study: made if needed, gone on with if it holds it."
+    )
+    only = flags.DEFINE_integer(
+        "run",
+        None,
+        "Make this run alone, counted from 0 as --list shows them.",
+        lower_bound=0,
+        **key,
+    )
+    listed = flags.DEFINE_bool(
+        "list", False, "Print the runs, how far they are, and their commands; do nothing.", **key
+    )
+    collect = flags.DEFINE_bool(
+        "collect", False, "Write study.json of what there is; make no run.", **key
+    )
 
     def command(arguments: Sequence[str]) -> None:
         if len(arguments) > 1:
             raise ValueError(f"unexpected argument {arguments[1]!r}; see --help")
         base = experiment.value
         if base is None or workdir.value is None:
-            raise ValueError("--config FILE and --workdir DIR are needed, such as --config configs/study_tiny.py --workdir runs/study")
-        file, given = experiment.file, experiment.given
+            raise ValueError(
+                "--config FILE and --workdir DIR are needed, such as --config configs/study_tiny.py"
+                " --workdir runs/study"
+            )
+        file = experiment.file
+        given = experiment.given
         options = getattr(config_lib.experiment(file.split(":")[0]), "get_study", StudyOptions)()
-        study = make(name, plan, file=file, given=given, base=base, options=options, folder=Path(workdir.value))
+        study = make(
+            name,
+            plan,
+            file=file,
+            given=given,
+            base=base,
+            options=options,
+            folder=Path(workdir.value),
+        )
         console = cli.console()
         if only.value is not None and only.value >= len(study.runs):
             raise ValueError(f"--run is {only.value}; allowed: 0 to {len(study.runs) - 1}")
         if listed.value:
             for i, run in enumerate(study.runs):
-                console.print(f"{i}  {run.name}  {study.status(run)}\n   {shlex.join(['python', *study.command(run)])}")
+                console.print(
+                    f"{i}  {run.name}  {study.status(run)}\n  "
+                    f" {shlex.join(['python', *study.command(run)])}"
+                )
             return
-        runs = [] if collect.value else study.runs if only.value is None else [study.runs[only.value]]
-        # A job that makes one run of many writes no study.json: others do the same at the same time.
-        keep = (lambda: {}) if only.value is not None else functools.partial(study.collect, functools.partial(entry, study))
+        runs = (
+            [] if collect.value else study.runs if only.value is None else [study.runs[only.value]]
+        )
+        # A job that makes one run of many writes no study.json: others do the same at the same
+        # time.
+        keep = (
+            (lambda: {})
+            if only.value is not None
+            else functools.partial(study.collect, functools.partial(entry, study))
+        )
         try:
             carry_out(study, runs, functools.partial(judge, study), keep, console, Interrupt())
         except Stop:
@@ -403,8 +565,13 @@ def main(
         if everything := keep():
             show(everything, console)
             console.print(f"written to {study.folder}/study.json")
-        if missing := [f"{run.name} ({study.status(run)})" for run in runs if study.results(run) is None]:
-            raise ValueError(f"{len(missing)} of {len(runs)} runs are missing: {', '.join(missing)}; the same command tries them again")
+        if missing := [
+            f"{run.name} ({study.status(run)})" for run in runs if study.results(run) is None
+        ]:
+            raise ValueError(
+                f"{len(missing)} of {len(runs)} runs are missing: {', '.join(missing)}; the same"
+                " command tries them again"
+            )
 
     cli.run(command)
 
@@ -417,7 +584,8 @@ def carry_out(
     console: Console,
     interrupt: Interrupt,
 ) -> None:
-    """Trains those of the runs that are not finished, one after another, and judges what came to its end.
+    """Trains those of the runs that are not finished, one after another, and judges what came to
+    its end.
 
     Args:
         study: theirs.

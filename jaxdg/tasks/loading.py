@@ -20,8 +20,12 @@ class Model:
 
     def __init__(self, task: Task, graph: nnx.GraphDef, state: ModelState, step: int):
         """See `load`."""
-        self.task, self.step, self.labels = task, step, task.labels
-        self.graph, self.state, self._predict = graph, state, task.predictor(graph)
+        self.task = task
+        self.step = step
+        self.labels = task.labels
+        self.graph = graph
+        self.state = state
+        self._predict = task.predictor(graph)
 
     def predict(self, image: np.ndarray | Array) -> UInt8[np.ndarray, "h w"] | Detections:
         """What is seen in an image.
@@ -30,15 +34,17 @@ class Model:
             image: RGB, uint8 [h, w, 3], of any size; segmentation compiles once for many alike.
 
         Returns:
-            Of segmentation, ids into `labels.names` of every pixel. Of detection, the boxes of the things found, their scores and classes;
-            the best first, in pixels of the image.
+            Of segmentation, ids into `labels.names` of every pixel. Of detection, the boxes of the
+            things found, their scores and classes; the best first, in pixels of the image.
 
         Raises:
             ValueError: no such image.
         """
         image = np.asarray(image)
         if image.ndim != 3 or image.shape[-1] != 3 or image.dtype != np.uint8 or not image.size:
-            raise ValueError(f"predict takes an RGB image uint8 [h, w, 3]; got {image.dtype} {list(image.shape)}")
+            raise ValueError(
+                f"predict takes an RGB image uint8 [h, w, 3]; got {image.dtype} {list(image.shape)}"
+            )
         with jax.enable_x64(False):
             return self._predict(self.state, image)
 
@@ -47,7 +53,8 @@ def load(checkpoint: str | Path) -> Model:
     """Loads a trained model.
 
     Args:
-        checkpoint: a workdir, for its last readable checkpoint, or one step in it, such as `runs/streets/checkpoints/1000`.
+        checkpoint: a workdir, for its last readable checkpoint, or one step in it, such as
+            `runs/streets/checkpoints/1000`.
 
     Returns:
         The model, on the first device.
@@ -58,7 +65,9 @@ def load(checkpoint: str | Path) -> Model:
     """
     workdir, step = locate(checkpoint)
     config = config_lib.load(workdir)
-    with jax.enable_x64(False):  # a program of one's own may want it; a checkpoint holds what was made without
+    with jax.enable_x64(
+        False
+    ):  # a program of one's own may want it; a checkpoint holds what was made without
         task = make_task(config)
         mesh = sharding.make_mesh(MeshConfig(data=1, fsdp=1), jax.local_devices()[:1])
         blueprint, state, at = restore_model(workdir, step, config, task, mesh)

@@ -21,7 +21,15 @@ from jaxdg.drawing import pictures as visualize
 from jaxdg.evaluation import protocols
 from jaxdg.methods.method import Method
 from jaxdg.segmentation.decoder import DecoderOptions
-from jaxdg.tasks.task import DomainResult, Evaluate, ImageTask, ModelState, Predict, encoder_options, examples_of
+from jaxdg.tasks.task import (
+    DomainResult,
+    Evaluate,
+    ImageTask,
+    ModelState,
+    Predict,
+    encoder_options,
+    examples_of,
+)
 from jaxdg.training import distributed, sharding
 from jaxdg.training.step import Batch
 
@@ -36,9 +44,14 @@ class Segmentation(ImageTask):
         super().__init__(config, label_set(config.data.source, config.data.folder), methods)
 
     def open(self, domain: str, train: bool) -> Dataset:
-        """See `Task.open`; some protocols come with a label map of Mapillary of their own, in evaluation."""
-        d, protocol = self.config.data, self.config.evaluation.protocol
-        mapillary_labels = protocol if not train and protocol in protocols.MAPILLARY_LABELS else d.mapillary_labels
+        """See `Task.open`; some protocols come with a label map of Mapillary of their own, in
+        evaluation.
+        """
+        d = self.config.data
+        protocol = self.config.evaluation.protocol
+        mapillary_labels = (
+            protocol if not train and protocol in protocols.MAPILLARY_LABELS else d.mapillary_labels
+        )
         options: dict[str, Any] = dict(root=d.root, streets=d.streets, folder=d.folder, skip=d.skip)
         dataset = open_domain(domain, train=train, mapillary_labels=mapillary_labels, **options)
         self.check_labels(dataset)
@@ -73,62 +86,111 @@ class Segmentation(ImageTask):
         """See `Task.loss_denominator`; batch: `label` uint8 [b, h, w]."""
         return model.head.loss_denominator(self.targets(batch)["label"])
 
-    def losses(self, model: segmentation.Segmenter, batch: Batch, denominator: Any, key: Key[Array, ""]) -> dict[str, Float[Array, ""]]:
+    def losses(
+        self, model: segmentation.Segmenter, batch: Batch, denominator: Any, key: Key[Array, ""]
+    ) -> dict[str, Float[Array, ""]]:
         """See `Task.losses`; batch: `image` uint8 [b, h, w, 3], `label` uint8 [b, h, w]."""
         pixel_key, drop_key, point_key = jax.random.split(key, 3)
         output, texture = self.outputs(model, batch, pixel_key, drop_key)
-        return {**model.head.loss(output, self.targets(batch)["label"], denominator, point_key), **texture}
+        return {
+            **model.head.loss(output, self.targets(batch)["label"], denominator, point_key),
+            **texture,
+        }
 
     def predictor(self, graph: nnx.GraphDef) -> Predict:
-        """See `Task.predictor`: to label maps uint8 [h, w], by sliding windows; compiles once for many sizes, see `shared_side`."""
+        """See `Task.predictor`: to label maps uint8 [h, w], by sliding windows; compiles once for
+        many sizes, see `shared_side`.
+        """
         c = self.config
-        window, stride, per_call = c.data.crop, c.evaluation.stride, c.evaluation.windows_per_call
+        window = c.data.crop
+        stride = c.evaluation.stride
+        per_call = c.evaluation.windows_per_call
 
         @jax.jit
-        def label_map(state: ModelState, image: UInt8[Array, "h w 3"], size: Int32[Array, "2"]) -> UInt8[Array, "h w"]:
+        def label_map(
+            state: ModelState, image: UInt8[Array, "h w 3"], size: Int32[Array, "2"]
+        ) -> UInt8[Array, "h w"]:
             model = nnx.merge(graph, *state)
-            scores = segmentation.sliding_window(model.scores, self.normalize(image[None]), window, stride, per_call, size[None])
+            scores = segmentation.sliding_window(
+                model.scores, self.normalize(image[None]), window, stride, per_call, size[None]
+            )
             return jnp.argmax(scores[0], axis=-1).astype(jnp.uint8)
 
-        def predict(state: ModelState, image: UInt8[np.ndarray, "h w 3"]) -> UInt8[np.ndarray, "h w"]:
+        def predict(
+            state: ModelState, image: UInt8[np.ndarray, "h w 3"]
+        ) -> UInt8[np.ndarray, "h w"]:
             h, w = image.shape[:2]
-            shared = [segmentation.shared_side(*side) for side in zip((h, w), window, stride, strict=True)]
+            shared = [
+                segmentation.shared_side(*side) for side in zip((h, w), window, stride, strict=True)
+            ]
             padded = np.pad(image, ((0, shared[0] - h), (0, shared[1] - w), (0, 0)))
-            return np.ascontiguousarray(np.asarray(label_map(state, jnp.asarray(padded), jnp.array((h, w), jnp.int32)))[:h, :w])
+            return np.ascontiguousarray(
+                np.asarray(label_map(state, jnp.asarray(padded), jnp.array((h, w), jnp.int32)))[
+                    :h, :w
+                ]
+            )
 
         return predict
 
-    def labeller(self, graph: nnx.GraphDef) -> Callable[[ModelState, Batch, protocols.Protocol], UInt8[Array, "b h w"]]:
-        """A function of (model state, batch of `eval_batches`, its protocol) to label maps of the labels' size.
+    def labeller(
+        self, graph: nnx.GraphDef
+    ) -> Callable[[ModelState, Batch, protocols.Protocol], UInt8[Array, "b h w"]]:
+        """A function of (model state, batch of `eval_batches`, its protocol) to label maps of the
+        labels' size.
 
-        The model compiles once for every shape and scale of images, whatever sizes they have inside it. With test-time augmentation
-        images are resized on the device and rounded to whole grey values, and the softmax of every view's scores at the labels' size is
-        added up, as mmsegmentation's SegTTAModel does (also where the decoder's scores are no logits).
+        The model compiles once for every shape and scale of images, whatever sizes they have inside
+        it. With test-time augmentation images are resized on the device and rounded to whole grey
+        values, and the softmax of every view's scores at the labels' size is added up, as
+        mmsegmentation's SegTTAModel does (also where the decoder's scores are no logits).
         """
 
         @functools.partial(jax.jit, static_argnames=("windows", "scale"))
-        def scores(state: ModelState, images: Array, sizes: Array, flip: Any, windows: Any, scale: float) -> tuple[Array, Array]:
+        def scores(
+            state: ModelState, images: Array, sizes: Array, flip: Any, windows: Any, scale: float
+        ) -> tuple[Array, Array]:
             model = nnx.merge(graph, *state)
-            mirrored = (lambda x, own: x) if flip is None else lambda x, own: jnp.where(flip, segmentation.mirror(x, own), x)
-            images, own = images.astype(jnp.float32), sizes
+            mirrored = (
+                (lambda x, own: x)
+                if flip is None
+                else lambda x, own: jnp.where(flip, segmentation.mirror(x, own), x)
+            )
+            images = images.astype(jnp.float32)
+            own = sizes
             if scale != 1:
                 own = jnp.floor(sizes * scale + 0.5).astype(jnp.int32)
                 h, w = (math.floor(side * scale + 0.5) for side in images.shape[1:3])
                 images = jnp.round(segmentation.resize_scores(images, (h, w), (sizes, own)))
-            images, per_call = self.normalize(mirrored(images, own)), self.config.evaluation.windows_per_call
-            return mirrored(segmentation.sliding_window(model.scores, images, windows[0], windows[1], per_call, own), own), own
+            images = self.normalize(mirrored(images, own))
+            per_call = self.config.evaluation.windows_per_call
+            return (
+                mirrored(
+                    segmentation.sliding_window(
+                        model.scores, images, windows[0], windows[1], per_call, own
+                    ),
+                    own,
+                ),
+                own,
+            )
 
         resized = jax.jit(segmentation.label_map, static_argnums=1)
         highest = jax.jit(lambda scores: jnp.argmax(scores, axis=-1).astype(jnp.uint8))
 
         @functools.partial(jax.jit, static_argnums=2, donate_argnums=0)
-        def vote(total: Array | None, scores: Array, size: tuple[int, int], sizes: tuple[Array, Array]) -> Array:
+        def vote(
+            total: Array | None, scores: Array, size: tuple[int, int], sizes: tuple[Array, Array]
+        ) -> Array:
             votes = jax.nn.softmax(segmentation.resize_scores(scores, size, sizes))
             return votes if total is None else total + votes
 
-        def label_maps(state: ModelState, batch: Batch, protocol: protocols.Protocol) -> UInt8[Array, "b h w"]:
-            size, total, windows = batch["label"].shape[1:], None, (protocol.window, protocol.stride)
-            for scale, flip in itertools.product(protocol.scales, (False, True) if protocol.flip else (None,)):
+        def label_maps(
+            state: ModelState, batch: Batch, protocol: protocols.Protocol
+        ) -> UInt8[Array, "b h w"]:
+            size = batch["label"].shape[1:]
+            total = None
+            windows = (protocol.window, protocol.stride)
+            for scale, flip in itertools.product(
+                protocol.scales, (False, True) if protocol.flip else (None,)
+            ):
                 found, own = scores(state, batch["image"], batch["size"], flip, windows, scale)
                 if not protocol.resizes:
                     return highest(found)
@@ -142,45 +204,66 @@ class Segmentation(ImageTask):
     def protocol(self, domain: str) -> protocols.Protocol:
         """How the run judges a domain."""
         c = self.config
-        return protocols.protocol(c.evaluation.protocol, domain, c.data.source, c.data.crop, c.evaluation.stride)
+        return protocols.protocol(
+            c.evaluation.protocol, domain, c.data.source, c.data.crop, c.evaluation.stride
+        )
 
     def evaluator(self, graph: nnx.GraphDef, mesh: Mesh) -> Evaluate:
         """See `Task.evaluator`."""
-        label_maps, k = self.labeller(graph), len(self.labels.names)
+        label_maps = self.labeller(graph)
+        k = len(self.labels.names)
         batch_size = self.batch_size(mesh)
 
         @functools.partial(jax.jit, static_argnums=2, out_shardings=sharding.replicated(mesh))
         def count(prediction: Array, batch: Batch, parts: int) -> Array:
             label = jnp.where(batch["mask"][:, None, None], batch["label"], 255)
-            counts = jax.vmap(lambda p, t: segmentation.confusion_matrix(p, t, k))(prediction, label)
+            counts = jax.vmap(lambda p, t: segmentation.confusion_matrix(p, t, k))(
+                prediction, label
+            )
             return jnp.zeros((parts, k, k), jnp.int32).at[batch["part"]].add(counts)
 
         def evaluate(state: ModelState, dataset: Dataset, tick: Callable[[], None]) -> DomainResult:
-            from jaxdg.data.pipeline import eval_batches  # brings in grain, without which a model can be built, timed and planned
+            from jaxdg.data.pipeline import (
+                eval_batches,
+            )  # brings in grain, without which a model can be built, timed and planned
 
             self.check_labels(dataset)
             protocol = self.protocol(dataset.domain)
-            part_of = [protocols.part_of(dataset.domain, dataset.name(i)) or "" for i in range(len(dataset))]
+            part_of = [
+                protocols.part_of(dataset.domain, dataset.name(i)) or ""
+                for i in range(len(dataset))
+            ]
             names = sorted(set(part_of))
             part = np.array([names.index(name) for name in part_of], np.int32)
-            total, waiting = np.zeros((len(names), k, k), np.int64), None
-            wanted, examples = examples_of(len(dataset)), {}
+            total = np.zeros((len(names), k, k), np.int64)
+            waiting = None
+            wanted = examples_of(len(dataset))
+            examples = {}
             shard = (jax.process_index(), jax.process_count())
             workers = self.config.data.workers
-            for batch in eval_batches(dataset, batch_size=batch_size, protocol=protocol, workers=workers, shard=shard):
-                mine = {key: batch[key] for key in ("image", "size", "label", "label_size", "mask")} | {"part": part[batch["index"]]}
+            for batch in eval_batches(
+                dataset, batch_size=batch_size, protocol=protocol, workers=workers, shard=shard
+            ):
+                mine = {
+                    key: batch[key] for key in ("image", "size", "label", "label_size", "mask")
+                } | {"part": part[batch["index"]]}
                 fields = sharding.to_devices(mine, mesh)
                 prediction = label_maps(state, fields, protocol)
                 counts = count(prediction, fields, len(names))
-                if waiting is not None:  # the sum goes to the host while the devices work on the next batch
+                if (
+                    waiting is not None
+                ):  # the sum goes to the host while the devices work on the next batch
                     total += np.asarray(waiting, np.int64)
                 waiting = counts
                 for row in np.flatnonzero(np.isin(batch["index"], list(wanted))):
-                    (h, w), (image_h, image_w) = batch["label_size"][row].tolist(), batch["size"][row]
+                    h, w = batch["label_size"][row].tolist()
+                    image_h, image_w = batch["size"][row]
                     examples[int(batch["index"][row])] = {
                         "image": cv2.resize(batch["image"][row, :image_h, :image_w], (w, h)),
                         "truth": batch["label"][row, :h, :w],
-                        "prediction": _row(prediction, shard[0] * len(batch["index"]) + int(row))[:h, :w],
+                        "prediction": _row(prediction, shard[0] * len(batch["index"]) + int(row))[
+                            :h, :w
+                        ],
                     }
                 tick()
             total += 0 if waiting is None else np.asarray(waiting, np.int64)
@@ -188,16 +271,28 @@ class Segmentation(ImageTask):
             examples = distributed.gathered(examples)
             result.examples = [examples[i] for i in sorted(examples)]
             result.pictures = [
-                visualize.panel(e["image"], e["truth"], e["prediction"], self.labels.colors, self.labels.names) for e in result.examples
+                visualize.panel(
+                    e["image"], e["truth"], e["prediction"], self.labels.colors, self.labels.names
+                )
+                for e in result.examples
             ]
-            result.parts = {name: self._result(total[i], part_of.count(name), protocol) for i, name in enumerate(names) if name}
+            result.parts = {
+                name: self._result(total[i], part_of.count(name), protocol)
+                for i, name in enumerate(names)
+                if name
+            }
             return result
 
         return evaluate
 
-    def _result(self, confusion: np.ndarray, images: int, protocol: protocols.Protocol) -> DomainResult:
+    def _result(
+        self, confusion: np.ndarray, images: int, protocol: protocols.Protocol
+    ) -> DomainResult:
         iou = 100 * segmentation.iou(confusion)
-        per_class = {name: None if np.isnan(v) else float(v) for name, v in zip(self.labels.names, iou, strict=True)}
+        per_class = {
+            name: None if np.isnan(v) else float(v)
+            for name, v in zip(self.labels.names, iou, strict=True)
+        }
         known = {name: v for name, v in per_class.items() if v is not None}
 
         def mean(without: tuple[str, ...]) -> float | None:
@@ -210,7 +305,11 @@ class Segmentation(ImageTask):
             "images": images,
             "subsets": {name: mean(without) for name, without in protocol.without},
             "classes": len(known),
-            "without_truth": [name for name, pixels in zip(self.labels.names, confusion.sum(axis=1), strict=True) if not pixels],
+            "without_truth": [
+                name
+                for name, pixels in zip(self.labels.names, confusion.sum(axis=1), strict=True)
+                if not pixels
+            ],
         }
         return DomainResult(metrics, mean(()), [])
 

@@ -34,9 +34,11 @@ class DomainResult:
         score: the one number it is compared by; None where the domain has no truth.
         pictures: uint8 RGB panels of the examples.
         parts: the same of parts of the domain, such as `acdc/fog`, by name.
-        write: given the folder of results.json and the domain's name, writes what belongs beside it.
-        examples: a few images with what was seen in them: `image` uint8 [h, w, 3] and, as label maps uint8 [h, w], `truth` and
-            `prediction`, or `truth_boxes`, `truth_classes`, `boxes`, `scores` and `classes`, in pixels of the image.
+        write: given the folder of results.json and the domain's name, writes what belongs beside
+            it.
+        examples: a few images with what was seen in them: `image` uint8 [h, w, 3] and, as label
+            maps uint8 [h, w], `truth` and `prediction`, or `truth_boxes`, `truth_classes`, `boxes`,
+            `scores` and `classes`, in pixels of the image.
     """
 
     metrics: dict[str, Any]
@@ -70,7 +72,9 @@ class Task(Protocol):
         ...
 
     def model(self, rngs: nnx.Rngs, boundaries: Sequence[int] = ()) -> nnx.Module:
-        """The model with random parameters; segments also end after the encoder blocks in `boundaries`."""
+        """The model with random parameters; segments also end after the encoder blocks in
+        `boundaries`.
+        """
         ...
 
     def load_weights(self, model: Any) -> None:
@@ -85,12 +89,16 @@ class Task(Protocol):
         """A function of (batch on the devices, step from 0) to what the training step takes."""
         ...
 
-    def losses(self, model: Any, batch: Batch, denominator: Any, key: Key[Array, ""]) -> dict[str, Float[Array, ""]]:
+    def losses(
+        self, model: Any, batch: Batch, denominator: Any, key: Key[Array, ""]
+    ) -> dict[str, Float[Array, ""]]:
         """Named loss terms of a part of a batch; they add up to the loss."""
         ...
 
     def evaluator(self, graph: nnx.GraphDef, mesh: Mesh) -> Evaluate:
-        """A function that judges a model on a dataset, calling back after every batch; what it compiles is kept between calls."""
+        """A function that judges a model on a dataset, calling back after every batch; what it
+        compiles is kept between calls.
+        """
         ...
 
     def predictor(self, graph: nnx.GraphDef) -> Predict:
@@ -100,7 +108,9 @@ class Task(Protocol):
 
 def encoder_options(options: EncoderOptions) -> dict[str, Any]:
     """The fields that a run shares with its model's settings, by name."""
-    return {field.name: getattr(options, field.name) for field in dataclasses.fields(EncoderOptions)}
+    return {
+        field.name: getattr(options, field.name) for field in dataclasses.fields(EncoderOptions)
+    }
 
 
 class ImageTask:
@@ -112,16 +122,26 @@ class ImageTask:
         labels: of the source domain.
         methods: that training uses; evaluation and prediction know of none.
         """
-        self.config, self.labels, self.methods = config, labels, methods
+        self.config = config
+        self.labels = labels
+        self.methods = methods
         self._encoder = zoo.entry(config.model.encoder).config
         self.depth = self._encoder.depth
-        self.observed = tuple(sorted({block for method in methods for block in method.observed(self.depth)}))
+        self.observed = tuple(
+            sorted({block for method in methods for block in method.observed(self.depth)})
+        )
 
-    def normalize(self, images: UInt8[Array, "b h w 3"] | Float[Array, "b h w 3"]) -> Float[Array, "b h w 3"]:
+    def normalize(
+        self, images: UInt8[Array, "b h w 3"] | Float[Array, "b h w 3"]
+    ) -> Float[Array, "b h w 3"]:
         """RGB in 0..255 as the encoder takes it."""
-        return photometric.normalize(images.astype(jnp.float32), self._encoder.mean, self._encoder.std)
+        return photometric.normalize(
+            images.astype(jnp.float32), self._encoder.mean, self._encoder.std
+        )
 
-    def distort(self, images: UInt8[Array, "b h w 3"], key: Key[Array, ""]) -> Float[Array, "b h w 3"]:
+    def distort(
+        self, images: UInt8[Array, "b h w 3"], key: Key[Array, ""]
+    ) -> Float[Array, "b h w 3"]:
         """The photometric augmentation of the run; RGB in 0..255."""
         d = self.config.data
         strengths = (d.brightness, d.contrast, d.saturation, d.hue, d.distortion_probability)
@@ -132,8 +152,12 @@ class ImageTask:
         if not self.methods:
             return lambda batch, step: batch
         model = nnx.eval_shape(lambda: self.model(nnx.Rngs(0)))  # pyright: ignore[reportAttributeAccessIssue]  tasks have one
-        steps = [prepare for method in self.methods if (prepare := method.preparation(self, model, mesh))]
-        return lambda batch, step: functools.reduce(lambda batch, prepare: prepare(batch, step), steps, batch)
+        steps = [
+            prepare for method in self.methods if (prepare := method.preparation(self, model, mesh))
+        ]
+        return lambda batch, step: functools.reduce(
+            lambda batch, prepare: prepare(batch, step), steps, batch
+        )
 
     def targets(self, batch: Batch) -> Batch:
         """What losses are computed of: a prepared batch, as the methods want it."""
@@ -141,9 +165,14 @@ class ImageTask:
             batch = method.targets(batch)
         return batch
 
-    def outputs(self, model: Any, batch: Batch, pixel_key: Key[Array, ""], drop_key: Key[Array, ""]) -> tuple[Any, dict[str, Array]]:
-        """What a model gives in training for a prepared batch, a row for each of its `targets`, and the methods' loss terms."""
-        images, terms = batch["image"], {}
+    def outputs(
+        self, model: Any, batch: Batch, pixel_key: Key[Array, ""], drop_key: Key[Array, ""]
+    ) -> tuple[Any, dict[str, Array]]:
+        """What a model gives in training for a prepared batch, a row for each of its `targets`, and
+        the methods' loss terms.
+        """
+        images = batch["image"]
+        terms = {}
         if images.dtype == jnp.uint8:  # else a method has augmented them before the step
             images = self.distort(images, pixel_key)
         for method in self.methods:
@@ -159,8 +188,9 @@ class ImageTask:
         """ValueError where a domain has other classes than the model."""
         if dataset.labels.names != self.labels.names:
             raise ValueError(
-                f"domain {dataset.domain} has the classes {listed(dataset.labels.names)}, but the model was trained on "
-                f"{listed(self.labels.names)}; evaluate it on domains with the same classes"
+                f"domain {dataset.domain} has the classes {listed(dataset.labels.names)}, but the"
+                f" model was trained on {listed(self.labels.names)}; evaluate it on domains with"
+                " the same classes"
             )
 
     def batch_size(self, mesh: Mesh) -> int:

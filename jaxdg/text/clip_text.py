@@ -1,9 +1,12 @@
-"""CLIP's text towers (Radford et al. 2021; EVA-02-CLIP: Sun et al. 2023): class names to embeddings in the joint space with images.
+"""CLIP's text towers (Radford et al. 2021; EVA-02-CLIP: Sun et al. 2023): class names to embeddings
+in the joint space with images.
 
-A transformer like the image tower's, but that a token attends only to itself and those before it; the embedding is that of the end token.
-A file holds beside it what leads from the image tower's tokens into the joint space, which encoders of dense features have no use for
-(of ResNets that is the attention pool, which the encoder keeps), and CLIP's temperature. OpenAI's towers compute QuickGELU, EVA-02-CLIP's
-and most of open_clip's GELU. Attribute names are OpenAI's, those of the blocks the image tower's.
+A transformer like the image tower's, but that a token attends only to itself and those before it;
+the embedding is that of the end token. A file holds beside it what leads from the image tower's
+tokens into the joint space, which encoders of dense features have no use for (of ResNets that is
+the attention pool, which the encoder keeps), and CLIP's temperature. OpenAI's towers compute
+QuickGELU, EVA-02-CLIP's and most of open_clip's GELU. Attribute names are OpenAI's, those of the
+blocks the image tower's.
 """
 
 from collections.abc import Sequence
@@ -63,11 +66,15 @@ class ClipTextConfig:
     depth: int = 12
 
 
-def _base(activation: Literal["quick_gelu", "gelu"], epsilon: float = 1e-5, bias: bool = False) -> ClipTextConfig:
+def _base(
+    activation: Literal["quick_gelu", "gelu"], epsilon: float = 1e-5, bias: bool = False
+) -> ClipTextConfig:
     return ClipTextConfig(512, 8, 512, activation, ProjectionConfig(768, 512, epsilon, bias))
 
 
-def _large(activation: Literal["quick_gelu", "gelu"], epsilon: float = 1e-5, bias: bool = False) -> ClipTextConfig:
+def _large(
+    activation: Literal["quick_gelu", "gelu"], epsilon: float = 1e-5, bias: bool = False
+) -> ClipTextConfig:
     return ClipTextConfig(768, 12, 768, activation, ProjectionConfig(1024, 768, epsilon, bias))
 
 
@@ -98,7 +105,9 @@ class Block(clip_vit.Block):
     """A block of the image tower with causal attention."""
 
     def __init__(self, config: ClipTextConfig, *, rngs: nnx.Rngs):
-        sizes = clip_vit.ClipVitConfig(width=config.width, heads=config.heads, activation=config.activation)
+        sizes = clip_vit.ClipVitConfig(
+            width=config.width, heads=config.heads, activation=config.activation
+        )
         super().__init__(sizes, rngs=rngs)
         self.attn = CausalAttention(sizes, rngs=rngs)
 
@@ -122,12 +131,18 @@ class ClipText(nnx.Module):
         self.config = c = config
         init = nnx.initializers.normal
         self.token_embedding = nnx.Param(init(0.02)(rngs.params(), (tokenizer.VOCABULARY, c.width)))
-        self.positional_embedding = nnx.Param(init(0.01)(rngs.params(), (tokenizer.LENGTH, c.width)))
-        self.blocks = layers.Stack(lambda rngs, _: Block(c, rngs=rngs), c.depth, (), remat=False, rngs=rngs)
+        self.positional_embedding = nnx.Param(
+            init(0.01)(rngs.params(), (tokenizer.LENGTH, c.width))
+        )
+        self.blocks = layers.Stack(
+            lambda rngs, _: Block(c, rngs=rngs), c.depth, (), remat=False, rngs=rngs
+        )
         self.ln_final = nnx.LayerNorm(c.width, epsilon=clip_vit.EPSILON, rngs=rngs)
         self.text_projection = nnx.Param(init(c.width**-0.5)(rngs.params(), (c.width, c.embedding)))
         self.logit_scale = nnx.Param(jnp.log(1 / 0.07))
-        self.image_projection = None if c.image_projection is None else Projection(c.image_projection, rngs=rngs)
+        self.image_projection = (
+            None if c.image_projection is None else Projection(c.image_projection, rngs=rngs)
+        )
 
     def __call__(self, ids: Int32[Array, "b n"]) -> Float[Array, "b e"]:
         """Embeddings of texts, not normalised.
@@ -141,7 +156,9 @@ class ClipText(nnx.Module):
         end = jnp.argmax(ids, axis=1)  # the end token has the highest id
         return self.ln_final(x[jnp.arange(len(ids)), end]) @ self.text_projection[...]
 
-    def embeddings(self, names: Sequence[str], templates: Sequence[str] = TEMPLATES) -> Float32[np.ndarray, "k e"]:
+    def embeddings(
+        self, names: Sequence[str], templates: Sequence[str] = TEMPLATES
+    ) -> Float32[np.ndarray, "k e"]:
         """See `text_embeddings`."""
         if not names or not templates:
             raise ValueError("text_embeddings needs at least one name and one template")
@@ -150,7 +167,10 @@ class ClipText(nnx.Module):
                 raise ValueError(f"the template {template!r} has no {{}}, where the name goes")
         graph, state = nnx.split(self)
         embed = jax.jit(lambda state, ids: normalize(nnx.merge(graph, state)(ids)))
-        rows = [embed(state, tokenizer.tokenize([template.replace("{}", name) for name in names])) for template in templates]
+        rows = [
+            embed(state, tokenizer.tokenize([template.replace("{}", name) for name in names]))
+            for template in templates
+        ]
         mean = np.mean([np.asarray(row) for row in rows], axis=0)
         return mean / np.linalg.norm(mean, axis=-1, keepdims=True)
 
@@ -172,25 +192,33 @@ def load_text_tower(weights: str | Path) -> ClipText:
     """
     name = weights_io.metadata(weights).get("model", "nothing it tells the name of")
     if name not in TEXT_TOWERS:
-        raise ValueError(f"{weights} holds {name}, no text tower; convert one with --model {', '.join(TEXT_TOWERS)}")
+        raise ValueError(
+            f"{weights} holds {name}, no text tower; convert one with --model"
+            f" {', '.join(TEXT_TOWERS)}"
+        )
     tower = nnx.eval_shape(lambda: ClipText(TEXT_TOWERS[name], rngs=nnx.Rngs(0)))
     weights_io.load(tower, weights)
     return tower
 
 
-def text_embeddings(names: Sequence[str], weights: str | Path, templates: Sequence[str] = TEMPLATES) -> Float32[np.ndarray, "k e"]:
-    """Embeddings of class names in the joint space of a CLIP model, as its zero-shot classifier makes them.
+def text_embeddings(
+    names: Sequence[str], weights: str | Path, templates: Sequence[str] = TEMPLATES
+) -> Float32[np.ndarray, "k e"]:
+    """Embeddings of class names in the joint space of a CLIP model, as its zero-shot classifier
+    makes them.
 
     Args:
         names: one a class, such as "traffic light".
         weights: a converted text tower, such as that of `--model clip_l14_text`.
-        templates: sentences with {} in the name's place. Their embeddings, of length 1 each, are averaged.
+        templates: sentences with {} in the name's place. Their embeddings, of length 1 each, are
+            averaged.
 
     Returns:
         [k, e], every row of length 1.
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: the file holds no text tower or does not fit it, no names, or a template without {}.
+        ValueError: the file holds no text tower or does not fit it, no names, or a template without
+            {}.
     """
     return load_text_tower(weights).embeddings(names, templates)

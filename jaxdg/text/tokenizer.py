@@ -1,9 +1,12 @@
-"""CLIP's byte-pair tokenizer (Radford et al. 2021): texts to 77 token ids, as OpenAI, open_clip and EVA-CLIP compute them.
+"""CLIP's byte-pair tokenizer (Radford et al. 2021): texts to 77 token ids, as OpenAI, open_clip and
+EVA-CLIP compute them.
 
-Texts are repaired by ftfy, freed of HTML entities, lower-cased, and cut into words; the UTF-8 bytes of a word are joined pair by pair in
-the order of the merges that training learned. `clip_merges.txt.gz` beside this file holds them: the 48 894 lines that CLIP uses of
-`bpe_simple_vocab_16e6.txt.gz` in openai/CLIP (MIT licence, Copyright (c) 2021 OpenAI). Like open_clip this cuts texts that are too long,
-where OpenAI's code raises, and calls the two special tokens `<start_of_text>` and `<end_of_text>` where they are written out.
+Texts are repaired by ftfy, freed of HTML entities, lower-cased, and cut into words; the UTF-8 bytes
+of a word are joined pair by pair in the order of the merges that training learned.
+`clip_merges.txt.gz` beside this file holds them: the 48 894 lines that CLIP uses of
+`bpe_simple_vocab_16e6.txt.gz` in openai/CLIP (MIT licence, Copyright (c) 2021 OpenAI). Like
+open_clip this cuts texts that are too long, where OpenAI's code raises, and calls the two special
+tokens `<start_of_text>` and `<end_of_text>` where they are written out.
 """
 
 from collections.abc import Sequence
@@ -19,7 +22,8 @@ import numpy as np
 
 LENGTH = 77  # tokens of a text, with start, end and padding
 VOCABULARY = 49408
-START, END = "<start_of_text>", "<end_of_text>"
+START = "<start_of_text>"
+END = "<end_of_text>"
 WORD = rf"{START}|{END}|'s|'t|'re|'ve|'m|'ll|'d|\p{{L}}+|\p{{N}}|[^\s\p{{L}}\p{{N}}]+"
 
 
@@ -30,7 +34,8 @@ def tokenize(texts: Sequence[str]) -> Int32[np.ndarray, "n 77"]:
         texts: any Unicode.
 
     Returns:
-        One row a text: the start token, the text's, the end token, zeros. A longer text is cut, and still ends with the end token.
+        One row a text: the start token, the text's, the end token, zeros. A longer text is cut, and
+        still ends with the end token.
     """
     ids = token_ids()
     rows = np.zeros((len(texts), LENGTH), np.int32)
@@ -50,7 +55,9 @@ def words(text: str) -> list[str]:
 
 @functools.cache
 def pattern() -> Any:
-    """What a word is; the standard library's expressions know neither letters nor numbers of all scripts."""
+    """What a word is; the standard library's expressions know neither letters nor numbers of all
+    scripts.
+    """
     import regex
 
     return regex.compile(WORD, regex.IGNORECASE)
@@ -59,7 +66,8 @@ def pattern() -> Any:
 @functools.lru_cache(maxsize=65536)
 def word_tokens(word: str) -> tuple[int, ...]:
     """Token ids of one word."""
-    ids, order = token_ids(), merge_order()
+    ids = token_ids()
+    order = merge_order()
     if word in (START, END):
         return (ids[word],)
     *parts, last = (byte_signs()[byte] for byte in word.encode())
@@ -68,7 +76,8 @@ def word_tokens(word: str) -> tuple[int, ...]:
         first = min(itertools.pairwise(parts), key=lambda pair: order.get(pair, len(order)))
         if first not in order:
             break
-        joined, i = [], 0
+        joined = []
+        i = 0
         while i < len(parts):  # every place of this pair, from the left
             both = tuple(parts[i : i + 2]) == first
             joined.append("".join(first) if both else parts[i])
@@ -79,8 +88,14 @@ def word_tokens(word: str) -> tuple[int, ...]:
 
 @functools.cache
 def byte_signs() -> tuple[str, ...]:
-    """The printable sign that stands for each byte: itself where it is printable in Latin-1, else one of those from 256 on."""
-    printable = {*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)}
+    """The printable sign that stands for each byte: itself where it is printable in Latin-1, else
+    one of those from 256 on.
+    """
+    printable = {
+        *range(ord("!"), ord("~") + 1),
+        *range(ord("¡"), ord("¬") + 1),
+        *range(ord("®"), ord("ÿ") + 1),
+    }
     others = iter(range(256, 512))
     return tuple(chr(byte if byte in printable else next(others)) for byte in range(256))
 

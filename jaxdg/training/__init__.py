@@ -1,1 +1,4 @@
-"""Batches to parameters: optimiser, sharding, the step, checkpoints, metrics. Knows no model and no dataset."""
+"""Batches to parameters: optimiser, sharding, the step, checkpoints, metrics.
+
+Knows no model and no dataset.
+"""

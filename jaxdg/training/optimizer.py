@@ -1,7 +1,8 @@
-"""AdamW with a learning rate and a weight decay for every parameter, chosen by name, and what stays frozen.
+"""AdamW with a learning rate and a weight decay for every parameter, chosen by name, and what stays
+frozen.
 
-The order is that of torch's AdamW: gradients clipped by their global norm, Adam's direction, decay added, then the step's and
-the parameter's own rate. Stacked blocks get one factor a layer.
+The order is that of torch's AdamW: gradients clipped by their global norm, Adam's direction, decay
+added, then the step's and the parameter's own rate. Stacked blocks get one factor a layer.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -24,18 +25,22 @@ class OptimizerConfig:
 
     Attributes:
         learning_rate: peak. Default 1e-4.
-        encoder_factor: of the encoder's learning rate when it starts from `model.weights`; from scratch it is 1. Default 0.1.
+        encoder_factor: of the encoder's learning rate when it starts from `model.weights`; from
+            scratch it is 1. Default 0.1.
         warmup_steps: steps of linear warm-up from 0. Default 0.
         hold_steps: steps at the peak after that, before the decay begins. Default 0.
-        power: of the polynomial decay to 0 at the last step; 0 keeps the rate constant. Default 0.9.
+        power: of the polynomial decay to 0 at the last step; 0 keeps the rate constant. Default
+            0.9.
         betas: decay of AdamW's moments. Default 0.9, 0.999.
         epsilon: of AdamW. Default 1e-8.
         weight_decay: decoupled, multiplied by the learning rate. Default 0.05.
         clip: largest global L2 norm of the gradient; 0 turns clipping off. Default 0.01.
-        accumulate: parts a batch is computed in, one after another, for less memory; the result is that of the whole. Default 1.
-        learning_rate_factors: (regex, factor) pairs; the first regex found in a parameter's name counts. Default ().
-        weight_decay_factors: likewise. Default: no decay on norms, layer scales, class and register tokens, and embeddings of
-            positions, queries and levels.
+        accumulate: parts a batch is computed in, one after another, for less memory; the result is
+            that of the whole. Default 1.
+        learning_rate_factors: (regex, factor) pairs; the first regex found in a parameter's name
+            counts. Default ().
+        weight_decay_factors: likewise. Default: no decay on norms, layer scales, class and register
+            tokens, and embeddings of positions, queries and levels.
     """
 
     learning_rate: float = 1e-4
@@ -50,7 +55,10 @@ class OptimizerConfig:
     accumulate: int = 1
     learning_rate_factors: tuple[tuple[str, float], ...] = ()
     weight_decay_factors: tuple[tuple[str, float], ...] = (
-        (r"norm|_ln\.|gamma$|(cls_token|(register|storage)_tokens|(pos|query|level)_embed|query_feat)$", 0.0),
+        (
+            r"norm|_ln\.|gamma$|(cls_token|(register|storage)_tokens|(pos|query|level)_embed|query_feat)$",
+            0.0,
+        ),
     )
 
 
@@ -66,9 +74,13 @@ class Counted(Protocol):
 
 
 def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:
-    """Step to rate: linear warm-up, constant, then polynomial decay that reaches 0 after the last step."""
+    """Step to rate: linear warm-up, constant, then polynomial decay that reaches 0 after the last
+    step.
+    """
     before = config.warmup_steps + config.hold_steps
-    decay = optax.polynomial_schedule(config.learning_rate, 0.0, config.power, steps - before, config.hold_steps)
+    decay = optax.polynomial_schedule(
+        config.learning_rate, 0.0, config.power, steps - before, config.hold_steps
+    )
     if config.power == 0:
         decay = optax.constant_schedule(config.learning_rate)
     if not config.warmup_steps:
@@ -78,7 +90,11 @@ def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:
 
 
 def make_optimizer(
-    config: OptimizerConfig, steps: int, params: nnx.State, encoder_factor: float, methods: Sequence[Any] = ()
+    config: OptimizerConfig,
+    steps: int,
+    params: nnx.State,
+    encoder_factor: float,
+    methods: Sequence[Any] = (),
 ) -> optax.GradientTransformation:
     """The run's optimiser.
 
@@ -91,13 +107,23 @@ def make_optimizer(
     """
 
     def rate(name: str) -> float:
-        return weights.first_match(name, config.learning_rate_factors, 1.0) * (encoder_factor if name.startswith(ENCODER) else 1.0)
+        return weights.first_match(name, config.learning_rate_factors, 1.0) * (
+            encoder_factor if name.startswith(ENCODER) else 1.0
+        )
 
     rates = weights.tree_by_name(params, rate)
-    decays = weights.tree_by_name(params, lambda name: config.weight_decay * weights.first_match(name, config.weight_decay_factors, 1.0))
+    decays = weights.tree_by_name(
+        params,
+        lambda name: (
+            config.weight_decay * weights.first_match(name, config.weight_decay_factors, 1.0)
+        ),
+    )
 
     def decay_and_scale(updates, state, params):
-        return jax.tree.map(lambda u, p, d, r: r * (u + d * p), updates, params, decays, rates), state
+        return (
+            jax.tree.map(lambda u, p, d, r: r * (u + d * p), updates, params, decays, rates),
+            state,
+        )
 
     return optax.chain(
         optax.clip_by_global_norm(config.clip) if config.clip else optax.identity(),
@@ -109,7 +135,9 @@ def make_optimizer(
 
 
 def method_states(opt_state: Any, methods: Sequence[Any]) -> list[Any]:
-    """The state of each method's transformation within that of the optimiser; None of a method that has none."""
+    """The state of each method's transformation within that of the optimiser; None of a method that
+    has none.
+    """
     has = [method.transformation() is not None for method in methods]
     states = iter(opt_state[len(opt_state) - sum(has) :])
     return [next(states) if there else None for there in has]
@@ -119,13 +147,15 @@ def frozen_names(freeze: str, names: Iterable[str], encoder: Counted) -> set[str
     """Which parameters stay as loaded.
 
     Args:
-        freeze: "none", "all" (the encoder), "first N" (embeddings and first N blocks), "last N" (last N blocks), or a regular
-            expression searched in the names. Of hierarchical encoders N counts stages.
+        freeze: "none", "all" (the encoder), "first N" (embeddings and first N blocks), "last N"
+            (last N blocks), or a regular expression searched in the names. Of hierarchical encoders
+            N counts stages.
         names: all parameters, by per-block name.
         encoder: of the model.
 
     Raises:
-        ValueError: nothing or everything matches, more blocks than there are, or no regular expression.
+        ValueError: nothing or everything matches, more blocks than there are, or no regular
+            expression.
     """
     names = list(names)
     if freeze == "none":
@@ -133,27 +163,42 @@ def frozen_names(freeze: str, names: Iterable[str], encoder: Counted) -> set[str
     if freeze == "all":
         return {name for name in names if name.startswith(ENCODER)}
     if counted := re.fullmatch(r"(first|last) (\d+)", freeze):
-        units = {name: encoder.unit_of(name.removeprefix(ENCODER)) for name in names if name.startswith(ENCODER)}
+        units = {
+            name: encoder.unit_of(name.removeprefix(ENCODER))
+            for name in names
+            if name.startswith(ENCODER)
+        }
         depth = max((unit for unit in units.values() if unit is not None), default=-1) + 1
         n = int(counted[2])
         if n > depth:
-            raise ValueError(f"model.freeze is {freeze!r}; allowed: at most {depth}, the encoder's {encoder.config.unit}s")
+            raise ValueError(
+                f"model.freeze is {freeze!r}; allowed: at most {depth}, the encoder's"
+                f" {encoder.config.unit}s"
+            )
         if counted[1] == "first":
             return {name for name, unit in units.items() if unit is None or unit < n}
         return {name for name, unit in units.items() if unit is not None and unit >= depth - n}
     try:
         chosen = {name for name in names if re.search(freeze, name)}
     except re.error as error:
-        raise ValueError(f"model.freeze is {freeze!r}; allowed: none, all, first N, last N or a regular expression ({error})") from None
+        raise ValueError(
+            f"model.freeze is {freeze!r}; allowed: none, all, first N, last N or a regular"
+            f" expression ({error})"
+        ) from None
     if not chosen:
-        raise ValueError(f"model.freeze {freeze!r} matches no parameter; names look like {names[0]}")
+        raise ValueError(
+            f"model.freeze {freeze!r} matches no parameter; names look like {names[0]}"
+        )
     if len(chosen) == len(names):
-        raise ValueError(f"model.freeze {freeze!r} matches every parameter; leave some to be trained")
+        raise ValueError(
+            f"model.freeze {freeze!r} matches every parameter; leave some to be trained"
+        )
     return chosen
 
 
 def freeze_boundaries(frozen: set[str], slots: Mapping[str, weights.Slot]) -> tuple[int, ...]:
-    """Encoder blocks after which a stacked segment must end, because the next block is frozen otherwise than this one.
+    """Encoder blocks after which a stacked segment must end, because the next block is frozen
+    otherwise than this one.
 
     Blocks are counted through all stages of a hierarchical encoder.
 
@@ -161,12 +206,15 @@ def freeze_boundaries(frozen: set[str], slots: Mapping[str, weights.Slot]) -> tu
         frozen: names of the frozen parameters.
         slots: where all parameters lie, by per-block name.
     """
-    stacks: dict[str, dict[tuple[str, int], str]] = {}  # of each stack: (name in its block, block) -> whole name
+    stacks: dict[
+        str, dict[tuple[str, int], str]
+    ] = {}  # of each stack: (name in its block, block) -> whole name
     for name, slot in slots.items():
         if name.startswith(ENCODER) and slot.stack is not None:
             block, _, rest = name.removeprefix(f"{slot.stack}.").partition(".")
             stacks.setdefault(slot.stack, {})[rest, int(block)] = name
-    ends, first = set(), 0
+    ends = set()
+    first = 0
     for stack in sorted(stacks):
         for (rest, block), name in stacks[stack].items():
             if block and (stacks[stack][rest, block - 1] in frozen) != (name in frozen):

@@ -18,23 +18,31 @@ def parse_steps(text: str | None, last: int) -> range:
         return range(0)
     match = re.fullmatch(r"(\d+):(\d+)", text)
     if match is None or not 1 <= int(match[1]) <= int(match[2]) <= last:
-        raise ValueError(f"--profile_steps is {text!r}; allowed: FIRST:LAST, such as 10:12, from step 1 to the run's last, {last}")
+        raise ValueError(
+            f"--profile_steps is {text!r}; allowed: FIRST:LAST, such as 10:12, from step 1 to the"
+            f" run's last, {last}"
+        )
     return range(int(match[1]), int(match[2]) + 1)
 
 
-def profiled(step_fn: Callable[..., tuple[Any, Any]], steps: range, start: int, folder: Path) -> Callable[..., tuple[Any, Any]]:
-    """`step_fn` with a trace of what devices and host do from the first to the last of `steps`, loading included.
+def profiled(
+    step_fn: Callable[..., tuple[Any, Any]], steps: range, start: int, folder: Path
+) -> Callable[..., tuple[Any, Any]]:
+    """`step_fn` with a trace of what devices and host do from the first to the last of `steps`,
+    loading included.
 
-    The first step compiles; a trace that begins behind it is smaller and shows what all steps are like.
+    The first step compiles; a trace that begins behind it is smaller and shows what all steps are
+    like.
 
     Args:
         step_fn: (state, batch) -> (state, metrics).
         steps: those to be traced; what a run has behind it when it goes on is left out.
         start: steps done so far.
-        folder: `plugins/profile/TIME/` below it gets HOST.xplane.pb for `tensorboard --logdir FOLDER` (with tensorboard-plugin-profile) and
-            HOST.trace.json.gz for ui.perfetto.dev.
+        folder: `plugins/profile/TIME/` below it gets HOST.xplane.pb for `tensorboard --logdir
+            FOLDER` (with tensorboard-plugin-profile) and HOST.trace.json.gz for ui.perfetto.dev.
     """
-    steps, step = range(max(steps.start, start + 1), steps.stop), start
+    steps = range(max(steps.start, start + 1), steps.stop)
+    step = start
     if not steps:
         return step_fn
 

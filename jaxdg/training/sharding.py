@@ -1,8 +1,10 @@
-"""One mesh with axes (data, fsdp): batches are divided over both, parameters over fsdp by an ordered list of rules.
+"""One mesh with axes (data, fsdp): batches are divided over both, parameters over fsdp by an
+ordered list of rules.
 
-A rule is (regex, spec): the first regex found in a parameter's name counts and its spec names the trailing axes. Where the devices do not
-divide such an axis evenly, they divide the last other one that they can, and if there is none, the parameter stays whole. The leading layer
-axis of stacked blocks is never divided.
+A rule is (regex, spec): the first regex found in a parameter's name counts and its spec names the
+trailing axes. Where the devices do not divide such an axis evenly, they divide the last other one
+that they can, and if there is none, the parameter stays whole. The leading layer axis of stacked
+blocks is never divided.
 """
 
 from collections.abc import Sequence
@@ -32,7 +34,8 @@ class MeshConfig:
 
     Attributes:
         data: copies of the model, each with its own part of the batch. Default -1.
-        fsdp: devices among which one copy's parameters, gradients and optimiser state are divided. Default 1.
+        fsdp: devices among which one copy's parameters, gradients and optimiser state are divided.
+            Default 1.
     """
 
     data: int = -1
@@ -51,14 +54,17 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     """
     devices = jax.devices() if devices is None else devices
     count = len(devices)
-    data, fsdp = config.data, config.fsdp
+    data = config.data
+    fsdp = config.fsdp
     if data == -1 and fsdp == -1:
-        data, fsdp = count, 1
+        data = count
+        fsdp = 1
     data = count // fsdp if data == -1 else data
     fsdp = count // data if fsdp == -1 else fsdp
     if data * fsdp != count:
         raise ValueError(
-            f"mesh is data={config.data}, fsdp={config.fsdp}; allowed: a product equal to the number of devices, {count} (-1 = the rest)"
+            f"mesh is data={config.data}, fsdp={config.fsdp}; allowed: a product equal to the"
+            f" number of devices, {count} (-1 = the rest)"
         )
     return Mesh(np.asarray(devices).reshape(data, fsdp), ("data", "fsdp"))
 
@@ -75,32 +81,49 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 
 def parameter_shardings(mesh: Mesh, state: nnx.State, rules: Rules = RULES) -> Any:
     """A tree of shardings like `state`, which may be abstract."""
-    names = {path: (name, int(layer is not None)) for name, (path, layer, _) in weights.slots(state).items()}
+    names = {
+        path: (name, int(layer is not None))
+        for name, (path, layer, _) in weights.slots(state).items()
+    }
 
     def sharding(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
-        (name, first), n = names[path], len(leaf.shape)
+        name, first = names[path]
+        n = len(leaf.shape)
         axes = weights.first_match(name, rules, ())
         axes = axes[max(0, len(axes) - (n - first)) :]
         spec = [None] * (n - len(axes)) + list(axes)
         for i, axis in enumerate(spec):
             if axis and leaf.shape[i] % mesh.shape[axis]:
                 spec[i] = None
-                others = [j for j in range(first, n) if spec[j] is None and leaf.shape[j] % mesh.shape[axis] == 0]
+                others = [
+                    j
+                    for j in range(first, n)
+                    if spec[j] is None and leaf.shape[j] % mesh.shape[axis] == 0
+                ]
                 if others:
                     spec[others[-1]] = axis
         return NamedSharding(mesh, PartitionSpec(*spec))
 
-    return weights.unflatten_like(state, {path: sharding(path, leaf) for path, leaf in nnx.to_flat_state(state)})
+    return weights.unflatten_like(
+        state, {path: sharding(path, leaf) for path, leaf in nnx.to_flat_state(state)}
+    )
 
 
-def optimizer_shardings(mesh: Mesh, optimizer: optax.GradientTransformation, params: nnx.State, shardings: Any) -> Any:
-    """Shardings of the optimiser's state: its moments lie where their parameters lie, everything else on all devices."""
+def optimizer_shardings(
+    mesh: Mesh, optimizer: optax.GradientTransformation, params: nnx.State, shardings: Any
+) -> Any:
+    """Shardings of the optimiser's state: its moments lie where their parameters lie, everything
+    else on all devices.
+    """
     state = jax.eval_shape(optimizer.init, params)
-    return optax.tree_map_params(optimizer, lambda _, s: s, state, shardings, transform_non_params=lambda _: replicated(mesh))
+    return optax.tree_map_params(
+        optimizer, lambda _, s: s, state, shardings, transform_non_params=lambda _: replicated(mesh)
+    )
 
 
 def gather(state: Any, at: Any) -> Any:
-    """In a jitted function: makes parameters, or their gradients, whole on every device, but for those of stacked blocks.
+    """In a jitted function: makes parameters, or their gradients, whole on every device, but for
+    those of stacked blocks.
 
     `backbones.layers.whole` does that to each block when its turn comes, and says why.
 
@@ -120,10 +143,16 @@ def gather(state: Any, at: Any) -> Any:
 def mesh_of(shardings: Any) -> contextlib.AbstractContextManager:
     """In a jitted function: sets the mesh of a tree of shardings, if they have one."""
     at = jax.tree.leaves(shardings)[0]
-    return jax.sharding.use_abstract_mesh(at.mesh.abstract_mesh) if isinstance(at, NamedSharding) else contextlib.nullcontext()
+    return (
+        jax.sharding.use_abstract_mesh(at.mesh.abstract_mesh)
+        if isinstance(at, NamedSharding)
+        else contextlib.nullcontext()
+    )
 
 
 def to_devices(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
     """This host's rows of a global batch as arrays divided over all devices."""
     sharding = batch_sharding(mesh)
-    return {key: jax.make_array_from_process_local_data(sharding, value) for key, value in batch.items()}
+    return {
+        key: jax.make_array_from_process_local_data(sharding, value) for key, value in batch.items()
+    }

@@ -1,8 +1,10 @@
-"""EVA-02 against timm and against the public VLTSeg re-implementation (golden files), and the laws of its parts.
+"""EVA-02 against timm and against the public VLTSeg re-implementation (golden files), and the laws
+of its parts.
 
-The files eva02_clip, eva02_mim_l and eva02_mim_ti are made by scripts/golden_eva02.py. eva02_vltseg_repro holds what the encoder file of
-VLTSeg/VLTSeg (commit 19cff2c, vltseg/models/eva02.py, unchanged, with `xattn=True`) computes on CPU with random weights, at 70x70 and at
-103x103 pixels with positions of those grids.
+The files eva02_clip, eva02_mim_l and eva02_mim_ti are made by scripts/golden_eva02.py.
+eva02_vltseg_repro holds what the encoder file of VLTSeg/VLTSeg (commit 19cff2c,
+vltseg/models/eva02.py, unchanged, with `xattn=True`) computes on CPU with random weights, at 70x70
+and at 103x103 pixels with positions of those grids.
 """
 
 from flax import nnx
@@ -16,20 +18,33 @@ from jaxdg.backbones import Eva02, Eva02Config
 from jaxdg.backbones.eva02 import Attention, WindowAttention, rotary_tables, rotate
 from jaxdg.conversion import eva02, mapping
 
-SIZES = ((20, 20), (36, 36), (12, 12), (16, 32), (23, 30))  # as trained, enlarged, shrunk, not square, not divided by the patch
+SIZES = (
+    (20, 20),
+    (36, 36),
+    (12, 12),
+    (16, 32),
+    (23, 30),
+)  # as trained, enlarged, shrunk, not square, not divided by the patch
 SMALL = dict(image_size=(20, 20), patch_size=4, depth=4, heads=2, taps=(0, 1, 2, 3))
 FAMILIES = {
     "clip": Eva02Config(**SMALL, width=24),
     "mim_l": Eva02Config(**SMALL, width=16, inner_attn_ln=False),
     "mim_ti": Eva02Config(**SMALL, width=16, inner_attn_ln=False, subln=False),
 }
-REPRO = Eva02Config(**SMALL | dict(image_size=(70, 70), patch_size=14), width=16, inner_attn_ln=False, random_positions=True)
+REPRO = Eva02Config(
+    **SMALL | dict(image_size=(70, 70), patch_size=14),
+    width=16,
+    inner_attn_ln=False,
+    random_positions=True,
+)
 
 
 def wave(height, width):
     """The golden files' picture by its formula, [1, h, w, 3]."""
     y, x, c = np.ogrid[0:height, 0:width, 0:3]
-    return (np.sin(0.33 * y + 0.5 * c) * np.cos(0.21 * x - 0.9 * c) + 0.3 * np.sin(0.9 * x + 1.7 * y)).astype(np.float32)[None]
+    return (
+        np.sin(0.33 * y + 0.5 * c) * np.cos(0.21 * x - 0.9 * c) + 0.3 * np.sin(0.9 * x + 1.7 * y)
+    ).astype(np.float32)[None]
 
 
 def changed(config, **fields):
@@ -39,7 +54,9 @@ def changed(config, **fields):
 def run(encoder, images, key=None, method="tokens"):
     """The encoder's outputs, compiled as the training code does it: pure state in, arrays out."""
     graph, state = nnx.split(encoder)
-    return jax.jit(lambda state, images: getattr(nnx.merge(graph, state), method)(images, key))(state, jnp.asarray(images))
+    return jax.jit(lambda state, images: getattr(nnx.merge(graph, state), method)(images, key))(
+        state, jnp.asarray(images)
+    )
 
 
 def loaded(config, path):
@@ -63,7 +80,11 @@ def files(golden, tmp_path_factory):
     paths = {}
     for family, config in FAMILIES.items():
         with np.load(golden / f"eva02_{family}.npz") as archive:
-            source = {name.removeprefix("weights/"): archive[name] for name in archive.files if name.startswith("weights/")}
+            source = {
+                name.removeprefix("weights/"): archive[name]
+                for name in archive.files
+                if name.startswith("weights/")
+            }
         paths[family] = tmp_path_factory.mktemp("eva02") / f"{family}.safetensors"
         assert converted(config, source, paths[family]) == "timm"
     return paths
@@ -71,7 +92,9 @@ def files(golden, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def build(files):
-    """`build(family, **fields)`: an encoder that differs from the family's in these fields, with the golden weights."""
+    """`build(family, **fields)`: an encoder that differs from the family's in these fields, with
+    the golden weights.
+    """
 
     def make(family="clip", **fields):
         return loaded(changed(FAMILIES[family], **fields), files[family])
@@ -80,10 +103,14 @@ def build(files):
 
 
 @pytest.mark.parametrize(
-    ("family", "size"), [("clip", size) for size in SIZES] + [(family, size) for family in ("mim_l", "mim_ti") for size in SIZES[::3]]
+    ("family", "size"),
+    [("clip", size) for size in SIZES]
+    + [(family, size) for family in ("mim_l", "mim_ti") for size in SIZES[::3]],
 )
 def test_tokens_equal_timm(build, golden, family, size):
-    """Every block's tokens, class token included, equal timm's at native, enlarged, shrunk, oblong and undivided sizes."""
+    """Every block's tokens, class token included, equal timm's at native, enlarged, shrunk, oblong
+    and undivided sizes.
+    """
     with np.load(golden / f"eva02_{family}.npz") as archive:
         expected = archive["tokens/{}x{}".format(*size)]
     tokens = run(build(family, image_size=size), wave(*size))
@@ -103,8 +130,11 @@ def test_features_are_the_patch_tokens_as_a_map(build, golden):
 
 
 def test_rotation_is_a_complex_product():
-    """Pairs of channels turn as complex numbers by frequency times position on the 16-grid, y in the first half and x in the second."""
-    grid, dim = (5, 8), 12
+    """Pairs of channels turn as complex numbers by frequency times position on the 16-grid, y in
+    the first half and x in the second.
+    """
+    grid = (5, 8)
+    dim = 12
     x = np.random.default_rng(0).standard_normal((2, 1 + 40, 3, dim)).astype(np.float32)
     expected = x.copy()
     for row in range(grid[0]):
@@ -122,25 +152,42 @@ def test_rotation_is_a_complex_product():
 
 @pytest.mark.parametrize("side", [70, 103])
 def test_tokens_equal_the_vltseg_reimplementation(golden, tmp_path, side):
-    """Its checkpoints convert from its own names, and every block's tokens are those of its code, at both sizes."""
+    """Its checkpoints convert from its own names, and every block's tokens are those of its code,
+    at both sizes.
+    """
     with np.load(golden / "eva02_vltseg_repro.npz") as archive:
-        source = {name.removeprefix("weights/"): archive[name] for name in archive.files if name.startswith("weights/")}
-        source["backbone.pos_embed"], expected = archive[f"positions/{side}"], archive[f"tokens/{side}"]
-    source |= {"decode_head.conv_seg.weight": np.ones((2, 2), np.float32), "backbone.fpn1.0.weight": np.ones(3, np.float32)}
+        source = {
+            name.removeprefix("weights/"): archive[name]
+            for name in archive.files
+            if name.startswith("weights/")
+        }
+        source["backbone.pos_embed"] = archive[f"positions/{side}"]
+        expected = archive[f"tokens/{side}"]
+    source |= {
+        "decode_head.conv_seg.weight": np.ones((2, 2), np.float32),
+        "backbone.fpn1.0.weight": np.ones(3, np.float32),
+    }
     source |= {"backbone.blocks.3.attn.rope.freqs_cos": np.ones((25, 4), np.float32)}
     config = changed(REPRO, image_size=(side, side))
     assert converted(config, source, tmp_path / "repro.safetensors") == "VLTSeg"
     encoder = loaded(config, tmp_path / "repro.safetensors")
-    np.testing.assert_allclose(np.stack(run(encoder, wave(side, side))), expected, rtol=0, atol=1e-4)
+    np.testing.assert_allclose(
+        np.stack(run(encoder, wave(side, side))), expected, rtol=0, atol=1e-4
+    )
 
 
 def test_vltseg_repro_deviates_where_they_do(build, files, monkeypatch):
-    """Weights of EVA-02-CLIP load without the inner norm; positions of another grid are drawn at random, of the same grid kept."""
+    """Weights of EVA-02-CLIP load without the inner norm; positions of another grid are drawn at
+    random, of the same grid kept.
+    """
     monkeypatch.setitem(backbones.ZOO, "tiny", backbones.zoo.Entry(FAMILIES["clip"]))
     repro = changed(FAMILIES["clip"], inner_attn_ln=False, random_positions=True)
     monkeypatch.setitem(backbones.ZOO, "tiny_vltseg_repro", backbones.zoo.Entry(repro))
     stored = weights.read(files["clip"])
-    encoders = [backbones.create("tiny", variant="vltseg_repro", image_size=(s, s), weights=files["clip"]) for s in (20, 36, 36)]
+    encoders = [
+        backbones.create("tiny", variant="vltseg_repro", image_size=(s, s), weights=files["clip"])
+        for s in (20, 36, 36)
+    ]
     native, larger, again = (weights.tensors(encoder) for encoder in encoders)
     assert {name for name in stored if name not in native} == {
         f"blocks.{i}.attn.inner_attn_ln.{k}" for i in range(4) for k in ("scale", "bias")
@@ -149,22 +196,43 @@ def test_vltseg_repro_deviates_where_they_do(build, files, monkeypatch):
     drawn = larger["pos_embed"]
     assert drawn.shape == (1, 82, 24)
     assert 0.018 < drawn.std() < 0.022, "as their initialisation draws them"
-    assert abs(np.corrcoef(drawn[0, 1:].ravel(), weights.tensors(build(image_size=(36, 36)))["pos_embed"][0, 1:].ravel())[0, 1]) < 0.1
+    assert (
+        abs(
+            np.corrcoef(
+                drawn[0, 1:].ravel(),
+                weights.tensors(build(image_size=(36, 36)))["pos_embed"][0, 1:].ravel(),
+            )[0, 1]
+        )
+        < 0.1
+    )
     np.testing.assert_array_equal(drawn, again["pos_embed"])
     for name in native.keys() - {"pos_embed"}:
         np.testing.assert_array_equal(larger[name], stored[name], err_msg=name)
 
 
 def test_the_correct_encoder_refuses_weights_without_its_norm(files, tmp_path):
-    """A file of the re-implementation lacks one norm a block; loading it says so, names all of them, and changes nothing."""
-    tensors = {name: tensor for name, tensor in weights.read(files["clip"]).items() if ".inner_attn_ln." not in name}
+    """A file of the re-implementation lacks one norm a block; loading it says so, names all of
+    them, and changes nothing.
+    """
+    tensors = {
+        name: tensor
+        for name, tensor in weights.read(files["clip"]).items()
+        if ".inner_attn_ln." not in name
+    }
     weights.save(tensors, tmp_path / "repro.safetensors", {})
-    with pytest.raises(ValueError, match=r"does not fit this Eva02: 8 missing \(blocks.\*.attn.inner_attn_ln.bias \(4 tensors\)"):
+    with pytest.raises(
+        ValueError,
+        match=(
+            r"does not fit this Eva02: 8 missing \(blocks.\*.attn.inner_attn_ln.bias \(4 tensors\)"
+        ),
+    ):
         loaded(FAMILIES["clip"], tmp_path / "repro.safetensors")
 
 
 def test_positions_of_another_grid_are_resized_by_default(build, files):
-    """The default is not the re-implementation's: a constant offset on all stored positions is one on the resized positions."""
+    """The default is not the re-implementation's: a constant offset on all stored positions is one
+    on the resized positions.
+    """
     positions = weights.tensors(build(image_size=(36, 36)))["pos_embed"]
     stored = weights.read(files["clip"])["pos_embed"]
     np.testing.assert_array_equal(positions[:, 0], stored[:, 0])
@@ -173,71 +241,105 @@ def test_positions_of_another_grid_are_resized_by_default(build, files):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_bfloat16_compute_is_close(build, golden, family):
-    """Half precision in the matrix products, float32 parameters: within 2 % of timm's float32 tokens, for every family."""
+    """Half precision in the matrix products, float32 parameters: within 2 % of timm's float32
+    tokens, for every family.
+    """
     with np.load(golden / f"eva02_{family}.npz") as archive:
         exact = archive["tokens/20x20"]
     encoder = build(family, dtype="bfloat16")
     assert {tensor.dtype for tensor in weights.tensors(encoder).values()} == {np.dtype(np.float32)}
     tokens = run(encoder, wave(20, 20))
     assert {t.dtype for t in tokens} == {jnp.dtype("bfloat16")}
-    error = np.linalg.norm(np.stack([np.asarray(t, np.float32) for t in tokens]) - exact) / np.linalg.norm(exact)
+    error = np.linalg.norm(
+        np.stack([np.asarray(t, np.float32) for t in tokens]) - exact
+    ) / np.linalg.norm(exact)
     assert 0 < error < 2e-2, error
 
 
-@pytest.mark.parametrize("segments", [dict(taps=(3,)), dict(taps=(1, 3), boundaries=(0, 2)), dict(taps=(0, 2))])
+@pytest.mark.parametrize(
+    "segments", [dict(taps=(3,)), dict(taps=(1, 3), boundaries=(0, 2)), dict(taps=(0, 2))]
+)
 def test_where_segments_end_changes_no_value(build, golden, segments):
-    """Taps and freeze boundaries cut the stack differently, and shared blocks give the same tokens; later blocks are not built."""
+    """Taps and freeze boundaries cut the stack differently, and shared blocks give the same tokens;
+    later blocks are not built.
+    """
     with np.load(golden / "eva02_clip.npz") as archive:
         expected = archive["tokens/20x20"]
     encoder = build(**segments)
     names = weights.tensors(encoder)
-    assert {name.split(".")[1] for name in names if name.startswith("blocks.")} == {str(i) for i in range(segments["taps"][-1] + 1)}
+    assert {name.split(".")[1] for name in names if name.startswith("blocks.")} == {
+        str(i) for i in range(segments["taps"][-1] + 1)
+    }
     for tap, tokens in zip(segments["taps"], run(encoder, wave(20, 20)), strict=True):
         np.testing.assert_allclose(tokens, expected[tap], rtol=0, atol=1e-4)
 
 
 def test_a_window_over_everything_is_no_window():
-    """Eight blocks whose windows are as large as the grid compute what those without windows do, from the same parameters."""
+    """Eight blocks whose windows are as large as the grid compute what those without windows do,
+    from the same parameters.
+    """
     config = changed(FAMILIES["clip"], depth=8, taps=(3, 7))
     whole = Eva02(config, rngs=nnx.Rngs(1))
     windowed = Eva02(changed(config, window=5), rngs=nnx.Rngs(2))
     assert windowed.config.global_blocks == (1, 3, 5, 7)
     assert windowed.blocks.ends == (0, 1, 2, 3, 4, 5, 6, 7)
     weights.fill(windowed, weights.tensors(whole), "memory")
-    for got, want in zip(windowed(jnp.asarray(wave(20, 20))), whole(jnp.asarray(wave(20, 20))), strict=True):
+    for got, want in zip(
+        windowed(jnp.asarray(wave(20, 20))), whole(jnp.asarray(wave(20, 20))), strict=True
+    ):
         np.testing.assert_allclose(got, want, atol=2e-5)
 
 
 def test_a_window_is_attention_to_a_piece_of_the_map():
-    """4x6 tokens in windows of 3x3, cut by hand: each is attention over the class token and the piece, zeros where it leaves the map."""
+    """4x6 tokens in windows of 3x3, cut by hand: each is attention over the class token and the
+    piece, zeros where it leaves the map.
+    """
     config = changed(FAMILIES["clip"], image_size=(16, 24), window=3)
     attention = WindowAttention(config, rngs=nnx.Rngs(3))
     plain = nnx.clone(attention)
     plain.__class__ = Attention
     x = np.random.default_rng(0).normal(size=(2, 25, 24)).astype(np.float32)
     got = np.asarray(attention(jnp.asarray(x), *rotary_tables(config.grid, 12)))
-    maps, class_tokens = x[:, 1:].reshape(2, 4, 6, 24), []
+    maps = x[:, 1:].reshape(2, 4, 6, 24)
+    class_tokens = []
     for top in (0, 3):
         for left in (0, 3):
             piece = np.zeros((2, 3, 3, 24), np.float32)
             inside = maps[:, top : top + 3, left : left + 3]
             piece[:, : inside.shape[1]] = inside
-            y = np.asarray(plain(jnp.asarray(np.concatenate([x[:, :1], piece.reshape(2, 9, 24)], axis=1)), *rotary_tables((3, 3), 12)))
+            y = np.asarray(
+                plain(
+                    jnp.asarray(np.concatenate([x[:, :1], piece.reshape(2, 9, 24)], axis=1)),
+                    *rotary_tables((3, 3), 12),
+                )
+            )
             class_tokens.append(y[:, 0])
             want = y[:, 1:].reshape(2, 3, 3, 24)[:, : inside.shape[1]]
-            np.testing.assert_allclose(got[:, 1:].reshape(2, 4, 6, 24)[:, top : top + 3, left : left + 3], want, atol=1e-5)
+            np.testing.assert_allclose(
+                got[:, 1:].reshape(2, 4, 6, 24)[:, top : top + 3, left : left + 3], want, atol=1e-5
+            )
     np.testing.assert_allclose(got[:, 0], np.mean(class_tokens, axis=0), atol=1e-5)
 
 
 def test_remat_changes_no_gradient(build):
-    """Recomputing blocks in the backward pass is a matter of memory alone; the rotary tables come along."""
+    """Recomputing blocks in the backward pass is a matter of memory alone; the rotary tables come
+    along.
+    """
 
     def gradients(remat):
         graph, state = nnx.split(build(taps=(1,), remat=remat))
-        loss = lambda state: sum(jnp.sum(jnp.sin(t)) for t in nnx.merge(graph, state).tokens(jnp.asarray(wave(20, 20))))
+
+        def loss(state):
+            return sum(
+                jnp.sum(jnp.sin(t))
+                for t in nnx.merge(graph, state).tokens(jnp.asarray(wave(20, 20)))
+            )
+
         return jax.jit(jax.grad(loss))(state)
 
-    pairs = list(zip(jax.tree.leaves(gradients(False)), jax.tree.leaves(gradients(True)), strict=True))
+    pairs = list(
+        zip(jax.tree.leaves(gradients(False)), jax.tree.leaves(gradients(True)), strict=True)
+    )
     assert len(pairs) == 4 + 21  # before the blocks, and in them
     for a, b in pairs:
         scale = np.abs(a).max()
@@ -246,7 +348,9 @@ def test_remat_changes_no_gradient(build):
 
 
 def test_drop_path_in_the_encoder(build, golden):
-    """Without a key nothing is dropped; with one, samples differ but for the first block, and the same key gives the same."""
+    """Without a key nothing is dropped; with one, samples differ but for the first block, and the
+    same key gives the same.
+    """
     with np.load(golden / "eva02_clip.npz") as archive:
         expected = archive["tokens/20x20"]
     graph, state = nnx.split(build(taps=(0, 3), drop_path=0.6))
@@ -260,7 +364,9 @@ def test_drop_path_in_the_encoder(build, golden):
 
 
 def test_the_zoo_states_the_papers_encoder():
-    """Taps, normalisation and grids are the published ones; the MLP's width is theirs, int(2.6667 * width), for every size."""
+    """Taps, normalisation and grids are the published ones; the MLP's width is theirs, int(2.6667 *
+    width), for every size.
+    """
     config = backbones.entry("eva02_clip_l14").config
     assert config.taps == (9, 14, 19, 23)
     np.testing.assert_allclose(255 * np.array(config.mean), (123.675, 116.28, 103.53))
@@ -270,5 +376,8 @@ def test_the_zoo_states_the_papers_encoder():
     for name in ("eva02_clip_l14", "eva02_clip_b16", "eva02_ti14", "eva02_s14", "eva02_l14"):
         config = backbones.entry(name).config
         assert config.hidden == int(2.6667 * config.width), name
-    with pytest.raises(ValueError, match="unknown encoder 'eva02_clip_l14_vltseg'; did you mean eva02_clip_l14_vltseg_repro"):
+    with pytest.raises(
+        ValueError,
+        match="unknown encoder 'eva02_clip_l14_vltseg'; did you mean eva02_clip_l14_vltseg_repro",
+    ):
         backbones.create("eva02_clip_l14", variant="vltseg")

@@ -1,4 +1,6 @@
-"""Attention on every kind of device against its definition, and what the backward pass of stacked blocks finds stored."""
+"""Attention on every kind of device against its definition, and what the backward pass of stacked
+blocks finds stored.
+"""
 
 import jax
 from jax.ad_checkpoint import checkpoint_name
@@ -46,18 +48,29 @@ def test_attention_on_cpu_has_the_gradients_of_jaxs_own():
     """Heads in turn instead of at once, with and without a mask."""
     q, k, v, mask = drawn(5, 8)
     for m in (None, mask):
-        ours = lambda *x, m=m: jnp.sum(jnp.sin(layers.attention(*x, m)))
-        whole = lambda *x, m=m: jnp.sum(jnp.sin(jax.nn.dot_product_attention(*x, mask=None if m is None else m[:, None])))
-        for a, b in zip(jax.grad(ours, (0, 1, 2))(q, k, v), jax.grad(whole, (0, 1, 2))(q, k, v), strict=True):
+
+        def ours(*x, m=m):
+            return jnp.sum(jnp.sin(layers.attention(*x, m)))
+
+        def whole(*x, m=m):
+            return jnp.sum(
+                jnp.sin(jax.nn.dot_product_attention(*x, mask=None if m is None else m[:, None]))
+            )
+
+        for a, b in zip(
+            jax.grad(ours, (0, 1, 2))(q, k, v), jax.grad(whole, (0, 1, 2))(q, k, v), strict=True
+        ):
             np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize(("queries", "keys"), [(7, 7), (8, 8), (4, 9)])
 def test_on_gpus_half_precision_takes_cudnn(monkeypatch, queries, keys):
-    """An even number of tokens is what cuDNN is asked for; what fills them up is masked: with the same arguments jax's plain attention
-    gives the definition's results, and gradients as without filling up.
+    """An even number of tokens is what cuDNN is asked for; what fills them up is masked: with the
+    same arguments jax's plain attention gives the definition's results, and gradients as without
+    filling up.
     """
-    plain, asked = jax.nn.dot_product_attention, []
+    plain = jax.nn.dot_product_attention
+    asked = []
 
     def cudnn(q, k, v, implementation=None, **rest):
         asked.append((implementation, q.shape[1], k.shape[1]))
@@ -69,8 +82,15 @@ def test_on_gpus_half_precision_takes_cudnn(monkeypatch, queries, keys):
     got = layers.attention(q, k, v)
     assert got.shape == q.shape
     np.testing.assert_allclose(np.asarray(got, np.float64), slow(q, k, v), atol=0.02)
-    loss = lambda f: lambda *x: jnp.sum(jnp.sin(f(*x).astype(jnp.float32)))
-    for a, b in zip(jax.grad(loss(layers.attention), (0, 1, 2))(q, k, v), jax.grad(loss(plain), (0, 1, 2))(q, k, v), strict=True):
+
+    def loss(f):
+        return lambda *x: jnp.sum(jnp.sin(f(*x).astype(jnp.float32)))
+
+    for a, b in zip(
+        jax.grad(loss(layers.attention), (0, 1, 2))(q, k, v),
+        jax.grad(loss(plain), (0, 1, 2))(q, k, v),
+        strict=True,
+    ):
         np.testing.assert_allclose(a.astype(jnp.float32), b.astype(jnp.float32), atol=0.02)
     assert {name for name, _, _ in asked} == {"cudnn"}
     assert all(m % 2 == n % 2 == 0 for _, m, n in asked)
@@ -78,9 +98,14 @@ def test_on_gpus_half_precision_takes_cudnn(monkeypatch, queries, keys):
 
 def test_what_cudnn_does_not_take_is_left_to_jax(monkeypatch):
     """Float32, masks, and heads of a width that is no multiple of 8 or above 128."""
-    plain, asked = jax.nn.dot_product_attention, []
+    plain = jax.nn.dot_product_attention
+    asked = []
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    monkeypatch.setattr(jax.nn, "dot_product_attention", lambda *a, **k: (asked.append(k.get("implementation")), plain(*a, **k))[1])
+    monkeypatch.setattr(
+        jax.nn,
+        "dot_product_attention",
+        lambda *a, **k: (asked.append(k.get("implementation")), plain(*a, **k))[1],
+    )
     for *qkv, _ in (drawn(4, 4), drawn(4, 4, "bfloat16", 12), drawn(4, 4, "bfloat16", 136)):
         layers.attention(*qkv)
     *qkv, mask = drawn(4, 4, "bfloat16")
@@ -95,7 +120,16 @@ def test_the_backward_pass_finds_products_and_marked_results_stored():
         return jnp.tanh(checkpoint_name(jax.lax.erf(x @ w), "marked") @ w) @ w
 
     x = w = jnp.eye(4)
-    jaxpr = str(jax.make_jaxpr(jax.grad(lambda w: jnp.sum(jax.checkpoint(block, policy=layers.kept)(x, w))))(w))
-    count = lambda name: jaxpr.count(f"= {name} ") + jaxpr.count(f"= {name}[")
-    assert count("dot_general") == 3 + 5, "three products, and the gradient of each for both factors but the first"
+    jaxpr = str(
+        jax.make_jaxpr(
+            jax.grad(lambda w: jnp.sum(jax.checkpoint(block, policy=layers.kept)(x, w)))
+        )(w)
+    )
+
+    def count(name):
+        return jaxpr.count(f"= {name} ") + jaxpr.count(f"= {name}[")
+
+    assert count("dot_general") == 3 + 5, (
+        "three products, and the gradient of each for both factors but the first"
+    )
     assert (count("erf"), count("tanh")) == (1, 2)

@@ -1,4 +1,6 @@
-"""The pyramid against torch's layers (golden file made by scripts/golden_vit.py) and a transposed convolution written out in NumPy."""
+"""The pyramid against torch's layers (golden file made by scripts/golden_vit.py) and a transposed
+convolution written out in NumPy.
+"""
 
 from flax import nnx
 import jax.numpy as jnp
@@ -10,7 +12,9 @@ from jaxdg.backbones import Pyramid
 
 
 def transposed(x, kernel, bias):
-    """Transposed convolution, kernel 2 and stride 2, by its definition: each input pixel paints 2x2 output pixels."""
+    """Transposed convolution, kernel 2 and stride 2, by its definition: each input pixel paints 2x2
+    output pixels.
+    """
     b, h, w, _ = x.shape
     out = np.zeros((b, 2 * h, 2 * w, kernel.shape[3]))
     for y in range(h):
@@ -28,10 +32,18 @@ def torch_layers(golden):
 
 
 def build(torch_layers, norm, tmp_path):
-    """Our pyramid with torch's parameters; ConvTranspose2d weights [in, out, i, j] become kernels [i, j, in, out]."""
-    tensors = {"fpn1_norm.scale": torch_layers["norm.weight"], "fpn1_norm.bias": torch_layers["norm.bias"]}
+    """Our pyramid with torch's parameters; ConvTranspose2d weights [in, out, i, j] become kernels
+    [i, j, in, out].
+    """
+    tensors = {
+        "fpn1_norm.scale": torch_layers["norm.weight"],
+        "fpn1_norm.bias": torch_layers["norm.bias"],
+    }
     if norm == "batch":
-        tensors |= {"fpn1_norm.mean": torch_layers["norm.mean"], "fpn1_norm.var": torch_layers["norm.var"]}
+        tensors |= {
+            "fpn1_norm.mean": torch_layers["norm.mean"],
+            "fpn1_norm.var": torch_layers["norm.var"],
+        }
     for name in ("fpn1_up1", "fpn1_up2", "fpn2"):
         tensors[f"{name}.kernel"] = torch_layers[f"{name}.weight"].transpose(2, 3, 0, 1)
         tensors[f"{name}.bias"] = torch_layers[f"{name}.bias"]
@@ -43,17 +55,26 @@ def build(torch_layers, norm, tmp_path):
 
 @pytest.mark.parametrize("norm", ["layer", "batch"])
 def test_levels_equal_torch(torch_layers, norm, tmp_path):
-    """Four levels from maps with odd sides equal torch's, with LayerNorm and with BatchNorm's running statistics."""
+    """Four levels from maps with odd sides equal torch's, with LayerNorm and with BatchNorm's
+    running statistics.
+    """
     maps = tuple(jnp.asarray(torch_layers["maps"]))
     levels = build(torch_layers, norm, tmp_path)(maps)
-    assert [level.shape for level in levels] == [(2, 12, 20, 4), (2, 6, 10, 4), (2, 3, 5, 4), (2, 1, 2, 4)]
+    assert [level.shape for level in levels] == [
+        (2, 12, 20, 4),
+        (2, 6, 10, 4),
+        (2, 3, 5, 4),
+        (2, 1, 2, 4),
+    ]
     np.testing.assert_allclose(levels[0], torch_layers[f"level0/{norm}"], atol=1e-5)
     for i in (1, 2, 3):
         np.testing.assert_allclose(levels[i], torch_layers[f"level{i}/layer"], atol=1e-5)
 
 
 def test_training_uses_and_keeps_the_statistics_of_the_batch(torch_layers, tmp_path):
-    """BatchNorm in training equals torch's, and moves the running mean as torch does and the variance by a tenth of the way."""
+    """BatchNorm in training equals torch's, and moves the running mean as torch does and the
+    variance by a tenth of the way.
+    """
     pyramid = build(torch_layers, "batch", tmp_path)
     levels = pyramid(tuple(jnp.asarray(torch_layers["maps"])), train=True)
     np.testing.assert_allclose(levels[0], torch_layers["level0/batch/train"], atol=2e-5)
@@ -61,14 +82,22 @@ def test_training_uses_and_keeps_the_statistics_of_the_batch(torch_layers, tmp_p
     got = weights.tensors(pyramid)
     np.testing.assert_allclose(got["fpn1_norm.mean"], torch_layers["mean/after"], atol=1e-6)
     # Flax keeps the variance of the batch itself, torch the unbiased estimate (n / (n - 1) of it).
-    np.testing.assert_allclose(got["fpn1_norm.var"], 0.9 * torch_layers["norm.var"] + 0.1 * torch_layers["var/batch"], atol=1e-6)
+    np.testing.assert_allclose(
+        got["fpn1_norm.var"],
+        0.9 * torch_layers["norm.var"] + 0.1 * torch_layers["var/batch"],
+        atol=1e-6,
+    )
 
 
 def test_enlarging_equals_the_definition_of_a_transposed_convolution(torch_layers, tmp_path):
-    """The matrix product laid out as pixels is a transposed convolution: kernel[i, j] makes the pixel in row i, column j."""
+    """The matrix product laid out as pixels is a transposed convolution: kernel[i, j] makes the
+    pixel in row i, column j.
+    """
     pyramid = build(torch_layers, "layer", tmp_path)
     x = torch_layers["maps"][1]
-    expected = transposed(x, torch_layers["fpn2.weight"].transpose(2, 3, 0, 1), torch_layers["fpn2.bias"])
+    expected = transposed(
+        x, torch_layers["fpn2.weight"].transpose(2, 3, 0, 1), torch_layers["fpn2.bias"]
+    )
     np.testing.assert_allclose(pyramid.fpn2(jnp.asarray(x)), expected, atol=1e-5)
 
 

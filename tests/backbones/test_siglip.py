@@ -1,4 +1,6 @@
-"""SigLIP's image tower against timm and big_vision (golden files made by scripts/golden_siglip.py and scripts/golden_big_vision.py)."""
+"""SigLIP's image tower against timm and big_vision (golden files made by scripts/golden_siglip.py
+and scripts/golden_big_vision.py).
+"""
 
 from flax import nnx
 import jax
@@ -12,7 +14,13 @@ from jaxdg.backbones.siglip import Block
 from jaxdg.conversion import mapping, siglip, vit
 from tests.backbones.drawn import drawn, run, wave
 
-SIZES = ((20, 20), (36, 36), (12, 12), (16, 32), (23, 30))  # as trained, enlarged, shrunk, not square, not divided by the patch
+SIZES = (
+    (20, 20),
+    (36, 36),
+    (12, 12),
+    (16, 32),
+    (23, 30),
+)  # as trained, enlarged, shrunk, not square, not divided by the patch
 SMALL = dict(image_size=(20, 20), patch_size=4, width=24, depth=4, heads=2, taps=(0, 1, 2, 3))
 TRAINED = SiglipConfig(**SMALL)
 
@@ -22,7 +30,13 @@ class ExactSiglip(Siglip):
 
     def __init__(self, config, *, rngs):
         super().__init__(config, rngs=rngs)
-        self.blocks = layers.Stack(lambda rngs, _: backbones.vit.Block(config, rngs=rngs), config.used, config.ends, remat=False, rngs=rngs)
+        self.blocks = layers.Stack(
+            lambda rngs, _: backbones.vit.Block(config, rngs=rngs),
+            config.used,
+            config.ends,
+            remat=False,
+            rngs=rngs,
+        )
 
 
 class TanhVit(Vit):
@@ -30,14 +44,25 @@ class TanhVit(Vit):
 
     def __init__(self, config, *, rngs):
         super().__init__(config, rngs=rngs)
-        self.blocks = layers.Stack(lambda rngs, _: Block(config, rngs=rngs), config.used, config.ends, remat=False, rngs=rngs)
+        self.blocks = layers.Stack(
+            lambda rngs, _: Block(config, rngs=rngs),
+            config.used,
+            config.ends,
+            remat=False,
+            rngs=rngs,
+        )
 
 
 def filled(family, layout, trained, config=None):
     """The golden random encoder of timm's names, made for `trained`, in an encoder of `config`."""
-    make = lambda config: nnx.eval_shape(lambda: family(config, rngs=nnx.Rngs(0)))
+
+    def make(config):
+        return nnx.eval_shape(lambda: family(config, rngs=nnx.Rngs(0)))
+
     shapes = mapping.source_shapes(make(trained), layout)
-    tensors = mapping.to_flax(make(trained), [layout], list(shapes), lambda name: drawn(name, shapes[name])).tensors
+    tensors = mapping.to_flax(
+        make(trained), [layout], list(shapes), lambda name: drawn(name, shapes[name])
+    ).tensors
     encoder = make(config or trained)
     weights.fill(encoder, dict(tensors), "golden")
     return encoder
@@ -45,7 +70,9 @@ def filled(family, layout, trained, config=None):
 
 def build(family=Siglip, **fields):
     """An encoder that differs from the trained one in these fields, with the golden weights."""
-    return filled(family, siglip.layouts(TRAINED)[0], TRAINED, SiglipConfig(**{**vars(TRAINED), **fields}))
+    return filled(
+        family, siglip.layouts(TRAINED)[0], TRAINED, SiglipConfig(**{**vars(TRAINED), **fields})
+    )
 
 
 @pytest.fixture(scope="module")
@@ -84,13 +111,16 @@ def test_features_are_the_tokens_as_a_map(golden):
 
 def test_positions_equal_scipys_zoom(golden):
     """Resized positions equal big_vision's, enlarged, shrunk and oblong."""
-    encoder, positions = build(), drawn("positions", (1, 256, 2))
+    encoder = build()
+    positions = drawn("positions", (1, 256, 2))
     with np.load(golden / "siglip.npz") as archive:
         grids = [name.split("/")[1] for name in archive.files if name.startswith("positions/")]
         assert {"7x7", "32x64", "1x3"} <= set(grids)
         for grid in grids:
             rows, columns = map(int, grid.split("x"))
-            encoder.config = SiglipConfig(**{**vars(TRAINED), "image_size": (4 * rows, 4 * columns)})
+            encoder.config = SiglipConfig(
+                **{**vars(TRAINED), "image_size": (4 * rows, 4 * columns)}
+            )
             got = encoder.adapt("pos_embed", positions)
             assert got is not None
             np.testing.assert_allclose(got, archive[f"positions/{grid}"], atol=1e-5, err_msg=grid)
@@ -103,27 +133,38 @@ def test_corners_of_positions_stay_where_they_are():
     encoder.config = SiglipConfig(**{**vars(TRAINED), "image_size": (64, 64)})
     resized = encoder.adapt("pos_embed", positions)
     assert resized is not None
-    before, after = positions.reshape(32, 32, 2), resized.reshape(16, 16, 2)
+    before = positions.reshape(32, 32, 2)
+    after = resized.reshape(16, 16, 2)
     np.testing.assert_allclose(after[::15, ::15], before[::31, ::31], atol=1e-6)
 
 
-@pytest.mark.parametrize("size", [(20, 20), (16, 32), (36, 36)], ids=lambda size: "{}x{}".format(*size))
+@pytest.mark.parametrize(
+    "size", [(20, 20), (16, 32), (36, 36)], ids=lambda size: "{}x{}".format(*size)
+)
 def test_tokens_equal_big_visions_own_model(golden, size):
-    """big_vision's code, given the `.npz` that conversion writes, computes the same tokens, also where it resizes the positions itself."""
+    """big_vision's code, given the `.npz` that conversion writes, computes the same tokens, also
+    where it resizes the positions itself.
+    """
     with np.load(golden / "big_vision.npz") as archive:
         expected = archive["siglip/{}x{}".format(*size)]
     trained = SiglipConfig(**{**SMALL, "image_size": (20, 20) if size == (36, 36) else size})
-    encoder = filled(Siglip, siglip.layouts(trained)[0], trained, SiglipConfig(**{**SMALL, "image_size": size}))
+    encoder = filled(
+        Siglip, siglip.layouts(trained)[0], trained, SiglipConfig(**{**SMALL, "image_size": size})
+    )
     np.testing.assert_allclose(np.stack(run(encoder, wave(*size))), expected, rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("size", [(20, 20), (16, 32)], ids=lambda size: "{}x{}".format(*size))
 def test_the_plain_vit_equals_big_visions_own_model_but_for_gelu(golden, size):
-    """With GELU by big_vision's tanh formula the tokens are the same, class token included; by the plain ViT's they differ by little."""
+    """With GELU by big_vision's tanh formula the tokens are the same, class token included; by the
+    plain ViT's they differ by little.
+    """
     with np.load(golden / "big_vision.npz") as archive:
         expected = archive["vit/{}x{}".format(*size)]
     config = VitConfig(**{**SMALL, "image_size": size})
-    np.testing.assert_allclose(np.stack(run(filled(TanhVit, vit.timm(), config), wave(*size))), expected, rtol=0, atol=1e-4)
+    np.testing.assert_allclose(
+        np.stack(run(filled(TanhVit, vit.timm(), config), wave(*size))), expected, rtol=0, atol=1e-4
+    )
     difference = np.stack(run(filled(Vit, vit.timm(), config), wave(*size))) - expected
     assert 1e-6 < np.linalg.norm(difference) / np.linalg.norm(expected) < 1e-3
 
@@ -138,7 +179,9 @@ def test_bfloat16_compute_is_close(reference):
 
 @pytest.mark.parametrize("segments", [dict(taps=(1, 3), boundaries=(0, 2)), dict(taps=(0, 2))])
 def test_where_segments_end_changes_no_value(reference, segments):
-    """Taps and freeze boundaries cut the stack differently, and shared blocks give the same tokens; later blocks are not built."""
+    """Taps and freeze boundaries cut the stack differently, and shared blocks give the same tokens;
+    later blocks are not built.
+    """
     encoder = build(**segments)
     blocks = {name.split(".")[1] for name in weights.tensors(encoder) if name.startswith("blocks.")}
     assert blocks == {str(i) for i in range(segments["taps"][-1] + 1)}
@@ -147,13 +190,18 @@ def test_where_segments_end_changes_no_value(reference, segments):
 
 
 def test_every_parameter_gets_a_gradient_and_steps_along_it_lower_the_loss():
-    """Gradients of all parameters are finite and not all zero, and gradient descent from the golden weights learns a target."""
+    """Gradients of all parameters are finite and not all zero, and gradient descent from the golden
+    weights learns a target.
+    """
     graph, state = nnx.split(build(image_size=(16, 32), taps=(3,)))
-    images, target = jnp.asarray(wave(16, 32)), jnp.asarray(drawn("target", (1, 4, 8, 24)))
+    images = jnp.asarray(wave(16, 32))
+    target = jnp.asarray(drawn("target", (1, 4, 8, 24)))
 
     @jax.jit
     def step(state):
-        loss = lambda state: jnp.mean((nnx.merge(graph, state)(images)[-1] - target) ** 2)
+        def loss(state):
+            return jnp.mean((nnx.merge(graph, state)(images)[-1] - target) ** 2)
+
         value, gradients = jax.value_and_grad(loss)(state)
         return value, gradients, jax.tree.map(lambda p, g: p - 2e-2 * g, state, gradients)
 
@@ -168,11 +216,19 @@ def test_every_parameter_gets_a_gradient_and_steps_along_it_lower_the_loss():
 
 
 def test_the_zoo_states_the_published_sizes():
-    """Parameters counted from the published description: patches, positions, and 12 c^2 + 13 c in each block."""
-    for name, side, width, depth in (("siglip_b16", 14, 768, 12), ("siglip_l16", 16, 1024, 24), ("siglip2_l16", 32, 1024, 24)):
+    """Parameters counted from the published description: patches, positions, and 12 c^2 + 13 c in
+    each block.
+    """
+    for name, side, width, depth in (
+        ("siglip_b16", 14, 768, 12),
+        ("siglip_l16", 16, 1024, 24),
+        ("siglip2_l16", 32, 1024, 24),
+    ):
         config = backbones.entry(name).config
         assert isinstance(config, SiglipConfig)
         assert (config.mean, config.std, config.taps[-1]) == ((0.5,) * 3, (0.5,) * 3, depth - 1)
         encoder = nnx.eval_shape(lambda name=name: backbones.create(name))
         count = sum(int(np.prod(shape)) for shape in weights.shapes(encoder).values())
-        assert count == (3 * 16 * 16 + 1 + side * side) * width + depth * (12 * width**2 + 13 * width)
+        assert count == (3 * 16 * 16 + 1 + side * side) * width + depth * (
+            12 * width**2 + 13 * width
+        )

@@ -8,12 +8,19 @@ from jaxdg.text import tokenizer
 
 
 def test_a_thousand_texts_get_open_clips_ids(golden):
-    """Phrases with quotes, HTML, broken encodings, control signs, more than 77 tokens, and mixtures of 34 ranges of Unicode."""
+    """Phrases with quotes, HTML, broken encodings, control signs, more than 77 tokens, and mixtures
+    of 34 ranges of Unicode.
+    """
     with np.load(golden / "clip_tokens.npz") as archive:
-        texts, expected = json.loads(archive["texts"].tobytes()), archive["ids"]
+        texts = json.loads(archive["texts"].tobytes())
+        expected = archive["ids"]
     ids = tokenizer.tokenize(texts)
     assert (ids.shape, ids.dtype) == ((1000, 77), np.int32)
-    wrong = [text for text, mine, theirs in zip(texts, ids, expected, strict=True) if not np.array_equal(mine, theirs)]
+    wrong = [
+        text
+        for text, mine, theirs in zip(texts, ids, expected, strict=True)
+        if not np.array_equal(mine, theirs)
+    ]
     assert not wrong, wrong
     # Had everything been cut, or nothing been joined, equality would show little.
     lengths = (expected != 0).sum(1)
@@ -28,11 +35,22 @@ def test_the_vocabulary_is_clips():
     assert len(ids) == tokenizer.VOCABULARY == 49408
     assert sorted(ids.values()) == list(range(49408))
     assert [ids[token] for token in ("!", "!</w>", "a</w>", "photo</w>")] == [0, 256, 320, 1125]
-    assert tokenizer.tokenize(["A photo of a\ncat"])[0, :8].tolist() == [49406, 320, 1125, 539, 320, 2368, 49407, 0]
+    assert tokenizer.tokenize(["A photo of a\ncat"])[0, :8].tolist() == [
+        49406,
+        320,
+        1125,
+        539,
+        320,
+        2368,
+        49407,
+        0,
+    ]
 
 
 def test_texts_do_not_depend_on_each_other():
-    """A text has the ids it has alone, however it is written in a list, twice, after longer ones; no texts give no rows."""
+    """A text has the ids it has alone, however it is written in a list, twice, after longer ones;
+    no texts give no rows.
+    """
     texts = ["road", "a much longer text before " * 9, "road"]
     together = tokenizer.tokenize(texts)
     for row, text in zip(together, texts, strict=True):

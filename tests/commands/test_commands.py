@@ -1,4 +1,6 @@
-"""`jaxdg COMMAND`: its table, what it says to a command it does not know, and recipes by name from any folder."""
+"""`jaxdg COMMAND`: its table, what it says to a command it does not know, and recipes by name from
+any folder.
+"""
 
 import importlib.util
 import os
@@ -21,7 +23,9 @@ def jaxdg(tmp_path):
     def run(*arguments: str) -> subprocess.CompletedProcess:
         program = [sys.executable, "-c", "from jaxdg.commands import main; main()", *arguments]
         environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-        return subprocess.run(program, cwd=tmp_path, env=environment, capture_output=True, text=True)
+        return subprocess.run(
+            program, cwd=tmp_path, env=environment, capture_output=True, text=True
+        )
 
     return run
 
@@ -55,10 +59,17 @@ def test_an_unknown_command_is_one_line(jaxdg):
 
 
 @pytest.mark.parametrize(
-    "given", [("--config", "streets_tiny"), ("--config=streets_tiny",), ("--config", str(ROOT / "configs/streets_tiny.py"))]
+    "given",
+    [
+        ("--config", "streets_tiny"),
+        ("--config=streets_tiny",),
+        ("--config", str(ROOT / "configs/streets_tiny.py")),
+    ],
 )
 def test_a_recipe_is_found_from_any_folder(jaxdg, given):
-    """By name or by path the command comes as far as the recipe's own values: here one that an override breaks."""
+    """By name or by path the command comes as far as the recipe's own values: here one that an
+    override breaks.
+    """
     done = jaxdg("train", *given, "--workdir", "run", "--config.steps=-1")
     assert done.returncode == 1
     assert done.stderr.startswith("error: steps is -1; allowed:")
@@ -66,7 +77,9 @@ def test_a_recipe_is_found_from_any_folder(jaxdg, given):
 
 
 def test_a_recipe_of_ones_own_builds_on_one_that_comes_along(tmp_path, monkeypatch):
-    """A file of any folder imports `configs.NAME`, and a neighbour by its own folder's name; `sys.path` stays as it was."""
+    """A file of any folder imports `configs.NAME`, and a neighbour by its own folder's name;
+    `sys.path` stays as it was.
+    """
     folder = tmp_path / "experiments_of_a_test"
     folder.mkdir()
     (folder / "longer.py").write_text("STEPS = 70_000\n")

@@ -16,13 +16,18 @@ def converted(result):
 
 
 def refused(result, *offenders):
-    """One line on stderr, of ten in a terminal at most, that speaks of every offender; exit code 1, no file, also no partial one."""
+    """One line on stderr, of ten in a terminal at most, that speaks of every offender; exit code 1,
+    no file, also no partial one.
+    """
     code, out, err, path = result
     assert (code, out) == (1, "")
     assert err.count("\n") == 1, err
     assert len(err) <= LONGEST, err
     for offender in offenders:
-        assert offender in err or kinds([offender]).pop() in err, (offender, err)  # where there are many of its kind
+        assert offender in err or kinds([offender]).pop() in err, (
+            offender,
+            err,
+        )  # where there are many of its kind
     assert not path.exists()
     assert not list(path.parent.glob("*.partial"))
     return err

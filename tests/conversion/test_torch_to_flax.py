@@ -1,4 +1,6 @@
-"""The conversion command: what it takes, what it refuses, and that nothing is lost on the way there and back."""
+"""The conversion command: what it takes, what it refuses, and that nothing is lost on the way there
+and back.
+"""
 
 import json
 import os
@@ -19,12 +21,15 @@ from jaxdg.conversion import convert as torch_to_flax
 from tests.conversion.checks import Evil, assert_identical, refused
 
 REAL_SHA256 = "3f1f07da5e1337265ac1eb0234d13841467caf730b3c4240bd3f98c49bc16a92"
-WIDTH, HEADS, GRID = 32, 4, 3
+WIDTH = 32
+HEADS = 4
+GRID = 3
 
 
 def timm_tensors(depth: int, seed: int = 0) -> dict[str, np.ndarray]:
     """A random checkpoint as timm names it, written out by hand."""
-    rng, c = np.random.default_rng(seed), WIDTH
+    rng = np.random.default_rng(seed)
+    c = WIDTH
     shapes = {
         "cls_token": (1, 1, c),
         "pos_embed": (1, 1 + GRID * GRID, c),
@@ -57,22 +62,35 @@ def timm_tensors(depth: int, seed: int = 0) -> dict[str, np.ndarray]:
 @pytest.fixture(autouse=True)
 def tiny(monkeypatch):
     """An encoder `tiny` of four blocks, so that a conversion takes no time."""
-    config = backbones.VitConfig(image_size=(12, 12), patch_size=4, width=WIDTH, depth=4, heads=HEADS, taps=(1, 3))
-    monkeypatch.setitem(backbones.ZOO, "tiny", backbones.zoo.Entry(config, "made by a test", "none", 1))
+    config = backbones.VitConfig(
+        image_size=(12, 12), patch_size=4, width=WIDTH, depth=4, heads=HEADS, taps=(1, 3)
+    )
+    monkeypatch.setitem(
+        backbones.ZOO, "tiny", backbones.zoo.Entry(config, "made by a test", "none", 1)
+    )
 
 
 def without_left_out(tensors):
-    return {name: tensor for name, tensor in tensors.items() if not name.startswith(("norm.", "head."))}
+    return {
+        name: tensor for name, tensor in tensors.items() if not name.startswith(("norm.", "head."))
+    }
 
 
 def test_every_tensor_lands_where_its_meaning_says(command):
-    """Values after conversion equal a plain reading of both conventions: torch [out, in] and OIHW, Flax [in, out] and HWIO."""
+    """Values after conversion equal a plain reading of both conventions: torch [out, in] and OIHW,
+    Flax [in, out] and HWIO.
+    """
     source = timm_tensors(4)
     code, _, err, out = command(source)
     assert (code, err) == (0, "")
     got = load_file(out)
     x = np.random.default_rng(1).standard_normal(WIDTH).astype(np.float32)
-    np.testing.assert_allclose(x @ got["blocks.2.attn.qkv.kernel"], source["blocks.2.attn.qkv.weight"] @ x, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(
+        x @ got["blocks.2.attn.qkv.kernel"],
+        source["blocks.2.attn.qkv.weight"] @ x,
+        rtol=1e-4,
+        atol=1e-5,
+    )
     patch = np.random.default_rng(2).standard_normal((4, 4, 3)).astype(np.float32)
     ours = np.einsum("yxc,yxcd->d", patch, got["patch_embed.proj.kernel"])
     theirs = np.einsum("cyx,dcyx->d", patch.transpose(2, 0, 1), source["patch_embed.proj.weight"])
@@ -82,12 +100,16 @@ def test_every_tensor_lands_where_its_meaning_says(command):
 
 
 def test_metadata_and_report_say_what_was_done(command):
-    """Model, source, its sha256, layout and what was left out with reasons are in the file; counts, grid and size in the report."""
+    """Model, source, its sha256, layout and what was left out with reasons are in the file; counts,
+    grid and size in the report.
+    """
     source = timm_tensors(4)
     code, report, _, out = command(source)
     assert code == 0
     about = weights.metadata(out)
-    digest = subprocess.run(["sha256sum", out.parent / "source.safetensors"], capture_output=True, text=True, check=True).stdout.split()[0]
+    digest = subprocess.run(
+        ["sha256sum", out.parent / "source.safetensors"], capture_output=True, text=True, check=True
+    ).stdout.split()[0]
     assert about["model"] == "tiny"
     assert about["source"] == "source.safetensors"
     assert about["sha256"] == digest
@@ -104,34 +126,58 @@ def test_metadata_and_report_say_what_was_done(command):
     ):
         assert words in report, (words, report)
     (out.parent / "ordinary").touch()
-    assert out.stat().st_mode == (out.parent / "ordinary").stat().st_mode, "others may read it as far as the umask allows"
+    assert out.stat().st_mode == (out.parent / "ordinary").stat().st_mode, (
+        "others may read it as far as the umask allows"
+    )
 
 
 def test_the_real_timm_keys_convert(command, weights_path, tmp_path):
     """A file with exactly the names and shapes of timm's ViT-Ti is taken, and fills the module."""
     keys = json.loads(weights_path("keys/timm_vit_tiny_patch16_224.json").read_text())["keys"]
     rng = np.random.default_rng(0)
-    source = {name: rng.standard_normal(shape, dtype=np.float32) for name, (shape, _) in keys.items()}
+    source = {
+        name: rng.standard_normal(shape, dtype=np.float32) for name, (shape, _) in keys.items()
+    }
     code, report, err, out = command(source, model="augreg_ti16")
     assert (code, err) == (0, "")
     assert "148 of 152 tensors" in report
     encoder = backbones.create("augreg_ti16", weights=out)
-    np.testing.assert_array_equal(weights.tensors(encoder)["blocks.11.mlp.fc2.kernel"], source["blocks.11.mlp.fc2.weight"].T)
+    np.testing.assert_array_equal(
+        weights.tensors(encoder)["blocks.11.mlp.fc2.kernel"], source["blocks.11.mlp.fc2.weight"].T
+    )
 
 
 @pytest.mark.parametrize("kind", ["full size by shapes", "reduced width"])
 def test_the_real_augreg_keys_convert(command, weights_path, tmp_path, monkeypatch, kind):
-    """The layout of the AugReg L/16 `.npz` is known exactly: all names and shapes at full size, values at a width of 32."""
-    keys = {name: tuple(shape) for name, (shape, _) in json.loads(weights_path("keys/augreg_l16_npz.json").read_text())["keys"].items()}
-    left_out = {"Transformer/encoder_norm/scale", "Transformer/encoder_norm/bias", "head/kernel", "head/bias"}
+    """The layout of the AugReg L/16 `.npz` is known exactly: all names and shapes at full size,
+    values at a width of 32.
+    """
+    keys = {
+        name: tuple(shape)
+        for name, (shape, _) in json.loads(weights_path("keys/augreg_l16_npz.json").read_text())[
+            "keys"
+        ].items()
+    }
+    left_out = {
+        "Transformer/encoder_norm/scale",
+        "Transformer/encoder_norm/bias",
+        "head/kernel",
+        "head/bias",
+    }
     if kind == "full size by shapes":
         expected = mapping.source_shapes(models.abstract("augreg_l16"), vit.augreg(heads=16))
         assert expected == {name: shape for name, shape in keys.items() if name not in left_out}
         return
     reduce = {1024: 32, 4096: 128, 64: 2}
     rng = np.random.default_rng(0)
-    source = {name: rng.standard_normal([reduce.get(n, n) for n in shape], dtype=np.float32) for name, shape in keys.items()}
-    source |= {"pre_logits/kernel": np.ones((32, 32), np.float32), "pre_logits/bias": np.ones(32, np.float32)}
+    source = {
+        name: rng.standard_normal([reduce.get(n, n) for n in shape], dtype=np.float32)
+        for name, shape in keys.items()
+    }
+    source |= {
+        "pre_logits/kernel": np.ones((32, 32), np.float32),
+        "pre_logits/bias": np.ones(32, np.float32),
+    }
     config = backbones.VitConfig(width=32, depth=24, heads=16, taps=(5, 11, 17, 23))
     monkeypatch.setitem(backbones.ZOO, "narrow_l16", backbones.zoo.Entry(config, "made by a test"))
     np.savez(tmp_path / "l16.npz", **source)
@@ -147,16 +193,24 @@ def test_the_real_augreg_keys_convert(command, weights_path, tmp_path, monkeypat
     np.testing.assert_allclose(fused[1, 5], key[5], rtol=1e-4, atol=1e-5)
     heads = rng.standard_normal((16, 2)).astype(np.float32)
     projected = np.einsum("hd,hdc->c", heads, source[f"{prefix}/out/kernel"])
-    np.testing.assert_allclose(heads.reshape(-1) @ got["blocks.7.attn.proj.kernel"], projected, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(
+        heads.reshape(-1) @ got["blocks.7.attn.proj.kernel"], projected, rtol=1e-4, atol=1e-5
+    )
     code, _, err, back = command(out, "--reverse", model="narrow_l16", out="back.npz")
     assert (code, err) == (0, "")
-    kept = {name: tensor for name, tensor in source.items() if name not in left_out and not name.startswith("pre_logits")}
+    kept = {
+        name: tensor
+        for name, tensor in source.items()
+        if name not in left_out and not name.startswith("pre_logits")
+    }
     with np.load(back) as archive:
         assert_identical(dict(archive), kept)
 
 
 def test_the_real_weights_convert_and_come_back(command, weights_path):
-    """The pre-trained ViT-Ti of timm converts, loads, and --reverse gives the same bits; its sha256 is the published one."""
+    """The pre-trained ViT-Ti of timm converts, loads, and --reverse gives the same bits; its sha256
+    is the published one.
+    """
     real = weights_path("vit_tiny_patch16_224.safetensors")
     code, _, err, out = command(real, model="augreg_ti16")
     assert (code, err) == (0, "")
@@ -170,7 +224,10 @@ def test_the_real_weights_convert_and_come_back(command, weights_path):
 def rename(tensors):
     tensors["blocks.1.attn.qkv.wieght"] = tensors.pop("blocks.1.attn.qkv.weight")
     tensors["blocks.2.norm.weight"] = tensors.pop("blocks.2.norm1.weight")
-    return "2 unknown (blocks.1.attn.qkv.wieght, blocks.2.norm.weight)", "2 missing (blocks.1.attn.qkv.weight, blocks.2.norm1.weight)"
+    return (
+        "2 unknown (blocks.1.attn.qkv.wieght, blocks.2.norm.weight)",
+        "2 missing (blocks.1.attn.qkv.weight, blocks.2.norm1.weight)",
+    )
 
 
 def drop(tensors):
@@ -215,12 +272,22 @@ def integers(tensors):
 def halve(tensors):
     for name in [name for name in tensors if name.startswith(("blocks.2.", "blocks.3."))]:
         del tensors[name]
-    return "24 missing", "blocks.*.attn.proj.bias (2 tensors)", "blocks.*.norm2.weight (2 tensors)", "of whose 52 tensors 28 fit"
+    return (
+        "24 missing",
+        "blocks.*.attn.proj.bias (2 tensors)",
+        "blocks.*.norm2.weight (2 tensors)",
+        "of whose 52 tensors 28 fit",
+    )
 
 
 def deepen(tensors):
     tensors |= timm_tensors(6)
-    return "24 unknown", "blocks.*.norm1.bias (2 tensors)", "blocks.*.mlp.fc2.weight (2 tensors)", "of whose 52 tensors 52 fit"
+    return (
+        "24 unknown",
+        "blocks.*.norm1.bias (2 tensors)",
+        "blocks.*.mlp.fc2.weight (2 tensors)",
+        "of whose 52 tensors 52 fit",
+    )
 
 
 def everything_at_once(tensors):
@@ -240,18 +307,37 @@ def clip_names(tensors):
 
 
 @pytest.mark.parametrize(
-    "damage", [rename, drop, add, transpose, misshape, integers, halve, deepen, everything_at_once, clip_names], ids=lambda f: f.__name__
+    "damage",
+    [
+        rename,
+        drop,
+        add,
+        transpose,
+        misshape,
+        integers,
+        halve,
+        deepen,
+        everything_at_once,
+        clip_names,
+    ],
+    ids=lambda f: f.__name__,
 )
 def test_what_does_not_fit_is_refused_whole(command, damage):
-    """Offenders are told in the source's own names and shapes, many of a kind as one, and nothing is written."""
+    """Offenders are told in the source's own names and shapes, many of a kind as one, and nothing
+    is written.
+    """
     tensors = timm_tensors(4)
     offenders = damage(tensors)
     error = refused(command(tensors), "source.safetensors is no checkpoint of tiny", *offenders)
-    assert "blocks.0.attn.proj.weight" not in error or damage is clip_names, "and only offenders are"
+    assert "blocks.0.attn.proj.weight" not in error or damage is clip_names, (
+        "and only offenders are"
+    )
 
 
 def test_a_wrong_number_of_heads_is_refused(command, tmp_path):
-    """AugReg kernels are split into heads; another split of the same width has as many numbers, but means another model."""
+    """AugReg kernels are split into heads; another split of the same width has as many numbers, but
+    means another model.
+    """
     _, _, _, out = command(timm_tensors(4))
     command(out, "--reverse", out="heads.npz")
     with np.load(tmp_path / "heads.npz") as archive:
@@ -259,7 +345,10 @@ def test_a_wrong_number_of_heads_is_refused(command, tmp_path):
     name = "Transformer/encoderblock_1/MultiHeadDotProductAttention_1/query/kernel"
     tensors[name] = tensors[name].reshape(WIDTH, 2, 16)
     np.savez(tmp_path / "heads.npz", **tensors)
-    refused(command(tmp_path / "heads.npz", out="x.safetensors"), f"{name} is (32, 2, 16), not (32, 4, 8)")
+    refused(
+        command(tmp_path / "heads.npz", out="x.safetensors"),
+        f"{name} is (32, 2, 16), not (32, 4, 8)",
+    )
 
 
 @pytest.mark.parametrize(
@@ -275,7 +364,9 @@ def test_a_wrong_number_of_heads_is_refused(command, tmp_path):
     ],
 )
 def test_positions_of_any_square_grid_are_stored_as_they_are(command, shape, fits):
-    """A square grid and a class row are taken and kept (load resizes them); anything else is misshapen."""
+    """A square grid and a class row are taken and kept (load resizes them); anything else is
+    misshapen.
+    """
     tensors = timm_tensors(4)
     tensors["pos_embed"] = np.random.default_rng(3).standard_normal(shape).astype(np.float32)
     result = command(tensors)
@@ -296,7 +387,10 @@ def test_half_precision_becomes_float32_of_equal_values(command, dtype):
     code, _, err, out = command(half)
     assert (code, err) == (0, "")
     _, _, _, back = command(out, "--reverse", out="back.safetensors")
-    assert_identical(load_file(back), without_left_out({name: tensor.astype(np.float32) for name, tensor in half.items()}))
+    assert_identical(
+        load_file(back),
+        without_left_out({name: tensor.astype(np.float32) for name, tensor in half.items()}),
+    )
 
 
 def test_damaged_files_are_refused(command, tmp_path):
@@ -305,7 +399,11 @@ def test_damaged_files_are_refused(command, tmp_path):
     np.savez(tmp_path / "good.npz", **timm_tensors(4))
     for suffix in (".safetensors", ".npz"):
         good = (tmp_path / f"good{suffix}").read_bytes()
-        for what, content in (("cut", good[: len(good) // 2]), ("empty", b""), ("page", b"<html>404</html>")):
+        for what, content in (
+            ("cut", good[: len(good) // 2]),
+            ("empty", b""),
+            ("page", b"<html>404</html>"),
+        ):
             path = tmp_path / f"{what}{suffix}"
             path.write_bytes(content)
             refused(command(path), f"{path} cannot be read")
@@ -328,7 +426,9 @@ def test_pickled_code_in_npz_is_refused_and_not_run(command, tmp_path):
 
 
 def test_torch_files_convert_and_come_back(command, tmp_path):
-    """`.pth` plain or one level down, zip or legacy format, equals the same tensors in safetensors; --reverse gives the same bits."""
+    """`.pth` plain or one level down, zip or legacy format, equals the same tensors in safetensors;
+    --reverse gives the same bits.
+    """
     torch = pytest.importorskip("torch")
     tensors = timm_tensors(4)
     state = {name: torch.from_numpy(tensor) for name, tensor in tensors.items()}
@@ -346,11 +446,15 @@ def test_torch_files_convert_and_come_back(command, tmp_path):
     _, _, err, back = command(tmp_path / "plain.pth.safetensors", "--reverse", out="back.pth")
     assert err == ""
     loaded = torch.load(back, weights_only=True)
-    assert_identical({name: tensor.numpy() for name, tensor in loaded.items()}, without_left_out(tensors))
+    assert_identical(
+        {name: tensor.numpy() for name, tensor in loaded.items()}, without_left_out(tensors)
+    )
     half = {name: tensor.bfloat16() for name, tensor in state.items()}
     torch.save(half, tmp_path / "half.pth")
     code, _, _, out = command(tmp_path / "half.pth", out="half.safetensors")
-    np.testing.assert_array_equal(load_file(out)["blocks.1.mlp.fc1.kernel"], half["blocks.1.mlp.fc1.weight"].float().numpy().T)
+    np.testing.assert_array_equal(
+        load_file(out)["blocks.1.mlp.fc1.kernel"], half["blocks.1.mlp.fc1.weight"].float().numpy().T
+    )
 
 
 def test_torch_files_that_hold_more_than_tensors_are_refused(command, tmp_path):
@@ -358,7 +462,13 @@ def test_torch_files_that_hold_more_than_tensors_are_refused(command, tmp_path):
     torch = pytest.importorskip("torch")
     state = {name: torch.from_numpy(tensor) for name, tensor in timm_tensors(4).items()}
     torch.save({"model": state, "extra": Evil(tmp_path / "ran")}, tmp_path / "evil.pth")
-    refused(command(tmp_path / "evil.pth"), "evil.pth is refused", "pickled code", "mkdir", "could run anything")
+    refused(
+        command(tmp_path / "evil.pth"),
+        "evil.pth is refused",
+        "pickled code",
+        "mkdir",
+        "could run anything",
+    )
     torch.save(torch.nn.Linear(2, 2), tmp_path / "module.pth")
     refused(command(tmp_path / "module.pth"), "module.pth is refused", "Linear", "state_dict")
     assert not (tmp_path / "ran").exists()
@@ -379,30 +489,57 @@ def test_without_torch_its_files_say_what_to_install(command, tmp_path, monkeypa
     """Writing `.pth` where torch is absent names the extra; reading needs none."""
     monkeypatch.setitem(sys.modules, "torch", None)
     _, _, _, out = command(timm_tensors(4))
-    refused(command(out, "--reverse", out="back.pth"), "back.pth needs torch", 'pip install -e ".[convert]"')
+    refused(
+        command(out, "--reverse", out="back.pth"),
+        "back.pth needs torch",
+        'pip install -e ".[convert]"',
+    )
 
 
 def test_wrong_requests_are_refused(command, tmp_path):
-    """An unknown or scratch encoder, a wrong suffix, and a jaxdg file of another model or with tensors amiss."""
+    """An unknown or scratch encoder, a wrong suffix, and a jaxdg file of another model or with
+    tensors amiss.
+    """
     _, _, _, out = command(timm_tensors(4))
-    refused(command(out, model="augreg_l15", out="x.safetensors"), "augreg_l15", "did you mean augreg_l16")
+    refused(
+        command(out, model="augreg_l15", out="x.safetensors"),
+        "augreg_l15",
+        "did you mean augreg_l16",
+    )
     refused(command(out, model="scratch_ti8", out="x.safetensors"), "scratch_ti8", "from scratch")
     refused(command(out, out="x.npz"), "must end in .safetensors")
     refused(command(out, "--reverse", out="x.h5"), "must end in one of .safetensors .npz")
-    refused(command(out, "--reverse", model="augreg_ti16", out="x.pth"), "holds the weights of tiny, not of augreg_ti16")
+    refused(
+        command(out, "--reverse", model="augreg_ti16", out="x.pth"),
+        "holds the weights of tiny, not of augreg_ti16",
+    )
     tensors = load_file(out)
     del tensors["blocks.1.attn.qkv.kernel"]
     tensors["cls_token"] = tensors["cls_token"][0]
     save_file(tensors, tmp_path / "amiss.safetensors")
     result = command(tmp_path / "amiss.safetensors", "--reverse", out="x.npz")
-    refused(result, "amiss.safetensors", "1 missing (blocks.1.attn.qkv.kernel)", "cls_token is (1, 32), not (1, 1, 32)")
+    refused(
+        result,
+        "amiss.safetensors",
+        "1 missing (blocks.1.attn.qkv.kernel)",
+        "cls_token is (1, 32), not (1, 1, 32)",
+    )
 
 
 def test_a_failed_write_keeps_what_was_there(tmp_path, capsys):
-    """A full disk (here a limit on file size) ends in one line; the older file stays whole, and no partial one is left."""
+    """A full disk (here a limit on file size) ends in one line; the older file stays whole, and no
+    partial one is left.
+    """
     save_file(timm_tensors(4), tmp_path / "source.safetensors")
     out = tmp_path / "out.safetensors"
-    arguments = ["--model", "tiny", "--checkpoint", str(tmp_path / "source.safetensors"), "--out", str(out)]
+    arguments = [
+        "--model",
+        "tiny",
+        "--checkpoint",
+        str(tmp_path / "source.safetensors"),
+        "--out",
+        str(out),
+    ]
     assert torch_to_flax.main(arguments) == 0
     whole = out.read_bytes()
     capsys.readouterr()
@@ -410,7 +547,11 @@ def test_a_failed_write_keeps_what_was_there(tmp_path, capsys):
     try:
         resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limits[1]))
         codes = [torch_to_flax.main(arguments)]
-        codes += [torch_to_flax.main([*arguments[:3], str(out), "--out", str(tmp_path / "back.npz"), "--reverse"])]
+        codes += [
+            torch_to_flax.main(
+                [*arguments[:3], str(out), "--out", str(tmp_path / "back.npz"), "--reverse"]
+            )
+        ]
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert codes == [1, 1]
@@ -445,12 +586,29 @@ def test_a_table_with_a_gap_or_a_conflict_is_an_error():
     with pytest.raises(ValueError, match=r"0 rows of the table timm make cls_token"):
         mapping.to_flax(module, [table._replace(rows=table.rows[1:])], list(read), read.__getitem__)
     with pytest.raises(ValueError, match=r"2 rows of the table timm make cls_token"):
-        mapping.to_flax(module, [table._replace(rows=(table.rows[0], *table.rows))], list(read), read.__getitem__)
+        mapping.to_flax(
+            module,
+            [table._replace(rows=(table.rows[0], *table.rows))],
+            list(read),
+            read.__getitem__,
+        )
     same_source = mapping.Row(("pos_embed",), "cls_token", mapping.SAME)
     with pytest.raises(ValueError, match=r"uses pos_embed for both"):
-        mapping.to_flax(module, [table._replace(rows=(same_source, *table.rows[1:]))], list(read), read.__getitem__)
-    with pytest.raises(mapping.Misfit, match=r"both used and left out by the table timm \(cls_token\)"):
-        mapping.to_flax(module, [table._replace(left_out=(*table.left_out, ("cls_token", "no")))], list(read), read.__getitem__)
+        mapping.to_flax(
+            module,
+            [table._replace(rows=(same_source, *table.rows[1:]))],
+            list(read),
+            read.__getitem__,
+        )
+    with pytest.raises(
+        mapping.Misfit, match=r"both used and left out by the table timm \(cls_token\)"
+    ):
+        mapping.to_flax(
+            module,
+            [table._replace(left_out=(*table.left_out, ("cls_token", "no")))],
+            list(read),
+            read.__getitem__,
+        )
 
 
 def test_tensors_are_read_one_target_at_a_time(command, tmp_path):
@@ -465,10 +623,18 @@ def test_tensors_are_read_one_target_at_a_time(command, tmp_path):
 
 @pytest.mark.parametrize("form", ["script", "module"])
 def test_both_ways_to_run_it(form, tmp_path):
-    """As a script from any folder and as a module from the root, `--list` shows each published encoder with source, licence and size."""
+    """As a script from any folder and as a module from the root, `--list` shows each published
+    encoder with source, licence and size.
+    """
     root = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-    how, folder = (["-m", "conversion.torch_to_flax"], root) if form == "module" else ([f"{root}/conversion/torch_to_flax.py"], tmp_path)
-    done = subprocess.run([sys.executable, *how, "--list"], cwd=folder, capture_output=True, text=True, check=True)
+    how, folder = (
+        (["-m", "conversion.torch_to_flax"], root)
+        if form == "module"
+        else ([f"{root}/conversion/torch_to_flax.py"], tmp_path)
+    )
+    done = subprocess.run(
+        [sys.executable, *how, "--list"], cwd=folder, capture_output=True, text=True, check=True
+    )
     lines = {line.split()[0]: line for line in done.stdout.splitlines()}
     for name in ("augreg_ti16", "augreg_b16", "augreg_l16"):
         entry = backbones.ZOO[name]
@@ -481,4 +647,6 @@ def test_both_ways_to_run_it(form, tmp_path):
         cwd=folder, capture_output=True, text=True,
     )  # fmt: skip
     assert failed.returncode == 1
-    assert failed.stderr.splitlines() == ["error: no checkpoint at absent.npz; give the file that was downloaded"]
+    assert failed.stderr.splitlines() == [
+        "error: no checkpoint at absent.npz; give the file that was downloaded"
+    ]

@@ -22,7 +22,8 @@ class Storage:
     """Numbers that the pickle names and the archive holds."""
 
     def __init__(self, key, size):
-        self.key, self.size = key, size
+        self.key = key
+        self.size = size
 
 
 class Pickler(pickle.Pickler):
@@ -42,7 +43,14 @@ class Pickler(pickle.Pickler):
             key = str(len(self.storages))
             self.storages[key] = np.ascontiguousarray(obj).tobytes()
             strides = tuple(step // 4 for step in np.ascontiguousarray(obj).strides)
-            return _rebuild_tensor_v2, (Storage(key, obj.size), 0, obj.shape, strides, False, OrderedDict())
+            return _rebuild_tensor_v2, (
+                Storage(key, obj.size),
+                0,
+                obj.shape,
+                strides,
+                False,
+                OrderedDict(),
+            )
         return NotImplemented
 
 

@@ -1,4 +1,6 @@
-"""What is kept from run to run is used for as long as nothing it was made from changed, and no longer."""
+"""What is kept from run to run is used for as long as nothing it was made from changed, and no
+longer.
+"""
 
 import os
 from pathlib import Path
@@ -38,7 +40,9 @@ def content(path: Path) -> str:
 
 
 def test_a_file_of_the_same_time_and_another_size_is_read_again(tmp_path):
-    """As a file is that was unpacked or copied with its time; one nanosecond is another time; the same of both is not looked at."""
+    """As a file is that was unpacked or copied with its time; one nanosecond is another time; the
+    same of both is not looked at.
+    """
     file = tmp_path / "annotations.json"
     assert content(written(file, "old")) == "old"
     assert content(written(file, "new")) == "old"
@@ -50,7 +54,9 @@ def test_a_file_of_the_same_time_and_another_size_is_read_again(tmp_path):
 
 
 def test_a_fingerprint_changes_with_what_it_is_of(tmp_path):
-    """Content by time or size, order, member, place: each makes another one; another name of the same folder makes none."""
+    """Content by time or size, order, member, place: each makes another one; another name of the
+    same folder makes none.
+    """
     (tmp_path / "a").mkdir()
     paths = [str(written(tmp_path / "a" / name, "text")) for name in ("x.png", "y.png")]
     first, modified = fingerprint(paths)
@@ -71,10 +77,14 @@ def test_a_fingerprint_changes_with_what_it_is_of(tmp_path):
 
 
 def test_a_link_turned_to_another_copy_is_indexed_anew(tmp_path):
-    """Two copies whose folders have the same times, as copying with times leaves them: the sizes are those of the one that is read."""
+    """Two copies whose folders have the same times, as copying with times leaves them: the sizes
+    are those of the one that is read.
+    """
     for name, size in {"one": (4, 6), "two": (8, 6)}.items():
         for kind in ("images", "labels"):
-            trees.write(tmp_path / name, f"{kind}/a.png", trees.encode(np.zeros(size, np.uint8), "PNG"))
+            trees.write(
+                tmp_path / name, f"{kind}/a.png", trees.encode(np.zeros(size, np.uint8), "PNG")
+            )
         for path in [*(tmp_path / name).rglob("*"), tmp_path / name]:
             os.utime(path, ns=(OLD, OLD))
     for name, size in {"one": [4, 6], "two": [8, 6]}.items():

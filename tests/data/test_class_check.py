@@ -1,4 +1,6 @@
-"""What labels show is held against the classes before a run begins: ids that no class has, single classes, missing ones."""
+"""What labels show is held against the classes before a run begins: ids that no class has, single
+classes, missing ones.
+"""
 
 import json
 import os
@@ -29,13 +31,20 @@ def cache(tmp_path, monkeypatch):
 
 
 def write(root: Path, domain: str, maps: list[list[int]], archive: str = "") -> None:
-    """Images, and label maps of 200 pixels that show the given ids in turn in the first 20, the first one in all the others."""
+    """Images, and label maps of 200 pixels that show the given ids in turn in the first 20, the
+    first one in all the others.
+    """
     for i, ids in enumerate(maps):
         label = np.resize(ids, 200)
         label[20:] = ids[0]
         label = label.reshape(10, 20).astype(np.uint8)
         inside = f"{archive}.zip" if archive else ""
-        trees.write(root, f"{domain}/images/{i:04}.png", trees.encode(np.zeros((10, 20, 3), np.uint8), "PNG"), inside)
+        trees.write(
+            root,
+            f"{domain}/images/{i:04}.png",
+            trees.encode(np.zeros((10, 20, 3), np.uint8), "PNG"),
+            inside,
+        )
         trees.write(root, f"{domain}/labels/{i:04}.png", trees.grey(label), inside)
 
 
@@ -45,7 +54,13 @@ def folder(archive: str = "", **options) -> FolderOptions:
 
 
 def opened(root: Path, domain: str, **options) -> Any:
-    return open_domain(domain, root=str(root), train=True, streets=StreetsOptions(images=2), folder=folder(**options))
+    return open_domain(
+        domain,
+        root=str(root),
+        train=True,
+        streets=StreetsOptions(images=2),
+        folder=folder(**options),
+    )
 
 
 def said(source: Dataset, **domains: Dataset) -> list[str]:
@@ -61,27 +76,44 @@ WAY = 'if 255 marks crack, set classes=("background", "crack"), id_map={255: 1} 
 
 @pytest.mark.parametrize("archive", ["", "masks"], ids=["folder", "zip"])
 def test_a_mask_of_0_and_255_is_refused_and_the_way_it_shows_works(tmp_path, archive):
-    """Two classes or one: the ids with their shares and the documented way are in the message; that way every pixel has its class."""
+    """Two classes or one: the ids with their shares and the documented way are in the message; that
+    way every pixel has its class.
+    """
     write(tmp_path, archive=archive, **MASK)
-    only = f"only background occurs in the labels of walls, in all 3 images: .*; {re.escape(f'{SHOWN}; {WAY}')}$"
+    only = (
+        "only background occurs in the labels of walls, in all 3 images: .*;"
+        f" {re.escape(f'{SHOWN}; {WAY}')}$"
+    )
     with pytest.raises(ValueError, match=only):
         said(opened(tmp_path, "walls", classes=BINARY, archive=archive))
-    single = f"walls has the single class crack, and .*; {re.escape(SHOWN.replace('background', 'crack'))}; {re.escape(WAY)}$"
+    single = (
+        "walls has the single class crack, and .*;"
+        f" {re.escape(SHOWN.replace('background', 'crack'))}; {re.escape(WAY)}$"
+    )
     with pytest.raises(ValueError, match=single):
         said(opened(tmp_path, "walls", classes=("crack",), archive=archive))
     dataset = opened(tmp_path, "walls", classes=BINARY, id_map={255: 1}, archive=archive)
     assert said(dataset, walls=dataset) == []
-    np.testing.assert_array_equal(np.unique(dataset[0]["label"], return_counts=True), [[0, 1], [190, 10]])
+    np.testing.assert_array_equal(
+        np.unique(dataset[0]["label"], return_counts=True), [[0, 1], [190, 10]]
+    )
 
 
 @pytest.mark.parametrize(
     ("maps", "options", "message"),
     [
-        ([[0], [0]], {"classes": BINARY}, "only background occurs in the labels of walls, in all 2 images"),
+        (
+            [[0], [0]],
+            {"classes": BINARY},
+            "only background occurs in the labels of walls, in all 2 images",
+        ),
         (
             [[0, 1]],
             {"classes": ("crack",)},
-            r'ids .*: 0 .*, 1 5\.0 % \(no class\); if 1 marks crack, set classes=\("background", "crack"\)',
+            (
+                r"ids .*: 0 .*, 1 5\.0 % \(no class\); if 1 marks crack, set"
+                r' classes=\("background", "crack"\)'
+            ),
         ),
         (
             [[0, 1]],
@@ -89,23 +121,36 @@ def test_a_mask_of_0_and_255_is_refused_and_the_way_it_shows_works(tmp_path, arc
             r"no label of walls shows a class, .*0 95.0 % \(ignored\), 1 ",
         ),
         ([[0, 1]], {"classes": BINARY, "id_map": {0: 0, 1: 0}}, "only background occurs"),
-        ([[255]], {"classes": ("a", "b", "c")}, r"no label of walls shows a class, in all 1 image; ids .*: 255 100\.0 % \(ignored\)$"),
-        ([[0, 0, 128, 255]], {"classes": BINARY}, r"0000\.png: 5 pixels have label ids .*128; .*0 .*, 128 2\.5 % \(no class\)"),
+        (
+            [[255]],
+            {"classes": ("a", "b", "c")},
+            r"no label of walls shows a class, in all 1 image; ids .*: 255 100\.0 % \(ignored\)$",
+        ),
+        (
+            [[0, 0, 128, 255]],
+            {"classes": BINARY},
+            r"0000\.png: 5 pixels have label ids .*128; .*0 .*, 128 2\.5 % \(no class\)",
+        ),
     ],
 )
 def test_what_nothing_can_be_learnt_from_ends_a_run(tmp_path, maps, options, message):
-    """One class in all labels, none at all, ids mapped away or of no class: an error with the ids that the files hold."""
+    """One class in all labels, none at all, ids mapped away or of no class: an error with the ids
+    that the files hold.
+    """
     write(tmp_path, "walls", maps)
     with pytest.raises(ValueError, match=message):
         said(opened(tmp_path, "walls", **options))
 
 
 def test_a_class_that_never_occurs_is_a_warning_with_what_was_seen(tmp_path):
-    """Label files of 0 and 1 for three classes, and an id map that leaves a class out: both say which, in how many images, and why."""
+    """Label files of 0 and 1 for three classes, and an id map that leaves a class out: both say
+    which, in how many images, and why.
+    """
     write(tmp_path, "walls", [[0, 1]] * 4)
     (line,) = said(opened(tmp_path, "walls", classes=("a", "b", "c")))
     assert line.startswith(
-        "warning: c never occurs in walls, in all 4 images: a model cannot learn what it never sees; ids in the label files"
+        "warning: c never occurs in walls, in all 4 images: a model cannot learn what it never"
+        " sees; ids in the label files"
     )
     assert "0 95.0 % (a), 1 5.0 % (b)" in line
     (line,) = said(opened(tmp_path, "walls", classes=("a", "b", "c"), id_map={0: 0, 1: 2}))
@@ -113,10 +158,16 @@ def test_a_class_that_never_occurs_is_a_warning_with_what_was_seen(tmp_path):
     assert line.endswith("; data.folder.id_map maps no id to b")
 
 
-def test_looking_stops_when_every_class_was_seen_and_doubts_end_only_with_the_last_label(tmp_path, monkeypatch):
-    """16 of 200 images are enough where they show all; where they show one class all are read; what is rare is found among the last."""
+def test_looking_stops_when_every_class_was_seen_and_doubts_end_only_with_the_last_label(
+    tmp_path, monkeypatch
+):
+    """16 of 200 images are enough where they show all; where they show one class all are read; what
+    is rare is found among the last.
+    """
     read = []
-    monkeypatch.setattr(class_counts, "truth_ids", lambda dataset, i: read.append(i) or truth_ids(dataset, i))
+    monkeypatch.setattr(
+        class_counts, "truth_ids", lambda dataset, i: read.append(i) or truth_ids(dataset, i)
+    )
     write(tmp_path, "walls", [[0, 1]] * 200)
     said(opened(tmp_path, "walls", classes=BINARY))
     assert len(read) == 16
@@ -153,35 +204,72 @@ def test_the_second_start_reads_no_label_and_a_corrected_one_is_seen(tmp_path, m
 
 
 def test_domains_are_held_against_the_source(tmp_path):
-    """One class, no label, an id of no class; a class that only the domain has, and one that it lacks: each is said before a step."""
-    for name, ids in {"walls": [0, 1], "flat": [0], "void": [255], "rich": [0, 1, 2], "poor": [1, 2], "odd": [0, 9]}.items():
+    """One class, no label, an id of no class; a class that only the domain has, and one that it
+    lacks: each is said before a step.
+    """
+    for name, ids in {
+        "walls": [0, 1],
+        "flat": [0],
+        "void": [255],
+        "rich": [0, 1, 2],
+        "poor": [1, 2],
+        "odd": [0, 9],
+    }.items():
         write(tmp_path, name, [ids] * 3)
     options = {"classes": ("a", "b", "c")}
-    domain = lambda name: {name: opened(tmp_path, name, **options)}
-    lines = said(opened(tmp_path, "walls", **options), **domain("flat"), **domain("void"), **domain("rich"), **domain("poor"))[1:]
-    assert lines[0].startswith("warning: only a occurs in flat, in all 3 images, so that its mIoU says nothing; ids in")
+
+    def domain(name):
+        return {name: opened(tmp_path, name, **options)}
+
+    lines = said(
+        opened(tmp_path, "walls", **options),
+        **domain("flat"),
+        **domain("void"),
+        **domain("rich"),
+        **domain("poor"),
+    )[1:]
+    assert lines[0].startswith(
+        "warning: only a occurs in flat, in all 3 images, so that its mIoU says nothing; ids in"
+    )
     assert lines[1].startswith(
-        "warning: void has nothing to judge by in all 3 images; ids in the label files of void: 255 100.0 % (ignored)"
+        "warning: void has nothing to judge by in all 3 images; ids in the label files of void: 255"
+        " 100.0 % (ignored)"
     )
     assert lines[2:] == [
-        "warning: rich has c, of which walls shows none: the IoU there counts in its mean all the same",
-        "warning: poor has c, of which walls shows none: the IoU there counts in its mean all the same",
-        "note: a not seen in poor, in all 3 images: what a domain lacks stays out of its mean, "
-        "unless the model predicts it there, which counts as 0",
+        (
+            "warning: rich has c, of which walls shows none: the IoU there counts in its mean all"
+            " the same"
+        ),
+        (
+            "warning: poor has c, of which walls shows none: the IoU there counts in its mean all"
+            " the same"
+        ),
+        (
+            "note: a not seen in poor, in all 3 images: what a domain lacks stays out of its mean, "
+            "unless the model predicts it there, which counts as 0"
+        ),
     ]
     with pytest.raises(ValueError, match=r"odd/labels/0000\.png: .*9"):
         said(opened(tmp_path, "walls", **options), **domain("odd"))
 
 
 def test_a_mixture_is_judged_as_a_whole_and_named_by_part(tmp_path):
-    """What one part lacks another may have; streets have every class; some images of a mixture are judged by their own tables."""
+    """What one part lacks another may have; streets have every class; some images of a mixture are
+    judged by their own tables.
+    """
     write(tmp_path, "one", [[0, 1]] * 2)
     write(tmp_path, "two", [[0, 2]] * 2)
     options = {"classes": ("a", "b", "c")}
     assert said(opened(tmp_path, "one+two", **options)) == []
-    lines = said(opened(tmp_path, "one", **options), **{"one+two": Subset(opened(tmp_path, "one+two", **options), 3)})
+    lines = said(
+        opened(tmp_path, "one", **options),
+        **{"one+two": Subset(opened(tmp_path, "one+two", **options), 3)},
+    )
     assert lines[0].startswith("warning: c never occurs in one")
-    assert lines[1:] == ["warning: one+two has c, of which one shows none: the IoU there counts in its mean all the same"]
+    assert lines[1:] == [
+        "warning: one+two has c, of which one shows none: the IoU there counts in its mean all the"
+        " same"
+    ]
     write(tmp_path, "void", [[255]])
     (line,) = said(opened(tmp_path, "one+two+void", **options))
     assert line.startswith("warning: void shows no class at all in all 1 image")
@@ -190,7 +278,13 @@ def test_a_mixture_is_judged_as_a_whole_and_named_by_part(tmp_path):
     assert "c never occurs in one+more, in all 3 images" in line
     assert "; ids in the label files of one: 0 " in line
     assert "; ids in the label files of more: 1 100.0 % (b)" in line
-    cityscapes = open_domain("one+clear", root=str(tmp_path), train=True, streets=StreetsOptions(images=2), folder=folder())
+    cityscapes = open_domain(
+        "one+clear",
+        root=str(tmp_path),
+        train=True,
+        streets=StreetsOptions(images=2),
+        folder=folder(),
+    )
     assert said(cityscapes) == []
 
 
@@ -204,86 +298,158 @@ def test_what_synthia_is_known_to_lack_is_a_note(tmp_path):
     ):
         shutil.rmtree(tmp_path / "cache", ignore_errors=True)
         for item in items:
-            Path(item.label).write_bytes(trees.red(np.where(np.isin(item.ids, gone), 0, item.ids).astype(np.uint16)))
-        lines = said(open_domain("synthia", root=str(tmp_path), train=True, streets=StreetsOptions(), folder=None))
+            Path(item.label).write_bytes(
+                trees.red(np.where(np.isin(item.ids, gone), 0, item.ids).astype(np.uint16))
+            )
+        lines = said(
+            open_domain(
+                "synthia", root=str(tmp_path), train=True, streets=StreetsOptions(), folder=None
+            )
+        )
         assert [line[: len(begins or "")] for line in lines] == ([begins] if begins else [])
 
 
 def test_images_without_labels_are_no_source(tmp_path):
     """Cityscapes' test images have no label files."""
     trees.make("cityscapes", tmp_path, np.random.default_rng(0))
-    with pytest.raises(ValueError, match="no label of cityscapes/test shows a class, in all 2 images; cityscapes/test has no label files"):
-        said(open_domain("cityscapes/test", root=str(tmp_path), train=True, streets=StreetsOptions(), folder=None))
+    with pytest.raises(
+        ValueError,
+        match=(
+            "no label of cityscapes/test shows a class, in all 2 images; cityscapes/test has no"
+            " label files"
+        ),
+    ):
+        said(
+            open_domain(
+                "cityscapes/test",
+                root=str(tmp_path),
+                train=True,
+                streets=StreetsOptions(),
+                folder=None,
+            )
+        )
 
 
-def coco(root: Path, name: str, boxes: list[tuple[int, int]], classes: tuple[str, ...] = ("car", "bus")) -> Dataset:
+def coco(
+    root: Path, name: str, boxes: list[tuple[int, int]], classes: tuple[str, ...] = ("car", "bus")
+) -> Dataset:
     """An image with boxes of (class, crowd)."""
     trees.write(root, f"{name}/a.png", trees.encode(np.zeros((40, 60, 3), np.uint8), "PNG"))
     categories = [{"id": k, "name": c} for k, c in enumerate(classes)]
-    rows = [{"id": i, "image_id": 1, "category_id": k, "iscrowd": c, "bbox": [2, 2, 9, 9]} for i, (k, c) in enumerate(boxes)]
+    rows = [
+        {"id": i, "image_id": 1, "category_id": k, "iscrowd": c, "bbox": [2, 2, 9, 9]}
+        for i, (k, c) in enumerate(boxes)
+    ]
     images = [{"id": 1, "file_name": "a.png", "width": 60, "height": 40}]
-    (root / f"{name}.json").write_text(json.dumps({"images": images, "categories": categories, "annotations": rows}))
-    own = BoxOptions(("{domain}", "{domain}"), ("{domain}.json", "{domain}.json"), ("", ""), classes)
+    (root / f"{name}.json").write_text(
+        json.dumps({"images": images, "categories": categories, "annotations": rows})
+    )
+    own = BoxOptions(
+        ("{domain}", "{domain}"), ("{domain}.json", "{domain}.json"), ("", ""), classes
+    )
     return open_boxes(name, root=str(root), train=True, own=own)
 
 
 def voc(root: Path, name: str, things: list[str]) -> Dataset:
     objects = "".join(
-        f"<object><name>{t}</name><bndbox><xmin>2</xmin><ymin>2</ymin><xmax>9</xmax><ymax>9</ymax></bndbox></object>" for t in things
+        f"<object><name>{t}</name><bndbox><xmin>2</xmin><ymin>2</ymin><xmax>9</xmax><ymax>9</ymax></bndbox></object>"
+        for t in things
     )
     trees.write(root, f"{name}/a.png", trees.encode(np.zeros((40, 60, 3), np.uint8), "PNG"))
     trees.write(root, f"{name}_xml/a.xml", f"<annotation>{objects}</annotation>".encode())
-    own = BoxOptions(("{domain}", "{domain}"), ("{domain}_xml", "{domain}_xml"), ("", ""), ("car", "bus"))
+    own = BoxOptions(
+        ("{domain}", "{domain}"), ("{domain}_xml", "{domain}_xml"), ("", ""), ("car", "bus")
+    )
     return open_boxes(name, root=str(root), train=True, own=own)
 
 
 def test_boxes(tmp_path):
-    """No box to learn from, crowds alone included, is an error; a class without one is a warning; one class alone is as usual."""
-    with pytest.raises(ValueError, match="town has no box to learn from in all 1 image; see the annotation files"):
+    """No box to learn from, crowds alone included, is an error; a class without one is a warning;
+    one class alone is as usual.
+    """
+    with pytest.raises(
+        ValueError, match="town has no box to learn from in all 1 image; see the annotation files"
+    ):
         said(coco(tmp_path, "town", []))
     with pytest.raises(ValueError, match="fair has no box to learn from"):
         said(coco(tmp_path, "fair", [(0, 1)]))
     with pytest.raises(ValueError, match="wood has no box to learn from"):
         said(voc(tmp_path, "wood", []))
-    for source in coco(tmp_path, "road", [(0, 0), (0, 0), (1, 1)]), voc(tmp_path, "road2", ["car", "car"]):
+    for source in (
+        coco(tmp_path, "road", [(0, 0), (0, 0), (1, 1)]),
+        voc(tmp_path, "road2", ["car", "car"]),
+    ):
         (line,) = said(source)
-        told = f"bus never occurs in {source.domain}, in all 1 image: a model cannot learn what it never sees; boxes: car 2"
+        told = (
+            f"bus never occurs in {source.domain}, in all 1 image: a model cannot learn what it"
+            " never sees; boxes: car 2"
+        )
         assert line == f"warning: {told}"
     assert said(coco(tmp_path, "one", [(0, 0)], ("car",))) == []
-    none, both = coco(tmp_path, "empty", []), coco(tmp_path, "both", [(0, 0), (1, 0)])
-    assert said(both, empty=none, both=both) == ["warning: empty has nothing to judge by in all 1 image; boxes: none"]
+    none = coco(tmp_path, "empty", [])
+    both = coco(tmp_path, "both", [(0, 0), (1, 0)])
+    assert said(both, empty=none, both=both) == [
+        "warning: empty has nothing to judge by in all 1 image; boxes: none"
+    ]
     lines = said(coco(tmp_path, "cars", [(0, 0)]), both=both)
-    assert lines[1] == "warning: both has bus, of which cars shows none: the AP50 there counts in its mean all the same"
+    assert (
+        lines[1]
+        == "warning: both has bus, of which cars shows none: the AP50 there counts in its mean all"
+        " the same"
+    )
 
 
 def test_records(tmp_path):
-    """Label maps and boxes written by `prepare`: found by what they hold, and told by the names of the classes."""
+    """Label maps and boxes written by `prepare`: found by what they hold, and told by the names of
+    the classes.
+    """
     from jaxdg.commands.prepare import prepare
 
     write(tmp_path / "in", "walls", [[0, 255]] * 2)
     source = opened(tmp_path / "in", "walls", classes=BINARY)
     prepare("walls", {"train": source}, root=str(tmp_path / "in"), out=str(tmp_path / "out"))
-    records = open_domain("walls", root=str(tmp_path / "out"), train=True, streets=StreetsOptions(), folder=folder(classes=BINARY))
-    with pytest.raises(ValueError, match=r"only background occurs .*; classes in walls: background 95\.0 %, ignored 5\.0 %$"):
+    records = open_domain(
+        "walls",
+        root=str(tmp_path / "out"),
+        train=True,
+        streets=StreetsOptions(),
+        folder=folder(classes=BINARY),
+    )
+    with pytest.raises(
+        ValueError,
+        match=r"only background occurs .*; classes in walls: background 95\.0 %, ignored 5\.0 %$",
+    ):
         said(records)
     np.testing.assert_array_equal(count(records).classes, [[190, 0]] * 2)
     boxes = coco(tmp_path / "in", "town", [(0, 0), (0, 0)])
     prepare("town", {"train": boxes}, root=str(tmp_path / "in"), out=str(tmp_path / "out"))
     (line,) = said(open_boxes("town", root=str(tmp_path / "out"), train=True))
-    assert line.startswith("warning: bus never occurs in town, in all 1 image: a model cannot learn what it never sees; boxes: car 2")
+    assert line.startswith(
+        "warning: bus never occurs in town, in all 1 image: a model cannot learn what it never"
+        " sees; boxes: car 2"
+    )
 
 
 def test_older_records_open_with_what_the_id_map_means_now(tmp_path):
-    """An id that meant nothing when records were written is in none of them; an id that means something else refuses them."""
+    """An id that meant nothing when records were written is in none of them; an id that means
+    something else refuses them.
+    """
     from jaxdg.commands.prepare import prepare
 
     write(tmp_path / "in", "walls", [[7, 22]] * 2)
     source = opened(tmp_path / "in", "walls", classes=("a", "b", "c"), id_map={7: 0, 22: 1})
     source.table[2] = -1  # as it was
     prepare("walls", {"train": source}, root=str(tmp_path / "in"), out=str(tmp_path / "out"))
-    records = lambda **options: open_domain(
-        "walls", root=str(tmp_path / "out"), train=True, streets=StreetsOptions(), folder=folder(classes=("a", "b", "c"), **options)
-    )
+
+    def records(**options):
+        return open_domain(
+            "walls",
+            root=str(tmp_path / "out"),
+            train=True,
+            streets=StreetsOptions(),
+            folder=folder(classes=("a", "b", "c"), **options),
+        )
+
     assert len(records(id_map={7: 0, 22: 1})) == 2
     with pytest.raises(ValueError, match="other classes or label ids"):
         records(id_map={7: 1, 22: 0})
@@ -314,7 +480,15 @@ def get_config():
     c.data.folder = FolderOptions("{{domain}}/images", "{{domain}}/labels", classes=("background", "crack"))
     return c
 """)
-    line = [sys.executable, "-m", "jaxdg.train", "--config", str(tmp_path / "c.py"), "--workdir", str(tmp_path / "run")]
+    line = [
+        sys.executable,
+        "-m",
+        "jaxdg.train",
+        "--config",
+        str(tmp_path / "c.py"),
+        "--workdir",
+        str(tmp_path / "run"),
+    ]
     done = subprocess.run(line, capture_output=True, text=True, check=False)
     assert done.returncode == 1
     assert done.stderr.startswith("error: only background occurs in the labels of walls")

@@ -1,4 +1,6 @@
-"""Corruptions: equal to the published implementation, draw by draw, and distributed as their formulas say."""
+"""Corruptions: equal to the published implementation, draw by draw, and distributed as their
+formulas say.
+"""
 
 import pickle
 
@@ -24,7 +26,9 @@ def flat(value: int, size: tuple[int, int] = (200, 300)) -> np.ndarray:
 
 @pytest.mark.parametrize("kind", sorted(PAPER - {"frost"}))
 def test_equals_the_published_implementation(golden, kind):
-    """With the same random draws, imagecorruptions' images at all severities to one grey level; frost's photographs are not ours."""
+    """With the same random draws, imagecorruptions' images at all severities to one grey level;
+    frost's photographs are not ours.
+    """
     file = np.load(golden / "corruptions.npz")
     every = int(file["every"])
     for severity in SEVERITIES:
@@ -36,33 +40,48 @@ def test_equals_the_published_implementation(golden, kind):
 
 
 def test_kinds():
-    """The paper's 15; others and severities outside 1 to 5 are refused in one line that says what is allowed."""
+    """The paper's 15; others and severities outside 1 to 5 are refused in one line that says what
+    is allowed.
+    """
     assert len(KINDS) == 15
     assert set(KINDS) == PAPER
-    with pytest.raises(ValueError, match="unknown corruption 'rain'; known are gaussian_noise, shot_noise"):
+    with pytest.raises(
+        ValueError, match="unknown corruption 'rain'; known are gaussian_noise, shot_noise"
+    ):
         corrupt(flat(0), "rain", 1, 0)
     with pytest.raises(ValueError, match="severity is 6; allowed: 1 to 5"):
         corrupt(flat(0), "fog", 6, 0)
 
 
 def test_glass_blur_follows_chains_of_copies():
-    """All copies at once show what a loop over the pixels, which copies one after another, leaves behind; some chains are long."""
-    h, w = 24, 31
+    """All copies at once show what a loop over the pixels, which copies one after another, leaves
+    behind; some chains are long.
+    """
+    h = 24
+    w = 31
     for reach in (1, 2, 3, 4):
-        offsets = np.random.default_rng(reach).integers(-reach, reach, (h - 2 * reach, w - 2 * reach, 2))
-        x, turns = np.arange(h * w).reshape(h, w), iter(offsets.reshape(-1, 2))
+        offsets = np.random.default_rng(reach).integers(
+            -reach, reach, (h - 2 * reach, w - 2 * reach, 2)
+        )
+        x = np.arange(h * w).reshape(h, w)
+        turns = iter(offsets.reshape(-1, 2))
         for row in range(h - reach, reach, -1):
             for column in range(w - reach, reach, -1):
                 dx, dy = next(turns)
                 x[row, column] = x[row + dy, column + dx]
         np.testing.assert_array_equal(corruptions._sources(h, w, reach, offsets), x.ravel())
-        # Further than one copy reaches, but for a reach of 1, at which nothing is copied from below or from the right.
+        # Further than one copy reaches, but for a reach of 1, at which nothing is copied from below
+        # or from the right.
         assert np.abs(x % w - np.arange(w)).max() > reach or reach == 1
 
 
 def test_noise_has_the_variances_of_its_formulas():
-    """On mid-grey: Gaussian (255 c)^2, photons 255^2 (x / 255) / c, and a share c of values black or white, each as often."""
-    deviations, photons, shares = (0.08, 0.12, 0.18), (60, 25, 12, 5, 3), (0.03, 0.06, 0.09, 0.17, 0.27)
+    """On mid-grey: Gaussian (255 c)^2, photons 255^2 (x / 255) / c, and a share c of values black
+    or white, each as often.
+    """
+    deviations = (0.08, 0.12, 0.18)
+    photons = (60, 25, 12, 5, 3)
+    shares = (0.03, 0.06, 0.09, 0.17, 0.27)
     for severity, c in enumerate(deviations, 1):  # the others clip at mid-grey
         noise = corrupt(flat(128), "gaussian_noise", severity, 0).astype(float)
         assert noise.mean() == pytest.approx(127.5, abs=0.5)  # cut, not rounded
@@ -80,15 +99,29 @@ def test_noise_has_the_variances_of_its_formulas():
 
 
 def test_blurs_draw_a_point_as_their_kernels_say():
-    """A white spot becomes a disk of the radius, or a line within 45 degrees of level; what is grey all over stays so."""
-    spot, point, bright = flat(0, (101, 101)), flat(0, (101, 101)), flat(200, (101, 101))
+    """A white spot becomes a disk of the radius, or a line within 45 degrees of level; what is grey
+    all over stays so.
+    """
+    spot = flat(0, (101, 101))
+    point = flat(0, (101, 101))
+    bright = flat(200, (101, 101))
     spot[49:52, 49:52] = point[50, 50] = 255
     disk = corrupt(spot, "defocus_blur", 5, 0)[..., 0]
     assert (disk >= 4).sum() == pytest.approx(np.pi * 10**2, rel=0.1)  # 9 x 255 on 317 pixels: 7
     assert disk[np.hypot(*np.mgrid[-50:51, -50:51]) < 8].min() >= 7
-    for kind in ("defocus_blur", "glass_blur", "motion_blur", "zoom_blur", "elastic_transform", "pixelate"):
+    for kind in (
+        "defocus_blur",
+        "glass_blur",
+        "motion_blur",
+        "zoom_blur",
+        "elastic_transform",
+        "pixelate",
+    ):
         # The published disk, softened at the edges of its array, weighs 1.01.
-        assert (np.abs(corrupt(bright, kind, 5, 0).astype(int) - 200) <= (2 if kind == "defocus_blur" else 0)).all(), kind
+        assert (
+            np.abs(corrupt(bright, kind, 5, 0).astype(int) - 200)
+            <= (2 if kind == "defocus_blur" else 0)
+        ).all(), kind
     angles = []
     for seed in range(60):
         rows, columns = np.nonzero(corrupt(point, "motion_blur", 5, seed)[..., 0])
@@ -101,19 +134,27 @@ def test_blurs_draw_a_point_as_their_kernels_say():
 
 
 def test_clouds_have_the_spectrum_of_their_decay():
-    """Values fill 0 to 1, tile without a seam, and every octave is decay^2 times weaker than the one before."""
+    """Values fill 0 to 1, tile without a seam, and every octave is decay^2 times weaker than the
+    one before.
+    """
     for decay in (1.4, 2.0):
         ratios = []
         for seed in range(6):
             clouds = corruptions._clouds(256, decay, np.random.default_rng(seed)).astype(float)
             assert (clouds.min(), clouds.max()) == (0, 1)
-            assert np.abs(clouds[0] - clouds[-1]).mean() < 3 * np.abs(np.diff(clouds, axis=0)).mean()
-            # What the points of a level add to the mean of their neighbours is the random part of that level.
+            assert (
+                np.abs(clouds[0] - clouds[-1]).mean() < 3 * np.abs(np.diff(clouds, axis=0)).mean()
+            )
+            # What the points of a level add to the mean of their neighbours is the random part of
+            # that level.
             added = []
             for step in (32, 16, 8, 4):
-                half, corners = step // 2, clouds[::step, ::step]
+                half = step // 2
+                corners = clouds[::step, ::step]
                 rows = corners + np.roll(corners, -1, 0)
-                added.append((clouds[half::step, half::step] - (rows + np.roll(rows, -1, 1)) / 4).std())
+                added.append(
+                    (clouds[half::step, half::step] - (rows + np.roll(rows, -1, 1)) / 4).std()
+                )
             ratios.append(np.array(added[:-1]) / added[1:])
         np.testing.assert_allclose(np.mean(ratios, axis=0), decay**2, rtol=0.12)
 
@@ -121,10 +162,16 @@ def test_clouds_have_the_spectrum_of_their_decay():
 def test_frost_is_the_image_behind_ice():
     """Light times the image plus ice times a part of one of five pictures, all of which come up."""
     image = Streets("clear", StreetsOptions(size=(96, 144), val_images=1), train=False)[0]["image"]
-    for severity, (light, ice) in enumerate(((1, 0.4), (0.8, 0.6), (0.7, 0.7), (0.65, 0.7), (0.6, 0.75)), 1):
-        frozen, alone = (corrupt(x, "frost", severity, 3).astype(float) for x in (image, flat(0, (96, 144))))
+    for severity, (light, ice) in enumerate(
+        ((1, 0.4), (0.8, 0.6), (0.7, 0.7), (0.65, 0.7), (0.6, 0.75)), 1
+    ):
+        frozen, alone = (
+            corrupt(x, "frost", severity, 3).astype(float) for x in (image, flat(0, (96, 144)))
+        )
         np.testing.assert_allclose(frozen, np.clip(light * image + alone, 0, 255), atol=1.01)
-        colours = np.array([corrupt(flat(0, (8, 8)), "frost", severity, seed).mean() / ice for seed in range(40)])
+        colours = np.array(
+            [corrupt(flat(0, (8, 8)), "frost", severity, seed).mean() / ice for seed in range(40)]
+        )
         assert colours.std() > 20
     means = np.array([frost_texture(i).mean() for i in range(corruptions.FROSTS)])
     nearest = {int(np.abs(frost_means - means).argmin()) for frost_means in colours}
@@ -132,7 +179,9 @@ def test_frost_is_the_image_behind_ice():
 
 
 def test_generated_ice_resembles_photographs_of_it():
-    """Mean, contrast and fall of the spectrum lie about where the published pictures have theirs; no two pictures are alike."""
+    """Mean, contrast and fall of the spectrum lie about where the published pictures have theirs;
+    no two pictures are alike.
+    """
     pictures = [frost_texture(i).astype(float) for i in range(corruptions.FROSTS)]
     radius = np.hypot(*np.meshgrid(np.arange(-128, 128), np.arange(-128, 128)))
     octaves = 2 ** np.arange(7)
@@ -143,7 +192,9 @@ def test_generated_ice_resembles_photographs_of_it():
         part = grey[50:306, 100:356]
         power = np.abs(np.fft.fftshift(np.fft.fft2(part - part.mean()))) ** 2
         rings = [power[(radius >= r) & (radius < 2 * r)].mean() for r in octaves]
-        assert -2.7 < np.polyfit(np.log(octaves), np.log(rings), 1)[0] < -1.7  # photographs: -2.3 to -2.0
+        assert (
+            -2.7 < np.polyfit(np.log(octaves), np.log(rings), 1)[0] < -1.7
+        )  # photographs: -2.3 to -2.0
     correlation = np.corrcoef([picture.mean(axis=-1).ravel() for picture in pictures])
     assert np.abs(correlation - np.eye(len(pictures))).max() < 0.35
 
@@ -159,23 +210,39 @@ def test_images_of_any_size(size):
 
 
 def test_damage_grows_with_severity(data_path):
-    """On real images the squared error; of glass blur and frost, not all of whose published constants grow, from 1 and 2 to 3 and above."""
+    """On real images the squared error; of glass blur and frost, not all of whose published
+    constants grow, from 1 and 2 to 3 and above.
+    """
     files = sorted(data_path("camvid/test").glob("*.jpg"))[::60][:3]
-    images = [cv2.resize(read_image(str(file)), (240, 180), interpolation=cv2.INTER_AREA) for file in files]
+    images = [
+        cv2.resize(read_image(str(file)), (240, 180), interpolation=cv2.INTER_AREA)
+        for file in files
+    ]
     for kind in KINDS:
-        error = lambda severity, kind=kind: np.mean(
-            [np.square(corrupt(image, kind, severity, seed).astype(float) - image).mean() for seed, image in enumerate(images)]
-        )
+
+        def error(severity, kind=kind):
+            return np.mean(
+                [
+                    np.square(corrupt(image, kind, severity, seed).astype(float) - image).mean()
+                    for seed, image in enumerate(images)
+                ]
+            )
+
         errors = np.array([error(severity) for severity in SEVERITIES])
         assert errors[0] > 30, kind
-        grows = errors[2:].min() > 1.2 * errors[:2].max() if kind in ("glass_blur", "frost") else (np.diff(errors) > 0).all()
+        grows = (
+            errors[2:].min() > 1.2 * errors[:2].max()
+            if kind in ("glass_blur", "frost")
+            else (np.diff(errors) > 0).all()
+        )
         assert grows, (kind, errors)
 
 
 class Boxes:
     """Two images with a box each, in one of the forms a data root may have."""
 
-    domain, labels = "day", None
+    domain = "day"
+    labels = None
 
     def __init__(self, root: str):
         self.root = root
@@ -190,27 +257,43 @@ class Boxes:
         return f"{self.root}/day/{i}.png"
 
     def __getitem__(self, i: int) -> dict[str, np.ndarray]:
-        return {"image": flat(128, (40, 60)), "boxes": np.array([[1, 2, 30, 20]], np.float32), "classes": np.array([i], np.int32)}
+        return {
+            "image": flat(128, (40, 60)),
+            "boxes": np.array([[1, 2, 30, 20]], np.float32),
+            "classes": np.array([i], np.int32),
+        }
 
 
 def test_a_corrupted_dataset_is_the_same_everywhere():
-    """Noise depends on the file's name, the kind and the severity, not on the data root, the process or the order; all else stays."""
-    one, other = Corrupted(Boxes("a"), "gaussian_noise", 3), pickle.loads(pickle.dumps(Corrupted(Boxes("b"), "gaussian_noise", 3)))
+    """Noise depends on the file's name, the kind and the severity, not on the data root, the
+    process or the order; all else stays.
+    """
+    one = Corrupted(Boxes("a"), "gaussian_noise", 3)
+    other = pickle.loads(pickle.dumps(Corrupted(Boxes("b"), "gaussian_noise", 3)))
     assert (len(one), one.domain, one.size(1), one.name(1)) == (2, "day", (40, 60), "a/day/1.png")
     np.testing.assert_array_equal(one[1]["image"], other[1]["image"])
     np.testing.assert_array_equal(one[1]["image"], one[1]["image"])
     np.testing.assert_array_equal(one[1]["boxes"], [[1, 2, 30, 20]])
     assert one[1]["classes"] == [1]
-    images = [Corrupted(Boxes("a"), kind, s)[i]["image"] for kind in ("gaussian_noise", "shot_noise") for s in (3, 4) for i in (0, 1)]
+    images = [
+        Corrupted(Boxes("a"), kind, s)[i]["image"]
+        for kind in ("gaussian_noise", "shot_noise")
+        for s in (3, 4)
+        for i in (0, 1)
+    ]
     assert len({image.tobytes() for image in images}) == 8
     noise = [image.astype(float).ravel() for image in images[:4]]
-    assert np.abs(np.corrcoef(noise) - np.eye(4)).max() < 0.06  # 2 images x 2 severities, independent of one another
+    assert (
+        np.abs(np.corrcoef(noise) - np.eye(4)).max() < 0.06
+    )  # 2 images x 2 severities, independent of one another
     with pytest.raises(ValueError, match="unknown corruption 'gaussian'"):
         Corrupted(Boxes("a"), "gaussian", 1)
 
 
 def test_a_subset_is_evenly_spread():
-    """So many different images from the first on, in order, no gap more than one longer than another; never more than there are."""
+    """So many different images from the first on, in order, no gap more than one longer than
+    another; never more than there are.
+    """
     whole = Streets("fog", StreetsOptions(size=(32, 64), val_images=11), train=False)
     for images in (1, 3, 4, 10):
         names = [int(Subset(whole, images).name(i).split("/")[-1]) for i in range(images)]

@@ -18,7 +18,13 @@ from jaxdg.data.images import read_image, read_label
 from jaxdg.data.labels import CAMVID, CITYSCAPES
 from jaxdg.streets import render as scenes
 
-CLASSES = FolderOptions(images="rgb/{domain}", labels="gt/{domain}", classes=("road", "sky"), id_map={7: 0, 23: 1}, ignore=(0,))
+CLASSES = FolderOptions(
+    images="rgb/{domain}",
+    labels="gt/{domain}",
+    classes=("road", "sky"),
+    id_map={7: 0, 23: 1},
+    ignore=(0,),
+)
 
 
 @pytest.fixture(autouse=True)
@@ -30,10 +36,15 @@ def cache(tmp_path, monkeypatch) -> Path:
 
 @pytest.fixture
 def root(tmp_path) -> Path:
-    """Two images of two sizes in nested folders, `root/rgb/town/{a,b/c}.jpg`, with labels of ids 7, 23 and 0."""
+    """Two images of two sizes in nested folders, `root/rgb/town/{a,b/c}.jpg`, with labels of ids 7,
+    23 and 0.
+    """
     rng = np.random.default_rng(0)
     for name, (h, w) in (("a", (20, 30)), ("b/c", (24, 16))):
-        image, label = (tmp_path / "root" / kind / "town" / f"{name}{end}" for kind, end in (("rgb", ".jpg"), ("gt", ".png")))
+        image, label = (
+            tmp_path / "root" / kind / "town" / f"{name}{end}"
+            for kind, end in (("rgb", ".jpg"), ("gt", ".png"))
+        )
         for path in (image, label):
             path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(rng.integers(0, 256, (h, w, 3), dtype=np.uint8)).save(image)
@@ -57,9 +68,17 @@ def one_line(error: pytest.ExceptionInfo) -> str:
 
 
 def test_camvid_domains_are_the_benchmark_splits(data_path):
-    """305 training images, 101 in-domain, 171 and 124 unseen ones, of the right sequences, and no image in two of them."""
-    root, seen = data_path("camvid").parent, []
-    expected = {("camvid", True): 305, ("camvid", False): 101, ("day", False): 171, ("dusk", False): 124}
+    """305 training images, 101 in-domain, 171 and 124 unseen ones, of the right sequences, and no
+    image in two of them.
+    """
+    root = data_path("camvid").parent
+    seen = []
+    expected = {
+        ("camvid", True): 305,
+        ("camvid", False): 101,
+        ("day", False): 171,
+        ("dusk", False): 124,
+    }
     sequences = {
         ("camvid", True): {"0016E5", "0006R0"},
         ("camvid", False): {"0016E5"},
@@ -67,7 +86,9 @@ def test_camvid_domains_are_the_benchmark_splits(data_path):
         ("dusk", False): {"0001TP"},
     }
     for (domain, train), count in expected.items():
-        dataset = open_domain(domain, root=str(root), train=train, streets=StreetsOptions(), folder=None)
+        dataset = open_domain(
+            domain, root=str(root), train=train, streets=StreetsOptions(), folder=None
+        )
         assert isinstance(dataset, Dataset)
         assert (len(dataset), dataset.domain, dataset.labels) == (count, domain, CAMVID)
         names = [dataset.name(i) for i in range(count)]
@@ -78,40 +99,77 @@ def test_camvid_domains_are_the_benchmark_splits(data_path):
 
 
 def test_camvids_unseen_films_are_sources_of_their_own(data_path):
-    """Each is divided in time: no image is lost, none is in both parts, and what is trained on comes first."""
+    """Each is divided in time: no image is lost, none is in both parts, and what is trained on
+    comes first.
+    """
     root = str(data_path("camvid").parent)
-    for domain, whole, (before, after) in (("camvid_day", "day", (100, 71)), ("camvid_dusk", "dusk", (62, 62))):
-        opened = lambda name, train: open_domain(name, root=root, train=train, streets=StreetsOptions(), folder=None)
-        names = lambda dataset: [Path(dataset.name(i)).name for i in range(len(dataset))]
-        first, last = names(opened(domain, True)), names(opened(domain, False))
+    for domain, whole, (before, after) in (
+        ("camvid_day", "day", (100, 71)),
+        ("camvid_dusk", "dusk", (62, 62)),
+    ):
+
+        def opened(name, train):
+            return open_domain(name, root=root, train=train, streets=StreetsOptions(), folder=None)
+
+        def names(dataset):
+            return [Path(dataset.name(i)).name for i in range(len(dataset))]
+
+        first = names(opened(domain, True))
+        last = names(opened(domain, False))
         assert (len(first), len(last)) == (before, after)
         assert sorted(first + last) == sorted(names(opened(whole, False)))
         assert max(first) < min(last)
 
 
 def test_camvid_samples_equal_the_files_as_opencv_reads_them(data_path):
-    """Image and label are those of the files, in RGB, with void ignored; road covers the bottom of the picture."""
-    dataset = open_domain("day", root=str(data_path("camvid").parent), train=False, streets=StreetsOptions(), folder=None)
-    sample, path = dataset[3], Path(dataset.name(3))
+    """Image and label are those of the files, in RGB, with void ignored; road covers the bottom of
+    the picture.
+    """
+    dataset = open_domain(
+        "day",
+        root=str(data_path("camvid").parent),
+        train=False,
+        streets=StreetsOptions(),
+        folder=None,
+    )
+    sample = dataset[3]
+    path = Path(dataset.name(3))
     bgr = cv2.imread(str(path))
-    np.testing.assert_allclose(sample["image"].astype(int), bgr[..., ::-1].astype(int), atol=3)  # decoders may round differently
-    raw = cv2.imread(str(path.parent.parent / "testannot" / f"{path.stem}.png"), cv2.IMREAD_UNCHANGED)
+    np.testing.assert_allclose(
+        sample["image"].astype(int), bgr[..., ::-1].astype(int), atol=3
+    )  # decoders may round differently
+    raw = cv2.imread(
+        str(path.parent.parent / "testannot" / f"{path.stem}.png"), cv2.IMREAD_UNCHANGED
+    )
     np.testing.assert_array_equal(sample["label"], np.where(raw == 11, 255, raw))
-    assert np.bincount(sample["label"][-40:].ravel(), minlength=256).argmax() == CAMVID.names.index("road")
+    assert np.bincount(sample["label"][-40:].ravel(), minlength=256).argmax() == CAMVID.names.index(
+        "road"
+    )
 
 
 def test_unseen_domains_cannot_be_trained_on(data_path):
     """Asking for training images of an unseen CamVid domain is an error."""
     with pytest.raises(ValueError, match=r"'dusk' is kept unseen .* train on another"):
-        open_domain("dusk", root=str(data_path("camvid").parent), train=True, streets=StreetsOptions(), folder=None)
+        open_domain(
+            "dusk",
+            root=str(data_path("camvid").parent),
+            train=True,
+            streets=StreetsOptions(),
+            folder=None,
+        )
 
 
 def test_streets_are_the_rendered_scenes():
-    """Train and validation scenes differ, the domains show the same worlds, sizes and counts are as asked."""
+    """Train and validation scenes differ, the domains show the same worlds, sizes and counts are as
+    asked.
+    """
     options = StreetsOptions(size=(32, 64), images=5, val_images=3, seed=4)
     domains = {}
     for domain in scenes.APPEARANCES:
-        train, val = (open_domain(domain, root="nowhere", train=t, streets=options, folder=None) for t in (True, False))
+        train, val = (
+            open_domain(domain, root="nowhere", train=t, streets=options, folder=None)
+            for t in (True, False)
+        )
         assert (len(train), len(val), train.labels) == (5, 3, CITYSCAPES)
         assert (val.size(2), val.name(2)) == ((32, 64), f"streets/{domain}/2")
         assert val[2]["image"].shape == (32, 64, 3)
@@ -126,49 +184,84 @@ def test_streets_are_the_rendered_scenes():
 
 def test_streets_train_and_validation_scenes_never_meet():
     """No seed's training scenes are another seed's validation scenes."""
-    seeds = lambda train: {open_domain("clear", root="", train=train, streets=StreetsOptions(seed=s), folder=None).seed for s in range(20)}
+
+    def seeds(train):
+        return {
+            open_domain(
+                "clear", root="", train=train, streets=StreetsOptions(seed=s), folder=None
+            ).seed
+            for s in range(20)
+        }
+
     assert len(seeds(True)) == len(seeds(False)) == 20
     assert not seeds(True) & seeds(False)
 
 
 def test_folder_layout(root):
-    """Nested folders pair by relative name, ids map, sizes are known without decoding, and the dataset survives pickling."""
+    """Nested folders pair by relative name, ids map, sizes are known without decoding, and the
+    dataset survives pickling.
+    """
     dataset = pickle.loads(pickle.dumps(open_town(root)))
     assert isinstance(dataset, Dataset)
-    assert [Path(dataset.name(i)).relative_to(root).as_posix() for i in range(len(dataset))] == ["rgb/town/a.jpg", "rgb/town/b/c.jpg"]
+    assert [Path(dataset.name(i)).relative_to(root).as_posix() for i in range(len(dataset))] == [
+        "rgb/town/a.jpg",
+        "rgb/town/b/c.jpg",
+    ]
     assert [dataset.size(i) for i in range(2)] == [(20, 30), (24, 16)]
     assert dataset.labels.names == ("road", "sky")
     raw = np.array(Image.open(root / "gt/town/b/c.png"))
-    np.testing.assert_array_equal(dataset[1]["label"], np.select([raw == 7, raw == 23], [0, 1], 255))
+    np.testing.assert_array_equal(
+        dataset[1]["label"], np.select([raw == 7, raw == 23], [0, 1], 255)
+    )
     assert dataset[1]["image"].shape == (24, 16, 3)
 
 
 def test_domain_names_may_be_paths_and_suffixes_trim_names(tmp_path):
-    """A domain such as `town/night` with Cityscapes-like file names, train ids as they are, and a split in the path."""
-    for kind, end, array in (("rgb", "_rgb_anon.png", np.zeros((4, 6, 3))), ("gt", "_gt_trainIds.png", np.full((4, 6), 18))):
+    """A domain such as `town/night` with Cityscapes-like file names, train ids as they are, and a
+    split in the path.
+    """
+    for kind, end, array in (
+        ("rgb", "_rgb_anon.png", np.zeros((4, 6, 3))),
+        ("gt", "_gt_trainIds.png", np.full((4, 6), 18)),
+    ):
         path = tmp_path / kind / "town/night" / "val" / f"GP01_frame{end}"
         path.parent.mkdir(parents=True)
         Image.fromarray(array.astype(np.uint8)).save(path)
     Image.fromarray(np.zeros((4, 6), np.uint8)).save(path.parent / "GP01_frame_gt_color.png")
-    options = FolderOptions("rgb/{domain}/{split}", "gt/{domain}/{split}", "_rgb_anon.png", "_gt_trainIds.png")
-    dataset = open_domain("town/night", root=str(tmp_path), train=False, streets=StreetsOptions(), folder=options)
+    options = FolderOptions(
+        "rgb/{domain}/{split}", "gt/{domain}/{split}", "_rgb_anon.png", "_gt_trainIds.png"
+    )
+    dataset = open_domain(
+        "town/night", root=str(tmp_path), train=False, streets=StreetsOptions(), folder=options
+    )
     assert (len(dataset), dataset.labels) == (1, CITYSCAPES)
     assert (dataset[0]["label"] == 18).all()
 
 
 def test_unknown_domain_lists_the_known_ones(root):
-    """Without folder options a strange name is refused, with the names there are and the key to set."""
-    with pytest.raises(ValueError, match=r"unknown domain 'nigth'; known are clear, night, .*camvid, day, dusk.*data\.folder") as error:
+    """Without folder options a strange name is refused, with the names there are and the key to
+    set.
+    """
+    with pytest.raises(
+        ValueError,
+        match=r"unknown domain 'nigth'; known are clear, night, .*camvid, day, dusk.*data\.folder",
+    ) as error:
         open_town(root, None, "nigth")
     one_line(error)
 
 
 def test_missing_roots_and_folders_are_named(root):
     """The absolute path that is missing, and what to set."""
-    with pytest.raises(FileNotFoundError, match=r"data root /.*/nowhere does not exist; set JAXDG_DATA or --config\.data\.root") as error:
+    with pytest.raises(
+        FileNotFoundError,
+        match=r"data root /.*/nowhere does not exist; set JAXDG_DATA or --config\.data\.root",
+    ) as error:
         open_town(root / "nowhere")
     one_line(error)
-    with pytest.raises(FileNotFoundError, match=r"folder /.*/rgb/village does not exist; check .*--config\.data\.root") as error:
+    with pytest.raises(
+        FileNotFoundError,
+        match=r"folder /.*/rgb/village does not exist; check .*--config\.data\.root",
+    ) as error:
         open_town(root, CLASSES, "village")
     one_line(error)
     with pytest.raises(FileNotFoundError, match=r"/.*/camvid should hold train, .* does not exist"):
@@ -190,7 +283,11 @@ def test_files_without_partner_are_named_and_counted(root):
     for i in range(12):
         Image.fromarray(np.zeros((4, 4, 3), np.uint8)).save(root / f"rgb/town/lone{i:02}.png")
     with pytest.raises(
-        ValueError, match=r"lone00\.png has no label \(\*\.png\); .*lone09\.png has no label .*; and 2 more \(12 in all\)"
+        ValueError,
+        match=(
+            r"lone00\.png has no label \(\*\.png\); .*lone09\.png has no label .*; and 2 more \(12"
+            r" in all\)"
+        ),
     ) as error:
         open_town(root)
     assert "lone10" not in one_line(error)
@@ -270,9 +367,15 @@ def test_a_damaged_or_unwritable_index_is_no_error(root, cache, monkeypatch):
 
 
 @pytest.mark.parametrize("kind", ["rgb/town/a.jpg", "gt/town/a.png"])
-@pytest.mark.parametrize("harm", [truncate, damage_header, lambda path: path.unlink()], ids=["truncated", "garbage", "deleted"])
+@pytest.mark.parametrize(
+    "harm",
+    [truncate, damage_header, lambda path: path.unlink()],
+    ids=["truncated", "garbage", "deleted"],
+)
 def test_a_file_damaged_after_the_check_is_named_when_read(root, kind, harm):
-    """Reading decodes in full and names the file and the remedy; a truncated JPEG never passes as a half-grey picture."""
+    """Reading decodes in full and names the file and the remedy; a truncated JPEG never passes as a
+    half-grey picture.
+    """
     dataset = open_town(root)
     harm(root / kind)
     with pytest.raises(ValueError, match=rf"{kind}: .*; fetch the file again") as error:
@@ -303,37 +406,67 @@ def test_a_file_that_changed_its_size_is_named_when_read(root, kind):
 def test_an_unknown_label_id_is_named_when_read(root):
     """The file, the id and the two keys that can hold it."""
     dataset = open_town(root, dataclasses.replace(CLASSES, id_map={7: 0}))
-    with pytest.raises(ValueError, match=r"gt/town/a\.png: \d+ pixels .* 23; add .*data\.folder\.id_map.*data\.folder\.ignore") as error:
+    with pytest.raises(
+        ValueError,
+        match=r"gt/town/a\.png: \d+ pixels .* 23; add .*data\.folder\.id_map.*data\.folder\.ignore",
+    ) as error:
         dataset[0]
     one_line(error)
 
 
 def test_an_id_map_beyond_the_classes_is_refused(root):
     """A train id without class is a mistake of the configuration, named by its key."""
-    with pytest.raises(ValueError, match=r"data\.folder\.id_map maps to train ids \[2\], but data\.folder\.classes has 2 classes"):
+    with pytest.raises(
+        ValueError,
+        match=(
+            r"data\.folder\.id_map maps to train ids \[2\], but data\.folder\.classes has 2 classes"
+        ),
+    ):
         open_town(root, dataclasses.replace(CLASSES, id_map={7: 2}))
 
 
-def png(path: Path, rows: list[bytes], width: int, depth: int, color: int, palette: bytes = b"") -> Path:
-    """A PNG written by hand after its specification, so that the reader is not tested against its own library."""
-    chunk = lambda kind, data: struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+def png(
+    path: Path, rows: list[bytes], width: int, depth: int, color: int, palette: bytes = b""
+) -> Path:
+    """A PNG written by hand after its specification, so that the reader is not tested against its
+    own library.
+    """
+
+    def chunk(kind, data):
+        return (
+            struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        )
+
     header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, len(rows), depth, color, 0, 0, 0))
     body = chunk(b"IDAT", zlib.compress(b"".join(b"\0" + row for row in rows)))
-    path.write_bytes(b"\x89PNG\r\n\x1a\n" + header + (chunk(b"PLTE", palette) if palette else b"") + body + chunk(b"IEND", b""))
+    path.write_bytes(
+        b"\x89PNG\r\n\x1a\n"
+        + header
+        + (chunk(b"PLTE", palette) if palette else b"")
+        + body
+        + chunk(b"IEND", b"")
+    )
     return path
 
 
 def test_labels_are_read_as_stored(tmp_path):
-    """Palette indices, never colours; 16-bit values in full; grey values of 1, 2 and 4 bits without stretching."""
+    """Palette indices, never colours; 16-bit values in full; grey values of 1, 2 and 4 bits without
+    stretching.
+    """
     colors = bytes((128, 64, 128, 244, 35, 232, 70, 70, 70, 102, 102, 156))
-    read = lambda *content: read_label(str(png(tmp_path / "label.png", *content))).tolist()
+
+    def read(*content):
+        return read_label(str(png(tmp_path / "label.png", *content))).tolist()
+
     assert read([bytes((0, 3, 2))], 3, 8, 3, colors) == [[0, 3, 2]]
     assert read([bytes((0b00111001,))], 4, 2, 3, colors) == [[0, 3, 2, 1]]
     assert read([struct.pack(">3H", 0, 300, 65535)], 3, 16, 0) == [[0, 300, 65535]]
     assert read([bytes((0x0F, 0x29))], 4, 4, 0) == [[0, 15, 2, 9]]
     assert read([bytes((0b00111001,))], 4, 2, 0) == [[0, 3, 2, 1]]
     assert read([bytes((0b01011000,))], 5, 1, 0) == [[0, 1, 0, 1, 1]]
-    with pytest.raises(ValueError, match=r"label\.png: a label must be a grey or palette image .* RGB"):
+    with pytest.raises(
+        ValueError, match=r"label\.png: a label must be a grey or palette image .* RGB"
+    ):
         read([bytes(6)], 2, 8, 2)
 
 
@@ -347,10 +480,14 @@ def test_sixteen_bit_labels_map(root):
 
 
 def test_images_are_rgb_and_not_turned(tmp_path):
-    """Grey images gain three channels, and a rotation in the metadata, which labels lack, is not applied."""
+    """Grey images gain three channels, and a rotation in the metadata, which labels lack, is not
+    applied.
+    """
     grey = np.arange(12, dtype=np.uint8).reshape(3, 4)
     Image.fromarray(grey).save(tmp_path / "grey.png")
-    np.testing.assert_array_equal(read_image(str(tmp_path / "grey.png")), np.repeat(grey[..., None], 3, -1))
+    np.testing.assert_array_equal(
+        read_image(str(tmp_path / "grey.png")), np.repeat(grey[..., None], 3, -1)
+    )
     turned = Image.fromarray(np.zeros((3, 4, 3), np.uint8))
     exif = turned.getexif()
     exif[0x0112] = 6  # orientation: rotate by 90 degrees

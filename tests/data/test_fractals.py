@@ -10,7 +10,9 @@ from jaxdg.data.augment.fractals import Pictures, attractor, generate, random_ma
 
 
 def test_maps_bring_points_together():
-    """Singular values, computed from the matrices, are below 1, and their weighted sum lies where it should, for every number of maps."""
+    """Singular values, computed from the matrices, are below 1, and their weighted sum lies where
+    it should, for every number of maps.
+    """
     counts = set()
     for seed in range(200):
         matrices, shifts = random_maps(np.random.default_rng(seed))
@@ -24,31 +26,43 @@ def test_maps_bring_points_together():
 
 
 def test_the_attractor_is_where_single_points_jump_to(monkeypatch):
-    """Points moved one by one by the matrices, in double precision, cover the same pixels as densely and in the same colours."""
+    """Points moved one by one by the matrices, in double precision, cover the same pixels as
+    densely and in the same colours.
+    """
     monkeypatch.setattr(fractals, "WALKERS", 512)
     for seed in range(2):
         matrices, shifts = random_maps(np.random.default_rng(seed))
         cover, color = attractor(matrices, shifts, np.random.default_rng(7))
         rng = np.random.default_rng(7)
         weight = np.maximum(np.abs(np.linalg.det(matrices)), 0.01)
-        chosen = rng.choice(len(matrices), (fractals.FIRST + fractals.STEPS, 512), p=weight / weight.sum())
-        steps, own = [], np.linspace(0, 1, len(matrices))
-        point, shade = [np.zeros(2)] * 512, [0.5] * 512
+        chosen = rng.choice(
+            len(matrices), (fractals.FIRST + fractals.STEPS, 512), p=weight / weight.sum()
+        )
+        steps = []
+        own = np.linspace(0, 1, len(matrices))
+        point = [np.zeros(2)] * 512
+        shade = [0.5] * 512
         for row in chosen:
             for i, k in enumerate(row):
-                point[i], shade[i] = matrices[k] @ point[i] + shifts[k], (shade[i] + own[k]) / 2
+                point[i] = matrices[k] @ point[i] + shifts[k]
+                shade[i] = (shade[i] + own[k]) / 2
             steps.append([(*p, s) for p, s in zip(point, shade, strict=True)])
         x, y, shades = np.array(steps[fractals.FIRST :]).reshape(-1, 3).T
         beyond = rng.uniform(0.01, 0.2)
-        count, total = np.zeros((256, 256)), np.zeros((256, 256))
+        count = np.zeros((256, 256))
+        total = np.zeros((256, 256))
         every = len(x) // 4096
         ranges = [np.quantile(part[::every], (beyond, 1 - beyond)) for part in (y, x)]
         for xi, yi, s in zip(x, y, shades, strict=True):
-            row, column = (int((v - low) * 256 / (high - low)) if v >= low else -1 for v, (low, high) in zip((yi, xi), ranges, strict=True))
+            row, column = (
+                int((v - low) * 256 / (high - low)) if v >= low else -1
+                for v, (low, high) in zip((yi, xi), ranges, strict=True)
+            )
             if 0 <= row < 256 and 0 <= column < 256:
                 count[row, column] += 1
                 total[row, column] += s
-        count, total = cv2.GaussianBlur(count, (3, 3), 0.6), cv2.GaussianBlur(total, (3, 3), 0.6)
+        count = cv2.GaussianBlur(count, (3, 3), 0.6)
+        total = cv2.GaussianBlur(total, (3, 3), 0.6)
         expected = np.log1p(count) / np.quantile(np.log1p(count)[count > 0], 0.95)
         # A point on the edge of a pixel may fall on either side of it.
         assert np.mean(np.abs(cover - np.minimum(expected, 1)) > 0.01) < 0.02
@@ -57,11 +71,18 @@ def test_the_attractor_is_where_single_points_jump_to(monkeypatch):
 
 
 def test_pictures_differ_and_repeat():
-    """Each seed gives one picture, always the same, with structure in every colour; waves reach from 0 to 1."""
+    """Each seed gives one picture, always the same, with structure in every colour; waves reach
+    from 0 to 1.
+    """
     pictures = [generate(np.random.default_rng(seed)) for seed in range(12)]
     np.testing.assert_array_equal(pictures[3], generate(np.random.default_rng(3)))
-    assert all(picture.shape == (256, 256, 3) and picture.std((0, 1)).min() > 2 for picture in pictures)
-    assert min(np.abs(a.astype(int) - b).mean() for i, a in enumerate(pictures) for b in pictures[:i]) > 5
+    assert all(
+        picture.shape == (256, 256, 3) and picture.std((0, 1)).min() > 2 for picture in pictures
+    )
+    assert (
+        min(np.abs(a.astype(int) - b).mean() for i, a in enumerate(pictures) for b in pictures[:i])
+        > 5
+    )
     wave = waves(np.random.default_rng(0))
     assert 0 <= wave.min() < 0.05
     assert 0.95 < wave.max() <= 1
@@ -76,7 +97,9 @@ def test_pictures_have_any_size(size):
 
 
 def test_pictures_of_a_folder(tmp_path):
-    """Every image below a folder is drawn, as RGB and cut to size, mirrored half of the time; where there are none, the error says so."""
+    """Every image below a folder is drawn, as RGB and cut to size, mirrored half of the time; where
+    there are none, the error says so.
+    """
     (tmp_path / "below").mkdir()
     ramp = np.arange(30, dtype=np.uint8)[None, :, None].repeat(20, 0).repeat(3, 2)
     for i, file in enumerate(("a.png", "below/b.png")):
@@ -85,12 +108,16 @@ def test_pictures_of_a_folder(tmp_path):
     (tmp_path / ".cache").mkdir()
     for name in ("._a.png", ".cache/c.png"):
         (tmp_path / name).write_text("hidden")
-    pictures, seen = Pictures.of(str(tmp_path)), set()
+    pictures = Pictures.of(str(tmp_path))
+    seen = set()
     for seed in range(40):
         picture = pictures.draw((20, 10), np.random.default_rng(seed)).astype(int)
-        blue, step = picture[0, 0, 2] - picture[0, 0, 0], picture[0, 1, 0] - picture[0, 0, 0]
+        blue = picture[0, 0, 2] - picture[0, 0, 0]
+        step = picture[0, 1, 0] - picture[0, 0, 0]
         assert abs(step) == 1
-        np.testing.assert_array_equal(picture[..., 0], picture[0, 0, 0] + step * np.arange(10)[None].repeat(20, 0))
+        np.testing.assert_array_equal(
+            picture[..., 0], picture[0, 0, 0] + step * np.arange(10)[None].repeat(20, 0)
+        )
         seen.add((int(blue), int(step)))
     assert seen == {(0, 1), (0, -1), (100, 1), (100, -1)}
     (tmp_path / "empty").mkdir()

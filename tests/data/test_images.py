@@ -22,10 +22,19 @@ from jaxdg.data.records import Records, open_records
 from tests.data import trees
 
 RNG = np.random.default_rng(0)
-H, W = 48, 64
-SMOOTH = np.asarray(Image.fromarray(RNG.integers(0, 256, (6, 8, 3), np.uint8)).resize((W, H), Image.Resampling.BICUBIC))
+H = 48
+W = 64
+SMOOTH = np.asarray(
+    Image.fromarray(RNG.integers(0, 256, (6, 8, 3), np.uint8)).resize(
+        (W, H), Image.Resampling.BICUBIC
+    )
+)
 NOISE = RNG.integers(0, 256, (H, W, 3), np.uint8)
-LARGE = np.asarray(Image.fromarray(RNG.integers(0, 256, (60, 80, 3), np.uint8)).resize((640, 480), Image.Resampling.BICUBIC))
+LARGE = np.asarray(
+    Image.fromarray(RNG.integers(0, 256, (60, 80, 3), np.uint8)).resize(
+        (640, 480), Image.Resampling.BICUBIC
+    )
+)
 GREY = RNG.integers(0, 256, (H, W), np.uint8)
 IDS = RNG.integers(0, 19, (H, W), np.uint8)
 
@@ -44,7 +53,9 @@ def look(pair: tuple[str, str]) -> tuple[tuple[int, int], list[index.Defect]]:
 
 def encoded(pixels: np.ndarray | Image.Image, kind: str, **options) -> bytes:
     data = io.BytesIO()
-    (pixels if isinstance(pixels, Image.Image) else Image.fromarray(pixels)).save(data, kind, **options)
+    (pixels if isinstance(pixels, Image.Image) else Image.fromarray(pixels)).save(
+        data, kind, **options
+    )
     return data.getvalue()
 
 
@@ -58,7 +69,9 @@ def chunk(kind: bytes, data: bytes) -> bytes:
     return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
 
-def png(rows: list[bytes], width: int, depth: int, color: int, *before: bytes, after: bytes = b"") -> bytes:
+def png(
+    rows: list[bytes], width: int, depth: int, color: int, *before: bytes, after: bytes = b""
+) -> bytes:
     """A PNG file of raw rows after ISO/IEC 15948, with chunks before and after its data."""
     header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, len(rows), depth, color, 0, 0, 0))
     body = chunk(b"IDAT", zlib.compress(b"".join(b"\0" + row for row in rows)))
@@ -69,10 +82,23 @@ def tiff(pixels: np.ndarray, bits: int, sample_format: int = 1, white_is: int = 
     """An uncompressed little-endian TIFF of one channel after TIFF 6.0."""
     h, w = pixels.shape
     raw = pixels.tobytes()
-    fields = [(256, w * 8 * pixels.itemsize // bits), (257, h), (258, bits), (259, 1), (262, white_is)]
+    fields = [
+        (256, w * 8 * pixels.itemsize // bits),
+        (257, h),
+        (258, bits),
+        (259, 1),
+        (262, white_is),
+    ]
     fields += [(273, 8), (277, 1), (278, h), (279, len(raw)), (339, sample_format)]
     entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in fields)
-    return b"II*\0" + struct.pack("<I", 8 + len(raw)) + raw + struct.pack("<H", len(fields)) + entries + bytes(4)
+    return (
+        b"II*\0"
+        + struct.pack("<I", 8 + len(raw))
+        + raw
+        + struct.pack("<H", len(fields))
+        + entries
+        + bytes(4)
+    )
 
 
 def write(path: Path, data: bytes) -> str:
@@ -97,13 +123,31 @@ READ = {  # file content, pixels
     "PNG RGB": (encoded(NOISE, "PNG"), NOISE),
     "PNG grey": (encoded(GREY, "PNG"), GREY3),
     "PNG alpha": (encoded(ALPHA, "PNG"), NOISE),
-    "PNG grey alpha": (encoded(Image.merge("LA", [Image.fromarray(GREY), Image.fromarray(NOISE[..., 0])]), "PNG"), GREY3),
-    "PNG transparent colour": (encoded(NOISE, "PNG", transparency=tuple(NOISE[0, 0].tolist())), NOISE),
+    "PNG grey alpha": (
+        encoded(Image.merge("LA", [Image.fromarray(GREY), Image.fromarray(NOISE[..., 0])]), "PNG"),
+        GREY3,
+    ),
+    "PNG transparent colour": (
+        encoded(NOISE, "PNG", transparency=tuple(NOISE[0, 0].tolist())),
+        NOISE,
+    ),
     "PNG palette": (encoded(INDEXED, "PNG"), PALETTE[IDS]),
     "PNG palette alpha": (encoded(INDEXED, "PNG", transparency=bytes(range(19))), PALETTE[IDS]),
     "PNG 1 bit": (encoded(Image.fromarray(GREY > 99), "PNG"), np.where(GREY3 > 99, 255, 0)),
-    "PNG 4 bits": (png([bytes((0x0F, 0x29))], 4, 4, 0), np.array([[[0] * 3, [255] * 3, [34] * 3, [153] * 3]])),
-    "PNG with much text": (png([row.tobytes() for row in NOISE], W, 8, 2, chunk(b"zTXt", b"a\0\0" + zlib.compress(bytes(1 << 21)))), NOISE),
+    "PNG 4 bits": (
+        png([bytes((0x0F, 0x29))], 4, 4, 0),
+        np.array([[[0] * 3, [255] * 3, [34] * 3, [153] * 3]]),
+    ),
+    "PNG with much text": (
+        png(
+            [row.tobytes() for row in NOISE],
+            W,
+            8,
+            2,
+            chunk(b"zTXt", b"a\0\0" + zlib.compress(bytes(1 << 21))),
+        ),
+        NOISE,
+    ),
     "PNG 16 bits grey": (png(sixteen(DEEP), W, 16, 0), np.dstack([DEEP >> 8] * 3)),
     "PNG 16 bits RGB": (png(sixteen(DEEP_RGB.reshape(H, -1)), W, 16, 2), DEEP_RGB >> 8),
     "TIFF RGB": (encoded(NOISE, "TIFF", compression="tiff_lzw"), NOISE),
@@ -113,7 +157,10 @@ READ = {  # file content, pixels
     "WebP": (encoded(NOISE, "WEBP", lossless=True), NOISE),
     "BMP": (encoded(NOISE, "BMP"), NOISE),
     "PPM": (encoded(NOISE, "PPM"), NOISE),
-    "PGM 12 bits": (b"P5 4 1 4095\n" + struct.pack(">4H", 0, 1365, 2730, 4095), np.array([[[v] * 3 for v in (0, 85, 170, 255)]])),
+    "PGM 12 bits": (
+        b"P5 4 1 4095\n" + struct.pack(">4H", 0, 1365, 2730, 4095),
+        np.array([[[v] * 3 for v in (0, 85, 170, 255)]]),
+    ),
     "GIF": (encoded(INDEXED, "GIF"), PALETTE[IDS]),
 }
 
@@ -121,14 +168,25 @@ READ = {  # file content, pixels
 @pytest.mark.parametrize("name", ["x.jpg", "x.png"])
 @pytest.mark.parametrize("kind", READ)
 def test_images_are_read_as_documented(tmp_path, kind, name):
-    """Every lossless kind gives the pixels that went in, whatever the name says, and passes the check at the start."""
+    """Every lossless kind gives the pixels that went in, whatever the name says, and passes the
+    check at the start.
+    """
     data, pixels = READ[kind]
     path = write(tmp_path / name, data)
     np.testing.assert_array_equal(read_image(path), pixels)
     assert look((path, "")) == (pixels.shape[:2], [])
 
 
-@pytest.mark.parametrize("options", [{}, {"progressive": True}, {"optimize": True}, {"subsampling": 0}, {"restart_marker_blocks": 3}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"progressive": True},
+        {"optimize": True},
+        {"subsampling": 0},
+        {"restart_marker_blocks": 3},
+    ],
+)
 @pytest.mark.parametrize("name", ["x.jpg", "x.png"])
 def test_jpeg_files_equal_pillow_and_opencv(tmp_path, options, name):
     """Three builds of libjpeg-turbo agree to the bit."""
@@ -136,12 +194,17 @@ def test_jpeg_files_equal_pillow_and_opencv(tmp_path, options, name):
         data = encoded(pixels, "JPEG", **options)
         got = read_image(write(tmp_path / name, data))
         np.testing.assert_array_equal(got, np.asarray(Image.open(io.BytesIO(data)).convert("RGB")))
-        np.testing.assert_array_equal(got, cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR_RGB))
+        np.testing.assert_array_equal(
+            got, cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR_RGB)
+        )
 
 
 def test_cmyk_files_have_the_colors_that_went_in(tmp_path):
     """Adobe stores CMYK inverted; the colours come back within the loss of the compression."""
-    path = write(tmp_path / "x.jpg", encoded(Image.fromarray(SMOOTH).convert("CMYK"), "JPEG", quality=100, subsampling=0))
+    path = write(
+        tmp_path / "x.jpg",
+        encoded(Image.fromarray(SMOOTH).convert("CMYK"), "JPEG", quality=100, subsampling=0),
+    )
     np.testing.assert_allclose(read_image(path).astype(int), SMOOTH, atol=4)
     data = bytearray(Path(path).read_bytes())
     Path(path).write_bytes(data[: len(data) // 2] + b"\xff\xd9")
@@ -149,18 +212,49 @@ def test_cmyk_files_have_the_colors_that_went_in(tmp_path):
         read_image(path)
 
 
-FEW_BITS = "a 16-bit image of which no value uses more than 12 bits, so that it would be nearly black; convert it to 8 bits"
+FEW_BITS = (
+    "a 16-bit image of which no value uses more than 12 bits, so that it would be nearly black;"
+    " convert it to 8 bits"
+)
 REFUSED = {  # file content, what is said of it; at the start too?
     "PNG 12 of 16 bits": (png(sixteen(DEEP % 4096), W, 16, 0), FEW_BITS, False),
-    "PNG 12 of 16 bits RGB": (png(sixteen((DEEP_RGB % 4096).reshape(H, -1)), W, 16, 2), FEW_BITS, False),
+    "PNG 12 of 16 bits RGB": (
+        png(sixteen((DEEP_RGB % 4096).reshape(H, -1)), W, 16, 2),
+        FEW_BITS,
+        False,
+    ),
     "TIFF 12 of 16 bits": (tiff(DEEP % 4096, 16), FEW_BITS, False),
-    "TIFF floats": (encoded(GREY.astype(np.float32), "TIFF"), "an image must have 8 or 16 bits a channel, this one has floats", True),
-    "TIFF integers": (encoded(GREY.astype(np.int32), "TIFF"), "an image must have 8 or 16 bits a channel, this one has 32-bit", True),
-    "animated PNG": (encoded(NOISE, "PNG", save_all=True, append_images=[Image.fromarray(SMOOTH)]), "has 2 frames or pages", True),
-    "animated WebP": (encoded(NOISE, "WEBP", save_all=True, append_images=[Image.fromarray(SMOOTH)]), "has 2 frames or pages", True),
-    "TIFF pages": (encoded(NOISE, "TIFF", save_all=True, append_images=[Image.fromarray(SMOOTH)]), "has 2 frames or pages", True),
+    "TIFF floats": (
+        encoded(GREY.astype(np.float32), "TIFF"),
+        "an image must have 8 or 16 bits a channel, this one has floats",
+        True,
+    ),
+    "TIFF integers": (
+        encoded(GREY.astype(np.int32), "TIFF"),
+        "an image must have 8 or 16 bits a channel, this one has 32-bit",
+        True,
+    ),
+    "animated PNG": (
+        encoded(NOISE, "PNG", save_all=True, append_images=[Image.fromarray(SMOOTH)]),
+        "has 2 frames or pages",
+        True,
+    ),
+    "animated WebP": (
+        encoded(NOISE, "WEBP", save_all=True, append_images=[Image.fromarray(SMOOTH)]),
+        "has 2 frames or pages",
+        True,
+    ),
+    "TIFF pages": (
+        encoded(NOISE, "TIFF", save_all=True, append_images=[Image.fromarray(SMOOTH)]),
+        "has 2 frames or pages",
+        True,
+    ),
     "a web page": (b"\n<!DOCTYPE html><html>404</html>", "unreadable (a web page", True),
-    "a pointer": (b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n", "unreadable (a pointer of Git LFS", True),
+    "a pointer": (
+        b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n",
+        "unreadable (a pointer of Git LFS",
+        True,
+    ),
     "HEIC": (b"\0\0\0\x18ftypheic" + bytes(99), "unreadable (a HEIC or AVIF image", True),
     "garbage": (b"garbage" * 99, "unreadable (no header of an image)", True),
     "nothing": (b"", "empty (0 bytes)", True),
@@ -190,7 +284,9 @@ FILM = b"\0\0\0\x18ftypmp42" + RNG.bytes(70_000)
 
 @pytest.mark.parametrize("kind", ["JPEG", "progressive", "PNG", "WEBP"])
 def test_what_follows_the_end_does_not_count(tmp_path, kind):
-    """Motion photos and padding are whole at the start and when read; the same files cut before their end are not."""
+    """Motion photos and padding are whole at the start and when read; the same files cut before
+    their end are not.
+    """
     options = {"progressive": {"progressive": True}, "WEBP": {"lossless": True}}.get(kind, {})
     whole = encoded(LARGE, "JPEG" if kind == "progressive" else kind, **options)
     pixels = read_image(write(tmp_path / "whole.jpg", whole))
@@ -211,7 +307,10 @@ def test_a_thumbnail_does_not_pass_for_the_end(tmp_path):
     thumbnail = b"Exif\0\0" + encoded(SMOOTH, "JPEG")
     data = data[:2] + b"\xff\xe1" + struct.pack(">H", 2 + len(thumbnail)) + thumbnail + data[2:]
     assert look((write(tmp_path / "x.jpg", data), ""))[1] == []
-    assert look((write(tmp_path / "x.jpg", data[:20_000]), ""))[1][0].text == ": truncated (no JPEG end marker)"
+    assert (
+        look((write(tmp_path / "x.jpg", data[:20_000]), ""))[1][0].text
+        == ": truncated (no JPEG end marker)"
+    )
 
 
 def test_an_mpo_file_is_its_first_image(tmp_path):
@@ -221,7 +320,9 @@ def test_an_mpo_file_is_its_first_image(tmp_path):
     with Image.open(path) as image:
         assert image.n_frames == 2
     assert look((path, "")) == (LARGE.shape[:2], [])
-    np.testing.assert_array_equal(read_image(path), cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR_RGB))
+    np.testing.assert_array_equal(
+        read_image(path), cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR_RGB)
+    )
 
 
 HOLES = {
@@ -231,12 +332,18 @@ HOLES = {
     "hole of zeros": lambda data, at: data[:at] + bytes(2048) + data[at + 2048 :],
     "small hole of zeros": lambda data, at: data[:at] + bytes(128) + data[at + 128 :],
     "overwritten": lambda data, at: data[:at] + b"\xff" * 512 + data[at + 512 :],
-    "of another file": lambda data, at: data[:at] + encoded(NOISE, "JPEG")[700:3000] + data[at + 2300 :],
+    "of another file": lambda data, at: (
+        data[:at] + encoded(NOISE, "JPEG")[700:3000] + data[at + 2300 :]
+    ),
 }
 
 
 @pytest.mark.parametrize("harm", HOLES)
-@pytest.mark.parametrize("options", [{}, {"progressive": True}, {"restart_marker_blocks": 7}], ids=["baseline", "progressive", "restarts"])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"progressive": True}, {"restart_marker_blocks": 7}],
+    ids=["baseline", "progressive", "restarts"],
+)
 def test_a_jpeg_with_a_hole_is_refused(tmp_path, options, harm):
     """Wherever it is, however it is filled: header and end are whole, the picture is not.
 
@@ -248,23 +355,35 @@ def test_a_jpeg_with_a_hole_is_refused(tmp_path, options, harm):
     for part in (0.3, 0.5, 0.7):
         path = write(tmp_path / "x.jpg", HOLES[harm](data, int(part * len(data))))
         assert look((path, ""))[1] == []
-        with pytest.raises(ValueError, match=r"x\.jpg: damaged \(.*\); fetch the file again, or leave it out with data\.skip"):
+        with pytest.raises(
+            ValueError,
+            match=r"x\.jpg: damaged \(.*\); fetch the file again, or leave it out with data\.skip",
+        ):
             read_image(path)
 
 
-@pytest.mark.parametrize("options", [{"optimize": True}, {"progressive": True}, {}, {"restart_marker_blocks": 7}])
+@pytest.mark.parametrize(
+    "options", [{"optimize": True}, {"progressive": True}, {}, {"restart_marker_blocks": 7}]
+)
 def test_flat_jpeg_files_are_whole(options):
     """Black frames and borders compress to long runs of zeros, which are no hole."""
     border = LARGE.copy()
     border[100:] = 0
-    for pixels in (np.zeros((1200, 1600, 3), np.uint8), np.full((1200, 1600, 3), 128, np.uint8), border, border[..., 0]):
+    for pixels in (
+        np.zeros((1200, 1600, 3), np.uint8),
+        np.full((1200, 1600, 3), 128, np.uint8),
+        border,
+        border[..., 0],
+    ):
         for quality in (10, 75, 100):
             data = encoded(pixels, "JPEG", quality=quality, **options)
             assert jpeg.decode(data) is not None
 
 
 def test_harmless_oddities_of_jpeg_files_are_read(tmp_path):
-    """Padding between segments and before the end marker, fill bytes, and an unknown Adobe transform are no damage."""
+    """Padding between segments and before the end marker, fill bytes, and an unknown Adobe
+    transform are no damage.
+    """
     data = encoded(LARGE, "JPEG")
     pixels = read_image(write(tmp_path / "x.jpg", data))
     at = data.index(b"\xff\xdb")
@@ -277,13 +396,20 @@ def test_harmless_oddities_of_jpeg_files_are_read(tmp_path):
 
 
 def test_images_above_the_guards_of_pillow_are_read(tmp_path, monkeypatch):
-    """179 megapixels are Pillow's limit and 2^30 pixels OpenCV's; what the one refuses the other reads, for images and labels alike."""
+    """179 megapixels are Pillow's limit and 2^30 pixels OpenCV's; what the one refuses the other
+    reads, for images and labels alike.
+    """
     path = write(tmp_path / "x.png", png([bytes(2500)] * 9000, 20_000, 1, 0))
     assert look((path, path)) == ((9000, 20_000), [])
     label = read_label(path)
     assert (label.shape, label.max()) == ((9000, 20_000), 0)
     small = write(tmp_path / "small.png", encoded(NOISE, "PNG"))
-    refuse = lambda *_: (_ for _ in ()).throw(cv2.error("Image size is more than OPENCV_IO_MAX_IMAGE_PIXELS"))
+
+    def refuse(*_):
+        return (_ for _ in ()).throw(
+            cv2.error("Image size is more than OPENCV_IO_MAX_IMAGE_PIXELS")
+        )
+
     monkeypatch.setattr(cv2, "imdecode", refuse)
     np.testing.assert_array_equal(read_image(small), NOISE)
 
@@ -302,28 +428,53 @@ LABELS = {  # content of a label file, what is said of it or the ids
     "GIF": (encoded(INDEXED, "GIF"), IDS),
     "BMP": (encoded(IDS, "BMP"), IDS),
     "PGM": (encoded(IDS, "PPM"), IDS),
-    "JPEG": (encoded(IDS, "JPEG", quality=100), "a label must not be a JPEG image, whose compression alters ids"),
-    "MPO": (encoded(IDS, "MPO", save_all=True, append_images=[Image.fromarray(IDS)]), "a label must not be a JPEG image"),
+    "JPEG": (
+        encoded(IDS, "JPEG", quality=100),
+        "a label must not be a JPEG image, whose compression alters ids",
+    ),
+    "MPO": (
+        encoded(IDS, "MPO", save_all=True, append_images=[Image.fromarray(IDS)]),
+        "a label must not be a JPEG image",
+    ),
     "lossy WebP": (encoded(np.dstack([IDS] * 3), "WEBP"), "a label must not be a WebP image"),
-    "lossless WebP": (encoded(np.dstack([IDS] * 3), "WEBP", lossless=True), "a label must not be a WebP image, which holds colours"),
+    "lossless WebP": (
+        encoded(np.dstack([IDS] * 3), "WEBP", lossless=True),
+        "a label must not be a WebP image, which holds colours",
+    ),
     "JPEG in TIFF": (encoded(IDS, "TIFF", compression="jpeg"), "a label must not be a JPEG image"),
-    "RGB": (encoded(NOISE, "PNG"), "a label must be a grey or palette image of class ids, this one is RGB"),
-    "floats": (encoded(IDS.astype(np.float32), "TIFF"), "a label must be a grey or palette image of class ids, this one is of floats"),
+    "RGB": (
+        encoded(NOISE, "PNG"),
+        "a label must be a grey or palette image of class ids, this one is RGB",
+    ),
+    "floats": (
+        encoded(IDS.astype(np.float32), "TIFF"),
+        "a label must be a grey or palette image of class ids, this one is of floats",
+    ),
     "white is 0": (tiff(IDS, 8, white_is=0), "a label as TIFF must not count from white"),
-    "PGM up to 18": (b"P5 4 1 18\n" + bytes((0, 1, 2, 18)), "a label as PGM must state 255 or 65535"),
+    "PGM up to 18": (
+        b"P5 4 1 18\n" + bytes((0, 1, 2, 18)),
+        "a label as PGM must state 255 or 65535",
+    ),
     "PBM": (b"P4 8 1\n\xaa", "a label as PGM must state 255 or 65535"),
-    "animated": (encoded(IDS, "PNG", save_all=True, append_images=[Image.fromarray(IDS + 1)]), "has 2 frames or pages"),
+    "animated": (
+        encoded(IDS, "PNG", save_all=True, append_images=[Image.fromarray(IDS + 1)]),
+        "has 2 frames or pages",
+    ),
 }
 EARLY = ("JPEG", "MPO", "lossy WebP", "lossless WebP", "JPEG in TIFF", "animated")
 
 
 @pytest.mark.parametrize("kind", LABELS)
 def test_labels_are_ids_as_stored_or_refused(tmp_path, kind):
-    """No id is altered, scaled or inverted on the way, and what compression may have altered is no label, at the start already."""
+    """No id is altered, scaled or inverted on the way, and what compression may have altered is no
+    label, at the start already.
+    """
     data, expected = LABELS[kind]
     path = write(tmp_path / "x.png", data)
     shape = expected.shape if isinstance(expected, np.ndarray) else (H, W)
-    _, defects = look((write(tmp_path / "image.png", encoded(np.zeros((*shape, 3), np.uint8), "PNG")), path))
+    _, defects = look(
+        (write(tmp_path / "image.png", encoded(np.zeros((*shape, 3), np.uint8), "PNG")), path)
+    )
     if isinstance(expected, str):
         with pytest.raises(ValueError) as error:  # noqa: PT011
             read_label(path)
@@ -338,7 +489,9 @@ def test_labels_are_ids_as_stored_or_refused(tmp_path, kind):
 
 
 def shown(pixels: np.ndarray, turn: int) -> np.ndarray:
-    """What viewers show, by the table of the EXIF standard: where the stored row 0 and column 0 are."""
+    """What viewers show, by the table of the EXIF standard: where the stored row 0 and column 0
+    are.
+    """
     return {
         1: pixels,
         2: pixels[:, ::-1],
@@ -357,7 +510,9 @@ def oriented(kind: str, turn: int) -> bytes:
         exif = with_orientation(turn).tobytes().removeprefix(b"Exif\0\0")
         return png([row.tobytes() for row in NOISE], W, 8, 2, after=chunk(b"eXIf", exif))
     options = {"WEBP": {"lossless": True}, "JPEG": {"quality": 95}}.get(kind, {})
-    return encoded(SMOOTH if kind == "JPEG" else NOISE, kind, exif=with_orientation(turn), **options)
+    return encoded(
+        SMOOTH if kind == "JPEG" else NOISE, kind, exif=with_orientation(turn), **options
+    )
 
 
 ORIENTED = ("JPEG", "PNG", "PNG, at its end", "WEBP", "TIFF")
@@ -366,7 +521,9 @@ ORIENTED = ("JPEG", "PNG", "PNG, at its end", "WEBP", "TIFF")
 @pytest.mark.parametrize("turn", range(1, 9))
 @pytest.mark.parametrize("kind", ORIENTED)
 def test_stored_pixels_count_and_a_picture_alone_is_upright(tmp_path, kind, turn):
-    """The orientation changes nothing for datasets and records, and what `predict` reads is what viewers show."""
+    """The orientation changes nothing for datasets and records, and what `predict` reads is what
+    viewers show.
+    """
     stored = read_image(write(tmp_path / "plain", oriented(kind, 1)))
     path = write(tmp_path / "x.png", oriented(kind, turn))
     np.testing.assert_array_equal(read_image(path), stored)
@@ -380,7 +537,9 @@ def test_stored_pixels_count_and_a_picture_alone_is_upright(tmp_path, kind, turn
 @pytest.mark.parametrize("turn", range(1, 9))
 @pytest.mark.parametrize("kind", ORIENTED)
 def test_an_orientation_that_leaves_open_what_was_labelled_is_refused(tmp_path, kind, turn):
-    """Half turns and mirrors never pass; a quarter turn does where the sizes tell that the label is of the stored pixels."""
+    """Half turns and mirrors never pass; a quarter turn does where the sizes tell that the label is
+    of the stored pixels.
+    """
     image = write(tmp_path / "x.png", oriented(kind, turn))
     label = write(tmp_path / "ids.png", encoded(IDS, "PNG"))
     found = look((image, label))[1]
@@ -399,10 +558,18 @@ def test_an_orientation_that_leaves_open_what_was_labelled_is_refused(tmp_path, 
 
 
 def test_square_images_and_labels_with_an_orientation(tmp_path):
-    """Sizes of squares tell nothing; a label that asks for the same turn fits, one that asks for another does not."""
+    """Sizes of squares tell nothing; a label that asks for the same turn fits, one that asks for
+    another does not.
+    """
     square = Image.fromarray(NOISE[:, :H])
     ids = Image.fromarray(IDS[:, :H])
-    for image_turn, label_turn, fits in ((6, 1, False), (6, 6, True), (3, 3, True), (1, 3, False), (6, 8, False)):
+    for image_turn, label_turn, fits in (
+        (6, 1, False),
+        (6, 6, True),
+        (3, 3, True),
+        (1, 3, False),
+        (6, 8, False),
+    ):
         image = write(tmp_path / "x.png", encoded(square, "PNG", exif=with_orientation(image_turn)))
         label = write(tmp_path / "ids.png", encoded(ids, "PNG", exif=with_orientation(label_turn)))
         found = look((image, label))[1]
@@ -411,7 +578,9 @@ def test_square_images_and_labels_with_an_orientation(tmp_path):
 
 def test_the_start_decodes_no_pixels(tmp_path, monkeypatch):
     """Not even where Pillow would, to look for an orientation behind the pixels of a PNG."""
-    monkeypatch.setattr("PIL.ImageFile.ImageFile.load", lambda self: pytest.fail("pixels were decoded"))
+    monkeypatch.setattr(
+        "PIL.ImageFile.ImageFile.load", lambda self: pytest.fail("pixels were decoded")
+    )
     for kind in ORIENTED:
         path = write(tmp_path / "x.png", oriented(kind, 3))
         assert "180 degrees" in index.check_pair((path, ""), boxes=True)[1][0].text
@@ -431,12 +600,17 @@ def town(tmp_path) -> Path:
         ("e.jpg", encoded(LARGE, "JPEG", exif=with_orientation(6))),
     ):
         write(tmp_path / "root/town/images" / name, data)
-        write(tmp_path / "root/town/labels" / f"{name[0]}.png", encoded((LARGE[..., 0] > 99).astype(np.uint8), "PNG"))
+        write(
+            tmp_path / "root/town/labels" / f"{name[0]}.png",
+            encoded((LARGE[..., 0] > 99).astype(np.uint8), "PNG"),
+        )
     return tmp_path / "root"
 
 
 def test_records_hold_what_files_are_read_as(town, tmp_path):
-    """Whatever names, trailing bytes and orientations say; a JPEG is stored as it is up to its end, anything else without loss."""
+    """Whatever names, trailing bytes and orientations say; a JPEG is stored as it is up to its end,
+    anything else without loss.
+    """
     files = open_files("town", root=str(town), train=True, folder=FOLDER)
     prepare("town", {"train": files}, root=str(town), out=str(tmp_path / "out"))
     found = open_records(str(tmp_path / "out"), "town", train=True)
@@ -448,29 +622,50 @@ def test_records_hold_what_files_are_read_as(town, tmp_path):
     stored = [found._fields(i)["image"].bytes_list.value[0] for i in range(5)]
     assert stored[0] == (town / "town/images/a.jpg").read_bytes()[: -len(FILM)]
     assert stored[2] == (town / "town/images/c.png").read_bytes()
-    assert [data[:2] for data in stored] == [b"\xff\xd8", b"\x89P", b"\xff\xd8", b"\x89P", b"\xff\xd8"]
+    assert [data[:2] for data in stored] == [
+        b"\xff\xd8",
+        b"\x89P",
+        b"\xff\xd8",
+        b"\x89P",
+        b"\xff\xd8",
+    ]
     assert b"Exif" in stored[4]
 
 
 def test_a_hole_in_old_records_is_named(town, tmp_path, monkeypatch):
-    """Records that an earlier version wrote of a damaged JPEG say which image it is when it is read."""
+    """Records that an earlier version wrote of a damaged JPEG say which image it is when it is
+    read.
+    """
     data = encoded(LARGE, "JPEG", quality=90)
     (town / "town/images/a.jpg").write_bytes(data[: len(data) // 2] + data[len(data) // 2 + 1000 :])
-    old = lambda data, *_: cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION)
+
+    def old(data, *_):
+        return cv2.imdecode(
+            np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION
+        )
+
     with monkeypatch.context() as patch:
         patch.setattr(jpeg, "decode", old)
         files = open_files("town", root=str(town), train=True, folder=FOLDER)
         prepare("town", {"train": files}, root=str(town), out=str(tmp_path / "out"))
     found = open_records(str(tmp_path / "out"), "town", train=True)
     assert found is not None
-    with pytest.raises(ValueError, match=r"town/images/a\.jpg in .*/out/town/1\.0\.0: damaged \(Corrupt JPEG data: .*prepare them again"):
+    with pytest.raises(
+        ValueError,
+        match=(
+            r"town/images/a\.jpg in .*/out/town/1\.0\.0: damaged \(Corrupt JPEG data: .*prepare"
+            r" them again"
+        ),
+    ):
         found[0]
     assert found[1]["image"].shape == LARGE.shape
 
 
 @pytest.mark.parametrize("zipped", [False, True])
 def test_permuted_palettes_of_published_labels_are_refused(tmp_path, zipped):
-    """GTA5's own palettes have Cityscapes' colours at Cityscapes' ids and pass; the same at train ids are named when read."""
+    """GTA5's own palettes have Cityscapes' colours at Cityscapes' ids and pass; the same at train
+    ids are named when read.
+    """
     items = trees.make("gta5", tmp_path, np.random.default_rng(0), zipped=zipped, count=2)
     colors = np.full((256, 3), 1, np.uint8)
     for train, (file_id, name_color) in enumerate(
@@ -482,14 +677,22 @@ def test_permuted_palettes_of_published_labels_are_refused(tmp_path, zipped):
     official.putpalette(colors.tobytes())
     permuted = Image.fromarray(items[0].ids.astype(np.uint8))
     permuted.putpalette(np.array(CITYSCAPES.colors, np.uint8).tobytes())
-    for image, told in ((official, None), (permuted, r"its palette gives index 0 the colour of road \(id 7\), 1 the colour of sidewalk")):
+    for image, told in (
+        (official, None),
+        (
+            permuted,
+            r"its palette gives index 0 the colour of road \(id 7\), 1 the colour of sidewalk",
+        ),
+    ):
         if zipped:
             with zipfile.ZipFile(tmp_path / "gta5" / "labels_again.zip", "w") as file:
                 file.writestr("one.png", encoded(image, "PNG"))
             path = str(tmp_path / "gta5" / "labels_again.zip" / "one.png")
         else:
             path = write(Path(items[0].label), encoded(image, "PNG"))
-        dataset = open_domain("gta5", root=str(tmp_path), train=True, streets=StreetsOptions(), folder=None)
+        dataset = open_domain(
+            "gta5", root=str(tmp_path), train=True, streets=StreetsOptions(), folder=None
+        )
         dataset.pairs.labels[0] = path
         if told is None:
             assert dataset[0]["label"].shape == items[0].ids.shape
@@ -500,13 +703,26 @@ def test_permuted_palettes_of_published_labels_are_refused(tmp_path, zipped):
 
 
 def test_boxes_around_images_of_every_kind(town):
-    """With boxes too: content counts, and an orientation is refused whatever the sizes, as nothing was drawn on pixels."""
+    """With boxes too: content counts, and an orientation is refused whatever the sizes, as nothing
+    was drawn on pixels.
+    """
     box = "<bndbox><xmin>5</xmin><ymin>5</ymin><xmax>20</xmax><ymax>9</ymax></bndbox>"
     things = f"<annotation><object><name>car</name>{box}</object></annotation>"
     for name in "abcde":
         write(town / f"town/xml/{name}.xml", things.encode())
-    own = BoxOptions(images=("{domain}/images",) * 2, annotations=("{domain}/xml",) * 2, lists=("", ""), classes=("car",))
-    with pytest.raises(ValueError, match=r"e\.jpg: its orientation \(EXIF 6: turned by 90 degrees\) leaves open whether the boxes fit"):
+    own = BoxOptions(
+        images=("{domain}/images",) * 2,
+        annotations=("{domain}/xml",) * 2,
+        lists=("", ""),
+        classes=("car",),
+    )
+    with pytest.raises(
+        ValueError,
+        match=(
+            r"e\.jpg: its orientation \(EXIF 6: turned by 90 degrees\) leaves open whether the"
+            r" boxes fit"
+        ),
+    ):
         open_box_files("town", root=str(town), train=True, own=own)
     (town / "town/images/e.jpg").unlink()
     (town / "town/xml/e.xml").unlink()
@@ -515,18 +731,30 @@ def test_boxes_around_images_of_every_kind(town):
 
 
 def test_minus_one_can_be_ignored(town, tmp_path):
-    """32-bit labels with -1: the message proposes the list, and the list holds it, from files and through records."""
+    """32-bit labels with -1: the message proposes the list, and the list holds it, from files and
+    through records.
+    """
     ids = np.where(LARGE[..., 0] > 99, 1, -1).astype(np.int32)
     for label in (town / "town/labels").iterdir():
         label.write_bytes(encoded(ids, "TIFF"))
     options = {"root": str(town), "train": True}
-    with pytest.raises(ValueError, match=r"a\.png: \d+ pixels have label ids outside the id map: -1; add .*data\.folder\.ignore"):
+    with pytest.raises(
+        ValueError,
+        match=(
+            r"a\.png: \d+ pixels have label ids outside the id map: -1; add .*data\.folder\.ignore"
+        ),
+    ):
         open_files("town", **options, folder=FOLDER)[0]
     folder = dataclasses.replace(FOLDER, ignore=(-1,))
     files = open_files("town", **options, folder=folder)
     np.testing.assert_array_equal(files[0]["label"], np.where(ids == 1, 1, 255))
-    assert dict(zip(*(array.tolist() for array in files.ids(0)), strict=True)) == {1: (ids == 1).sum(), 65535: (ids == -1).sum()}
+    assert dict(zip(*(array.tolist() for array in files.ids(0)), strict=True)) == {
+        1: (ids == 1).sum(),
+        65535: (ids == -1).sum(),
+    }
     prepare("town", {"train": files}, root=str(town), out=str(tmp_path / "out"))
-    found = open_domain("town", root=str(tmp_path / "out"), train=True, streets=StreetsOptions(), folder=folder)
+    found = open_domain(
+        "town", root=str(tmp_path / "out"), train=True, streets=StreetsOptions(), folder=folder
+    )
     assert isinstance(found, Records)
     np.testing.assert_array_equal(found[0]["label"], files[0]["label"])

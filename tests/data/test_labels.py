@@ -3,13 +3,27 @@
 import numpy as np
 import pytest
 
-from jaxdg.data.labels import CAMVID, CITYSCAPES, LabelSet, apply_table, class_ids, id_table, listed, own_table, palette, palette_fault
+from jaxdg.data.labels import (
+    CAMVID,
+    CITYSCAPES,
+    LabelSet,
+    apply_table,
+    class_ids,
+    id_table,
+    listed,
+    own_table,
+    palette,
+    palette_fault,
+)
 
 
 def test_cityscapes_classes_and_colors_are_the_official_ones():
     """Names, order and colours equal those of cityscapesscripts, where it is installed."""
     helpers = pytest.importorskip("cityscapesscripts.helpers.labels")
-    official = sorted((label for label in helpers.labels if 0 <= label.trainId < 255), key=lambda label: label.trainId)
+    official = sorted(
+        (label for label in helpers.labels if 0 <= label.trainId < 255),
+        key=lambda label: label.trainId,
+    )
     assert CITYSCAPES.names == tuple(label.name for label in official)
     assert CITYSCAPES.colors == tuple(label.color for label in official)
 
@@ -25,8 +39,22 @@ def test_every_class_list_has_one_distinct_color_a_class():
 
 
 def test_any_distinct_text_is_a_class_name():
-    """Commas, brackets, quotes, other scripts and letters of another case stay as they are; in messages commas do not part a name."""
-    names = ("road, route", "[red]a[/red]", "a/b", "50 % & c_d #1", "it's", ' "x" ', "道路", "Car", "car", "a+b", ":smile:")
+    """Commas, brackets, quotes, other scripts and letters of another case stay as they are; in
+    messages commas do not part a name.
+    """
+    names = (
+        "road, route",
+        "[red]a[/red]",
+        "a/b",
+        "50 % & c_d #1",
+        "it's",
+        ' "x" ',
+        "道路",
+        "Car",
+        "car",
+        "a+b",
+        ":smile:",
+    )
     assert LabelSet(names, palette(len(names))).names == names
     assert listed(names[:3] + names[5:6]) == "'road, route', [red]a[/red], a/b, ' \"x\" '"
 
@@ -38,7 +66,10 @@ def test_any_distinct_text_is_a_class_name():
         ((" ", "a"), r"class names\[0\] is ' '; allowed: text"),
         (("a", "b\nc"), r"class names\[1\] is 'b\\nc'; allowed: text in one line"),
         (("a\x1b[31m", "b"), r"class names\[0\] is .*; allowed: text in one line"),
-        (("car", "bus", "car"), r"class names\[0\] and \[2\] are both 'car'; give every class a name of its own"),
+        (
+            ("car", "bus", "car"),
+            r"class names\[0\] and \[2\] are both 'car'; give every class a name of its own",
+        ),
         (("car", "car "), r"class names\[0\] and \[1\] are both 'car ', which is read as 'car'"),
         (("caf\u00e9", "cafe\u0301"), r"class names\[0\] and \[1\] are both "),
     ],
@@ -52,10 +83,14 @@ def test_names_that_are_none_or_alike_are_refused(names, message):
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.int32, np.dtype(">u2")])
 def test_table_maps_like_a_dictionary(dtype):
-    """The table gives what a look-up of each pixel in the dictionary gives, for every way a file stores its ids."""
+    """The table gives what a look-up of each pixel in the dictionary gives, for every way a file
+    stores its ids.
+    """
     id_map = {7: 0, 8: 1, 33: 18, 200: 2}
     label = np.random.default_rng(0).choice([7, 8, 33, 200, 0, 255], (20, 30)).astype(dtype)
-    expected = np.array([[{**id_map, 0: 255, 255: 255}[int(i)] for i in row] for row in label], np.uint8)
+    expected = np.array(
+        [[{**id_map, 0: 255, 255: 255}[int(i)] for i in row] for row in label], np.uint8
+    )
     got = apply_table(label, id_table(id_map, ignore=(0, 255)), "a.png")
     assert got.dtype == np.uint8
     np.testing.assert_array_equal(got, expected)
@@ -64,33 +99,51 @@ def test_table_maps_like_a_dictionary(dtype):
 def test_sixteen_bit_ids_are_not_folded():
     """Ids above 255 stay apart from their low bytes."""
     table = id_table({65535: 3, 256: 1, 0: 0})
-    np.testing.assert_array_equal(apply_table(np.array([[65535, 256, 0]], np.uint16), table, "a.png"), [[3, 1, 0]])
+    np.testing.assert_array_equal(
+        apply_table(np.array([[65535, 256, 0]], np.uint16), table, "a.png"), [[3, 1, 0]]
+    )
 
 
 @pytest.mark.parametrize("bad", [9, -1, 65536 + 7, -65529])
 def test_an_id_outside_the_table_is_named_with_file_and_remedy(bad):
-    """No id slips through, not even one that wraps round to a known one; the list is proposed where it can hold the id, and then works."""
+    """No id slips through, not even one that wraps round to a known one; the list is proposed where
+    it can hold the id, and then works.
+    """
     can = -32768 <= bad <= 65535
-    remedy = "add .*data\\.folder\\.id_map.*data\\.folder\\.ignore" if can else "ids are -32768 to 65535: these are no classes"
+    remedy = (
+        "add .*data\\.folder\\.id_map.*data\\.folder\\.ignore"
+        if can
+        else "ids are -32768 to 65535: these are no classes"
+    )
     label = np.array([[7, bad], [bad, 7]], np.int32)
     with pytest.raises(ValueError, match=rf"town/a\.png: 2 pixels .* {bad}; {remedy}") as error:
         apply_table(label, id_table({7: 0}), "town/a.png")
     assert "\n" not in str(error.value)
     if can:
-        np.testing.assert_array_equal(apply_table(label, id_table({7: 0}, ignore=(bad,)), "town/a.png"), [[0, 255], [255, 0]])
+        np.testing.assert_array_equal(
+            apply_table(label, id_table({7: 0}, ignore=(bad,)), "town/a.png"), [[0, 255], [255, 0]]
+        )
 
 
 def test_negative_ids_are_those_of_the_same_16_bits():
-    """-1 of signed files of 16 and 32 bits is 65535 of unsigned ones, and cannot mean something else beside it."""
+    """-1 of signed files of 16 and 32 bits is 65535 of unsigned ones, and cannot mean something
+    else beside it.
+    """
     table = id_table({0: 0, -2: 1}, ignore=(-1,))
     for dtype in (np.int16, np.int32, np.int64):
-        np.testing.assert_array_equal(apply_table(np.array([[0, -2, -1]], dtype), table, "a.png"), [[0, 1, 255]])
-    np.testing.assert_array_equal(apply_table(np.array([[0, 65534, 65535]], np.uint16), table, "a.png"), [[0, 1, 255]])
+        np.testing.assert_array_equal(
+            apply_table(np.array([[0, -2, -1]], dtype), table, "a.png"), [[0, 1, 255]]
+        )
+    np.testing.assert_array_equal(
+        apply_table(np.array([[0, 65534, 65535]], np.uint16), table, "a.png"), [[0, 1, 255]]
+    )
     with pytest.raises(ValueError, match="label id 65535 is in the id map"):
         id_table({-1: 0}, ignore=(65535,))
 
 
-COLORS = LabelSet(("road", "car", "sky", "pole"), ((128, 64, 128), (0, 0, 142), (70, 130, 180), (153, 153, 153)))
+COLORS = LabelSet(
+    ("road", "car", "sky", "pole"), ((128, 64, 128), (0, 0, 142), (70, 130, 180), (153, 153, 153))
+)
 
 
 def palette_of(**indices: int) -> list[int]:
@@ -107,10 +160,15 @@ def palette_of(**indices: int) -> list[int]:
         pytest.param(palette_of(road=7, car=26, sky=23, pole=17), None, id="expected"),
         pytest.param(
             palette_of(road=0, car=1, sky=2),
-            "index 0 the colour of road (id 7, 8), 1 the colour of car (id 26), 2 the colour of sky (id 23)",
+            "index 0 the colour of road (id 7, 8), 1 the colour of car (id 26), 2 the colour of sky"
+            " (id 23)",
             id="train-ids",
         ),
-        pytest.param(palette_of(road=8, car=23, sky=26), "index 23 the colour of car (id 26), 26 the colour of sky (id 23)", id="swapped"),
+        pytest.param(
+            palette_of(road=8, car=23, sky=26),
+            "index 23 the colour of car (id 26), 26 the colour of sky (id 23)",
+            id="swapped",
+        ),
         pytest.param(palette_of(road=8, car=26, sky=23), None, id="one-of-two-ids"),
         pytest.param([*palette_of(road=7, car=26), 0, 0, 142], None, id="a-colour-twice"),
         pytest.param(palette_of(), None, id="other-colours"),
@@ -121,17 +179,25 @@ def palette_of(**indices: int) -> list[int]:
     ],
 )
 def test_palettes_are_compared_with_the_colors_of_the_classes(palette, fault):
-    """A palette with the classes' colours at other classes' ids is told with both; one of other colours tells nothing."""
+    """A palette with the classes' colours at other classes' ids is told with both; one of other
+    colours tells nothing.
+    """
     found = palette_fault(palette, class_ids(id_table({7: 0, 8: 0, 26: 1, 23: 2, 17: 3}), COLORS))
     if fault is None:
         assert found is None
     else:
-        assert found == f"its palette gives {fault}; correct the file ids (data.folder.id_map), or use the files of class ids"
+        assert (
+            found
+            == f"its palette gives {fault}; correct the file ids (data.folder.id_map), or use the"
+            " files of class ids"
+        )
 
 
 def test_the_palette_of_pascal_voc_tells_nothing():
     """Labelling tools give it to any classes, and it holds most of CamVid's colours at other ids."""
-    voc = [sum(((i >> 3 * j + c) & 1) << 7 - j for j in range(3)) for i in range(256) for c in range(3)]
+    voc = [
+        sum(((i >> 3 * j + c) & 1) << 7 - j for j in range(3)) for i in range(256) for c in range(3)
+    ]
     assert voc[3:12] == [128, 0, 0, 0, 128, 0, 128, 128, 0]
     assert sum(list(color) in np.reshape(voc, (-1, 3)).tolist() for color in CAMVID.colors) >= 8
     assert palette_fault(voc, class_ids(id_table({i: i for i in range(11)}), CAMVID)) is None
@@ -157,15 +223,29 @@ def test_label_sets_need_one_color_a_class():
 
 def test_an_own_id_map_adds_to_the_train_ids_or_replaces_them():
     """The table of an own folder, entry by entry, after the rule in `FolderOptions`."""
-    entries = lambda table: {i: int(table[i]) for i in np.flatnonzero(table >= 0).tolist()}
-    two, three = ("background", "crack"), ("a", "b", "c")
+
+    def entries(table):
+        return {i: int(table[i]) for i in np.flatnonzero(table >= 0).tolist()}
+
+    two = ("background", "crack")
+    three = ("a", "b", "c")
     assert entries(own_table(two, {}, (255,))) == {0: 0, 1: 1, 255: 255}
     assert entries(own_table(two, {255: 1}, (255,))) == {0: 0, 255: 1}
     assert entries(own_table(three, {128: 1, 255: 2}, (255,))) == {0: 0, 128: 1, 255: 2}
     assert entries(own_table(two, {7: 0, 22: 1}, (0, 255))) == {7: 0, 22: 1, 0: 255, 255: 255}
-    assert entries(own_table(three, {7: 1}, (0,))) == {7: 1, 2: 2, 0: 255}  # an ignored id is no class's
-    assert entries(own_table(three, {1: 0, 2: 1}, (255,))) == {1: 0, 2: 1, 255: 255}  # numbers of classes mean what the map says
+    assert entries(own_table(three, {7: 1}, (0,))) == {
+        7: 1,
+        2: 2,
+        0: 255,
+    }  # an ignored id is no class's
+    assert entries(own_table(three, {1: 0, 2: 1}, (255,))) == {
+        1: 0,
+        2: 1,
+        255: 255,
+    }  # numbers of classes mean what the map says
     with pytest.raises(ValueError, match="label id 255 is in the id map"):
         own_table(two, {255: 1}, (0, 255))
-    with pytest.raises(ValueError, match=r"data\.folder\.ignore lists 2 \(c\), which is the id of a class"):
+    with pytest.raises(
+        ValueError, match=r"data\.folder\.ignore lists 2 \(c\), which is the id of a class"
+    ):
         own_table(three, {}, (2, 255))

@@ -27,7 +27,9 @@ AUGMENTATION = {field.name for field in dataclasses.fields(Augmentation)}
 
 def batches(dataset: Dataset, *, seed: int, **options):
     """Training batches of every image once an epoch."""
-    augmentation = Augmentation(**{key: value for key, value in options.items() if key in AUGMENTATION})
+    augmentation = Augmentation(
+        **{key: value for key, value in options.items() if key in AUGMENTATION}
+    )
     rest = {key: value for key, value in options.items() if key not in AUGMENTATION}
     return train_batches(dataset, make_sampler(dataset, seed=seed), augmentation, seed=seed, **rest)
 
@@ -62,8 +64,15 @@ class Boxed(Numbered):
 
     def __getitem__(self, i: int) -> dict[str, np.ndarray]:
         boxes = np.array([[2, 1, 3 + j, 9] for j in range(i)], np.float32).reshape(i, 4)
-        classes, difficult = np.full(i, i, np.int32), np.arange(i) % 2 == 0
-        return {"image": super().__getitem__(i)["image"], "boxes": boxes, "classes": classes, "difficult": difficult, "crowd": ~difficult}
+        classes = np.full(i, i, np.int32)
+        difficult = np.arange(i) % 2 == 0
+        return {
+            "image": super().__getitem__(i)["image"],
+            "boxes": boxes,
+            "classes": classes,
+            "difficult": difficult,
+            "crowd": ~difficult,
+        }
 
 
 @pytest.fixture
@@ -72,11 +81,16 @@ def folder(tmp_path, monkeypatch):
     monkeypatch.setenv("JAXDG_CACHE", str(tmp_path / "cache"))
     rng = np.random.default_rng(0)
     for i in range(6):
-        for kind, array in (("images", rng.integers(0, 256, (20, 24, 3))), ("labels", rng.integers(0, 19, (20, 24)))):
+        for kind, array in (
+            ("images", rng.integers(0, 256, (20, 24, 3))),
+            ("labels", rng.integers(0, 19, (20, 24))),
+        ):
             path = tmp_path / kind / "town" / f"{i}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(array.astype(np.uint8)).save(path)
-    return open_domain("town", root=str(tmp_path), train=True, streets=StreetsOptions(), folder=FolderOptions())
+    return open_domain(
+        "town", root=str(tmp_path), train=True, streets=StreetsOptions(), folder=FolderOptions()
+    )
 
 
 def assert_same(got: list[dict], expected: list[dict]) -> None:
@@ -90,13 +104,21 @@ def assert_same(got: list[dict], expected: list[dict]) -> None:
 
 def joined(parts: list[list[dict]]) -> list[dict]:
     """The batches whose rows the hosts hold."""
-    return [{key: np.concatenate([batch[key] for batch in step]) for key in step[0]} for step in zip(*parts, strict=True)]
+    return [
+        {key: np.concatenate([batch[key] for batch in step]) for key in step[0]}
+        for step in zip(*parts, strict=True)
+    ]
 
 
 def test_two_hosts_with_four_workers_each_see_the_batches_of_one(folder):
-    """Hosts and worker processes change nothing in training: plain writable arrays, every image once an epoch."""
+    """Hosts and worker processes change nothing in training: plain writable arrays, every image
+    once an epoch.
+    """
     expected = list(batches(folder, **TRAIN, start=0, stop=6))
-    parts = [list(batches(folder, **TRAIN, start=0, stop=6, workers=4, shard=(host, 2))) for host in range(2)]
+    parts = [
+        list(batches(folder, **TRAIN, start=0, stop=6, workers=4, shard=(host, 2)))
+        for host in range(2)
+    ]
     assert_same(joined(parts), expected)
     assert expected[0]["image"].shape == (4, 12, 16, 3)
     assert expected[0]["label"].shape == (4, 12, 16)
@@ -104,30 +126,46 @@ def test_two_hosts_with_four_workers_each_see_the_batches_of_one(folder):
     assert parts[0][0]["image"].flags.writeable
     assert (expected[0]["image"] != expected[1]["image"]).any()
     sampler = make_sampler(folder, seed=TRAIN["seed"])
-    names = [name for step in range(6) for name in batch_files(folder, sampler, batch_size=4, step=step)]
+    names = [
+        name for step in range(6) for name in batch_files(folder, sampler, batch_size=4, step=step)
+    ]
     for epoch in range(4):
         assert sorted(names[6 * epoch : 6 * epoch + 6]) == [folder.name(i) for i in range(6)]
 
 
 def test_evaluation_is_the_same_with_0_and_2_workers(folder):
     """Worker processes change nothing."""
-    assert_same(list(eval_batches(folder, batch_size=4, workers=2)), list(eval_batches(folder, batch_size=4)))
+    assert_same(
+        list(eval_batches(folder, batch_size=4, workers=2)),
+        list(eval_batches(folder, batch_size=4)),
+    )
 
 
 def test_order_and_draws_are_what_they_always_were():
-    """Runs repeat: epochs are permutations drawn from (seed, 1, epoch), crops drawn from (seed, 0, position): scale, row, column, flip."""
+    """Runs repeat: epochs are permutations drawn from (seed, 1, epoch), crops drawn from (seed, 0,
+    position): scale, row, column, flip.
+    """
     dataset = Numbered(5, sizes=((20, 30),))
     y, x = np.mgrid[:20, :30]
-    order = np.concatenate([np.random.default_rng((7, 1, epoch)).permutation(5) for epoch in range(3)])
+    order = np.concatenate(
+        [np.random.default_rng((7, 1, epoch)).permutation(5) for epoch in range(3)]
+    )
     dataset.pixels = np.stack([y, x, 0 * x], axis=-1).astype(np.uint8)
-    shown = batches(dataset, seed=7, batch_size=3, crop=(12, 16), scale=(1.0, 1.0), flip=0.5, start=1, stop=4)
-    for p, (image, label) in enumerate((pair for b in shown for pair in zip(b["image"], b["label"], strict=True)), 3):
+    shown = batches(
+        dataset, seed=7, batch_size=3, crop=(12, 16), scale=(1.0, 1.0), flip=0.5, start=1, stop=4
+    )
+    for p, (image, label) in enumerate(
+        (pair for b in shown for pair in zip(b["image"], b["label"], strict=True)), 3
+    ):
         rng = np.random.default_rng((7, 0, p))
         rng.uniform(1.0, 1.0)
-        top, left = int(rng.integers(9)), int(rng.integers(15))
+        top = int(rng.integers(9))
+        left = int(rng.integers(15))
         columns = np.arange(left, left + 16)[:: -1 if rng.uniform() < 0.5 else 1]
         assert (label == order[p]).all()
-        np.testing.assert_array_equal(image[..., 0], np.arange(top, top + 12)[:, None].repeat(16, 1))
+        np.testing.assert_array_equal(
+            image[..., 0], np.arange(top, top + 12)[:, None].repeat(16, 1)
+        )
         np.testing.assert_array_equal(image[..., 1], columns[None].repeat(12, 0))
 
 
@@ -142,22 +180,40 @@ def test_a_run_resumes_anywhere(folder, start):
 def test_hosts_share_the_batches_of_one(folder, hosts):
     """The rows of all hosts, put together, are the batches of 1 host."""
     whole = list(batches(folder, **TRAIN, start=2, stop=6))
-    assert_same(joined([list(batches(folder, **TRAIN, start=2, stop=6, shard=(h, hosts))) for h in range(hosts)]), whole)
+    assert_same(
+        joined(
+            [
+                list(batches(folder, **TRAIN, start=2, stop=6, shard=(h, hosts)))
+                for h in range(hosts)
+            ]
+        ),
+        whole,
+    )
 
 
 def test_hosts_and_workers_share_weighted_and_rare_batches(folder, tmp_path):
-    """Parts by weight and rare classes are drawn alike by threads, by processes and by any number of hosts."""
+    """Parts by weight and rare classes are drawn alike by threads, by processes and by any number
+    of hosts.
+    """
     mixture = Mixture([folder, folder])
     sampler = make_sampler(mixture, seed=2, weights=(3.0, 1.0), temperature=0.1, min_pixels=20)
-    augmentation, options = Augmentation(crop=(12, 16), scale=(0.5, 2.0), randaugment=(2, 5.0)), {"seed": 2, "batch_size": 4}
-    run = lambda **more: list(train_batches(mixture, sampler, augmentation, **options, start=1, stop=4, **more))
+    augmentation = Augmentation(crop=(12, 16), scale=(0.5, 2.0), randaugment=(2, 5.0))
+    options = {"seed": 2, "batch_size": 4}
+
+    def run(**more):
+        return list(
+            train_batches(mixture, sampler, augmentation, **options, start=1, stop=4, **more)
+        )
+
     whole = run()
     assert_same(run(workers=2), whole)
     assert_same(joined([run(shard=(h, 4)) for h in range(4)]), whole)
 
 
 def test_every_epoch_shows_each_example_once_in_another_order():
-    """Counted over the image values of 3 epochs whose ends fall inside batches; names agree with the batches."""
+    """Counted over the image values of 3 epochs whose ends fall inside batches; names agree with
+    the batches.
+    """
     dataset = Numbered(10)
     steps = list(batches(dataset, seed=1, batch_size=4, **AS_IS, start=0, stop=8))
     shown = np.concatenate([b["image"][:, 0, 0, 0] for b in steps])[:30].reshape(3, 10)
@@ -172,19 +228,26 @@ def test_every_epoch_shows_each_example_once_in_another_order():
 
 def test_seeds_change_order_and_augmentation(folder):
     """Another seed shows other examples, or the same ones otherwise; the same seed shows the same."""
-    run = lambda seed: next(batches(folder, **{**TRAIN, "seed": seed}, start=0, stop=1))["image"]
+
+    def run(seed):
+        return next(batches(folder, **{**TRAIN, "seed": seed}, start=0, stop=1))["image"]
+
     np.testing.assert_array_equal(run(5), run(5))
     assert (run(5) != run(6)).any()
 
 
 def test_an_example_is_augmented_anew_each_epoch(folder):
     """The same image never comes back as the same crop."""
-    crops = np.concatenate([b["image"] for b in batches(folder, **{**TRAIN, "batch_size": 6}, start=0, stop=5)])
+    crops = np.concatenate(
+        [b["image"] for b in batches(folder, **{**TRAIN, "batch_size": 6}, start=0, stop=5)]
+    )
     assert len({crop.tobytes() for crop in crops}) == 30
 
 
 def test_evaluation_shows_every_image_once_in_batches_of_one_size():
-    """Two sizes, interleaved: batches of one size, fixed shape, padding masked, and hosts that agree on the number of batches."""
+    """Two sizes, interleaved: batches of one size, fixed shape, padding masked, and hosts that
+    agree on the number of batches.
+    """
     dataset = Numbered(11, sizes=((6, 8), (4, 10), (6, 8)))
     whole = list(eval_batches(dataset, batch_size=4))
     shown = np.concatenate([b["index"][b["mask"]] for b in whole])
@@ -200,14 +263,22 @@ def test_evaluation_shows_every_image_once_in_batches_of_one_size():
                 assert label.shape == dataset.size(int(i))
                 assert (image == i).all()
                 assert (label == i).all()
-    assert [b["index"].tolist() for b in whole] == [[1, 4, 7, 10], [0, 2, 3, 5], [6, 8, 9, -1]]  # small first, in order within a size
+    assert [b["index"].tolist() for b in whole] == [
+        [1, 4, 7, 10],
+        [0, 2, 3, 5],
+        [6, 8, 9, -1],
+    ]  # small first, in order within a size
 
 
 @pytest.mark.parametrize("hosts", [1, 2, 3, 4, 5])
 def test_evaluation_over_hosts_counts_every_pixel_once(hosts):
-    """11 images of two sizes over 1 to 5 hosts, which never divide them: as many batches on each, every image in one row of one host."""
+    """11 images of two sizes over 1 to 5 hosts, which never divide them: as many batches on each,
+    every image in one row of one host.
+    """
     dataset = Numbered(11, sizes=((6, 8), (4, 10), (6, 8)))
-    parts = [list(eval_batches(dataset, batch_size=2 * hosts, shard=(h, hosts))) for h in range(hosts)]
+    parts = [
+        list(eval_batches(dataset, batch_size=2 * hosts, shard=(h, hosts))) for h in range(hosts)
+    ]
     assert len({len(part) for part in parts}) == 1
     counted = np.zeros(256, np.int64)
     for part in parts:
@@ -221,14 +292,19 @@ def test_evaluation_over_hosts_counts_every_pixel_once(hosts):
 
 
 def test_boxes_are_padded_to_a_fixed_number():
-    """Training and evaluation: the boxes of each image in its first rows, valid there alone, zeros behind; none is lost."""
+    """Training and evaluation: the boxes of each image in its first rows, valid there alone, zeros
+    behind; none is lost.
+    """
     dataset = Boxed(6)
     for batch in [
         *batches(dataset, seed=0, batch_size=3, **AS_IS, max_boxes=5, start=0, stop=2),
         *eval_batches(dataset, batch_size=4, max_boxes=5),
     ]:
         rows = len(batch["image"])
-        shapes = {key: (batch[key].shape, batch[key].dtype) for key in ("boxes", "classes", "difficult", "crowd", "valid")}
+        shapes = {
+            key: (batch[key].shape, batch[key].dtype)
+            for key in ("boxes", "classes", "difficult", "crowd", "valid")
+        }
         bools = ((rows, 5), np.dtype(bool))
         assert shapes == {
             "boxes": ((rows, 5, 4), np.float32), "classes": ((rows, 5), np.int32), "difficult": bools, "crowd": bools, "valid": bools,
@@ -255,7 +331,11 @@ def test_a_damaged_file_stops_the_run_with_its_name(folder, workers):
     path.write_bytes(path.read_bytes()[:-30])
     with pytest.raises(ValueError, match="truncated") as error:
         list(batches(folder, **TRAIN, start=0, stop=5, workers=workers))
-    assert str(error.value) == f"{path}: truncated (no PNG end chunk); fetch the file again, or leave it out with data.skip"
+    assert (
+        str(error.value)
+        == f"{path}: truncated (no PNG end chunk); fetch the file again, or leave it out with"
+        " data.skip"
+    )
     assert not multiprocessing.active_children()
 
 
@@ -297,12 +377,17 @@ SCRIPT = """
 
 @pytest.mark.parametrize("end", ["left", "killed", "terminated"])
 def test_a_run_leaves_no_process_behind(folder, tmp_path, end):
-    """A run that ends with its iterator open, or by kill -9, takes its workers along, silently; a SIGTERM to all spares the workers."""
-    script, log = tmp_path / "run.py", tmp_path / "log"
+    """A run that ends with its iterator open, or by kill -9, takes its workers along, silently; a
+    SIGTERM to all spares the workers.
+    """
+    script = tmp_path / "run.py"
+    log = tmp_path / "log"
     script.write_text(textwrap.dedent(SCRIPT))
     root = Path(folder.name(0)).parent.parent.parent
     command = [sys.executable, str(script), str(log), str(root), end]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True) as run:
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    ) as run:
         out, errors = run.communicate(timeout=60)
     assert run.returncode == (-signal.SIGKILL if end == "killed" else 0), errors
     if end != "killed":
@@ -313,18 +398,25 @@ def test_a_run_leaves_no_process_behind(folder, tmp_path, end):
     workers = [int(pid) for pid in out.splitlines()[0].split()]
     assert len(workers) == 2
     deadline = time.monotonic() + 10
-    while any(os.path.exists(f"/proc/{pid}/cmdline") and Path(f"/proc/{pid}/cmdline").read_text() for pid in workers):
+    while any(
+        os.path.exists(f"/proc/{pid}/cmdline") and Path(f"/proc/{pid}/cmdline").read_text()
+        for pid in workers
+    ):
         assert time.monotonic() < deadline, "worker processes outlive the run"
         time.sleep(0.05)
 
 
 def test_a_killed_worker_stops_the_run(folder):
-    """A worker that the system kills for want of memory is an error with a remedy, at once, and takes the others along."""
+    """A worker that the system kills for want of memory is an error with a remedy, at once, and
+    takes the others along.
+    """
     iterator = batches(folder, **TRAIN, start=0, stop=1000, workers=2)
     next(iterator)
     os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
     began = time.monotonic()
-    with pytest.raises(ChildProcessError, match=r"a data worker was killed.*--config\.data\.workers"):
+    with pytest.raises(
+        ChildProcessError, match=r"a data worker was killed.*--config\.data\.workers"
+    ):
         list(iterator)
     assert time.monotonic() - began < 10
     assert not multiprocessing.active_children()
@@ -344,8 +436,26 @@ def test_bad_arguments_are_refused_before_the_first_batch():
 
 def test_a_real_scene_trains_end_to_end(data_path):
     """CamVid crops show CamVid's classes, in register with the picture: sky is brighter than road."""
-    dataset = open_domain("camvid", root=str(data_path("camvid").parent), train=True, streets=StreetsOptions(), folder=None)
-    batch = next(batches(dataset, seed=0, batch_size=8, crop=(128, 128), scale=(0.5, 1.0), flip=0.5, start=0, stop=1))
-    grey, label = batch["image"].mean(-1), batch["label"]
+    dataset = open_domain(
+        "camvid",
+        root=str(data_path("camvid").parent),
+        train=True,
+        streets=StreetsOptions(),
+        folder=None,
+    )
+    batch = next(
+        batches(
+            dataset,
+            seed=0,
+            batch_size=8,
+            crop=(128, 128),
+            scale=(0.5, 1.0),
+            flip=0.5,
+            start=0,
+            stop=1,
+        )
+    )
+    grey = batch["image"].mean(-1)
+    label = batch["label"]
     assert set(np.unique(label)) <= {*range(11), 255}
     assert grey[label == 0].mean() > grey[label == 3].mean() + 20

@@ -16,7 +16,8 @@ from jaxdg.data.samplers import make_sampler
 def noise(seed: int, size: tuple[int, int] = (6, 7)) -> np.ndarray:
     """An image that also has black and white."""
     image = np.random.default_rng(seed).integers(0, 256, (*size, 3)).astype(np.uint8)
-    image[0], image[1] = 0, 255
+    image[0] = 0
+    image[1] = 255
     return image
 
 
@@ -36,15 +37,20 @@ def each(function, one, other, *arguments) -> np.ndarray:
 @pytest.mark.parametrize(("a", "b"), [(0.8, 0.2), (0.3, 0.9), (1.2, -0.2), (1.9, -0.9), (1.0, 0.0)])
 @pytest.mark.parametrize("mix", [add, multiply])
 def test_mixing_is_the_formula(mix, a, b):
-    """Every value, black and white in either image among them, is that of the formula in double precision, also beyond 0 to 1."""
-    one, other = noise(0), noise(1).transpose(1, 0, 2)[:6].copy()
+    """Every value, black and white in either image among them, is that of the formula in double
+    precision, also beyond 0 to 1.
+    """
+    one = noise(0)
+    other = noise(1).transpose(1, 0, 2)[:6].copy()
     other = np.resize(other, one.shape)
     expected = each(lambda x, y: slow_mix(mix.__name__, x / 255, y / 255, a, b), one, other)
     np.testing.assert_allclose(mix(unit(one), unit(other), a, b), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_weights_are_drawn_from_their_distributions():
-    """Half of the draws take at most 1 of each image, half more of the first less some of the second; means are those of Beta(4, 1)."""
+    """Half of the draws take at most 1 of each image, half more of the first less some of the
+    second; means are those of Beta(4, 1).
+    """
     drawn = np.array([weights(4.0, np.random.default_rng(seed)) for seed in range(4000)])
     less = drawn[:, 0] > 1
     assert np.mean(less) == pytest.approx(0.5, abs=0.03)
@@ -54,8 +60,11 @@ def test_weights_are_drawn_from_their_distributions():
 
 
 def test_base_augmentations_move_no_pixel():
-    """Each changes a value to another one, the same wherever it stands; posterising keeps 16 values, solarising inverts the brightest."""
-    image, seen = noise(2, (64, 64)), set()
+    """Each changes a value to another one, the same wherever it stands; posterising keeps 16
+    values, solarising inverts the brightest.
+    """
+    image = noise(2, (64, 64))
+    seen = set()
     for name, operation in BASE.items():
         for seed in range(20):
             drawn = []
@@ -70,20 +79,30 @@ def test_base_augmentations_move_no_pixel():
             if name == "solarize":
                 changed = image[drawn[0] != image]
                 seen.add(int(changed.min()))
-                np.testing.assert_array_equal(drawn[0], np.where(image >= changed.min(), 255 - image, image))
+                np.testing.assert_array_equal(
+                    drawn[0], np.where(image >= changed.min(), 255 - image, image)
+                )
     assert min(seen) >= 231
     assert len(seen) > 5
 
 
 def test_rounds_follow_one_another(monkeypatch):
-    """The image is the one that the algorithm of the paper makes value by value, given the same draws; all cases occur."""
-    image, k, beta, cases = noise(3), 4, 4.0, set()
+    """The image is the one that the algorithm of the paper makes value by value, given the same
+    draws; all cases occur.
+    """
+    image = noise(3)
+    k = 4
+    beta = 4.0
+    cases = set()
     pictures = Pictures()
-    monkeypatch.setattr(Pictures, "draw", lambda self, size, rng: noise(int(rng.integers(100)), size))
+    monkeypatch.setattr(
+        Pictures, "draw", lambda self, size, rng: noise(int(rng.integers(100)), size)
+    )
     for seed in range(60):
         rng = np.random.default_rng(seed)
         start = augment(image, rng) if rng.integers(2) else image
-        mixed, picture = start / 255, None
+        mixed = start / 255
+        picture = None
         rounds = int(rng.integers(k + 1))
         for _ in range(rounds):
             if own := bool(rng.integers(2)):
@@ -94,35 +113,62 @@ def test_rounds_follow_one_another(monkeypatch):
                 other = picture
             kind = "add" if rng.integers(2) else "multiply"
             a, b = weights(beta, rng)
-            mixed = each(lambda x, y, kind=kind, a=a, b=b: min(max(slow_mix(kind, x, y, a, b), 0.0), 1.0), mixed, other / 255)
+            mixed = each(
+                lambda x, y, kind=kind, a=a, b=b: min(max(slow_mix(kind, x, y, a, b), 0.0), 1.0),
+                mixed,
+                other / 255,
+            )
             cases.add((own, kind))
         cases.add(rounds)
         found = pixmix(image, k, beta, pictures, np.random.default_rng(seed))
         assert found.dtype == np.uint8
         assert np.abs(found - 255 * mixed).max() <= 0.51
-    assert cases == {*range(5), *((own, kind) for own in (False, True) for kind in ("add", "multiply"))}
+    assert cases == {
+        *range(5),
+        *((own, kind) for own in (False, True) for kind in ("add", "multiply")),
+    }
 
 
 def test_nothing_is_done_or_drawn_when_off():
     """With k 0 the image itself is returned and nothing is drawn."""
-    image, rng = noise(4), np.random.default_rng(0)
+    image = noise(4)
+    rng = np.random.default_rng(0)
     assert pixmix(image, 0, 0.0, Pictures(), rng) is image
     assert rng.integers(2**40) == np.random.default_rng(0).integers(2**40)
 
 
 @pytest.mark.parametrize("boxes", [False, True])
 def test_batches_resume_and_keep_labels(boxes):
-    """Mixed batches are the same by threads and processes and from any step; labels and boxes are those of unmixed ones, images are not."""
+    """Mixed batches are the same by threads and processes and from any step; labels and boxes are
+    those of unmixed ones, images are not.
+    """
     options = {"root": "", "train": True, "streets": StreetsOptions(size=(32, 64), images=6)}
-    dataset = open_boxes("clear", own=None, **options) if boxes else open_domain("clear", folder=None, **options)
+    dataset = (
+        open_boxes("clear", own=None, **options)
+        if boxes
+        else open_domain("clear", folder=None, **options)
+    )
     sampler = make_sampler(dataset, seed=1)
 
     def run(start: int = 0, **more) -> list[dict[str, np.ndarray]]:
         k = more.pop("k", 4)
         augmentation = Augmentation(crop=(24, 40), scale=(0.8, 1.2), pixmix=(k, 4.0))
-        return list(train_batches(dataset, sampler, augmentation, seed=1, batch_size=2, start=start, stop=4, max_boxes=50, **more))
+        return list(
+            train_batches(
+                dataset,
+                sampler,
+                augmentation,
+                seed=1,
+                batch_size=2,
+                start=start,
+                stop=4,
+                max_boxes=50,
+                **more,
+            )
+        )
 
-    whole, plain = run(styles=True), run(k=0)
+    whole = run(styles=True)
+    plain = run(k=0)
     for batches in (run(2, styles=True), run(2, styles=True, workers=2)):
         for batch, expected in zip(batches, whole[2:], strict=True):
             assert batch.keys() == expected.keys()
@@ -134,5 +180,7 @@ def test_batches_resume_and_keep_labels(boxes):
             np.testing.assert_array_equal(batch[key], expected[key])
         assert batch["style"].shape == batch["image"].shape
         assert "style" not in expected
-    assert sum(bool(np.any(a["image"] != b["image"])) for a, b in zip(whole, plain, strict=True)) >= 3
+    assert (
+        sum(bool(np.any(a["image"] != b["image"])) for a, b in zip(whole, plain, strict=True)) >= 3
+    )
     assert len(np.unique(whole[0]["style"])) > 20

@@ -10,7 +10,8 @@ from jaxdg.data.augment import randaugment
 from jaxdg.data.augment.randaugment import GEOMETRY, OPERATIONS, apply
 from jaxdg.data.augment.transforms import PAD_COLOR
 
-H, W = 50, 70
+H = 50
+W = 70
 PAPER = {
     "identity", "auto_contrast", "equalize", "rotate", "solarize", "color", "posterize", "contrast", "brightness", "sharpness",
     "shear_x", "shear_y", "translate_x", "translate_y",
@@ -20,7 +21,9 @@ PAPER = {
 def sample() -> dict[str, np.ndarray]:
     """A smooth picture of middling contrast, with a rectangle that label and box show too."""
     rng = np.random.default_rng(0)
-    image = cv2.resize(rng.integers(30, 220, (8, 10, 3), dtype=np.uint8), (W, H), interpolation=cv2.INTER_LINEAR)
+    image = cv2.resize(
+        rng.integers(30, 220, (8, 10, 3), dtype=np.uint8), (W, H), interpolation=cv2.INTER_LINEAR
+    )
     label = np.full((H, W), 255, np.uint8)
     label[20:30, 25:45] = 4
     one = np.ones(1, np.bool_)
@@ -41,7 +44,8 @@ def grey(image: np.ndarray) -> np.ndarray:
 
 def smooth(image: np.ndarray) -> np.ndarray:
     """A 3x3 mean whose middle counts five times; the border is left as it is."""
-    x, result = image.astype(float), image.astype(float)
+    x = image.astype(float)
+    result = image.astype(float)
     result[1:-1, 1:-1] = 4 * x[1:-1, 1:-1]
     for dy in range(3):
         for dx in range(3):
@@ -52,15 +56,19 @@ def smooth(image: np.ndarray) -> np.ndarray:
 
 def auto_contrast(channel: np.ndarray) -> np.ndarray:
     """Stretched so that the darkest value is 0 and the brightest 255."""
-    low, high = int(channel.min()), int(channel.max())
+    low = int(channel.min())
+    high = int(channel.max())
     return (channel.astype(float) - low) * 255 / (high - low)
 
 
 def equalize(channel: np.ndarray) -> np.ndarray:
-    """Every value to its place in the cumulative histogram, in whole steps of a 255th of the pixels."""
+    """Every value to its place in the cumulative histogram, in whole steps of a 255th of the
+    pixels.
+    """
     counts = [int((channel == value).sum()) for value in range(256)]
     step = (sum(counts) - [c for c in counts if c][-1]) // 255
-    table, before = [], step // 2
+    table = []
+    before = step // 2
     for count in counts:
         table.append(min(before // step, 255))
         before += count
@@ -69,11 +77,18 @@ def equalize(channel: np.ndarray) -> np.ndarray:
 
 def slow_color(image: np.ndarray, name: str, strength: float) -> np.ndarray:
     """The operation by its definition, in real numbers."""
-    x, amount = image.astype(float), 1 + 0.9 * strength
-    mixed = lambda other: other + amount * (x - other)
+    x = image.astype(float)
+    amount = 1 + 0.9 * strength
+
+    def mixed(other):
+        return other + amount * (x - other)
+
     bits = 8 - int(4 * abs(strength) + 0.5)
     threshold = 256 - round(256 * abs(strength))
-    by_channel = lambda change: np.stack([change(image[..., c]) for c in range(3)], axis=-1)
+
+    def by_channel(change):
+        return np.stack([change(image[..., c]) for c in range(3)], axis=-1)
+
     results = {
         "identity": lambda: x,
         "auto_contrast": lambda: by_channel(auto_contrast),
@@ -94,7 +109,9 @@ def test_colour_operations_equal_their_definitions(name, strength):
     """NumPy versions agree to the rounding of a level; label and boxes are left alone."""
     before = sample()
     got = apply(before, name, strength)
-    np.testing.assert_allclose(got["image"].astype(float), slow_color(before["image"], name, strength), atol=1.01)
+    np.testing.assert_allclose(
+        got["image"].astype(float), slow_color(before["image"], name, strength), atol=1.01
+    )
     for key in before.keys() - {"image"}:
         np.testing.assert_array_equal(got[key], before[key])
     if name in ("posterize", "solarize", "equalize", "identity"):
@@ -102,7 +119,9 @@ def test_colour_operations_equal_their_definitions(name, strength):
 
 
 def source(name: str, strength: float, x: float, y: float) -> tuple[float, float]:
-    """Where the point x, y of the new picture comes from; coordinates from the top left corner, y downwards."""
+    """Where the point x, y of the new picture comes from; coordinates from the top left corner, y
+    downwards.
+    """
     if name == "translate_x":
         return x - 150 / 331 * strength * W, y
     if name == "translate_y":
@@ -112,27 +131,38 @@ def source(name: str, strength: float, x: float, y: float) -> tuple[float, float
     if name == "shear_y":
         return x, y - 0.3 * strength * x
     angle = math.radians(30 * strength)  # counter-clockwise, as seen
-    dx, dy = x - W / 2, y - H / 2
-    return W / 2 + dx * math.cos(angle) - dy * math.sin(angle), H / 2 + dx * math.sin(angle) + dy * math.cos(angle)
+    dx = x - W / 2
+    dy = y - H / 2
+    return W / 2 + dx * math.cos(angle) - dy * math.sin(angle), H / 2 + dx * math.sin(
+        angle
+    ) + dy * math.cos(angle)
 
 
 @pytest.mark.parametrize("strength", [-0.7, 0.25, 1.0])
 @pytest.mark.parametrize("name", GEOMETRY)
 def test_geometric_operations_move_image_label_and_boxes(name, strength):
-    """Pixel by pixel from where the definition says: image bilinear amid padding, label nearest, and the box around the moved label."""
+    """Pixel by pixel from where the definition says: image bilinear amid padding, label nearest,
+    and the box around the moved label.
+    """
     before = sample()
     padded = np.full((H + 2, W + 2, 3), PAD_COLOR, float)
     padded[1:-1, 1:-1] = before["image"]
-    image, label = np.zeros((H, W, 3)), np.full((H, W), 255)
+    image = np.zeros((H, W, 3))
+    label = np.full((H, W), 255)
     for i in range(H):
         for j in range(W):
             x, y = source(name, strength, j + 0.5, i + 0.5)
             if 0 <= x < W and 0 <= y < H:
                 label[i, j] = before["label"][int(y), int(x)]
-            x, y = np.clip(x + 0.5, 0, W + 0.999), np.clip(y + 0.5, 0, H + 0.999)
-            top, left = int(y), int(x)
-            a, b = y - top, x - left
-            upper, lower = (padded[r, left] * (1 - b) + padded[r, left + 1] * b for r in (top, top + 1))
+            x = np.clip(x + 0.5, 0, W + 0.999)
+            y = np.clip(y + 0.5, 0, H + 0.999)
+            top = int(y)
+            left = int(x)
+            a = y - top
+            b = x - left
+            upper, lower = (
+                padded[r, left] * (1 - b) + padded[r, left + 1] * b for r in (top, top + 1)
+            )
             image[i, j] = upper * (1 - a) + lower * a
     got = apply(before, name, strength)
     assert np.abs(got["image"] - image).mean() < 0.6
@@ -142,9 +172,14 @@ def test_geometric_operations_move_image_label_and_boxes(name, strength):
     if not len(at):
         assert not len(got["boxes"])
         return
-    (y0, x0), (y1, x1) = at.min(0), at.max(0) + 1
+    y0, x0 = at.min(0)
+    y1, x1 = at.max(0) + 1
     np.testing.assert_allclose(got["boxes"], [[x0, y0, x1, y1]], atol=1.01)
-    assert (got["classes"].tolist(), got["difficult"].tolist(), got["crowd"].tolist()) == ([4], [True], [False])
+    assert (got["classes"].tolist(), got["difficult"].tolist(), got["crowd"].tolist()) == (
+        [4],
+        [True],
+        [False],
+    )
 
 
 def test_a_translation_drops_what_leaves():
@@ -152,14 +187,25 @@ def test_a_translation_drops_what_leaves():
     before = sample()
     before["boxes"] = np.array([[60, 20, 69, 30]], np.float32)
     got = apply(before, "translate_x", 0.9)
-    assert [got[key].shape for key in ("boxes", "classes", "difficult", "crowd")] == [(0, 4), (0,), (0,), (0,)]
+    assert [got[key].shape for key in ("boxes", "classes", "difficult", "crowd")] == [
+        (0, 4),
+        (0,),
+        (0,),
+        (0,),
+    ]
 
 
 def test_draws(monkeypatch):
-    """The paper's 14 operations, each as often, in either direction, independent of one another, at the magnitude asked for."""
+    """The paper's 14 operations, each as often, in either direction, independent of one another, at
+    the magnitude asked for.
+    """
     assert set(OPERATIONS) == PAPER
     drawn = []
-    monkeypatch.setattr(randaugment, "apply", lambda sample, name, strength: drawn.append((name, strength)) or sample)
+    monkeypatch.setattr(
+        randaugment,
+        "apply",
+        lambda sample, name, strength: drawn.append((name, strength)) or sample,
+    )
     for seed in range(2000):
         randaugment.randaugment({}, 2, 7.0, np.random.default_rng(seed))
     names, strengths = zip(*drawn, strict=True)
@@ -172,7 +218,9 @@ def test_draws(monkeypatch):
 
 
 def test_magnitude_0_changes_nothing_but_what_has_no_magnitude():
-    """Of 14 operations at magnitude 0 only the two that stretch the histogram do anything; no operations draw nothing."""
+    """Of 14 operations at magnitude 0 only the two that stretch the histogram do anything; no
+    operations draw nothing.
+    """
     before = sample()
     for name in OPERATIONS:
         same = (apply(before, name, 0.0)["image"] == before["image"]).all()

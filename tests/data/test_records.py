@@ -25,7 +25,12 @@ from jaxdg.data.records import Records, open_records
 from jaxdg.data.samplers import make_sampler
 from tests.data import trees
 
-DOMAINS = {"gta5": "gta5", "bdd100k": "bdd100k", "acdc/night": "acdc", "synthia": "synthia"}  # palette, JPEG, a condition, zip archive
+DOMAINS = {
+    "gta5": "gta5",
+    "bdd100k": "bdd100k",
+    "acdc/night": "acdc",
+    "synthia": "synthia",
+}  # palette, JPEG, a condition, zip archive
 SHARD_PIXELS = 2 * 24 * 40  # two images a shard
 
 
@@ -33,13 +38,20 @@ SHARD_PIXELS = 2 * 24 * 40  # two images a shard
 def written(tmp_path_factory):
     """A data root of files, one of their records, and what was written into the files."""
     base = tmp_path_factory.mktemp("written")
-    files, out, items = base / "files of ümlaut", base / "records", {}
+    files = base / "files of ümlaut"
+    out = base / "records"
+    items = {}
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("JAXDG_CACHE", str(base / "cache"))
         for domain, name in DOMAINS.items():
-            made = trees.make(name, files, np.random.default_rng(len(domain)), zipped=name == "synthia", count=5)
+            made = trees.make(
+                name, files, np.random.default_rng(len(domain)), zipped=name == "synthia", count=5
+            )
             items[domain] = [item for item in made if item.domain.startswith(domain)]
-            datasets = {s: open_files(domain, root=str(files), train=s == "train", folder=None) for s in ("train", "val")}
+            datasets = {
+                s: open_files(domain, root=str(files), train=s == "train", folder=None)
+                for s in ("train", "val")
+            }
             prepare(domain, datasets, root=str(files), out=str(out), shard_pixels=SHARD_PIXELS)
     return files, out, items
 
@@ -68,17 +80,27 @@ def assert_same(got, expected) -> None:
 
 @pytest.mark.parametrize("domain", DOMAINS)
 def test_batches_equal_those_of_files_bit_for_bit(written, domain, monkeypatch, tmp_path):
-    """Training and evaluation read the same from records, in a worker process too, as from the files they were made of."""
+    """Training and evaluation read the same from records, in a worker process too, as from the
+    files they were made of.
+    """
     monkeypatch.setenv("JAXDG_CACHE", str(tmp_path))
     files, out, _ = written
     workers = 1 if domain == "gta5" else 0
     augmentation = Augmentation(crop=(16, 20), scale=(0.5, 2.0), max_class_share=0.9)
     batches = []
     for root, processes in ((out, workers), (files, 0)):
-        source, target = open_either(domain, root), open_either(domain, root, train=False)
+        source = open_either(domain, root)
+        target = open_either(domain, root, train=False)
         assert isinstance(source, Records) == isinstance(target, Records) == (root == out)
         training = train_batches(
-            source, make_sampler(source, seed=3), augmentation, seed=3, batch_size=2, start=1, stop=5, workers=processes
+            source,
+            make_sampler(source, seed=3),
+            augmentation,
+            seed=3,
+            batch_size=2,
+            start=1,
+            stop=5,
+            workers=processes,
         )
         batches.append([*training, *eval_batches(target, batch_size=2)])
     assert_same(*batches)
@@ -86,11 +108,14 @@ def test_batches_equal_those_of_files_bit_for_bit(written, domain, monkeypatch, 
 
 @pytest.mark.parametrize("domain", DOMAINS)
 def test_names_sizes_and_classes_equal_those_of_files(written, domain, monkeypatch, tmp_path):
-    """What is known of an image without reading it is what the files say, with names relative to the data root."""
+    """What is known of an image without reading it is what the files say, with names relative to
+    the data root.
+    """
     monkeypatch.setenv("JAXDG_CACHE", str(tmp_path))
     files, out, _ = written
     for train in (True, False):
-        a, b = open_either(domain, out, train), open_either(domain, files, train)
+        a = open_either(domain, out, train)
+        b = open_either(domain, files, train)
         assert len(a) == len(b) > 0
         assert (a.domain, a.labels) == (b.domain, b.labels)
         assert [a.size(i) for i in range(len(a))] == [b.size(i) for i in range(len(b))]
@@ -99,7 +124,9 @@ def test_names_sizes_and_classes_equal_those_of_files(written, domain, monkeypat
 
 @pytest.mark.parametrize("domain", DOMAINS)
 def test_tfds_reads_them(written, domain):
-    """`tfds.data_source` finds pixels, names and classes as they were written into the files; TensorFlow is not installed here."""
+    """`tfds.data_source` finds pixels, names and classes as they were written into the files;
+    TensorFlow is not installed here.
+    """
     _, out, items = written
     source = tfds.data_source(domain, data_dir=out, split="train")
     mine = [item for item in items[domain] if item.split in ("train", "all")]
@@ -119,7 +146,9 @@ class Boxed:
     """Image i has i boxes."""
 
     domain: str = "towns"
-    labels: LabelSet = dataclasses.field(default_factory=lambda: LabelSet(("car", "traffic light"), ((1, 2, 3), (4, 5, 6))))
+    labels: LabelSet = dataclasses.field(
+        default_factory=lambda: LabelSet(("car", "traffic light"), ((1, 2, 3), (4, 5, 6)))
+    )
 
     def __len__(self) -> int:
         return 4
@@ -143,7 +172,9 @@ class Boxed:
 
 
 def test_boxes_come_back_bit_for_bit(tmp_path):
-    """Boxes, classes, flags and areas of images with any number of boxes, none included; they lie beside label maps of the same domain."""
+    """Boxes, classes, flags and areas of images with any number of boxes, none included; they lie
+    beside label maps of the same domain.
+    """
     dataset = Boxed()
     directory = prepare("towns", {"val": dataset}, root="", out=str(tmp_path))
     assert directory == f"{tmp_path}/towns/boxes/1.0.0"
@@ -159,14 +190,19 @@ def test_boxes_come_back_bit_for_bit(tmp_path):
 
 
 def test_records_written_before_areas_were_still_open(tmp_path, monkeypatch):
-    """Areas are then those of the boxes; how many boxes an image has is not known before it is read."""
-    kinds, example = prepare_lib.features, prepare_lib._ShardWriter._example
+    """Areas are then those of the boxes; how many boxes an image has is not known before it is
+    read.
+    """
+    kinds = prepare_lib.features
+    example = prepare_lib._ShardWriter._example
 
     def without(writer: Any, i: int) -> dict[str, Any]:
         return {key: value for key, value in example(writer, i).items() if key != "areas"}
 
     def fewer(*arguments: Any) -> Any:
-        return tfds.features.FeaturesDict({key: kind for key, kind in kinds(*arguments).items() if key != "areas"})
+        return tfds.features.FeaturesDict(
+            {key: kind for key, kind in kinds(*arguments).items() if key != "areas"}
+        )
 
     monkeypatch.setattr(prepare_lib._ShardWriter, "_example", without)
     monkeypatch.setattr(prepare_lib, "features", fewer)
@@ -185,23 +221,44 @@ def test_records_written_before_areas_were_still_open(tmp_path, monkeypatch):
     assert got.box_counts is None
     for i in range(4):
         box = dataset[i]["boxes"].astype(float)
-        np.testing.assert_allclose(got[i]["areas"], (box[:, 2] - box[:, 0]) * (box[:, 3] - box[:, 1]), rtol=1e-6)
+        np.testing.assert_allclose(
+            got[i]["areas"], (box[:, 2] - box[:, 0]) * (box[:, 3] - box[:, 1]), rtol=1e-6
+        )
         np.testing.assert_array_equal(got[i]["boxes"], dataset[i]["boxes"])
 
 
 def test_records_of_annotations_say_what_the_annotations_say(tmp_path, monkeypatch):
-    """COCO's areas, crowds and difficult boxes come back; once corrected, records are to be made anew; two images of one id are refused."""
+    """COCO's areas, crowds and difficult boxes come back; once corrected, records are to be made
+    anew; two images of one id are refused.
+    """
     monkeypatch.setenv("JAXDG_CACHE", str(tmp_path / "cache"))
     truth: dict[str, Any] = {
         "images": [{"id": i, "file_name": f"{i}.png", "width": 8, "height": 6} for i in (1, 2)],
         "categories": [{"id": 4, "name": "car"}],
         "annotations": [
-            {"id": 1, "image_id": 2, "category_id": 4, "bbox": [1, 1, 4, 4], "area": 7.5, "iscrowd": "0", "ignore": 1},
-            {"id": 2, "image_id": 2, "category_id": 4, "bbox": [0, 0, 8, 6], "area": 20, "iscrowd": "1"},
+            {
+                "id": 1,
+                "image_id": 2,
+                "category_id": 4,
+                "bbox": [1, 1, 4, 4],
+                "area": 7.5,
+                "iscrowd": "0",
+                "ignore": 1,
+            },
+            {
+                "id": 2,
+                "image_id": 2,
+                "category_id": 4,
+                "bbox": [0, 0, 8, 6],
+                "area": 20,
+                "iscrowd": "1",
+            },
         ],
     }
     for e in truth["images"]:
-        trees.write(tmp_path, f"photos/{e['file_name']}", trees.encode(np.zeros((6, 8, 3), np.uint8), "PNG"))
+        trees.write(
+            tmp_path, f"photos/{e['file_name']}", trees.encode(np.zeros((6, 8, 3), np.uint8), "PNG")
+        )
     (tmp_path / "t.json").write_text(json.dumps(truth))
     own = BoxOptions(("photos", "photos"), ("t.json", "t.json"), classes=("car",))
     files = open_box_files("town", root=str(tmp_path), train=True, own=own)
@@ -217,18 +274,34 @@ def test_records_of_annotations_say_what_the_annotations_say(tmp_path, monkeypat
     assert prepare("town", {"train": files}, **again) == got.directory
     truth["annotations"][0]["bbox"] = [1, 1, 4, 3]
     (tmp_path / "t.json").write_text(json.dumps(truth))
-    with pytest.raises(ValueError, match=r"town/boxes/1\.0\.0 holds records that differ in annotations; delete the folder"):
-        prepare("town", {"train": open_box_files("town", root=str(tmp_path), train=True, own=own)}, **again)
+    with pytest.raises(
+        ValueError,
+        match=r"town/boxes/1\.0\.0 holds records that differ in annotations; delete the folder",
+    ):
+        prepare(
+            "town",
+            {"train": open_box_files("town", root=str(tmp_path), train=True, own=own)},
+            **again,
+        )
     truth["images"][1]["id"] = 1
     (tmp_path / "t.json").write_text(json.dumps(truth))
     with pytest.raises(ValueError, match=r"the images '1\.png' and '2\.png' have one id, 1"):
         open_box_files("town", root=str(tmp_path), train=True, own=own)
-    with pytest.raises(ValueError, match=r"records .* were written with the classes car, but those of town are dog"):
-        open_boxes("town", root=str(tmp_path / "out"), train=True, own=dataclasses.replace(own, classes=("dog",)))
+    with pytest.raises(
+        ValueError, match=r"records .* were written with the classes car, but those of town are dog"
+    ):
+        open_boxes(
+            "town",
+            root=str(tmp_path / "out"),
+            train=True,
+            own=dataclasses.replace(own, classes=("dog",)),
+        )
 
 
 def test_a_pickle_holds_no_images(written):
-    """What worker processes receive is small, also when shards are open already, and reads the same."""
+    """What worker processes receive is small, also when shards are open already, and reads the
+    same.
+    """
     source = open_records(str(written[1]), "gta5", train=True)
     first = source[0]
     pickled = pickle.dumps(source)
@@ -244,12 +317,16 @@ def test_a_truncated_or_missing_shard_is_named_when_opened(copied, damage):
         shard.write_bytes(shard.read_bytes()[:-1])
     else:
         shard.unlink()
-    with pytest.raises(ValueError, match=rf"{shard.name} (has \d+ bytes instead of \d+|is missing).*copy it again"):
+    with pytest.raises(
+        ValueError, match=rf"{shard.name} (has \d+ bytes instead of \d+|is missing).*copy it again"
+    ):
         open_either("gta5", copied)
 
 
 def test_an_altered_shard_is_named_when_read_and_by_verify(copied):
-    """One wrong bit: reading an image of that shard names it, reading the others does not, and so does the comparison of digests."""
+    """One wrong bit: reading an image of that shard names it, reading the others does not, and so
+    does the comparison of digests.
+    """
     directory = copied / "gta5" / "1.0.0"
     shard = sorted(directory.glob("*.array_record-*"))[1]
     data = bytearray(shard.read_bytes())
@@ -264,13 +341,19 @@ def test_an_altered_shard_is_named_when_read_and_by_verify(copied):
 
 
 def test_records_that_cannot_be_read_are_refused(copied):
-    """Unfinished ones, those of another version, another program's, a split that was not written: each with what to do."""
+    """Unfinished ones, those of another version, another program's, a split that was not written:
+    each with what to do.
+    """
     directory = copied / "gta5" / "1.0.0"
-    info, metadata = directory / "dataset_info.json", directory / "metadata.json"
+    info = directory / "dataset_info.json"
+    metadata = directory / "metadata.json"
     (directory / "unfinished.json").write_text("{}")
     assert len(open_either("gta5", copied)) == 5  # its end was interrupted, it is whole
     info.rename(directory / "elsewhere")
-    with pytest.raises(ValueError, match=r"gta5/1.0.0 holds unfinished records; run `python -m jaxdg.data.prepare` again"):
+    with pytest.raises(
+        ValueError,
+        match=r"gta5/1.0.0 holds unfinished records; run `python -m jaxdg.data.prepare` again",
+    ):
         open_either("gta5", copied)
     (directory / "elsewhere").rename(info)
     changed = json.loads(metadata.read_text())
@@ -287,19 +370,33 @@ def test_records_that_cannot_be_read_are_refused(copied):
 
 
 def test_another_label_map_is_refused(tmp_path, monkeypatch):
-    """Labels were mapped when the records were written: a configuration that maps them otherwise must not get them unnoticed."""
+    """Labels were mapped when the records were written: a configuration that maps them otherwise
+    must not get them unnoticed.
+    """
     monkeypatch.setenv("JAXDG_CACHE", str(tmp_path / "cache"))
     trees.make("mapillary", tmp_path, np.random.default_rng(0))
-    rein = open_files("mapillary", root=str(tmp_path), train=False, folder=None, mapillary_labels="rein")
+    rein = open_files(
+        "mapillary", root=str(tmp_path), train=False, folder=None, mapillary_labels="rein"
+    )
     prepare("mapillary", {"val": rein}, root=str(tmp_path), out=str(tmp_path))
     options = {"root": str(tmp_path), "train": False, "streets": StreetsOptions(), "folder": None}
     assert_same([open_domain("mapillary", **options, mapillary_labels="rein")[0]], [rein[0]])
-    with pytest.raises(ValueError, match=r"mapillary/1.0.0 were written with other classes or label ids.*data.mapillary_labels"):
+    with pytest.raises(
+        ValueError,
+        match=(
+            r"mapillary/1.0.0 were written with other classes or label ids.*data.mapillary_labels"
+        ),
+    ):
         open_domain("mapillary", **options, mapillary_labels="vltseg")
     folder = FolderOptions(id_map={7: 0}, ignore=())
     trees.write(tmp_path, "images/town/1.png", trees.encode(np.zeros((4, 4, 3), np.uint8), "PNG"))
     trees.write(tmp_path, "labels/town/1.png", trees.grey(np.full((4, 4), 7)))
-    prepare("town", {"val": open_files("town", root=str(tmp_path), train=False, folder=folder)}, root=str(tmp_path), out=str(tmp_path))
+    prepare(
+        "town",
+        {"val": open_files("town", root=str(tmp_path), train=False, folder=folder)},
+        root=str(tmp_path),
+        out=str(tmp_path),
+    )
     assert not open_domain("town", **options | {"folder": folder})[0]["label"].any()
     with pytest.raises(ValueError, match=r"other classes or label ids than data.folder"):
         open_domain("town", **options | {"folder": dataclasses.replace(folder, id_map={7: 1})})
@@ -316,7 +413,9 @@ def bucket(copied):
 
 
 def test_remote_records_are_fetched_once(written, bucket, capsys):
-    """Records behind a URL read like local ones; a second run asks the store for nothing but the metadata."""
+    """Records behind a URL read like local ones; a second run asks the store for nothing but the
+    metadata.
+    """
     system, place = bucket
     remote = open_either("acdc/night", f"memory://{place}")
     assert "fetching" in capsys.readouterr().err
@@ -331,7 +430,9 @@ def test_remote_records_are_fetched_once(written, bucket, capsys):
 
 
 def test_a_remote_shard_that_was_altered_is_named(bucket):
-    """What arrives is compared with the digest of what was written; a domain without records is not looked for as files."""
+    """What arrives is compared with the digest of what was written; a domain without records is not
+    looked for as files.
+    """
     system, place = bucket
     shard = sorted(system.glob(f"{place}/gta5/1.0.0/*array_record*"))[0]
     data = bytearray(system.cat_file(shard))
@@ -341,7 +442,13 @@ def test_a_remote_shard_that_was_altered_is_named(bucket):
         open_either("gta5", f"memory://{place}")
     with pytest.raises(FileNotFoundError, match="has no records of cityscapes"):
         open_either("cityscapes", f"memory://{place}")
-    with pytest.raises(ValueError, match=r"nosuch://bucket/gta5/1.0.0 cannot be opened: Protocol not known.*extras for gs:// \(gcs\)"):
+    with pytest.raises(
+        ValueError,
+        match=(
+            r"nosuch://bucket/gta5/1.0.0 cannot be opened: Protocol not known.*extras for gs://"
+            r" \(gcs\)"
+        ),
+    ):
         open_either("gta5", "nosuch://bucket")
 
 
@@ -352,7 +459,10 @@ def test_a_store_without_its_package_is_told_what_to_install(monkeypatch):
         raise ImportError("Install s3fs to access S3")
 
     monkeypatch.setattr(records, "url_to_fs", absent)
-    with pytest.raises(ValueError, match=r's3://b/x cannot be opened: Install s3fs to access S3; `pip install "jaxdg\[s3\]"`'):
+    with pytest.raises(
+        ValueError,
+        match=r's3://b/x cannot be opened: Install s3fs to access S3; `pip install "jaxdg\[s3\]"`',
+    ):
         records.filesystem("s3://b/x")
 
 
@@ -362,14 +472,20 @@ def test_class_names_of_any_characters_are_kept(tmp_path):
     labels = LabelSet(names, palette(len(names)))
     image = np.zeros((8, 8, 3), np.uint8)
     none = np.zeros(1, bool)
-    boxes = {"boxes": np.array([[0, 0, 4, 4]], np.float32), "classes": np.array([3], np.int32), "difficult": none, "crowd": none}
+    boxes = {
+        "boxes": np.array([[0, 0, 4, 4]], np.float32),
+        "classes": np.array([3], np.int32),
+        "difficult": none,
+        "crowd": none,
+    }
     for truth in ({"label": np.full((8, 8), 3, np.uint8)}, boxes):
 
         class One:
             domain = "town a, [b]"
 
             def __init__(self, truth):
-                self.labels, self.truth = labels, truth
+                self.labels = labels
+                self.truth = truth
 
             def __len__(self):
                 return 1
@@ -385,7 +501,9 @@ def test_class_names_of_any_characters_are_kept(tmp_path):
 
         directory = prepare("town a, [b]", {"val": One(truth)}, root="/data", out=str(tmp_path))
         assert Path(directory).is_relative_to(tmp_path / "town a, [b]")
-        found = records.open_records(str(tmp_path), "town a, [b]", train=False, boxes="boxes" in truth)
+        found = records.open_records(
+            str(tmp_path), "town a, [b]", train=False, boxes="boxes" in truth
+        )
         assert found is not None
         assert found.labels.names == names
         features = tfds.builder_from_directory(directory).info.features

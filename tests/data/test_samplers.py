@@ -24,7 +24,9 @@ from tests.data import trees
 
 @dataclasses.dataclass
 class Stripes:
-    """Label maps of 20 x 50 pixels; image i shows what `rows[i]` says: (class, pixels), .., and else class 0."""
+    """Label maps of 20 x 50 pixels; image i shows what `rows[i]` says: (class, pixels), .., and
+    else class 0.
+    """
 
     rows: tuple[tuple[tuple[int, int], ...], ...]
     domain: str = "stripes"
@@ -74,7 +76,9 @@ def test_a_mixture_without_weights_is_one_dataset():
 
 
 def test_parts_come_by_weight_each_image_once_a_pass():
-    """9000 positions over more than two blocks: shares as the weights say, and within a part one permutation after another."""
+    """9000 positions over more than two blocks: shares as the weights say, and within a part one
+    permutation after another.
+    """
     mixture = Mixture([numbered(7, "a"), numbered(100, "b"), numbered(3, "c")])
     sampler = make_sampler(mixture, seed=0, weights=(5.0, 3.0, 2.0))
     drawn = [mixture.at(sampler(p).image) for p in range(9000)]
@@ -82,7 +86,10 @@ def test_parts_come_by_weight_each_image_once_a_pass():
     for part, weight in zip(mixture.parts, (0.5, 0.3, 0.2), strict=True):
         images = [i for dataset, i in drawn if dataset is part]
         assert len(images) == pytest.approx(9000 * weight, rel=0.07)
-        passes = [tuple(images[k : k + len(part)]) for k in range(0, len(images) - len(part) + 1, len(part))]
+        passes = [
+            tuple(images[k : k + len(part)])
+            for k in range(0, len(images) - len(part) + 1, len(part))
+        ]
         assert all(sorted(one) == list(range(len(part))) for one in passes)
         assert len(part) < 5 or len(set(passes)) > 0.9 * len(passes)
         orders[part.domain] = passes
@@ -94,12 +101,18 @@ def test_parts_come_by_weight_each_image_once_a_pass():
 def test_weighted_draws_are_a_function_of_the_position():
     """Asked backwards, from another process's copy or first of all far away: the same."""
     mixture = Mixture([numbered(7, "a"), numbered(100, "b")])
-    fresh = lambda: make_sampler(mixture, seed=9, weights=(1.0, 3.0))
-    forward, backward = fresh(), fresh()
+
+    def fresh():
+        return make_sampler(mixture, seed=9, weights=(1.0, 3.0))
+
+    forward = fresh()
+    backward = fresh()
     positions = [*range(0, 3 * BLOCK, 97), BLOCK - 1, BLOCK]
     expected = {p: forward(p) for p in positions}
     assert {p: backward(p) for p in reversed(positions)} == expected
-    assert {p: pickle.loads(pickle.dumps(forward))(p) for p in positions[:5]} == {p: expected[p] for p in positions[:5]}
+    assert {p: pickle.loads(pickle.dumps(forward))(p) for p in positions[:5]} == {
+        p: expected[p] for p in positions[:5]
+    }
     other = make_sampler(mixture, seed=10, weights=(1.0, 3.0))
     assert [other(p) for p in range(50)] != [forward(p) for p in range(50)]
 
@@ -112,10 +125,14 @@ PIXELS[39, 18] = 45
 
 
 def test_class_probabilities_are_daformers():
-    """Softmax of (1 - frequency) / T over the classes that occur, in Python's own arithmetic; classes that never occur are never drawn."""
+    """Softmax of (1 - frequency) / T over the classes that occur, in Python's own arithmetic;
+    classes that never occur are never drawn.
+    """
     total = PIXELS.sum()
     for temperature in (1.0, 0.1, 0.01):
-        odds = {c: np.exp((1 - PIXELS[:, c].sum() / total - 1) / temperature) for c in (0, 5, 12, 18)}
+        odds = {
+            c: np.exp((1 - PIXELS[:, c].sum() / total - 1) / temperature) for c in (0, 5, 12, 18)
+        }
         expected = [odds.get(c, 0.0) / sum(odds.values()) for c in range(19)]
         np.testing.assert_allclose(class_probabilities(PIXELS, temperature), expected, atol=1e-12)
     cold = class_probabilities(PIXELS, 0.01)
@@ -124,14 +141,20 @@ def test_class_probabilities_are_daformers():
 
 
 def test_rare_classes_are_drawn_with_images_that_show_enough():
-    """Classes by their probability, images evenly among those with enough pixels, and the crop is told what to show."""
+    """Classes by their probability, images evenly among those with enough pixels, and the crop is
+    told what to show.
+    """
     sampler = RareClasses((3,), PIXELS, 0.05, 30, CITYSCAPES.names)
     drawn = [sampler(p) for p in range(6000)]
     classes = np.array([draw.wanted.train_id for draw in drawn])
-    np.testing.assert_allclose(np.bincount(classes, minlength=19) / 6000, class_probabilities(PIXELS, 0.05), atol=0.025)
+    np.testing.assert_allclose(
+        np.bincount(classes, minlength=19) / 6000, class_probabilities(PIXELS, 0.05), atol=0.025
+    )
     assert {draw.wanted.pixels for draw in drawn} == {30}
     for train_id, images in ((5, range(10)), (12, (11, 12, 13)), (18, (39,))):
-        shown = np.bincount([draw.image for draw in drawn if draw.wanted.train_id == train_id], minlength=40)
+        shown = np.bincount(
+            [draw.image for draw in drawn if draw.wanted.train_id == train_id], minlength=40
+        )
         assert set(np.flatnonzero(shown)) == set(images)
         assert shown[shown > 0].min() > 0.7 * shown[shown > 0].max()
     assert [sampler(p) for p in range(20)] == drawn[:20]
@@ -140,7 +163,11 @@ def test_rare_classes_are_drawn_with_images_that_show_enough():
 def test_a_class_without_images_is_refused():
     """A threshold that no image of a class reaches, and labels without any class, by name."""
     with pytest.raises(
-        ValueError, match=r"data.rare_class_min_pixels is 50, but no image shows more than 45 pixels of bicycle; allowed: at most 45"
+        ValueError,
+        match=(
+            r"data.rare_class_min_pixels is 50, but no image shows more than 45 pixels of bicycle;"
+            r" allowed: at most 45"
+        ),
     ):
         RareClasses((0,), PIXELS, 0.1, 50, CITYSCAPES.names)
     with pytest.raises(ValueError, match="no label shows any class"):
@@ -152,7 +179,9 @@ ROWS = (((3, 100),), ((3, 10), (7, 400)), (), ((255, 990), (18, 10)))
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_pixels_are_counted_once(cache, tmp_path, workers):
-    """Counts are those drawn, ignored pixels left out; a second run, or another object of the same files, reads nothing."""
+    """Counts are those drawn, ignored pixels left out; a second run, or another object of the same
+    files, reads nothing.
+    """
     dataset = Stripes(ROWS, log=str(tmp_path / "log"))
     expected = np.zeros((4, 19), np.int32)
     for i, row in enumerate(ROWS):
@@ -171,7 +200,13 @@ def test_pixels_are_counted_once(cache, tmp_path, workers):
 
 @pytest.mark.parametrize(
     "change",
-    [{"table": np.arange(5)}, {"labels": CAMVID}, {"domain": "others"}, {"rows": ROWS[:3]}, "damaged"],
+    [
+        {"table": np.arange(5)},
+        {"labels": CAMVID},
+        {"domain": "others"},
+        {"rows": ROWS[:3]},
+        "damaged",
+    ],
 )
 def test_other_files_or_labels_are_counted_anew(cache, tmp_path, change):
     """Another label table, class list, list of files, or a damaged cache: never the old counts."""
@@ -200,12 +235,19 @@ def test_streets_of_another_seed_are_counted_anew(cache):
 def masks(base: Path, domain: str, ids: list[int], archive: str = "") -> Files:
     """A label map of each id and images, written long ago."""
     for i, one in enumerate(ids):
-        trees.write(base, f"{domain}/images/{i}.png", trees.encode(np.zeros((20, 50, 3), np.uint8), "PNG"), archive)
+        trees.write(
+            base,
+            f"{domain}/images/{i}.png",
+            trees.encode(np.zeros((20, 50, 3), np.uint8), "PNG"),
+            archive,
+        )
         trees.write(base, f"{domain}/labels/{i}.png", trees.grey(np.full((20, 50), one)), archive)
     for path in base.rglob("*"):
         os.utime(path, ns=(10**18, 10**18))
     place = f"{archive}/" if archive else ""
-    options = FolderOptions(f"{place}{{domain}}/images", f"{place}{{domain}}/labels", classes=("a", "b", "c"))
+    options = FolderOptions(
+        f"{place}{{domain}}/images", f"{place}{{domain}}/labels", classes=("a", "b", "c")
+    )
     return open_files(domain, root=str(base), train=True, folder=options)
 
 
@@ -213,15 +255,22 @@ def masks(base: Path, domain: str, ids: list[int], archive: str = "") -> Files:
 def read(monkeypatch) -> list[int]:
     """Receives the images whose labels are read."""
     read: list[int] = []
-    monkeypatch.setattr(class_counts, "truth_ids", lambda dataset, i: read.append(i) or truth_ids(dataset, i))
+    monkeypatch.setattr(
+        class_counts, "truth_ids", lambda dataset, i: read.append(i) or truth_ids(dataset, i)
+    )
     return read
 
 
 @pytest.mark.parametrize("archive", ["", "all.zip"])
 def test_labels_corrected_in_place_are_counted_anew(cache, tmp_path, read, archive):
-    """Same name, size and bytes long, another content and time: never the old counts; and what has not changed is not read again."""
+    """Same name, size and bytes long, another content and time: never the old counts; and what has
+    not changed is not read again.
+    """
     base = tmp_path / "data"
-    np.testing.assert_array_equal(class_pixels(masks(base, "town", [0, 1, 1], archive)), 1000 * np.eye(3, dtype=int)[[0, 1, 1]])
+    np.testing.assert_array_equal(
+        class_pixels(masks(base, "town", [0, 1, 1], archive)),
+        1000 * np.eye(3, dtype=int)[[0, 1, 1]],
+    )
     files = masks(base, "town", [0, 1, 1], archive) if not archive else open_again(base, archive)
     assert sorted(read) == [0, 1, 2]
     class_pixels(files)
@@ -229,52 +278,80 @@ def test_labels_corrected_in_place_are_counted_anew(cache, tmp_path, read, archi
     if archive:
         (base / archive).unlink()
     corrected = masks(base, "town", [0, 1, 2], archive)
-    os.utime(base / archive if archive else corrected.pairs.labels[2], ns=(10**18, 10**18 + 1))  # a nanosecond later
+    os.utime(
+        base / archive if archive else corrected.pairs.labels[2], ns=(10**18, 10**18 + 1)
+    )  # a nanosecond later
     np.testing.assert_array_equal(class_pixels(corrected), 1000 * np.eye(3, dtype=int))
     assert len(read) == 6
 
 
 def open_again(base: Path, archive: str) -> Files:
-    options = FolderOptions(f"{archive}/{{domain}}/images", f"{archive}/{{domain}}/labels", classes=("a", "b", "c"))
+    options = FolderOptions(
+        f"{archive}/{{domain}}/images", f"{archive}/{{domain}}/labels", classes=("a", "b", "c")
+    )
     return open_files("town", root=str(base), train=True, folder=options)
 
 
 def test_another_project_of_the_same_relative_names_is_counted_anew(cache, tmp_path, monkeypatch):
-    """Two working folders with `data/town`, equal but for the ids; and one that a link is turned to."""
+    """Two working folders with `data/town`, equal but for the ids; and one that a link is turned
+    to.
+    """
     options = FolderOptions("{domain}/images", "{domain}/labels", classes=("a", "b", "c"))
-    opened = lambda root: open_files("town", root=root, train=True, folder=options)
+
+    def opened(root):
+        return open_files("town", root=root, train=True, folder=options)
+
     for name, ids in {"one": [0, 1], "two": [0, 2]}.items():
         masks(tmp_path / name / "data", "town", ids)
         monkeypatch.chdir(tmp_path / name)
-        np.testing.assert_array_equal(class_pixels(opened("data")), 1000 * np.eye(3, dtype=int)[ids])
+        np.testing.assert_array_equal(
+            class_pixels(opened("data")), 1000 * np.eye(3, dtype=int)[ids]
+        )
     for name, ids in {"one": [0, 1], "two": [0, 2]}.items():
         (tmp_path / "now").unlink(missing_ok=True)
         (tmp_path / "now").symlink_to(tmp_path / name / "data")
-        np.testing.assert_array_equal(class_pixels(opened(str(tmp_path / "now"))), 1000 * np.eye(3, dtype=int)[ids])
+        np.testing.assert_array_equal(
+            class_pixels(opened(str(tmp_path / "now"))), 1000 * np.eye(3, dtype=int)[ids]
+        )
         for i in range(2):
             link = tmp_path / "linked/town/labels" / f"{i}.png"
             link.parent.mkdir(parents=True, exist_ok=True)
             link.unlink(missing_ok=True)
             link.symlink_to(tmp_path / name / f"data/town/labels/{i}.png")
-        shutil.copytree(tmp_path / "one/data/town/images", tmp_path / "linked/town/images", dirs_exist_ok=True)
-        np.testing.assert_array_equal(class_pixels(opened(str(tmp_path / "linked"))), 1000 * np.eye(3, dtype=int)[ids])
+        shutil.copytree(
+            tmp_path / "one/data/town/images", tmp_path / "linked/town/images", dirs_exist_ok=True
+        )
+        np.testing.assert_array_equal(
+            class_pixels(opened(str(tmp_path / "linked"))), 1000 * np.eye(3, dtype=int)[ids]
+        )
 
 
 def test_records_are_counted_by_their_digests(cache, tmp_path, read):
-    """Records that are copied keep their counts, records of other labels below the same names have their own."""
+    """Records that are copied keep their counts, records of other labels below the same names have
+    their own.
+    """
     from jaxdg.commands.prepare import prepare
     from jaxdg.data.records import Records
 
     for name, ids in {"one": [0, 1], "two": [0, 2]}.items():
-        where = prepare("town", {"train": masks(tmp_path / name, "town", ids)}, root=str(tmp_path / name), out=str(tmp_path / "out"))
-        np.testing.assert_array_equal(class_pixels(Records(where, "train")), 1000 * np.eye(3, dtype=int)[ids])
+        where = prepare(
+            "town",
+            {"train": masks(tmp_path / name, "town", ids)},
+            root=str(tmp_path / name),
+            out=str(tmp_path / "out"),
+        )
+        np.testing.assert_array_equal(
+            class_pixels(Records(where, "train")), 1000 * np.eye(3, dtype=int)[ids]
+        )
         moved = shutil.move(where, tmp_path / f"moved_{name}")
         class_pixels(Records(str(moved), "train"))
     assert len(read) == 4
 
 
 def test_a_fingerprint_of_half_a_million_files_takes_seconds(tmp_path):
-    """By extrapolation from 5 000: a stat of each and little else; equal when taken again, whatever the threads do."""
+    """By extrapolation from 5 000: a stat of each and little else; equal when taken again, whatever
+    the threads do.
+    """
     (tmp_path / "a").mkdir()
     for i in range(5000):
         (tmp_path / "a" / f"{i}.png").write_bytes(b"")
@@ -290,7 +367,9 @@ def test_counting_reads_no_image(cache, tmp_path):
     """Labels of files are counted where the images cannot even be opened."""
     label = np.arange(6, dtype=np.uint8).reshape(2, 3) % 4
     Image.fromarray(label).save(tmp_path / "label.png")
-    pairs = Pairs([str(tmp_path / "absent.png")], [str(tmp_path / "label.png")], np.array([[2, 3]], np.int32))
+    pairs = Pairs(
+        [str(tmp_path / "absent.png")], [str(tmp_path / "label.png")], np.array([[2, 3]], np.int32)
+    )
     files = Files("clear", pairs, np.arange(65536, dtype=np.int16) % 256, CITYSCAPES)
     np.testing.assert_array_equal(class_pixels(files)[0, :5], [2, 2, 1, 1, 0])
 
@@ -303,7 +382,9 @@ def test_a_cache_that_cannot_be_written_is_no_error(tmp_path, monkeypatch):
 
 
 def test_weighted_parts_draw_their_own_rare_classes(cache):
-    """Each part has its own statistics; a class rare in one and common in the other is drawn from each as that part says."""
+    """Each part has its own statistics; a class rare in one and common in the other is drawn from
+    each as that part says.
+    """
     a = Stripes((((3, 500),), ((7, 20),)) * 5, "a")
     b = Stripes((((7, 500),), ((3, 20),)) * 5, "b")
     mixture = Mixture([a, b])
@@ -312,12 +393,16 @@ def test_weighted_parts_draw_their_own_rare_classes(cache):
     assert {train_id for (part, _), train_id in drawn if part is a} == {7}
     assert {train_id for (part, _), train_id in drawn if part is b} == {3}
     assert all(i % 2 == 1 for (_, i), _ in drawn)
-    joined = make_sampler(mixture, seed=0, temperature=0.01, min_pixels=20)  # in both together neither is rarer
+    joined = make_sampler(
+        mixture, seed=0, temperature=0.01, min_pixels=20
+    )  # in both together neither is rarer
     assert {joined(p).wanted.train_id for p in range(100)} == {3, 7}
 
 
 def test_rare_classes_fill_the_crops(cache):
-    """From statistics to crops: a class in one image of twenty, in a corner of it, is in most of the crops."""
+    """From statistics to crops: a class in one image of twenty, in a corner of it, is in most of
+    the crops.
+    """
     dataset = Stripes((*(((3, 400),),) * 19, ((18, 100),)))
     shown = {}
     for temperature in (0.0, 0.01):
@@ -325,14 +410,20 @@ def test_rare_classes_fill_the_crops(cache):
         crops = []
         for p in range(100):
             image, wanted = sampler(p)
-            crops.append(random_crop(dataset[image], Augmentation(crop=(10, 40)), np.random.default_rng(p), wanted))
+            crops.append(
+                random_crop(
+                    dataset[image], Augmentation(crop=(10, 40)), np.random.default_rng(p), wanted
+                )
+            )
         shown[temperature] = np.mean([(crop["label"] == 18).sum() >= 60 for crop in crops])
     assert shown[0.0] < 0.05
     assert shown[0.01] > 0.6
 
 
 def test_statistics_of_many_images_stay_small(cache, monkeypatch):
-    """The sampler of 25 000 images of 19 classes takes under 4 MB, pickled for a worker process as well."""
+    """The sampler of 25 000 images of 19 classes takes under 4 MB, pickled for a worker process as
+    well.
+    """
     pixels = np.random.default_rng(0).integers(0, 30000, (25000, 19)).astype(np.int32)
     monkeypatch.setattr(samplers, "class_pixels", lambda dataset, workers: pixels)
     sampler = make_sampler(numbered(25000, "many"), seed=0, temperature=0.01, min_pixels=3000)
@@ -344,4 +435,6 @@ def test_an_empty_dataset_is_refused():
     with pytest.raises(ValueError, match="domain 'none' has no images"):
         make_sampler(numbered(0, "none"), seed=0)
     with pytest.raises(ValueError, match="domain 'none' has no images"):
-        make_sampler(Mixture([numbered(3, "some"), numbered(0, "none")]), seed=0, weights=(1.0, 1.0))
+        make_sampler(
+            Mixture([numbered(3, "some"), numbered(0, "none")]), seed=0, weights=(1.0, 1.0)
+        )

@@ -1,4 +1,6 @@
-"""Lists of what to leave out: what a line may look like, what it means in folders, archives and records, and which lines are refused."""
+"""Lists of what to leave out: what a line may look like, what it means in folders, archives and
+records, and which lines are refused.
+"""
 
 from pathlib import Path
 import pickle
@@ -38,9 +40,13 @@ def listed(folder: Path, *lines: str | bytes) -> str:
     return str(file)
 
 
-def left(root: Path, skip: str, domain: str = "gta5", folder: FolderOptions | None = None) -> list[str]:
+def left(
+    root: Path, skip: str, domain: str = "gta5", folder: FolderOptions | None = None
+) -> list[str]:
     """Names of the images that are left."""
-    dataset = open_domain(domain, root=str(root), train=True, streets=StreetsOptions(), folder=folder, skip=skip)
+    dataset = open_domain(
+        domain, root=str(root), train=True, streets=StreetsOptions(), folder=folder, skip=skip
+    )
     return [Path(dataset.name(i)).name for i in range(len(dataset))]
 
 
@@ -92,13 +98,18 @@ def test_links_and_composition_do_not_matter(root):
     name = "Zu\u0308rich.png"
     for kind in ("images", "labels"):
         (root / f"gta5/{kind}/00002.png").rename(root / f"gta5/{kind}/{name}")
-    assert name not in left(root, listed(root.parent, unicodedata.normalize("NFC", f"gta5/images/{name}")))
+    assert name not in left(
+        root, listed(root.parent, unicodedata.normalize("NFC", f"gta5/images/{name}"))
+    )
 
 
 @pytest.mark.parametrize(
     ("line", "told"),
     [
-        ("gta5/images/0002.png", "'gta5/images/0002.png' is no file below ROOT (nearest is gta5/images/00002.png)"),
+        (
+            "gta5/images/0002.png",
+            "'gta5/images/0002.png' is no file below ROOT (nearest is gta5/images/00002.png)",
+        ),
         ("gta5/image/00002.png", "(nearest is gta5/images/00002.png)"),
         ("gta5\\image\\00002.jpg", "(nearest is gta5/images/00002.png)"),
         ("images/00002.png", "(nearest is gta5/images/00002.png)"),
@@ -120,7 +131,9 @@ def test_a_line_that_names_nothing_is_an_error(root, line, told):
 
 
 def test_a_run_is_evaluated_where_its_source_is_not(root):
-    """The list speaks of the source's dataset too; of those that are there every line still has to name a file."""
+    """The list speaks of the source's dataset too; of those that are there every line still has to
+    name a file.
+    """
     options = {"root": str(root), "streets": StreetsOptions(), "folder": None}
     elsewhere = ("synthia/RGB/1.png", "/train/root/synthia/RGB/2.png", "gta5/images/00002.png")
     skip = listed(root.parent, *elsewhere)
@@ -130,21 +143,41 @@ def test_a_run_is_evaluated_where_its_source_is_not(root):
             open_domain("gta5", train=True, skip=skip, **options)
         recorded(root, both=True)
     with pytest.raises(ValueError, match=r"line 4: 'gta5/images/2\.png' is no file"):
-        open_domain("gta5", train=False, skip=listed(root.parent, *elsewhere, "gta5/images/2.png"), **options)
+        open_domain(
+            "gta5",
+            train=False,
+            skip=listed(root.parent, *elsewhere, "gta5/images/2.png"),
+            **options,
+        )
 
 
 def test_a_list_serves_all_datasets_below_a_root(root):
-    """A file of another dataset, or of this one and of no pair, is no mistake; of many mistakes the first are told."""
+    """A file of another dataset, or of this one and of no pair, is no mistake; of many mistakes the
+    first are told.
+    """
     trees.make("acdc", root, np.random.default_rng(1))
     other = next((root / "acdc/gt/fog/train").rglob("*.png")).relative_to(root)
     trees.write(root / "gta5", "images/readme.txt", b"")
-    assert left(root, listed(root.parent, str(other), "gta5/images/readme.txt", "gta5/images/00002.png")) == WITHOUT_2
-    with pytest.raises(ValueError, match=r"line 1: .*; line 2: .*; line 3: .*; and lines 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, \.\.; correct"):
+    assert (
+        left(
+            root, listed(root.parent, str(other), "gta5/images/readme.txt", "gta5/images/00002.png")
+        )
+        == WITHOUT_2
+    )
+    with pytest.raises(
+        ValueError,
+        match=(
+            r"line 1: .*; line 2: .*; line 3: .*; and lines 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, \.\.;"
+            r" correct"
+        ),
+    ):
         left(root, listed(root.parent, *(f"gta5/images/{i}.jpg" for i in range(20))))
 
 
 def recorded(root: Path, domain: str = "gta5", both: bool = False) -> None:
-    """Writes records of what is below a root, of training or of both kinds, and leaves nothing else there."""
+    """Writes records of what is below a root, of training or of both kinds, and leaves nothing else
+    there.
+    """
     if not (root / domain / "images").is_dir() and not [*(root / domain).glob("*.zip")]:
         return
     dataset = open_files(domain, root=str(root), train=True, folder=None)
@@ -160,21 +193,36 @@ def recorded(root: Path, domain: str = "gta5", both: bool = False) -> None:
 
 
 def test_records_without_some_images_are_the_files_without_them(root):
-    """Samples, sizes, names and fingerprints, over the bounds of shards, of all readers; other images of the list change nothing."""
+    """Samples, sizes, names and fingerprints, over the bounds of shards, of all readers; other
+    images of the list change nothing.
+    """
     skip = listed(root.parent, "gta5/images/00002.png", "gta5/labels/00003.png")
     options = {"train": True, "streets": StreetsOptions(), "folder": None, "skip": skip}
     files = open_domain("gta5", root=str(root), **options)
-    expected = [files[i] for i in range(len(files))], [files.size(i) for i in range(len(files))], files.pairs.fingerprints
+    expected = (
+        [files[i] for i in range(len(files))],
+        [files.size(i) for i in range(len(files))],
+        files.pairs.fingerprints,
+    )
     recorded(root)
     found = open_domain("gta5", root=str(root), **options)
     assert isinstance(found, records.Records)
-    assert [found.name(i) for i in range(len(found))] == found.names() == ["gta5/images/00001.png", "gta5/images/00004.png"]
+    assert (
+        [found.name(i) for i in range(len(found))]
+        == found.names()
+        == ["gta5/images/00001.png", "gta5/images/00004.png"]
+    )
     assert found.label_names() == ["gta5/labels/00001.png", "gta5/labels/00004.png"]
     assert [found.size(i) for i in range(2)] == expected[1]
     found = pickle.loads(pickle.dumps(found))  # as a worker process receives it
     counted = class_counts._content(found)
     other = open_domain(
-        "gta5", root=str(root), **{**options, "skip": listed(root.parent, "gta5/images/00002.png", "gta5/images/00001.png")}
+        "gta5",
+        root=str(root),
+        **{
+            **options,
+            "skip": listed(root.parent, "gta5/images/00002.png", "gta5/images/00001.png"),
+        },
     )
     assert class_counts._content(other) != counted  # which keys what was counted of the labels
     np.testing.assert_array_equal(found.fingerprints, expected[2])
@@ -183,7 +231,9 @@ def test_records_without_some_images_are_the_files_without_them(root):
             np.testing.assert_array_equal(found[i][key], array)
             if key == "label":
                 np.testing.assert_array_equal(found.truth(i)[key], array)
-    with pytest.raises(ValueError, match=r"data\.skip leaves no image of .*/gta5/1\.0\.0; shorten the list"):
+    with pytest.raises(
+        ValueError, match=r"data\.skip leaves no image of .*/gta5/1\.0\.0; shorten the list"
+    ):
         left(root, listed(root.parent, *(f"gta5/images/0000{i}.png" for i in range(1, 5))))
 
 
@@ -197,19 +247,30 @@ def test_records_refuse_lines_that_name_nothing(root):
     place = root.parent / "records"
     other = str(Path(night.label).relative_to(root))
     assert left(place, listed(root.parent, other, "gta5/images/00002.png")) == WITHOUT_2
-    told = r"line 2: 'gta5/images/0002\.png' is no file below /.*/records \(nearest is gta5/images/00002\.png\); correct"
+    told = (
+        r"line 2: 'gta5/images/0002\.png' is no file below /.*/records \(nearest is"
+        r" gta5/images/00002\.png\); correct"
+    )
     with pytest.raises(ValueError, match=told):
         left(place, listed(root.parent, other, "gta5/images/0002.png"))
 
 
 def test_records_that_do_not_know_their_labels_say_so(root, monkeypatch):
-    """Older ones, beside the files that they were made of: a label's name is refused rather than passed over."""
+    """Older ones, beside the files that they were made of: a label's name is refused rather than
+    passed over.
+    """
     dataset = open_files("gta5", root=str(root), train=True, folder=None)
     with monkeypatch.context() as patch:
         patch.setattr("jaxdg.commands.prepare._ShardWriter._labels", lambda self, k: [])
         prepare("gta5", {"train": dataset}, root=str(root), out=str(root))
     assert left(root, listed(root.parent, "gta5/images/00002.png")) == WITHOUT_2
-    with pytest.raises(ValueError, match=r"'gta5/labels/00002\.png' is no image of its records, which do not know their labels; name the"):
+    with pytest.raises(
+        ValueError,
+        match=(
+            r"'gta5/labels/00002\.png' is no image of its records, which do not know their labels;"
+            r" name the"
+        ),
+    ):
         left(root, listed(root.parent, "gta5/labels/00002.png"))
 
 
@@ -221,23 +282,44 @@ def test_records_in_a_store_obey_the_list_too(root):
     place = "memory://skipped"
     fsspec.filesystem("memory").put(str(root), "/skipped", recursive=True)
     assert left(place, listed(root.parent, "gta5/labels/00002.png")) == WITHOUT_2
-    with pytest.raises(ValueError, match=r"'gta5/images/002\.png' is no file below memory://skipped \(nearest is gta5/images/00002\.png"):
+    with pytest.raises(
+        ValueError,
+        match=(
+            r"'gta5/images/002\.png' is no file below memory://skipped \(nearest is"
+            r" gta5/images/00002\.png"
+        ),
+    ):
         left(place, listed(root.parent, "gta5/images/002.png"))
     fsspec.filesystem("memory").rm("/skipped", recursive=True)
 
 
 @pytest.mark.parametrize("stored", [False, True], ids=["files", "records"])
-@pytest.mark.parametrize("line", ["pets/VOC2007/JPEGImages/b.jpg", "pets\\VOC2007\\Annotations\\b.xml"])
+@pytest.mark.parametrize(
+    "line", ["pets/VOC2007/JPEGImages/b.jpg", "pets\\VOC2007\\Annotations\\b.xml"]
+)
 def test_boxes_obey_the_list(tmp_path, line, stored):
     """VOC images named by themselves or by their XML file, in files and in records."""
-    root, own = tmp_path / "data", BoxOptions(classes=("cat", "dog"))
-    write_voc(root / "pets/VOC2007", {name: xml(thing("dog", 1, 1, 9, 9)) for name in "abc"}, trainval=["a", "b", "c"])
+    root = tmp_path / "data"
+    own = BoxOptions(classes=("cat", "dog"))
+    write_voc(
+        root / "pets/VOC2007",
+        {name: xml(thing("dog", 1, 1, 9, 9)) for name in "abc"},
+        trainval=["a", "b", "c"],
+    )
     place = root
     if stored:
         place = tmp_path / "records"
         dataset = open_box_files("pets", root=str(root), train=True, own=own)
         prepare("pets", {"train": dataset}, root=str(root), out=str(place))
-    left_over = open_boxes("pets", root=str(place), train=True, own=own, skip=listed(tmp_path, line))
+    left_over = open_boxes(
+        "pets", root=str(place), train=True, own=own, skip=listed(tmp_path, line)
+    )
     assert [Path(left_over.name(i)).name for i in range(len(left_over))] == ["a.jpg", "c.jpg"]
     with pytest.raises(ValueError, match=re.escape("(nearest is pets/VOC2007/JPEGImages/b.jpg)")):
-        open_boxes("pets", root=str(place), train=True, own=own, skip=listed(tmp_path, "pets/VOC2007/JPEGImage/b.jpg"))
+        open_boxes(
+            "pets",
+            root=str(place),
+            train=True,
+            own=own,
+            skip=listed(tmp_path, "pets/VOC2007/JPEGImage/b.jpg"),
+        )

@@ -25,7 +25,9 @@ def cache(tmp_path, monkeypatch) -> Path:
 
 
 def opened(domain: str, root: Path, **options):
-    return open_domain(domain, root=str(root), train=True, streets=StreetsOptions(), **{"folder": None, **options})
+    return open_domain(
+        domain, root=str(root), train=True, streets=StreetsOptions(), **{"folder": None, **options}
+    )
 
 
 def relative(files: dict[str, str], base: Path) -> dict[str, str]:
@@ -33,7 +35,9 @@ def relative(files: dict[str, str], base: Path) -> dict[str, str]:
 
 
 def test_a_path_reads_the_same_from_folder_and_archive(tmp_path):
-    """Stored and compressed members, names with spaces and letters of other alphabets, and folders whose names end in .zip."""
+    """Stored and compressed members, names with spaces and letters of other alphabets, and folders
+    whose names end in .zip.
+    """
     names = ("a.png", "über uns/Straße 1.png", "道路/b c.png")
     with zipfile.ZipFile(tmp_path / "my archive.zip", "w") as archive:
         for i, name in enumerate(names):
@@ -47,12 +51,18 @@ def test_a_path_reads_the_same_from_folder_and_archive(tmp_path):
         assert storage.subfolders(str(base)) == ["über uns", "道路"]
         assert storage.is_folder(f"{base}/道路")
         assert not storage.is_folder(f"{base}/a.png")
-        listed = {str(Path(parent, name).relative_to(base)) for parent, files in storage.walk(str(base)) for name in files}
+        listed = {
+            str(Path(parent, name).relative_to(base))
+            for parent, files in storage.walk(str(base))
+            for name in files
+        }
         assert listed == set(names)
 
 
 def test_folders_and_archives_of_a_dataset_are_one_tree(tmp_path):
-    """Each may wrap everything in a folder of its own; what is unpacked wins; hidden files and other folders do not count."""
+    """Each may wrap everything in a folder of its own; what is unpacked wins; hidden files and
+    other folders do not count.
+    """
     base = tmp_path / "gta5"
     trees.write(base, "images/1.png", b"unpacked")
     trees.write(base, "images/.1.png", b"hidden")
@@ -62,7 +72,11 @@ def test_folders_and_archives_of_a_dataset_are_one_tree(tmp_path):
     trees.write(base, "deep/images/4.png", b"4", "b.ZIP", "wrapped/")
     trees.write(base, "images/2.png", b"junk", "b.ZIP", "__MACOSX/")
     files = storage.Tree(str(base)).files("pictures", "images")
-    assert relative(files, base) == {"1.png": "images/1.png", "2.png": "a.zip/images/2.png", "x/3.png": "b.ZIP/wrapped/images/x/3.png"}
+    assert relative(files, base) == {
+        "1.png": "images/1.png",
+        "2.png": "a.zip/images/2.png",
+        "x/3.png": "b.ZIP/wrapped/images/x/3.png",
+    }
     assert [storage.read(path) for path in files.values()] == [b"unpacked", b"2", b"3"]
     trees.write(tmp_path / "voc", "Towns/images/1.png", b"1")
     trees.write(tmp_path / "voc", "More/images/2.png", b"2")
@@ -79,39 +93,60 @@ def test_folders_and_archives_of_a_dataset_are_one_tree(tmp_path):
         ("cityscapes/x/y/leftImg8bit/train/a.png", "cityscapes/x/y/leftImg8bit/train"),  # too deep
         ("leftImg8bit/train/a.png", "leftImg8bit/train"),  # beside the dataset's folder
         ("Cityscapes/leftImg8bit/train/a.png", "Cityscapes/leftImg8bit/train"),  # another spelling
-        ("../cityscapes/leftImg8bit/train/a.png", "../cityscapes/leftImg8bit/train"),  # a data root too deep
+        (
+            "../cityscapes/leftImg8bit/train/a.png",
+            "../cityscapes/leftImg8bit/train",
+        ),  # a data root too deep
         ("../leftImg8bit/train/a.png", "../leftImg8bit/train"),  # a data root in the dataset
     ],
 )
 @pytest.mark.parametrize("there", [False, True], ids=["absent", "present"])
 def test_a_wrong_folder_level_says_where_the_folder_is(tmp_path, put, found, there):
-    """Both where it should be and where it was found, whether or not the dataset's own folder exists."""
+    """Both where it should be and where it was found, whether or not the dataset's own folder
+    exists.
+    """
     root = tmp_path / "data"
     root.mkdir()
     if there:
         (root / "cityscapes").mkdir(exist_ok=True)
     trees.write(root, put, b"")
-    message = rf"{root}/cityscapes should hold leftImg8bit/train, unpacked or in a zip archive, but (\S*) was found instead; move it"
+    message = (
+        rf"{root}/cityscapes should hold leftImg8bit/train, unpacked or in a zip archive, but (\S*)"
+        r" was found instead; move it"
+    )
     with pytest.raises(FileNotFoundError, match=message) as error:
         opened("cityscapes", root)
     assert "\n" not in str(error.value)
-    assert os.path.realpath(str(error.value).split(" but ")[1].split()[0]) == os.path.realpath(root / found)
+    assert os.path.realpath(str(error.value).split(" but ")[1].split()[0]) == os.path.realpath(
+        root / found
+    )
 
 
 def test_a_wrong_folder_level_in_an_archive_is_found_too(tmp_path):
     """As is what lies in the folder where nothing fits."""
     trees.write(tmp_path / "gta5", "a/b/images/1.png", b"", "all.zip")
-    with pytest.raises(FileNotFoundError, match=r"should hold images, .* but /.*/gta5/all\.zip/a/b/images was found instead"):
+    with pytest.raises(
+        FileNotFoundError,
+        match=r"should hold images, .* but /.*/gta5/all\.zip/a/b/images was found instead",
+    ):
         opened("gta5", tmp_path)
     trees.write(tmp_path / "synthia", "LABELS/1.png", b"")
-    with pytest.raises(FileNotFoundError, match=r"synthia should hold RGB, .*, but holds LABELS; fetch what is missing"):
+    with pytest.raises(
+        FileNotFoundError,
+        match=r"synthia should hold RGB, .*, but holds LABELS; fetch what is missing",
+    ):
         opened("synthia", tmp_path)
-    with pytest.raises(FileNotFoundError, match=r"mapillary should hold training/images, .*, but does not exist; check JAXDG_DATA"):
+    with pytest.raises(
+        FileNotFoundError,
+        match=r"mapillary should hold training/images, .*, but does not exist; check JAXDG_DATA",
+    ):
         opened("mapillary", tmp_path)
 
 
 def test_damaged_members_are_named_at_the_start_and_when_read(tmp_path):
-    """A flipped byte of a stored member is met by its checksum, a truncated PNG in an archive by its end, an absent member by name."""
+    """A flipped byte of a stored member is met by its checksum, a truncated PNG in an archive by
+    its end, an absent member by name.
+    """
     items = trees.make("gta5", tmp_path, np.random.default_rng(0), zipped=True, count=4)
     dataset = opened("gta5", tmp_path)
     archive = tmp_path / "gta5/02_images.zip"
@@ -122,7 +157,10 @@ def test_damaged_members_are_named_at_the_start_and_when_read(tmp_path):
     data = bytearray(archive.read_bytes())
     data[data.find(b"IDAT") + 30] ^= 1
     archive.write_bytes(data)
-    with pytest.raises(ValueError, match=r"02_images\.zip/images/00002\.png: damaged \(Bad CRC-32 .*\); fetch the file again"):
+    with pytest.raises(
+        ValueError,
+        match=r"02_images\.zip/images/00002\.png: damaged \(Bad CRC-32 .*\); fetch the file again",
+    ):
         dataset[1]
     with pytest.raises(ValueError, match="fetch these files again") as error:
         opened("gta5", tmp_path)
@@ -130,10 +168,14 @@ def test_damaged_members_are_named_at_the_start_and_when_read(tmp_path):
     assert "02_images.zip/images/00004.png: truncated (no PNG end chunk)" in str(error.value)
     trees.write(tmp_path / "gta5", "images/other.png", b"", "03_images.zip")
     (tmp_path / "gta5/03_images.zip").replace(archive)
-    with pytest.raises(ValueError, match=r"00002\.png: unreadable \(the archive has no such member\)"):
+    with pytest.raises(
+        ValueError, match=r"00002\.png: unreadable \(the archive has no such member\)"
+    ):
         dataset[1]
     archive.write_bytes(data[: len(data) // 2])
-    with pytest.raises(ValueError, match=r"02_images\.zip: no whole zip archive \(.*\); fetch it again"):
+    with pytest.raises(
+        ValueError, match=r"02_images\.zip: no whole zip archive \(.*\); fetch it again"
+    ):
         opened("gta5", tmp_path)
 
 
@@ -143,8 +185,13 @@ def test_processes_open_archives_themselves(tmp_path):
     dataset = opened("bdd100k", tmp_path)
     expected = dataset[1]["label"]
     (tmp_path / "dataset").write_bytes(pickle.dumps(dataset))
-    code = "import pickle, sys; sys.stdout.buffer.write(pickle.load(open(sys.argv[1], 'rb'))[1]['label'].tobytes())"
-    got = subprocess.run([sys.executable, "-c", code, tmp_path / "dataset"], capture_output=True, check=True).stdout
+    code = (
+        "import pickle, sys; sys.stdout.buffer.write(pickle.load(open(sys.argv[1],"
+        " 'rb'))[1]['label'].tobytes())"
+    )
+    got = subprocess.run(
+        [sys.executable, "-c", code, tmp_path / "dataset"], capture_output=True, check=True
+    ).stdout
     assert got == expected.tobytes()
 
 
@@ -165,7 +212,9 @@ def test_the_index_knows_archives(tmp_path, monkeypatch):
     np.testing.assert_array_equal(second.pairs.sizes, first.pairs.sizes)
     item = trees.make("gta5", tmp_path / "other", np.random.default_rng(1), count=4)[3]
     for kind, path in (("images", item.image), ("labels", item.label)):
-        trees.write(tmp_path / "gta5", f"{kind}/00004.png", Path(path).read_bytes(), f"02_{kind}.zip")
+        trees.write(
+            tmp_path / "gta5", f"{kind}/00004.png", Path(path).read_bytes(), f"02_{kind}.zip"
+        )
     assert len(opened("gta5", tmp_path)) == 4
     settle(1.1e9)
     assert len(opened("gta5", tmp_path)) == 4
@@ -175,7 +224,9 @@ def test_the_index_knows_archives(tmp_path, monkeypatch):
 
 
 def test_own_folders_may_be_in_an_archive_and_are_taken_literally(tmp_path):
-    """`photos.zip/images` is read from the archive; another folder of the same name, one deeper, is not."""
+    """`photos.zip/images` is read from the archive; another folder of the same name, one deeper, is
+    not.
+    """
     image = trees.encode(np.zeros((4, 6, 3), np.uint8), "PNG")
     for kind, data in (("images", image), ("labels", trees.grey(np.full((4, 6), 3)))):
         trees.write(tmp_path, f"{kind}/a.png", data, "photos.zip")
@@ -217,7 +268,9 @@ HIDDEN = (
 
 @pytest.mark.parametrize("zipped", [False, True], ids=["unpacked", "zip"])
 def test_hidden_and_system_entries_are_no_images_and_are_counted(tmp_path, zipped):
-    """In folders and in archives, whether on one side or on both; their number and an example are told."""
+    """In folders and in archives, whether on one side or on both; their number and an example are
+    told.
+    """
     archive = "town.zip" if zipped else ""
     for kind in ("images", "labels"):
         for name in ("b.png", "city/c.png"):
@@ -226,11 +279,18 @@ def test_hidden_and_system_entries_are_no_images_and_are_counted(tmp_path, zippe
             trees.write(tmp_path, f"{kind}/{name}", b"junk", archive)
     base = tmp_path / archive
     tree = storage.Tree(str(base), exact=True)
-    pairs, defects = index.examine(tree, [("images", ("labels",))], image_suffix="", label_suffix=".png")
-    assert [os.path.relpath(path, base) for path in pairs.images] == ["images/b.png", "images/city/c.png"]
+    pairs, defects = index.examine(
+        tree, [("images", ("labels",))], image_suffix="", label_suffix=".png"
+    )
+    assert [os.path.relpath(path, base) for path in pairs.images] == [
+        "images/b.png",
+        "images/city/c.png",
+    ]
     assert not defects
     (note,) = pairs.notes
-    assert note.startswith(f"{len(HIDDEN) + len(HIDDEN[::2])} hidden or system entries skipped, such as {base}/images/")
+    assert note.startswith(
+        f"{len(HIDDEN) + len(HIDDEN[::2])} hidden or system entries skipped, such as {base}/images/"
+    )
 
 
 def test_a_hidden_archive_or_wrapper_is_no_part_of_a_dataset(tmp_path):
@@ -243,7 +303,9 @@ def test_a_hidden_archive_or_wrapper_is_no_part_of_a_dataset(tmp_path):
 
 
 def test_links_are_followed_and_loops_end(tmp_path):
-    """Each image once: links to a folder above, to the folder itself, to a neighbour, in a circle, and to a folder elsewhere."""
+    """Each image once: links to a folder above, to the folder itself, to a neighbour, in a circle,
+    and to a folder elsewhere.
+    """
     root = tmp_path / "data"
     for name in ("1.png", "x/2.png", "x/deep/3.png"):
         write_pair(root, name)
@@ -261,7 +323,12 @@ def test_links_are_followed_and_loops_end(tmp_path):
         ):
             (root / kind / link).symlink_to(target)
     (tmp_path / "elsewhere/images/home").symlink_to(root / "images")
-    assert opened_own(root) == ["images/1.png", "images/far/4.png", "images/x/2.png", "images/x/deep/3.png"]
+    assert opened_own(root) == [
+        "images/1.png",
+        "images/far/4.png",
+        "images/x/2.png",
+        "images/x/deep/3.png",
+    ]
     passed = storage.Passed()
     assert len([*storage.walk(str(root / "images"), passed)]) == 4
     skipped = {os.path.relpath(path, root / "images") for path in passed.links}
@@ -288,16 +355,25 @@ NAME = "Zu\u0308rich"  # decomposed, as macOS stored it
 
 @pytest.mark.parametrize("zipped", [False, True], ids=["unpacked", "zip"])
 def test_names_composed_differently_pair(tmp_path, zipped):
-    """A decomposed image and a composed label are partners, folders and settings included; paths stay as they are on disk."""
+    """A decomposed image and a composed label are partners, folders and settings included; paths
+    stay as they are on disk.
+    """
     archive = "photos.zip" if zipped else ""
     city = unicodedata.normalize("NFC", NAME)
     assert city != NAME
-    image, label = (trees.encode(np.zeros((4, 6, 3), np.uint8), "PNG"), trees.grey(np.full((4, 6), 3)))
+    image = trees.encode(np.zeros((4, 6, 3), np.uint8), "PNG")
+    label = trees.grey(np.full((4, 6), 3))
     trees.write(tmp_path, f"{NAME} images/{NAME}/{city}.png", image, archive)
     trees.write(tmp_path, f"labels/{city}/{NAME}_{NAME}.png", label, archive)
     inside = f"{archive}/" if zipped else ""
-    dataset = opened("mine", tmp_path, folder=FolderOptions(f"{inside}{city} images", f"{inside}labels", "", f"_{city}.png"))
-    assert [os.path.relpath(dataset.name(i), tmp_path) for i in range(len(dataset))] == [f"{inside}{NAME} images/{NAME}/{city}.png"]
+    dataset = opened(
+        "mine",
+        tmp_path,
+        folder=FolderOptions(f"{inside}{city} images", f"{inside}labels", "", f"_{city}.png"),
+    )
+    assert [os.path.relpath(dataset.name(i), tmp_path) for i in range(len(dataset))] == [
+        f"{inside}{NAME} images/{NAME}/{city}.png"
+    ]
     assert (dataset[0]["label"] == 3).all()
 
 
@@ -313,27 +389,37 @@ def test_names_that_differ_only_in_composition_are_an_error(tmp_path):
 
 
 def test_an_extension_in_capitals_is_the_same_extension(tmp_path):
-    """`b.PNG` was left out without a word where the suffixes are given; the rest of a suffix keeps its case."""
+    """`b.PNG` was left out without a word where the suffixes are given; the rest of a suffix keeps
+    its case.
+    """
     for name in ("a_x.png", "b_x.PNG", "c_X.png"):
         write_pair(tmp_path, name)
     folder = FolderOptions("images", "labels", "_x.png", "_x.png")
     dataset = opened("mine", tmp_path, folder=folder)
     assert [Path(dataset.name(i)).name for i in range(len(dataset))] == ["a_x.png", "b_x.PNG"]
     trees.write(tmp_path, "images/a_x.PNG", b"")
-    with pytest.raises(ValueError, match=r"a_x\.(png|PNG) and .*a_x\.(png|PNG) share a name; keep one"):
+    with pytest.raises(
+        ValueError, match=r"a_x\.(png|PNG) and .*a_x\.(png|PNG) share a name; keep one"
+    ):
         opened("mine", tmp_path, folder=folder)
 
 
 def candidates(root: Path, first: str, second: str) -> None:
     """Opening names both files and says what to do."""
-    with pytest.raises(ValueError, match="two candidates for the same place; keep one, and move the other") as error:
+    with pytest.raises(
+        ValueError, match="two candidates for the same place; keep one, and move the other"
+    ) as error:
         opened("gta5", root)
     assert f"{root}/gta5/{first} and {root}/gta5/{second} are" in str(error.value)
 
 
 def test_the_same_dataset_twice_is_an_error(tmp_path):
-    """A copy one folder deeper, two wrappers, an archive fetched twice, a second archive with some of the images."""
-    copied, wrapped, fetched, partly = (tmp_path / name for name in ("copied", "wrapped", "fetched", "partly"))
+    """A copy one folder deeper, two wrappers, an archive fetched twice, a second archive with some
+    of the images.
+    """
+    copied, wrapped, fetched, partly = (
+        tmp_path / name for name in ("copied", "wrapped", "fetched", "partly")
+    )
     trees.make("gta5", copied, np.random.default_rng(0), count=1)
     shutil.copytree(copied / "gta5", wrapped / "gta5/old")
     shutil.copytree(copied / "gta5", wrapped / "gta5/new")
@@ -358,16 +444,24 @@ def test_a_link_to_a_wrapper_is_no_second_dataset(tmp_path):
 
 
 def test_an_archive_beside_its_unpacked_folder(tmp_path):
-    """The unpacked files are read if they have the archive's sizes, else both are named with their sizes."""
+    """The unpacked files are read if they have the archive's sizes, else both are named with their
+    sizes.
+    """
     trees.make("gta5", tmp_path, np.random.default_rng(0), zipped=True)
     for archive in (tmp_path / "gta5").glob("*.zip"):
         zipfile.ZipFile(archive).extractall(tmp_path / "gta5")
     dataset = opened("gta5", tmp_path)
-    assert [os.path.relpath(dataset.name(i), tmp_path) for i in range(2)] == ["gta5/images/00001.png", "gta5/images/00002.png"]
+    assert [os.path.relpath(dataset.name(i), tmp_path) for i in range(2)] == [
+        "gta5/images/00001.png",
+        "gta5/images/00002.png",
+    ]
     with open(tmp_path / "gta5/images/00002.png", "ab") as file:
         file.write(b"more")
     length = (tmp_path / "gta5/images/00002.png").stat().st_size
-    wanted = rf"gta5/images/00002\.png and .*/02_images\.zip/images/00002\.png differ: {length} and {length - 4} bytes; keep the right one"
+    wanted = (
+        rf"gta5/images/00002\.png and .*/02_images\.zip/images/00002\.png differ: {length} and"
+        rf" {length - 4} bytes; keep the right one"
+    )
     with pytest.raises(ValueError, match=wanted):
         opened("gta5", tmp_path)
 
@@ -380,18 +474,28 @@ def test_a_member_twice_in_an_archive(tmp_path):
         archive.writestr("images/00001.png", archive.read("images/00001.png"))
     assert len(opened("gta5", tmp_path)) == 2
     trees.write(tmp_path / "gta5", "images/00001.png", b"other", "01_images.zip")
-    with pytest.raises(ValueError, match=r"01_images\.zip/images/00001\.png is in its archive twice, with different contents; unpack"):
+    with pytest.raises(
+        ValueError,
+        match=(
+            r"01_images\.zip/images/00001\.png is in its archive twice, with different contents;"
+            r" unpack"
+        ),
+    ):
         opened("gta5", tmp_path)
 
 
 def test_two_spellings_of_a_folder_are_two_candidates(tmp_path):
-    """Of `night_sunny` and `Night-Sunny` the first by the program's list was read; a link from one to the other is one folder."""
+    """Of `night_sunny` and `Night-Sunny` the first by the program's list was read; a link from one
+    to the other is one folder.
+    """
     for name in ("night_sunny", "Night-Sunny"):
         trees.write(tmp_path, f"{name}/JPEGImages/1.jpg", b"")
     tree = storage.Tree(str(tmp_path))
     with pytest.raises(ValueError, match="two candidates") as error:
         tree.files("night_sunny/JPEGImages", "night-sunny/JPEGImages", "Night-Sunny/JPEGImages")
-    assert f"{tmp_path}/night_sunny/JPEGImages and {tmp_path}/Night-Sunny/JPEGImages are" in str(error.value)
+    assert f"{tmp_path}/night_sunny/JPEGImages and {tmp_path}/Night-Sunny/JPEGImages are" in str(
+        error.value
+    )
     shutil.rmtree(tmp_path / "night_sunny")
     (tmp_path / "night_sunny").symlink_to("Night-Sunny")
     assert [*tree.files("night_sunny/JPEGImages", "Night-Sunny/JPEGImages")] == ["1.jpg"]
@@ -409,7 +513,9 @@ print(len(pairs.images), pairs.labels[-1], seconds, int(re.search(r"VmHWM:\\s*(\
 
 
 def test_the_second_start_with_a_million_files_is_quick_and_small(tmp_path, monkeypatch):
-    """An index of 500 000 pairs in 500 folders is recalled in well under 10 seconds and 400 MB; its first making is not the matter here."""
+    """An index of 500 000 pairs in 500 folders is recalled in well under 10 seconds and 400 MB; its
+    first making is not the matter here.
+    """
     base = tmp_path / "town"
     names = [f"city_{i // 1000:03}/frame_{i:09}_x.png" for i in range(500_000)]
     for folder in {f"{kind}/{name[:8]}" for kind in ("images", "labels") for name in names[::1000]}:
@@ -418,12 +524,23 @@ def test_the_second_start_with_a_million_files_is_quick_and_small(tmp_path, monk
         os.utime(folder, (1e9, 1e9))
 
     def examine(tree, *_, **__):
-        paths = ([f"{base}/{kind}/{name}" for name in names] for kind in ("images", "labels") if not tree.files(kind))
+        paths = (
+            [f"{base}/{kind}/{name}" for name in names]
+            for kind in ("images", "labels")
+            if not tree.files(kind)
+        )
         return index.Pairs(*paths, np.full((len(names), 2), 1052, np.int32)), []
 
     monkeypatch.setattr(index, "examine", examine)
-    index.index_pairs(storage.Tree(str(base), exact=True), [("images", ("labels",))], image_suffix="", label_suffix=".png")
-    done = subprocess.run([sys.executable, "-c", MILLION, base], capture_output=True, text=True, check=True)
+    index.index_pairs(
+        storage.Tree(str(base), exact=True),
+        [("images", ("labels",))],
+        image_suffix="",
+        label_suffix=".png",
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", MILLION, base], capture_output=True, text=True, check=True
+    )
     count, last, seconds, megabytes = done.stdout.split()
     assert (int(count), last) == (500_000, f"{base}/labels/{names[-1]}")
     print(f"{seconds} s, {megabytes} MB")

@@ -56,7 +56,11 @@ def labels(facts):
 @pytest.fixture(scope="module")
 def pictures(facts):
     """Sixteen scenes: images as float [16, h, w, 3] by appearance, labels and depths [16, h, w]."""
-    return {name: facts[name].astype(float) for name in APPEARANCES}, facts["labels"][:16], facts["depths"]
+    return (
+        {name: facts[name].astype(float) for name in APPEARANCES},
+        facts["labels"][:16],
+        facts["depths"],
+    )
 
 
 def digest(cases=CASES) -> str:
@@ -70,7 +74,9 @@ def digest(cases=CASES) -> str:
 
 
 def test_another_process_renders_the_same_bits_and_needs_no_jax():
-    """Scenes depend on (seed, index, appearance, size) alone; a fresh process that renders them imports neither jax nor flax."""
+    """Scenes depend on (seed, index, appearance, size) alone; a fresh process that renders them
+    imports neither jax nor flax.
+    """
     code = (
         "import sys, hashlib; from jaxdg.streets.render import render\n"
         "parts = hashlib.sha256()\n"
@@ -80,14 +86,18 @@ def test_another_process_renders_the_same_bits_and_needs_no_jax():
         "        parts.update(str((array.dtype, array.shape)).encode() + array.tobytes())\n"
         "print(parts.hexdigest(), 'jax' in sys.modules, 'flax' in sys.modules)"
     )
-    output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    output = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    ).stdout.split()
     assert output == [digest(), "False", "False"]
     assert digest(CASES[1:3]) == digest(CASES[1:3])  # what was rendered before leaves no trace
 
 
 def test_seed_and_index_name_the_world():
     """Other seeds and other indices are other streets."""
-    maps = {render(seed, index, "clear", SIZE).label.tobytes() for seed in (0, 1) for index in (0, 1, 2)}
+    maps = {
+        render(seed, index, "clear", SIZE).label.tobytes() for seed in (0, 1) for index in (0, 1, 2)
+    }
     assert len(maps) == 6
 
 
@@ -108,7 +118,9 @@ def test_an_appearance_changes_pixels_only(index):
 
 @pytest.mark.parametrize("index", range(8))
 def test_boxes_are_tight_around_visible_pixels(index):
-    """Each box is the extent of its object's visible pixels, found by a plain loop over objects, and none is missing."""
+    """Each box is the extent of its object's visible pixels, found by a plain loop over objects,
+    and none is missing.
+    """
     scene = render(2, index, "clear", SIZE)
     street = Street(np.random.default_rng((2, index, 0)), SIZE)
     raster = rasterize(street.mesh, street.camera)
@@ -120,13 +132,21 @@ def test_boxes_are_tight_around_visible_pixels(index):
             expected.append(([columns.min(), rows.min(), columns.max() + 1, rows.max() + 1], label))
             assert (scene.label[rows, columns] == label).all()
     assert {label for _, label in expected} <= BOXED
-    assert set(np.unique(scene.label[objects == 0])).isdisjoint(BOXED)  # a thing's pixel belongs to an object
-    np.testing.assert_array_equal(scene.boxes, np.array([box for box, _ in expected], np.float32).reshape(-1, 4))
-    np.testing.assert_array_equal(scene.box_labels, np.array([label for _, label in expected], np.int32))
+    assert set(np.unique(scene.label[objects == 0])).isdisjoint(
+        BOXED
+    )  # a thing's pixel belongs to an object
+    np.testing.assert_array_equal(
+        scene.boxes, np.array([box for box, _ in expected], np.float32).reshape(-1, 4)
+    )
+    np.testing.assert_array_equal(
+        scene.box_labels, np.array([label for _, label in expected], np.int32)
+    )
 
 
 def test_every_class_is_there_to_be_learnt(labels):
-    """Over 100 scenes each of the 19 classes has at least 0.15 % of the pixels and shows in at least 15 scenes."""
+    """Over 100 scenes each of the 19 classes has at least 0.15 % of the pixels and shows in at
+    least 15 scenes.
+    """
     assert labels.max() == 18  # nothing is ignored
     first = labels[:100]
     for k in range(19):
@@ -137,7 +157,8 @@ def test_every_class_is_there_to_be_learnt(labels):
 def test_the_layout_cannot_be_guessed(labels):
     """The most frequent class of each pixel over 300 scenes scores under 25 mIoU on 100 others."""
     counts = np.stack([(labels[:300] == k).sum(0) for k in range(19)])
-    guess, truth = np.broadcast_to(counts.argmax(0), labels[300:].shape).ravel(), labels[300:].ravel().astype(int)
+    guess = np.broadcast_to(counts.argmax(0), labels[300:].shape).ravel()
+    truth = labels[300:].ravel().astype(int)
     confusion = np.bincount(truth * 19 + guess, minlength=361).reshape(19, 19)
     iou = np.diag(confusion) / (confusion.sum(0) + confusion.sum(1) - np.diag(confusion))
     assert 100 * iou.mean() < 25, iou
@@ -159,7 +180,8 @@ def test_any_size(size):
 def test_the_street_does_not_depend_on_the_picture_size():
     """A picture twice as large shows the same street: nine pixels in ten keep their class."""
     for index in range(4):
-        small, large = render(0, index, "clear", SIZE).label, render(0, index, "clear", (256, 512)).label
+        small = render(0, index, "clear", SIZE).label
+        large = render(0, index, "clear", (256, 512)).label
         assert (small == large[::2, ::2]).mean() > 0.9
 
 
@@ -169,7 +191,15 @@ def test_perspective():
     heights = []
     for distance in (6.0, 12.0, 24.0):
         mesh = Mesh()
-        mesh.place(shapes.models()["person"][0], shapes.PALETTE, (0.0, distance), 0.0, PERSON, distance, mesh.object(PERSON))
+        mesh.place(
+            shapes.models()["person"][0],
+            shapes.PALETTE,
+            (0.0, distance),
+            0.0,
+            PERSON,
+            distance,
+            mesh.object(PERSON),
+        )
         raster = rasterize(mesh, camera)
         rows = np.where((raster.label[raster.ids] == PERSON).any(1))[0]
         heights.append(rows.max() - rows.min())
@@ -180,23 +210,37 @@ def test_perspective():
 
 
 def test_depth_is_exact():
-    """Depth of the ground is camera height x focal length / rows below the horizon, and of a wall ahead its distance."""
-    camera, mesh = Camera((200, 400), focal=200.0, position=(0.0, 0.0, 1.5)), Mesh()
-    mesh.polygon([(-300, -5, 0), (300, -5, 0), (300, 300, 0), (-300, 300, 0)], (0.5, 0.5, 0.5), 0, 1e6, GROUND)
+    """Depth of the ground is camera height x focal length / rows below the horizon, and of a wall
+    ahead its distance.
+    """
+    camera = Camera((200, 400), focal=200.0, position=(0.0, 0.0, 1.5))
+    mesh = Mesh()
+    mesh.polygon(
+        [(-300, -5, 0), (300, -5, 0), (300, 300, 0), (-300, 300, 0)],
+        (0.5, 0.5, 0.5),
+        0,
+        1e6,
+        GROUND,
+    )
     mesh.polygon([(-2, 20, 0), (2, 20, 0), (2, 20, 5), (-2, 20, 5)], (0.5, 0.5, 0.5), 2, 20.0)
     raster = rasterize(mesh, camera)
-    label, depth = raster.label[raster.ids], paint(raster, camera).depth.reshape(200, 400)
+    label = raster.label[raster.ids]
+    depth = paint(raster, camera).depth.reshape(200, 400)
     rows, columns = np.where(label == 0)
     assert len(rows) > 10_000
     assert (label == 2).sum() > 1000
     assert (label[:40] == SKY).all()
     below = rows > 103  # farther rows end with the ground's far edge
-    np.testing.assert_allclose(depth[rows, columns][below], 1.5 * 200 / (rows - 99.5)[below], rtol=1e-4)
+    np.testing.assert_allclose(
+        depth[rows, columns][below], 1.5 * 200 / (rows - 99.5)[below], rtol=1e-4
+    )
     np.testing.assert_allclose(depth[label == 2], 20.0, rtol=1e-4)
 
 
 def test_night_and_dusk_are_dark(pictures):
-    """Night has less than half the light of day and dusk lies between; the night sky is nearly black; lamps stay bright."""
+    """Night has less than half the light of day and dusk lies between; the night sky is nearly
+    black; lamps stay bright.
+    """
     images, label, _ = pictures
     mean = {name: image.mean() for name, image in images.items()}
     assert mean["night"] < 0.5 * mean["clear"]
@@ -206,13 +250,21 @@ def test_night_and_dusk_are_dark(pictures):
 
 
 def test_fog_follows_koschmieder(pictures):
-    """The road's difference to the colour of the air falls exponentially with depth, at about the rate drawn (0.045 to 0.085 a metre)."""
+    """The road's difference to the colour of the air falls exponentially with depth, at about the
+    rate drawn (0.045 to 0.085 a metre).
+    """
     images, label, depth = pictures
-    starts, rates, fits = np.array([6, 8, 10, 12.5, 16, 20]), [], []
+    starts = np.array([6, 8, 10, 12.5, 16, 20])
+    rates = []
+    fits = []
     for image, kind, away in zip(images["fog"].mean(-1), label, depth, strict=True):
         bins = [image[(kind == 0) & (away > d) & (away < 1.25 * d)] for d in starts]
         if (kind == SKY).sum() > 500 and min(map(len, bins)) >= 40:
-            gap = np.log(np.maximum([np.median(image[kind == SKY]) - np.median(pixels) for pixels in bins], 1))
+            gap = np.log(
+                np.maximum(
+                    [np.median(image[kind == SKY]) - np.median(pixels) for pixels in bins], 1
+                )
+            )
             fits.append(np.corrcoef(starts, gap)[0, 1])
             rates.append(-np.polyfit(1.12 * starts, gap, 1)[0])
     assert len(rates) >= 5
@@ -221,16 +273,32 @@ def test_fog_follows_koschmieder(pictures):
 
 
 def test_rain_streaks_and_wet_ground(pictures):
-    """Rain draws upright streaks and greys the sky, and a wet road shows, unlike a dry one in the same soft light, what stands above it."""
+    """Rain draws upright streaks and greys the sky, and a wet road shows, unlike a dry one in the
+    same soft light, what stands above it.
+    """
     images, label, _ = pictures
     upright = {}
-    for name in APPEARANCES:  # how much more alike pixels are 2 rows apart than 2 columns apart, on roads and trees
+    for name in (
+        APPEARANCES
+    ):  # how much more alike pixels are 2 rows apart than 2 columns apart, on roads and trees
         fine = [grey - cv2.blur(grey, (9, 9)) for grey in images[name].mean(-1)]
-        seen = [cv2.erode(np.isin(kind, (0, 8)).astype(np.uint8), np.ones((7, 7))) > 0 for kind in label]
-        down = np.concatenate([np.stack([g[:-2][m[:-2]], g[2:][m[:-2]]]) for g, m in zip(fine, seen, strict=True)], 1)
-        across = np.concatenate([np.stack([g[:, :-2][m[:, :-2]], g[:, 2:][m[:, :-2]]]) for g, m in zip(fine, seen, strict=True)], 1)
+        seen = [
+            cv2.erode(np.isin(kind, (0, 8)).astype(np.uint8), np.ones((7, 7))) > 0 for kind in label
+        ]
+        down = np.concatenate(
+            [np.stack([g[:-2][m[:-2]], g[2:][m[:-2]]]) for g, m in zip(fine, seen, strict=True)], 1
+        )
+        across = np.concatenate(
+            [
+                np.stack([g[:, :-2][m[:, :-2]], g[:, 2:][m[:, :-2]]])
+                for g, m in zip(fine, seen, strict=True)
+            ],
+            1,
+        )
         upright[name] = np.corrcoef(down)[0, 1] - np.corrcoef(across)[0, 1]
-    assert min(upright["rain"], upright["dusk_rain"]) > 0.15 + max(upright["clear"], upright["night"], upright["fog"]), upright
+    assert min(upright["rain"], upright["dusk_rain"]) > 0.15 + max(
+        upright["clear"], upright["night"], upright["fog"]
+    ), upright
     color = {name: np.ptp(images[name], axis=-1)[label == SKY].mean() for name in APPEARANCES}
     assert color["rain"] < 0.6 * color["clear"]
     road = [images[name].mean(-1)[label == 0] for name in ("rain", "fog")]

@@ -4,28 +4,42 @@ import cv2
 import numpy as np
 import pytest
 
-from jaxdg.data.augment.transforms import BOX_FIELDS, PAD_COLOR, Augmentation, Wanted, move_boxes, random_crop
+from jaxdg.data.augment.transforms import (
+    BOX_FIELDS,
+    PAD_COLOR,
+    Augmentation,
+    Wanted,
+    move_boxes,
+    random_crop,
+)
 
 
 def coordinates(h: int, w: int) -> dict[str, np.ndarray]:
-    """An image that says where each pixel was: red = row, green = column, blue = 77; the label is a mixture of both."""
+    """An image that says where each pixel was: red = row, green = column, blue = 77; the label is a
+    mixture of both.
+    """
     y, x = np.mgrid[:h, :w]
     image = np.stack([y, x, np.full((h, w), 77)], axis=-1).astype(np.uint8)
     return {"image": image, "label": ((7 * y + x) % 250).astype(np.uint8)}
 
 
-def augment(sample: dict[str, np.ndarray], seed: int, wanted: Wanted | None = None, **augmentation) -> dict[str, np.ndarray]:
+def augment(
+    sample: dict[str, np.ndarray], seed: int, wanted: Wanted | None = None, **augmentation
+) -> dict[str, np.ndarray]:
     return random_crop(sample, Augmentation(**augmentation), np.random.default_rng(seed), wanted)
 
 
 @pytest.mark.parametrize("flip", [0.0, 1.0])
 def test_crop_and_flip_move_label_and_image_alike(flip):
-    """At scale 1 each pixel keeps its colour and its label; crops are contiguous, reversed where flipped, and reach every corner."""
+    """At scale 1 each pixel keeps its colour and its label; crops are contiguous, reversed where
+    flipped, and reach every corner.
+    """
     sample = coordinates(40, 60)
     corners = set()
     for seed in range(300):
         got = augment(sample, seed, crop=(37, 55), scale=(1.0, 1.0), flip=flip)
-        y, x = got["image"][..., 0].astype(int), got["image"][..., 1].astype(int)
+        y = got["image"][..., 0].astype(int)
+        x = got["image"][..., 1].astype(int)
         np.testing.assert_array_equal(got["image"][..., 2], 77)
         np.testing.assert_array_equal(got["label"], (7 * y + x) % 250)
         assert (np.diff(y, axis=0) == 1).all()
@@ -37,23 +51,37 @@ def test_crop_and_flip_move_label_and_image_alike(flip):
 def test_flip_has_its_probability():
     """A quarter of the crops is flipped when asked for a quarter."""
     sample = coordinates(8, 8)
-    flipped = [augment(sample, s, crop=(8, 8), scale=(1.0, 1.0), flip=0.25)["image"][0, 0, 1] == 7 for s in range(2000)]
+    flipped = [
+        augment(sample, s, crop=(8, 8), scale=(1.0, 1.0), flip=0.25)["image"][0, 0, 1] == 7
+        for s in range(2000)
+    ]
     assert 0.21 < np.mean(flipped) < 0.29
 
 
 def slow(sample: dict[str, np.ndarray], h: int, w: int) -> tuple[np.ndarray, np.ndarray]:
-    """The whole image resized to h x w, pixel by pixel: bilinear between pixel centres, and the label under each centre."""
-    image, label = sample["image"].astype(float), sample["label"]
+    """The whole image resized to h x w, pixel by pixel: bilinear between pixel centres, and the
+    label under each centre.
+    """
+    image = sample["image"].astype(float)
+    label = sample["label"]
     old_h, old_w = label.shape
-    new_image, new_label = np.zeros((h, w, 3)), np.zeros((h, w), np.uint8)
+    new_image = np.zeros((h, w, 3))
+    new_label = np.zeros((h, w), np.uint8)
     for i in range(h):
         for j in range(w):
-            y, x = (i + 0.5) * old_h / h, (j + 0.5) * old_w / w  # the centre, in source coordinates where pixel 0 spans 0 to 1
+            y = (i + 0.5) * old_h / h
+            x = (
+                (j + 0.5) * old_w / w
+            )  # the centre, in source coordinates where pixel 0 spans 0 to 1
             new_label[i, j] = label[int(y), int(x)]
-            y, x = np.clip(y - 0.5, 0, old_h - 1), np.clip(x - 0.5, 0, old_w - 1)
-            top, left = int(y), int(x)
-            bottom, right = min(top + 1, old_h - 1), min(left + 1, old_w - 1)
-            a, b = y - top, x - left
+            y = np.clip(y - 0.5, 0, old_h - 1)
+            x = np.clip(x - 0.5, 0, old_w - 1)
+            top = int(y)
+            left = int(x)
+            bottom = min(top + 1, old_h - 1)
+            right = min(left + 1, old_w - 1)
+            a = y - top
+            b = x - left
             upper = image[top, left] * (1 - b) + image[top, right] * b
             lower = image[bottom, left] * (1 - b) + image[bottom, right] * b
             new_image[i, j] = upper * (1 - a) + lower * a
@@ -62,11 +90,14 @@ def slow(sample: dict[str, np.ndarray], h: int, w: int) -> tuple[np.ndarray, np.
 
 @pytest.mark.parametrize("scale", [0.5, 0.73, 1.0, 1.6, 2.0])
 def test_resize_equals_a_slow_version(scale):
-    """Image and label agree with a per-pixel resize between pixel centres, at any scale, whole and cropped."""
+    """Image and label agree with a per-pixel resize between pixel centres, at any scale, whole and
+    cropped.
+    """
     rng = np.random.default_rng(1)
     image = cv2.GaussianBlur(rng.integers(0, 256, (30, 44, 3), dtype=np.uint8), (0, 0), 2)
     sample = {"image": image, "label": rng.integers(0, 19, (30, 44), dtype=np.uint8)}
-    h, w = round(30 * scale), round(44 * scale)
+    h = round(30 * scale)
+    w = round(44 * scale)
     expected_image, expected_label = slow(sample, h, w)
     whole = augment(sample, 0, crop=(h, w), scale=(scale, scale), flip=0.0)
     np.testing.assert_array_equal(whole["label"], expected_label)
@@ -75,33 +106,49 @@ def test_resize_equals_a_slow_version(scale):
     windows = np.lib.stride_tricks.sliding_window_view(expected_label, (h // 2, w // 2))
     ((y, x),) = np.argwhere((windows == part["label"]).all((2, 3)))
     assert (y, x) != (0, 0)
-    np.testing.assert_allclose(part["image"].astype(float), expected_image[y : y + h // 2, x : x + w // 2], atol=1.5)
+    np.testing.assert_allclose(
+        part["image"].astype(float), expected_image[y : y + h // 2, x : x + w // 2], atol=1.5
+    )
 
 
 @pytest.mark.parametrize("scale", [0.5, 0.6, 1.0, 1.7, 2.0])
 def test_labels_stay_under_their_pixels_at_every_scale(scale):
-    """A bright disc and its label keep the same centre of mass: neither is shifted by half a pixel against the other.
+    """A bright disc and its label keep the same centre of mass: neither is shifted by half a pixel
+    against the other.
 
-    Halving is the worst case: the centre of a new pixel lies between old ones and the nearest is half an old, a quarter new pixel away.
+    Halving is the worst case: the centre of a new pixel lies between old ones and the nearest is
+    half an old, a quarter new pixel away.
     """
     y, x = np.mgrid[:80, :120]
     disc = (y - 33.3) ** 2 + (x - 70.7) ** 2 < 20**2
-    sample = {"image": np.repeat((255 * disc)[..., None], 3, -1).astype(np.uint8), "label": disc.astype(np.uint8)}
-    got = augment(sample, 0, crop=(round(80 * scale), round(120 * scale)), scale=(scale, scale), flip=0.0)
+    sample = {
+        "image": np.repeat((255 * disc)[..., None], 3, -1).astype(np.uint8),
+        "label": disc.astype(np.uint8),
+    }
+    got = augment(
+        sample, 0, crop=(round(80 * scale), round(120 * scale)), scale=(scale, scale), flip=0.0
+    )
     at = np.mgrid[: got["label"].shape[0], : got["label"].shape[1]]
-    by_image, by_label = ((at * w).sum((1, 2)) / w.sum() for w in (got["image"][..., 0].astype(float), got["label"].astype(float)))
+    by_image, by_label = (
+        (at * w).sum((1, 2)) / w.sum()
+        for w in (got["image"][..., 0].astype(float), got["label"].astype(float))
+    )
     np.testing.assert_allclose(by_image, by_label, atol=0.3 if scale == 0.5 else 0.15)
 
 
 def test_small_images_lie_anywhere_in_the_crop_amid_ignored_pixels():
-    """Nothing is lost or invented: the image appears once, the rest is the constant colour with label 255."""
+    """Nothing is lost or invented: the image appears once, the rest is the constant colour with
+    label 255.
+    """
     sample = coordinates(10, 12)
     places = set()
     for seed in range(200):
         got = augment(sample, seed, crop=(13, 12), scale=(1.0, 1.0), flip=0.0)
         inside = got["image"][..., 2] == 77
         assert inside.sum() == 120
-        np.testing.assert_array_equal(got["image"][~inside], np.broadcast_to(np.array(PAD_COLOR, np.uint8), (36, 3)))
+        np.testing.assert_array_equal(
+            got["image"][~inside], np.broadcast_to(np.array(PAD_COLOR, np.uint8), (36, 3))
+        )
         assert (got["label"][~inside] == 255).all()
         np.testing.assert_array_equal(got["label"][inside], sample["label"].ravel())
         places.add(int(np.argmax(inside.any(1))))
@@ -113,7 +160,10 @@ def test_scale_is_uniform():
     label = np.zeros((100, 100), np.uint8)
     label[:, :50] = 1
     sample = {"image": np.zeros((100, 100, 3), np.uint8), "label": label}
-    widths = [(augment(sample, s, crop=(200, 200), scale=(0.5, 2.0), flip=0.0)["label"] == 1).any(0).sum() for s in range(800)]
+    widths = [
+        (augment(sample, s, crop=(200, 200), scale=(0.5, 2.0), flip=0.0)["label"] == 1).any(0).sum()
+        for s in range(800)
+    ]
     counts, _ = np.histogram(widths, bins=6, range=(25, 100))
     assert counts.sum() == 800
     assert counts.min() > 95
@@ -121,7 +171,9 @@ def test_scale_is_uniform():
 
 
 def test_crops_of_one_class_are_drawn_again():
-    """With a share limit, crops where one class covers more become rare; ignored pixels do not count."""
+    """With a share limit, crops where one class covers more become rare; ignored pixels do not
+    count.
+    """
     label = np.zeros((64, 64), np.uint8)
     label[:, 40:] = 1
     label[:, 32:40] = 255
@@ -142,7 +194,10 @@ def test_same_generator_same_crop():
     """All randomness comes from the given generator, and the sample is left as it was."""
     sample = coordinates(30, 40)
     before = {k: v.copy() for k, v in sample.items()}
-    draw = lambda seed: augment(sample, seed, crop=(16, 16), scale=(0.5, 2.0))
+
+    def draw(seed):
+        return augment(sample, seed, crop=(16, 16), scale=(0.5, 2.0))
+
     for key in before:
         np.testing.assert_array_equal(draw(5)[key], draw(5)[key])
         np.testing.assert_array_equal(sample[key], before[key])
@@ -151,20 +206,35 @@ def test_same_generator_same_crop():
 
 @pytest.mark.parametrize("found", [0, 4, 9, None])
 def test_tries_are_mmsegmentations(found):
-    """Ten crops are judged, the first good one taken, and an eleventh unseen if none is: given the draws, the crop is known.
+    """Ten crops are judged, the first good one taken, and an eleventh unseen if none is: given the
+    draws, the crop is known.
 
-    A crop is good where more than one labelled class shows and none covers the share or more, as `cat_max_ratio`.
+    A crop is good where more than one labelled class shows and none covers the share or more, as
+    `cat_max_ratio`.
     """
-    label = np.arange(40, dtype=np.uint8).repeat(3).reshape(1, 120).repeat(8, 0)  # column x shows class x // 3
+    label = (
+        np.arange(40, dtype=np.uint8).repeat(3).reshape(1, 120).repeat(8, 0)
+    )  # column x shows class x // 3
     sample = {"image": np.zeros((8, 120, 3), np.uint8), "label": label}
-    draws = lambda seed: [int(x) for x in drawn_offsets(np.random.default_rng(seed), 11)]
-    good = lambda offset: offset % 3 == 1  # four columns of shares 1/2, 1/2; any other offset shows one class 3 times or more
-    at = lambda offsets: next((i for i, x in enumerate(offsets[:10]) if good(x)), None)
+
+    def draws(seed):
+        return [int(x) for x in drawn_offsets(np.random.default_rng(seed), 11)]
+
+    def good(offset):
+        return (
+            offset % 3 == 1
+        )  # four columns of shares 1/2, 1/2; any other offset shows one class 3 times or more
+
+    def at(offsets):
+        return next((i for i, x in enumerate(offsets[:10]) if good(x)), None)
+
     seed = next(s for s in range(10000) if at(draws(s)) == found)
     offset = draws(seed)[10 if found is None else found]
     got = augment(sample, seed, crop=(8, 4), flip=0.0, max_class_share=0.51)
     np.testing.assert_array_equal(got["label"], label[:, offset : offset + 4])
-    got = augment(sample, seed, crop=(8, 4), flip=0.0, max_class_share=0.5)  # reaching the share is too much
+    got = augment(
+        sample, seed, crop=(8, 4), flip=0.0, max_class_share=0.5
+    )  # reaching the share is too much
     np.testing.assert_array_equal(got["label"], label[:, draws(seed)[10] : draws(seed)[10] + 4])
 
 
@@ -178,44 +248,66 @@ def drawn_offsets(rng: np.random.Generator, count: int):
 
 @pytest.mark.parametrize("resize", [None, (60, 90)])
 def test_crops_show_what_is_wanted(resize):
-    """A class that few crops show enough of is in nearly all when wanted, its pixels counted at the size of the file."""
+    """A class that few crops show enough of is in nearly all when wanted, its pixels counted at the
+    size of the file.
+    """
     label = np.zeros((40, 120), np.uint8)
     label[10:20, 50:60] = 7  # 100 pixels; 112.5 when resized
     sample = {"image": np.zeros((40, 120, 3), np.uint8), "label": label}
-    shown = lambda seed, wanted: (augment(sample, seed, wanted, crop=(24, 24), resize=resize)["label"] == 7).sum()
+
+    def shown(seed, wanted):
+        return (augment(sample, seed, wanted, crop=(24, 24), resize=resize)["label"] == 7).sum()
+
     pixels = 56 if resize else 50
     free = np.mean([shown(s, None) >= pixels for s in range(200)])
     wanted = np.mean([shown(s, Wanted(7, 50)) >= pixels for s in range(200)])
     assert free < 0.3
-    assert wanted == pytest.approx(1 - (1 - free) ** 11, abs=0.1)  # one of eleven crops, the last as it comes
+    assert wanted == pytest.approx(
+        1 - (1 - free) ** 11, abs=0.1
+    )  # one of eleven crops, the last as it comes
     assert wanted > 2 * free
 
 
 @pytest.mark.parametrize("size", [(720, 1280), (300, 400)])
 def test_resize_is_that_of_opencv_and_leaves_the_ratio(size):
-    """A street-like image of GTA5's size resized as mmsegmentation does with cv2, then cropped: the same crop up to rounding."""
+    """A street-like image of GTA5's size resized as mmsegmentation does with cv2, then cropped: the
+    same crop up to rounding.
+    """
     rng = np.random.default_rng(0)
     image = cv2.resize(rng.integers(0, 256, (131, 239, 3), dtype=np.uint8), (1914, 1052))
     image = np.clip(image + rng.integers(-20, 21, image.shape), 0, 255).astype(np.uint8)
-    got = augment({"image": image, "label": image[..., 0]}, 0, crop=(256, 320), resize=size, flip=0.0)
+    got = augment(
+        {"image": image, "label": image[..., 0]}, 0, crop=(256, 320), resize=size, flip=0.0
+    )
     whole = cv2.resize(image, size[::-1], interpolation=cv2.INTER_LINEAR)
     draws = np.random.default_rng(0)
     draws.uniform()
     y, x = (int(draws.integers(n - c + 1)) for n, c in zip(size, (256, 320), strict=True))
     assert np.abs(got["image"].astype(int) - whole[y : y + 256, x : x + 320]).max() <= 1
     rows, columns = (
-        (2 * np.arange(s, s + c) + 1) * o // (2 * n) for s, c, o, n in zip((y, x), (256, 320), (1052, 1914), size, strict=True)
+        (2 * np.arange(s, s + c) + 1) * o // (2 * n)
+        for s, c, o, n in zip((y, x), (256, 320), (1052, 1914), size, strict=True)
     )
     np.testing.assert_array_equal(got["label"], image[..., 0][np.ix_(rows, columns)])
 
 
 @pytest.mark.parametrize("size", [(30, 60), (60, 30), (200, 150)])
 def test_large_scale_jitter_fits_the_image_and_scales_it(size):
-    """detectron2's ResizeScale: at factor s the image is s times the largest of its own ratio that fits into the crop."""
+    """detectron2's ResizeScale: at factor s the image is s times the largest of its own ratio that
+    fits into the crop.
+    """
     sample = {"image": np.full((*size, 3), 9, np.uint8), "label": np.full(size, 3, np.uint8)}
     sides = []
     for seed in range(60):
-        got = augment(sample, seed, crop=(64, 64), resize=(64, 64), keep_ratio=True, scale=(0.1, 2.0), flip=0.0)
+        got = augment(
+            sample,
+            seed,
+            crop=(64, 64),
+            resize=(64, 64),
+            keep_ratio=True,
+            scale=(0.1, 2.0),
+            flip=0.0,
+        )
         factor = np.random.default_rng(seed).uniform(0.1, 2.0)
         fit = 64 * factor / max(size)
         expected = [min(64, round(n * fit)) for n in size]
@@ -243,13 +335,21 @@ def drawn_sides(label: np.ndarray, i: int) -> list[int]:
 
 
 def rectangles(h: int = 90, w: int = 120) -> dict[str, np.ndarray]:
-    """A grid of 12 rectangles of several sizes, as a label map of their numbers and as boxes of the same."""
+    """A grid of 12 rectangles of several sizes, as a label map of their numbers and as boxes of the
+    same.
+    """
     label = np.full((h, w), 255, np.uint8)
     for i in range(12):
-        y, x = 30 * (i // 4), 30 * (i % 4)
+        y = 30 * (i // 4)
+        x = 30 * (i % 4)
         label[y + 3 : y + 12 + i, x + 4 : x + 24 - i] = i
     n = np.arange(12)
-    fields = {"boxes": drawn_boxes(label), "classes": n.astype(np.int32), "difficult": n % 2 == 0, "crowd": n % 3 == 0}
+    fields = {
+        "boxes": drawn_boxes(label),
+        "classes": n.astype(np.int32),
+        "difficult": n % 2 == 0,
+        "crowd": n % 3 == 0,
+    }
     return {"image": np.repeat(label[..., None], 3, -1), "label": label, **fields}
 
 
@@ -264,13 +364,18 @@ def rectangles(h: int = 90, w: int = 120) -> dict[str, np.ndarray]:
     ],
 )
 def test_boxes_stay_around_their_pixels(augmentation):
-    """Rectangles drawn into the label map move with it: the boxes of the crop are those drawn around its labels, to a pixel's rounding."""
-    sample, clipped, lost = rectangles(), 0, 0
+    """Rectangles drawn into the label map move with it: the boxes of the crop are those drawn
+    around its labels, to a pixel's rounding.
+    """
+    sample = rectangles()
+    clipped = 0
+    lost = 0
     for seed in range(40):
         got = augment(sample, seed, crop=(70, 64), **augmentation)
         ids = got["classes"]
         visible = np.unique(got["label"][got["label"] != 255])
-        # Only slivers of less than a pixel, with or without a pixel's centre, may be in one and not in the other.
+        # Only slivers of less than a pixel, with or without a pixel's centre, may be in one and not
+        # in the other.
         assert all(min(drawn_sides(got["label"], i)) <= 1 for i in set(visible) - set(ids))
         for i, box in zip(ids, got["boxes"], strict=True):
             if i not in visible:
@@ -282,17 +387,30 @@ def test_boxes_stay_around_their_pixels(augmentation):
         np.testing.assert_array_equal(got["crowd"], ids % 3 == 0)
         assert (got["boxes"][:, :2] >= 0).all()
         assert (got["boxes"] <= np.array([64, 70, 64, 70])).all()
-        assert {key: (value.dtype, value.shape[1:]) for key, value in got.items() if key in BOX_FIELDS} == {
-            key: (np.dtype(dtype), shape) for key, (shape, dtype) in BOX_FIELDS.items()
-        }
-        clipped, lost = clipped + (got["boxes"][:, 0] == 0).sum(), lost + 12 - len(ids)
+        assert {
+            key: (value.dtype, value.shape[1:]) for key, value in got.items() if key in BOX_FIELDS
+        } == {key: (np.dtype(dtype), shape) for key, (shape, dtype) in BOX_FIELDS.items()}
+        clipped = clipped + (got["boxes"][:, 0] == 0).sum()
+        lost = lost + 12 - len(ids)
     assert clipped
     assert lost
 
 
 def test_boxes_of_less_than_a_pixel_are_dropped():
-    """Clipped to the crop, a box of a pixel and more stays, a thinner one and one outside go, with all their fields."""
-    boxes = np.array([[-5, 0, 1, 9], [-5, 0, 0.9, 9], [3, 9, 9, 12], [3, 9.5, 9, 12], [20, 2, 30, 5], [0, 0, 10, 10]], np.float32)
+    """Clipped to the crop, a box of a pixel and more stays, a thinner one and one outside go, with
+    all their fields.
+    """
+    boxes = np.array(
+        [
+            [-5, 0, 1, 9],
+            [-5, 0, 0.9, 9],
+            [3, 9, 9, 12],
+            [3, 9.5, 9, 12],
+            [20, 2, 30, 5],
+            [0, 0, 10, 10],
+        ],
+        np.float32,
+    )
     n = np.arange(6)
     sample = {"boxes": boxes, "classes": n.astype(np.int32), "difficult": n > 2, "crowd": n < 2}
     got = move_boxes(sample, np.array([[1.0, 0, 0], [0, 1, 0]]), (10, 10))
@@ -306,9 +424,18 @@ def test_boxes_of_less_than_a_pixel_are_dropped():
 
 
 def test_areas_follow_their_boxes():
-    """An area grows with the picture and keeps the share of its box that is left; as it is, not a bit changes."""
-    sample = {"boxes": np.array([[0, 0, 10, 10], [2, 3, 8, 6]], np.float32), "classes": np.zeros(2, np.int32)}
-    sample |= {"difficult": np.zeros(2, bool), "crowd": np.zeros(2, bool), "areas": np.array([33.3, 5], np.float32)}
+    """An area grows with the picture and keeps the share of its box that is left; as it is, not a
+    bit changes.
+    """
+    sample = {
+        "boxes": np.array([[0, 0, 10, 10], [2, 3, 8, 6]], np.float32),
+        "classes": np.zeros(2, np.int32),
+    }
+    sample |= {
+        "difficult": np.zeros(2, bool),
+        "crowd": np.zeros(2, bool),
+        "areas": np.array([33.3, 5], np.float32),
+    }
     same = move_boxes(sample, np.eye(2, 3), (10, 10))
     np.testing.assert_array_equal(same["areas"], sample["areas"])
     twice = move_boxes(sample, np.array([[2.0, 0, 0], [0, 3, 0]]), (30, 20))

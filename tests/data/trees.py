@@ -1,4 +1,6 @@
-"""Small trees of the published datasets: folders, file names, archives, bit depths and file modes as their publishers ship them."""
+"""Small trees of the published datasets: folders, file names, archives, bit depths and file modes
+as their publishers ship them.
+"""
 
 from collections.abc import Callable, Iterable, Iterator
 import dataclasses
@@ -11,7 +13,9 @@ import zlib
 import numpy as np
 from PIL import Image
 
-COLORS = np.random.default_rng(19).integers(0, 256, 768).tolist()  # of palette files: colours are never to be read
+COLORS = (
+    np.random.default_rng(19).integers(0, 256, 768).tolist()
+)  # of palette files: colours are never to be read
 
 
 @dataclasses.dataclass
@@ -43,7 +47,8 @@ class Kind:
         ids: of label files.
         image_format: PNG or JPEG.
         encode: ids to a label file.
-        files: count and version to (domain, split, the image's archive, image, the label's archive, label).
+        files: count and version to (domain, split, the image's archive, image, the label's archive,
+            label).
         inside: folder that everything in an archive is wrapped in.
     """
 
@@ -78,14 +83,19 @@ def make(
     Returns:
         What was written.
     """
-    kind, base, items = KINDS[name], root / name, []
+    kind = KINDS[name]
+    base = root / name
+    items = []
     for domain, split, image_archive, image, label_archive, label in kind.files(count, version):
         small = rng.integers(0, 256, (4, 5, 3), dtype=np.uint8)
         pixels = np.asarray(Image.fromarray(small).resize(size[::-1], Image.Resampling.BICUBIC))
         ids = rng.choice(list(kind.ids), size).astype(np.uint16)
         encoded = encode(pixels, kind.image_format)
         places = []
-        for archive, path, data in ((image_archive, image, encoded), (label_archive, label, kind.encode(ids))):
+        for archive, path, data in (
+            (image_archive, image, encoded),
+            (label_archive, label, kind.encode(ids)),
+        ):
             archive, inside = (f"{archive}.zip", kind.inside) if zipped else ("", "")
             places.append(str(write(base, path, data, archive, inside)) if path else "")
         items.append(Item(domain, split, *places, np.asarray(Image.open(io.BytesIO(encoded))), ids))
@@ -93,7 +103,9 @@ def make(
 
 
 def write(base: Path, path: str, data: bytes, archive: str = "", inside: str = "") -> Path:
-    """Writes a file below a dataset's folder or into an archive there; returns its path as datasets name it."""
+    """Writes a file below a dataset's folder or into an archive there; returns its path as datasets
+    name it.
+    """
     if not archive:
         (base / path).parent.mkdir(parents=True, exist_ok=True)
         (base / path).write_bytes(data)
@@ -106,7 +118,8 @@ def write(base: Path, path: str, data: bytes, archive: str = "", inside: str = "
 
 def encode(pixels: np.ndarray, image_format: str, palette: bool = False) -> bytes:
     """An image file: grey, RGB, or indices with a palette."""
-    image, data = Image.fromarray(pixels), io.BytesIO()
+    image = Image.fromarray(pixels)
+    data = io.BytesIO()
     if palette:
         image.putpalette(COLORS)
     image.save(data, image_format, **({"quality": 95} if image_format == "JPEG" else {}))
@@ -124,8 +137,15 @@ def indexed(ids: np.ndarray) -> bytes:
 
 
 def red(ids: np.ndarray) -> bytes:
-    """16-bit RGB PNG, written after the format's specification: ids in red, instance numbers in green."""
-    chunk = lambda kind, data: struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+    """16-bit RGB PNG, written after the format's specification: ids in red, instance numbers in
+    green.
+    """
+
+    def chunk(kind, data):
+        return (
+            struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        )
+
     h, w = ids.shape
     instances = (np.arange(h * w) % 300).reshape(h, w)
     pixels = np.stack([ids, instances, np.zeros_like(ids)], -1).astype(">u2")
@@ -134,35 +154,71 @@ def red(ids: np.ndarray) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + header + body + chunk(b"IEND", b"")
 
 
-Files = Iterator[tuple[str, str, str, str, str, str]]  # domain, split, image's archive, image, label's archive, label
+Files = Iterator[
+    tuple[str, str, str, str, str, str]
+]  # domain, split, image's archive, image, label's archive, label
 
 
 def _gta5(count: int, version: str) -> Files:
     for i in range(1, count + 1):  # the publisher's archives hold a tenth of the images each
         part = f"{1 + (i - 1) % 2:02}"
-        yield "gta5", "all", f"{part}_images", f"images/{i:05}.png", f"{part}_labels", f"labels/{i:05}.png"
+        yield (
+            "gta5",
+            "all",
+            f"{part}_images",
+            f"images/{i:05}.png",
+            f"{part}_labels",
+            f"labels/{i:05}.png",
+        )
 
 
 def _synthia(count: int, version: str) -> Files:
     for i in range(count):
-        yield "synthia", "all", "SYNTHIA_RAND_CITYSCAPES", f"RGB/{i:07}.png", "SYNTHIA_RAND_CITYSCAPES", f"GT/LABELS/{i:07}.png"
+        yield (
+            "synthia",
+            "all",
+            "SYNTHIA_RAND_CITYSCAPES",
+            f"RGB/{i:07}.png",
+            "SYNTHIA_RAND_CITYSCAPES",
+            f"GT/LABELS/{i:07}.png",
+        )
 
 
 def _cityscapes(count: int, version: str) -> Files:
-    for split, cities in (("train", ("aachen", "bochum")), ("val", ("frankfurt",)), ("test", ("berlin",))):
+    for split, cities in (
+        ("train", ("aachen", "bochum")),
+        ("val", ("frankfurt",)),
+        ("test", ("berlin",)),
+    ):
         for city in cities:
             for i in range(count):
                 name = f"{split}/{city}/{city}_{i:06}_000019"
-                image, label = f"leftImg8bit/{name}_leftImg8bit.png", f"gtFine/{name}_gtFine_labelIds.png"
-                yield "cityscapes", split, "leftImg8bit_trainvaltest", image, "gtFine_trainvaltest", label
+                image = f"leftImg8bit/{name}_leftImg8bit.png"
+                label = f"gtFine/{name}_gtFine_labelIds.png"
+                yield (
+                    "cityscapes",
+                    split,
+                    "leftImg8bit_trainvaltest",
+                    image,
+                    "gtFine_trainvaltest",
+                    label,
+                )
 
 
 def _bdd100k(count: int, version: str) -> Files:
     for split in ("train", "val"):
         for i in range(count):
             name = f"{split}/{i:08x}-d4dff0ad"
-            image, label = f"images/10k/{name}.jpg", f"labels/sem_seg/masks/{name}.png"
-            yield "bdd100k", split, "bdd100k_images_10k", image, "bdd100k_sem_seg_labels_trainval", label
+            image = f"images/10k/{name}.jpg"
+            label = f"labels/sem_seg/masks/{name}.png"
+            yield (
+                "bdd100k",
+                split,
+                "bdd100k_images_10k",
+                image,
+                "bdd100k_sem_seg_labels_trainval",
+                label,
+            )
 
 
 def _mapillary(count: int, version: str) -> Files:
@@ -170,7 +226,14 @@ def _mapillary(count: int, version: str) -> Files:
     for split, folder in (("train", "training"), ("val", "validation")):
         for i in range(count):
             labels = f"{folder}/v1.2/labels" if version == "v2.0" else f"{folder}/labels"
-            yield "mapillary", split, archive, f"{folder}/images/_{i}CsX7o.jpg", archive, f"{labels}/_{i}CsX7o.png"
+            yield (
+                "mapillary",
+                split,
+                archive,
+                f"{folder}/images/_{i}CsX7o.jpg",
+                archive,
+                f"{labels}/_{i}CsX7o.png",
+            )
 
 
 def _acdc(count: int, version: str) -> Files:
@@ -178,24 +241,55 @@ def _acdc(count: int, version: str) -> Files:
         for split in ("train", "val", "test"):
             for i in range(count):
                 name = f"{condition}/{split}/GOPR047{number}/GOPR047{number}_frame_{i:06}"
-                image, label = f"rgb_anon/{name}_rgb_anon.png", f"gt/{name}_gt_labelTrainIds.png" if split != "test" else ""
-                yield f"acdc/{condition}", split, "rgb_anon_trainvaltest", image, "gt_trainval", label
+                image = f"rgb_anon/{name}_rgb_anon.png"
+                label = f"gt/{name}_gt_labelTrainIds.png" if split != "test" else ""
+                yield (
+                    f"acdc/{condition}",
+                    split,
+                    "rgb_anon_trainvaltest",
+                    image,
+                    "gt_trainval",
+                    label,
+                )
 
 
 def _dark_zurich(count: int, version: str) -> Files:
     for i in range(count):
-        name, archive = f"val/night/GOPR0356/GOPR0356_frame_{i:06}", "Dark_Zurich_val_anon"
-        yield "dark_zurich", "val", archive, f"rgb_anon/{name}_rgb_anon.png", archive, f"gt/{name}_gt_labelTrainIds.png"
+        name = f"val/night/GOPR0356/GOPR0356_frame_{i:06}"
+        archive = "Dark_Zurich_val_anon"
+        yield (
+            "dark_zurich",
+            "val",
+            archive,
+            f"rgb_anon/{name}_rgb_anon.png",
+            archive,
+            f"gt/{name}_gt_labelTrainIds.png",
+        )
 
 
 def _wilddash2(count: int, version: str) -> Files:
     for i in range(count):
-        yield "wilddash2", "all", "wd_public_v2p0", f"images/aa{i:04}_100000.jpg", "wd_public_v2p0", f"labels/aa{i:04}_100000.png"
+        yield (
+            "wilddash2",
+            "all",
+            "wd_public_v2p0",
+            f"images/aa{i:04}_100000.jpg",
+            "wd_public_v2p0",
+            f"labels/aa{i:04}_100000.png",
+        )
 
 
 def _camvid(count: int, version: str) -> Files:
-    domains = {("train", "0016E5"): ("camvid", "train"), ("train", "0006R0"): ("camvid", "train"), ("train", "0001TP"): ("dusk", "val")}
-    domains |= {("val", "0016E5"): ("camvid", "val"), ("test", "Seq05VD"): ("day", "val"), ("test", "0001TP"): ("dusk", "val")}
+    domains = {
+        ("train", "0016E5"): ("camvid", "train"),
+        ("train", "0006R0"): ("camvid", "train"),
+        ("train", "0001TP"): ("dusk", "val"),
+    }
+    domains |= {
+        ("val", "0016E5"): ("camvid", "val"),
+        ("test", "Seq05VD"): ("day", "val"),
+        ("test", "0001TP"): ("dusk", "val"),
+    }
     for (folder, sequence), (domain, split) in domains.items():
         for i in range(count):
             name = f"{sequence}_{i:05}.png"

@@ -1,4 +1,6 @@
-"""The small detectors of tests/golden/detectors.npz: sizes, and weights and inputs that are drawn by torch's names and not stored."""
+"""The small detectors of tests/golden/detectors.npz: sizes, and weights and inputs that are drawn
+by torch's names and not stored.
+"""
 
 import zlib
 
@@ -13,13 +15,16 @@ from jaxdg.detection.rcnn.detectors import RcnnConfig
 from jaxdg.detection.rcnn.roi_heads import RoiHeadsConfig
 from jaxdg.detection.rcnn.rpn import RpnConfig
 
-IMAGE, CHANNELS, CLASSES = (96, 160), 6, 4
+IMAGE = (96, 160)
+CHANNELS = 6
+CLASSES = 4
 STAGES = (5, 7, 9)  # channels of three maps with 4, 8 and 16 pixels a feature
 BOXES = ([[10, 8, 50, 44], [30, 20, 150, 90], [100, 5, 118, 30]], [[3, 50, 60, 95]])
 LABELS = ([0, 3, 1], [2])
 RATIOS = (0.5, 1.0, 2.0)
 SIZES = ((12.0,), (24.0,), (48.0,), (72.0,))  # of anchors
-BEFORE, AFTER = (150, 100), (90, 60)
+BEFORE = (150, 100)
+AFTER = (90, 60)
 DETECTIONS = 60
 FCOS_CHANNELS = 32
 
@@ -30,34 +35,58 @@ def normal(name, shape):
 
 
 def weight(name, shape):
-    """The parameter of a name in torch: things are found, and their boxes move by a part of their sides."""
+    """The parameter of a name in torch: things are found, and their boxes move by a part of their
+    sides.
+    """
     if len(shape) == 1:
-        return np.float32(0.3) * normal(name, shape) + np.float32(name.endswith(("norm.weight", "1.weight", "4.weight")))
-    last = 0.4 if "bbox" in name or name.endswith("deltas.weight") else 1.2 if "cls_score" in name else 1.4
+        return np.float32(0.3) * normal(name, shape) + np.float32(
+            name.endswith(("norm.weight", "1.weight", "4.weight"))
+        )
+    last = (
+        0.4
+        if "bbox" in name or name.endswith("deltas.weight")
+        else 1.2
+        if "cls_score" in name
+        else 1.4
+    )
     return np.float32(last / np.sqrt(np.prod(shape[1:]))) * normal(name, shape)
 
 
 def stages():
     """The maps of three stages, [2, h, w, c]."""
-    return tuple(normal(f"stage {i}", (2, IMAGE[0] >> i + 2, IMAGE[1] >> i + 2, c)) for i, c in enumerate(STAGES))
+    return tuple(
+        normal(f"stage {i}", (2, IMAGE[0] >> i + 2, IMAGE[1] >> i + 2, c))
+        for i, c in enumerate(STAGES)
+    )
 
 
 def targets(slots=5):
     """The true boxes as a batch, padded."""
-    boxes, classes, valid = np.zeros((2, slots, 4), np.float32), np.zeros((2, slots), np.int32), np.zeros((2, slots), bool)
+    boxes = np.zeros((2, slots, 4), np.float32)
+    classes = np.zeros((2, slots), np.int32)
+    valid = np.zeros((2, slots), bool)
     for i, (rows, labels) in enumerate(zip(BOXES, LABELS, strict=True)):
-        boxes[i, : len(rows)], classes[i, : len(rows)], valid[i, : len(rows)] = rows, labels, True
-    return {"boxes": jnp.asarray(boxes), "classes": jnp.asarray(classes), "valid": jnp.asarray(valid)}
+        boxes[i, : len(rows)] = rows
+        classes[i, : len(rows)] = labels
+        valid[i, : len(rows)] = True
+    return {
+        "boxes": jnp.asarray(boxes),
+        "classes": jnp.asarray(classes),
+        "valid": jnp.asarray(valid),
+    }
 
 
 def fill(module, name, shape=None, of=None):
     """Gives a layer the weight and, if it has one, the bias that belong to a name in torch.
 
-    `shape` is the weight's in torch; else that of a convolution or linear layer is known from the kernel. `of` makes the kernel from it.
+    `shape` is the weight's in torch; else that of a convolution or linear layer is known from the
+    kernel. `of` makes the kernel from it.
     """
     kernel = getattr(module, "kernel", None)
     if kernel is None:
-        module.scale[...], module.bias[...] = (jnp.asarray(weight(f"{name}.{part}", module.bias.shape)) for part in ("weight", "bias"))
+        module.scale[...], module.bias[...] = (
+            jnp.asarray(weight(f"{name}.{part}", module.bias.shape)) for part in ("weight", "bias")
+        )
         return
     if shape is None:
         *window, i, o = kernel.shape
@@ -70,7 +99,8 @@ def fill(module, name, shape=None, of=None):
         fill(module.norm, f"{name}.norm")
 
 
-ANCHORS, PROPOSALS = 8000, 600  # more than there are, so that losses are of all
+ANCHORS = 8000
+PROPOSALS = 600  # more than there are, so that losses are of all
 
 
 def levels(golden):
@@ -80,7 +110,9 @@ def levels(golden):
 
 
 def faster_rcnn():
-    """Torchvision's pyramid and Faster R-CNN as `neck` and `head`, with its weights under the names they have here."""
+    """Torchvision's pyramid and Faster R-CNN as `neck` and `head`, with its weights under the names
+    they have here.
+    """
     config = RcnnConfig(
         RpnConfig(sizes=SIZES, rounded=True, samples=ANCHORS, before=BEFORE, after=AFTER),
         RoiHeadsConfig(
@@ -89,8 +121,17 @@ def faster_rcnn():
         ),
         channels=CHANNELS, levels=(0, 1, 2),
     )  # fmt: skip
-    model = nnx.eval_shape(lambda: table.heads(config, CLASSES, STAGES, IMAGE, rngs=nnx.Rngs(0)))  # all of it is filled
+    model = nnx.eval_shape(
+        lambda: table.heads(config, CLASSES, STAGES, IMAGE, rngs=nnx.Rngs(0))
+    )  # all of it is filled
     layout = table.layouts()[0]
-    drawn = {name: weight(name.removeprefix("backbone.fpn."), shape) for name, shape in mapping.source_shapes(model, layout).items()}
-    weights.fill(model, mapping.to_flax(model, (layout,), list(drawn), drawn.__getitem__).tensors, "torchvision")
+    drawn = {
+        name: weight(name.removeprefix("backbone.fpn."), shape)
+        for name, shape in mapping.source_shapes(model, layout).items()
+    }
+    weights.fill(
+        model,
+        mapping.to_flax(model, (layout,), list(drawn), drawn.__getitem__).tensors,
+        "torchvision",
+    )
     return model

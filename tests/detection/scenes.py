@@ -1,4 +1,6 @@
-"""Drawn scenes of boxes, and what pycocotools says of them: for the tests of average precision and for the script of their golden file."""
+"""Drawn scenes of boxes, and what pycocotools says of them: for the tests of average precision and
+for the script of their golden file.
+"""
 
 import contextlib
 import io
@@ -9,7 +11,9 @@ from jaxdg.evaluation.average_precision import Detections, Truth
 
 
 def boxes(rng, n, size):
-    """Boxes of integers inside an image of `size` (height, width), sides from 4 pixels to the whole, small ones more often."""
+    """Boxes of integers inside an image of `size` (height, width), sides from 4 pixels to the
+    whole, small ones more often.
+    """
     limit = np.array([size[1], size[0]])
     sides = np.minimum(np.exp(rng.uniform(np.log(4), np.log(400), (n, 2))).astype(int), limit)
     start = (rng.random((n, 2)) * (limit - sides + 1)).astype(int)
@@ -17,17 +21,39 @@ def boxes(rng, n, size):
 
 
 def image(rng, num_classes, *, most=12, size=(240, 320)):
-    """Integer truth and half-integer detections of one image: near copies, copies of copies, wrong classes, chance."""
+    """Integer truth and half-integer detections of one image: near copies, copies of copies, wrong
+    classes, chance.
+    """
     n = int(rng.integers(0, most + 1))
-    true, classes = boxes(rng, n, size), rng.integers(0, num_classes, n)
+    true = boxes(rng, n, size)
+    classes = rng.integers(0, num_classes, n)
     picks = rng.integers(0, n, int(rng.integers(0, 3 * n + 1))) if n else np.zeros(0, int)
     sides = np.tile(true[:, 2:] - true[:, :2], 2)[picks]
-    near = true[picks] + np.round(2 * rng.normal(size=(len(picks), 4)) * sides * rng.choice([0, 0.02, 0.1, 0.2], (len(picks), 1))) / 2
-    near = np.stack([near[:, 0], near[:, 1], np.maximum(near[:, 2], near[:, 0]), np.maximum(near[:, 3], near[:, 1])], axis=1)
+    near = (
+        true[picks]
+        + np.round(
+            2
+            * rng.normal(size=(len(picks), 4))
+            * sides
+            * rng.choice([0, 0.02, 0.1, 0.2], (len(picks), 1))
+        )
+        / 2
+    )
+    near = np.stack(
+        [
+            near[:, 0],
+            near[:, 1],
+            np.maximum(near[:, 2], near[:, 0]),
+            np.maximum(near[:, 3], near[:, 1]),
+        ],
+        axis=1,
+    )
     chance = boxes(rng, int(rng.integers(0, 8)), size) + rng.choice([0, 0.5])
     found = np.concatenate([near, chance])
     guessed = np.concatenate([classes[picks], rng.integers(0, num_classes, len(chance))])
-    guessed = np.where(rng.random(len(found)) < 0.1, rng.integers(0, num_classes, len(found)), guessed)
+    guessed = np.where(
+        rng.random(len(found)) < 0.1, rng.integers(0, num_classes, len(found)), guessed
+    )
     truth = Truth(
         true.astype(np.float32),
         classes.astype(np.int32),
@@ -35,7 +61,9 @@ def image(rng, num_classes, *, most=12, size=(240, 320)):
         rng.random(n) < 0.1,
         box_area_shares(rng, true),
     )
-    return truth, Detections(found.astype(np.float32), rng.random(len(found), np.float32), guessed.astype(np.int32))
+    return truth, Detections(
+        found.astype(np.float32), rng.random(len(found), np.float32), guessed.astype(np.int32)
+    )
 
 
 def box_area_shares(rng, true):
@@ -53,16 +81,36 @@ def pycocotools_scores(truths, detections, num_classes):
         "images": [{"id": i} for i in range(len(truths))],
         "categories": [{"id": k, "name": str(k)} for k in range(num_classes)],
     }
-    xywh = lambda b: np.concatenate([b[:, :2], b[:, 2:] - b[:, :2]], axis=1).astype(float).tolist()
-    true, found = COCO(), COCO()
-    true.dataset, found.dataset = {**listed, "annotations": []}, {**listed, "annotations": []}
+
+    def xywh(b):
+        return np.concatenate([b[:, :2], b[:, 2:] - b[:, :2]], axis=1).astype(float).tolist()
+
+    true = COCO()
+    found = COCO()
+    true.dataset = {**listed, "annotations": []}
+    found.dataset = {**listed, "annotations": []}
     for i, (t, d) in enumerate(zip(truths, detections, strict=True)):
         for box, k, crowd, area in zip(xywh(t.boxes), t.classes, t.crowd, t.areas, strict=True):
-            row = {"image_id": i, "category_id": int(k), "bbox": box, "area": float(area), "iscrowd": int(crowd)}
+            row = {
+                "image_id": i,
+                "category_id": int(k),
+                "bbox": box,
+                "area": float(area),
+                "iscrowd": int(crowd),
+            }
             true.dataset["annotations"].append({"id": len(true.dataset["annotations"]) + 1, **row})
         for box, k, score in zip(xywh(d.boxes), d.classes, d.scores, strict=True):
-            row = {"image_id": i, "category_id": int(k), "bbox": box, "area": box[2] * box[3], "iscrowd": 0, "score": float(score)}
-            found.dataset["annotations"].append({"id": len(found.dataset["annotations"]) + 1, **row})
+            row = {
+                "image_id": i,
+                "category_id": int(k),
+                "bbox": box,
+                "area": box[2] * box[3],
+                "iscrowd": 0,
+                "score": float(score),
+            }
+            found.dataset["annotations"].append(
+                {"id": len(found.dataset["annotations"]) + 1, **row}
+            )
     with contextlib.redirect_stdout(io.StringIO()):
         true.createIndex()
         found.createIndex()
@@ -71,5 +119,6 @@ def pycocotools_scores(truths, detections, num_classes):
         judge.accumulate()
         judge.summarize()
     ap50 = judge.eval["precision"][0, :, :, 0, 2].mean(axis=0)
-    stats, ap50 = np.asarray(judge.stats, float), np.where(ap50 < 0, np.nan, ap50)
+    stats = np.asarray(judge.stats, float)
+    ap50 = np.where(ap50 < 0, np.nan, ap50)
     return 100 * np.where(stats < 0, np.nan, stats), 100 * ap50

@@ -32,7 +32,12 @@ def test_simple_pyramid_equals_torch(golden):
                     models.fill(layer, f"simfp_{level + 2}.{i}")
                 elif isinstance(layer, nnx.Module):  # torch: in, out, rows, columns
                     c, out = layer.kernel.shape[2:]
-                    models.fill(layer, f"simfp_{level + 2}.{i}", (c, out, 2, 2), lambda w: w.transpose(2, 3, 0, 1))
+                    models.fill(
+                        layer,
+                        f"simfp_{level + 2}.{i}",
+                        (c, out, 2, 2),
+                        lambda w: w.transpose(2, 3, 0, 1),
+                    )
         with np.load(golden / "detectors.npz") as file:
             outputs = pyramid(x)
             assert len(outputs) == len(built) + 1

@@ -15,7 +15,11 @@ pool = jax.jit(roi_align, static_argnums=(2, 3), static_argnames=("samples", "al
 def inputs():
     """Maps and boxes that torchvision was given, and the boxes the right way round."""
     maps, boxes = cases.roi_inputs()
-    return [jnp.asarray(level) for level in maps], jnp.asarray(boxes), jnp.asarray(cases.upright(boxes))
+    return (
+        [jnp.asarray(level) for level in maps],
+        jnp.asarray(boxes),
+        jnp.asarray(cases.upright(boxes)),
+    )
 
 
 def slow(feature, box, stride, size, samples, aligned):
@@ -23,51 +27,83 @@ def slow(feature, box, stride, size, samples, aligned):
     h, w, _ = feature.shape
     x0, y0, x1, y1 = np.asarray(box, np.float64) / stride - (0.5 if aligned else 0)
     height, width = (y1 - y0, x1 - x0) if aligned else (max(y1 - y0, 1), max(x1 - x0, 1))
-    count_y, count_x = (samples or int(np.ceil(side / bins)) for side, bins in zip((height, width), size, strict=True))
+    count_y, count_x = (
+        samples or int(np.ceil(side / bins))
+        for side, bins in zip((height, width), size, strict=True)
+    )
     out = np.zeros((*size, feature.shape[2]))
     for i, j in np.ndindex(*size):
         for k, m in np.ndindex(max(count_y, 0), max(count_x, 0)):
-            y, x = y0 + (i + (k + 0.5) / count_y) * height / size[0], x0 + (j + (m + 0.5) / count_x) * width / size[1]
+            y = y0 + (i + (k + 0.5) / count_y) * height / size[0]
+            x = x0 + (j + (m + 0.5) / count_x) * width / size[1]
             if -1 <= y <= h and -1 <= x <= w:
-                y, x = np.clip(y, 0, h - 1), np.clip(x, 0, w - 1)
+                y = np.clip(y, 0, h - 1)
+                x = np.clip(x, 0, w - 1)
                 for row in {int(y), min(int(y) + 1, h - 1)}:
                     for column in {int(x), min(int(x) + 1, w - 1)}:
-                        out[i, j] += (1 - abs(y - row)) * (1 - abs(x - column)) * feature[row, column]
+                        out[i, j] += (
+                            (1 - abs(y - row)) * (1 - abs(x - column)) * feature[row, column]
+                        )
     return out / max(count_y * count_x, 1)
 
 
-@pytest.mark.parametrize("kind", range(len(cases.ROI_KINDS)), ids=[str(kind) for kind in cases.ROI_KINDS])
+@pytest.mark.parametrize(
+    "kind", range(len(cases.ROI_KINDS)), ids=[str(kind) for kind in cases.ROI_KINDS]
+)
 def test_equals_torchvision(golden, kind):
-    """160 boxes inside, across and outside the border, empty and turned over: pooled features and their gradient to 1e-5."""
+    """160 boxes inside, across and outside the border, empty and turned over: pooled features and
+    their gradient to 1e-5.
+    """
     size, samples, aligned = cases.ROI_KINDS[kind]
     (_, level, _), boxes, upright = inputs()
     boxes = boxes if samples else upright
-    pooled, pull = jax.vjp(lambda x: pool([x], boxes, cases.STRIDES[1:2], size, samples=samples or None, aligned=aligned), level)
+    pooled, pull = jax.vjp(
+        lambda x: pool(
+            [x], boxes, cases.STRIDES[1:2], size, samples=samples or None, aligned=aligned
+        ),
+        level,
+    )
     with np.load(golden / "detection.npz") as file:
-        want, gradient = file[f"roi_{kind}"], file[f"roi_gradient_{kind}"]
+        want = file[f"roi_{kind}"]
+        gradient = file[f"roi_gradient_{kind}"]
     np.testing.assert_allclose(pooled, want, rtol=0, atol=1e-5)
     flat = cases.towards(f"roi {kind}", (2 * cases.ROIS, *size, cases.CHANNELS))
-    np.testing.assert_allclose(pull(jnp.asarray(flat).reshape(want.shape))[0], gradient, rtol=0, atol=1e-5 * np.abs(gradient).max())
+    np.testing.assert_allclose(
+        pull(jnp.asarray(flat).reshape(want.shape))[0],
+        gradient,
+        rtol=0,
+        atol=1e-5 * np.abs(gradient).max(),
+    )
 
 
 def test_pyramid_equals_torchvision(golden):
-    """Boxes spread over three levels as `MultiScaleRoIAlign` spreads them, features and the gradients of every level to 1e-5."""
+    """Boxes spread over three levels as `MultiScaleRoIAlign` spreads them, features and the
+    gradients of every level to 1e-5.
+    """
     levels, _, boxes = inputs()
     assert np.bincount(np.ravel(pyramid_level(boxes, cases.STRIDES)), minlength=3).min() > 8
-    pooled, pull = jax.vjp(lambda levels: pool(levels, boxes, cases.STRIDES, (2, 2), aligned=False), levels)
+    pooled, pull = jax.vjp(
+        lambda levels: pool(levels, boxes, cases.STRIDES, (2, 2), aligned=False), levels
+    )
     with np.load(golden / "detection.npz") as file:
         np.testing.assert_allclose(pooled, file["pyramid"], rtol=0, atol=1e-5)
-        towards = jnp.asarray(cases.towards("pyramid", (2 * cases.ROIS, 2, 2, cases.CHANNELS))).reshape(pooled.shape)
+        towards = jnp.asarray(
+            cases.towards("pyramid", (2 * cases.ROIS, 2, 2, cases.CHANNELS))
+        ).reshape(pooled.shape)
         for i, gradient in enumerate(pull(towards)[0]):
             want = file[f"pyramid_gradient_{i}"]
             np.testing.assert_allclose(gradient, want, rtol=0, atol=1e-5 * np.abs(want).max())
 
 
 def test_equals_the_definition():
-    """Strides that are no powers of two, boxes far longer than high, every border: the slow version's features to 1e-4."""
+    """Strides that are no powers of two, boxes far longer than high, every border: the slow
+    version's features to 1e-4.
+    """
     rng = np.random.default_rng(0)
     strides = (3.5, 7.0, 14.0)
-    levels = [rng.normal(size=(1, int(98 / s), int(126 / s), 3)).astype(np.float32) for s in strides]
+    levels = [
+        rng.normal(size=(1, int(98 / s), int(126 / s), 3)).astype(np.float32) for s in strides
+    ]
     corner = rng.uniform(-40, 120, (60, 2))
     boxes = np.concatenate([corner, corner + np.exp(rng.uniform(1, 5.5, (60, 2)))], axis=1)
     boxes[:10] = rng.uniform(-150, 250, (10, 4)) * [0.2, 0.2, 0.1, 0.1] + [0, 0, 200, 210]
@@ -75,26 +111,53 @@ def test_equals_the_definition():
     index = np.asarray(pyramid_level(jnp.asarray(boxes), strides))[0]
     assert len(set(index)) == 3
     for size, samples, aligned in (((3, 2), None, True), ((2, 3), 2, True), ((2, 2), None, False)):
-        got = pool([jnp.asarray(x) for x in levels], jnp.asarray(boxes), strides, size, samples=samples, aligned=aligned)
-        want = [slow(levels[i][0], box, strides[i], size, samples, aligned) for i, box in zip(index, boxes[0], strict=True)]
+        got = pool(
+            [jnp.asarray(x) for x in levels],
+            jnp.asarray(boxes),
+            strides,
+            size,
+            samples=samples,
+            aligned=aligned,
+        )
+        want = [
+            slow(levels[i][0], box, strides[i], size, samples, aligned)
+            for i, box in zip(index, boxes[0], strict=True)
+        ]
         np.testing.assert_allclose(got[0], want, rtol=0, atol=1e-4)
 
 
 def test_gradient_is_the_slope():
-    """The gradient equals central differences along random directions: adaptive, and with samples on the very border."""
+    """The gradient equals central differences along random directions: adaptive, and with samples
+    on the very border.
+    """
     levels, _, boxes = inputs()
-    boxes = jnp.concatenate([boxes[:, :20], jnp.asarray([[[-6.0, -6, 98, 74], [0, 0, 92, 68]]] * 2)], axis=1)
+    boxes = jnp.concatenate(
+        [boxes[:, :20], jnp.asarray([[[-6.0, -6, 98, 74], [0, 0, 92, 68]]] * 2)], axis=1
+    )
     towards = jnp.asarray(cases.towards("slope", (2, 22, 2, 2, cases.CHANNELS)))
-    loss = jax.jit(lambda levels: jnp.sum(roi_align(levels, boxes, cases.STRIDES, (2, 2), samples=None) ** 2 * towards))
-    direction = [jnp.asarray(cases.towards(f"direction {i}", level.shape)) for i, level in enumerate(levels)]
-    ahead, behind = (loss([x + step * d for x, d in zip(levels, direction, strict=True)]) for step in (0.25, -0.25))
+    loss = jax.jit(
+        lambda levels: jnp.sum(
+            roi_align(levels, boxes, cases.STRIDES, (2, 2), samples=None) ** 2 * towards
+        )
+    )
+    direction = [
+        jnp.asarray(cases.towards(f"direction {i}", level.shape)) for i, level in enumerate(levels)
+    ]
+    ahead, behind = (
+        loss([x + step * d for x, d in zip(levels, direction, strict=True)])
+        for step in (0.25, -0.25)
+    )
     slope = sum(jnp.sum(g * d) for g, d in zip(jax.grad(loss)(levels), direction, strict=True))
     np.testing.assert_allclose(slope, (ahead - behind) / 0.5, rtol=1e-3)
 
 
 def test_levels_are_those_of_fpn():
-    """For strides 4 to 32 a box of area s^2 is read at level floor(4 + log2(s / 224)), bounded; exactly where the logarithm is whole."""
-    side = np.concatenate([np.exp(np.random.default_rng(1).uniform(0, 8, 3000)), 28.0 * 2 ** np.arange(8), [0]])
+    """For strides 4 to 32 a box of area s^2 is read at level floor(4 + log2(s / 224)), bounded;
+    exactly where the logarithm is whole.
+    """
+    side = np.concatenate(
+        [np.exp(np.random.default_rng(1).uniform(0, 8, 3000)), 28.0 * 2 ** np.arange(8), [0]]
+    )
     boxes = jnp.asarray(np.stack([0 * side + 5, 0 * side, side + 5, side], axis=-1), jnp.float32)
     with np.errstate(divide="ignore"):
         want = np.clip(np.floor(4 + np.log2(side / 224)), 2, 5) - 2
@@ -102,36 +165,58 @@ def test_levels_are_those_of_fpn():
 
 
 def test_boxes_are_read_alone():
-    """Order, padding (immense, or not a number) and whole shifts of map and box together change no box's features; nor does the batch."""
+    """Order, padding (immense, or not a number) and whole shifts of map and box together change no
+    box's features; nor does the batch.
+    """
     rng = np.random.default_rng(2)
     levels, _, boxes = inputs()
-    read = lambda levels, boxes: np.asarray(pool(levels, boxes, cases.STRIDES, (2, 2), samples=2))
+
+    def read(levels, boxes):
+        return np.asarray(pool(levels, boxes, cases.STRIDES, (2, 2), samples=2))
+
     want = read(levels, boxes)
     order = rng.permutation(boxes.shape[1])
-    padding = jnp.asarray([[[np.nan, 0, 9, 9], [-1e9, -1e9, 1e9, 1e9], [0, 0, np.inf, np.inf], [0, 0, 0, 0]]] * 2)
+    padding = jnp.asarray(
+        [[[np.nan, 0, 9, 9], [-1e9, -1e9, 1e9, 1e9], [0, 0, np.inf, np.inf], [0, 0, 0, 0]]] * 2
+    )
     got = read(levels, jnp.concatenate([padding[:, :3], boxes[:, order], padding[:, 3:]], axis=1))
     np.testing.assert_allclose(got[:, 3:-1], want[:, order], rtol=0, atol=1e-6)
     assert np.isfinite(got).all()
-    np.testing.assert_allclose(read([level[1:] for level in levels], boxes[1:])[0], want[1], rtol=0, atol=1e-6)
-    wide = [jnp.pad(x, ((0, 0), (8 // 2**i, 0), (4 // 2**i, 0), (0, 0))) for i, x in enumerate(levels)]
+    np.testing.assert_allclose(
+        read([level[1:] for level in levels], boxes[1:])[0], want[1], rtol=0, atol=1e-6
+    )
+    wide = [
+        jnp.pad(x, ((0, 0), (8 // 2**i, 0), (4 // 2**i, 0), (0, 0))) for i, x in enumerate(levels)
+    ]
     shifted = read(wide, boxes + jnp.asarray([16, 32, 16, 32]))
-    inside = np.asarray((boxes.min(-1) > 8) & (boxes[..., 2] > boxes[..., 0]) & (boxes[..., 3] > boxes[..., 1]))
+    inside = np.asarray(
+        (boxes.min(-1) > 8) & (boxes[..., 2] > boxes[..., 0]) & (boxes[..., 3] > boxes[..., 1])
+    )
     assert inside.sum() > 20
     np.testing.assert_allclose(shifted[inside], want[inside], rtol=0, atol=1e-5)
 
 
 def test_adaptive_sampling_ends():
-    """A box of 1e9 pixels, one that is infinite and one that is not a number neither hold the loop up nor touch the other boxes."""
+    """A box of 1e9 pixels, one that is infinite and one that is not a number neither hold the loop
+    up nor touch the other boxes.
+    """
     levels, _, boxes = inputs()
-    level, boxes = [levels[2]], boxes[:, :20]
-    far = boxes.at[:, 1:4].set(jnp.asarray([[-1e9, -1e9, 1e9, 1e9], [0, 0, jnp.inf, jnp.inf], [jnp.nan, 0, 9, 9]]))
+    level = [levels[2]]
+    boxes = boxes[:, :20]
+    far = boxes.at[:, 1:4].set(
+        jnp.asarray([[-1e9, -1e9, 1e9, 1e9], [0, 0, jnp.inf, jnp.inf], [jnp.nan, 0, 9, 9]])
+    )
     want, got = (np.asarray(pool(level, x, (16,), (2, 2), samples=None)) for x in (boxes, far))
-    np.testing.assert_allclose(np.delete(got, [1, 2, 3], 1), np.delete(want, [1, 2, 3], 1), rtol=0, atol=1e-6)
+    np.testing.assert_allclose(
+        np.delete(got, [1, 2, 3], 1), np.delete(want, [1, 2, 3], 1), rtol=0, atol=1e-6
+    )
     assert np.isfinite(got).all()
 
 
 def test_types_devices_and_padding_of_gradients():
-    """bfloat16 maps give bfloat16; a batch over devices gives the same; boxes get no gradient and unused ones, not a number, harm none."""
+    """bfloat16 maps give bfloat16; a batch over devices gives the same; boxes get no gradient and
+    unused ones, not a number, harm none.
+    """
     levels, _, boxes = inputs()
     full = pool(levels, boxes, cases.STRIDES, (2, 2))
     half = pool([level.astype(jnp.bfloat16) for level in levels], boxes, cases.STRIDES, (2, 2))
@@ -139,7 +224,14 @@ def test_types_devices_and_padding_of_gradients():
     np.testing.assert_allclose(half.astype(jnp.float32), full, atol=0.02)
     boxes = boxes.at[:, 3].set(jnp.nan)
     used = jnp.ones(boxes.shape[1]).at[3].set(0)[:, None, None, None]
-    gradient = jax.jit(jax.grad(lambda levels, boxes: jnp.sum(used * roi_align(levels, boxes, cases.STRIDES, (2, 2)) ** 2), (0, 1)))
+    gradient = jax.jit(
+        jax.grad(
+            lambda levels, boxes: jnp.sum(
+                used * roi_align(levels, boxes, cases.STRIDES, (2, 2)) ** 2
+            ),
+            (0, 1),
+        )
+    )
     to_levels, to_boxes = gradient(levels, boxes)
     assert not to_boxes.any()
     assert all(jnp.all(jnp.isfinite(to_level)) for to_level in to_levels)

@@ -7,7 +7,13 @@ import numpy as np
 import pytest
 
 from jaxdg.detection.arrays import Targets
-from jaxdg.detection.rcnn.roi_heads import BoxHead, BoxPredictor, RoiHeads, RoiHeadsConfig, TextScore
+from jaxdg.detection.rcnn.roi_heads import (
+    BoxHead,
+    BoxPredictor,
+    RoiHeads,
+    RoiHeadsConfig,
+    TextScore,
+)
 from jaxdg.detection.rcnn.rpn import Proposals
 from tests.detection import models
 from tests.detection.test_nms import slow as slow_nms
@@ -28,7 +34,9 @@ def output(faster_rcnn, golden):
 
 
 def test_faster_rcnn_detects_as_torchvision(faster_rcnn, output, golden):
-    """The same boxes, scores and classes in the same order, through proposals, RoIAlign, heads, and suppression by class."""
+    """The same boxes, scores and classes in the same order, through proposals, RoIAlign, heads, and
+    suppression by class.
+    """
     sizes = jnp.asarray([models.IMAGE] * 2, jnp.float32)
     found = jax.jit(lambda output: faster_rcnn.detections(output, sizes))(output)
     with np.load(golden / "detectors.npz") as file:
@@ -39,12 +47,20 @@ def test_faster_rcnn_detects_as_torchvision(faster_rcnn, output, golden):
 
 
 def test_losses_equal_torchvision(faster_rcnn, output, golden):
-    """Cross entropy and L1 of all proposals and true boxes, with a box for each class, but for what they are divided by."""
-    losses = jax.jit(lambda output, batch: faster_rcnn.losses(output, Targets.of(batch), jnp.asarray(2.0), jax.random.key(0)))
+    """Cross entropy and L1 of all proposals and true boxes, with a box for each class, but for what
+    they are divided by.
+    """
+    losses = jax.jit(
+        lambda output, batch: faster_rcnn.losses(
+            output, Targets.of(batch), jnp.asarray(2.0), jax.random.key(0)
+        )
+    )
     terms = losses(output, models.targets())
     with np.load(golden / "detectors.npz") as file:
         factor = file["counted"][1] / (models.PROPOSALS * 2)
-        np.testing.assert_allclose([terms["class"], terms["box"]], file["roi_losses"] * factor, rtol=1e-4)
+        np.testing.assert_allclose(
+            [terms["class"], terms["box"]], file["roi_losses"] * factor, rtol=1e-4
+        )
 
 
 def test_box_head_equals_torch(golden):
@@ -52,14 +68,28 @@ def test_box_head_equals_torch(golden):
     head = BoxHead(RoiHeadsConfig(size=3, channels=8, convs=2, fcs=2, hidden=12), 5, **KW)
     models.fill(head.conv1, "box_head.conv1")
     models.fill(head.conv2, "box_head.conv2")
-    models.fill(head.fc1, "box_head.fc1", (12, 72), lambda w: w.reshape(12, 8, 3, 3).transpose(2, 3, 1, 0).reshape(72, 12))
+    models.fill(
+        head.fc1,
+        "box_head.fc1",
+        (12, 72),
+        lambda w: w.reshape(12, 8, 3, 3).transpose(2, 3, 1, 0).reshape(72, 12),
+    )
     models.fill(head.fc2, "box_head.fc2")
     with np.load(golden / "detectors.npz") as file:
         got = jax.jit(lambda x: head(x))(jnp.asarray(models.normal("pooled", (4, 3, 3, 5))))
         np.testing.assert_allclose(got, file["box_head"], rtol=1e-4, atol=1e-5)
 
 
-CONFIG = RoiHeadsConfig(size=2, channels=6, convs=1, hidden=8, proposals=24, positive=0.5, detections=12, score_threshold=0.2)
+CONFIG = RoiHeadsConfig(
+    size=2,
+    channels=6,
+    convs=1,
+    hidden=8,
+    proposals=24,
+    positive=0.5,
+    detections=12,
+    score_threshold=0.2,
+)
 SIZES = np.float32([[48, 64], [40, 50]])
 
 
@@ -70,7 +100,9 @@ def cascade():
     predictors = [BoxPredictor(8, 3, class_agnostic=True, **KW) for _ in range(3)]
     for i, predictor in enumerate(predictors):
         predictor.cls_score.kernel[...] = jnp.asarray(0.6 * models.normal(f"score {i}", (8, 4)))
-        predictor.bbox_pred.kernel[...] = jnp.asarray((0.3 + 0.3 * i) * models.normal(f"move {i}", (8, 4)))
+        predictor.bbox_pred.kernel[...] = jnp.asarray(
+            (0.3 + 0.3 * i) * models.normal(f"move {i}", (8, 4))
+        )
     return RoiHeads(CONFIG, heads, predictors, (8.0,))
 
 
@@ -78,13 +110,20 @@ def cascade():
 def scene():
     """Features of two images, proposals near true boxes and elsewhere, true boxes."""
     features = (jnp.asarray(models.normal("level", (2, 6, 8, 5))),)
-    truth = np.float32([[[4, 4, 24, 28], [30, 10, 60, 40], [0, 0, 0, 0]], [[10, 20, 30, 38], [0, 0, 0, 0], [0, 0, 0, 0]]])
+    truth = np.float32(
+        [
+            [[4, 4, 24, 28], [30, 10, 60, 40], [0, 0, 0, 0]],
+            [[10, 20, 30, 38], [0, 0, 0, 0], [0, 0, 0, 0]],
+        ]
+    )
     valid = np.array([[True, True, False], [True, False, False]])
     near = truth[:, [0, 0, 0, 1, 1, 1, 0, 1]] + 3 * models.normal("near", (2, 8, 4))
     boxes = np.concatenate([near, np.tile(np.float32([[20, 2, 44, 20]]), (2, 1, 1))], axis=1)
     boxes = np.clip(boxes, 0, SIZES[:, None][..., [1, 0, 1, 0]]).astype(np.float32)
     exists = (boxes[..., 2:] > boxes[..., :2] + 1).all(axis=-1)
-    targets = Targets(jnp.asarray(truth), jnp.asarray([[2, 0, 0], [1, 0, 0]], jnp.int32), jnp.asarray(valid))
+    targets = Targets(
+        jnp.asarray(truth), jnp.asarray([[2, 0, 0], [1, 0, 0]], jnp.int32), jnp.asarray(valid)
+    )
     return features, Proposals(jnp.asarray(boxes), jnp.asarray(exists)), targets
 
 
@@ -94,12 +133,18 @@ def compiled(heads):
 
 
 def moved(offsets, boxes, weight, size):
-    """Where offsets (x and y weighted, sides by half) move boxes, cut off at the image's border; in float64."""
-    shift, grow = offsets[:, :2] / weight, offsets[:, 2:] / (weight / 2)
+    """Where offsets (x and y weighted, sides by half) move boxes, cut off at the image's border; in
+    float64.
+    """
+    shift = offsets[:, :2] / weight
+    grow = offsets[:, 2:] / (weight / 2)
     sides = boxes[:, 2:] - boxes[:, :2]
-    centre, sides = (boxes[:, :2] + boxes[:, 2:]) / 2 + shift * sides, sides * np.exp(np.minimum(grow, np.log(62.5)))
+    centre = (boxes[:, :2] + boxes[:, 2:]) / 2 + shift * sides
+    sides = sides * np.exp(np.minimum(grow, np.log(62.5)))
     h, w = size
-    return np.clip(np.concatenate([centre - sides / 2, centre + sides / 2], axis=1), 0, [w, h, w, h])
+    return np.clip(
+        np.concatenate([centre - sides / 2, centre + sides / 2], axis=1), 0, [w, h, w, h]
+    )
 
 
 def overlap(a, b):
@@ -109,28 +154,45 @@ def overlap(a, b):
 
 
 def passes(predict, features, boxes, size):
-    """Stage, its threshold and weight, class probabilities and offsets, boxes of an image [r, 4] before; for each stage."""
+    """Stage, its threshold and weight, class probabilities and offsets, boxes of an image [r, 4]
+    before; for each stage.
+    """
     for stage, (threshold, weight) in enumerate(CONFIG.stages):
-        logits, offsets = (np.asarray(x[0], np.float64) for x in predict(stage, features, jnp.asarray(boxes[None], jnp.float32)))
+        logits, offsets = (
+            np.asarray(x[0], np.float64)
+            for x in predict(stage, features, jnp.asarray(boxes[None], jnp.float32))
+        )
         p = np.exp(logits - logits.max(axis=1, keepdims=True))
         yield threshold, weight, p / p.sum(axis=1, keepdims=True), offsets[:, 0], boxes
         boxes = moved(offsets[:, 0], boxes, weight, size)
 
 
 def test_cascade_detects_as_a_loop_would(cascade, scene):
-    """Boxes go from stage to stage with each one's weights, probabilities are averaged, classes suppressed by themselves, 12 left."""
+    """Boxes go from stage to stage with each one's weights, probabilities are averaged, classes
+    suppressed by themselves, 12 left.
+    """
     features, proposals, _ = scene
-    found = jax.jit(lambda *scene: cascade.detections(*scene, jnp.asarray(SIZES)))(features, proposals)
+    found = jax.jit(lambda *scene: cascade.detections(*scene, jnp.asarray(SIZES)))(
+        features, proposals
+    )
     predict = compiled(cascade)
     for i, size in enumerate(SIZES):
         exists = np.asarray(proposals.valid[i])
-        boxes, total = np.asarray(proposals.boxes[i], np.float64), 0
-        for _, weight, p, offsets, before in passes(predict, (features[0][i : i + 1],), boxes, size):
-            total, boxes = total + p / 3, moved(offsets, before, weight, size)
+        boxes = np.asarray(proposals.boxes[i], np.float64)
+        total = 0
+        for _, weight, p, offsets, before in passes(
+            predict, (features[0][i : i + 1],), boxes, size
+        ):
+            total = total + p / 3
+            boxes = moved(offsets, before, weight, size)
         rows = []
         for k in range(3):
-            scores, stand = total[:, k], exists & (total[:, k] > 0.2) & (boxes[:, 2:] > boxes[:, :2]).all(axis=1)
-            rows += [(scores[j], k, *boxes[j]) for j in slow_nms(boxes.astype(np.float32), scores, stand, 0.5)]
+            scores = total[:, k]
+            stand = exists & (total[:, k] > 0.2) & (boxes[:, 2:] > boxes[:, :2]).all(axis=1)
+            rows += [
+                (scores[j], k, *boxes[j])
+                for j in slow_nms(boxes.astype(np.float32), scores, stand, 0.5)
+            ]
         rows = np.array(sorted(rows, reverse=True)[:12])
         valid = np.asarray(found.valid[i])
         assert valid.sum() == len(rows) > 5
@@ -141,16 +203,28 @@ def test_cascade_detects_as_a_loop_would(cascade, scene):
 
 
 def test_cascade_losses_equal_a_loop(cascade, scene):
-    """Each stage looks at the boxes of the one before with its own threshold and weights; all are drawn, and divided by 24 an image."""
+    """Each stage looks at the boxes of the one before with its own threshold and weights; all are
+    drawn, and divided by 24 an image.
+    """
     features, proposals, targets = scene
-    losses = jax.jit(lambda *scene: cascade.losses(*scene, jnp.asarray(SIZES), jnp.asarray(2.0), jax.random.key(0)))
-    terms, predict = losses(features, proposals, targets), compiled(cascade)
-    expected, counts = {"class": 0.0, "box": 0.0}, []
+    losses = jax.jit(
+        lambda *scene: cascade.losses(
+            *scene, jnp.asarray(SIZES), jnp.asarray(2.0), jax.random.key(0)
+        )
+    )
+    terms = losses(features, proposals, targets)
+    predict = compiled(cascade)
+    expected = {"class": 0.0, "box": 0.0}
+    counts = []
     for i, size in enumerate(SIZES):
-        truth, classes = (np.asarray(x[i])[np.asarray(targets.valid[i])] for x in (targets.boxes, targets.classes))
+        truth, classes = (
+            np.asarray(x[i])[np.asarray(targets.valid[i])] for x in (targets.boxes, targets.classes)
+        )
         boxes = np.concatenate([np.asarray(x.boxes[i], np.float64) for x in (proposals, targets)])
         alive = np.concatenate([np.asarray(x.valid[i]) for x in (proposals, targets)])
-        for threshold, weight, p, offsets, before in passes(predict, (features[0][i : i + 1],), boxes, size):
+        for threshold, weight, p, offsets, before in passes(
+            predict, (features[0][i : i + 1],), boxes, size
+        ):
             alive &= (before[:, 2:] > before[:, :2]).all(axis=1)
             counts.append(0)
             for j in np.flatnonzero(alive):
@@ -160,9 +234,17 @@ def test_cascade_losses_equal_a_loop(cascade, scene):
                 expected["class"] -= np.log(p[j, classes[best] if thing else 3]) / 48
                 if thing:
                     counts[-1] += 1
-                    sides, wanted = before[j, 2:] - before[j, :2], truth[best, 2:] - truth[best, :2]
-                    shift = (truth[best, :2] + truth[best, 2:] - before[j, :2] - before[j, 2:]) / 2 / sides * weight
-                    error = np.abs(offsets[j] - np.concatenate([shift, np.log(wanted / sides) * weight / 2]))
+                    sides = before[j, 2:] - before[j, :2]
+                    wanted = truth[best, 2:] - truth[best, :2]
+                    shift = (
+                        (truth[best, :2] + truth[best, 2:] - before[j, :2] - before[j, 2:])
+                        / 2
+                        / sides
+                        * weight
+                    )
+                    error = np.abs(
+                        offsets[j] - np.concatenate([shift, np.log(wanted / sides) * weight / 2])
+                    )
                     expected["box"] += error.sum() / 48
     assert min(counts[1], counts[2]) > 0  # every stage has things to learn
     for name, value in expected.items():
@@ -170,33 +252,50 @@ def test_cascade_losses_equal_a_loop(cascade, scene):
 
 
 def test_stages_share_the_gradient_to_features(cascade, scene):
-    """Of three stages each sends a third of its gradient to the features, and the whole to its own layers."""
+    """Of three stages each sends a third of its gradient to the features, and the whole to its own
+    layers.
+    """
     features, proposals, _ = scene
     alone = RoiHeads(
-        RoiHeadsConfig(**{**vars(CONFIG), "stages": CONFIG.stages[:1]}), [cascade.box_head[0]], [cascade.box_predictor[0]], (8.0,)
+        RoiHeadsConfig(**{**vars(CONFIG), "stages": CONFIG.stages[:1]}),
+        [cascade.box_head[0]],
+        [cascade.box_predictor[0]],
+        (8.0,),
     )
     both = []
     for heads in (cascade, alone):
         graph, state = nnx.split(heads)
-        loss = lambda state, features, graph=graph: jnp.sum(nnx.merge(graph, state).predict(0, features, proposals.boxes)[0] ** 2)
+
+        def loss(state, features, graph=graph):
+            return jnp.sum(nnx.merge(graph, state).predict(0, features, proposals.boxes)[0] ** 2)
+
         both.append(jax.jit(jax.grad(loss, (0, 1)))(state, features))
     (shared, to_features), (whole, to_features_alone) = both
     for a, b in zip(to_features, to_features_alone, strict=True):
         assert np.abs(b).max() > 0
         np.testing.assert_allclose(3 * a, b, rtol=1e-4, atol=1e-6)
     np.testing.assert_allclose(
-        shared["box_head"][0]["fc1"]["kernel"][...], whole["box_head"][0]["fc1"]["kernel"][...], rtol=1e-5, atol=1e-6
+        shared["box_head"][0]["fc1"]["kernel"][...],
+        whole["box_head"][0]["fc1"]["kernel"][...],
+        rtol=1e-5,
+        atol=1e-6,
     )
 
 
 def test_few_proposals_leave_slots_empty(cascade, scene):
-    """Without true boxes and with one proposal or none, losses are of background alone, or 0, and gradients finite."""
+    """Without true boxes and with one proposal or none, losses are of background alone, or 0, and
+    gradients finite.
+    """
     features, proposals, targets = scene
     nothing = Targets(targets.boxes * 0, targets.classes * 0, targets.valid & False)
 
     @jax.jit
     def both(features, few):
-        loss = lambda features: cascade.losses(features, few, nothing, jnp.asarray(SIZES), jnp.asarray(2.0), jax.random.key(0))
+        def loss(features):
+            return cascade.losses(
+                features, few, nothing, jnp.asarray(SIZES), jnp.asarray(2.0), jax.random.key(0)
+            )
+
         return loss(features), jax.grad(lambda features: sum(loss(features).values()))(features)
 
     for count in (0, 1):
@@ -209,10 +308,14 @@ def test_few_proposals_leave_slots_empty(cascade, scene):
 
 def test_text_scores_are_cosines():
     """100 times the cosine to each text of whatever length, and 0 for background."""
-    score, x = TextScore(6, 3), models.normal("x", (4, 6))
+    score = TextScore(6, 3)
+    x = models.normal("x", (4, 6))
     texts = models.normal("texts", (3, 6))
     score.texts[...] = jnp.asarray(texts)
-    unit = lambda t: t / np.linalg.norm(t, axis=1, keepdims=True)
+
+    def unit(t):
+        return t / np.linalg.norm(t, axis=1, keepdims=True)
+
     got = score(jnp.asarray(x))
     np.testing.assert_allclose(got[:, :3], 100 * unit(x) @ unit(texts).T, rtol=1e-4, atol=1e-4)
     assert not np.asarray(got[:, 3]).any()

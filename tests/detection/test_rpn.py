@@ -37,7 +37,9 @@ def test_proposals_equal_torchvision(faster_rcnn, output, sizes, golden, train):
     name = "train" if train else "test"
     with np.load(golden / "detectors.npz") as file:
         assert np.sum(proposals.valid, axis=1).tolist() == file[f"proposed_{name}"].tolist()
-        np.testing.assert_allclose(proposals.boxes[proposals.valid], file[f"proposals_{name}"], atol=2e-3)
+        np.testing.assert_allclose(
+            proposals.boxes[proposals.valid], file[f"proposals_{name}"], atol=2e-3
+        )
 
 
 def test_losses_equal_torchvision(faster_rcnn, output, golden):
@@ -46,49 +48,89 @@ def test_losses_equal_torchvision(faster_rcnn, output, golden):
     terms = rpn.losses(output, Targets.of(models.targets()), jnp.asarray(2.0), jax.random.key(0))
     with np.load(golden / "detectors.npz") as file:
         factor = file["counted"][0] / (models.ANCHORS * 2)
-        np.testing.assert_allclose([terms["rpn_class"], terms["rpn_box"]], file["rpn_losses"] * factor, rtol=1e-5)
+        np.testing.assert_allclose(
+            [terms["rpn_class"], terms["rpn_box"]], file["rpn_losses"] * factor, rtol=1e-5
+        )
 
 
 def plain(shapes=((6, 8), (3, 4)), **options):
     """A network of two levels with 8 and 16 pixels a feature for 48 x 64 images."""
-    return Rpn(RpnConfig(sizes=((16.0,), (32.0,)), **options), 4, shapes, (8.0, 16.0), dtype="float32", rngs=nnx.Rngs(0))
+    return Rpn(
+        RpnConfig(sizes=((16.0,), (32.0,)), **options),
+        4,
+        shapes,
+        (8.0, 16.0),
+        dtype="float32",
+        rngs=nnx.Rngs(0),
+    )
 
 
 def random_output(rpn, images, spread=1.0):
     """Predictions of a network that sees noise."""
     counts = [len(grid) for grid in rpn.anchors()]
-    draw = lambda name, *shape: jnp.asarray(spread * models.normal(name, (images, *shape)))
-    return RpnOutput(*(tuple(draw(f"{name} {i}", n, *more) for i, n in enumerate(counts)) for name, more in (("l", ()), ("o", (4,)))))
+
+    def draw(name, *shape):
+        return jnp.asarray(spread * models.normal(name, (images, *shape)))
+
+    return RpnOutput(
+        *(
+            tuple(draw(f"{name} {i}", n, *more) for i, n in enumerate(counts))
+            for name, more in (("l", ()), ("o", (4,)))
+        )
+    )
 
 
 def test_as_many_anchors_are_drawn_as_are_to_be():
-    """The gradient touches 24 anchors of an image, positive ones half of them at most, and offsets of positive ones only."""
+    """The gradient touches 24 anchors of an image, positive ones half of them at most, and offsets
+    of positive ones only.
+    """
     rpn = plain(samples=24, thresholds=(0.3, 0.4))
-    boxes = jnp.asarray([[[0, 0, 30, 30], [20, 10, 60, 44], [8, 8, 24, 24], [40, 0, 64, 20]]], jnp.float32)
+    boxes = jnp.asarray(
+        [[[0, 0, 30, 30], [20, 10, 60, 44], [8, 8, 24, 24], [40, 0, 64, 20]]], jnp.float32
+    )
     targets = Targets(boxes, jnp.zeros((1, 4), jnp.int32), jnp.ones((1, 4), bool))
     output = random_output(rpn, 1)
-    loss = lambda output, key: sum(rpn.losses(output, targets, jnp.asarray(1.0), key).values())
+
+    def loss(output, key):
+        return sum(rpn.losses(output, targets, jnp.asarray(1.0), key).values())
+
     seen = np.zeros(sum(x.shape[1] for x in output.logits))
     for seed in range(3):
         gradient = jax.grad(loss)(output, jax.random.key(seed))
         logits, offsets = (np.concatenate([x[0] for x in part]) for part in gradient)
-        drawn, positive = logits != 0, logits < 0
+        drawn = logits != 0
+        positive = logits < 0
         assert drawn.sum() == 24
         assert positive.sum() == 12
         np.testing.assert_array_equal((offsets != 0).any(axis=1), positive)
-        np.testing.assert_allclose(np.abs(offsets[positive]), 1 / 24, rtol=1e-6)  # plain L1, whatever the error
+        np.testing.assert_allclose(
+            np.abs(offsets[positive]), 1 / 24, rtol=1e-6
+        )  # plain L1, whatever the error
         seen += drawn
     assert (seen > 0).sum() > 24  # another key, other anchors
 
 
 def test_every_true_box_has_an_anchor():
-    """300 boxes of all sizes: the anchor that overlaps each most is positive, and its offsets are learnt."""
+    """300 boxes of all sizes: the anchor that overlaps each most is positive, and its offsets are
+    learnt.
+    """
     rpn = plain(samples=2000)
     corner = np.abs(models.normal("corner", (300, 2))) * 16
-    boxes = np.concatenate([corner, corner + 1 + np.abs(models.normal("side", (300, 2))) * 10], axis=1).clip(0, 47).astype(np.float32)
+    boxes = (
+        np.concatenate([corner, corner + 1 + np.abs(models.normal("side", (300, 2))) * 10], axis=1)
+        .clip(0, 47)
+        .astype(np.float32)
+    )
     boxes = boxes[(boxes[:, 2:] > boxes[:, :2]).all(axis=1)]
-    targets = Targets(jnp.asarray(boxes)[None], jnp.zeros((1, len(boxes)), jnp.int32), jnp.ones((1, len(boxes)), bool))
-    loss = lambda output: rpn.losses(output, targets, jnp.asarray(1.0), jax.random.key(0))["rpn_box"]
+    targets = Targets(
+        jnp.asarray(boxes)[None],
+        jnp.zeros((1, len(boxes)), jnp.int32),
+        jnp.ones((1, len(boxes)), bool),
+    )
+
+    def loss(output):
+        return rpn.losses(output, targets, jnp.asarray(1.0), jax.random.key(0))["rpn_box"]
+
     gradient = jax.grad(loss)(random_output(rpn, 1))
     learnt = (np.concatenate([x[0] for x in gradient.offsets]) != 0).any(axis=1)
     overlaps = np.asarray(iou(jnp.asarray(boxes)[:, None], jnp.concatenate(rpn.anchors())))
@@ -97,11 +139,14 @@ def test_every_true_box_has_an_anchor():
 
 
 def test_padding_holds_no_proposal():
-    """Proposals of a small image in a large one lie in the small one, and slots are counted right where there are few."""
+    """Proposals of a small image in a large one lie in the small one, and slots are counted right
+    where there are few.
+    """
     rpn = plain(before=(200, 200), after=(150, 150))
     sizes = jnp.asarray([[48, 64], [20, 30], [0, 0]], jnp.float32)
     proposals = rpn.proposals(random_output(rpn, 3), sizes, train=False)
-    boxes, valid = np.asarray(proposals.boxes), np.asarray(proposals.valid)
+    boxes = np.asarray(proposals.boxes)
+    valid = np.asarray(proposals.valid)
     assert valid[0].sum() > valid[1].sum() > 0 == valid[2].sum()
     for i, (h, w) in enumerate(np.asarray(sizes)):
         inside = boxes[i][valid[i]]
@@ -112,7 +157,8 @@ def test_padding_holds_no_proposal():
 
 def test_not_a_number_is_no_proposal():
     """A diverged prediction does not spread to the others."""
-    rpn, sizes = plain(), jnp.asarray([[48, 64]], jnp.float32)
+    rpn = plain()
+    sizes = jnp.asarray([[48, 64]], jnp.float32)
     output = random_output(rpn, 1)
     offsets = (output.offsets[0].at[0, 5].set(jnp.nan), output.offsets[1])
     proposals = rpn.proposals(RpnOutput(output.logits, offsets), sizes, train=True)

@@ -1,4 +1,5 @@
-"""Two methods of an experiment's own, each complete here: an adapter in every block that folds in at the end, and a loss of features.
+"""Two methods of an experiment's own, each complete here: an adapter in every block that folds in
+at the end, and a loss of features.
 
 Nothing else in the package names them, so what works here works for any method in one file.
 """
@@ -27,7 +28,9 @@ RANK = 2
 
 @dataclasses.dataclass(unsafe_hash=True)
 class AdapterOptions(MethodOptions):
-    """A low-rank term beside a layer of every block, the encoder being frozen; it becomes part of the layer when training ends."""
+    """A low-rank term beside a layer of every block, the encoder being frozen; it becomes part of
+    the layer when training ends.
+    """
 
     def build(self, config: Any) -> "Adapter":
         return Adapter()
@@ -38,8 +41,11 @@ class AdaptedLinear(nnx.Module):
 
     def __init__(self, layer: nnx.Linear, rngs: nnx.Rngs):
         layers, inside, outside = layer.kernel.shape
-        self.kernel, self.bias = layer.kernel, layer.bias
-        self.down = nnx.Param(jax.random.normal(rngs.params(), (layers, inside, RANK)) / inside**0.5)
+        self.kernel = layer.kernel
+        self.bias = layer.bias
+        self.down = nnx.Param(
+            jax.random.normal(rngs.params(), (layers, inside, RANK)) / inside**0.5
+        )
         self.up = nnx.Param(jnp.zeros((layers, RANK, outside)))
 
     def __call__(self, x):
@@ -84,7 +90,9 @@ class Calm(Method):
 
     def observe(self, features, places, batch):
         (place,) = places
-        return features, {"calm": self.options.weight * jnp.sum(jnp.mean(features[place] ** 2, (1, 2, 3))) / 8}
+        return features, {
+            "calm": self.options.weight * jnp.sum(jnp.mean(features[place] ** 2, (1, 2, 3))) / 8
+        }
 
 
 @dataclasses.dataclass
@@ -96,7 +104,11 @@ class Experiment(Config):
 @pytest.fixture(autouse=True)
 def small(compiled_quickly, monkeypatch):
     """A small encoder in the zoo, one device."""
-    monkeypatch.setitem(zoo.ZOO, "tiny8", zoo.Entry(VitConfig(width=16, depth=3, heads=2, patch_size=8, taps=(1, 2))))
+    monkeypatch.setitem(
+        zoo.ZOO,
+        "tiny8",
+        zoo.Entry(VitConfig(width=16, depth=3, heads=2, patch_size=8, taps=(1, 2))),
+    )
     one = sharding.make_mesh(MeshConfig(1, 1), jax.devices()[:1])
     monkeypatch.setattr(sharding, "make_mesh", lambda *_: one)
 
@@ -107,8 +119,11 @@ def experiment(folder) -> Experiment:
     c.data.crop = c.data.streets.size = c.evaluation.stride = (32, 64)
     c.data.streets.images = 8
     c.adapter.on = c.calm.on = True
-    c.model.encoder, c.model.weights, c.model.pyramid = "tiny8", str(folder / "before.safetensors"), "none"
-    c.optimizer.learning_rate, c.optimizer.clip = 1e-2, 1.0
+    c.model.encoder = "tiny8"
+    c.model.weights = str(folder / "before.safetensors")
+    c.model.pyramid = "none"
+    c.optimizer.learning_rate = 1e-2
+    c.optimizer.clip = 1.0
     c.evaluation.domains = ("clear",)
     encoder = create("tiny8", image_size=(32, 64), taps=(1, 2), rngs=nnx.Rngs(1))
     weights.save(weights.tensors(encoder), c.model.weights, {"model": "tiny8"})
@@ -134,7 +149,8 @@ def start(c: Config, workdir, steps: int = 10**6) -> list[dict]:
 
 
 def test_an_adapter_trains_folds_and_resumes_and_a_loss_of_features_counts(tmp_path):
-    """Only adapters and head learn; what is left has plain names, computes the same, and 2 + 2 steps are 4 steps.
+    """Only adapters and head learn; what is left has plain names, computes the same, and 2 + 2
+    steps are 4 steps.
 
     The workdir is loaded by code that knows neither method.
     """
@@ -144,7 +160,11 @@ def test_an_adapter_trains_folds_and_resumes_and_a_loss_of_features_counts(tmp_p
     assert rows[0]["loss"] == pytest.approx(rows[0]["cross_entropy"] + rows[0]["calm"], rel=1e-5)
     stored = tasks.stored_tensors(tmp_path / "whole")
     before = weights.read(c.model.weights)
-    changed = {name for name, tensor in before.items() if not np.array_equal(tensor, stored[f"backbone.{name}"])}
+    changed = {
+        name
+        for name, tensor in before.items()
+        if not np.array_equal(tensor, stored[f"backbone.{name}"])
+    }
     assert changed == {f"blocks.{i}.attn.proj.kernel" for i in range(3)}
     assert not any("down" in name or ".up" in name for name in stored)
     assert jaxdg.load(tmp_path / "whole").predict(np.zeros((32, 64, 3), np.uint8)).shape == (32, 64)
@@ -164,7 +184,9 @@ def test_the_folded_model_computes_what_the_adapted_one_does(tmp_path):
     state = tasks.initial_state(task, blueprint, like, optimizer)
     state.trained = jax.tree.map(lambda x: x + 0.1, state.trained)
     images = jnp.asarray(np.random.default_rng(0).normal(size=(2, 32, 64, 3)), jnp.float32)
-    adapted: Any = nnx.merge(blueprint.graph, state.trained, state.frozen, state.statistics, copy=True)
+    adapted: Any = nnx.merge(
+        blueprint.graph, state.trained, state.frozen, state.statistics, copy=True
+    )
     assert blueprint.finished is not None
     plain: Any = nnx.merge(blueprint.finished.graph, *blueprint.finish(task, state))
     np.testing.assert_allclose(plain.scores(images), adapted.scores(images), rtol=1e-4, atol=1e-4)

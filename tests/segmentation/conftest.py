@@ -1,4 +1,6 @@
-"""The head and the inputs of the golden files that scripts/golden_mask2former.py makes: drawn by name, as there."""
+"""The head and the inputs of the golden files that scripts/golden_mask2former.py makes: drawn by
+name, as there.
+"""
 
 import zlib
 
@@ -27,9 +29,15 @@ def weight(name, shape):
     if len(shape) == 1:
         numbers = 0.3 * numbers + name.endswith(".weight")
     else:
-        numbers = (numbers - numbers.mean(tuple(range(1, len(shape))), keepdims=True)) * 1.5 / np.sqrt(np.prod(shape[1:]))
+        numbers = (
+            (numbers - numbers.mean(tuple(range(1, len(shape))), keepdims=True))
+            * 1.5
+            / np.sqrt(np.prod(shape[1:]))
+        )
     more = {"sampling_offsets": 2, "mask_projection.bias": 2, "mask_embedder.2": 0.1}
-    return np.float32(next((factor for part, factor in more.items() if part in name), 1)) * numbers.astype(np.float32)
+    return np.float32(
+        next((factor for part, factor in more.items() if part in name), 1)
+    ) * numbers.astype(np.float32)
 
 
 @pytest.fixture(scope="session")
@@ -47,7 +55,16 @@ def layout():
 @pytest.fixture(scope="session")
 def config():
     """Sizes of the oracle's head."""
-    return Mask2FormerConfig(num_classes=5, hidden=64, queries=12, heads=8, pixel_layers=2, pixel_ffn=96, layers=4, ffn=80)
+    return Mask2FormerConfig(
+        num_classes=5,
+        hidden=64,
+        queries=12,
+        heads=8,
+        pixel_layers=2,
+        pixel_ffn=96,
+        layers=4,
+        ffn=80,
+    )
 
 
 @pytest.fixture(scope="session")
@@ -56,7 +73,9 @@ def head(config, layout, tmp_path_factory):
     path = tmp_path_factory.mktemp("mask2former") / "head.safetensors"
     head = mask2former.abstract(config, CHANNELS)
     shapes = mapping.source_shapes(head, layout)
-    converted = mapping.to_flax(head, [layout], list(shapes), lambda name: weight(name, shapes[name]))
+    converted = mapping.to_flax(
+        head, [layout], list(shapes), lambda name: weight(name, shapes[name])
+    )
     weights.save(converted.tensors, path, {})
     weights.load(head, path)
     return head
@@ -68,6 +87,9 @@ def features():
 
     def maps(case):
         sizes = zip(CHANNELS, MAPS[case], strict=True)
-        return tuple(jnp.asarray(drawn(f"{case} {i}", (1, c, *size)).transpose(0, 2, 3, 1)) for i, (c, size) in enumerate(sizes))
+        return tuple(
+            jnp.asarray(drawn(f"{case} {i}", (1, c, *size)).transpose(0, 2, 3, 1))
+            for i, (c, size) in enumerate(sizes)
+        )
 
     return maps

@@ -1,4 +1,6 @@
-"""The zero-shot decoder against MaskCLIP's computation on open_clip's and timm's modules (golden file of scripts/golden_clip_text.py)."""
+"""The zero-shot decoder against MaskCLIP's computation on open_clip's and timm's modules (golden
+file of scripts/golden_clip_text.py).
+"""
 
 from flax import nnx
 import jax
@@ -12,7 +14,11 @@ from jaxdg.segmentation import ClipTextHeadConfig, Segmenter, SegmenterConfig, c
 from tests import clip_models
 from tests.backbones.drawn import run, wave
 
-SIZES = [(name, size) for name in clip_models.MODELS for size in (((160, 160), (128, 256)) if name == "resnet" else ((20, 20), (16, 32)))]
+SIZES = [
+    (name, size)
+    for name in clip_models.MODELS
+    for size in (((160, 160), (128, 256)) if name == "resnet" else ((20, 20), (16, 32)))
+]
 
 
 @pytest.fixture(autouse=True)
@@ -32,12 +38,18 @@ def files(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def segmenter(files):
-    """`segmenter(name, size, **fields)`: a zero-shot segmenter with both files, whose class embeddings are computed once."""
+    """`segmenter(name, size, **fields)`: a zero-shot segmenter with both files, whose class
+    embeddings are computed once.
+    """
     heads = {}
 
     def make(name, size, **fields):
         config = SegmenterConfig(
-            num_classes=19, encoder=f"small_{name}", image_size=size, decoder=ClipTextHeadConfig(CITYSCAPES.names), **fields
+            num_classes=19,
+            encoder=f"small_{name}",
+            image_size=size,
+            decoder=ClipTextHeadConfig(CITYSCAPES.names),
+            **fields,
         )
         model = nnx.eval_shape(lambda: Segmenter(config, rngs=nnx.Rngs(0)))
         weights.load(model.backbone, files[name][0])
@@ -51,7 +63,9 @@ def segmenter(files):
     return make
 
 
-@pytest.mark.parametrize(("name", "size"), SIZES, ids=lambda v: v if isinstance(v, str) else "{}x{}".format(*v))
+@pytest.mark.parametrize(
+    ("name", "size"), SIZES, ids=lambda v: v if isinstance(v, str) else "{}x{}".format(*v)
+)
 def test_scores_are_maskclips(segmenter, golden, name, size):
     """Every patch's scores for the 19 classes, at the trained size and at one that is not square."""
     with np.load(golden / "clip_text.npz") as archive:
@@ -67,9 +81,14 @@ def test_scores_are_maskclips(segmenter, golden, name, size):
 
 @pytest.mark.parametrize("name", ["clip", "eva02"])
 def test_the_last_attention_is_undone(segmenter, name):
-    """After the last but one block no patch sees another: a change of one there changes that one alone."""
+    """After the last but one block no patch sees another: a change of one there changes that one
+    alone.
+    """
     model = segmenter(name, (20, 20))
-    before = jnp.asarray(np.random.default_rng(0).standard_normal((1, 5, 5, model.backbone.config.width)), jnp.float32)
+    before = jnp.asarray(
+        np.random.default_rng(0).standard_normal((1, 5, 5, model.backbone.config.width)),
+        jnp.float32,
+    )
     changed = before.at[0, 2, 3].add(1.0)
 
     def values(tokens, monkeypatch):
@@ -82,7 +101,9 @@ def test_the_last_attention_is_undone(segmenter, name):
 
 
 def test_nothing_is_trained(segmenter, files):
-    """Every parameter is left alone; class embeddings and temperature are statistics, so that a checkpoint holds them."""
+    """Every parameter is left alone; class embeddings and temperature are statistics, so that a
+    checkpoint holds them.
+    """
     model = segmenter("clip", (20, 20))
     names = weights.shapes(model)
     parameters = weights.slots(nnx.state(model, nnx.Param))
@@ -93,7 +114,11 @@ def test_nothing_is_trained(segmenter, files):
         "head.image_projection.norm.bias",
         "head.image_projection.proj.kernel",
     }
-    np.testing.assert_allclose(model.head.texts[...], backbones.text_embeddings(CITYSCAPES.names, files["clip"][1]), rtol=1e-6)
+    np.testing.assert_allclose(
+        model.head.texts[...],
+        backbones.text_embeddings(CITYSCAPES.names, files["clip"][1]),
+        rtol=1e-6,
+    )
 
 
 def test_scores_come_at_the_images_size(segmenter):
@@ -102,20 +127,35 @@ def test_scores_come_at_the_images_size(segmenter):
     scores = {}
     for dtype in ("float32", "bfloat16"):
         graph, state = nnx.split(segmenter("clip", (20, 20), dtype=dtype))
-        scores[dtype] = jax.jit(lambda state, graph=graph: nnx.merge(graph, state).scores(images))(state)
+        scores[dtype] = jax.jit(lambda state, graph=graph: nnx.merge(graph, state).scores(images))(
+            state
+        )
         assert (scores[dtype].shape, scores[dtype].dtype) == ((1, 20, 20, 19), jnp.float32)
-    assert 0 < np.abs(scores["bfloat16"] - scores["float32"]).max() < 0.1 * np.abs(scores["float32"]).max()
+    assert (
+        0
+        < np.abs(scores["bfloat16"] - scores["float32"]).max()
+        < 0.1 * np.abs(scores["float32"]).max()
+    )
 
 
 def test_what_does_not_go_together_is_refused(segmenter, files):
     """An encoder without a text tower, and the text tower of another encoder."""
-    with pytest.raises(ValueError, match=r"model.encoder is scratch_ti8, allowed: clip_l14, clip_b16"):
+    with pytest.raises(
+        ValueError, match=r"model.encoder is scratch_ti8, allowed: clip_l14, clip_b16"
+    ):
         nnx.eval_shape(
             lambda: Segmenter(
-                SegmenterConfig(num_classes=19, encoder="scratch_ti8", image_size=(16, 16), decoder=ClipTextHeadConfig(("a",))),
+                SegmenterConfig(
+                    num_classes=19,
+                    encoder="scratch_ti8",
+                    image_size=(16, 16),
+                    decoder=ClipTextHeadConfig(("a",)),
+                ),
                 rngs=nnx.Rngs(0),
             )
         )
     model = segmenter("clip", (20, 20))
-    with pytest.raises(ValueError, match=r"text_weights .* holds small_resnet_text; allowed: small_clip_text"):
+    with pytest.raises(
+        ValueError, match=r"text_weights .* holds small_resnet_text; allowed: small_clip_text"
+    ):
         model.head.load_text(files["resnet"][1])

@@ -10,19 +10,31 @@ from jaxdg.segmentation.mask2former.pixel_decoder import sine_positions
 
 @pytest.mark.parametrize("case", ["even", "odd"])
 def test_mask_features_and_levels_equal_the_oracle(golden, head, features, case):
-    """Within 1e-4, for maps that halve exactly and for maps that do not; the levels come coarsest first."""
+    """Within 1e-4, for maps that halve exactly and for maps that do not; the levels come coarsest
+    first.
+    """
     with np.load(golden / "mask2former_pixels.npz") as file:
-        want = {name.removeprefix(f"{case}/"): file[name] for name in file.files if name.startswith(case)}
+        want = {
+            name.removeprefix(f"{case}/"): file[name]
+            for name in file.files
+            if name.startswith(case)
+        }
     mask_features, levels = jax.jit(lambda x: head.pixel_decoder(x))(features(case))
     assert [level.shape[1] for level in levels] == sorted(level.shape[1] for level in levels)
-    for name, got in {"mask_features": mask_features, **{f"level{i}": level for i, level in enumerate(levels)}}.items():
+    for name, got in {
+        "mask_features": mask_features,
+        **{f"level{i}": level for i, level in enumerate(levels)},
+    }.items():
         np.testing.assert_allclose(got, want.pop(name), rtol=0, atol=1e-4, err_msg=name)
     assert not want
 
 
 @pytest.mark.parametrize(("height", "width", "channels"), [(3, 5, 8), (1, 1, 64), (7, 2, 12)])
 def test_positions_equal_the_formula(height, width, channels):
-    """Pixel by pixel as DETR's paper and code say: (1 .. side) / side * 2 pi over 10000 ** (2i / half), y first, sine at even places."""
+    """Pixel by pixel as DETR's paper and code say: (1 ..
+
+    side) / side * 2 pi over 10000 ** (2i / half), y first, sine at even places.
+    """
     half = channels // 2
     got = sine_positions(height, width, channels)
     for y, x, i in np.ndindex(height, width, channels):
@@ -33,7 +45,9 @@ def test_positions_equal_the_formula(height, width, channels):
 
 
 def test_every_level_sees_every_other(head, features):
-    """A change in one corner of one coarse map reaches all three levels, the mask features too; the finest map reaches those alone."""
+    """A change in one corner of one coarse map reaches all three levels, the mask features too; the
+    finest map reaches those alone.
+    """
     maps = features("even")
     run = jax.jit(lambda x: jax.tree.leaves(head.pixel_decoder(x)))
     before = run(maps)

@@ -1,4 +1,6 @@
-"""The linear head as one matrix product, the segmenter with both decoders, and a task's verdict against a slow one in NumPy."""
+"""The linear head as one matrix product, the segmenter with both decoders, and a task's verdict
+against a slow one in NumPy.
+"""
 
 import dataclasses
 
@@ -21,7 +23,9 @@ from jaxdg.training import sharding
 @pytest.fixture(scope="module", autouse=True)
 def tiny():
     """A small encoder in the zoo."""
-    zoo.ZOO["tiny4"] = zoo.Entry(VitConfig(width=16, depth=4, heads=2, patch_size=8, taps=(0, 1, 2, 3)))
+    zoo.ZOO["tiny4"] = zoo.Entry(
+        VitConfig(width=16, depth=4, heads=2, patch_size=8, taps=(0, 1, 2, 3))
+    )
     yield
     del zoo.ZOO["tiny4"]
 
@@ -32,9 +36,12 @@ def bilinear(x, size):
     out = np.zeros((b, *size, c))
     for i in range(size[0]):
         for j in range(size[1]):
-            y, z = max((i + 0.5) * h / size[0] - 0.5, 0), max((j + 0.5) * w / size[1] - 0.5, 0)
-            y0, z0 = int(y), int(z)
-            y1, z1 = min(y0 + 1, h - 1), min(z0 + 1, w - 1)
+            y = max((i + 0.5) * h / size[0] - 0.5, 0)
+            z = max((j + 0.5) * w / size[1] - 0.5, 0)
+            y0 = int(y)
+            z0 = int(z)
+            y1 = min(y0 + 1, h - 1)
+            z1 = min(z0 + 1, w - 1)
             top = x[:, y0, z0] * (1 - (z - z0)) + x[:, y0, z1] * (z - z0)
             bottom = x[:, y1, z0] * (1 - (z - z0)) + x[:, y1, z1] * (z - z0)
             out[:, i, j] = top * (1 - (y - y0)) + bottom * (y - y0)
@@ -42,18 +49,26 @@ def bilinear(x, size):
 
 
 def test_linear_head_is_one_layer_on_concatenated_maps():
-    """Maps normalised, enlarged to the finest and concatenated, then one 1x1 layer: NumPy gives the head's scores."""
+    """Maps normalised, enlarged to the finest and concatenated, then one 1x1 layer: NumPy gives the
+    head's scores.
+    """
     rng = np.random.default_rng(0)
-    channels, sizes = (6, 4, 5), ((8, 6), (4, 3), (2, 1))
+    channels = (6, 4, 5)
+    sizes = ((8, 6), (4, 3), (2, 1))
     head = LinearHead(3, channels, rngs=nnx.Rngs(0))
     for _, leaf in nnx.to_flat_state(nnx.state(head, nnx.Param)):
         leaf.set_value(jnp.asarray(rng.normal(size=leaf.shape), jnp.float32))
-    features = [(2 * rng.normal(size=(2, *s, c)) + 1).astype(np.float32) for s, c in zip(sizes, channels, strict=True)]
+    features = [
+        (2 * rng.normal(size=(2, *s, c)) + 1).astype(np.float32)
+        for s, c in zip(sizes, channels, strict=True)
+    ]
     maps = []
     for x, norm in zip(features, head.norms, strict=True):
         x = x.astype(np.float64)
         x = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-6)
-        maps.append(bilinear(x * np.asarray(norm.scale[...]) + np.asarray(norm.bias[...]), sizes[0]))
+        maps.append(
+            bilinear(x * np.asarray(norm.scale[...]) + np.asarray(norm.bias[...]), sizes[0])
+        )
     kernel = np.concatenate([np.asarray(c.kernel[...]) for c in head.classifiers])
     bias = sum(np.asarray(c.bias[...]) for c in head.classifiers)
     expected = np.concatenate(maps, axis=-1) @ kernel + bias
@@ -70,11 +85,21 @@ def test_linear_head_is_one_layer_on_concatenated_maps():
 
 
 @pytest.mark.parametrize(
-    ("pyramid", "taps", "finest"), [("none", (), (4, 6)), ("none", (1, 3), (4, 6)), ("layer", (), (16, 24)), ("batch", (), (16, 24))]
+    ("pyramid", "taps", "finest"),
+    [
+        ("none", (), (4, 6)),
+        ("none", (1, 3), (4, 6)),
+        ("layer", (), (16, 24)),
+        ("batch", (), (16, 24)),
+    ],
 )
 def test_shapes(pyramid, taps, finest):
-    """The output has the finest level's size, the scores the image's; batch statistics exist only with BatchNorm."""
-    config = SegmenterConfig(num_classes=7, encoder="tiny4", image_size=(32, 48), taps=taps, pyramid=pyramid)
+    """The output has the finest level's size, the scores the image's; batch statistics exist only
+    with BatchNorm.
+    """
+    config = SegmenterConfig(
+        num_classes=7, encoder="tiny4", image_size=(32, 48), taps=taps, pyramid=pyramid
+    )
     images = jax.ShapeDtypeStruct((2, 32, 48, 3), jnp.float32)
     model = nnx.eval_shape(lambda: Segmenter(config, rngs=nnx.Rngs(0)))
     graph, state = nnx.split(model)
@@ -83,17 +108,33 @@ def test_shapes(pyramid, taps, finest):
         (lambda m, x: m(x, jax.random.key(0), train=True), finest),
         (lambda m, x: m.scores(x), (32, 48)),
     ):
-        output = jax.eval_shape(lambda s, x, call=call: call(nnx.merge(graph, s, copy=True), x), state, images)
+        output = jax.eval_shape(
+            lambda s, x, call=call: call(nnx.merge(graph, s, copy=True), x), state, images
+        )
         assert (output.shape, output.dtype) == ((2, *size, 7), jnp.float32)
     assert bool(jax.tree.leaves(nnx.state(model, nnx.BatchStat))) == (pyramid == "batch")
 
 
-SMALL = Mask2FormerConfig(num_classes=7, hidden=32, queries=9, heads=4, pixel_layers=1, pixel_ffn=16, layers=2, ffn=16, points=32)
+SMALL = Mask2FormerConfig(
+    num_classes=7,
+    hidden=32,
+    queries=9,
+    heads=4,
+    pixel_layers=1,
+    pixel_ffn=16,
+    layers=2,
+    ffn=16,
+    points=32,
+)
 
 
 def test_mask2former_scores_are_votes_of_the_last_masks():
-    """Class scores at the image's size, against loops: each query's mask, enlarged, votes for its classes, "no object" for none."""
-    config = SegmenterConfig(num_classes=7, encoder="tiny4", image_size=(32, 48), pyramid="layer", decoder=SMALL)
+    """Class scores at the image's size, against loops: each query's mask, enlarged, votes for its
+    classes, "no object" for none.
+    """
+    config = SegmenterConfig(
+        num_classes=7, encoder="tiny4", image_size=(32, 48), pyramid="layer", decoder=SMALL
+    )
     graph, state = nnx.split(nnx.eval_shape(lambda: Segmenter(config, rngs=nnx.Rngs(0))))
     rng = np.random.default_rng(0)
     state = jax.tree.map(lambda leaf: rng.normal(0, 0.3, leaf.shape).astype(leaf.dtype), state)
@@ -112,19 +153,32 @@ def test_mask2former_scores_are_votes_of_the_last_masks():
     expected = np.zeros((2, 32, 48, 7))
     for b in range(2):
         for q in range(9):
-            expected[b] += np.multiply.outer(1 / (1 + np.exp(-large[b, :, :, q])), odds[b, q, :-1] / odds[b, q].sum())
+            expected[b] += np.multiply.outer(
+                1 / (1 + np.exp(-large[b, :, :, q])), odds[b, q, :-1] / odds[b, q].sum()
+            )
     np.testing.assert_allclose(scores, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_a_segmenter_for_another_size_takes_over_all_tensors():
-    """Parameters stored at 32x48 fill a model for 64x64, the decoder's as they are and the encoder's positions as it resizes them."""
-    make = lambda size: nnx.eval_shape(
-        lambda: Segmenter(
-            SegmenterConfig(num_classes=7, encoder="tiny4", image_size=size, decoder=SMALL, pyramid="batch"), rngs=nnx.Rngs(0)
+    """Parameters stored at 32x48 fill a model for 64x64, the decoder's as they are and the
+    encoder's positions as it resizes them.
+    """
+
+    def make(size):
+        return nnx.eval_shape(
+            lambda: Segmenter(
+                SegmenterConfig(
+                    num_classes=7, encoder="tiny4", image_size=size, decoder=SMALL, pyramid="batch"
+                ),
+                rngs=nnx.Rngs(0),
+            )
         )
-    )
+
     rng = np.random.default_rng(0)
-    stored = {name: rng.normal(size=shape).astype(np.float32) for name, shape in weights.shapes(make((32, 48))).items()}
+    stored = {
+        name: rng.normal(size=shape).astype(np.float32)
+        for name, shape in weights.shapes(make((32, 48))).items()
+    }
     square = {**stored, "backbone.pos_embed": rng.normal(size=(1, 17, 16)).astype(np.float32)}
     other = make((64, 64))
     weights.fill(other, square, "elsewhere")
@@ -134,22 +188,50 @@ def test_a_segmenter_for_another_size_takes_over_all_tensors():
     assert {"head.query_feat", "pyramid.fpn1_norm.mean"} < filled.keys()
     for name, tensor in filled.items():
         np.testing.assert_array_equal(tensor, square[name])
-    with pytest.raises(ValueError, match=r"elsewhere does not fit this Segmenter: 1 missing \(head\.query_feat\)$"):
-        weights.fill(other, {name: tensor for name, tensor in square.items() if name != "head.query_feat"}, "elsewhere")
+    with pytest.raises(
+        ValueError, match=r"elsewhere does not fit this Segmenter: 1 missing \(head\.query_feat\)$"
+    ):
+        weights.fill(
+            other,
+            {name: tensor for name, tensor in square.items() if name != "head.query_feat"},
+            "elsewhere",
+        )
 
 
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"pyramid": "none", "decoder": SMALL}, r"decoder mask2former reads four levels .*; set model\.pyramid to layer or batch"),
-        ({"decoder": dataclasses.replace(SMALL, hidden=48)}, r"hidden is 48; allowed: multiples of 32 .* and of heads, 4"),
-        ({"taps": (1, 3)}, r"model\.pyramid is 'layer', which reads four taps; model\.taps is \(1, 3\)"),
-        ({"image_size": (8, 32)}, r"model\.pyramid is 'layer', which halves the deepest map; .* 8x32 .*at least 16x16"),
+        (
+            {"pyramid": "none", "decoder": SMALL},
+            r"decoder mask2former reads four levels .*; set model\.pyramid to layer or batch",
+        ),
+        (
+            {"decoder": dataclasses.replace(SMALL, hidden=48)},
+            r"hidden is 48; allowed: multiples of 32 .* and of heads, 4",
+        ),
+        (
+            {"taps": (1, 3)},
+            r"model\.pyramid is 'layer', which reads four taps; model\.taps is \(1, 3\)",
+        ),
+        (
+            {"image_size": (8, 32)},
+            r"model\.pyramid is 'layer', which halves the deepest map; .* 8x32 .*at least 16x16",
+        ),
     ],
 )
 def test_parts_that_do_not_fit_are_refused(fields, message):
-    """Two taps, an image of one patch, a decoder without its pyramid or of impossible sizes: one line that names the field."""
-    config = SegmenterConfig(**{"num_classes": 7, "encoder": "tiny4", "image_size": (32, 32), "pyramid": "layer", **fields})
+    """Two taps, an image of one patch, a decoder without its pyramid or of impossible sizes: one
+    line that names the field.
+    """
+    config = SegmenterConfig(
+        **{
+            "num_classes": 7,
+            "encoder": "tiny4",
+            "image_size": (32, 32),
+            "pyramid": "layer",
+            **fields,
+        }
+    )
     with pytest.raises(ValueError, match=message):
         nnx.eval_shape(lambda: Segmenter(config, rngs=nnx.Rngs(0)))
 
@@ -157,8 +239,14 @@ def test_parts_that_do_not_fit_are_refused(fields, message):
 def test_fewer_queries_than_classes_are_refused():
     """Each class present needs a query of its own: the field is named before anything is built."""
     config = Config()
-    config.model.decoder, config.model.mask2former.queries = "mask2former", 18
-    with pytest.raises(ValueError, match=r"model\.mask2former\.queries is 18; allowed: at least one for each of the 19 classes"):
+    config.model.decoder = "mask2former"
+    config.model.mask2former.queries = 18
+    with pytest.raises(
+        ValueError,
+        match=(
+            r"model\.mask2former\.queries is 18; allowed: at least one for each of the 19 classes"
+        ),
+    ):
         tasks.make_task(config).model(nnx.Rngs(0))
 
 
@@ -189,14 +277,20 @@ class Noise:
 def run():
     """Task, plan and random parameters of a small model on two devices."""
     config = Config()
-    config.model.encoder, config.model.pyramid, config.model.taps = "tiny4", "none", (3,)
-    config.data.crop, config.evaluation.stride, config.evaluation.batch_size = (16, 16), (8, 8), 3
+    config.model.encoder = "tiny4"
+    config.model.pyramid = "none"
+    config.model.taps = (3,)
+    config.data.crop = (16, 16)
+    config.evaluation.stride = (8, 8)
+    config.evaluation.batch_size = 3
     config = validated(config)
     task = tasks.make_task(config)
     mesh = sharding.make_mesh(MeshConfig(2, 1), jax.devices()[:2])
     plan = tasks.Blueprint.of(task, "none")
     rng = np.random.default_rng(0)
-    host = jax.tree.map(lambda leaf: rng.normal(0, 0.5, leaf.shape).astype(leaf.dtype), plan.abstract)
+    host = jax.tree.map(
+        lambda leaf: rng.normal(0, 0.5, leaf.shape).astype(leaf.dtype), plan.abstract
+    )
     return task, plan, mesh, host
 
 
@@ -208,9 +302,12 @@ def model(run):
 
 
 def test_evaluation_equals_a_slow_one(run, model):
-    """Batches of two sizes, padded, on two devices: IoU and mIoU are those of label maps predicted one image at a time, by loops."""
+    """Batches of two sizes, padded, on two devices: IoU and mIoU are those of label maps predicted
+    one image at a time, by loops.
+    """
     task, plan, mesh, host = run
-    dataset, ticks = Noise(), []
+    dataset = Noise()
+    ticks = []
     state = jax.device_put(host, sharding.replicated(mesh))
     result = task.evaluator(plan.graph, mesh)(state, dataset, lambda: ticks.append(1))
 
@@ -227,8 +324,12 @@ def test_evaluation_equals_a_slow_one(run, model):
         expected[name] = 100 * intersection / union if union else None
     found = result.metrics["IoU"]
     assert list(found) == list(CITYSCAPES.names)
-    assert {name for name, v in found.items() if v is None} == {name for name, v in expected.items() if v is None}
-    assert all(found[name] == pytest.approx(v, rel=1e-9) for name, v in expected.items() if v is not None)
+    assert {name for name, v in found.items() if v is None} == {
+        name for name, v in expected.items() if v is None
+    }
+    assert all(
+        found[name] == pytest.approx(v, rel=1e-9) for name, v in expected.items() if v is not None
+    )
     present = [v for v in expected.values() if v is not None]
     assert result.score == result.metrics["mIoU"] == pytest.approx(np.mean(present), rel=1e-9)
     assert 3 < len(present) < 19  # some classes are nowhere and count as nothing
@@ -241,7 +342,13 @@ def test_evaluation_equals_a_slow_one(run, model):
 def test_a_domain_of_other_classes_is_refused(run):
     """Evaluating on other classes names the domain and both lists before anything is computed."""
     task, plan, mesh, host = run
-    with pytest.raises(ValueError, match=r"domain noise has the classes sky, building.*, but the model was trained on road, sidewalk"):
+    with pytest.raises(
+        ValueError,
+        match=(
+            r"domain noise has the classes sky, building.*, but the model was trained on road,"
+            r" sidewalk"
+        ),
+    ):
         task.evaluator(plan.graph, mesh)(host, Noise(CAMVID), lambda: None)
 
 
@@ -257,28 +364,45 @@ def test_a_domain_of_other_classes_is_refused(run):
 )
 def test_predict_takes_one_rgb_image(model, image, found):
     """Another type or shape is refused, saying what was given."""
-    with pytest.raises(ValueError, match=rf"predict takes an RGB image uint8 \[h, w, 3\]; got {found}$"):
+    with pytest.raises(
+        ValueError, match=rf"predict takes an RGB image uint8 \[h, w, 3\]; got {found}$"
+    ):
         model.predict(image)
 
 
 def test_predict_takes_numpy_and_jax_arrays(model):
-    """A device array gives the map that the host's array gives, also for an image smaller than the window."""
+    """A device array gives the map that the host's array gives, also for an image smaller than the
+    window.
+    """
     image = Noise()[1]["image"]
     np.testing.assert_array_equal(model.predict(jnp.asarray(image)), model.predict(image))
     assert model.predict(image[:5, :7]).shape == (5, 7)
 
 
 def test_predict_compiles_once_for_many_sizes(run, monkeypatch):
-    """Eight sizes of one to three windows a side take four programs, and each gets the scores of an array of its own size."""
+    """Eight sizes of one to three windows a side take four programs, and each gets the scores of an
+    array of its own size.
+    """
     task, plan, _, host = run
-    state, traced, plain = jax.device_put(host, jax.devices()[0]), [], segmentation.sliding_window
-    monkeypatch.setattr(segmentation, "sliding_window", lambda *a: (traced.append(a[1].shape), plain(*a))[1])
-    predict, rng = task.predictor(plan.graph), np.random.default_rng(0)
-    scores = jax.jit(lambda image: plain(nnx.merge(plan.graph, *state).scores, task.normalize(image[None]), (16, 16), (8, 8), 8)[0])
+    state = jax.device_put(host, jax.devices()[0])
+    traced = []
+    plain = segmentation.sliding_window
+    monkeypatch.setattr(
+        segmentation, "sliding_window", lambda *a: (traced.append(a[1].shape), plain(*a))[1]
+    )
+    predict = task.predictor(plan.graph)
+    rng = np.random.default_rng(0)
+    scores = jax.jit(
+        lambda image: plain(
+            nnx.merge(plan.graph, *state).scores, task.normalize(image[None]), (16, 16), (8, 8), 8
+        )[0]
+    )
     for size in ((16, 16), (9, 12), (17, 24), (20, 23), (24, 18), (25, 32), (30, 31), (32, 17)):
         image = rng.integers(0, 256, (*size, 3)).astype(np.uint8)
         best = np.sort(np.asarray(scores(jnp.asarray(image))), axis=-1)
         sure = best[..., -1] - best[..., -2] > 1e-4
         assert sure.mean() > 0.9
-        np.testing.assert_array_equal(predict(state, image)[sure], np.asarray(scores(jnp.asarray(image))).argmax(-1)[sure])
+        np.testing.assert_array_equal(
+            predict(state, image)[sure], np.asarray(scores(jnp.asarray(image))).argmax(-1)[sure]
+        )
     assert traced == [(1, 16, 16, 3), (1, 24, 24, 3), (1, 32, 32, 3), (1, 32, 24, 3)]

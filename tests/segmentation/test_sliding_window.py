@@ -9,16 +9,27 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 import numpy as np
 import pytest
 
-from jaxdg.evaluation.sliding_window import label_map, mirror, resize_scores, shared_side, sliding_window, window_starts
+from jaxdg.evaluation.sliding_window import (
+    label_map,
+    mirror,
+    resize_scores,
+    shared_side,
+    sliding_window,
+    window_starts,
+)
 
 
 def scores_of(windows, xp=jnp):
-    """Scores that depend on the place in the window, on neighbours and on the whole window, so any misplacement shows."""
+    """Scores that depend on the place in the window, on neighbours and on the whole window, so any
+    misplacement shows.
+    """
     wh, ww = windows.shape[1:3]
     place = xp.sin(xp.arange(wh) * 0.7)[:, None] + xp.cos(xp.arange(ww) * 0.3)[None]
     mean = windows.mean((1, 2, 3))[:, None, None]
     first = windows[..., 0]
-    return xp.stack([first * place, first - mean, place + 0 * first, windows[:, ::-1, ::-1, 1]], axis=-1)
+    return xp.stack(
+        [first * place, first - mean, place + 0 * first, windows[:, ::-1, ::-1, 1]], axis=-1
+    )
 
 
 def slow(images, window, stride):
@@ -33,7 +44,8 @@ def slow(images, window, stride):
             at.append(min(at[-1] + stride, size - window))
         return at
 
-    total, seen = np.zeros((*big.shape[:3], 4)), np.zeros(big.shape[:3])
+    total = np.zeros((*big.shape[:3], 4))
+    seen = np.zeros(big.shape[:3])
     for image in range(b):
         for y in starts(big.shape[1], window[0], stride[0]):
             for x in starts(big.shape[2], window[1], stride[1]):
@@ -58,12 +70,16 @@ def slow(images, window, stride):
     ],
 )
 def test_window_starts(size, window, stride, expected):
-    """Starts are mmsegmentation's, written out by hand for the sizes of the benchmarks and for the borders."""
+    """Starts are mmsegmentation's, written out by hand for the sizes of the benchmarks and for the
+    borders.
+    """
     assert window_starts(size, window, stride) == expected
 
 
 def test_windows_cover_every_pixel_and_stay_inside():
-    """For all small sizes, windows and strides: no pixel is missed, no window leaves the image or comes twice."""
+    """For all small sizes, windows and strides: no pixel is missed, no window leaves the image or
+    comes twice.
+    """
     for size in range(1, 20):
         for window in range(1, size + 1):
             for stride in range(1, window + 1):
@@ -75,11 +91,22 @@ def test_windows_cover_every_pixel_and_stay_inside():
 
 
 def test_few_sides_are_shared_by_all_sizes():
-    """Every side holds its sizes, has their number of windows rounded up to half a power of 2, and is never twice what it need be."""
-    assert [shared_side(size, 512, 426) for size in (300, 512, 513, 1024, 1914, 2048)] == [512, 512, 938, 1364, 2642, 2642]
+    """Every side holds its sizes, has their number of windows rounded up to half a power of 2, and
+    is never twice what it need be.
+    """
+    assert [shared_side(size, 512, 426) for size in (300, 512, 513, 1024, 1914, 2048)] == [
+        512,
+        512,
+        938,
+        1364,
+        2642,
+        2642,
+    ]
     for window, stride in ((16, 16), (16, 7), (9, 1)):
         sides = [shared_side(size, window, stride) for size in range(1, 3000)]
-        assert all(size <= side < 2 * max(size, window) + window for size, side in enumerate(sides, 1))
+        assert all(
+            size <= side < 2 * max(size, window) + window for size, side in enumerate(sides, 1)
+        )
         assert len(set(sides)) <= 24
         for size, side in enumerate(sides, 1):
             count = len(window_starts(size, window, stride))
@@ -100,15 +127,25 @@ def test_few_sides_are_shared_by_all_sizes():
     ],
 )
 def test_equals_a_slow_numpy_version(shape, window, stride, windows_per_call):
-    """Averaged scores equal a loop over images and windows, traced once, whatever the number of windows a call."""
+    """Averaged scores equal a loop over images and windows, traced once, whatever the number of
+    windows a call.
+    """
     images = np.random.default_rng(0).normal(size=shape).astype(np.float32)
-    run = jax.jit(lambda images: sliding_window(scores_of, images, window, stride, windows_per_call))
-    np.testing.assert_allclose(run(images), slow(images.astype(np.float64), window, stride), rtol=1e-5, atol=1e-5)
+    run = jax.jit(
+        lambda images: sliding_window(scores_of, images, window, stride, windows_per_call)
+    )
+    np.testing.assert_allclose(
+        run(images), slow(images.astype(np.float64), window, stride), rtol=1e-5, atol=1e-5
+    )
 
 
-@pytest.mark.parametrize(("windows_per_call", "expected"), [(None, 12), (1, 2), (2, 2), (5, 4), (6, 6), (100, 12)])
+@pytest.mark.parametrize(
+    ("windows_per_call", "expected"), [(None, 12), (1, 2), (2, 2), (5, 4), (6, 6), (100, 12)]
+)
 def test_calls_are_no_larger_than_asked(windows_per_call, expected):
-    """Every call has one shape: a multiple of the batch of 2, at most the number asked for and the 12 windows there are."""
+    """Every call has one shape: a multiple of the batch of 2, at most the number asked for and the
+    12 windows there are.
+    """
     seen = set()
 
     def predict(windows):
@@ -120,21 +157,31 @@ def test_calls_are_no_larger_than_asked(windows_per_call, expected):
 
 
 def test_nan_stays_in_its_window():
-    """Scores are finite where windows are finite, and a NaN in one window stays in the pixels it covers."""
+    """Scores are finite where windows are finite, and a NaN in one window stays in the pixels it
+    covers.
+    """
     images = jnp.zeros((1, 10, 30, 1)).at[0, 5, 25, 0].set(jnp.nan)
-    scores = np.asarray(sliding_window(lambda x: x + x.mean((1, 2, 3), keepdims=True), images, (10, 10), (10, 10), 2))
+    scores = np.asarray(
+        sliding_window(
+            lambda x: x + x.mean((1, 2, 3), keepdims=True), images, (10, 10), (10, 10), 2
+        )
+    )
     assert np.isfinite(scores[:, :, :20]).all()
     assert np.isnan(scores[:, :, 20:]).all()
 
 
 def test_a_sharded_batch_stays_sharded_and_equal():
-    """A batch over eight devices: same scores, and each device pushes only its own image's windows through the model."""
+    """A batch over eight devices: same scores, and each device pushes only its own image's windows
+    through the model.
+    """
     images = np.random.default_rng(1).normal(size=(8, 20, 24, 2)).astype(np.float32)
     sharding = NamedSharding(Mesh(np.array(jax.devices()), ("data",)), PartitionSpec("data"))
     kernel = np.random.default_rng(2).normal(size=(3, 3, 2, 4)).astype(np.float32)
 
     def predict(windows):
-        return jax.lax.conv_general_dilated(windows, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+        return jax.lax.conv_general_dilated(
+            windows, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+        )
 
     run = jax.jit(lambda images: sliding_window(predict, images, (12, 12), (8, 8), 16))
     sharded = jax.device_put(images, sharding)
@@ -166,23 +213,37 @@ def drawn(sizes, channels=3):
 @functools.cache
 def alone(i, window, stride):
     """Scores of one of the drawn images as an array of its own."""
-    return np.asarray(jax.jit(lambda image: sliding_window(scores_of, image, window, stride, 1))(drawn(OWN)[i][None]))[0]
+    return np.asarray(
+        jax.jit(lambda image: sliding_window(scores_of, image, window, stride, 1))(
+            drawn(OWN)[i][None]
+        )
+    )[0]
 
 
 @pytest.mark.parametrize("windows_per_call", [None, 12])
 def test_images_of_many_sizes_in_one_program(windows_per_call):
-    """Four sizes in one array, compiled once, score to 1e-6 as each image alone; what stands around them reaches nothing."""
-    images, traces = drawn(OWN), []
+    """Four sizes in one array, compiled once, score to 1e-6 as each image alone; what stands around
+    them reaches nothing.
+    """
+    images = drawn(OWN)
+    traces = []
 
     def predict(windows):
         traces.append(1)
         return scores_of(windows)
 
-    run = jax.jit(lambda images, sizes: sliding_window(predict, images, (16, 16), (7, 7), windows_per_call, sizes))
+    run = jax.jit(
+        lambda images, sizes: sliding_window(
+            predict, images, (16, 16), (7, 7), windows_per_call, sizes
+        )
+    )
     for order in ([0, 1, 2, 3], [3, 1, 0, 2]):
-        array, sizes = padded([images[i] for i in order], (30, 41)), np.array([OWN[i] for i in order], np.int32)
+        array = padded([images[i] for i in order], (30, 41))
+        sizes = np.array([OWN[i] for i in order], np.int32)
         for i, (h, w), scores in zip(order, sizes, np.asarray(run(array, sizes)), strict=True):
-            np.testing.assert_allclose(scores[:h, :w], alone(i, (16, 16), (7, 7)), rtol=1e-6, atol=1e-6)
+            np.testing.assert_allclose(
+                scores[:h, :w], alone(i, (16, 16), (7, 7)), rtol=1e-6, atol=1e-6
+            )
     assert len(traces) == 2  # for the shape of the scores, then for the program
 
 
@@ -194,15 +255,23 @@ def test_one_image_alone_equals_the_slow_version(i):
 
 
 def test_only_as_many_windows_as_the_images_need():
-    """Small images in a large array are not charged for its windows: calls stop where the image with the most windows is done."""
+    """Small images in a large array are not charged for its windows: calls stop where the image
+    with the most windows is done.
+    """
     calls = []
 
     def predict(windows):
         jax.debug.callback(lambda: calls.append(1))
         return windows
 
-    run = jax.jit(lambda images, sizes: sliding_window(predict, images, (10, 10), (10, 10), 2, sizes))
-    for sizes, expected in (([(10, 10), (5, 7)], 1), ([(10, 10), (20, 25)], 6), ([(40, 50)] * 2, 20)):
+    run = jax.jit(
+        lambda images, sizes: sliding_window(predict, images, (10, 10), (10, 10), 2, sizes)
+    )
+    for sizes, expected in (
+        ([(10, 10), (5, 7)], 1),
+        ([(10, 10), (20, 25)], 6),
+        ([(40, 50)] * 2, 20),
+    ):
         calls.clear()
         jax.block_until_ready(run(jnp.zeros((2, 40, 50, 1)), jnp.asarray(sizes, jnp.int32)))
         jax.effects_barrier()
@@ -212,9 +281,14 @@ def test_only_as_many_windows_as_the_images_need():
 def test_a_sharded_batch_of_many_sizes_stays_sharded():
     """Eight sizes on eight devices: the scores of one device, and no image leaves its own."""
     sizes = [(20, 24), (12, 12), (20, 12), (9, 24), (13, 17), (20, 23), (5, 5), (18, 20)]
-    images, sizes = padded(drawn(sizes, 2), (20, 24)), np.array(sizes, np.int32)
+    images = padded(drawn(sizes, 2), (20, 24))
+    sizes = np.array(sizes, np.int32)
     sharding = NamedSharding(Mesh(np.array(jax.devices()), ("data",)), PartitionSpec("data"))
-    run = jax.jit(lambda images, sizes: sliding_window(lambda x: x * x[:, ::-1], images, (12, 12), (8, 8), 16, sizes))
+    run = jax.jit(
+        lambda images, sizes: sliding_window(
+            lambda x: x * x[:, ::-1], images, (12, 12), (8, 8), 16, sizes
+        )
+    )
     spread = jax.device_put((images, sizes), sharding)
     result = run(*spread)
     np.testing.assert_allclose(result, run(images, sizes), rtol=1e-6, atol=1e-6)
@@ -227,14 +301,17 @@ def test_a_sharded_batch_of_many_sizes_stays_sharded():
 def test_mirror_keeps_images_in_their_corner():
     """Every image is reversed inside its own width; a second time gives it back, padding included."""
     images = drawn(OWN)
-    array, sizes = padded(images, (30, 41)), jnp.asarray(OWN, jnp.int32)
+    array = padded(images, (30, 41))
+    sizes = jnp.asarray(OWN, jnp.int32)
     found = mirror(jnp.asarray(array), sizes)
     np.testing.assert_array_equal(found, padded([image[:, ::-1] for image in images], (30, 41)))
     np.testing.assert_array_equal(mirror(found, sizes), array)
 
 
 def test_mistakes_are_said():
-    """A stride that leaves pixels out, no windows a call, and scores of another size are refused, each with its reason."""
+    """A stride that leaves pixels out, no windows a call, and scores of another size are refused,
+    each with its reason.
+    """
     images = jnp.zeros((1, 20, 20, 3))
     with pytest.raises(ValueError, match="stride 11"):
         sliding_window(lambda x: x, images, (10, 10), (11, 11))
@@ -251,10 +328,14 @@ SIZES = [(13, 17), (40, 61), (13, 61), (5, 3), (1, 1), (26, 34), (7, 40)]
 
 @pytest.mark.parametrize("size", SIZES)
 def test_resize_equals_jax_image_resize_without_antialiasing(size):
-    """Gathering two neighbours a side gives what jax computes with dense weights, when enlarging, shrinking and mixing both."""
+    """Gathering two neighbours a side gives what jax computes with dense weights, when enlarging,
+    shrinking and mixing both.
+    """
     scores = np.random.default_rng(3).normal(size=(2, 13, 17, 5)).astype(np.float32)
     expected = jax.image.resize(scores, (2, *size, 5), "bilinear", antialias=False)
-    np.testing.assert_allclose(resize_scores(jnp.asarray(scores), size), expected, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(
+        resize_scores(jnp.asarray(scores), size), expected, rtol=1e-5, atol=1e-5
+    )
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -263,15 +344,23 @@ def test_resize_equals_torch(size):
     torch = pytest.importorskip("torch")
     scores = np.random.default_rng(4).normal(size=(2, 13, 17, 5)).astype(np.float32)
     moved = torch.from_numpy(np.ascontiguousarray(scores.transpose(0, 3, 1, 2)))
-    expected = torch.nn.functional.interpolate(moved, size, mode="bilinear", align_corners=False).numpy().transpose(0, 2, 3, 1)
-    np.testing.assert_allclose(resize_scores(jnp.asarray(scores), size), expected, rtol=1e-5, atol=1e-5)
+    expected = (
+        torch.nn.functional.interpolate(moved, size, mode="bilinear", align_corners=False)
+        .numpy()
+        .transpose(0, 2, 3, 1)
+    )
+    np.testing.assert_allclose(
+        resize_scores(jnp.asarray(scores), size), expected, rtol=1e-5, atol=1e-5
+    )
 
 
 TO = [(30, 41), (130, 20), (16, 90), (1, 8)]
 
 
 def test_resizing_many_sizes_in_one_program():
-    """Each image's scores, from its own size to its own label's size inside fixed shapes, are those of resizing it alone."""
+    """Each image's scores, from its own size to its own label's size inside fixed shapes, are those
+    of resizing it alone.
+    """
     images = drawn(OWN, 5)
     sizes = (jnp.asarray(OWN, jnp.int32), jnp.asarray(TO, jnp.int32))
     array = jnp.asarray(padded(images, (30, 41)))
@@ -285,7 +374,9 @@ def test_resizing_many_sizes_in_one_program():
 
 
 def test_large_sizes_do_not_overflow():
-    """Sides of 20 000 pixels, more than float32 could place to a millionth, are placed by integers: a ramp stays a ramp."""
+    """Sides of 20 000 pixels, more than float32 could place to a millionth, are placed by integers:
+    a ramp stays a ramp.
+    """
     ramp = jnp.arange(10_000, dtype=jnp.float32).reshape(1, 1, -1, 1)
     sizes = (jnp.array([[1, 10_000]], jnp.int32), jnp.array([[1, 20_000]], jnp.int32))
     found = np.asarray(resize_scores(ramp, (1, 20_000), sizes))[0, 0, :, 0]
@@ -297,4 +388,6 @@ def test_resize_returns_float32():
     ramp = jnp.arange(16, dtype=jnp.bfloat16).reshape(1, 1, 16, 1)
     resized = resize_scores(ramp, (1, 160))
     assert resized.dtype == jnp.float32
-    np.testing.assert_allclose(resized[0, 0, 5:-5, 0], (np.arange(160) + 0.5)[5:-5] / 10 - 0.5, atol=1e-5)
+    np.testing.assert_allclose(
+        resized[0, 0, 5:-5, 0], (np.arange(160) + 0.5)[5:-5] / 10 - 0.5, atol=1e-5
+    )

@@ -1,4 +1,5 @@
-"""What stands in for training in the tests of studies: a program of a blink that keeps the same folder; and a study that starts it.
+"""What stands in for training in the tests of studies: a program of a blink that keeps the same
+folder; and a study that starts it.
 
 python stand_in.py FLAGS runs the study `transfer`; the program is this file with `train` before its own arguments.
 """
@@ -12,7 +13,9 @@ import time
 
 
 def train(folder: Path, steps: int, source: str, seed: int) -> None:
-    """A step is a checkpoint; a source of that name breaks the run; results follow from source and seed. `starts` notes each start."""
+    """A step is a checkpoint; a source of that name breaks the run; results follow from source and
+    seed. `starts` notes each start.
+    """
     asked = []
     signal.signal(signal.SIGTERM, lambda *_: asked.append(1))
     with (folder / "starts").open("a") as file:
@@ -30,12 +33,24 @@ def train(folder: Path, steps: int, source: str, seed: int) -> None:
         if asked:
             return
     base = 10 * len(source) + seed
-    entry = lambda name, score: {"mIoU": score, "images": 3, "seen": name == source, "part_of": None}
+
+    def entry(name, score):
+        return {"mIoU": score, "images": 3, "seen": name == source, "part_of": None}
+
     domains = {name: entry(name, base + i + 0.1) for i, name in enumerate(("clear", "night"))}
     unseen = [entry["mIoU"] for entry in domains.values() if not entry["seen"]]
     mean = sum(unseen) / len(unseen)
-    results = {"task": "segmentation", "source": source, "protocol": "native", "step": steps, "domains": domains, "mean_unseen": mean}
-    (folder / "results.json").write_text(json.dumps({**results, "rPD": None if len(unseen) > 1 else 100 * mean / base}))
+    results = {
+        "task": "segmentation",
+        "source": source,
+        "protocol": "native",
+        "step": steps,
+        "domains": domains,
+        "mean_unseen": mean,
+    }
+    (folder / "results.json").write_text(
+        json.dumps({**results, "rPD": None if len(unseen) > 1 else 100 * mean / base})
+    )
 
 
 def study() -> None:
@@ -48,7 +63,14 @@ def study() -> None:
             if show is not None:
                 return super().command(run, show)
             c = self.config(run)
-            return [__file__, "train", str(self.workdir(run)), str(c.steps), c.data.source, str(run.seed)]
+            return [
+                __file__,
+                "train",
+                str(self.workdir(run)),
+                str(c.steps),
+                c.data.source,
+                str(run.seed),
+            ]
 
         def train(self, run, console, interrupt):
             workdir_lib.claim(self.config(run), self.workdir(run))

@@ -1,4 +1,6 @@
-"""The corruptions study: cells against predictions counted by hand, and the same end whether interrupted or not."""
+"""The corruptions study: cells against predictions counted by hand, and the same end whether
+interrupted or not.
+"""
 
 import json
 from pathlib import Path
@@ -43,13 +45,19 @@ def tiny(task: str) -> Config:
     c = Config(steps=2, batch_size=8, log_every=1, eval_every=2, checkpoint_every=2, task=task)
     c.model.encoder = "tiny8"
     c.data.crop = c.data.streets.size = (48, 96)
-    c.data.streets.images, c.data.streets.val_images = 12, 3
+    c.data.streets.images = 12
+    c.data.streets.val_images = 3
     if task == "detection":
         c.model.decoder = "fcos"
-        c.model.fcos.channels, c.model.fcos.groups, c.model.fcos.convs, c.model.fcos.levels = 8, 2, 1, (1, 2)
+        c.model.fcos.channels = 8
+        c.model.fcos.groups = 2
+        c.model.fcos.convs = 1
+        c.model.fcos.levels = (1, 2)
     else:
-        c.model.pyramid, c.evaluation.stride = "none", (48, 96)
-    c.optimizer.learning_rate, c.optimizer.clip = 1e-2, 1.0
+        c.model.pyramid = "none"
+        c.evaluation.stride = (48, 96)
+    c.optimizer.learning_rate = 1e-2
+    c.optimizer.clip = 1.0
     c.evaluation.domains = ("clear", "fog")
     return validated(c)
 
@@ -57,7 +65,8 @@ def tiny(task: str) -> Config:
 def finish(c: Config, workdir: Path) -> None:
     """The workdir of a finished run, as training leaves it, of random parameters."""
     workdir_lib.claim(c, workdir)
-    task, mesh = tasks.make_task(c), sharding.make_mesh(MeshConfig())
+    task = tasks.make_task(c)
+    mesh = sharding.make_mesh(MeshConfig())
     plan = tasks.Blueprint.of(task, "none")
     like, _ = tasks.abstract_state(plan, c, mesh)
     rng = np.random.default_rng(0)
@@ -70,7 +79,9 @@ def finish(c: Config, workdir: Path) -> None:
     model = state.trained, state.frozen, state.statistics
     domains = evaluate.open_domains(task)
     standing = evaluate.standings(task, domains, TrainedOn(("clear",)), print)
-    results = evaluate.evaluate_domains(task.evaluator(plan.graph, mesh), model, domains, standing, lambda *_: None)
+    results = evaluate.evaluate_domains(
+        task.evaluator(plan.graph, mesh), model, domains, standing, lambda *_: None
+    )
     evaluate.write_results(evaluate.summary(task, c, c.steps, results), results, workdir)
 
 
@@ -89,13 +100,26 @@ def study_of(folder: Path, *workdirs: Path, options: StudyOptions = OPTIONS, **g
     """The study of finished runs."""
     file = "configs/study_tiny.py"
     return Trained(
-        list(map(str, workdirs)), "corruptions", corruptions.plan, file=file, given=given, base=None, options=options, folder=folder
+        list(map(str, workdirs)),
+        "corruptions",
+        corruptions.plan,
+        file=file,
+        given=given,
+        base=None,
+        options=options,
+        folder=folder,
     )
 
 
 def copied(trained: Path, task: str, folder: Path) -> Path:
     """A copy of a run without any cells."""
-    return Path(shutil.copytree(trained / f"{task}_seed0", folder / f"{task}_seed0", ignore=shutil.ignore_patterns("corruptions_*")))
+    return Path(
+        shutil.copytree(
+            trained / f"{task}_seed0",
+            folder / f"{task}_seed0",
+            ignore=shutil.ignore_patterns("corruptions_*"),
+        )
+    )
 
 
 def document(study: Trained) -> bytes:
@@ -105,7 +129,9 @@ def document(study: Trained) -> bytes:
 
 
 def test_cells_hold_the_scores_of_corrupted_images(trained, tmp_path):
-    """A cell's mIoU is that of `jaxdg.load(..).predict` on the images of `Corrupted`, counted by hand; the clean one that of the run."""
+    """A cell's mIoU is that of `jaxdg.load(..).predict` on the images of `Corrupted`, counted by
+    hand; the clean one that of the run.
+    """
     workdir = copied(trained, "segmentation", tmp_path)
     study = study_of(tmp_path / "study", workdir)
     judge(study, study.runs, cli.console(), StopAfter())
@@ -122,26 +148,40 @@ def test_cells_hold_the_scores_of_corrupted_images(trained, tmp_path):
                 hit, either = np.zeros((2, 19))
                 for i in range(3):
                     sample = Corrupted(dataset, kind, severity)[i]
-                    truth, seen = sample["label"], model.predict(sample["image"])
+                    truth = sample["label"]
+                    seen = model.predict(sample["image"])
                     seen = np.where(truth == 255, 255, seen)
                     for k in range(19):
                         hit[k] += ((truth == k) & (seen == k)).sum()
                         either[k] += ((truth == k) | (seen == k)).sum()
                 by_hand = 100 * np.mean((hit / np.maximum(either, 1))[either > 0])
-                assert scores[kind][severity - 1] == pytest.approx(by_hand, abs=0.3)  # ties fall either way
+                assert scores[kind][severity - 1] == pytest.approx(
+                    by_hand, abs=0.3
+                )  # ties fall either way
         cell = json.loads((workdir / "corruptions_2" / domain / "fog_3.json").read_text())
-        assert (cell["score"], cell["images"], set(cell["IoU"])) == (scores["fog"][2], 3, set(model.labels.names))
+        assert (cell["score"], cell["images"], set(cell["IoU"])) == (
+            scores["fog"][2],
+            3,
+            set(model.labels.names),
+        )
 
 
 def test_detection_is_judged_too(trained, tmp_path):
-    """A cell's mAP50 is that of the task's evaluator on corrupted images, and the corruption changes it or its boxes' scores."""
+    """A cell's mAP50 is that of the task's evaluator on corrupted images, and the corruption
+    changes it or its boxes' scores.
+    """
     workdir = copied(trained, "detection", tmp_path)
-    study = study_of(tmp_path / "study", workdir, options=StudyOptions(kinds=("contrast",), severities=(5,)))
+    study = study_of(
+        tmp_path / "study", workdir, options=StudyOptions(kinds=("contrast",), severities=(5,))
+    )
     judge(study, study.runs, cli.console(), StopAfter())
     c = config.load(workdir)
-    task, mesh = tasks.make_task(c), sharding.make_mesh(MeshConfig())
+    task = tasks.make_task(c)
+    mesh = sharding.make_mesh(MeshConfig())
     plan, state, _ = tasks.restore_model(workdir, 2, c, task, mesh)
-    judged = task.evaluator(plan.graph, mesh)(state, Corrupted(task.open("fog", train=False), "contrast", 5), lambda: None)
+    judged = task.evaluator(plan.graph, mesh)(
+        state, Corrupted(task.open("fog", train=False), "contrast", 5), lambda: None
+    )
     assert study.scores(study.runs[0], "fog")["contrast"] == [None, None, None, None, judged.score]
     cell = json.loads((workdir / "corruptions_2" / "fog" / "contrast_5.json").read_text())
     assert cell["AP50"] == judged.metrics["AP50"]
@@ -150,7 +190,9 @@ def test_detection_is_judged_too(trained, tmp_path):
 
 
 def test_a_stopped_study_comes_to_the_same_end(trained, tmp_path):
-    """Stopped after some batches it keeps whole cells, judges no cell twice, and its study.json is that of one left alone, to the byte."""
+    """Stopped after some batches it keeps whole cells, judges no cell twice, and its study.json is
+    that of one left alone, to the byte.
+    """
     whole = study_of(tmp_path / "study", copied(trained, "segmentation", tmp_path))
     judge(whole, whole.runs, cli.console(), StopAfter())
     expected = document(whole)
@@ -175,8 +217,14 @@ def test_a_stopped_study_comes_to_the_same_end(trained, tmp_path):
 
 
 def test_fewer_images_are_other_cells(trained, tmp_path):
-    """With `max_images` what was judged on all images does not count, and the other way round; the run's own setting counts likewise."""
-    study = study_of(tmp_path / "study", copied(trained, "segmentation", tmp_path), options=StudyOptions(kinds=("fog",), severities=(5,)))
+    """With `max_images` what was judged on all images does not count, and the other way round; the
+    run's own setting counts likewise.
+    """
+    study = study_of(
+        tmp_path / "study",
+        copied(trained, "segmentation", tmp_path),
+        options=StudyOptions(kinds=("fog",), severities=(5,)),
+    )
     run = study.runs[0]
     study.max_images = 2
     judge(study, study.runs, cli.console(), StopAfter())
@@ -184,27 +232,49 @@ def test_fewer_images_are_other_cells(trained, tmp_path):
     assert study.score(run, "clear", "fog", 5) is not None
     study.max_images = None
     assert study.score(run, "clear", "fog", 5) is None
-    same = study_of(tmp_path / "study", study.workdir(run), options=study.options, **{"evaluation.max_images": 2})
+    same = study_of(
+        tmp_path / "study",
+        study.workdir(run),
+        options=study.options,
+        **{"evaluation.max_images": 2},
+    )
     assert same.score(same.runs[0], "clear", "fog", 5) is not None
 
 
 def test_summary_fills_no_gaps():
-    """Means over kinds and severities by hand; one missing cell takes every mean away that it is part of."""
+    """Means over kinds and severities by hand; one missing cell takes every mean away that it is
+    part of.
+    """
     scores = {"clean": 50.0, "fog": [40.0, None, 20.0], "snow": [30.0, None, 10.0]}
-    assert summary(scores, (1, 3)) == {"clean": 50.0, "severity": {1: 35.0, 3: 15.0}, "mean": 25.0, "relative": 50.0}
+    assert summary(scores, (1, 3)) == {
+        "clean": 50.0,
+        "severity": {1: 35.0, 3: 15.0},
+        "mean": 25.0,
+        "relative": 50.0,
+    }
     scores["snow"][2] = None
-    assert summary(scores, (1, 3)) == {"clean": 50.0, "severity": {1: 35.0, 3: None}, "mean": None, "relative": None}
+    assert summary(scores, (1, 3)) == {
+        "clean": 50.0,
+        "severity": {1: 35.0, 3: None},
+        "mean": None,
+        "relative": None,
+    }
     assert summary({**scores, "clean": None}, (1,))["relative"] is None
 
 
 def test_what_cannot_be_judged_is_refused(trained, tmp_path):
-    """A folder without a run, a run that has not come to its end, two of one name, two tasks, and unknown kinds, each in one line."""
+    """A folder without a run, a run that has not come to its end, two of one name, two tasks, and
+    unknown kinds, each in one line.
+    """
     done = trained / "segmentation_seed0"
     with pytest.raises(FileNotFoundError, match="nowhere"):
         study_of(tmp_path, tmp_path / "nowhere")
     half = copied(trained, "segmentation", tmp_path)
     (half / "results.json").unlink()
-    with pytest.raises(ValueError, match="segmentation_seed0 holds no run that was trained and evaluated to its end"):
+    with pytest.raises(
+        ValueError,
+        match="segmentation_seed0 holds no run that was trained and evaluated to its end",
+    ):
         study_of(tmp_path, half)
     with pytest.raises(ValueError, match="names two runs segmentation_seed0"):
         study_of(tmp_path, done, done)

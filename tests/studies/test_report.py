@@ -27,7 +27,10 @@ GROUPS = {
         "augreg_ti16, frozen": {"model.encoder": "augreg_ti16", "model.freeze": "all"},
         "from scratch, tuned": {"model.weights": None, "model.freeze": "none"},
     },
-    "freezing": {f"{f} frozen": {"model.freeze": f} for f in ("none", "first 4", "first 8", "first 12", "last 4", "last 8", "last 12")},
+    "freezing": {
+        f"{f} frozen": {"model.freeze": f}
+        for f in ("none", "first 4", "first 8", "first 12", "last 4", "last 8", "last 12")
+    },
     "corruptions": {"plain": {}, "RandAugment": {"data.randaugment": [2, 5.0]}},
     "transfer": {f"from {d}": {"data.source": d} for d in DOMAINS},
     "seeds": {"as configured": {}},
@@ -48,17 +51,24 @@ def write_study(
     images=0,
     max_images=None,
 ):
-    """A study's folder as the studies write it, without the runs in `missing`, with so many `images` a domain."""
+    """A study's folder as the studies write it, without the runs in `missing`, with so many
+    `images` a domain.
+    """
     rng = np.random.default_rng(len(name))
     score, of_class = ("mIoU", "IoU") if task == "segmentation" else ("mAP50", "AP50")
     labels = CAMVID.names if task == "segmentation" else ("car", "person")
     runs = []
     for i, (group, settings) in enumerate(GROUPS[name].items()):
         trained_on = settings.get("data.source", source)
-        level = {domain: 55.0 - 7 * i - 11 * (domain != trained_on) - 3 * j for j, domain in enumerate(domains)}
+        level = {
+            domain: 55.0 - 7 * i - 11 * (domain != trained_on) - 3 * j
+            for j, domain in enumerate(domains)
+        }
         for seed in seeds:
             run = re.sub(r"[^\w.]+", "_", f"{group} seed{seed}")
-            scores = {domain: float(max(level[domain] + rng.normal(0, 0.8), 2.0)) for domain in domains}
+            scores = {
+                domain: float(max(level[domain] + rng.normal(0, 0.8), 2.0)) for domain in domains
+            }
             unseen = [s for domain, s in scores.items() if domain != trained_on]
             own = scores.get(trained_on)
             results = {
@@ -68,7 +78,13 @@ def write_study(
                 "max_images": max_images,
                 "step": 300,
                 "domains": {
-                    d: {score: s, of_class: dict.fromkeys(labels, s), "images": 30, "seen": d == trained_on, "part_of": None}
+                    d: {
+                        score: s,
+                        of_class: dict.fromkeys(labels, s),
+                        "images": 30,
+                        "seen": d == trained_on,
+                        "part_of": None,
+                    }
                     for d, s in scores.items()
                 },
                 "mean_unseen": statistics.fmean(unseen),
@@ -82,7 +98,10 @@ def write_study(
                     "settings": settings,
                     "seed": seed,
                     "source": trained_on,
-                    "command": f"python -m jaxdg.train --config configs/tiny.py --workdir runs/{name}/runs/{run} --config.seed={seed}",
+                    "command": (
+                        "python -m jaxdg.train --config configs/tiny.py --workdir"
+                        f" runs/{name}/runs/{run} --config.seed={seed}"
+                    ),
                     "status": "finished" if done else "missing",
                     "step": 300 if done else None,
                     "results": results if done else None,
@@ -92,11 +111,27 @@ def write_study(
                 drop = {kind: 0.80 - 0.1 * k - 0.05 * (1 - i) for k, kind in enumerate(KINDS)}
                 runs[-1]["severities"] = [1, 2, 3, 4, 5]
                 runs[-1]["corruptions"] = {
-                    d: {"clean": s, **{kind: [s * drop[kind] ** (n / 2) for n in range(1, 6)] for kind in KINDS}} for d, s in scores.items()
+                    d: {
+                        "clean": s,
+                        **{
+                            kind: [s * drop[kind] ** (n / 2) for n in range(1, 6)] for kind in KINDS
+                        },
+                    }
+                    for d, s in scores.items()
                 }
             if done and images:
-                keep_pictures(folder / "runs" / run / "qualitative", domains, images, task, wrong=0.1 + 0.15 * i, seed=seed)
-    groups = [{"group": g, "settings": s, **summary([r for r in runs if r["group"] == g], score)} for g, s in GROUPS[name].items()]
+                keep_pictures(
+                    folder / "runs" / run / "qualitative",
+                    domains,
+                    images,
+                    task,
+                    wrong=0.1 + 0.15 * i,
+                    seed=seed,
+                )
+    groups = [
+        {"group": g, "settings": s, **summary([r for r in runs if r["group"] == g], score)}
+        for g, s in GROUPS[name].items()
+    ]
     everything = {
         "study": name,
         "task": task,
@@ -126,15 +161,26 @@ def keep_pictures(folder: Path, domains, images: int, task: str, wrong: float, s
                 truth[rng.integers(15, 45) : 55, x : x + 20] = 1 + 4 * (x % 3 == 0)
             truth[60:75, 30:55] = 8
             truth[85:] = 255
-            image = (np.array([*CAMVID.colors, (0, 0, 0)], np.uint8)[np.minimum(truth, 11)] * (0.3 if domain == "dusk" else 0.8)).astype(
-                np.uint8
+            image = (
+                np.array([*CAMVID.colors, (0, 0, 0)], np.uint8)[np.minimum(truth, 11)]
+                * (0.3 if domain == "dusk" else 0.8)
+            ).astype(np.uint8)
+            bad = np.kron(
+                np.random.default_rng(seed).random((9, 12)) < wrong, np.ones((10, 10), bool)
             )
-            bad = np.kron(np.random.default_rng(seed).random((9, 12)) < wrong, np.ones((10, 10), bool))
-            arrays = {"truth": truth, "prediction": np.where(bad, 5, np.where(truth == 255, 3, truth)).astype(np.uint8)}
+            arrays = {
+                "truth": truth,
+                "prediction": np.where(bad, 5, np.where(truth == 255, 3, truth)).astype(np.uint8),
+            }
             if task == "detection":
                 true = np.array([[30, 60, 55, 75], [80, 40, 90, 60]], np.float32)
                 found = true + np.array([[1, 1, 0, 0], [40, 0, 40, 0]], np.float32)
-                arrays = {"truth_boxes": true, "truth_classes": np.array([0, 1]), "boxes": found, "classes": np.array([0, 1])}
+                arrays = {
+                    "truth_boxes": true,
+                    "truth_classes": np.array([0, 1]),
+                    "boxes": found,
+                    "classes": np.array([0, 1]),
+                }
                 arrays["scores"] = np.array([0.9, 0.6], np.float32)
             np.savez_compressed(folder / f"{domain}_{i}.npz", image=image, **arrays)
 
@@ -146,7 +192,12 @@ class Reader(HTMLParser):
 
     def __init__(self, page: str):
         super().__init__()
-        self.open, self.tables, self.loaded, self.links, self.ids, self.bold = [], [], [], [], [], 0
+        self.open = []
+        self.tables = []
+        self.loaded = []
+        self.links = []
+        self.ids = []
+        self.bold = 0
         self.feed(page)
         self.close()
 
@@ -182,16 +233,25 @@ class Reader(HTMLParser):
 
 @pytest.fixture(scope="module")
 def everything(tmp_path_factory):
-    """All five studies in one report, some runs missing: the study.json files by name, and the folder of the report."""
+    """All five studies in one report, some runs missing: the study.json files by name, and the
+    folder of the report.
+    """
     root = tmp_path_factory.mktemp("studies")
     missing = {
-        "pretraining": ("augreg_ti16_frozen_seed1", *(f"from_scratch_tuned_seed{i}" for i in range(3))),
+        "pretraining": (
+            "augreg_ti16_frozen_seed1",
+            *(f"from_scratch_tuned_seed{i}" for i in range(3)),
+        ),
         "freezing": ("first_8_frozen_seed0", "last_8_frozen_seed0"),
     }
     seeds = {"freezing": (0,), "transfer": (0,), "corruptions": (0, 1)}
     studies = {
         name: write_study(
-            root / name, name, seeds=seeds.get(name, (0, 1, 2)), missing=missing.get(name, ()), images=int(name == "pretraining")
+            root / name,
+            name,
+            seeds=seeds.get(name, (0, 1, 2)),
+            missing=missing.get(name, ()),
+            images=int(name == "pretraining"),
         )
         for name in reversed(GROUPS)
     }
@@ -208,29 +268,60 @@ def expected(figure, runs: int) -> str:
 
 
 def test_figures_of_the_page_are_those_of_study_json(everything):
-    """Mean, spread and number of every group and domain, read back from the page, are those that study.json holds."""
+    """Mean, spread and number of every group and domain, read back from the page, are those that
+    study.json holds.
+    """
     studies, out = everything
     page = Reader((out / "report.html").read_text())
     for name in ("pretraining", "freezing", "seeds"):
-        table = next(t for t in page.tables if [row[0] for row in t[1 : 1 + len(GROUPS[name])]] == list(GROUPS[name]))
+        table = next(
+            t
+            for t in page.tables
+            if [row[0] for row in t[1 : 1 + len(GROUPS[name])]] == list(GROUPS[name])
+        )
         assert table[0] == ["", "n", "camvid (source)", "day", "dusk", "mean unseen", "rPD"]
         for group, row in zip(studies[name]["groups"], table[1:], strict=True):
-            figures = [group["domains"].get(d, {"mean": None, "spread": None}) for d in DOMAINS] + [group["mean_unseen"], group["rPD"]]
+            figures = [group["domains"].get(d, {"mean": None, "spread": None}) for d in DOMAINS] + [
+                group["mean_unseen"],
+                group["rPD"],
+            ]
             assert row[1] == f"{group['n']} of {group['of']}"
-            assert [cell.replace("**", "") for cell in row[2:]] == [expected(figure, group["n"]) for figure in figures]
+            assert [cell.replace("**", "") for cell in row[2:]] == [
+                expected(figure, group["n"]) for figure in figures
+            ]
 
 
 def md_rows(text: str) -> list[list[str]]:
     """Cells of the tables in Markdown; bold ones begin with **."""
-    lines = [line[2:-2] for line in text.split("\n") if line.startswith("| ") and "---" not in line and "report_pictures" not in line]
-    clean = lambda cell: re.sub(r"\\(.)", r"\1", re.sub(r"(?<!\\)\*\*(.*?)(?<!\\)\*\*", r"**\1", cell))
+    lines = [
+        line[2:-2]
+        for line in text.split("\n")
+        if line.startswith("| ") and "---" not in line and "report_pictures" not in line
+    ]
+
+    def clean(cell):
+        return re.sub(r"\\(.)", r"\1", re.sub(r"(?<!\\)\*\*(.*?)(?<!\\)\*\*", r"**\1", cell))
+
     return [[clean(cell) for cell in line.split(" | ")] for line in lines]
 
 
 def tex_rows(text: str) -> list[list[str]]:
     """The same of LaTeX."""
-    lines = [line.removesuffix(r" \tabularnewline") for line in text.split("\n") if line.endswith(r" \tabularnewline")]
-    swaps = {"{[}": "[", "{]}": "]", r"\textbf{": "**", r"\emph{": "", r"{\scriptsize ": "", "}": "", r"$\pm$": "±", "--": report.NONE}
+    lines = [
+        line.removesuffix(r" \tabularnewline")
+        for line in text.split("\n")
+        if line.endswith(r" \tabularnewline")
+    ]
+    swaps = {
+        "{[}": "[",
+        "{]}": "]",
+        r"\textbf{": "**",
+        r"\emph{": "",
+        r"{\scriptsize ": "",
+        "}": "",
+        r"$\pm$": "±",
+        "--": report.NONE,
+    }
 
     def clean(cell: str) -> str:
         for old, new in swaps.items():
@@ -241,9 +332,15 @@ def tex_rows(text: str) -> list[list[str]]:
 
 
 def test_markdown_and_latex_have_the_same_cells(everything):
-    """Every row of every table of the page stands in report.md and in tables.tex with the same figures and the same bold ones."""
+    """Every row of every table of the page stands in report.md and in tables.tex with the same
+    figures and the same bold ones.
+    """
     _, out = everything
-    rows = [[cell.strip() for cell in row] for table in Reader((out / "report.html").read_text()).tables for row in table]
+    rows = [
+        [cell.strip() for cell in row]
+        for table in Reader((out / "report.html").read_text()).tables
+        for row in table
+    ]
     latex = tex_rows((out / "tables.tex").read_text())
     assert latex == rows
     assert [row for row in md_rows((out / "report.md").read_text()) if row in rows] == rows
@@ -251,22 +348,33 @@ def test_markdown_and_latex_have_the_same_cells(everything):
 
 
 def test_missing_runs_are_missing(everything):
-    """A group without a finished run has no figure anywhere, one with some has n, and runs that are missing are named."""
+    """A group without a finished run has no figure anywhere, one with some has n, and runs that are
+    missing are named.
+    """
     _, out = everything
     text = (out / "report.html").read_text()
     page = Reader(text)
-    table = next(t for t in page.tables if t[0][:3] == ["", "n", "camvid (source)"] and t[1][0] == "augreg_ti16, tuned")
-    scratch, frozen = table[3], table[2]
+    table = next(
+        t
+        for t in page.tables
+        if t[0][:3] == ["", "n", "camvid (source)"] and t[1][0] == "augreg_ti16, tuned"
+    )
+    scratch = table[3]
+    frozen = table[2]
     assert scratch == ["from scratch, tuned", "0 of 3", *["missing"] * 5]
     assert frozen[1] == "2 of 3"
     assert "missing" not in frozen
     runs = {row[0]: row for t in page.tables if t[0][1] == "seed" for row in t[1:]}
     assert runs["from_scratch_tuned_seed0"][2:] == ["missing"] * 3
-    assert "from_scratch_tuned_seed2" in text[text.index("did not finish and are") :].split("</p>")[0]
+    assert (
+        "from_scratch_tuned_seed2" in text[text.index("did not finish and are") :].split("</p>")[0]
+    )
     bars = next(svg for svg in re.findall(r"<svg.*?</svg>", text) if ">mean unseen<" in svg)
     assert ">missing (0 of 3 runs)<" in bars
     assert bars.count("<rect") == 2
-    curve = next(svg for svg in re.findall(r"<svg.*?</svg>", text) if ">The first blocks frozen<" in svg)
+    curve = next(
+        svg for svg in re.findall(r"<svg.*?</svg>", text) if ">The first blocks frozen<" in svg
+    )
     assert curve.count(">missing<") == 1
     path = re.findall(r'class="curve s0" d="([^"]*)"', curve)[0]
     assert [path.count("M"), path.count("L")] == [2, 1]  # 0, 4, a gap, 12
@@ -276,7 +384,11 @@ def test_a_study_without_a_finished_run_has_a_report(tmp_path):
     """Nothing finished, nothing claimed."""
     missing = [f"as_configured_seed{i}" for i in range(3)]
     write_study(tmp_path / "a", "seeds", missing=missing)
-    write_study(tmp_path / "b", "corruptions", missing=[f"{g}_seed{i}" for g in GROUPS["corruptions"] for i in range(3)])
+    write_study(
+        tmp_path / "b",
+        "corruptions",
+        missing=[f"{g}_seed{i}" for g in GROUPS["corruptions"] for i in range(3)],
+    )
     report.write([tmp_path / "a", tmp_path / "b"], tmp_path / "out")
     text = (tmp_path / "out" / "report.html").read_text()
     assert text.count("No run has finished") == 2
@@ -285,28 +397,41 @@ def test_a_study_without_a_finished_run_has_a_report(tmp_path):
 
 
 def test_corruption_figures(everything):
-    """Means over kinds and severities, what is kept of clean, and spread over seeds equal a direct computation."""
+    """Means over kinds and severities, what is kept of clean, and spread over seeds equal a direct
+    computation.
+    """
     studies, out = everything
     page = Reader((out / "report.html").read_text())
     heads = ["", "n", "clean", *(f"severity {s}" for s in range(1, 6)), "mean", "kept in %"]
     table = next(t for t in page.tables if t[0] == heads)
-    runs = [run["corruptions"]["camvid"] for run in studies["corruptions"]["runs"] if run["group"] == "plain"]
+    runs = [
+        run["corruptions"]["camvid"]
+        for run in studies["corruptions"]["runs"]
+        if run["group"] == "plain"
+    ]
     grids = np.array([[run[kind] for kind in KINDS] for run in runs])
     clean = np.array([run["clean"] for run in runs])
     kept = 100 * grids.mean((1, 2)) / clean
     figures = [clean, *grids.mean(1).T, grids.mean((1, 2)), kept]
-    assert [cell.replace("**", "") for cell in table[1][2:]] == [f"{f.mean():.1f} ± {f.std(ddof=1):.1f}" for f in figures]
+    assert [cell.replace("**", "") for cell in table[1][2:]] == [
+        f"{f.mean():.1f} ± {f.std(ddof=1):.1f}" for f in figures
+    ]
 
 
 def test_a_gap_in_the_corruptions_is_not_averaged_over(tmp_path):
-    """A severity with one missing cell has no mean over kinds, nor has the mean over severities, while other severities stand."""
+    """A severity with one missing cell has no mean over kinds, nor has the mean over severities,
+    while other severities stand.
+    """
     folder = tmp_path / "c"
     content = write_study(folder, "corruptions", seeds=(0,))
     content["runs"][0]["corruptions"]["day"]["fog"][2] = None
     (folder / "study.json").write_text(json.dumps(content))
     study = reading.load(folder)
     plain = study.groups[0]
-    at = lambda **how: study.corrupted(plain, "day", **how)["mean"]
+
+    def at(**how):
+        return study.corrupted(plain, "day", **how)["mean"]
+
     assert at(severity=3) is None
     assert at() is None
     assert at(relative=True) is None
@@ -323,18 +448,40 @@ def test_a_gap_in_the_corruptions_is_not_averaged_over(tmp_path):
 
 
 def test_bold_is_the_best_alone():
-    """Of each column the highest figure, all that print alike, none where it has no rival, and nothing that is no score."""
-    row = lambda name, *texts: TableRow(name, (Cell("3 of 3", competes=False), *map(Cell, texts)))
-    rows = report.embolden([row("a", "9.9", "46.4", "5.0"), row("b", "46.3", "46.4", report.NONE), row("c", "46.2", "missing", "missing")])
-    assert [[cell.best for cell in r.cells] for r in rows] == [[False, False, True, False], [False, True, True, False], [False] * 4]
+    """Of each column the highest figure, all that print alike, none where it has no rival, and
+    nothing that is no score.
+    """
+
+    def row(name, *texts):
+        return TableRow(name, (Cell("3 of 3", competes=False), *map(Cell, texts)))
+
+    rows = report.embolden(
+        [
+            row("a", "9.9", "46.4", "5.0"),
+            row("b", "46.3", "46.4", report.NONE),
+            row("c", "46.2", "missing", "missing"),
+        ]
+    )
+    assert [[cell.best for cell in r.cells] for r in rows] == [
+        [False, False, True, False],
+        [False, True, True, False],
+        [False] * 4,
+    ]
 
 
 def test_bold_in_the_page_is_the_best_of_its_column(everything):
-    """In every table of scores the bold cells of a column are exactly the highest, by their printed figures."""
+    """In every table of scores the bold cells of a column are exactly the highest, by their printed
+    figures.
+    """
     _, out = everything
-    number = lambda cell: float(re.match(r"\**([\d.]+)", cell).group(1))
+
+    def number(cell):
+        return float(re.match(r"\**([\d.]+)", cell).group(1))
+
     for table in Reader((out / "report.html").read_text()).tables:
-        if table[0][1:2] != ["n"] or any("*" in cell.lstrip("*") for row in table[1:] for cell in row):
+        if table[0][1:2] != ["n"] or any(
+            "*" in cell.lstrip("*") for row in table[1:] for cell in row
+        ):
             continue
         for column in range(2, len(table[0])):
             cells = [row[column] for row in table[1:] if re.match(r"\**\d", row[column])]
@@ -354,7 +501,10 @@ def test_own_sources_do_not_compete_in_a_transfer_matrix(everything):
 
 
 def test_published_figures_are_compared_only_where_all_is_the_same(tmp_path):
-    """Same task, source, domains and protocol, all images: one table, one winner. Else a table of its own that says so."""
+    """Same task, source, domains and protocol, all images: one table, one winner.
+
+    Else a table of its own that says so.
+    """
     four = ("cityscapes", "bdd100k", "mapillary", "acdc")
     same = dict(source="gta5", domains=four, protocol="vltseg", seeds=(0,))
     cases = (
@@ -370,10 +520,14 @@ def test_published_figures_are_compared_only_where_all_is_the_same(tmp_path):
         write_study(folder, "pretraining", **(same | change))
         report.write([folder], folder / "out")
         page = (folder / "out" / "report.html").read_text()
-        table = next(t for t in Reader(page).tables if t[1][0] == "augreg_ti16, tuned" and t[0][1] == "n")
+        table = next(
+            t for t in Reader(page).tables if t[1][0] == "augreg_ti16, tuned" and t[0][1] == "n"
+        )
         theirs = [row for row in table if row[0].startswith("EVA-02-CLIP")]
         assert bool(theirs) == merged
-        assert ("Not to be compared" in page) == (not merged or change.get("source", "gta5") == "gta5")  # newer methods: several protocols
+        assert ("Not to be compared" in page) == (
+            not merged or change.get("source", "gta5") == "gta5"
+        )  # newer methods: several protocols
         if merged and not change:
             best = next(row for row in table if row[0].startswith("EVA-02-CLIP L/14 ["))
             assert best[2:7] == ["**65.3", "**58.3", "**66.0", "**62.6", "**63.1"]
@@ -381,7 +535,9 @@ def test_published_figures_are_compared_only_where_all_is_the_same(tmp_path):
 
 
 def test_published_tables_are_those_of_their_source():
-    """Rows are as wide as their tables, printed means of domains agree with the domains, and rPD with its row."""
+    """Rows are as wide as their tables, printed means of domains agree with the domains, and rPD
+    with its row.
+    """
     for table in published.TABLES:
         for row in table.rows:
             values = dict(zip(table.columns, row.values, strict=True))
@@ -389,13 +545,19 @@ def test_published_tables_are_those_of_their_source():
             unseen = [values[d] for d in table.domains if d not in (table.source, row.source)]
             if values.get("mean_unseen") is not None:
                 # G-NAS and its like are rounded before they are averaged
-                assert statistics.fmean(unseen) == pytest.approx(values["mean_unseen"], abs=0.11), row.name
+                assert statistics.fmean(unseen) == pytest.approx(values["mean_unseen"], abs=0.11), (
+                    row.name
+                )
             if "rPD" in values and table.task == "segmentation":
-                assert 100 * statistics.fmean(unseen) / values[row.source] == pytest.approx(values["rPD"], abs=0.11), row.name
+                assert 100 * statistics.fmean(unseen) / values[row.source] == pytest.approx(
+                    values["rPD"], abs=0.11
+                ), row.name
 
 
 def test_page_is_well_formed_and_alone(everything):
-    """Every element is closed, links within lead somewhere, nothing is loaded from elsewhere, no script; SVG is XML."""
+    """Every element is closed, links within lead somewhere, nothing is loaded from elsewhere, no
+    script; SVG is XML.
+    """
     _, out = everything
     text = (out / "report.html").read_text()
     page = Reader(text)
@@ -405,7 +567,9 @@ def test_page_is_well_formed_and_alone(everything):
     assert all(source.startswith("data:image/") for source in page.loaded)
     assert "url(" not in text
     assert "@import" not in text
-    known = {source.url for table in published.TABLES for row in table.rows for source in (row.cite,)}
+    known = {
+        source.url for table in published.TABLES for row in table.rows for source in (row.cite,)
+    }
     for link in page.links:
         assert link[1:] in page.ids if link.startswith("#") else link in known
     assert set(re.findall(r'https?://[^\s"<]+', text)) - known == {"http://www.w3.org/2000/svg"}
@@ -416,11 +580,16 @@ def test_page_is_well_formed_and_alone(everything):
 
 
 def test_pictures_show_the_runs(everything):
-    """A row has image, truth, a prediction of each finished model, and errors; the share of right pixels is that of the arrays."""
+    """A row has image, truth, a prediction of each finished model, and errors; the share of right
+    pixels is that of the arrays.
+    """
     _, out = everything
     text = (out / "report.md").read_text()
     folder = out.parent / "pretraining" / "runs"
-    for run, group in (("augreg_ti16_tuned_seed0", "augreg_ti16, tuned"), ("augreg_ti16_frozen_seed0", "augreg_ti16, frozen")):
+    for run, group in (
+        ("augreg_ti16_tuned_seed0", "augreg_ti16, tuned"),
+        ("augreg_ti16_frozen_seed0", "augreg_ti16, frozen"),
+    ):
         arrays = np.load(folder / run / "qualitative" / "dusk_0.npz")
         right = 100 * np.mean((arrays["truth"] == arrays["prediction"])[arrays["truth"] != 255])
         assert f"{group}: {right:.0f} % of pixels right" in text.replace("\\", "")
@@ -436,23 +605,31 @@ def test_pictures_show_the_runs(everything):
 
 
 def test_detection_report(tmp_path):
-    """Boxes are drawn, AP50 is the score, and the errors are those counted by hand: one found, one false, one missed."""
+    """Boxes are drawn, AP50 is the score, and the errors are those counted by hand: one found, one
+    false, one missed.
+    """
     write_study(tmp_path, "pretraining", task="detection", seeds=(0,), images=1)
     report.write([tmp_path], tmp_path / "out")
     text = (tmp_path / "out" / "report.html").read_text()
     assert "detection, mAP50 in %" in text
     assert len([s for s in Reader(text).loaded if s.startswith("data:image/jpeg")]) == 3 * 6
-    arrays = dict(np.load(tmp_path / "runs" / "augreg_ti16_tuned_seed0" / "qualitative" / "day_0.npz"))
+    arrays = dict(
+        np.load(tmp_path / "runs" / "augreg_ti16_tuned_seed0" / "qualitative" / "day_0.npz")
+    )
     boxes, outcomes = _judged(arrays)
     assert outcomes.tolist() == [0, 2, 1]
     np.testing.assert_array_equal(boxes[2], arrays["truth_boxes"][1])
     nothing = {key: value[:0] for key, value in arrays.items()}
     assert _judged(nothing)[1].tolist() == []
-    assert _judged(nothing | {key: arrays[key] for key in ("truth_boxes", "truth_classes")})[1].tolist() == [1, 1]
+    assert _judged(nothing | {key: arrays[key] for key in ("truth_boxes", "truth_classes")})[
+        1
+    ].tolist() == [1, 1]
 
 
 def test_names_are_escaped_everywhere(tmp_path):
-    """A group of every special character is text in the page, in Markdown and in LaTeX, and breaks no table."""
+    """A group of every special character is text in the page, in Markdown and in LaTeX, and breaks
+    no table.
+    """
     name = r"[a]&b <i>50%</i> #1_$x$ {y} ~ ^ \z | `q` *s*"
     content = write_study(tmp_path, "seeds", seeds=(0, 1))
     for entry in (*content["runs"], *content["groups"]):
@@ -461,11 +638,22 @@ def test_names_are_escaped_everywhere(tmp_path):
     report.write([tmp_path], tmp_path / "out")
     page = Reader((tmp_path / "out" / "report.html").read_text())
     assert page.tables[0][1][0] == name
-    row = next(line for line in (tmp_path / "out" / "tables.tex").read_text().split("\n") if line.startswith("{[}a"))
+    row = next(
+        line
+        for line in (tmp_path / "out" / "tables.tex").read_text().split("\n")
+        if line.startswith("{[}a")
+    )
     head = row.split(" & ")[0]
-    signs = r"\textasciitilde{} \textasciicircum{} \textbackslash{}z $|$ \textasciigrave{}q\textasciigrave{} *s*"
+    signs = (
+        r"\textasciitilde{} \textasciicircum{} \textbackslash{}z $|$"
+        r" \textasciigrave{}q\textasciigrave{} *s*"
+    )
     assert head == r"{[}a{]}\&b $<$i$>$50\%$<$/i$>$ \#1\_\$x\$ \{y\} " + signs
-    md = next(line for line in (tmp_path / "out" / "report.md").read_text().split("\n") if line.startswith(r"| \[a\]&b"))
+    md = next(
+        line
+        for line in (tmp_path / "out" / "report.md").read_text().split("\n")
+        if line.startswith(r"| \[a\]&b")
+    )
     assert r"\<i\>50%\</i\> \#1\_\$x\$ {y} \~ ^ \\z \| \`q\` \*s\*" in md
     for svg in re.findall(r"<svg.*?</svg>", (tmp_path / "out" / "report.html").read_text()):
         assert name in "".join(ElementTree.fromstring(svg).itertext())
@@ -483,7 +671,9 @@ def test_names_are_escaped_everywhere(tmp_path):
     ],
 )
 def test_text_is_shown_as_it_is(text, tex, md):
-    """Neither is a dash, a star behind the end of a row, an entity or a picture made of a name, nor is one lost."""
+    """Neither is a dash, a star behind the end of a row, an entity or a picture made of a name, nor
+    is one lost.
+    """
     assert document._tex(text) == tex
     assert document._md(text) == md
 
@@ -502,31 +692,55 @@ def test_markdown_around_any_text():
 
 
 def test_same_folders_same_bytes(everything, tmp_path):
-    """Written again, whatever the order of the folders, every file is the same to the byte, and an old picture is gone."""
+    """Written again, whatever the order of the folders, every file is the same to the byte, and an
+    old picture is gone.
+    """
     studies, out = everything
     (tmp_path / "report_pictures").mkdir()
     (tmp_path / "report_pictures" / "study9_old.svg").write_text("old")
     report.write([out.parent / name for name in sorted(studies)], tmp_path)
-    files = lambda folder: {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+    def files(folder):
+        return {
+            str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()
+        }
+
     assert files(tmp_path) == files(out)
 
 
 def test_findings_follow_the_figures(everything):
-    """The sentences name the group with the highest mean, its figure and the missing runs, and doubt what a single run says."""
+    """The sentences name the group with the highest mean, its figure and the missing runs, and
+    doubt what a single run says.
+    """
     studies, out = everything
     text = (out / "report.md").read_text().replace("\\", "")
-    best = max((g for g in studies["pretraining"]["groups"] if g["n"]), key=lambda g: g["mean_unseen"]["mean"])
+    best = max(
+        (g for g in studies["pretraining"]["groups"] if g["n"]),
+        key=lambda g: g["mean_unseen"]["mean"],
+    )
     mean = best["mean_unseen"]
-    assert f"“{best['group']}”, {mean['mean']:.1f} mIoU (n = {mean['n']}, spread {mean['spread']:.1f})" in text
+    assert (
+        f"“{best['group']}”, {mean['mean']:.1f} mIoU (n = {mean['n']}, spread {mean['spread']:.1f})"
+        in text
+    )
     freezing = text[text.index("## Frozen blocks") : text.index("## Corrupted")]
     assert "of single runs, so it may be chance" in freezing
     titles = re.findall(r"^## (.*)$", text, re.MULTILINE)
-    order = ["Pre-training", "Frozen blocks", "Corrupted images", "From one domain to others", "Seeds", "Sources of published figures"]
+    order = [
+        "Pre-training",
+        "Frozen blocks",
+        "Corrupted images",
+        "From one domain to others",
+        "Seeds",
+        "Sources of published figures",
+    ]
     assert [title.split(":")[0] for title in titles] == order
 
 
 def test_commands_seeds_versions_and_protocol_are_in_the_report(everything):
-    """Whoever reads it can run it again: every command as typed, the seeds, the versions and the protocol."""
+    """Whoever reads it can run it again: every command as typed, the seeds, the versions and the
+    protocol.
+    """
     studies, out = everything
     md = (out / "report.md").read_text()
     for study in studies.values():
@@ -539,30 +753,68 @@ def test_commands_seeds_versions_and_protocol_are_in_the_report(everything):
 
 
 def test_places_on_a_plot_are_to_scale():
-    """Markers and bars lie where their values say: distances on the page are in the ratio of the values."""
+    """Markers and bars lie where their values say: distances on the page are in the ratio of the
+    values.
+    """
     svg = plots.lines(
-        "t", [plots.Line("a", tuple(plots.Point(x, y) for x, y in ((0, 10.0), (1, 20.0), (4, 40.0))))], "x", "y", [(0, "0"), (4, "4")]
+        "t",
+        [plots.Line("a", tuple(plots.Point(x, y) for x, y in ((0, 10.0), (1, 20.0), (4, 40.0))))],
+        "x",
+        "y",
+        [(0, "0"), (4, "4")],
     )
-    at = np.array([[float(v) for v in re.findall(r"[-\d.]+", t)] for t in re.findall(r'transform="translate\(([^)]*)\)" d', svg)])[:3]
+    at = np.array(
+        [
+            [float(v) for v in re.findall(r"[-\d.]+", t)]
+            for t in re.findall(r'transform="translate\(([^)]*)\)" d', svg)
+        ]
+    )[:3]
     np.testing.assert_allclose((at[1] - at[0]) / (at[2] - at[0]), [1 / 4, 1 / 3], atol=0.005)
-    svg = plots.bars("t", [plots.BarGroup("g", (plots.Bar(10.0, None, "10"), plots.Bar(30.0, 2.0, "30")))], ("a", "b"), "%")
-    widths = [float(w) for w in re.findall(r'<rect class="[fo]0" x="8" y="[\d.]+" width="([\d.]+)" height="14"', svg)]
+    svg = plots.bars(
+        "t",
+        [plots.BarGroup("g", (plots.Bar(10.0, None, "10"), plots.Bar(30.0, 2.0, "30")))],
+        ("a", "b"),
+        "%",
+    )
+    widths = [
+        float(w)
+        for w in re.findall(
+            r'<rect class="[fo]0" x="8" y="[\d.]+" width="([\d.]+)" height="14"', svg
+        )
+    ]
     assert widths[1] / widths[0] == pytest.approx(3, abs=0.01)
 
 
 def test_command(tmp_path):
-    """The verb takes folders and --out in any order, and says in one line what is wrong with a folder."""
+    """The verb takes folders and --out in any order, and says in one line what is wrong with a
+    folder.
+    """
     write_study(tmp_path / "s", "seeds")
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).resolve().parents[2])}
-    call = lambda *arguments: subprocess.run(
-        [sys.executable, "-m", "jaxdg.studies.report", *arguments], capture_output=True, text=True, env=environment, cwd=tmp_path
-    )
+
+    def call(*arguments):
+        return subprocess.run(
+            [sys.executable, "-m", "jaxdg.studies.report", *arguments],
+            capture_output=True,
+            text=True,
+            env=environment,
+            cwd=tmp_path,
+        )
+
     done = call("s", "--out", "here")
     assert done.returncode == 0, done.stderr
-    assert sorted(p.name for p in (tmp_path / "here").iterdir()) == ["report.html", "report.md", "report_pictures", "tables.tex"]
+    assert sorted(p.name for p in (tmp_path / "here").iterdir()) == [
+        "report.html",
+        "report.md",
+        "report_pictures",
+        "tables.tex",
+    ]
     failed = call("nowhere")
     assert failed.returncode == 1
-    assert failed.stderr == "error: nowhere/study.json does not exist; give the folder of a study (its --workdir)\n"
+    assert (
+        failed.stderr
+        == "error: nowhere/study.json does not exist; give the folder of a study (its --workdir)\n"
+    )
 
 
 def test_what_is_no_study_is_refused(tmp_path):
@@ -580,7 +832,9 @@ def test_what_is_no_study_is_refused(tmp_path):
 
 
 def test_scores_on_images_trained_on_are_marked_everywhere(tmp_path):
-    """A dagger at the score, and how many of how many in notes and captions; a domain without truth says so."""
+    """A dagger at the score, and how many of how many in notes and captions; a domain without truth
+    says so.
+    """
     for name in ("transfer", "pretraining", "corruptions"):
         study = write_study(tmp_path / name, name, seeds=(0,))
         for run in study["runs"]:
@@ -588,15 +842,29 @@ def test_scores_on_images_trained_on_are_marked_everywhere(tmp_path):
             for entry in domains.values():
                 entry |= {"trained_on": 0, "classes": len(CAMVID.names), "without_truth": []}
             domains["day"] |= {"seen": True, "trained_on": 10}
-            domains["dusk"] |= {"mIoU": None, "IoU": dict.fromkeys(CAMVID.names), "without_truth": list(CAMVID.names), "classes": 0}
+            domains["dusk"] |= {
+                "mIoU": None,
+                "IoU": dict.fromkeys(CAMVID.names),
+                "without_truth": list(CAMVID.names),
+                "classes": 0,
+            }
         for group in study["groups"]:
             group |= summary([r for r in study["runs"] if r["group"] == group["group"]], "mIoU")
         (tmp_path / name / "study.json").write_text(json.dumps(study))
-    report.write([tmp_path / name for name in ("transfer", "pretraining", "corruptions")], tmp_path / "out")
+    report.write(
+        [tmp_path / name for name in ("transfer", "pretraining", "corruptions")], tmp_path / "out"
+    )
     text = (tmp_path / "out" / "report.html").read_text()
-    page, sections = Reader(text), re.split(r"<section", text)[1:]
-    told, none = "day: judged on images it was trained on (10 of 30)", "dusk: no truth, so it has no score and is in no mean"
-    scores = [t for t in page.tables if t[0][1:5] in (["n", "camvid", "day", "dusk"], ["n", "camvid (source)", "day (seen)", "dusk"])]
+    page = Reader(text)
+    sections = re.split(r"<section", text)[1:]
+    told = "day: judged on images it was trained on (10 of 30)"
+    none = "dusk: no truth, so it has no score and is in no mean"
+    scores = [
+        t
+        for t in page.tables
+        if t[0][1:5]
+        in (["n", "camvid", "day", "dusk"], ["n", "camvid (source)", "day (seen)", "dusk"])
+    ]
     assert len(scores) == 2
     for table in scores:
         for row in table[1:]:
@@ -614,4 +882,7 @@ def test_scores_on_images_trained_on_are_marked_everywhere(tmp_path):
     latex = (tmp_path / "out" / "tables.tex").read_text()
     assert r"$\dagger$" in latex
     assert latex.isascii()
-    assert "†day: judged on images it was trained on (10 of 30)." in (tmp_path / "out" / "report.md").read_text()
+    assert (
+        "†day: judged on images it was trained on (10 of 30)."
+        in (tmp_path / "out" / "report.md").read_text()
+    )

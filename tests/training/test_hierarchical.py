@@ -1,4 +1,6 @@
-"""Training with hierarchical encoders: both kinds with every decoder, what `freeze` means for stages, BatchNorm that stays as it was."""
+"""Training with hierarchical encoders: both kinds with every decoder, what `freeze` means for
+stages, BatchNorm that stays as it was.
+"""
 
 import dataclasses
 import re
@@ -17,7 +19,16 @@ pytestmark = pytest.mark.usefixtures("compiled_quickly")
 
 MIT = MitConfig(blocks=(1, 2, 3, 1), widths=(8, 16, 20, 32))
 RESNET = ClipResnetConfig(blocks=(1, 2, 3, 1), widths=(16, 32, 64, 128), pool_grid=2, embedding=6)
-QUERIES = {"hidden": 32, "queries": 20, "heads": 4, "pixel_layers": 1, "pixel_ffn": 16, "layers": 1, "ffn": 16, "points": 32}
+QUERIES = {
+    "hidden": 32,
+    "queries": 20,
+    "heads": 4,
+    "pixel_layers": 1,
+    "pixel_ffn": 16,
+    "layers": 1,
+    "ffn": 16,
+    "points": 32,
+}
 
 
 @pytest.fixture(autouse=True)
@@ -29,18 +40,32 @@ def small(monkeypatch):
 
 def configured(make_run, encoder, decoder, crop=(64, 64), freeze="none"):
     """A run at a crop size."""
-    mask2former = {"mask2former": dataclasses.replace(make_run().config.model.mask2former, **QUERIES)}
-    model = {"encoder": encoder, "decoder": decoder, "pyramid": "layer", "taps": (), "freeze": freeze}
+    mask2former = {
+        "mask2former": dataclasses.replace(make_run().config.model.mask2former, **QUERIES)
+    }
+    model = {
+        "encoder": encoder,
+        "decoder": decoder,
+        "pyramid": "layer",
+        "taps": (),
+        "freeze": freeze,
+    }
     model["segformer"] = SegformerOptions(hidden=16)
     return make_run(
-        model=model | mask2former, data={"crop": crop}, optimizer={"clip": 1.0, "learning_rate": 1e-2, "weight_decay": 0.5}, steps=60
+        model=model | mask2former,
+        data={"crop": crop},
+        optimizer={"clip": 1.0, "learning_rate": 1e-2, "weight_decay": 0.5},
+        steps=60,
     )
 
 
 def named(tree):
     """Arrays by per-block name."""
     flat = {path: np.asarray(leaf[...]) for path, leaf in nnx.to_flat_state(tree)}
-    return {name: flat[at.path] if at.layer is None else flat[at.path][at.layer] for name, at in weights.slots(tree).items()}
+    return {
+        name: flat[at.path] if at.layer is None else flat[at.path][at.layer]
+        for name, at in weights.slots(tree).items()
+    }
 
 
 def named_shapes(run):
@@ -48,27 +73,42 @@ def named_shapes(run):
     return {name for part in run.plan.abstract for name in weights.slots(part)}
 
 
-@pytest.mark.parametrize(("encoder", "crop"), [("small_mit", (97, 131)), ("small_resnet", (128, 128))])
+@pytest.mark.parametrize(
+    ("encoder", "crop"), [("small_mit", (97, 131)), ("small_resnet", (128, 128))]
+)
 @pytest.mark.parametrize("decoder", ["linear", "segformer", "mask2former"])
 def test_every_pair_fits(make_run, encoder, decoder, crop):
-    """A training step of each encoder with each decoder, also at odd sizes, has the shapes of its state, though a pyramid is configured."""
+    """A training step of each encoder with each decoder, also at odd sizes, has the shapes of its
+    state, though a pyramid is configured.
+    """
     run = configured(make_run, encoder, decoder, crop)
-    batch = {"image": jax.ShapeDtypeStruct((2, *crop, 3), jnp.uint8), "label": jax.ShapeDtypeStruct((2, *crop), jnp.uint8)}
+    batch = {
+        "image": jax.ShapeDtypeStruct((2, *crop, 3), jnp.uint8),
+        "label": jax.ShapeDtypeStruct((2, *crop), jnp.uint8),
+    }
     following, metrics = jax.eval_shape(run.step(), run.like, batch)
-    assert jax.tree.map(lambda leaf: leaf.shape, following) == jax.tree.map(lambda leaf: leaf.shape, run.like)
+    assert jax.tree.map(lambda leaf: leaf.shape, following) == jax.tree.map(
+        lambda leaf: leaf.shape, run.like
+    )
     assert metrics["loss"].shape == ()
     assert not any(name.startswith("pyramid") for name in named_shapes(run))
 
 
-@pytest.mark.parametrize(("encoder", "crop"), [("small_mit", (128, 128)), ("small_resnet", (97, 131))])
+@pytest.mark.parametrize(
+    ("encoder", "crop"), [("small_mit", (128, 128)), ("small_resnet", (97, 131))]
+)
 def test_a_step_with_mask2former(make_run, encoder, crop):
-    """One real step: a finite loss, every trained parameter finite and moved, and what is frozen or a statistic as it was to the bit."""
+    """One real step: a finite loss, every trained parameter finite and moved, and what is frozen or
+    a statistic as it was to the bit.
+    """
     run = configured(make_run, encoder, "mask2former", crop, freeze="first 3")
     state = run.state()
     before = [named(part) for part in (state.trained, state.frozen, state.statistics)]
     following, metrics = run.step()(state, run.batch(rows=2))
     assert np.isfinite(float(metrics["loss"]))
-    trained, frozen, statistics = (named(part) for part in (following.trained, following.frozen, following.statistics))
+    trained, frozen, statistics = (
+        named(part) for part in (following.trained, following.frozen, following.statistics)
+    )
     for name, tensor in trained.items():
         assert np.isfinite(tensor).all(), name
         assert (tensor != before[0][name]).any(), name
@@ -80,10 +120,15 @@ def test_a_step_with_mask2former(make_run, encoder, crop):
 
 @pytest.mark.parametrize(("encoder", "freeze"), [("small_mit", "all"), ("small_resnet", "first 2")])
 def test_segformer_learns_on_a_frozen_or_tuned_encoder(make_run, encoder, freeze):
-    """Twelve steps in two parts each lower the loss; the decoder's running statistics move, the frozen part and the encoder's do not."""
+    """Twelve steps in two parts each lower the loss; the decoder's running statistics move, the
+    frozen part and the encoder's do not.
+    """
     run = configured(make_run, encoder, "segformer", freeze=freeze)
-    state, step, losses = run.state(), run.step(accumulate=2), []
-    old_frozen, old_statistics = named(state.frozen), named(state.statistics)
+    state = run.state()
+    step = run.step(accumulate=2)
+    losses = []
+    old_frozen = named(state.frozen)
+    old_statistics = named(state.statistics)
     image = np.zeros((2, 64, 64, 3), np.uint8)
     image[:, :, 32:] = 200
     batch = {"image": jnp.asarray(image), "label": jnp.asarray(image[..., 0] // 100)}
@@ -91,15 +136,25 @@ def test_segformer_learns_on_a_frozen_or_tuned_encoder(make_run, encoder, freeze
         state, metrics = step(state, batch)
         losses.append(float(metrics["loss"]))
     assert losses[-1] < 0.5 * losses[0], losses
-    assert {name for name, tensor in named(state.frozen).items() if (tensor != old_frozen[name]).any()} == set()
-    moved = {name for name, tensor in named(state.statistics).items() if (tensor != old_statistics[name]).any()}
+    assert {
+        name for name, tensor in named(state.frozen).items() if (tensor != old_frozen[name]).any()
+    } == set()
+    moved = {
+        name
+        for name, tensor in named(state.statistics).items()
+        if (tensor != old_statistics[name]).any()
+    }
     assert moved == {"head.batch_norm.mean", "head.batch_norm.var"}
     assert {name for name in named(state.frozen) if not name.startswith("backbone.")} == set()
 
 
 def stages(*numbers):
     return lambda name: name.startswith(
-        tuple(f"backbone.{part}{i}." for i in numbers for part in ("patch_embed", "block", "norm", "layer"))
+        tuple(
+            f"backbone.{part}{i}."
+            for i in numbers
+            for part in ("patch_embed", "block", "norm", "layer")
+        )
     )
 
 
@@ -123,25 +178,42 @@ def either(*tests):
         ("small_mit", r"block\d\.\d\.attn\.sr|norm\d", None, ((0,), (1,), (2,), (0,))),
         ("small_resnet", "none", lambda name: "attnpool" in name, ((0,), (0, 1), (0, 2), (0,))),
         ("small_resnet", "first 0", embeddings, ((0,), (0, 1), (0, 2), (0,))),
-        ("small_resnet", "first 3", either(embeddings, stages(1, 2, 3)), ((0,), (0, 1), (0, 2), (0,))),
-        ("small_resnet", "last 2", either(stages(3, 4), lambda name: "attnpool" in name), ((0,), (0, 1), (0, 2), (0,))),
+        (
+            "small_resnet",
+            "first 3",
+            either(embeddings, stages(1, 2, 3)),
+            ((0,), (0, 1), (0, 2), (0,)),
+        ),
+        (
+            "small_resnet",
+            "last 2",
+            either(stages(3, 4), lambda name: "attnpool" in name),
+            ((0,), (0, 1), (0, 2), (0,)),
+        ),
         ("small_resnet", r"layer3\.2\.conv1|attnpool", None, ((0,), (0, 1), (0, 1, 2), (0,))),
     ],
 )
 def test_what_is_frozen_and_where_stacks_end(make_run, encoder, freeze, expected, ends):
-    """Stages counted with their embeddings and norms, or any part of a stack by a regular expression, are frozen, nothing else is."""
+    """Stages counted with their embeddings and norms, or any part of a stack by a regular
+    expression, are frozen, nothing else is.
+    """
     expected = expected or (lambda name: bool(re.search(freeze, name)))
     run = configured(make_run, encoder, "linear", freeze=freeze)
     trained, frozen, _ = (set(weights.slots(part)) for part in run.plan.abstract)
     assert frozen == {name for name in trained | frozen if expected(name)}
     backbone = nnx.eval_shape(lambda: run.plan.make(jax.random.key(0))).backbone
-    stacks = [getattr(backbone, f"{'block' if encoder == 'small_mit' else 'layer'}{i}") for i in (1, 2, 3, 4)]
+    stacks = [
+        getattr(backbone, f"{'block' if encoder == 'small_mit' else 'layer'}{i}")
+        for i in (1, 2, 3, 4)
+    ]
     assert tuple(stack.ends for stack in stacks) == ends
 
 
 def test_more_stages_than_there_are_are_refused(make_run):
     """The message says that stages are counted, and how many there are."""
-    with pytest.raises(ValueError, match=r"model\.freeze is 'first 5'; allowed: at most 4, the encoder's stages$"):
+    with pytest.raises(
+        ValueError, match=r"model\.freeze is 'first 5'; allowed: at most 4, the encoder's stages$"
+    ):
         configured(make_run, "small_mit", "linear", freeze="first 5")
 
 
@@ -149,6 +221,8 @@ def test_fewer_stages_read_are_fewer_to_freeze(make_run):
     """With two taps only their stages are built, counted and frozen."""
     model = {"encoder": "small_mit", "taps": (0, 1), "freeze": "last 2", "pyramid": "layer"}
     run = make_run(model=model, data={"crop": (64, 64)})
-    assert set(weights.slots(run.plan.abstract[1])) == {name for name in named_shapes(run) if stages(1, 2)(name)}
+    assert set(weights.slots(run.plan.abstract[1])) == {
+        name for name in named_shapes(run) if stages(1, 2)(name)
+    }
     with pytest.raises(ValueError, match="at most 2, the encoder's stages"):
         make_run(model=model | {"freeze": "last 3"}, data={"crop": (64, 64)})

@@ -22,17 +22,26 @@ CONFIG = OptimizerConfig(
     clip=1.0,
     betas=(0.8, 0.95),
     epsilon=1e-6,
-    learning_rate_factors=((r"blocks\.[01]\.", 0.1), (r"blocks\.2\.attn", 0.5), (r"blocks\.", 0.7), ("^head", 3.0)),
+    learning_rate_factors=(
+        (r"blocks\.[01]\.", 0.1),
+        (r"blocks\.2\.attn", 0.5),
+        (r"blocks\.", 0.7),
+        ("^head", 3.0),
+    ),
     weight_decay_factors=((r"bias$|norm", 0.0), (r"blocks\.3\.", 2.0)),
 )
-STEPS, ENCODER_FACTOR = 6, 0.25
+STEPS = 6
+ENCODER_FACTOR = 0.25
 
 
 class Small(nnx.Module):
     """An encoder of four blocks in two segments, and a head."""
 
     def __init__(self, rngs: nnx.Rngs):
-        self.backbone = Vit(VitConfig(image_size=(16, 16), patch_size=8, width=16, depth=4, heads=2, taps=(1, 3)), rngs=rngs)
+        self.backbone = Vit(
+            VitConfig(image_size=(16, 16), patch_size=8, width=16, depth=4, heads=2, taps=(1, 3)),
+            rngs=rngs,
+        )
         self.head = nnx.Linear(16, 5, rngs=rngs)
 
 
@@ -45,7 +54,9 @@ def state():
 
 
 def per_block(state):
-    """Float64 copies by per-block name, made from the layout of `Stack`: a segment is called by its first block."""
+    """Float64 copies by per-block name, made from the layout of `Stack`: a segment is called by its
+    first block.
+    """
     named = {}
     for path, leaf in nnx.to_flat_state(state):
         array = np.array(leaf, np.float64)
@@ -67,7 +78,10 @@ def rate(step):
     """Linear warm-up from 0, then (1 - progress)^0.9, as a formula."""
     if step < CONFIG.warmup_steps:
         return CONFIG.learning_rate * step / CONFIG.warmup_steps
-    return CONFIG.learning_rate * (1 - (step - CONFIG.warmup_steps) / (STEPS - CONFIG.warmup_steps)) ** 0.9
+    return (
+        CONFIG.learning_rate
+        * (1 - (step - CONFIG.warmup_steps) / (STEPS - CONFIG.warmup_steps)) ** 0.9
+    )
 
 
 def factors(name):
@@ -80,13 +94,19 @@ def factors(name):
 
 
 def test_equals_adamw_in_numpy(state):
-    """Six steps with factors by block, warm-up, decay times rate, clipping: parameters equal a loop over plain arrays."""
+    """Six steps with factors by block, warm-up, decay times rate, clipping: parameters equal a loop
+    over plain arrays.
+    """
     optimizer = make_optimizer(CONFIG, STEPS, state, ENCODER_FACTOR)
-    update = jax.jit(lambda g, s, p: (lambda u, s: (optax.apply_updates(p, u), s))(*optimizer.update(g, s, p)))
-    moments, params = optimizer.init(state), state
+    update = jax.jit(
+        lambda g, s, p: (lambda u, s: (optax.apply_updates(p, u), s))(*optimizer.update(g, s, p))
+    )
+    moments = optimizer.init(state)
+    params = state
     expected = per_block(state)
     first, second = ({name: np.zeros_like(p) for name, p in expected.items()} for _ in range(2))
-    (b1, b2), clipped = CONFIG.betas, []
+    b1, b2 = CONFIG.betas
+    clipped = []
     for step in range(STEPS):
         grads = gradients_of(state, step)
         params, moments = update(grads, moments, params)
@@ -97,23 +117,42 @@ def test_equals_adamw_in_numpy(state):
             g = g * min(1.0, CONFIG.clip / norm)
             first[name] = b1 * first[name] + (1 - b1) * g
             second[name] = b2 * second[name] + (1 - b2) * g**2
-            direction = first[name] / (1 - b1 ** (step + 1)) / (np.sqrt(second[name] / (1 - b2 ** (step + 1))) + CONFIG.epsilon)
+            direction = (
+                first[name]
+                / (1 - b1 ** (step + 1))
+                / (np.sqrt(second[name] / (1 - b2 ** (step + 1))) + CONFIG.epsilon)
+            )
             own, decay = factors(name)
-            expected[name] -= rate(step) * own * (direction + decay * CONFIG.weight_decay * expected[name])
+            expected[name] -= (
+                rate(step) * own * (direction + decay * CONFIG.weight_decay * expected[name])
+            )
         for name, value in per_block(params).items():
-            np.testing.assert_allclose(value, expected[name], rtol=1e-5, atol=1e-6, err_msg=f"{name} after step {step}")
+            np.testing.assert_allclose(
+                value, expected[name], rtol=1e-5, atol=1e-6, err_msg=f"{name} after step {step}"
+            )
     assert clipped == [True, False] * 3
-    assert len(expected) == 5 + 4 * 12 + 1  # 3 embeddings (4 arrays) and the head (2), 12 arrays a block
+    assert (
+        len(expected) == 5 + 4 * 12 + 1
+    )  # 3 embeddings (4 arrays) and the head (2), 12 arrays a block
 
 
 def test_equals_torch(state):
     """The same six steps by torch.optim.AdamW with a group a parameter."""
     torch = pytest.importorskip("torch")
     optimizer = make_optimizer(CONFIG, STEPS, state, ENCODER_FACTOR)
-    update = jax.jit(lambda g, s, p: (lambda u, s: (optax.apply_updates(p, u), s))(*optimizer.update(g, s, p)))
-    moments, params = optimizer.init(state), state
-    theirs = {name: torch.nn.Parameter(torch.tensor(value, dtype=torch.float64)) for name, value in per_block(state).items()}
-    groups = [{"params": [p], "weight_decay": CONFIG.weight_decay * factors(name)[1]} for name, p in theirs.items()]
+    update = jax.jit(
+        lambda g, s, p: (lambda u, s: (optax.apply_updates(p, u), s))(*optimizer.update(g, s, p))
+    )
+    moments = optimizer.init(state)
+    params = state
+    theirs = {
+        name: torch.nn.Parameter(torch.tensor(value, dtype=torch.float64))
+        for name, value in per_block(state).items()
+    }
+    groups = [
+        {"params": [p], "weight_decay": CONFIG.weight_decay * factors(name)[1]}
+        for name, p in theirs.items()
+    ]
     adamw = torch.optim.AdamW(groups, lr=1.0, betas=CONFIG.betas, eps=CONFIG.epsilon)
     for step in range(STEPS):
         grads = gradients_of(state, step)
@@ -124,11 +163,15 @@ def test_equals_torch(state):
         torch.nn.utils.clip_grad_norm_(theirs.values(), CONFIG.clip)
         adamw.step()
     for name, value in per_block(params).items():
-        np.testing.assert_allclose(value, theirs[name].detach().numpy(), rtol=1e-5, atol=1e-5, err_msg=name)
+        np.testing.assert_allclose(
+            value, theirs[name].detach().numpy(), rtol=1e-5, atol=1e-5, err_msg=name
+        )
 
 
 def test_schedule_holds_the_rate_before_the_decay():
-    """Warm-up, then a constant rate, then the polynomial over what is left; without warm-up the rate is held from the start."""
+    """Warm-up, then a constant rate, then the polynomial over what is left; without warm-up the
+    rate is held from the start.
+    """
     config = OptimizerConfig(learning_rate=2.0, warmup_steps=2, hold_steps=3, power=0.9)
     decay = [2 * (1 - i / 5) ** 0.9 for i in range(5)]
     schedule = learning_rate(config, 10)
@@ -138,9 +181,13 @@ def test_schedule_holds_the_rate_before_the_decay():
 
 
 def test_schedule():
-    """The rate of each step is the formula; it would reach 0 at step `STEPS`; power 0 keeps it constant, no warm-up starts high."""
+    """The rate of each step is the formula; it would reach 0 at step `STEPS`; power 0 keeps it
+    constant, no warm-up starts high.
+    """
     schedule = learning_rate(CONFIG, STEPS)
-    np.testing.assert_allclose([schedule(i) for i in range(STEPS)], [rate(i) for i in range(STEPS)], rtol=1e-6)
+    np.testing.assert_allclose(
+        [schedule(i) for i in range(STEPS)], [rate(i) for i in range(STEPS)], rtol=1e-6
+    )
     assert float(schedule(STEPS)) == 0
     assert float(schedule(STEPS - 1)) > 0
     constant = learning_rate(OptimizerConfig(learning_rate=0.5, power=0.0), 3)
@@ -149,12 +196,18 @@ def test_schedule():
 
 
 def test_no_clipping_where_clip_is_zero():
-    """With clip 0 the first moments after a step are the gradients times 1 - beta1, whatever their norm."""
+    """With clip 0 the first moments after a step are the gradients times 1 - beta1, whatever their
+    norm.
+    """
     state = nnx.state(nnx.Linear(4, 3, rngs=nnx.Rngs(0)), nnx.Param)
     config = OptimizerConfig(clip=0.0)
     optimizer = make_optimizer(config, STEPS, state, 1.0)
     grads = jax.tree.map(lambda g: 1000 * g, gradients_of(state, 0))
-    (moments,) = [s.mu for s in optimizer.update(grads, optimizer.init(state), state)[1] if isinstance(s, optax.ScaleByAdamState)]
+    (moments,) = [
+        s.mu
+        for s in optimizer.update(grads, optimizer.init(state), state)[1]
+        if isinstance(s, optax.ScaleByAdamState)
+    ]
     jax.tree.map(lambda m, g: np.testing.assert_allclose(m, 0.1 * g, rtol=1e-5), moments, grads)
 
 
@@ -187,15 +240,25 @@ def below(n):
         ("first 3", below(3), (2,)),
         ("first 4", below(4), ()),
         ("last 1", lambda name: ".blocks.3." in name, (2,)),
-        ("last 3", lambda name: encoder(name) and ".blocks." in name and ".blocks.0." not in name, (0,)),
+        (
+            "last 3",
+            lambda name: encoder(name) and ".blocks." in name and ".blocks.0." not in name,
+            (0,),
+        ),
         ("last 4", lambda name: ".blocks." in name, ()),
         (r"norm\d", lambda name: ".norm1." in name or ".norm2." in name, ()),
-        (r"blocks\.1\.attn\.qkv", lambda name: name.startswith("backbone.blocks.1.attn.qkv."), (0, 1)),
+        (
+            r"blocks\.1\.attn\.qkv",
+            lambda name: name.startswith("backbone.blocks.1.attn.qkv."),
+            (0, 1),
+        ),
         ("^head", lambda name: name.startswith("head."), ()),
     ],
 )
 def test_what_is_frozen_and_where_segments_end(state, freeze, expected, boundaries):
-    """The names of each way of freezing, and the blocks before which freezing changes, are those written out by hand."""
+    """The names of each way of freezing, and the blocks before which freezing changes, are those
+    written out by hand.
+    """
     names = list(per_block(state))
     frozen = frozen_names(freeze, names, Blocks)
     assert frozen == {name for name in names if expected(name)}
@@ -207,27 +270,45 @@ def test_what_is_frozen_and_where_segments_end(state, freeze, expected, boundari
     [
         ("first 5", r"model\.freeze is 'first 5'; allowed: at most 4, the encoder's blocks"),
         ("last 5", r"model\.freeze is 'last 5'; allowed: at most 4"),
-        ("(", r"model\.freeze is '\('; allowed: none, all, first N, last N or a regular expression \("),
-        ("backbone_", r"model\.freeze 'backbone_' matches no parameter; names look like backbone\."),
+        (
+            "(",
+            (
+                r"model\.freeze is '\('; allowed: none, all, first N, last N or a regular"
+                r" expression \("
+            ),
+        ),
+        (
+            "backbone_",
+            r"model\.freeze 'backbone_' matches no parameter; names look like backbone\.",
+        ),
         ("first two", r"model\.freeze 'first two' matches no parameter"),
         (".", r"model\.freeze '\.' matches every parameter; leave some to be trained"),
     ],
 )
 def test_freezing_that_cannot_be_is_refused(state, freeze, message):
-    """More blocks than there are, no regular expression, one that finds nothing or everything: one line with the field."""
+    """More blocks than there are, no regular expression, one that finds nothing or everything: one
+    line with the field.
+    """
     with pytest.raises(ValueError, match=message):
         frozen_names(freeze, list(per_block(state)), Blocks)
 
 
 def test_frozen_parameters_stay_and_have_no_moments(make_run):
-    """After three steps frozen parameters are bit-identical, all others have moved, and moments exist for the latter alone."""
+    """After three steps frozen parameters are bit-identical, all others have moved, and moments
+    exist for the latter alone.
+    """
     run = make_run(model={"freeze": "first 2"}, optimizer={"learning_rate": 1e-2})
-    state, step, batch = run.state(), run.step(), run.batch()
+    state = run.state()
+    step = run.step()
+    batch = run.batch()
     before = per_block(nnx.merge_state(state.trained, state.frozen))
     for _ in range(3):
         state, _ = step(state, batch)
-    frozen, trained = per_block(state.frozen), per_block(state.trained)
-    assert frozen.keys() == {name for name in before if re.search(r"^backbone\.(?!blocks\.[2-7])", name)}
+    frozen = per_block(state.frozen)
+    trained = per_block(state.trained)
+    assert frozen.keys() == {
+        name for name in before if re.search(r"^backbone\.(?!blocks\.[2-7])", name)
+    }
     assert trained.keys() == before.keys() - frozen.keys()
     for name, value in frozen.items():
         np.testing.assert_array_equal(value, before[name], err_msg=name)
@@ -238,14 +319,26 @@ def test_frozen_parameters_stay_and_have_no_moments(make_run):
 
 
 def test_a_part_of_some_blocks_is_frozen(make_run):
-    """A regular expression that cuts through segments: every array is on one side, and moments are shaped for one side alone."""
+    """A regular expression that cuts through segments: every array is on one side, and moments are
+    shaped for one side alone.
+    """
     run = make_run(model={"freeze": r"blocks\.3\.mlp|blocks\.[56]\.attn\.qkv"})
-    ones = lambda tree: per_block(jax.tree.map(lambda leaf: np.ones(leaf.shape), tree))
-    frozen, trained = ones(run.like.frozen), ones(run.like.trained)
-    expected = {f"backbone.blocks.3.mlp.{fc}.{kind}" for fc in ("fc1", "fc2") for kind in ("kernel", "bias")}
-    expected |= {f"backbone.blocks.{i}.attn.qkv.{kind}" for i in (5, 6) for kind in ("kernel", "bias")}
+
+    def ones(tree):
+        return per_block(jax.tree.map(lambda leaf: np.ones(leaf.shape), tree))
+
+    frozen = ones(run.like.frozen)
+    trained = ones(run.like.trained)
+    expected = {
+        f"backbone.blocks.3.mlp.{fc}.{kind}" for fc in ("fc1", "fc2") for kind in ("kernel", "bias")
+    }
+    expected |= {
+        f"backbone.blocks.{i}.attn.qkv.{kind}" for i in (5, 6) for kind in ("kernel", "bias")
+    }
     assert frozen.keys() == run.plan.frozen == expected
     whole = ones(make_run().like.trained)
-    assert {name: a.shape for name, a in {**frozen, **trained}.items()} == {name: a.shape for name, a in whole.items()}
+    assert {name: a.shape for name, a in {**frozen, **trained}.items()} == {
+        name: a.shape for name, a in whole.items()
+    }
     (adam,) = [s for s in run.like.opt_state if isinstance(s, optax.ScaleByAdamState)]
     assert ones(adam.mu).keys() == ones(adam.nu).keys() == trained.keys() == whole.keys() - expected

@@ -31,19 +31,30 @@ def row(step, **more):
 
 
 def test_rows_are_on_disk_at_once(open_writer, tmp_path):
-    """A row can be read by another handle as soon as `rows` returns, so a killed run loses none; floats come back exactly."""
+    """A row can be read by another handle as soon as `rows` returns, so a killed run loses none;
+    floats come back exactly.
+    """
     writer = open_writer()
     for step in (1, 2, 3):
         writer.rows(row(step))
         lines = (tmp_path / "metrics.jsonl").read_text()
         assert lines.endswith("\n")
-        assert [json.loads(line) for line in lines.splitlines()] == [row(i) for i in range(1, step + 1)]
+        assert [json.loads(line) for line in lines.splitlines()] == [
+            row(i) for i in range(1, step + 1)
+        ]
 
 
 def test_rows_that_belong_together_are_one_write(open_writer, tmp_path, monkeypatch):
     """Rows given together reach the file in a single write, so a kill leaves all of them or none."""
-    writer, writes = open_writer(), []
-    monkeypatch.setattr(writer, "_file", SimpleNamespace(write=writes.append, flush=lambda: writes.append("flush"), close=lambda: None))
+    writer = open_writer()
+    writes = []
+    monkeypatch.setattr(
+        writer,
+        "_file",
+        SimpleNamespace(
+            write=writes.append, flush=lambda: writes.append("flush"), close=lambda: None
+        ),
+    )
     domains = [{"step": 3, "domain": name, "mIoU": 1.5} for name in ("clear", "night")]
     writer.rows(*domains)
     assert writes == ["".join(json.dumps(one) + "\n" for one in domains), "flush"]
@@ -51,7 +62,9 @@ def test_rows_that_belong_together_are_one_write(open_writer, tmp_path, monkeypa
 
 @pytest.mark.parametrize("half", ["", '{"step": 5, "lo', '{"step": 5, "loss": 0.2}', "\n\n", "{"])
 def test_resuming_drops_later_rows_and_a_half_line(open_writer, tmp_path, half):
-    """Killed at step 5, gone on with from step 3: the file is byte for byte that of a run that never stopped."""
+    """Killed at step 5, gone on with from step 3: the file is byte for byte that of a run that
+    never stopped.
+    """
     writer = open_writer()
     rows = [row(1), row(2), row(3), {"step": 3, "domain": "night", "mIoU": 12.5}, row(4)]
     for one in rows:
@@ -63,16 +76,29 @@ def test_resuming_drops_later_rows_and_a_half_line(open_writer, tmp_path, half):
     assert read_metrics(tmp_path) == rows[:4]
     for one in (row(4), row(5)):
         again.rows(one)
-    assert (tmp_path / "metrics.jsonl").read_text() == "".join(json.dumps(one) + "\n" for one in [*rows, row(5)])
+    assert (tmp_path / "metrics.jsonl").read_text() == "".join(
+        json.dumps(one) + "\n" for one in [*rows, row(5)]
+    )
     assert not list(tmp_path.glob("*.partial"))
 
 
-GARBAGE = (b"\0\0\0\0", b"\xff\xfe\xfa", b'{"step": 2, "lo', b"[2]", b'{"step": "2"}', b'{"loss": 1.0}', b'{"step": true}', b"7")
+GARBAGE = (
+    b"\0\0\0\0",
+    b"\xff\xfe\xfa",
+    b'{"step": 2, "lo',
+    b"[2]",
+    b'{"step": "2"}',
+    b'{"loss": 1.0}',
+    b'{"step": true}',
+    b"7",
+)
 
 
 @pytest.mark.parametrize("garbage", GARBAGE, ids=range(len(GARBAGE)))
 def test_broken_lines_are_named_and_dropped(open_writer, tmp_path, garbage):
-    """Whatever a crash left in the middle or at the end: the lines are named, the file kept as it was, all other rows are there."""
+    """Whatever a crash left in the middle or at the end: the lines are named, the file kept as it
+    was, all other rows are there.
+    """
     good = [json.dumps(row(step)).encode() for step in (1, 2, 3)]
     content = b"\n".join([good[0], garbage, *good[1:], garbage]) + b"\n"
     (tmp_path / "metrics.jsonl").write_bytes(content)
@@ -80,7 +106,10 @@ def test_broken_lines_are_named_and_dropped(open_writer, tmp_path, garbage):
     said = []
     open_writer(3, said.append).rows(row(4))
     assert said == [
-        f"{tmp_path}/metrics.jsonl: broken at line 2, 5; it is kept as metrics.jsonl.broken and goes on without these lines",
+        (
+            f"{tmp_path}/metrics.jsonl: broken at line 2, 5; it is kept as metrics.jsonl.broken and"
+            " goes on without these lines"
+        ),
     ]
     assert (tmp_path / "metrics.jsonl.broken").read_bytes() == content
     assert read_metrics(tmp_path) == [row(1), row(2), row(3), row(4)]
@@ -98,24 +127,37 @@ def full(*_):
     raise OSError(errno.ENOSPC, "No space left on device")
 
 
-@pytest.mark.parametrize(("stream", "file"), [("_file", "metrics.jsonl"), ("_events", "tensorboard/events.out.tfevents")])
+@pytest.mark.parametrize(
+    ("stream", "file"), [("_file", "metrics.jsonl"), ("_events", "tensorboard/events.out.tfevents")]
+)
 def test_a_disk_that_fills_is_one_line(open_writer, tmp_path, monkeypatch, stream, file):
-    """The error of the row that did not fit names the file and what to do; closing does not wait for a thread that is gone."""
+    """The error of the row that did not fit names the file and what to do; closing does not wait
+    for a thread that is gone.
+    """
     writer = open_writer()
     writer.rows(row(1))
     target = writer if stream == "_file" else writer._events
     monkeypatch.setattr(target, "_file", SimpleNamespace(write=full, flush=full, close=full))
     with pytest.raises(
-        OSError, match=rf"^disk full: {tmp_path}/{file}\S* cannot be written .*what was saved before is whole; free"
+        OSError,
+        match=(
+            rf"^disk full: {tmp_path}/{file}\S* cannot be written .*what was saved before is whole;"
+            r" free"
+        ),
     ) as error:
         writer.rows(row(2))
     assert "\n" not in str(error.value)
     monkeypatch.undo()
 
 
-@pytest.mark.parametrize("name", ["a[1]", "a*", "q?", "back\\slash", "sp ace", "#%41", "quo'te\"", "unié", "-lead", "gs:"])
+@pytest.mark.parametrize(
+    "name",
+    ["a[1]", "a*", "q?", "back\\slash", "sp ace", "#%41", "quo'te\"", "unié", "-lead", "gs:"],
+)
 def test_any_folder_will_do(tmp_path, name):
-    """Characters that mean something elsewhere mean nothing in a workdir's path: rows and events lie where they should."""
+    """Characters that mean something elsewhere mean nothing in a workdir's path: rows and events
+    lie where they should.
+    """
     folder = tmp_path / name
     folder.mkdir()
     writer = Writer(folder, 0)
@@ -137,7 +179,8 @@ def test_a_new_run_drops_what_an_unsaved_one_wrote(open_writer, tmp_path):
 
 def records(path):
     """The payloads of a TFRecord file: length, its checksum, payload, its checksum."""
-    data, at = path.read_bytes(), 0
+    data = path.read_bytes()
+    at = 0
     while at < len(data):
         (length,) = struct.unpack("<Q", data[at : at + 8])
         yield data[at + 12 : at + 12 + length]
@@ -172,8 +215,12 @@ def fields(message):
 
 
 def events(folder):
-    """Scalars {(tag, step): value}, images {(tag, step): (h, w)} and the steps from which earlier events are hidden."""
-    scalars, images, purged = {}, {}, []
+    """Scalars {(tag, step): value}, images {(tag, step): (h, w)} and the steps from which earlier
+    events are hidden.
+    """
+    scalars = {}
+    images = {}
+    purged = []
     for path in sorted(folder.iterdir()):
         for record in records(path):
             event = dict(fields(record))  # 2: step, 5: summary, 7: session log
@@ -192,7 +239,9 @@ def events(folder):
 
 
 def test_tensorboard_holds_the_same_numbers(open_writer, tmp_path):
-    """Read back by a parser written here from the format: scalars by group, a picture, and where a resumed run starts."""
+    """Read back by a parser written here from the format: scalars by group, a picture, and where a
+    resumed run starts.
+    """
     writer = open_writer()
     writer.rows(row(1, note="text is no scalar"))
     writer.rows({"step": 4, "domain": "night", "mIoU": 12.5})

@@ -1,9 +1,12 @@
-"""Pictures without a subject, to be mixed into images and to take styles from: generated ones, or the files of a folder.
+"""Pictures without a subject, to be mixed into images and to take styles from: generated ones, or
+the files of a folder.
 
-A generated picture is the attractor of a random iterated function system in front of bent waves. Its affine maps are drawn by the rule of
-Anderson and Farrell (2022, "Improving Fractal Pre-training", section 3.1), by whose sum of singular values attractors fill the plane well;
-it is drawn by the chaos game, and coloured as fractal flames are (Draves and Reckase 2003): a point's colour is the running mean of the
-colours of the maps that led there. The waves stand in for the visualised features among PixMix's pictures.
+A generated picture is the attractor of a random iterated function system in front of bent waves.
+Its affine maps are drawn by the rule of Anderson and Farrell (2022, "Improving Fractal
+Pre-training", section 3.1), by whose sum of singular values attractors fill the plane well; it is
+drawn by the chaos game, and coloured as fractal flames are (Draves and Reckase 2003): a point's
+colour is the running mean of the colours of the maps that led there. The waves stand in for the
+visualised features among PixMix's pictures.
 """
 
 import dataclasses
@@ -18,7 +21,9 @@ from jaxdg.data.index import IMAGE_SUFFIXES
 from jaxdg.data.storage import is_hidden
 
 SIDE = 256  # pixels
-WALKERS, FIRST, STEPS = 2048, 16, 80  # points that jump at once; jumps before, and while, they are drawn
+WALKERS = 2048
+FIRST = 16
+STEPS = 80  # points that jump at once; jumps before, and while, they are drawn
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,21 +45,34 @@ class Pictures:
         """
         if folder is None:
             return cls()
-        found = sorted(path for path in Path(folder).rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
-        files = tuple(str(path) for path in found if not any(map(is_hidden, path.relative_to(folder).parts)))
+        found = sorted(
+            path for path in Path(folder).rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES
+        )
+        files = tuple(
+            str(path) for path in found if not any(map(is_hidden, path.relative_to(folder).parts))
+        )
         if not files:
-            raise FileNotFoundError(f"no images ({' '.join(IMAGE_SUFFIXES)}) below {folder}, which data.pictures names")
+            raise FileNotFoundError(
+                f"no images ({' '.join(IMAGE_SUFFIXES)}) below {folder}, which data.pictures names"
+            )
         return cls(files)
 
     def draw(self, size: tuple[int, int], rng: np.random.Generator) -> UInt8[np.ndarray, "h w 3"]:
-        """A random picture: enlarged or shrunk until it just covers `size` (height, width), randomly cropped and flipped.
+        """A random picture: enlarged or shrunk until it just covers `size` (height, width),
+        randomly cropped and flipped.
 
         Raises:
             ValueError: a file that cannot be read, by name.
         """
-        picture = read_image(self.files[rng.integers(len(self.files))], upright=True) if self.files else generate(rng)
+        picture = (
+            read_image(self.files[rng.integers(len(self.files))], upright=True)
+            if self.files
+            else generate(rng)
+        )
         factor = max(new / old for new, old in zip(size, picture.shape, strict=False))
-        h, w = (max(new, round(old * factor)) for new, old in zip(size, picture.shape, strict=False))
+        h, w = (
+            max(new, round(old * factor)) for new, old in zip(size, picture.shape, strict=False)
+        )
         interpolation = cv2.INTER_AREA if factor < 1 else cv2.INTER_LINEAR
         picture = cv2.resize(picture, (w, h), interpolation=interpolation)
         top, left = (int(rng.integers(n + 1)) for n in (h - size[0], w - size[1]))
@@ -66,14 +84,19 @@ def generate(rng: np.random.Generator) -> UInt8[np.ndarray, "256 256 3"]:
     """A random fractal in front of random waves, each in colours of its own."""
     cover, color = attractor(*random_maps(rng), rng)
     behind = palette(rng)[(255 * waves(rng)).astype(np.uint8)] * np.float32(rng.uniform(0.3, 1))
-    return np.rint(behind + cover[..., None] * (palette(rng)[(255 * color).astype(np.uint8)] - behind)).astype(np.uint8)
+    return np.rint(
+        behind + cover[..., None] * (palette(rng)[(255 * color).astype(np.uint8)] - behind)
+    ).astype(np.uint8)
 
 
-def random_maps(rng: np.random.Generator) -> tuple[Float[np.ndarray, "n 2 2"], Float[np.ndarray, "n 2"]]:
-    """A random system of 2 to 8 affine maps, x -> matrix x + shift, each of which brings points closer together.
+def random_maps(
+    rng: np.random.Generator,
+) -> tuple[Float[np.ndarray, "n 2 2"], Float[np.ndarray, "n 2"]]:
+    """A random system of 2 to 8 affine maps, x -> matrix x + shift, each of which brings points
+    closer together.
 
-    Each matrix is rotation, stretch by singular values s >= t, reflection or none, rotation. The sum of all s + 2t lies between (5 + n) / 2
-    and (6 + n) / 2.
+    Each matrix is rotation, stretch by singular values s >= t, reflection or none, rotation. The
+    sum of all s + 2t lies between (5 + n) / 2 and (6 + n) / 2.
     """
     n = int(rng.integers(2, 9))
     wanted = rng.uniform((5 + n) / 2, (6 + n) / 2)
@@ -85,7 +108,8 @@ def random_maps(rng: np.random.Generator) -> tuple[Float[np.ndarray, "n 2 2"], F
             break
     stretch = factor * np.stack([s, t * rng.choice((-1, 1), n)])
     angle = rng.uniform(0, 2 * np.pi, (2, n))
-    cos, sin = np.cos(angle), np.sin(angle)
+    cos = np.cos(angle)
+    sin = np.sin(angle)
     left, right = np.moveaxis(np.array([[cos, -sin], [sin, cos]]), (0, 1), (2, 3))
     return left * stretch.T[:, None, :] @ right, rng.uniform(-1, 1, (n, 2))
 
@@ -93,7 +117,8 @@ def random_maps(rng: np.random.Generator) -> tuple[Float[np.ndarray, "n 2 2"], F
 def attractor(
     matrices: Float[np.ndarray, "n 2 2"], shifts: Float[np.ndarray, "n 2"], rng: np.random.Generator
 ) -> tuple[Float32[np.ndarray, "256 256"], Float32[np.ndarray, "256 256"]]:
-    """Where random jumps by the maps lead to, a map being chosen in proportion to its determinant, and in which colour.
+    """Where random jumps by the maps lead to, a map being chosen in proportion to its determinant,
+    and in which colour.
 
     Returns:
         How densely each pixel is covered, on a logarithmic scale of 0 to 1, and its colour, 0 to 1.
@@ -103,27 +128,42 @@ def attractor(
     chosen = rng.choice(n, (FIRST + STEPS, WALKERS), p=weight / weight.sum())
     # x and y as one complex number, which an affine map and its mirror image move by two products.
     (a, b), (c, d) = np.moveaxis(matrices, 0, 2)
-    systems = (a + d + 1j * (c - b)) / 2, (a - d + 1j * (c + b)) / 2, shifts[:, 0] + 1j * shifts[:, 1]
+    systems = (
+        (a + d + 1j * (c - b)) / 2,
+        (a - d + 1j * (c + b)) / 2,
+        shifts[:, 0] + 1j * shifts[:, 1],
+    )
     turn, mirror, shift = (x.astype(np.complex64) for x in systems)
-    z, color = np.zeros(WALKERS, np.complex64), np.full(WALKERS, 0.5, np.float32)
-    path, colors = np.empty(chosen.shape, np.complex64), np.empty(chosen.shape, np.float32)
+    z = np.zeros(WALKERS, np.complex64)
+    color = np.full(WALKERS, 0.5, np.float32)
+    path = np.empty(chosen.shape, np.complex64)
+    colors = np.empty(chosen.shape, np.float32)
     own = np.linspace(0, 1, n, dtype=np.float32)
     for step, k in enumerate(chosen):
         z = turn[k] * z + mirror[k] * z.conj() + shift[k]
         color = (color + own[k]) / 2
-        path[step], colors[step] = z, color
-    path, colors = path[FIRST:].ravel(), colors[FIRST:].ravel()
-    cells, beyond = [], rng.uniform(0.01, 0.2)  # the share of points on either side that may lie outside the picture
+        path[step] = z
+        colors[step] = color
+    path = path[FIRST:].ravel()
+    colors = colors[FIRST:].ravel()
+    cells = []
+    beyond = rng.uniform(
+        0.01, 0.2
+    )  # the share of points on either side that may lie outside the picture
     for part in (path.imag, path.real):
         low, high = np.quantile(part[:: len(part) // 4096], (beyond, 1 - beyond))
         cells.append(((part - low) * (SIDE / max(high - low, 1e-6))).astype(np.int32))
     inside = (cells[0] >= 0) & (cells[0] < SIDE) & (cells[1] >= 0) & (cells[1] < SIDE)
     at = (cells[0] * SIDE + cells[1])[inside]
     count = np.bincount(at, minlength=SIDE**2).astype(np.float32).reshape(SIDE, SIDE)
-    total = np.bincount(at, colors[inside], minlength=SIDE**2).astype(np.float32).reshape(SIDE, SIDE)
+    total = (
+        np.bincount(at, colors[inside], minlength=SIDE**2).astype(np.float32).reshape(SIDE, SIDE)
+    )
     count, total = (cv2.GaussianBlur(x, (3, 3), 0.6) for x in (count, total))
     cover = np.log1p(count)
-    return np.minimum(cover / np.quantile(cover[count > 0], 0.95), 1), np.minimum(total / np.maximum(count, 1e-6), 1)
+    return np.minimum(cover / np.quantile(cover[count > 0], 0.95), 1), np.minimum(
+        total / np.maximum(count, 1e-6), 1
+    )
 
 
 def waves(rng: np.random.Generator) -> Float32[np.ndarray, "256 256"]:
@@ -131,15 +171,25 @@ def waves(rng: np.random.Generator) -> Float32[np.ndarray, "256 256"]:
     x = np.broadcast_to(np.linspace(0, 2 * np.pi, SIDE, dtype=np.float32), (SIDE, SIDE))
     y = x.T
     for bend in (rng.uniform(0, 3), rng.uniform(0, 3), 0):
-        length, angle, phase = np.exp(rng.uniform(0, 2.5)), rng.uniform(0, 2 * np.pi), rng.uniform(0, 2 * np.pi)
+        length = np.exp(rng.uniform(0, 2.5))
+        angle = rng.uniform(0, 2 * np.pi)
+        phase = rng.uniform(0, 2 * np.pi)
         reach = bend / length
-        wave = np.sin(np.float32(length * np.cos(angle)) * x + np.float32(length * np.sin(angle)) * y + np.float32(phase))
-        x, y = x + np.float32(reach * np.cos(angle + 1)) * wave, y + np.float32(reach * np.sin(angle + 1)) * wave
+        wave = np.sin(
+            np.float32(length * np.cos(angle)) * x
+            + np.float32(length * np.sin(angle)) * y
+            + np.float32(phase)
+        )
+        x = x + np.float32(reach * np.cos(angle + 1)) * wave
+        y = y + np.float32(reach * np.sin(angle + 1)) * wave
     return (wave + 1) / 2
 
 
 def palette(rng: np.random.Generator) -> Float32[np.ndarray, "256 3"]:
     """Colours between 3 to 5 random ones, 0 to 255."""
     count = int(rng.integers(3, 6))
-    fixed, at = rng.uniform(0, 255, (count, 3)), np.linspace(0, count - 1, 256)
-    return np.stack([np.interp(at, np.arange(count), channel) for channel in fixed.T], axis=-1).astype(np.float32)
+    fixed = rng.uniform(0, 255, (count, 3))
+    at = np.linspace(0, count - 1, 256)
+    return np.stack(
+        [np.interp(at, np.arange(count), channel) for channel in fixed.T], axis=-1
+    ).astype(np.float32)

@@ -1,8 +1,10 @@
-"""PixMix (Hendrycks et al. 2022): an image mixed with pictures of rich structure, and with augmented copies of itself, on the host.
+"""PixMix (Hendrycks et al. 2022): an image mixed with pictures of rich structure, and with
+augmented copies of itself, on the host.
 
-Numbers are those of the authors' code for ImageNet (andyzoujm/pixmix, imagenet.py): k 4, beta 4, base augmentations of severity 1. Other
-than there, base augmentations that move pixels (rotation, shear, translation) are left out, as a copy that is moved would show things
-where neither label map nor boxes know of them, and pictures are those of `jaxdg.data.fractals`. The image alone is changed.
+Numbers are those of the authors' code for ImageNet (andyzoujm/pixmix, imagenet.py): k 4, beta 4,
+base augmentations of severity 1. Other than there, base augmentations that move pixels (rotation,
+shear, translation) are left out, as a copy that is moved would show things where neither label map
+nor boxes know of them, and pictures are those of `jaxdg.data.fractals`. The image alone is changed.
 """
 
 from collections.abc import Callable
@@ -25,9 +27,14 @@ BASE: dict[str, Callable[[Image.Image, float], Image.Image]] = {
 
 
 def pixmix(
-    image: UInt8[np.ndarray, "h w 3"], k: int, beta: float, pictures: Pictures, rng: np.random.Generator
+    image: UInt8[np.ndarray, "h w 3"],
+    k: int,
+    beta: float,
+    pictures: Pictures,
+    rng: np.random.Generator,
 ) -> UInt8[np.ndarray, "h w 3"]:
-    """Mixes 0 to k times, each time with a picture or with an augmented copy of the image, by adding or by multiplying.
+    """Mixes 0 to k times, each time with a picture or with an augmented copy of the image, by
+    adding or by multiplying.
 
     Args:
         image: RGB.
@@ -41,7 +48,8 @@ def pixmix(
     """
     if not k:
         return image
-    picture, mixed = None, unit(augment(image, rng) if rng.integers(2) else image)
+    picture = None
+    mixed = unit(augment(image, rng) if rng.integers(2) else image)
     for _ in range(rng.integers(k + 1)):
         if rng.integers(2):
             other = augment(image, rng)
@@ -57,23 +65,37 @@ def unit(image: UInt8[np.ndarray, "h w 3"]) -> Float32[np.ndarray, "h w 3"]:
     return image.astype(np.float32) * np.float32(1 / 255)
 
 
-def augment(image: UInt8[np.ndarray, "h w 3"], rng: np.random.Generator) -> UInt8[np.ndarray, "h w 3"]:
+def augment(
+    image: UInt8[np.ndarray, "h w 3"], rng: np.random.Generator
+) -> UInt8[np.ndarray, "h w 3"]:
     """A copy under one of `BASE`."""
-    return np.array(list(BASE.values())[rng.integers(len(BASE))](Image.fromarray(image), rng.uniform(0.1, SEVERITY)))
+    return np.array(
+        list(BASE.values())[rng.integers(len(BASE))](
+            Image.fromarray(image), rng.uniform(0.1, SEVERITY)
+        )
+    )
 
 
 def weights(beta: float, rng: np.random.Generator) -> tuple[float, float]:
-    """How much of either image is taken: at most 1 of each, or more than 1 of the first less some of the second."""
+    """How much of either image is taken: at most 1 of each, or more than 1 of the first less some
+    of the second.
+    """
     if rng.integers(2):
         return float(rng.beta(beta, 1)), float(rng.beta(1, beta))
     return 1 + float(rng.beta(1, beta)), -float(rng.beta(1, beta))
 
 
-def add(one: Float32[np.ndarray, "h w 3"], other: Float32[np.ndarray, "h w 3"], a: float, b: float) -> Float32[np.ndarray, "h w 3"]:
+def add(
+    one: Float32[np.ndarray, "h w 3"], other: Float32[np.ndarray, "h w 3"], a: float, b: float
+) -> Float32[np.ndarray, "h w 3"]:
     """(a (2x - 1) + b (2y - 1) + 1) / 2: a weighted sum of images in -1 to 1."""
     return cv2.addWeighted(one, a, other, b, (1 - a - b) / 2)
 
 
-def multiply(one: Float32[np.ndarray, "h w 3"], other: Float32[np.ndarray, "h w 3"], a: float, b: float) -> Float32[np.ndarray, "h w 3"]:
-    """(2x)^a (2y)^b / 2: a weighted geometric mean of images in 0 to 2, where what is black in y is taken as nearly so."""
+def multiply(
+    one: Float32[np.ndarray, "h w 3"], other: Float32[np.ndarray, "h w 3"], a: float, b: float
+) -> Float32[np.ndarray, "h w 3"]:
+    """(2x)^a (2y)^b / 2: a weighted geometric mean of images in 0 to 2, where what is black in y is
+    taken as nearly so.
+    """
     return 0.5 * cv2.pow(2 * one, a) * cv2.pow(np.maximum(2 * other, np.float32(1e-37)), b)

@@ -1,9 +1,12 @@
-"""RandAugment (Cubuk et al. 2020, Table 1 and their AutoAugment ranges): a few random operations of one magnitude, on the host.
+"""RandAugment (Cubuk et al. 2020, Table 1 and their AutoAugment ranges): a few random operations of
+    one magnitude, on the host.
 
-The 14 operations of the paper, the identity among them, drawn with replacement and applied one after another. Those of colour are Pillow's
-and change the image alone; shear, translation and rotation move image (bilinear), label (nearest) and boxes alike, and what comes in from
-outside is padding. Ranges at magnitude 10, where the sign is random: shear 0.3, translation 150/331 of the side, rotation 30 degrees,
-strength of brightness, colour, contrast and sharpness 1 +- 0.9; 4 bits kept when posterising, everything inverted when solarising.
+The 14 operations of the paper, the identity among them, drawn with replacement and applied one
+after another. Those of colour are Pillow's and change the image alone; shear, translation and
+rotation move image (bilinear), label (nearest) and boxes alike, and what comes in from outside is
+padding. Ranges at magnitude 10, where the sign is random: shear 0.3, translation 150/331 of the
+side, rotation 30 degrees, strength of brightness, colour, contrast and sharpness 1 +- 0.9; 4 bits
+kept when posterising, everything inverted when solarising.
 """
 
 from collections.abc import Callable
@@ -24,7 +27,9 @@ COLOR: dict[str, Callable[[Image.Image, float], Image.Image]] = {
     "equalize": lambda image, strength: ImageOps.equalize(image),
     "posterize": lambda image, strength: ImageOps.posterize(image, 8 - round(4 * abs(strength))),
     "solarize": lambda image, strength: ImageOps.solarize(image, 256 - round(256 * abs(strength))),
-    "brightness": lambda image, strength: ImageEnhance.Brightness(image).enhance(1 + 0.9 * strength),
+    "brightness": (
+        lambda image, strength: ImageEnhance.Brightness(image).enhance(1 + 0.9 * strength)
+    ),
     "color": lambda image, strength: ImageEnhance.Color(image).enhance(1 + 0.9 * strength),
     "contrast": lambda image, strength: ImageEnhance.Contrast(image).enhance(1 + 0.9 * strength),
     "sharpness": lambda image, strength: ImageEnhance.Sharpness(image).enhance(1 + 0.9 * strength),
@@ -33,7 +38,9 @@ GEOMETRY = ("shear_x", "shear_y", "translate_x", "translate_y", "rotate")
 OPERATIONS = (*COLOR, *GEOMETRY)
 
 
-def randaugment(sample: dict[str, np.ndarray], operations: int, magnitude: float, rng: np.random.Generator) -> dict[str, np.ndarray]:
+def randaugment(
+    sample: dict[str, np.ndarray], operations: int, magnitude: float, rng: np.random.Generator
+) -> dict[str, np.ndarray]:
     """Applies random operations.
 
     Args:
@@ -63,11 +70,16 @@ def apply(sample: dict[str, np.ndarray], name: str, strength: float) -> dict[str
         The same fields.
     """
     if name in COLOR:
-        return {**sample, "image": np.array(COLOR[name](Image.fromarray(sample["image"]), strength))}
+        return {
+            **sample,
+            "image": np.array(COLOR[name](Image.fromarray(sample["image"]), strength)),
+        }
     h, w = sample["image"].shape[:2]
     matrix = to_new(name, strength, h, w)
     # OpenCV puts pixel centres at integers, boxes and `matrix` at halves.
-    centres = matrix + np.array([[0, 0, 0.5 * matrix[0, :2].sum() - 0.5], [0, 0, 0.5 * matrix[1, :2].sum() - 0.5]])
+    centres = matrix + np.array(
+        [[0, 0, 0.5 * matrix[0, :2].sum() - 0.5], [0, 0, 0.5 * matrix[1, :2].sum() - 0.5]]
+    )
     new = {**sample, "image": _warp(sample["image"], centres, cv2.INTER_LINEAR, PAD_COLOR)}
     if "label" in sample:
         new["label"] = _warp(sample["label"], centres, cv2.INTER_NEAREST, (IGNORE,))
@@ -77,12 +89,21 @@ def apply(sample: dict[str, np.ndarray], name: str, strength: float) -> dict[str
 
 
 def to_new(name: str, strength: float, h: int, w: int) -> Float[np.ndarray, "2 3"]:
-    """The affine map of old to new coordinates, in pixels from the top left corner; shears keep that corner, rotations the centre."""
+    """The affine map of old to new coordinates, in pixels from the top left corner; shears keep
+    that corner, rotations the centre.
+    """
     if name == "rotate":
         angle = math.radians(30 * strength)
-        cos, sin = math.cos(angle), math.sin(angle)
-        return np.array([[cos, sin, w / 2 - cos * w / 2 - sin * h / 2], [-sin, cos, h / 2 + sin * w / 2 - cos * h / 2]])
-    shear, shift = 0.3 * strength, 150 / 331 * strength
+        cos = math.cos(angle)
+        sin = math.sin(angle)
+        return np.array(
+            [
+                [cos, sin, w / 2 - cos * w / 2 - sin * h / 2],
+                [-sin, cos, h / 2 + sin * w / 2 - cos * h / 2],
+            ]
+        )
+    shear = 0.3 * strength
+    shift = 150 / 331 * strength
     maps = {
         "shear_x": [[1, shear, 0], [0, 1, 0]],
         "shear_y": [[1, 0, 0], [shear, 1, 0]],
@@ -92,6 +113,13 @@ def to_new(name: str, strength: float, h: int, w: int) -> Float[np.ndarray, "2 3
     return np.array(maps[name], np.float64)
 
 
-def _warp(array: UInt8[np.ndarray, "h w *c"], matrix: Float[np.ndarray, "2 3"], flags: int, fill: tuple[int, ...]) -> np.ndarray:
+def _warp(
+    array: UInt8[np.ndarray, "h w *c"],
+    matrix: Float[np.ndarray, "2 3"],
+    flags: int,
+    fill: tuple[int, ...],
+) -> np.ndarray:
     h, w = array.shape[:2]
-    return cv2.warpAffine(array, matrix, (w, h), flags=flags, borderMode=cv2.BORDER_CONSTANT, borderValue=fill)
+    return cv2.warpAffine(
+        array, matrix, (w, h), flags=flags, borderMode=cv2.BORDER_CONSTANT, borderValue=fill
+    )

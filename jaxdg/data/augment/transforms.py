@@ -1,11 +1,14 @@
-"""Geometric augmentation on the host: resize, random scale, crop and flip, of image, label and boxes alike.
+"""Geometric augmentation on the host: resize, random scale, crop and flip, of image, label and
+boxes alike.
 
-Pixels are areas, the centre of pixel i lies at i + 0.5: for the image (bilinear without antialiasing, as `cv2.INTER_LINEAR`), for the label
-(nearest) and for boxes, so that all stay in register at every scale. Resize and scale are one resampling, and only the crop is computed,
-never the whole resized image. Photometric augmentation belongs to the training step.
+Pixels are areas, the centre of pixel i lies at i + 0.5: for the image (bilinear without
+antialiasing, as `cv2.INTER_LINEAR`), for the label (nearest) and for boxes, so that all stay in
+register at every scale. Resize and scale are one resampling, and only the crop is computed, never
+the whole resized image. Photometric augmentation belongs to the training step.
 
-Crops are drawn as mmsegmentation's RandomCrop draws them, those of a rare class as DAFormer's (Hoyer et al. 2022, lhoyer/DAFormer). With
-`keep_ratio` and scales of 0.1 to 2 this is detectron2's large-scale jitter; a small image lies anywhere in the crop, not in its corner.
+Crops are drawn as mmsegmentation's RandomCrop draws them, those of a rare class as DAFormer's
+(Hoyer et al. 2022, lhoyer/DAFormer). With `keep_ratio` and scales of 0.1 to 2 this is detectron2's
+large-scale jitter; a small image lies anywhere in the crop, not in its corner.
 """
 
 import dataclasses
@@ -35,13 +38,16 @@ class Augmentation:
 
     Attributes:
         crop: height and width, pixels.
-        resize: height and width every image is resized to before the random scale; None keeps its own.
+        resize: height and width every image is resized to before the random scale; None keeps its
+            own.
         keep_ratio: resizes to the largest size of the image's own ratio that fits into `resize`.
         scale: smallest and largest factor on top of that, drawn uniformly.
         flip: probability of a horizontal flip.
-        max_class_share: the share of the labelled pixels that no class may cover, 0-1. Below 1 a crop is drawn again, up to 10 times, until
-            it shows more than one class and each covers less.
-        randaugment: number of operations and their magnitude, 0-10, see `jaxdg.data.randaugment`; they follow the crop.
+        max_class_share: the share of the labelled pixels that no class may cover, 0-1. Below 1 a
+            crop is drawn again, up to 10 times, until it shows more than one class and each covers
+            less.
+        randaugment: number of operations and their magnitude, 0-10, see `jaxdg.data.randaugment`;
+            they follow the crop.
         pixmix: most rounds and beta, see `jaxdg.data.pixmix`; it follows those.
         pictures: folder of pictures to mix in and to take styles from; None generates them.
     """
@@ -59,7 +65,8 @@ class Augmentation:
 
 @dataclasses.dataclass(frozen=True)
 class Fit:
-    """Resizes an image to the largest size of its own ratio that fits, in the upper left corner of black; boxes stay those of the file.
+    """Resizes an image to the largest size of its own ratio that fits, in the upper left corner of
+    black; boxes stay those of the file.
 
     Attributes:
         size: height and width, pixels.
@@ -113,14 +120,19 @@ class Axis(NamedTuple):
 
 
 def random_crop(
-    sample: dict[str, np.ndarray], augmentation: Augmentation, rng: np.random.Generator, wanted: Wanted | None = None
+    sample: dict[str, np.ndarray],
+    augmentation: Augmentation,
+    rng: np.random.Generator,
+    wanted: Wanted | None = None,
 ) -> dict[str, np.ndarray]:
     """Resizes by a random factor, cuts a random crop and flips it.
 
-    Where the resized image is smaller than the crop it lies anywhere inside it, amid a constant colour and ignored labels.
+    Where the resized image is smaller than the crop it lies anywhere inside it, amid a constant
+    colour and ignored labels.
 
     Args:
-        sample: `image` uint8 [h, w, 3] with `label` uint8 [h, w], 255 where ignored, or with the fields of `move_boxes`.
+        sample: `image` uint8 [h, w, 3] with `label` uint8 [h, w], 255 where ignored, or with the
+            fields of `move_boxes`.
         augmentation: what is drawn.
         rng: the source of all randomness.
         wanted: a crop is drawn again, up to 10 times, until it shows this.
@@ -128,7 +140,9 @@ def random_crop(
     Returns:
         The same fields of the crop.
     """
-    a, image, label = augmentation, sample["image"], sample.get("label")
+    a = augmentation
+    image = sample["image"]
+    label = sample.get("label")
     old = image.shape[:2]
     factor = rng.uniform(*a.scale)
     new = [max(1, round(n * factor)) for n in _base_size(old, a)]
@@ -139,10 +153,14 @@ def random_crop(
         if label is None:
             break
         result["label"] = _crop_label(label, y, x, a.crop)
-        if tries == TRIES or _is_good(result["label"], a.max_class_share, wanted, area):  # the last one is taken as it comes
+        if tries == TRIES or _is_good(
+            result["label"], a.max_class_share, wanted, area
+        ):  # the last one is taken as it comes
             break
     result["image"] = _crop_image(image, y, x, a.crop)
-    to_crop = np.array([[x.new / x.old, 0, x.inside.start - x.start], [0, y.new / y.old, y.inside.start - y.start]])
+    to_crop = np.array(
+        [[x.new / x.old, 0, x.inside.start - x.start], [0, y.new / y.old, y.inside.start - y.start]]
+    )
     if rng.uniform() < a.flip:
         result = {key: array[:, ::-1] for key, array in result.items()}
         to_crop[0] = [-to_crop[0, 0], 0, a.crop[1] - to_crop[0, 2]]
@@ -151,12 +169,16 @@ def random_crop(
     return {key: np.ascontiguousarray(array) for key, array in result.items()}
 
 
-def move_boxes(sample: dict[str, np.ndarray], matrix: Float[np.ndarray, "2 3"], size: tuple[int, int]) -> dict[str, np.ndarray]:
-    """Boxes under an affine map: upright again, clipped, and dropped where less than a pixel wide or high remains.
+def move_boxes(
+    sample: dict[str, np.ndarray], matrix: Float[np.ndarray, "2 3"], size: tuple[int, int]
+) -> dict[str, np.ndarray]:
+    """Boxes under an affine map: upright again, clipped, and dropped where less than a pixel wide
+    or high remains.
 
     Args:
-        sample: `boxes` float32 [n, 4], x0 y0 x1 y1 in pixels; `classes` int32, `difficult` bool and `crowd` bool, all [n]; maybe `areas`
-            float32 [n], square pixels of the objects in the boxes, else those of the boxes count.
+        sample: `boxes` float32 [n, 4], x0 y0 x1 y1 in pixels; `classes` int32, `difficult` bool and
+            `crowd` bool, all [n]; maybe `areas` float32 [n], square pixels of the objects in the
+            boxes, else those of the boxes count.
         matrix: from old to new coordinates, (x, y, 1) to (x, y).
         size: height and width they are clipped to, pixels.
 
@@ -166,10 +188,13 @@ def move_boxes(sample: dict[str, np.ndarray], matrix: Float[np.ndarray, "2 3"], 
     x0, y0, x1, y1 = sample["boxes"].T.astype(np.float64)
     corners = np.array([[x0, x1, x0, x1], [y0, y0, y1, y1]])
     moved = np.tensordot(matrix[:, :2], corners, 1) + matrix[:, 2, None, None]
-    low, high = moved.min(1), moved.max(1)
+    low = moved.min(1)
+    high = moved.max(1)
     boxes = np.concatenate([low, high]).T.clip(0, [*size[::-1], *size[::-1]])
     keep = (boxes[:, 2:] - boxes[:, :2] >= 1).all(1)
-    left = np.prod(boxes[:, 2:] - boxes[:, :2], axis=1) / np.maximum(np.prod(high - low, axis=0), 1e-9)
+    left = np.prod(boxes[:, 2:] - boxes[:, :2], axis=1) / np.maximum(
+        np.prod(high - low, axis=0), 1e-9
+    )
     grown = abs(np.linalg.det(matrix[:, :2]))
     areas = rounded(sample.get("areas", areas_of(sample["boxes"])) * left * grown)
     new = {**sample, "boxes": boxes.astype(np.float32), "areas": areas}
@@ -184,12 +209,20 @@ def _base_size(size: tuple[int, ...], a: Augmentation) -> tuple[int | float, ...
 
 
 def _place(rng: np.random.Generator, old: int, new: int, crop: int) -> Axis:
-    """The crop anywhere inside the resized image, or, where that is smaller, the image anywhere inside the crop."""
+    """The crop anywhere inside the resized image, or, where that is smaller, the image anywhere
+    inside the crop.
+    """
     offset = int(rng.integers(abs(new - crop) + 1))
-    return Axis(old, new, offset, slice(0, crop)) if new >= crop else Axis(old, new, 0, slice(offset, offset + new))
+    return (
+        Axis(old, new, offset, slice(0, crop))
+        if new >= crop
+        else Axis(old, new, 0, slice(offset, offset + new))
+    )
 
 
-def _crop_label(label: UInt8[np.ndarray, "h w"], y: Axis, x: Axis, crop: tuple[int, int]) -> UInt8[np.ndarray, "ch cw"]:
+def _crop_label(
+    label: UInt8[np.ndarray, "h w"], y: Axis, x: Axis, crop: tuple[int, int]
+) -> UInt8[np.ndarray, "ch cw"]:
     result = np.full(crop, IGNORE, np.uint8)
     result[y.inside, x.inside] = label.take(_nearest(y), 0).take(_nearest(x), 1)
     return result
@@ -201,19 +234,33 @@ def _nearest(axis: Axis) -> Int[np.ndarray, " n"]:
     return (2 * visible + 1) * axis.old // (2 * axis.new)
 
 
-def _crop_image(image: UInt8[np.ndarray, "h w 3"], y: Axis, x: Axis, crop: tuple[int, int]) -> UInt8[np.ndarray, "ch cw 3"]:
+def _crop_image(
+    image: UInt8[np.ndarray, "h w 3"], y: Axis, x: Axis, crop: tuple[int, int]
+) -> UInt8[np.ndarray, "ch cw 3"]:
     """What is visible equals `cv2.resize` with INTER_LINEAR up to rounding."""
-    ratio_y, ratio_x = y.old / y.new, x.old / x.new
-    to_source = np.array([[ratio_x, 0, (x.start + 0.5) * ratio_x - 0.5], [0, ratio_y, (y.start + 0.5) * ratio_y - 0.5]])
+    ratio_y = y.old / y.new
+    ratio_x = x.old / x.new
+    to_source = np.array(
+        [
+            [ratio_x, 0, (x.start + 0.5) * ratio_x - 0.5],
+            [0, ratio_y, (y.start + 0.5) * ratio_y - 0.5],
+        ]
+    )
     shape = (x.inside.stop - x.inside.start, y.inside.stop - y.inside.start)
     flags = cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP
     result = np.full((*crop, 3), PAD_COLOR, np.uint8)
-    result[y.inside, x.inside] = cv2.warpAffine(image, to_source, shape, flags=flags, borderMode=cv2.BORDER_REPLICATE)
+    result[y.inside, x.inside] = cv2.warpAffine(
+        image, to_source, shape, flags=flags, borderMode=cv2.BORDER_REPLICATE
+    )
     return result
 
 
-def _is_good(label: UInt8[np.ndarray, "h w"], max_class_share: float, wanted: Wanted | None, area: float) -> bool:
-    """Whether a crop is as mixed as asked and shows what is wanted; `area` is that of a pixel of the file."""
+def _is_good(
+    label: UInt8[np.ndarray, "h w"], max_class_share: float, wanted: Wanted | None, area: float
+) -> bool:
+    """Whether a crop is as mixed as asked and shows what is wanted; `area` is that of a pixel of
+    the file.
+    """
     if wanted is not None and np.count_nonzero(label == wanted.train_id) < wanted.pixels * area:
         return False
     if max_class_share >= 1.0:

@@ -1,4 +1,7 @@
-"""Detectors in two stages (Ren et al. 2015): proposals, then heads that look at each. On a pyramid, as ViTDet, or on one map (C4)."""
+"""Detectors in two stages (Ren et al. 2015): proposals, then heads that look at each.
+
+On a pyramid, as ViTDet, or on one map (C4).
+"""
 
 from collections.abc import Sequence
 import dataclasses
@@ -13,7 +16,15 @@ import numpy as np
 from jaxdg.backbones import ClipResnet, EncoderConfig
 from jaxdg.detection.arrays import Detected, Targets
 from jaxdg.detection.head import Head, HeadConfig
-from jaxdg.detection.rcnn.roi_heads import CASCADE, BoxHead, BoxPredictor, Res5Head, RoiHeads, RoiHeadsConfig, TextScore
+from jaxdg.detection.rcnn.roi_heads import (
+    CASCADE,
+    BoxHead,
+    BoxPredictor,
+    Res5Head,
+    RoiHeads,
+    RoiHeadsConfig,
+    TextScore,
+)
 from jaxdg.detection.rcnn.rpn import Rpn, RpnConfig, RpnOutput
 
 
@@ -25,8 +36,8 @@ class RcnnConfig(HeadConfig):
         rpn: where things may be.
         roi: what they are.
         channels: of the pyramid. Default 256.
-        levels: of the pyramid that boxes are pooled from, 0 to 3 with 4 to 32 pixels a feature; proposals read one more that is coarser.
-            Default 0, 1, 2, 3.
+        levels: of the pyramid that boxes are pooled from, 0 to 3 with 4 to 32 pixels a feature;
+            proposals read one more that is coarser. Default 0, 1, 2, 3.
     """
 
     rpn: RpnConfig = dataclasses.field(default_factory=RpnConfig)
@@ -37,7 +48,10 @@ class RcnnConfig(HeadConfig):
     def check(self, name: str) -> None:
         """See `HeadConfig.check`."""
         if len(self.rpn.sizes) != len(self.levels) + 1:
-            raise ValueError(f"{name}.rpn.sizes is {self.rpn.sizes}; allowed: one for each of {name}.levels {self.levels} and one more")
+            raise ValueError(
+                f"{name}.rpn.sizes is {self.rpn.sizes}; allowed: one for each of {name}.levels"
+                f" {self.levels} and one more"
+            )
 
     @property
     def pyramid_channels(self) -> int:
@@ -58,23 +72,32 @@ class RcnnConfig(HeadConfig):
         """See `HeadConfig.build`."""
         heads = [BoxHead(self.roi, self.channels, dtype=dtype, rngs=rngs) for _ in self.roi.stages]
         sizes: Any = dict(image_size=image_size, dtype=dtype, rngs=rngs)
-        return Rcnn(self, heads, self.channels, len(self.levels), num_classes, shapes, strides, **sizes)
+        return Rcnn(
+            self, heads, self.channels, len(self.levels), num_classes, shapes, strides, **sizes
+        )
 
 
 @dataclasses.dataclass(unsafe_hash=True)
 class C4Config(HeadConfig):
-    """Sizes of a two-stage head on the third stage of a CLIP ResNet, whose last stage looks at each proposal.
+    """Sizes of a two-stage head on the third stage of a CLIP ResNet, whose last stage looks at each
+    proposal.
 
     Attributes:
         rpn: where things may be.
         roi: what they are; its convolutions and linear layers are not used.
-        attention_pool: the encoder's pool makes a vector of a proposal; otherwise the mean does. Default True.
-        text_classifier: scores are cosines to the embeddings of class names (`Detector.set_texts`), which needs the attention pool. A run
-            with `model.text_weights` turns it on. Default False.
+        attention_pool: the encoder's pool makes a vector of a proposal; otherwise the mean does.
+            Default True.
+        text_classifier: scores are cosines to the embeddings of class names (`Detector.set_texts`),
+            which needs the attention pool. A run with `model.text_weights` turns it on. Default
+            False.
     """
 
-    rpn: RpnConfig = dataclasses.field(default_factory=lambda: RpnConfig(convs=1, sizes=((32.0, 64.0, 128.0, 256.0, 512.0),)))
-    roi: RoiHeadsConfig = dataclasses.field(default_factory=lambda: RoiHeadsConfig(stages=CASCADE[:1], size=14, class_agnostic=False))
+    rpn: RpnConfig = dataclasses.field(
+        default_factory=lambda: RpnConfig(convs=1, sizes=((32.0, 64.0, 128.0, 256.0, 512.0),))
+    )
+    roi: RoiHeadsConfig = dataclasses.field(
+        default_factory=lambda: RoiHeadsConfig(stages=CASCADE[:1], size=14, class_agnostic=False)
+    )
     attention_pool: bool = True
     text_classifier: bool = False
     levels: ClassVar[tuple[int, ...]] = (2,)
@@ -111,10 +134,16 @@ class C4Config(HeadConfig):
     ) -> "Rcnn":
         """See `HeadConfig.build`."""
         if not isinstance(backbone, ClipResnet):
-            raise ValueError("a C4 head looks at proposals with the last stage of a CLIP ResNet; take clip_rn50, clip_rn101 or a pyramid")
+            raise ValueError(
+                "a C4 head looks at proposals with the last stage of a CLIP ResNet; take clip_rn50,"
+                " clip_rn101 or a pyramid"
+            )
         if len(self.roi.stages) > 1 or (self.text_classifier and not self.attention_pool):
-            raise ValueError("a C4 head has one stage, and its text classifier needs attention_pool")
-        heads, channels = [Res5Head(backbone, self.attention_pool)], backbone.config.widths[2]
+            raise ValueError(
+                "a C4 head has one stage, and its text classifier needs attention_pool"
+            )
+        heads = [Res5Head(backbone, self.attention_pool)]
+        channels = backbone.config.widths[2]
         sizes: Any = dict(image_size=image_size, dtype=dtype, rngs=rngs, text=self.text_classifier)
         return Rcnn(self, heads, channels, 1, num_classes, shapes, strides, **sizes)
 
@@ -168,9 +197,19 @@ class Rcnn(Head):
             ValueError: settings that do not fit together.
         """
         kw: Any = dict(dtype=dtype, rngs=rngs)
-        self.image_size, self.pooled = image_size, pooled
+        self.image_size = image_size
+        self.pooled = pooled
         self.proposal_generator = Rpn(config.rpn, channels, shapes, strides, **kw)
-        predictors = [BoxPredictor(head.channels, num_classes, class_agnostic=config.roi.class_agnostic, text=text, **kw) for head in heads]
+        predictors = [
+            BoxPredictor(
+                head.channels,
+                num_classes,
+                class_agnostic=config.roi.class_agnostic,
+                text=text,
+                **kw,
+            )
+            for head in heads
+        ]
         self.roi_heads = RoiHeads(config.roi, heads, predictors, strides[:pooled])
 
     def __call__(
@@ -187,7 +226,11 @@ class Rcnn(Head):
         return jnp.asarray(len(targets.valid), jnp.float32)
 
     def losses(
-        self, output: RcnnOutput, targets: Targets, denominator: Float32[Array, ""], key: Key[Array, ""]
+        self,
+        output: RcnnOutput,
+        targets: Targets,
+        denominator: Float32[Array, ""],
+        key: Key[Array, ""],
     ) -> dict[str, Float32[Array, ""]]:
         """The terms of `Rpn.losses` and `RoiHeads.losses`; `key` draws anchors and proposals."""
         anchor_key, box_key = jax.random.split(key)
@@ -195,7 +238,9 @@ class Rcnn(Head):
         proposals = self.proposal_generator.proposals(output.rpn, sizes, train=True)
         return {
             **self.proposal_generator.losses(output.rpn, targets, denominator, anchor_key),
-            **self.roi_heads.losses(output.features, proposals, targets, sizes, denominator, box_key),
+            **self.roi_heads.losses(
+                output.features, proposals, targets, sizes, denominator, box_key
+            ),
         }
 
     def detections(self, output: RcnnOutput, image_sizes: Float32[Array, "b 2"]) -> Detected:
@@ -215,7 +260,10 @@ class Rcnn(Head):
             super().set_texts(embeddings)
             return
         if score.texts[...].shape != embeddings.shape:
-            raise ValueError(f"the text classifier holds embeddings {score.texts[...].shape} and got {embeddings.shape}")
+            raise ValueError(
+                f"the text classifier holds embeddings {score.texts[...].shape} and got"
+                f" {embeddings.shape}"
+            )
         score.texts[...] = jnp.asarray(embeddings, jnp.float32)
 
 

@@ -1,7 +1,8 @@
-"""Box heads: the class and the exact box of a proposal; one after another in a cascade (Cai and Vasconcelos 2018).
+"""Box heads: the class and the exact box of a proposal; one after another in a cascade (Cai and
+Vasconcelos 2018).
 
-Names, targets and results follow detectron2. Different: the losses of an image are divided by the number of proposals that are to be drawn,
-even where there are not so many.
+Names, targets and results follow detectron2. Different: the losses of an image are divided by the
+number of proposals that are to be drawn, even where there are not so many.
 """
 
 from collections.abc import Sequence
@@ -32,16 +33,19 @@ class RoiHeadsConfig:
     """Box heads.
 
     Attributes:
-        stages: of the cascade: the IoU from which a proposal holds the thing, and the weight of the offsets of centres; that of sides is
-            half of it. One stage is a head without a cascade. Default: 0.5 10, 0.6 20, 0.7 30.
+        stages: of the cascade: the IoU from which a proposal holds the thing, and the weight of the
+            offsets of centres; that of sides is half of it. One stage is a head without a cascade.
+            Default: 0.5 10, 0.6 20, 0.7 30.
         size: rows and columns of features that a box is pooled to. Default 7.
-        samples: read along either side of such a feature; None: as many as it has features of the map. Default None.
+        samples: read along either side of such a feature; None: as many as it has features of the
+            map. Default None.
         aligned: as in `roi_align`; torchvision's detectors are not. Default True.
         channels: of the convolutions. Default 256.
         convs: 3x3 ones with LayerNorm. Default 4.
         fcs: linear layers after them. Default 1.
         hidden: channels of those. Default 1024.
-        class_agnostic: one box for all classes; otherwise one for each, which a cascade does not allow. Default True.
+        class_agnostic: one box for all classes; otherwise one for each, which a cascade does not
+            allow. Default True.
         proposals: drawn for the losses of an image. Default 512.
         positive: largest share of things among them. Default 0.25.
         score_threshold: least score of a detection. Default 0.05.
@@ -66,16 +70,30 @@ class RoiHeadsConfig:
 
 
 class BoxHead(nnx.Module):
-    """Convolutions and linear layers; fc1 reads rows, then columns, then channels (torch: channels first)."""
+    """Convolutions and linear layers; fc1 reads rows, then columns, then channels (torch: channels
+    first).
+    """
 
     def __init__(self, config: RoiHeadsConfig, channels: int, *, dtype: str, rngs: nnx.Rngs):
         c = config
         for i in range(c.convs):
-            setattr(self, f"conv{i + 1}", ConvNorm(channels, c.channels, 3, kernel_init=msra, dtype=dtype, rngs=rngs))
+            setattr(
+                self,
+                f"conv{i + 1}",
+                ConvNorm(channels, c.channels, 3, kernel_init=msra, dtype=dtype, rngs=rngs),
+            )
             channels = c.channels
-        self.convs, self.fcs, self.channels = c.convs, c.fcs, channels * c.size**2
+        self.convs = c.convs
+        self.fcs = c.fcs
+        self.channels = channels * c.size**2
         for i in range(c.fcs):
-            setattr(self, f"fc{i + 1}", nnx.Linear(self.channels, c.hidden, kernel_init=xavier, dtype=jnp.dtype(dtype), rngs=rngs))
+            setattr(
+                self,
+                f"fc{i + 1}",
+                nnx.Linear(
+                    self.channels, c.hidden, kernel_init=xavier, dtype=jnp.dtype(dtype), rngs=rngs
+                ),
+            )
             self.channels = c.hidden
 
     def __call__(self, x: Float[Array, "r s s _"]) -> Float[Array, "r c"]:
@@ -88,11 +106,14 @@ class BoxHead(nnx.Module):
 
 
 class Res5Head(nnx.Module):
-    """The last stage of a CLIP ResNet, which it shares with the encoder, and its attention pool or the mean."""
+    """The last stage of a CLIP ResNet, which it shares with the encoder, and its attention pool or
+    the mean.
+    """
 
     def __init__(self, backbone: ClipResnet, attention_pool: bool):
         config = backbone.config
-        self.res5, self.last = getattr(backbone, "layer4"), config.blocks[3] - 1  # noqa: B009  made by `setattr`
+        self.res5 = getattr(backbone, "layer4")  # noqa: B009  made by `setattr`
+        self.last = config.blocks[3] - 1
         self.attnpool = backbone.attnpool if attention_pool else None
         self.channels = config.embedding if attention_pool else config.widths[3]
 
@@ -102,13 +123,17 @@ class Res5Head(nnx.Module):
 
 
 class TextScore(nnx.Module):
-    """Cosines to the embeddings of class names, times 100; 0 for background (as RegionCLIP's, Zhong et al. 2022)."""
+    """Cosines to the embeddings of class names, times 100; 0 for background (as RegionCLIP's, Zhong
+    et al. 2022).
+    """
 
     def __init__(self, channels: int, num_classes: int):
         self.texts = nnx.BatchStat(jnp.zeros((num_classes, channels)))
 
     def __call__(self, x: Float[Array, "r c"]) -> Float32[Array, "r k1"]:
-        unit = lambda t: t * jax.lax.rsqrt(jnp.sum(t * t, axis=-1, keepdims=True) + 1e-12)
+        def unit(t):
+            return t * jax.lax.rsqrt(jnp.sum(t * t, axis=-1, keepdims=True) + 1e-12)
+
         cosines = unit(x.astype(jnp.float32)) @ unit(self.texts[...]).T
         return jnp.pad(TEMPERATURE * cosines, ((0, 0), (0, 1)))
 
@@ -116,22 +141,45 @@ class TextScore(nnx.Module):
 class BoxPredictor(nnx.Module):
     """Class scores, the last of background, and offsets of boxes."""
 
-    def __init__(self, channels: int, num_classes: int, *, class_agnostic: bool, text: bool = False, dtype: str, rngs: nnx.Rngs):
-        linear = lambda out, deviation: nnx.Linear(
-            channels, out, kernel_init=nnx.initializers.normal(deviation), dtype=jnp.dtype(dtype), rngs=rngs
-        )
+    def __init__(
+        self,
+        channels: int,
+        num_classes: int,
+        *,
+        class_agnostic: bool,
+        text: bool = False,
+        dtype: str,
+        rngs: nnx.Rngs,
+    ):
+        def linear(out, deviation):
+            return nnx.Linear(
+                channels,
+                out,
+                kernel_init=nnx.initializers.normal(deviation),
+                dtype=jnp.dtype(dtype),
+                rngs=rngs,
+            )
+
         self.cls_score = TextScore(channels, num_classes) if text else linear(num_classes + 1, 0.01)
         self.bbox_pred = linear(4 if class_agnostic else 4 * num_classes, 0.001)
 
-    def __call__(self, x: Float[Array, "r c"]) -> tuple[Float32[Array, "r k1"], Float32[Array, "r o 4"]]:
-        return self.cls_score(x).astype(jnp.float32), self.bbox_pred(x).astype(jnp.float32).reshape(len(x), -1, 4)
+    def __call__(
+        self, x: Float[Array, "r c"]
+    ) -> tuple[Float32[Array, "r k1"], Float32[Array, "r o 4"]]:
+        return self.cls_score(x).astype(jnp.float32), self.bbox_pred(x).astype(jnp.float32).reshape(
+            len(x), -1, 4
+        )
 
 
 class RoiHeads(nnx.Module):
     """Features and proposals to classes and boxes."""
 
     def __init__(
-        self, config: RoiHeadsConfig, heads: Sequence[nnx.Module], predictors: Sequence[BoxPredictor], strides: Sequence[int | float]
+        self,
+        config: RoiHeadsConfig,
+        heads: Sequence[nnx.Module],
+        predictors: Sequence[BoxPredictor],
+        strides: Sequence[int | float],
     ):
         """Puts the heads together.
 
@@ -145,19 +193,32 @@ class RoiHeads(nnx.Module):
             ValueError: a cascade with a box for each class.
         """
         if len(config.stages) > 1 and not config.class_agnostic:
-            raise ValueError("a cascade refines one box for all classes: set class_agnostic, or leave one stage")
-        self.config, self.strides = config, tuple(strides)
-        self.box_head, self.box_predictor = nnx.List(heads), nnx.List(predictors)
+            raise ValueError(
+                "a cascade refines one box for all classes: set class_agnostic, or leave one stage"
+            )
+        self.config = config
+        self.strides = tuple(strides)
+        self.box_head = nnx.List(heads)
+        self.box_predictor = nnx.List(predictors)
 
     def predict(
-        self, stage: int, features: tuple[Float[Array, "b _ _ _"], ...], boxes: Float32[Array, "b r 4"]
+        self,
+        stage: int,
+        features: tuple[Float[Array, "b _ _ _"], ...],
+        boxes: Float32[Array, "b r 4"],
     ) -> tuple[Float32[Array, "b r k1"], Float32[Array, "b r o 4"]]:
-        """Class scores and offsets of one stage for boxes; gradients to the features are shared out among the stages."""
+        """Class scores and offsets of one stage for boxes; gradients to the features are shared out
+        among the stages.
+        """
         c = self.config
-        pooled = roi_align(features, boxes, self.strides, (c.size, c.size), samples=c.samples, aligned=c.aligned)
+        pooled = roi_align(
+            features, boxes, self.strides, (c.size, c.size), samples=c.samples, aligned=c.aligned
+        )
         share = 1 / len(c.stages)
         pooled = pooled * share + jax.lax.stop_gradient(pooled) * (1 - share)
-        logits, offsets = self.box_predictor[stage](self.box_head[stage](pooled.reshape(-1, *pooled.shape[2:])))
+        logits, offsets = self.box_predictor[stage](
+            self.box_head[stage](pooled.reshape(-1, *pooled.shape[2:]))
+        )
         return tuple(x.reshape(*boxes.shape[:2], *x.shape[1:]) for x in (logits, offsets))  # pyright: ignore[reportReturnType]
 
     def weights(self, stage: int) -> boxlib.Weights:
@@ -184,7 +245,8 @@ class RoiHeads(nnx.Module):
             images: of the global batch.
             key: draws the proposals.
         """
-        c, total = self.config, {"class": jnp.zeros(()), "box": jnp.zeros(())}
+        c = self.config
+        total = {"class": jnp.zeros(()), "box": jnp.zeros(())}
         boxes = jnp.concatenate([proposals.boxes, targets.boxes], axis=1)
         exists = jnp.concatenate([proposals.valid, targets.valid], axis=1)
         threshold = c.stages[0][0]
@@ -200,22 +262,35 @@ class RoiHeads(nnx.Module):
             wanted = boxlib.encode(take(targets.boxes, index), boxes, self.weights(stage))
             which = jnp.zeros_like(classes) if c.class_agnostic else jnp.where(positive, classes, 0)
             own = jnp.take_along_axis(offsets, which[..., None, None], axis=2)[:, :, 0]
-            total["class"] += masked_sum(cross_entropy(logits, classes), counts) / (c.proposals * images)
-            total["box"] += masked_sum(jnp.sum(smooth_l1(own, wanted), axis=-1), positive) / (c.proposals * images)
+            total["class"] += masked_sum(cross_entropy(logits, classes), counts) / (
+                c.proposals * images
+            )
+            total["box"] += masked_sum(jnp.sum(smooth_l1(own, wanted), axis=-1), positive) / (
+                c.proposals * images
+            )
             if stage + 1 < len(c.stages):
                 boxes = self.move(stage, offsets, boxes, image_sizes)[:, :, 0]
                 counts &= boxlib.non_empty(boxes)
         return total
 
     def move(
-        self, stage: int, offsets: Float32[Array, "b r o 4"], boxes: Float32[Array, "b r 4"], image_sizes: Float32[Array, "b 2"]
+        self,
+        stage: int,
+        offsets: Float32[Array, "b r o 4"],
+        boxes: Float32[Array, "b r 4"],
+        image_sizes: Float32[Array, "b 2"],
     ) -> Float32[Array, "b r o 4"]:
         """Boxes where a stage finds them, inside the image. No gradient."""
-        moved = boxlib.decode(jax.lax.stop_gradient(offsets), boxes[:, :, None], self.weights(stage))
+        moved = boxlib.decode(
+            jax.lax.stop_gradient(offsets), boxes[:, :, None], self.weights(stage)
+        )
         return boxlib.clip(moved, image_sizes[:, None, None])
 
     def detections(
-        self, features: tuple[Float[Array, "b _ _ _"], ...], proposals: Proposals, image_sizes: Float32[Array, "b 2"]
+        self,
+        features: tuple[Float[Array, "b _ _ _"], ...],
+        proposals: Proposals,
+        image_sizes: Float32[Array, "b 2"],
     ) -> Detected:
         """What is found: boxes of the last stage, with the mean of the probabilities of all.
 
@@ -224,7 +299,9 @@ class RoiHeads(nnx.Module):
             proposals: where to look.
             image_sizes: height and width of each image in pixels, without padding.
         """
-        c, boxes, scores = self.config, proposals.boxes, []
+        c = self.config
+        boxes = proposals.boxes
+        scores = []
         for stage in range(len(c.stages)):
             logits, offsets = self.predict(stage, features, boxes)
             scores.append(jax.nn.softmax(logits)[..., :-1])

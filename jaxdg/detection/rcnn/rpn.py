@@ -1,7 +1,8 @@
-"""The region proposal network (Ren et al. 2015) with the settings of ViTDet: where there is something, whatever it is.
+"""The region proposal network (Ren et al. 2015) with the settings of ViTDet: where there is
+something, whatever it is.
 
-Names, targets and proposals follow detectron2. Different: the losses of an image are divided by the number of anchors that are to be drawn,
-even where there are not so many.
+Names, targets and proposals follow detectron2. Different: the losses of an image are divided by the
+number of anchors that are to be drawn, even where there are not so many.
 """
 
 from collections.abc import Sequence
@@ -29,16 +30,20 @@ class RpnConfig:
 
     Attributes:
         convs: 3x3 convolutions before the predictions. Default 2.
-        sizes: roots of the areas of anchors in pixels, for each level. Default: 32, 64, 128, 256, 512, one a level.
+        sizes: roots of the areas of anchors in pixels, for each level. Default: 32, 64, 128, 256,
+            512, one a level.
         ratios: height to width of the anchors of each size. Default 0.5, 1, 2.
         rounded: half the sides of anchors are whole pixels, as in torchvision. Default False.
-        thresholds: an anchor with less IoU than the first is background, with at least the second a thing; between them it does not count.
-            Default 0.3, 0.7.
+        thresholds: an anchor with less IoU than the first is background, with at least the second a
+            thing; between them it does not count. Default 0.3, 0.7.
         samples: anchors drawn for the losses of an image. Default 256.
         positive: largest share of things among them. Default 0.5.
-        before: best proposals of each level that suppression chooses from, in training and in inference. Default 2000, 1000.
-        after: best proposals of an image that are left, in training and in inference. Default 1000, 1000.
-        nms: IoU above which the better of two proposals of a level suppresses the other. Default 0.7.
+        before: best proposals of each level that suppression chooses from, in training and in
+            inference. Default 2000, 1000.
+        after: best proposals of an image that are left, in training and in inference. Default 1000,
+            1000.
+        nms: IoU above which the better of two proposals of a level suppresses the other. Default
+            0.7.
     """
 
     convs: int = 2
@@ -82,14 +87,20 @@ class RpnHead(nnx.Module):
 
     def __init__(self, channels: int, convs: int, per_cell: int, *, dtype: str, rngs: nnx.Rngs):
         kw: Any = dict(kernel_init=normal, dtype=jnp.dtype(dtype), rngs=rngs)
-        self.conv = nnx.Dict({f"conv{i}": nnx.Conv(channels, channels, (3, 3), **kw) for i in range(convs)})
+        self.conv = nnx.Dict(
+            {f"conv{i}": nnx.Conv(channels, channels, (3, 3), **kw) for i in range(convs)}
+        )
         self.objectness_logits = nnx.Conv(channels, per_cell, (1, 1), **kw)
         self.anchor_deltas = nnx.Conv(channels, 4 * per_cell, (1, 1), **kw)
 
-    def __call__(self, x: Float[Array, "b h w c"]) -> tuple[Float32[Array, "b n"], Float32[Array, "b n 4"]]:
+    def __call__(
+        self, x: Float[Array, "b h w c"]
+    ) -> tuple[Float32[Array, "b n"], Float32[Array, "b n 4"]]:
         for conv in self.conv.values():
             x = jax.nn.relu(conv(x))
-        logits, offsets = (layer(x).astype(jnp.float32) for layer in (self.objectness_logits, self.anchor_deltas))
+        logits, offsets = (
+            layer(x).astype(jnp.float32) for layer in (self.objectness_logits, self.anchor_deltas)
+        )
         return logits.reshape(len(x), -1), offsets.reshape(len(x), -1, 4)
 
 
@@ -121,9 +132,16 @@ class Rpn(nnx.Module):
         """
         counts = {len(sizes) for sizes in config.sizes}
         if len(config.sizes) != len(shapes) or len(counts) != 1:
-            raise ValueError(f"sizes of anchors are {config.sizes}; allowed: as many for each of the {len(shapes)} levels")
-        self.config, self.shapes, self.strides = config, tuple(shapes), tuple(strides)
-        self.rpn_head = RpnHead(channels, config.convs, counts.pop() * len(config.ratios), dtype=dtype, rngs=rngs)
+            raise ValueError(
+                f"sizes of anchors are {config.sizes}; allowed: as many for each of the"
+                f" {len(shapes)} levels"
+            )
+        self.config = config
+        self.shapes = tuple(shapes)
+        self.strides = tuple(strides)
+        self.rpn_head = RpnHead(
+            channels, config.convs, counts.pop() * len(config.ratios), dtype=dtype, rngs=rngs
+        )
 
     def __call__(self, features: tuple[Float[Array, "b _ _ c"], ...]) -> RpnOutput:
         """The maps of all levels, finest first, to predictions."""
@@ -134,7 +152,9 @@ class Rpn(nnx.Module):
         c = self.config
         return anchors(self.shapes, self.strides, c.sizes, c.ratios, rounded=c.rounded)
 
-    def losses(self, output: RpnOutput, targets: Targets, images: Float32[Array, ""], key: Key[Array, ""]) -> dict[str, Float32[Array, ""]]:
+    def losses(
+        self, output: RpnOutput, targets: Targets, images: Float32[Array, ""], key: Key[Array, ""]
+    ) -> dict[str, Float32[Array, ""]]:
         """The terms "rpn_class" (cross entropy) and "rpn_box" (L1).
 
         Args:
@@ -144,18 +164,27 @@ class Rpn(nnx.Module):
             key: draws the anchors.
         """
         c = self.config
-        grid, logits, offsets = jnp.concatenate(self.anchors()), jnp.concatenate(output.logits, 1), jnp.concatenate(output.offsets, 1)
+        grid = jnp.concatenate(self.anchors())
+        logits = jnp.concatenate(output.logits, 1)
+        offsets = jnp.concatenate(output.offsets, 1)
         everywhere = jnp.broadcast_to(grid, (len(logits), *grid.shape))
-        index, label = assign(everywhere, targets.boxes, targets.valid, c.thresholds, low_quality=True)
+        index, label = assign(
+            everywhere, targets.boxes, targets.valid, c.thresholds, low_quality=True
+        )
         chosen, drawn = sample(key, label, c.samples, c.positive)
         positive = drawn & (take(label, chosen) == POSITIVE)
         wanted = boxlib.encode(take(targets.boxes, take(index, chosen)), grid[chosen])
         entropy = sigmoid_cross_entropy(take(logits, chosen), positive.astype(jnp.float32))
         distance = jnp.sum(smooth_l1(take(offsets, chosen), wanted), axis=-1)
         total = c.samples * images
-        return {"rpn_class": masked_sum(entropy, drawn) / total, "rpn_box": masked_sum(distance, positive) / total}
+        return {
+            "rpn_class": masked_sum(entropy, drawn) / total,
+            "rpn_box": masked_sum(distance, positive) / total,
+        }
 
-    def proposals(self, output: RpnOutput, image_sizes: Float32[Array, "b 2"], train: bool) -> Proposals:
+    def proposals(
+        self, output: RpnOutput, image_sizes: Float32[Array, "b 2"], train: bool
+    ) -> Proposals:
         """The best boxes that do not overlap others of their level too much. No gradient.
 
         Args:
@@ -163,19 +192,37 @@ class Rpn(nnx.Module):
             image_sizes: height and width of each image in pixels, without padding.
             train: how many they are.
         """
-        c, mode = self.config, 0 if train else 1
+        c = self.config
+        mode = 0 if train else 1
         widest = min(c.before[mode], max(x.shape[1] for x in output.logits))
 
         def level(grid, logits, offsets):
             scores, best = jax.lax.top_k(logits, min(widest, logits.shape[1]))
-            boxes = boxlib.clip(boxlib.decode(take(offsets, best), grid[best]), image_sizes[:, None])
+            boxes = boxlib.clip(
+                boxlib.decode(take(offsets, best), grid[best]), image_sizes[:, None]
+            )
             missing = (0, 0), (0, widest - best.shape[1])
-            return jnp.pad(boxes, (*missing, (0, 0))), jnp.pad(scores, missing), jnp.pad(boxlib.non_empty(boxes), missing)
+            return (
+                jnp.pad(boxes, (*missing, (0, 0))),
+                jnp.pad(scores, missing),
+                jnp.pad(boxlib.non_empty(boxes), missing),
+            )
 
         found = map(level, self.anchors(), *jax.lax.stop_gradient(output))
-        boxes, scores, valid = (jnp.stack(parts, axis=1) for parts in zip(*found, strict=True))  # b l widest
+        boxes, scores, valid = (
+            jnp.stack(parts, axis=1) for parts in zip(*found, strict=True)
+        )  # b l widest
         kept, valid = nms(boxes, scores, valid, c.nms, min(c.after[mode], widest))
-        boxes, scores = (jnp.take_along_axis(x, kept.reshape(*kept.shape, *[1] * (x.ndim - 3)), axis=2) for x in (boxes, scores))
-        flat = lambda x: x.reshape(len(x), -1, *x.shape[3:])
-        scores, best = jax.lax.top_k(flat(jnp.where(valid, scores, -jnp.inf)), min(c.after[mode], kept.shape[1] * kept.shape[2]))
+        boxes, scores = (
+            jnp.take_along_axis(x, kept.reshape(*kept.shape, *[1] * (x.ndim - 3)), axis=2)
+            for x in (boxes, scores)
+        )
+
+        def flat(x):
+            return x.reshape(len(x), -1, *x.shape[3:])
+
+        scores, best = jax.lax.top_k(
+            flat(jnp.where(valid, scores, -jnp.inf)),
+            min(c.after[mode], kept.shape[1] * kept.shape[2]),
+        )
         return Proposals(take(flat(boxes), best), scores > -jnp.inf)

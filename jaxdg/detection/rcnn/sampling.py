@@ -1,7 +1,9 @@
-"""Which boxes a detector is trained on: anchors or proposals are assigned to the true boxes, then a fixed number is drawn at random.
+"""Which boxes a detector is trained on: anchors or proposals are assigned to the true boxes, then a
+fixed number is drawn at random.
 
-As detectron2's `Matcher` and `subsample_labels`, with a fixed number of slots in place of index lists. Different: a true box that overlaps
-nothing claims nothing, where detectron2 makes every box that does not overlap it positive.
+As detectron2's `Matcher` and `subsample_labels`, with a fixed number of slots in place of index
+lists. Different: a true box that overlaps nothing claims nothing, where detectron2 makes every box
+that does not overlap it positive.
 """
 
 import jax
@@ -10,7 +12,9 @@ from jaxtyping import Array, Bool, Float, Int32, Key
 
 from jaxdg.detection.boxes import pairwise_iou
 
-IGNORED, NEGATIVE, POSITIVE = -1, 0, 1
+IGNORED = -1
+NEGATIVE = 0
+POSITIVE = 1
 
 
 def assign(
@@ -27,19 +31,24 @@ def assign(
         boxes: anchors or proposals.
         truth: true boxes.
         valid: true boxes that exist and are to be found; without any, all boxes are negative.
-        thresholds: a box of less IoU than the first is negative, of at least the second positive; between them it is ignored.
-        low_quality: the boxes that overlap a true box most are positive however little that is, as Faster R-CNN's proposals have it.
-            Such a box may still belong to another true box, which it overlaps more.
+        thresholds: a box of less IoU than the first is negative, of at least the second positive;
+            between them it is ignored.
+        low_quality: the boxes that overlap a true box most are positive however little that is, as
+            Faster R-CNN's proposals have it. Such a box may still belong to another true box, which
+            it overlaps more.
 
     Returns:
-        Index of the true box, the first of equal ones, and a label: 1 positive, 0 negative, -1 ignored.
+        Index of the true box, the first of equal ones, and a label: 1 positive, 0 negative, -1
+        ignored.
 
     Raises:
         ValueError: the thresholds do not ascend.
     """
     low, high = thresholds
     if not low <= high:
-        raise ValueError(f"assignment thresholds are {low} and {high}; the first must not exceed the second")
+        raise ValueError(
+            f"assignment thresholds are {low} and {high}; the first must not exceed the second"
+        )
     overlap = pairwise_iou(*jax.lax.stop_gradient((truth, boxes)))
     overlap = jnp.where(valid[..., None], overlap, 0.0)
     best = jnp.max(overlap, axis=-2, initial=0.0)
@@ -54,7 +63,8 @@ def assign(
 def sample(
     key: Key[Array, ""], label: Int32[Array, "*b n"], count: int, positive_share: float
 ) -> tuple[Int32[Array, "*b count"], Bool[Array, "*b count"]]:
-    """Draws boxes at random: as many positive ones as there are, up to a share, and negative ones for the rest.
+    """Draws boxes at random: as many positive ones as there are, up to a share, and negative ones
+    for the rest.
 
     Args:
         key: of the draw.
@@ -63,10 +73,11 @@ def sample(
         positive_share: largest share of positive ones, rounded down.
 
     Returns:
-        Indices, first of positive, then of negative boxes, each in random order and none twice; and which slots hold a box. The others,
-        at the end, where boxes are too few, hold any index.
+        Indices, first of positive, then of negative boxes, each in random order and none twice; and
+        which slots hold a box. The others, at the end, where boxes are too few, hold any index.
     """
-    n, quota = label.shape[-1], int(count * positive_share)
+    n = label.shape[-1]
+    quota = int(count * positive_share)
     noise = jax.random.uniform(key, label.shape)
 
     def draw(of, most):
@@ -74,7 +85,8 @@ def sample(
         pad = [(0, 0)] * (label.ndim - 1) + [(0, most - min(most, n))]
         return jnp.pad(index, pad), jnp.sum(value >= 0, axis=-1, keepdims=True)
 
-    (positive, positives), (negative, negatives) = draw(POSITIVE, quota), draw(NEGATIVE, count)
+    positive, positives = draw(POSITIVE, quota)
+    negative, negatives = draw(NEGATIVE, count)
     slot = jnp.arange(count)
     place = jnp.where(slot < positives, slot, quota + slot - positives)
     index = jnp.take_along_axis(jnp.concatenate([positive, negative], axis=-1), place, axis=-1)

@@ -1,8 +1,10 @@
-"""Multi-scale deformable attention (Zhu et al. 2021, arXiv 2010.04159): every token reads a few points of every level.
+"""Multi-scale deformable attention (Zhu et al. 2021, arXiv 2010.04159): every token reads a few
+points of every level.
 
-No compiled extension: a point lies between four pixels, so an output is a weighted sum of rows of a table, and that sum has a backward
-pass of its own. Gathering all rows of a layer at once would take `levels * points * 4` times the values (5 GB for 16 crops 512x512 of
-VLTSeg); both passes go through the points of a token one after another instead and hold one copy. Between them only the places and
+No compiled extension: a point lies between four pixels, so an output is a weighted sum of rows of a
+table, and that sum has a backward pass of its own. Gathering all rows of a layer at once would take
+`levels * points * 4` times the values (5 GB for 16 crops 512x512 of VLTSeg); both passes go through
+the points of a token one after another instead and hold one copy. Between them only the places and
 weights of the points are kept.
 """
 
@@ -30,14 +32,16 @@ def read_points(
     y: Float32[Array, "s m heads"],
     weights: Float32[Array, "s m heads"],
 ) -> Float32[Array, "m heads d"]:
-    """The sum over the points s, an equal number on each level, of what the table holds there, by weight; in float32.
+    """The sum over the points s, an equal number on each level, of what the table holds there, by
+    weight; in float32.
 
-    For the 1.03 M points of 16 channels of 8 images 256x256 this took 0.03 s of CPU time and 0.14 s for the gradients; differentiated by
-    JAX a multiple (November 2026).
+    For the 1.03 M points of 16 channels of 8 images 256x256 this took 0.03 s of CPU time and 0.14 s
+    for the gradients; differentiated by JAX a multiple (November 2026).
 
     Args:
         shapes: of the levels.
-        table: the heads of a pixel after one another, the pixels of a level row by row and framed by pixels of zeros.
+        table: the heads of a pixel after one another, the pixels of a level row by row and framed
+            by pixels of zeros.
         x: where the points are, in pixels from the centre of the level's first one.
         y: likewise.
         weights: of the points.
@@ -47,9 +51,13 @@ def read_points(
         x, y, weight, *level = inputs
         rows, right, low = _corners(x, y, *level)
         above, below = (
-            _read(table, left) * (1 - right[..., None]) + _read(table, beside) * right[..., None] for left, beside in (rows[:2], rows[2:])
+            _read(table, left) * (1 - right[..., None]) + _read(table, beside) * right[..., None]
+            for left, beside in (rows[:2], rows[2:])
         )
-        return total + weight[..., None] * (above * (1 - low[..., None]) + below * low[..., None]), None
+        return (
+            total + weight[..., None] * (above * (1 - low[..., None]) + below * low[..., None]),
+            None,
+        )
 
     inputs = (x, y, weights, *_levels(shapes, len(x)))
     return jax.lax.scan(add, jnp.zeros((*x.shape[1:], table.shape[1]), jnp.float32), inputs)[0]
@@ -71,9 +79,17 @@ def _read_points_backward(shapes, saved, gradient):
             found.append(jnp.sum(_read(table, row) * gradient, axis=-1))
             total = total.at[row].add((weight * share)[..., None] * gradient, mode=IN_BOUNDS)
         left, beside, under, across = found
-        above, below = left + (beside - left) * right, under + (across - under) * right
-        inside = lambda place, size: (place > -1) & (place < size)  # a point beyond the frame may move and still reads nothing
-        to_x = jnp.where(inside(x, width), weight * ((beside - left) * (1 - low) + (across - under) * low), 0.0)
+        above = left + (beside - left) * right
+        below = under + (across - under) * right
+
+        def inside(place, size):
+            return (place > -1) & (
+                place < size
+            )  # a point beyond the frame may move and still reads nothing
+
+        to_x = jnp.where(
+            inside(x, width), weight * ((beside - left) * (1 - low) + (across - under) * low), 0.0
+        )
         to_y = jnp.where(inside(y, height), weight * (below - above), 0.0)
         return total, (to_x, to_y, above * (1 - low) + below * low)
 
@@ -93,20 +109,31 @@ def _levels(shapes: Shapes, points: int) -> tuple[np.ndarray, ...]:
 
 
 def _corners(
-    x: Float32[Array, "m heads"], y: Float32[Array, "m heads"], width: Array, height: Array, first: Array
-) -> tuple[tuple[Int32[Array, "m heads"], ...], Float32[Array, "m heads"], Float32[Array, "m heads"]]:
-    """Rows of the four pixels around points of a level (upper left, upper right, lower left, lower right), and the shares of those on the
-    right and of the lower ones.
+    x: Float32[Array, "m heads"],
+    y: Float32[Array, "m heads"],
+    width: Array,
+    height: Array,
+    first: Array,
+) -> tuple[
+    tuple[Int32[Array, "m heads"], ...], Float32[Array, "m heads"], Float32[Array, "m heads"]
+]:
+    """Rows of the four pixels around points of a level (upper left, upper right, lower left, lower
+    right), and the shares of those on the right and of the lower ones.
     """
-    heads, across = x.shape[-1], width.astype(jnp.int32) + 2
-    x, y = jnp.clip(x, -1.0, width), jnp.clip(y, -1.0, height)  # beyond the frame is as good as on it
-    left, top = jnp.minimum(jnp.floor(x), width - 1), jnp.minimum(jnp.floor(y), height - 1)
+    heads = x.shape[-1]
+    across = width.astype(jnp.int32) + 2
+    x = jnp.clip(x, -1.0, width)
+    y = jnp.clip(y, -1.0, height)  # beyond the frame is as good as on it
+    left = jnp.minimum(jnp.floor(x), width - 1)
+    top = jnp.minimum(jnp.floor(y), height - 1)
     pixel = first + (top.astype(jnp.int32) + 1) * across + left.astype(jnp.int32) + 1
     row = pixel * heads + np.arange(heads, dtype=np.int32)
     return (row, row + heads, row + across * heads, row + (across + 1) * heads), x - left, y - top
 
 
-def _read(table: Float[Array, "rows d"], row: Int32[Array, "m heads"]) -> Float32[Array, "m heads d"]:
+def _read(
+    table: Float[Array, "rows d"], row: Int32[Array, "m heads"]
+) -> Float32[Array, "m heads d"]:
     return table.at[row].get(mode=IN_BOUNDS).astype(jnp.float32)
 
 
@@ -116,13 +143,14 @@ def deformable_attention(
     locations: Float32[Array | np.ndarray, "b m heads l p 2"],
     weights: Float32[Array, "b m heads l p"],
 ) -> Float32[Array, "b m c"]:
-    """Values read bilinearly at points of every level and added up by weight, the heads side by side.
+    """Values read bilinearly at points of every level and added up by weight, the heads side by
+    side.
 
     Args:
         values: all levels after one another, each row by row.
         shapes: rows and columns of each level; n is the sum of their products.
-        locations: (x, y) of the points, 0 and 1 being the outer edges of the map (torch's grid_sample with align_corners=False);
-            pixels outside the map count as 0.
+        locations: (x, y) of the points, 0 and 1 being the outer edges of the map (torch's
+            grid_sample with align_corners=False); pixels outside the map count as 0.
         weights: of the points.
 
     Returns:
@@ -131,10 +159,16 @@ def deformable_attention(
     Raises:
         ValueError: `shapes` do not add up to n.
     """
-    (b, n, heads, d), m = values.shape, locations.shape[1]
+    b, n, heads, d = values.shape
+    m = locations.shape[1]
     if sum(h * w for h, w in shapes) != n:
-        raise ValueError(f"levels of {' '.join(f'{h}x{w}' for h, w in shapes)} have {sum(h * w for h, w in shapes)} pixels, the values {n}")
-    levels = jnp.split(values.reshape(b, n, heads * d), np.cumsum([h * w for h, w in shapes])[:-1], axis=1)
+        raise ValueError(
+            f"levels of {' '.join(f'{h}x{w}' for h, w in shapes)} have"
+            f" {sum(h * w for h, w in shapes)} pixels, the values {n}"
+        )
+    levels = jnp.split(
+        values.reshape(b, n, heads * d), np.cumsum([h * w for h, w in shapes])[:-1], axis=1
+    )
     framed = [
         jnp.pad(level.reshape(b, h, w, -1), ((0, 0), (1, 1), (1, 1), (0, 0))).reshape(b, -1, d)
         for level, (h, w) in zip(levels, shapes, strict=True)
@@ -142,56 +176,105 @@ def deformable_attention(
     sizes = np.asarray(shapes, np.float32)[:, None, ::-1]
     x, y = jnp.moveaxis(locations * sizes - 0.5, (5, 3, 4), (0, 1, 2)).reshape(2, -1, b, m, heads)
     weights = jnp.moveaxis(weights, (3, 4), (0, 1)).reshape(-1, b, m, heads)
-    read = jax.vmap(partial(read_points, tuple(shapes)), (0, 1, 1, 1))(jnp.concatenate(framed, axis=1), x, y, weights)
+    read = jax.vmap(partial(read_points, tuple(shapes)), (0, 1, 1, 1))(
+        jnp.concatenate(framed, axis=1), x, y, weights
+    )
     return read.reshape(b, m, heads * d)
 
 
 class DeformableAttention(nnx.Module):
     """Tokens of all levels reading all levels, at places and with weights that each token chooses."""
 
-    def __init__(self, channels: int, heads: int, levels: int, points: int, *, published_init: bool = True, dtype: str, rngs: nnx.Rngs):
+    def __init__(
+        self,
+        channels: int,
+        heads: int,
+        levels: int,
+        points: int,
+        *,
+        published_init: bool = True,
+        dtype: str,
+        rngs: nnx.Rngs,
+    ):
         """Args:
         channels: c of the tokens; `heads` must divide it.
         heads: groups of channels that choose their own points.
         levels: l.
         points: p, read by each head on each level.
-        published_init: start with equal weights and each head looking in a direction of its own; otherwise at random, near by.
+        published_init: start with equal weights and each head looking in a direction of its own;
+            otherwise at random, near by.
         dtype: compute dtype of the values; places and weights are float32.
         rngs: initialises the parameters.
         """
-        self.heads, self.levels, self.points = heads, levels, points
-        places, init = heads * levels * points, kernel_init(published_init)
-        if published_init:
-            choose, look = nnx.initializers.zeros, lambda *_: _compass(heads, levels, points)
-        else:
-            choose, look = init, lambda key, shape, dtype: jax.random.uniform(key, shape, dtype, -1, 1) * channels**-0.5
-        self.sampling_offsets = nnx.Linear(channels, 2 * places, kernel_init=choose, bias_init=look, rngs=rngs)
-        self.attention_weights = nnx.Linear(channels, places, kernel_init=choose, rngs=rngs)
-        self.value_proj = nnx.Linear(channels, channels, kernel_init=init, dtype=jnp.dtype(dtype), rngs=rngs)
-        self.output_proj = nnx.Linear(channels, channels, kernel_init=init, dtype=jnp.dtype(dtype), rngs=rngs)
+        self.heads = heads
+        self.levels = levels
+        self.points = points
+        places = heads * levels * points
+        init = kernel_init(published_init)
+        choose = nnx.initializers.zeros if published_init else init
 
-    def __call__(self, tokens: Float[Array, "b n c"], positions: Float[Array, "n c"], shapes: Shapes) -> Float[Array, "b n c"]:
-        """`positions` are added where places and weights are chosen, not to the values; `shapes` are those of the levels."""
+        def look(key, shape, dtype):
+            """Where the heads look at the start."""
+            if published_init:
+                return _compass(heads, levels, points)
+            return jax.random.uniform(key, shape, dtype, -1, 1) * channels**-0.5
+
+        self.sampling_offsets = nnx.Linear(
+            channels, 2 * places, kernel_init=choose, bias_init=look, rngs=rngs
+        )
+        self.attention_weights = nnx.Linear(channels, places, kernel_init=choose, rngs=rngs)
+        self.value_proj = nnx.Linear(
+            channels, channels, kernel_init=init, dtype=jnp.dtype(dtype), rngs=rngs
+        )
+        self.output_proj = nnx.Linear(
+            channels, channels, kernel_init=init, dtype=jnp.dtype(dtype), rngs=rngs
+        )
+
+    def __call__(
+        self, tokens: Float[Array, "b n c"], positions: Float[Array, "n c"], shapes: Shapes
+    ) -> Float[Array, "b n c"]:
+        """`positions` are added where places and weights are chosen, not to the values; `shapes`
+        are those of the levels.
+        """
         b, n, _ = tokens.shape
         queries = (tokens + positions).astype(jnp.float32)
-        offsets = self.sampling_offsets(queries).reshape(b, n, self.heads, self.levels, self.points, 2)
+        offsets = self.sampling_offsets(queries).reshape(
+            b, n, self.heads, self.levels, self.points, 2
+        )
         weights = jax.nn.softmax(self.attention_weights(queries).reshape(b, n, self.heads, -1))
         sizes = np.asarray(shapes, np.float32)[:, None, ::-1]
-        locations = pixel_centres(shapes)[:, None, None, None] + offsets / sizes  # offsets count in pixels of the level read
+        locations = (
+            pixel_centres(shapes)[:, None, None, None] + offsets / sizes
+        )  # offsets count in pixels of the level read
         values = self.value_proj(tokens).reshape(b, n, self.heads, -1)
-        read = deformable_attention(values, shapes, locations, weights.reshape(b, n, self.heads, self.levels, self.points))
-        return self.output_proj(checkpoint_name(read, "read"))  # as good as a product to `layers.kept`
+        read = deformable_attention(
+            values, shapes, locations, weights.reshape(b, n, self.heads, self.levels, self.points)
+        )
+        return self.output_proj(
+            checkpoint_name(read, "read")
+        )  # as good as a product to `layers.kept`
 
 
 def pixel_centres(shapes: Shapes) -> np.ndarray:
     """(x, y) of every pixel of every level, [n, 2] in 0..1."""
-    grids = [np.stack(np.meshgrid((np.arange(w) + 0.5) / w, (np.arange(h) + 0.5) / h), axis=-1).reshape(-1, 2) for h, w in shapes]
+    grids = [
+        np.stack(np.meshgrid((np.arange(w) + 0.5) / w, (np.arange(h) + 0.5) / h), axis=-1).reshape(
+            -1, 2
+        )
+        for h, w in shapes
+    ]
     return np.concatenate(grids).astype(np.float32)
 
 
 def kernel_init(published: bool) -> jax.nn.initializers.Initializer:
-    """Xavier's uniform distribution, as Mask2Former's authors start most layers, or torch's default, within 1 / sqrt(fan_in)."""
-    return nnx.initializers.xavier_uniform() if published else nnx.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
+    """Xavier's uniform distribution, as Mask2Former's authors start most layers, or torch's
+    default, within 1 / sqrt(fan_in).
+    """
+    return (
+        nnx.initializers.xavier_uniform()
+        if published
+        else nnx.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
+    )
 
 
 def _compass(heads: int, levels: int, points: int) -> jax.Array:
@@ -200,4 +283,6 @@ def _compass(heads: int, levels: int, points: int) -> jax.Array:
     directions = np.stack([np.cos(angles), np.sin(angles)], axis=-1)
     directions /= np.abs(directions).max(axis=-1, keepdims=True)
     offsets = directions[:, None, None] * np.arange(1, points + 1)[:, None]
-    return jnp.asarray(np.broadcast_to(offsets, (heads, levels, points, 2)).reshape(-1), jnp.float32)
+    return jnp.asarray(
+        np.broadcast_to(offsets, (heads, levels, points, 2)).reshape(-1), jnp.float32
+    )

@@ -1,8 +1,10 @@
-"""Mask2Former (Cheng et al. 2022, arXiv 2112.01527): queries that each look where they predicted a mask, and refine it layer by layer.
+"""Mask2Former (Cheng et al. 2022, arXiv 2112.01527): queries that each look where they predicted a
+    mask, and refine it layer by layer.
 
-Features to class scores and masks, with fixed shapes throughout. Parameter names and results follow facebookresearch/Mask2Former.
-Different from it: the attention masks, which need only coarse masks, are read from resized mask features. Resizing is linear, so they
-are the same up to rounding, and at inference the full masks of all layers but the last are never computed.
+Features to class scores and masks, with fixed shapes throughout. Parameter names and results follow
+facebookresearch/Mask2Former. Different from it: the attention masks, which need only coarse masks,
+are read from resized mask features. Resizing is linear, so they are the same up to rounding, and at
+inference the full masks of all layers but the last are never computed.
 """
 
 from collections.abc import Sequence
@@ -19,8 +21,17 @@ from jaxdg.backbones.layers import attention
 from jaxdg.evaluation.sliding_window import resize_scores
 from jaxdg.segmentation.decoder import Decoder, DecoderConfig, DecoderOptions
 from jaxdg.segmentation.mask2former.deformable_attention import kernel_init
-from jaxdg.segmentation.mask2former.losses import LossDenominator, mask2former_loss, mask2former_loss_denominator
-from jaxdg.segmentation.mask2former.pixel_decoder import GROUPS, LEVELS, PixelDecoder, sine_positions
+from jaxdg.segmentation.mask2former.losses import (
+    LossDenominator,
+    mask2former_loss,
+    mask2former_loss_denominator,
+)
+from jaxdg.segmentation.mask2former.pixel_decoder import (
+    GROUPS,
+    LEVELS,
+    PixelDecoder,
+    sine_positions,
+)
 
 
 @dataclasses.dataclass(unsafe_hash=True, kw_only=True)
@@ -37,9 +48,9 @@ class Mask2FormerOptions(DecoderOptions):
         ffn: channels inside their MLPs. Default 2048.
         sampling_points: read by a head of the deformable attention on each level. Default 4.
         points: at which matching and losses compare masks. Default 12544.
-        published_init: start as the authors' code does: most kernels by Xavier, sampling points on a compass. False: every kernel,
-            and where sampling points lie, within 1 / sqrt(fan_in), as transformers' modules start when they are built one by one.
-            Default True.
+        published_init: start as the authors' code does: most kernels by Xavier, sampling points on
+            a compass. False: every kernel, and where sampling points lie, within 1 / sqrt(fan_in),
+            as transformers' modules start when they are built one by one. Default True.
     """
 
     hidden: int = 256
@@ -57,7 +68,10 @@ class Mask2FormerOptions(DecoderOptions):
         """See `DecoderOptions.config`."""
         k = len(classes)
         if self.queries < k:
-            raise ValueError(f"model.mask2former.queries is {self.queries}; allowed: at least one for each of the {k} classes")
+            raise ValueError(
+                f"model.mask2former.queries is {self.queries}; allowed: at least one for each of"
+                f" the {k} classes"
+            )
         return Mask2FormerConfig(num_classes=k, dtype=dtype, **vars(self))
 
 
@@ -90,9 +104,11 @@ class Attention(nnx.Module):
     """Multi-head attention whose three input projections are one parameter, as torch's."""
 
     def __init__(self, config: Mask2FormerConfig, *, rngs: nnx.Rngs):
-        c, init = config.hidden, kernel_init(config.published_init)
+        c = config.hidden
+        init = kernel_init(config.published_init)
         linear = partial(nnx.Linear, kernel_init=init, dtype=jnp.dtype(config.dtype), rngs=rngs)
-        self.heads, self.dtype = config.heads, jnp.dtype(config.dtype)
+        self.heads = config.heads
+        self.dtype = jnp.dtype(config.dtype)
         self.in_proj = linear(c, 3 * c)
         self.out_proj = linear(c, c)
 
@@ -107,17 +123,25 @@ class Attention(nnx.Module):
         kernels = jnp.split(self.in_proj.kernel[...], 3, axis=1)
         assert self.in_proj.bias is not None
         biases = jnp.split(self.in_proj.bias[...], 3)
-        project = lambda x, kernel, bias: x.astype(self.dtype) @ kernel.astype(self.dtype) + bias.astype(self.dtype)
-        q, k, v = (project(x, *p) for x, *p in zip((queries, keys, values), kernels, biases, strict=True))
+
+        def project(x, kernel, bias):
+            return x.astype(self.dtype) @ kernel.astype(self.dtype) + bias.astype(self.dtype)
+
+        q, k, v = (
+            project(x, *p) for x, *p in zip((queries, keys, values), kernels, biases, strict=True)
+        )
         q, k, v = (x.reshape(*x.shape[:2], self.heads, -1) for x in (q, k, v))
         return self.out_proj(attention(q, k, v, mask).reshape(queries.shape))
 
 
 class Layer(nnx.Module):
-    """Masked cross-attention, self-attention and MLP, each with a residual and a LayerNorm after it."""
+    """Masked cross-attention, self-attention and MLP, each with a residual and a LayerNorm after
+    it.
+    """
 
     def __init__(self, config: Mask2FormerConfig, *, rngs: nnx.Rngs):
-        c, init = config.hidden, kernel_init(config.published_init)
+        c = config.hidden
+        init = kernel_init(config.published_init)
         linear = partial(nnx.Linear, kernel_init=init, dtype=jnp.dtype(config.dtype), rngs=rngs)
         self.cross_attn = Attention(config, rngs=rngs)
         self.cross_norm = layer_norm(c, rngs)
@@ -135,7 +159,9 @@ class Layer(nnx.Module):
         positions: Float[np.ndarray, "n c"],
         mask: Bool[Array, "b q n"],
     ) -> Float[Array, "b q c"]:
-        x = self.cross_norm(x + self.cross_attn(x + query_positions, memory + positions, memory, mask))
+        x = self.cross_norm(
+            x + self.cross_attn(x + query_positions, memory + positions, memory, mask)
+        )
         x = self.self_norm(x + self.self_attn(x + query_positions, x + query_positions, x))
         return self.ffn_norm(x + self.linear2(jax.nn.relu(self.linear1(x))))
 
@@ -144,7 +170,13 @@ class MaskEmbed(nnx.Module):
     """The three-layer MLP that turns a query into the direction of its mask in the mask features."""
 
     def __init__(self, config: Mask2FormerConfig, *, rngs: nnx.Rngs):
-        c, linear = config.hidden, partial(nnx.Linear, kernel_init=kernel_init(published=False), dtype=jnp.dtype(config.dtype), rngs=rngs)
+        c = config.hidden
+        linear = partial(
+            nnx.Linear,
+            kernel_init=kernel_init(published=False),
+            dtype=jnp.dtype(config.dtype),
+            rngs=rngs,
+        )
         self.layers = nnx.List([linear(c, c) for _ in range(3)])
 
     def __call__(self, x: Float[Array, "b q c"]) -> Float[Array, "b q c"]:
@@ -153,7 +185,9 @@ class MaskEmbed(nnx.Module):
 
 
 class Mask2Former(Decoder):
-    """Four feature maps to a class and a mask for every query, once before the first layer and once after each."""
+    """Four feature maps to a class and a mask for every query, once before the first layer and once
+    after each.
+    """
 
     def __init__(self, config: Mask2FormerConfig, channels: Sequence[int], *, rngs: nnx.Rngs):
         """Builds the head with random parameters.
@@ -168,9 +202,14 @@ class Mask2Former(Decoder):
         """
         c = config
         if len(channels) != LEVELS + 1:
-            raise ValueError(f"Mask2Former reads four feature maps, finest first; got channels {tuple(channels)}")
+            raise ValueError(
+                f"Mask2Former reads four feature maps, finest first; got channels {tuple(channels)}"
+            )
         if c.hidden % GROUPS or c.hidden % c.heads:
-            raise ValueError(f"hidden is {c.hidden}; allowed: multiples of {GROUPS} (groups of its norms) and of heads, {c.heads}")
+            raise ValueError(
+                f"hidden is {c.hidden}; allowed: multiples of {GROUPS} (groups of its norms) and of"
+                f" heads, {c.heads}"
+            )
         self.config = config
         self.pixel_decoder = PixelDecoder(
             channels,
@@ -183,12 +222,21 @@ class Mask2Former(Decoder):
             dtype=c.dtype,
             rngs=rngs,
         )
-        normal = lambda n: nnx.Param(jax.random.normal(rngs.params(), (n, c.hidden)))
-        self.query_feat, self.query_embed, self.level_embed = normal(c.queries), normal(c.queries), normal(LEVELS)
+
+        def normal(n):
+            return nnx.Param(jax.random.normal(rngs.params(), (n, c.hidden)))
+
+        self.query_feat = normal(c.queries)
+        self.query_embed = normal(c.queries)
+        self.level_embed = normal(LEVELS)
         self.layers = nnx.List([Layer(c, rngs=rngs) for _ in range(c.layers)])
         self.decoder_norm = layer_norm(c.hidden, rngs)
         self.class_embed = nnx.Linear(
-            c.hidden, c.num_classes + 1, kernel_init=kernel_init(published=False), dtype=jnp.dtype(c.dtype), rngs=rngs
+            c.hidden,
+            c.num_classes + 1,
+            kernel_init=kernel_init(published=False),
+            dtype=jnp.dtype(c.dtype),
+            rngs=rngs,
         )
         self.mask_embed = MaskEmbed(c, rngs=rngs)
 
@@ -198,7 +246,8 @@ class Mask2Former(Decoder):
         key: Key[Array, ""] | None = None,
         train: bool = False,
     ) -> tuple[Float32[Array, "l b q k1"], Float32[Array, "l b q h w"]]:
-        """Four maps, finest first, to class logits (the last class is "no object") and mask logits of the finest map's size.
+        """Four maps, finest first, to class logits (the last class is "no object") and mask logits
+        of the finest map's size.
 
         Nothing differs in training.
         """
@@ -215,31 +264,51 @@ class Mask2Former(Decoder):
         Args:
             mask_features: from which masks are read.
             levels: three, coarsest first.
-            attention_masks: where the queries of each layer look, instead of where they predicted their masks; for comparisons.
+            attention_masks: where the queries of each layer look, instead of where they predicted
+                their masks; for comparisons.
         """
         b, _, _, c = mask_features.shape
         shapes = [(level.shape[1], level.shape[2]) for level in levels]
-        memories = [x.reshape(b, -1, c) + embed for x, embed in zip(levels, self.level_embed[...].astype(levels[0].dtype), strict=True)]
+        memories = [
+            x.reshape(b, -1, c) + embed
+            for x, embed in zip(levels, self.level_embed[...].astype(levels[0].dtype), strict=True)
+        ]
         positions = [sine_positions(h, w, c).reshape(-1, c) for h, w in shapes]
-        coarse = [resize_scores(jax.lax.stop_gradient(mask_features), shape).reshape(b, -1, c) for shape in shapes]
+        coarse = [
+            resize_scores(jax.lax.stop_gradient(mask_features), shape).reshape(b, -1, c)
+            for shape in shapes
+        ]
         x = jnp.broadcast_to(self.query_feat[...], (b, *self.query_feat[...].shape))
         query_positions = self.query_embed[...]
         normed = self.decoder_norm(x)
-        queries, embeds = [normed], [self.mask_embed(normed)]
+        queries = [normed]
+        embeds = [self.mask_embed(normed)]
         for i, layer in enumerate(self.layers):
             level = i % LEVELS
-            mask = attended_pixels(jax.lax.stop_gradient(embeds[-1]), coarse[level]) if attention_masks is None else attention_masks[i]
+            mask = (
+                attended_pixels(jax.lax.stop_gradient(embeds[-1]), coarse[level])
+                if attention_masks is None
+                else attention_masks[i]
+            )
             x = layer(x, query_positions, memories[level], positions[level], mask)
             normed = self.decoder_norm(x)
             queries.append(normed)
             embeds.append(self.mask_embed(normed))
         class_logits = self.class_embed(jnp.stack(queries)).astype(jnp.float32)
-        masks = [jnp.einsum("bqc,bhwc->bqhw", e, mask_features, preferred_element_type=jnp.float32) for e in embeds]
+        masks = [
+            jnp.einsum("bqc,bhwc->bqhw", e, mask_features, preferred_element_type=jnp.float32)
+            for e in embeds
+        ]
         return class_logits, jnp.stack(masks)
 
-    def scores(self, output: tuple[Array, Array], size: tuple[int, int]) -> Float32[Array, "b H W k"]:
-        """Class scores at an image size: the masks of the last layer, each voting for its query's classes."""
-        class_logits, mask_logits = output[0][-1], output[1][-1]
+    def scores(
+        self, output: tuple[Array, Array], size: tuple[int, int]
+    ) -> Float32[Array, "b H W k"]:
+        """Class scores at an image size: the masks of the last layer, each voting for its query's
+        classes.
+        """
+        class_logits = output[0][-1]
+        mask_logits = output[1][-1]
         masks = jax.nn.sigmoid(resize_scores(jnp.moveaxis(mask_logits, 1, -1), size))
         return jnp.einsum("bqk,bhwq->bhwk", jax.nn.softmax(class_logits)[..., :-1], masks)
 
@@ -248,13 +317,21 @@ class Mask2Former(Decoder):
         return mask2former_loss_denominator(label, self.config.num_classes, self.config.queries)
 
     def loss(
-        self, output: tuple[Array, Array], label: UInt8[Array, "b H W"], denominator: LossDenominator, key: Key[Array, ""]
+        self,
+        output: tuple[Array, Array],
+        label: UInt8[Array, "b H W"],
+        denominator: LossDenominator,
+        key: Key[Array, ""],
     ) -> dict[str, Float[Array, ""]]:
         """Class, mask and dice loss of all predictions; see `mask2former_loss`."""
         return mask2former_loss(*output, label, denominator, key, points=self.config.points)
 
 
-def attended_pixels(embed: Float[Array, "b q c"], coarse: Float[Array, "b n c"]) -> Bool[Array, "b q n"]:
-    """Where a query looks: at pixels its mask holds with probability 0.5 or more, or everywhere if there are none."""
+def attended_pixels(
+    embed: Float[Array, "b q c"], coarse: Float[Array, "b n c"]
+) -> Bool[Array, "b q n"]:
+    """Where a query looks: at pixels its mask holds with probability 0.5 or more, or everywhere if
+    there are none.
+    """
     outside = jnp.einsum("bqc,bnc->bqn", embed.astype(jnp.float32), coarse) < 0
     return ~outside | jnp.all(outside, axis=-1, keepdims=True)

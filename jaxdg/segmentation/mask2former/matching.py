@@ -1,17 +1,22 @@
-"""Set matching of Mask2Former: the query that each target mask is trained on, found on the device for all layers and images at once.
+"""Set matching of Mask2Former: the query that each target mask is trained on, found on the device
+for all layers and images at once.
 
-Follows Mask2Former (Cheng et al. 2022): a target is matched to the query of least cost, the cost weighing class probability,
-binary cross entropy and dice at points that an image's masks share. The assignment is optimal (Kuhn 1955), by shortest augmenting
-paths over dual potentials (Jonker & Volgenant 1987). Where it differs from transformers' `Mask2FormerHungarianMatcher`, which
-gives each image's matrix to SciPy on the host:
+Follows Mask2Former (Cheng et al. 2022): a target is matched to the query of least cost, the cost
+weighing class probability, binary cross entropy and dice at points that an image's masks share. The
+assignment is optimal (Kuhn 1955), by shortest augmenting paths over dual potentials (Jonker &
+Volgenant 1987). Where it differs from transformers' `Mask2FormerHungarianMatcher`, which gives each
+image's matrix to SciPy on the host:
 
-- Shapes are fixed: slot j of the targets is class j, absent classes are invalid slots. Nothing recompiles as classes come and go.
-- One loop serves every problem. A problem moves on to its next target without waiting for the others, so the loop is as long as the
-  slowest problem: about as many rounds as it has targets where they prefer different queries, at most their number squared, each a
-  few vector operations of length q.
-- A non-finite cost is taken only where nothing else is left, and then the finite costs are still matched optimally. transformers
-  puts the largest float in its place, next to which the potentials of the finite costs would vanish. Here costs are pairs (number
-  of non-finite entries, sum of the finite ones) in lexicographic order: all that shortest paths need is an ordered group.
+- Shapes are fixed: slot j of the targets is class j, absent classes are invalid slots. Nothing
+  recompiles as classes come and go.
+- One loop serves every problem. A problem moves on to its next target without waiting for the
+  others, so the loop is as long as the slowest problem: about as many rounds as it has targets
+  where they prefer different queries, at most their number squared, each a few vector operations of
+  length q.
+- A non-finite cost is taken only where nothing else is left, and then the finite costs are still
+  matched optimally. transformers puts the largest float in its place, next to which the potentials
+  of the finite costs would vanish. Here costs are pairs (number of non-finite entries, sum of the
+  finite ones) in lexicographic order: all that shortest paths need is an ordered group.
 """
 
 from typing import NamedTuple
@@ -20,7 +25,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int32
 
-# Costs from here on, either sign, count as non-finite: sums of smaller ones stay far from float32's largest number.
+# Costs from here on, either sign, count as non-finite: sums of smaller ones stay far from float32's
+# largest number.
 NON_FINITE = 1e30
 WEIGHTS = (2.0, 5.0, 5.0)  # of the class, mask and dice terms, in the matching as in the loss
 
@@ -36,8 +42,10 @@ def matching_cost(
     Args:
         class_logits: scores of the k classes and, last, of no object: c = k + 1.
         mask_logits: at the p points that the masks of an image share.
-        targets: target masks at the same points, in [0, 1]; slot j is class j. What an absent class costs is of no account.
-        weights: of -(probability of the target's class), binary cross entropy (mean over the points) and dice loss (eps 1).
+        targets: target masks at the same points, in [0, 1]; slot j is class j. What an absent class
+            costs is of no account.
+        weights: of -(probability of the target's class), binary cross entropy (mean over the
+            points) and dice loss (eps 1).
 
     Returns:
         The costs; `NON_FINITE` where the logits make them NaN or infinite.
@@ -47,13 +55,21 @@ def matching_cost(
     """
     k = targets.shape[-2]
     if class_logits.shape[-1] != k + 1:
-        raise ValueError(f"class_logits score {class_logits.shape[-1]} classes; {k} target slots need {k + 1}, no object being the last")
-    class_logits, logits, targets = (x.astype(jnp.float32) for x in (class_logits, mask_logits, targets))
+        raise ValueError(
+            f"class_logits score {class_logits.shape[-1]} classes; {k} target slots need {k + 1},"
+            " no object being the last"
+        )
+    class_logits, logits, targets = (
+        x.astype(jnp.float32) for x in (class_logits, mask_logits, targets)
+    )
     exact = jax.lax.Precision.HIGHEST
     probability = jnp.swapaxes(jax.nn.softmax(class_logits)[..., :k], -1, -2)
-    # The cross entropy of logit x with target t is softplus(x) - x t, so one product covers all pairs.
+    # The cross entropy of logit x with target t is softplus(x) - x t, so one product covers all
+    # pairs.
     product = jnp.einsum("...kp,...qp->...kq", targets, logits, precision=exact)
-    cross_entropy = jnp.mean(jax.nn.softplus(logits), axis=-1)[..., None, :] - product / logits.shape[-1]
+    cross_entropy = (
+        jnp.mean(jax.nn.softplus(logits), axis=-1)[..., None, :] - product / logits.shape[-1]
+    )
     mask = jax.nn.sigmoid(logits)
     overlap = jnp.einsum("...kp,...qp->...kq", targets, mask, precision=exact)
     area = jnp.sum(targets, axis=-1)[..., :, None] + jnp.sum(mask, axis=-1)[..., None, :]
@@ -63,12 +79,15 @@ def matching_cost(
 
 
 def assign(cost: Float[Array, "*n k q"], valid: Bool[Array, "*n k"]) -> Int32[Array, "*n k"]:
-    """Query of each target in the assignment of least total cost: every valid target has one, no two have the same.
+    """Query of each target in the assignment of least total cost: every valid target has one, no
+    two have the same.
 
-    Among the assignments with the fewest non-finite entries, the finite ones have the least sum, to float32's rounding. No gradient.
+    Among the assignments with the fewest non-finite entries, the finite ones have the least sum, to
+    float32's rounding. No gradient.
 
     Args:
-        cost: of matching target with query; NaN, infinite or at least `NON_FINITE` in magnitude: only where nothing else is left.
+        cost: of matching target with query; NaN, infinite or at least `NON_FINITE` in magnitude:
+            only where nothing else is left.
         valid: targets that exist; the costs of the others are not read.
 
     Returns:
@@ -79,14 +98,21 @@ def assign(cost: Float[Array, "*n k q"], valid: Bool[Array, "*n k"]) -> Int32[Ar
     """
     k, q = cost.shape[-2:]
     if k > q:
-        raise ValueError(f"{k} targets cannot each have one of {q} queries; use at least as many queries as classes")
-    return jnp.vectorize(_assign, signature="(k,q),(k)->(k)")(jax.lax.stop_gradient(cost).astype(jnp.float32), valid)
+        raise ValueError(
+            f"{k} targets cannot each have one of {q} queries; use at least as many queries as"
+            " classes"
+        )
+    return jnp.vectorize(_assign, signature="(k,q),(k)->(k)")(
+        jax.lax.stop_gradient(cost).astype(jnp.float32), valid
+    )
 
 
 class _Search(NamedTuple):
-    """The assignment so far, the potentials, and a tree of alternating paths from the target now being matched; -1 is none.
+    """The assignment so far, the potentials, and a tree of alternating paths from the target now
+    being matched; -1 is none.
 
-    Lengths, potentials and costs are pairs along their first axis. Targets need no potential: a matched one is tight with its query.
+    Lengths, potentials and costs are pairs along their first axis. Targets need no potential: a
+    matched one is tight with its query.
     """
 
     query_of: Int32[Array, "k"]
@@ -97,13 +123,19 @@ class _Search(NamedTuple):
     reached: Bool[Array, "q"]  # queries of the tree
     leaf: Int32[Array, ""]  # the target the tree grows from next; none: its root
     offset: Float[Array, "2 1"]  # length of the path to `leaf`, less the potential of `leaf`
-    end: Int32[Array, ""]  # where the augmenting path is to be turned over next; none while the tree grows
+    end: Int32[
+        Array, ""
+    ]  # where the augmenting path is to be turned over next; none while the tree grows
 
 
 def _assign(cost: Float[Array, "k q"], valid: Bool[Array, "k"]) -> Int32[Array, "k"]:
-    """One problem, as one flat loop, so that a batch of them takes as many rounds as its slowest and no more."""
+    """One problem, as one flat loop, so that a batch of them takes as many rounds as its slowest
+    and no more.
+    """
     k, q = cost.shape
-    targets, queries, none = jnp.arange(k, dtype=jnp.int32), jnp.arange(q, dtype=jnp.int32), jnp.int32(-1)
+    targets = jnp.arange(k, dtype=jnp.int32)
+    queries = jnp.arange(q, dtype=jnp.int32)
+    none = jnp.int32(-1)
     finite = jnp.abs(cost) < NON_FINITE
     pairs = jnp.stack([jnp.where(finite, 0.0, 1.0), jnp.where(finite, cost, 0.0)])
 
@@ -116,16 +148,20 @@ def _assign(cost: Float[Array, "k q"], valid: Bool[Array, "k"]) -> Int32[Array, 
         leaf = jnp.where(s.leaf < 0, jnp.argmax(valid & (s.query_of < 0)), s.leaf)
         candidate = s.offset + pairs[:, leaf] - s.potential
         shorter = growing & ~s.reached & _less(candidate, s.length)
-        length, before = jnp.where(shorter, candidate, s.length), jnp.where(shorter, leaf, s.before)
+        length = jnp.where(shorter, candidate, s.length)
+        before = jnp.where(shorter, leaf, s.before)
         nearest = _argmin(jnp.where(s.reached, jnp.inf, length))
-        distance, owner = length[:, nearest, None], s.target_of[nearest]
+        distance = length[:, nearest, None]
+        owner = s.target_of[nearest]
         # A free query ends the search; the potentials then make the path to it tight.
         found = growing & (owner < 0)
         potential = jnp.where(found & s.reached, s.potential + (length - distance), s.potential)
         offset = distance - (pairs[:, owner, nearest, None] - potential[:, nearest, None])
-        # Turn over one edge of the path: its query goes to the target before it, which gives up the query it had.
+        # Turn over one edge of the path: its query goes to the target before it, which gives up the
+        # query it had.
         end = jnp.where(found, nearest, s.end)
-        turning, taker = end >= 0, before[end]
+        turning = end >= 0
+        taker = before[end]
         given_up = s.query_of[taker]
         done = turning & (given_up < 0)  # the root had none: the next target's tree starts afresh
         return _Search(
@@ -160,7 +196,10 @@ def _less(a: Float[Array, "2 q"], b: Float[Array, "2 q"]) -> Bool[Array, "q"]:
 
 
 def _argmin(x: Float[Array, "2 q"]) -> Int32[Array, ""]:
-    """First index of the least pair. Three plain minima: `jnp.argmin`, a reduction of pairs, takes twice the time on CPU."""
+    """First index of the least pair.
+
+    Three plain minima: `jnp.argmin`, a reduction of pairs, takes twice the time on CPU.
+    """
     first = jnp.min(x[0])
     second = jnp.where(x[0] == first, x[1], jnp.inf)
     index = jnp.arange(x.shape[-1], dtype=jnp.int32)

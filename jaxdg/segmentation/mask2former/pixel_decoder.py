@@ -1,5 +1,6 @@
-"""Mask2Former's pixel decoder (Cheng et al. 2022, arXiv 2112.01527): three coarse levels exchange what they see by deformable attention,
-then a fourth, fine one is joined to them from which masks are read.
+"""Mask2Former's pixel decoder (Cheng et al. 2022, arXiv 2112.01527): three coarse levels exchange
+what they see by deformable attention, then a fourth, fine one is joined to them from which masks
+are read.
 
 Attribute names follow facebookresearch/Mask2Former; every 1x1 convolution is a linear layer here.
 """
@@ -17,7 +18,11 @@ import numpy as np
 
 from jaxdg.backbones.layers import Stack
 from jaxdg.evaluation.sliding_window import resize_scores
-from jaxdg.segmentation.mask2former.deformable_attention import DeformableAttention, Shapes, kernel_init
+from jaxdg.segmentation.mask2former.deformable_attention import (
+    DeformableAttention,
+    Shapes,
+    kernel_init,
+)
 
 GROUPS = 32  # of every GroupNorm
 LEVELS = 3  # coarse ones, at strides 32, 16 and 8
@@ -26,9 +31,28 @@ LEVELS = 3  # coarse ones, at strides 32, 16 and 8
 class ConvNorm(nnx.Module):
     """A convolution of odd width that keeps the size, and GroupNorm."""
 
-    def __init__(self, channels: int, width: int, kernel: int, *, use_bias: bool, published_init: bool, dtype: str, rngs: nnx.Rngs):
-        options: Any = dict(use_bias=use_bias, kernel_init=kernel_init(published_init), dtype=jnp.dtype(dtype), rngs=rngs)
-        self.conv = nnx.Linear(channels, width, **options) if kernel == 1 else nnx.Conv(channels, width, (kernel, kernel), **options)
+    def __init__(
+        self,
+        channels: int,
+        width: int,
+        kernel: int,
+        *,
+        use_bias: bool,
+        published_init: bool,
+        dtype: str,
+        rngs: nnx.Rngs,
+    ):
+        options: Any = dict(
+            use_bias=use_bias,
+            kernel_init=kernel_init(published_init),
+            dtype=jnp.dtype(dtype),
+            rngs=rngs,
+        )
+        self.conv = (
+            nnx.Linear(channels, width, **options)
+            if kernel == 1
+            else nnx.Conv(channels, width, (kernel, kernel), **options)
+        )
         self.norm = nnx.GroupNorm(width, GROUPS, epsilon=1e-5, use_fast_variance=False, rngs=rngs)
 
     def __call__(self, x: Float[Array, "b h w _"]) -> Float[Array, "b h w c"]:
@@ -38,21 +62,39 @@ class ConvNorm(nnx.Module):
 class Layer(nnx.Module):
     """Deformable attention and MLP, each with a residual and a LayerNorm after it."""
 
-    def __init__(self, channels: int, heads: int, ffn: int, points: int, *, published_init: bool, dtype: str, rngs: nnx.Rngs):
-        linear = partial(nnx.Linear, kernel_init=kernel_init(published_init), dtype=jnp.dtype(dtype), rngs=rngs)
-        self.self_attn = DeformableAttention(channels, heads, LEVELS, points, published_init=published_init, dtype=dtype, rngs=rngs)
+    def __init__(
+        self,
+        channels: int,
+        heads: int,
+        ffn: int,
+        points: int,
+        *,
+        published_init: bool,
+        dtype: str,
+        rngs: nnx.Rngs,
+    ):
+        linear = partial(
+            nnx.Linear, kernel_init=kernel_init(published_init), dtype=jnp.dtype(dtype), rngs=rngs
+        )
+        self.self_attn = DeformableAttention(
+            channels, heads, LEVELS, points, published_init=published_init, dtype=dtype, rngs=rngs
+        )
         self.norm1 = nnx.LayerNorm(channels, epsilon=1e-5, use_fast_variance=False, rngs=rngs)
         self.linear1 = linear(channels, ffn)
         self.linear2 = linear(ffn, channels)
         self.norm2 = nnx.LayerNorm(channels, epsilon=1e-5, use_fast_variance=False, rngs=rngs)
 
-    def __call__(self, x: Float[Array, "b n c"], positions: Float[Array, "n c"], shapes: Shapes) -> Float[Array, "b n c"]:
+    def __call__(
+        self, x: Float[Array, "b n c"], positions: Float[Array, "n c"], shapes: Shapes
+    ) -> Float[Array, "b n c"]:
         x = self.norm1(x + self.self_attn(x, positions, shapes))
         return self.norm2(x + self.linear2(jax.nn.relu(self.linear1(x))))
 
 
 class PixelDecoder(nnx.Module):
-    """Four feature maps to the map that masks are read from, and three levels for the queries to look at."""
+    """Four feature maps to the map that masks are read from, and three levels for the queries to
+    look at.
+    """
 
     def __init__(
         self,
@@ -82,26 +124,47 @@ class PixelDecoder(nnx.Module):
         norm = partial(ConvNorm, published_init=published_init, dtype=dtype, rngs=rngs)
         self.input_proj = nnx.List([norm(c, hidden, 1, use_bias=True) for c in reversed(coarse)])
         self.level_embed = nnx.Param(jax.random.normal(rngs.params(), (LEVELS, hidden)))
-        make = lambda rngs, _: Layer(hidden, heads, ffn, points, published_init=published_init, dtype=dtype, rngs=rngs)
+
+        def make(rngs, _):
+            return Layer(
+                hidden, heads, ffn, points, published_init=published_init, dtype=dtype, rngs=rngs
+            )
+
         self.layers = Stack(make, layers, (), remat=False, rngs=rngs)
         self.adapter_1 = norm(fine, hidden, 1, use_bias=False)
         self.layer_1 = norm(hidden, hidden, 3, use_bias=False)
-        self.mask_features = nnx.Linear(hidden, hidden, kernel_init=kernel_init(published_init), dtype=jnp.dtype(dtype), rngs=rngs)
+        self.mask_features = nnx.Linear(
+            hidden,
+            hidden,
+            kernel_init=kernel_init(published_init),
+            dtype=jnp.dtype(dtype),
+            rngs=rngs,
+        )
 
     def __call__(
         self, features: tuple[Float[Array, "b _ _ _"], ...]
     ) -> tuple[Float[Array, "b h w c"], tuple[Float[Array, "b _ _ c"], ...]]:
-        """Four maps, finest first, to (mask features of the finest's size, the three coarse levels, coarsest first)."""
+        """Four maps, finest first, to (mask features of the finest's size, the three coarse levels,
+        coarsest first).
+        """
         fine, *coarse = features
         levels = [project(x) for project, x in zip(self.input_proj, reversed(coarse), strict=True)]
         shapes = [(x.shape[1], x.shape[2]) for x in levels]
-        flat = lambda xs: jnp.concatenate([x.reshape(*x.shape[:-3], -1, x.shape[-1]) for x in xs], axis=-2)
+
+        def flat(xs):
+            return jnp.concatenate([x.reshape(*x.shape[:-3], -1, x.shape[-1]) for x in xs], axis=-2)
+
         positions = [sine_positions(*shape, self.level_embed.shape[-1]) for shape in shapes]
-        positions = flat([p + embed for p, embed in zip(positions, self.level_embed[...], strict=True)])
+        positions = flat(
+            [p + embed for p, embed in zip(positions, self.level_embed[...], strict=True)]
+        )
         tokens = self.layers(flat(levels), None, positions, shapes)
         (tokens,) = tokens.values()
         ends = np.cumsum([h * w for h, w in shapes])[:-1]
-        levels = [x.reshape(-1, *shape, x.shape[-1]) for x, shape in zip(jnp.split(tokens, ends, axis=1), shapes, strict=True)]
+        levels = [
+            x.reshape(-1, *shape, x.shape[-1])
+            for x, shape in zip(jnp.split(tokens, ends, axis=1), shapes, strict=True)
+        ]
         joined = self.adapter_1(fine) + resize_scores(levels[-1], (fine.shape[1], fine.shape[2]))
         return self.mask_features(jax.nn.relu(self.layer_1(joined))), tuple(levels)
 
@@ -109,7 +172,8 @@ class PixelDecoder(nnx.Module):
 def sine_positions(height: int, width: int, channels: int) -> np.ndarray:
     """Sines and cosines of a pixel's row and column, float32 [h, w, c].
 
-    Rows fill the first half of the channels, columns the second; pixel centres count from 1 and the last is 2 pi (DETR, normalised).
+    Rows fill the first half of the channels, columns the second; pixel centres count from 1 and the
+    last is 2 pi (DETR, normalised).
     """
     half = channels // 2
     periods = 10_000.0 ** (2 * (np.arange(half) // 2) / half)

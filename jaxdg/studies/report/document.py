@@ -1,7 +1,9 @@
-"""What a report is made of, and how it is written: one HTML page, Markdown with pictures beside it, and LaTeX tables.
+"""What a report is made of, and how it is written: one HTML page, Markdown with pictures beside it,
+and LaTeX tables.
 
-A report is sections of blocks: text, tables, plots, pictures, commands. Each block is written three ways from the same content, so that the
-figures of a report are the same wherever they are read. The page needs nothing but itself: plots are inline, pictures are data URIs.
+A report is sections of blocks: text, tables, plots, pictures, commands. Each block is written three
+ways from the same content, so that the figures of a report are the same wherever they are read. The
+page needs nothing but itself: plots are inline, pictures are data URIs.
 """
 
 import base64
@@ -41,7 +43,9 @@ class Cell:
 
 @dataclasses.dataclass(frozen=True)
 class TableRow:
-    """A row of a table: its head, its cells, and the number of its source where others have published it."""
+    """A row of a table: its head, its cells, and the number of its source where others have
+    published it.
+    """
 
     head: str
     cells: tuple[Cell, ...]
@@ -84,7 +88,9 @@ class Tile:
 
 @dataclasses.dataclass(frozen=True)
 class Pictures:
-    """Rows of small pictures, by name, and what they show; `legend`: name and RGB of what colours mean."""
+    """Rows of small pictures, by name, and what they show; `legend`: name and RGB of what colours
+    mean.
+    """
 
     name: str
     rows: tuple[tuple[Tile, ...], ...]
@@ -136,7 +142,7 @@ class Document:
     sections: tuple[Section, ...]
 
 
-# --- HTML ---------------------------------------------------------------------------------------------------------------------
+# --- HTML -----------------------------------------------------------------------------------------
 
 _STYLE = (
     plots.STYLE
@@ -216,13 +222,19 @@ a{color:inherit}
 
 def html(document: Document) -> str:
     """The report as one page that needs no other file."""
-    contents = "".join(f'<li><a href="#{s.key}">{escape(s.title)}</a></li>' for s in document.sections)
+    contents = "".join(
+        f'<li><a href="#{s.key}">{escape(s.title)}</a></li>' for s in document.sections
+    )
     sections = "".join(
-        f'<section id="{s.key}"><h2>{escape(s.title)}</h2>{"".join(map(_html_block, s.blocks))}</section>' for s in document.sections
+        "<section"
+        f' id="{s.key}"><h2>{escape(s.title)}</h2>{"".join(map(_html_block, s.blocks))}</section>'
+        for s in document.sections
     )
     return (
-        f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>{escape(document.title)}</title>'
-        f'<meta name="viewport" content="width=device-width, initial-scale=1"><style>{_STYLE}</style></head>\n<body><main>'
+        '<!DOCTYPE html>\n<html lang="en"><head><meta'
+        f' charset="utf-8"><title>{escape(document.title)}</title>'
+        '<meta name="viewport" content="width=device-width,'
+        f' initial-scale=1"><style>{_STYLE}</style></head>\n<body><main>'
         f"<h1>{escape(document.title)}</h1>{''.join(map(_html_block, document.introduction))}"
         f'<nav aria-label="Contents"><ol>{contents}</ol></nav>\n{sections}</main></body></html>\n'
     )
@@ -236,35 +248,60 @@ def _html_block(block: Block) -> str:
             return _html_table(block)
         case Plots(drawn, caption):
             return (
-                f'<figure><div class="panels">{"".join(svg for _, svg in drawn)}</div><figcaption>{escape(caption)}</figcaption></figure>\n'
+                "<figure><div"
+                f' class="panels">{"".join(svg for _, svg in drawn)}</div><figcaption>{escape(caption)}</figcaption></figure>\n'
             )
         case Pictures(_, rows, caption, legend):
-            tiles = "".join(f'<div class="tiles">{"".join(map(_html_tile, row))}</div>' for row in rows)
-            swatches = "".join(f'<li><i style="background:rgb{color}"></i>{escape(name)}</li>' for name, color in legend)
-            return f'<figure><figcaption class="above">{escape(caption)}</figcaption>{tiles}<ul class="legend">{swatches}</ul></figure>\n'
+            tiles = "".join(
+                f'<div class="tiles">{"".join(map(_html_tile, row))}</div>' for row in rows
+            )
+            swatches = "".join(
+                f'<li><i style="background:rgb{color}"></i>{escape(name)}</li>'
+                for name, color in legend
+            )
+            return (
+                f'<figure><figcaption class="above">{escape(caption)}</figcaption>{tiles}<ul'
+                f' class="legend">{swatches}</ul></figure>\n'
+            )
         case Facts(facts, code):
-            said = lambda term, text: f"<code>{escape(text)}</code>" if term in code else escape(text)
+
+            def said(term, text):
+                return f"<code>{escape(text)}</code>" if term in code else escape(text)
+
             return f"<dl>{''.join(f'<dt>{escape(term)}</dt><dd>{said(term, text)}</dd>' for term, text in facts)}</dl>\n"
         case Commands(caption, shell):
             typed = escape("\n".join(shell))
-            return f'<div class="commands"><p>{escape(caption)}</p><pre tabindex="0">{typed}</pre></div>\n'
+            return (
+                f'<div class="commands"><p>{escape(caption)}</p><pre'
+                f' tabindex="0">{typed}</pre></div>\n'
+            )
         case References(sources):
-            link = lambda text, url: escape(text) + (f' <a href="{escape(url)}">{escape(url)}</a>' if url else "")
-            items = "".join(f'<li id="source{i}">{link(*source)}</li>' for i, source in enumerate(sources, 1))
+
+            def link(text, url):
+                return escape(text) + (f' <a href="{escape(url)}">{escape(url)}</a>' if url else "")
+
+            items = "".join(
+                f'<li id="source{i}">{link(*source)}</li>' for i, source in enumerate(sources, 1)
+            )
             return f'<ol class="references">{items}</ol>\n'
 
 
 def _html_table(table: Table) -> str:
-    heads = "".join(f'<th scope="col"{_classes(number=i > 0)}>{escape(name)}</th>' for i, name in enumerate(table.columns))
+    heads = "".join(
+        f'<th scope="col"{_classes(number=i > 0)}>{escape(name)}</th>'
+        for i, name in enumerate(table.columns)
+    )
     rows = "".join(
-        f'<tr{_classes(published=row.cite is not None)}><th scope="row">{escape(row.head)}{_html_cite(row.cite)}</th>'
+        f"<tr{_classes(published=row.cite is not None)}><th"
+        f' scope="row">{escape(row.head)}{_html_cite(row.cite)}</th>'
         f"{''.join(map(_html_cell, row.cells))}</tr>\n"
         for row in table.rows
     )
     note = f'<p class="note">{escape(table.note)}</p>' if table.note else ""
     return (
         f'<figure><figcaption class="above">{escape(table.caption)}</figcaption>'
-        f'<div class="scroll" tabindex="0" role="region" aria-label="{escape(table.caption)}"><table>'
+        '<div class="scroll" tabindex="0" role="region"'
+        f' aria-label="{escape(table.caption)}"><table>'
         f"<thead><tr>{heads}</tr></thead>\n<tbody>{rows}</tbody></table></div>{note}</figure>\n"
     )
 
@@ -280,9 +317,13 @@ def _html_cite(cite: int | None) -> str:
 
 
 def _html_tile(tile: Tile) -> str:
-    kind, data = {"png": "png", "jpg": "jpeg"}[tile.ending], base64.b64encode(tile.data).decode()
+    kind = {"png": "png", "jpg": "jpeg"}[tile.ending]
+    data = base64.b64encode(tile.data).decode()
     caption = escape(tile.caption)
-    return f'<figure><img src="data:image/{kind};base64,{data}" alt="{caption}"><figcaption>{caption}</figcaption></figure>'
+    return (
+        f'<figure><img src="data:image/{kind};base64,{data}"'
+        f' alt="{caption}"><figcaption>{caption}</figcaption></figure>'
+    )
 
 
 def _classes(**named: bool) -> str:
@@ -290,7 +331,7 @@ def _classes(**named: bool) -> str:
     return f' class="{used}"' if used else ""
 
 
-# --- Markdown -----------------------------------------------------------------------------------------------------------------
+# --- Markdown -------------------------------------------------------------------------------------
 
 
 def markdown(document: Document, folder: str) -> tuple[str, dict[str, bytes]]:
@@ -326,32 +367,52 @@ def _md_block(block: Block, key: str, keep: Callable[[str, bytes, str], str]) ->
             for row in rows:
                 cite = "" if row.cite is None else f" \\[{row.cite}\\]"
                 lines.append(_md_row([_md(row.head) + cite, *map(_md_cell, row.cells)]))
-            return "\n\n".join([f"**{_md(caption)}**", "\n".join(lines)] + ([f"*{_md(note)}*"] if note else []))
+            return "\n\n".join(
+                [f"**{_md(caption)}**", "\n".join(lines)] + ([f"*{_md(note)}*"] if note else [])
+            )
         case Plots(drawn, caption):
-            pictures = [keep(f"{key}_{name}.svg", plots.file(svg).encode(), name.replace("_", " ")) for name, svg in drawn]
+            pictures = [
+                keep(f"{key}_{name}.svg", plots.file(svg).encode(), name.replace("_", " "))
+                for name, svg in drawn
+            ]
             return "\n".join(pictures) + f"\n\n*{_md(caption)}*"
         case Pictures(name, rows, caption, legend):
             wide = max(map(len, rows))
             lines = [_md_row([""] * wide), _md_row(["---"] * wide)]
             for i, row in enumerate(rows):
-                shown = [keep(f"{key}_{name}_{i}_{j}.{tile.ending}", tile.data, tile.caption) for j, tile in enumerate(row)]
+                shown = [
+                    keep(f"{key}_{name}_{i}_{j}.{tile.ending}", tile.data, tile.caption)
+                    for j, tile in enumerate(row)
+                ]
                 lines += [
                     _md_row([*shown, *[""] * (wide - len(row))]),
                     _md_row([*(_md(t.caption) for t in row), *[""] * (wide - len(row))]),
                 ]
             colors = "; ".join(f"{name} #{r:02x}{g:02x}{b:02x}" for name, (r, g, b) in legend)
-            return f"**{_md(caption)}**\n\n" + "\n".join(lines) + (f"\n\nColours: {_md(colors)}." if colors else "")
+            return (
+                f"**{_md(caption)}**\n\n"
+                + "\n".join(lines)
+                + (f"\n\nColours: {_md(colors)}." if colors else "")
+            )
         case Facts(facts, code):
-            return "\n".join(f"- {_md(term)}: {_md_code(text) if term in code else _md(text)}" for term, text in facts)
+            return "\n".join(
+                f"- {_md(term)}: {_md_code(text) if term in code else _md(text)}"
+                for term, text in facts
+            )
         case Commands(caption, shell):
             fence = "`" * max(3, 1 + _ticks("\n".join(shell)))
             return "\n".join([_md(caption), "", fence, *shell, fence])
         case References(sources):
-            return "\n".join(f"{i}. {_md(text)}{f' <{url}>' if url else ''}" for i, (text, url) in enumerate(sources, 1))
+            return "\n".join(
+                f"{i}. {_md(text)}{f' <{url}>' if url else ''}"
+                for i, (text, url) in enumerate(sources, 1)
+            )
 
 
 def _md(text: str) -> str:
-    """Text as Markdown shows it unchanged; `$` begins mathematics, `~` a deletion, `&..;` a letter and `:..:` a picture on some hosts."""
+    """Text as Markdown shows it unchanged; `$` begins mathematics, `~` a deletion, `&..;` a letter
+    and `:..:` a picture on some hosts.
+    """
     return re.sub(r"([\\`*_\[\]<>|#$~]|&(?=#?\w+;)|:(?=[\w+-]+:))", r"\\\1", text)
 
 
@@ -380,11 +441,13 @@ def _anchor(title: str) -> str:
     return re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-")
 
 
-# --- LaTeX --------------------------------------------------------------------------------------------------------------------
+# --- LaTeX ----------------------------------------------------------------------------------------
 
 
 def latex(document: Document) -> str:
-    """The tables of the report, to be read into a document that uses the packages booktabs and graphicx."""
+    """The tables of the report, to be read into a document that uses the packages booktabs and
+    graphicx.
+    """
     parts = [f"% {document.title}", "% Needs \\usepackage{booktabs,graphicx} in the preamble."]
     for section in document.sections:
         for block in section.blocks:
@@ -393,13 +456,20 @@ def latex(document: Document) -> str:
             if isinstance(block, References):
                 sources = [_tex(text + (f" {url}" if url else "")) for text, url in block.sources]
                 lines = [f"\\item[{{[{i}]}}] {source}" for i, source in enumerate(sources, 1)]
-                parts.append("\n".join(["\\begin{description}\\raggedright", *lines, "\\end{description}"]))
+                parts.append(
+                    "\n".join(["\\begin{description}\\raggedright", *lines, "\\end{description}"])
+                )
     return "\n\n".join(parts) + "\n"
 
 
 def _tex_table(table: Table, title: str) -> str:
-    cite = lambda row: "" if row.cite is None else f" [{row.cite}]"
-    body = [" & ".join([_tex(row.head + cite(row)), *map(_tex_cell, row.cells)]) + r" \tabularnewline" for row in table.rows]
+    def cite(row):
+        return "" if row.cite is None else f" [{row.cite}]"
+
+    body = [
+        " & ".join([_tex(row.head + cite(row)), *map(_tex_cell, row.cells)]) + r" \tabularnewline"
+        for row in table.rows
+    ]
     return "\n".join(
         [
             r"\begin{table}[htbp]",
@@ -420,22 +490,60 @@ def _tex_table(table: Table, title: str) -> str:
 
 
 def _tex_cell(cell: Cell) -> str:
-    text = rf"\textbf{{{_tex(cell.text)}}}" if cell.best else rf"\emph{{{MISSING}}}" if cell.text == MISSING else _tex(cell.text)
+    text = (
+        rf"\textbf{{{_tex(cell.text)}}}"
+        if cell.best
+        else rf"\emph{{{MISSING}}}"
+        if cell.text == MISSING
+        else _tex(cell.text)
+    )
     return text + (rf" {{\scriptsize {_tex(cell.detail)}}}" if cell.detail else "")
 
 
-_TEX = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", **{c: "\\" + c for c in "&%$#_{}"}}
-_TEX |= {"±": r"$\pm$", "→": r"$\to$", "−": "$-$", "<": "$<$", ">": "$>$", "|": "$|$", "Ø": r"\O{}", "ø": r"\o{}", "°": r"$^\circ$"}  # noqa: RUF001
+_TEX = {
+    "\\": r"\textbackslash{}",
+    "~": r"\textasciitilde{}",
+    "^": r"\textasciicircum{}",
+    **{c: "\\" + c for c in "&%$#_{}"},
+}
+_TEX |= {
+    "±": r"$\pm$",
+    "→": r"$\to$",
+    "−": "$-$",
+    "<": "$<$",
+    ">": "$>$",
+    "|": "$|$",
+    "Ø": r"\O{}",
+    "ø": r"\o{}",
+    "°": r"$^\circ$",
+}
 _TEX |= {"`": r"\textasciigrave{}", '"': "''"}
-_TEX |= {"–": "--", "×": r"$\times$", "“": "``", "”": "''", "[": "{[}", "]": "{]}", "†": r"$\dagger$"}  # noqa: RUF001
+_TEX |= {
+    "–": "--",
+    "×": r"$\times$",
+    "“": "``",
+    "”": "''",
+    "[": "{[}",
+    "]": "{]}",
+    "†": r"$\dagger$",
+}
 
 
 def _tex(text: str) -> str:
-    """Text as LaTeX prints it unchanged; letters that plain LaTeX may lack lose their accents, or stay if nothing of them would be left."""
-    plain = "".join(_TEX.get(c) or _ascii(c) or c for c in text.replace("--", "-\0-").replace("--", "-\0-"))
+    """Text as LaTeX prints it unchanged; letters that plain LaTeX may lack lose their accents, or
+    stay if nothing of them would be left.
+    """
+    plain = "".join(
+        _TEX.get(c) or _ascii(c) or c for c in text.replace("--", "-\0-").replace("--", "-\0-")
+    )
     plain = plain.replace("\0", "{}")  # two hyphens are a dash
-    return f"{{*}}{plain[1:]}" if plain.startswith("*") else plain  # which a row must not begin with
+    return (
+        f"{{*}}{plain[1:]}" if plain.startswith("*") else plain
+    )  # which a row must not begin with
 
 
 def _ascii(text: str) -> str:
-    return "".join(c if c.isascii() else unicodedata.normalize("NFKD", c).encode("ascii", "ignore").decode() for c in text)
+    return "".join(
+        c if c.isascii() else unicodedata.normalize("NFKD", c).encode("ascii", "ignore").decode()
+        for c in text
+    )

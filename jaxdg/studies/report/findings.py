@@ -5,9 +5,18 @@ from collections.abc import Callable
 from jaxdg.studies.report.reading import MEANS, Figure, Group, Study
 
 QUESTIONS = {
-    "pretraining": "Which pre-trained encoder carries furthest to domains it was never trained on, and is it better tuned or kept frozen?",
-    "freezing": "How many of the encoder's blocks can stay as pre-trained, counted from the first or from the last?",
-    "corruptions": "How much of its score does a model keep on images that are noisy, blurred, foggy or compressed?",
+    "pretraining": (
+        "Which pre-trained encoder carries furthest to domains it was never trained on, and is it"
+        " better tuned or kept frozen?"
+    ),
+    "freezing": (
+        "How many of the encoder's blocks can stay as pre-trained, counted from the first or from"
+        " the last?"
+    ),
+    "corruptions": (
+        "How much of its score does a model keep on images that are noisy, blurred, foggy or"
+        " compressed?"
+    ),
     "transfer": "How far does a model that was trained on one domain carry to the others?",
     "seeds": "How much do runs differ that differ in nothing but the seed?",
 }
@@ -16,10 +25,17 @@ QUESTIONS = {
 def findings(study: Study) -> list[str]:
     """The answers, as far as runs have finished, and which have not."""
     missing = [run["name"] for run in study.json["runs"] if run["status"] != "finished"]
-    said = [_FOUND[study.name](study)] if study.finished() else ["No run has finished, so nothing was found yet."]
+    said = (
+        [_FOUND[study.name](study)]
+        if study.finished()
+        else ["No run has finished, so nothing was found yet."]
+    )
     if missing:
         planned = len(study.json["runs"])
-        said.append(f"{len(missing)} of {_count(planned, 'planned run')} did not finish and are shown as missing: {', '.join(missing)}.")
+        said.append(
+            f"{len(missing)} of {_count(planned, 'planned run')} did not finish and are shown as"
+            f" missing: {', '.join(missing)}."
+        )
     return said
 
 
@@ -36,7 +52,11 @@ def _compared(a: Figure, b: Figure) -> str:
     if len(spreads) < 2:
         doubt = ", of single runs, so it may be chance"
     else:
-        doubt = ", less than the two spreads together, so it may be chance" if abs(difference) < sum(spreads) else ""
+        doubt = (
+            ", less than the two spreads together, so it may be chance"
+            if abs(difference) < sum(spreads)
+            else ""
+        )
     return f"{difference:+.1f}{doubt}".replace("-", "−")  # noqa: RUF001  a minus sign
 
 
@@ -45,19 +65,30 @@ def _best(study: Study) -> str:
     ranked = study.ranked()
     if not ranked:
         return "No domain was judged that was not trained on."
-    mean = lambda group: study.figure(group, "mean_unseen")
-    said = f"Highest mean over unseen domains: {_name(ranked[0])}, {figure_text(mean(ranked[0]), study.score)}."
+
+    def mean(group):
+        return study.figure(group, "mean_unseen")
+
+    said = (
+        f"Highest mean over unseen domains: {_name(ranked[0])},"
+        f" {figure_text(mean(ranked[0]), study.score)}."
+    )
     if len(ranked) > 1:
-        said += f" Against the next, {_name(ranked[1])}: {_compared(mean(ranked[0]), mean(ranked[1]))}."
+        said += (
+            f" Against the next, {_name(ranked[1])}: {_compared(mean(ranked[0]), mean(ranked[1]))}."
+        )
     if len(ranked) > 2:
         said += f" Lowest: {_name(ranked[-1])}, {figure_text(mean(ranked[-1]), study.score)}."
     return said
 
 
 def _pretraining(study: Study) -> str:
-    settings = lambda group: {k: v for k, v in group["settings"].items() if k != "model.freeze"}
+    def settings(group):
+        return {k: v for k, v in group["settings"].items() if k != "model.freeze"}
+
     pairs = [
-        f"{_name(tuned)} against {_name(frozen)} {_compared(study.figure(tuned, 'mean_unseen'), study.figure(frozen, 'mean_unseen'))}"
+        f"{_name(tuned)} against {_name(frozen)}"
+        f" {_compared(study.figure(tuned, 'mean_unseen'), study.figure(frozen, 'mean_unseen'))}"
         for tuned in study.ranked()
         for frozen in study.ranked()
         if tuned["settings"].get("model.freeze", "none") == "none"
@@ -72,29 +103,44 @@ def _freezing(study: Study) -> str:
     best = study.ranked()[:1]
     if none is None or not best or best[0] is none:
         return _best(study)
-    mean = lambda group: study.figure(group, "mean_unseen")
-    return f"{_best(study)} Against none frozen, {figure_text(mean(none))}: {_compared(mean(best[0]), mean(none))}."
+
+    def mean(group):
+        return study.figure(group, "mean_unseen")
+
+    return (
+        f"{_best(study)} Against none frozen, {figure_text(mean(none))}:"
+        f" {_compared(mean(best[0]), mean(none))}."
+    )
 
 
 def _corruptions(study: Study) -> str:
-    hardest, said = max(study.severities(), default=0), []
+    hardest = max(study.severities(), default=0)
+    said = []
     for domain in corrupted_domains(study):
         kept = []
         for group in study.groups:
             mean = study.corrupted(group, domain, hardest, relative=True)
             if mean["n"]:
-                by_kind = {kind: study.corrupted(group, domain, hardest, kind, relative=True)["mean"] for kind in study.kinds()}
+                by_kind = {
+                    kind: study.corrupted(group, domain, hardest, kind, relative=True)["mean"]
+                    for kind in study.kinds()
+                }
                 worst = min(by_kind, key=lambda kind: by_kind[kind])
                 least = f"least under {worst.replace('_', ' ')}, {by_kind[worst]:.0f} %"
                 kept.append(f"{_name(group)} {mean['mean']:.0f} % (n = {mean['n']}; {least})")
         if kept:
-            said.append(f"Kept of the score on clean images of {domain} at severity {hardest}: {', '.join(kept)}.")
+            said.append(
+                f"Kept of the score on clean images of {domain} at severity {hardest}:"
+                f" {', '.join(kept)}."
+            )
     return " ".join(said) or "No model was judged on every kind of corruption yet."
 
 
 def corrupted_domains(study: Study) -> list[str]:
     """The domains whose images were corrupted, and that have a truth to judge by."""
-    domains = dict.fromkeys(domain for run in study.json["runs"] for domain in run.get("corruptions") or {})
+    domains = dict.fromkeys(
+        domain for run in study.json["runs"] for domain in run.get("corruptions") or {}
+    )
     return [domain for domain in domains if domain not in study.without_truth()]
 
 
@@ -102,23 +148,38 @@ def _transfer(study: Study) -> str:
     ranked = study.ranked("rPD")
     if not ranked:
         return _best(study)
-    first, last = (f"{_name(g)} {figure_text(study.figure(g, 'rPD'))}" for g in (ranked[0], ranked[-1]))
+    first, last = (
+        f"{_name(g)} {figure_text(study.figure(g, 'rPD'))}" for g in (ranked[0], ranked[-1])
+    )
     least = f", lowest {last}" if len(ranked) > 1 else ""
-    return f"{_best(study)} Mean over unseen domains in % of the score on the own one (rPD): highest {first}{least}."
+    return (
+        f"{_best(study)} Mean over unseen domains in % of the score on the own one (rPD): highest"
+        f" {first}{least}."
+    )
 
 
 def _seeds(study: Study) -> str:
     said = []
     for group in study.groups:
-        columns = [c for c in (*study.domains(), "mean_unseen") if study.figure(group, c)["spread"] is not None]
+        columns = [
+            c
+            for c in (*study.domains(), "mean_unseen")
+            if study.figure(group, c)["spread"] is not None
+        ]
         if not columns:
             continue
         widest = max(columns, key=lambda c: study.figure(group, c)["spread"])
-        figure, values = study.figure(group, widest), study.values(group, widest)
+        figure = study.figure(group, widest)
+        values = study.values(group, widest)
         said.append(
-            f"{_name(group)}: over {_count(figure['n'], 'seed')} the widest spread is {figure['spread']:.1f} {study.score}, "
-            f"on {MEANS.get(widest, widest)} (from {min(values):.1f} to {max(values):.1f})"
-            + (f"; mean unseen {figure_text(study.figure(group, 'mean_unseen'))}." if "mean_unseen" in columns else ".")
+            f"{_name(group)}: over {_count(figure['n'], 'seed')} the widest spread is"
+            f" {figure['spread']:.1f} {study.score}, on {MEANS.get(widest, widest)} (from"
+            f" {min(values):.1f} to {max(values):.1f})"
+            + (
+                f"; mean unseen {figure_text(study.figure(group, 'mean_unseen'))}."
+                if "mean_unseen" in columns
+                else "."
+            )
         )
     return " ".join(said) or "A spread needs two finished runs."
 

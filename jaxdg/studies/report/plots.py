@@ -1,7 +1,8 @@
 """Plots as SVG written by hand: lines with direct labels, and horizontal bars with whiskers.
 
-A plot is text that stands by itself as a file and inside a page alike; `STYLE` colours it, for light and dark screens and for paper. The
-colours are told apart with any colour vision, and none speaks alone: series also differ in marker or filling and are labelled.
+A plot is text that stands by itself as a file and inside a page alike; `STYLE` colours it, for
+light and dark screens and for paper. The colours are told apart with any colour vision, and none
+speaks alone: series also differ in marker or filling and are labelled.
 """
 
 from collections.abc import Sequence
@@ -12,23 +13,35 @@ import math
 Number = float | int
 _LIGHT = ("#0072b2", "#c44e00", "#00795a", "#b0387f", "#806300", "#5d4db8", "#4d4d4d")
 _DARK = ("#5ab4e8", "#ff9050", "#3ccb9b", "#f08cc4", "#dcbc40", "#aea2fa", "#bdbdbd")
-_INK = {"ink": ("#1c1e22", "#e9eaee"), "muted": ("#5c616b", "#a3a8b3"), "line": ("#d4d7dd", "#40444d"), "paper": ("#ffffff", "#16181d")}
+_INK = {
+    "ink": ("#1c1e22", "#e9eaee"),
+    "muted": ("#5c616b", "#a3a8b3"),
+    "line": ("#d4d7dd", "#40444d"),
+    "paper": ("#ffffff", "#16181d"),
+}
 
 
 def _variables(which: int) -> str:
-    named = {**{name: pair[which] for name, pair in _INK.items()}, **{f"c{i}": color for i, color in enumerate((_LIGHT, _DARK)[which])}}
+    named = {
+        **{name: pair[which] for name, pair in _INK.items()},
+        **{f"c{i}": color for i, color in enumerate((_LIGHT, _DARK)[which])},
+    }
     return "".join(f"--{name}:{color};" for name, color in named.items())
 
 
 STYLE = (
-    f":root{{color-scheme:light dark;{_variables(0)}}}"
-    f"@media screen and (prefers-color-scheme:dark){{:root{{{_variables(1)}}}}}"
-    '.plot text{font:13px "Helvetica Neue",Helvetica,Arial,"Liberation Sans",sans-serif;fill:var(--ink);font-variant-numeric:tabular-nums}'
-    ".plot .title{font-weight:600}.plot .muted,.plot .tick{fill:var(--muted)}.plot .tick{font-size:12px}"
-    ".plot .grid{stroke:var(--line);stroke-width:1}.plot .axis{stroke:var(--muted);stroke-width:1}"
-    ".plot .curve{fill:none;stroke-width:2;stroke-linejoin:round}.plot .whisker{stroke-width:1.5;fill:none}"
-    ".plot .seed{fill:var(--paper);stroke:var(--ink);stroke-width:1}.plot .lead{stroke:var(--line);stroke-width:1;fill:none}"
-    ".plot .error{stroke:var(--ink);stroke-width:1.5;fill:none}"
+    f":root{{color-scheme:light dark;{_variables(0)}}}@media screen and"
+    f' (prefers-color-scheme:dark){{:root{{{_variables(1)}}}}}.plot text{{font:13px "Helvetica'
+    ' Neue",Helvetica,Arial,"Liberation'
+    ' Sans",sans-serif;fill:var(--ink);font-variant-numeric:tabular-nums}.plot'
+    " .title{font-weight:600}.plot .muted,.plot .tick{fill:var(--muted)}.plot"
+    " .tick{font-size:12px}.plot .grid{stroke:var(--line);stroke-width:1}.plot"
+    " .axis{stroke:var(--muted);stroke-width:1}.plot"
+    " .curve{fill:none;stroke-width:2;stroke-linejoin:round}.plot"
+    " .whisker{stroke-width:1.5;fill:none}.plot"
+    " .seed{fill:var(--paper);stroke:var(--ink);stroke-width:1}.plot"
+    " .lead{stroke:var(--line);stroke-width:1;fill:none}.plot"
+    " .error{stroke:var(--ink);stroke-width:1.5;fill:none}"
     + "".join(
         f".plot .s{i}{{stroke:var(--c{i})}}.plot .f{i}{{fill:var(--c{i});stroke:var(--c{i})}}"
         f".plot .o{i}{{fill:var(--paper);stroke:var(--c{i});stroke-width:1.5}}"
@@ -95,29 +108,51 @@ class BarGroup:
     bars: tuple[Bar, ...]
 
 
-def lines(title: str, series: Sequence[Line], x_label: str, y_label: str, x_ticks: Sequence[tuple[Number, str]]) -> str:
-    """Curves over a numeric axis, labelled at their right ends; gaps and the word "missing" where there is no value.
+def lines(
+    title: str,
+    series: Sequence[Line],
+    x_label: str,
+    y_label: str,
+    x_ticks: Sequence[tuple[Number, str]],
+) -> str:
+    """Curves over a numeric axis, labelled at their right ends; gaps and the word "missing" where
+    there is no value.
 
     Args:
         title: above the plot.
         series: curves; colours, markers and dashes follow their order.
         x_label: below the plot, with the unit.
         y_label: above the axis, with the unit.
-        x_ticks: place and text of each mark of the horizontal axis; the first and the last are its ends.
+        x_ticks: place and text of each mark of the horizontal axis; the first and the last are its
+            ends.
 
     Returns:
         SVG.
     """
-    left, top, width, height = 44, 56, 300, 210
+    left = 44
+    top = 56
+    width = 300
+    height = 210
     known = [(p.y, p.spread or 0.0) for line in series for p in line.points if p.y is not None]
-    low, high, step = _span(min((y - s for y, s in known), default=0.0), max((y + s for y, s in known), default=1.0))
-    x0, x1 = x_ticks[0][0], x_ticks[-1][0]
-    px = lambda x: left + 8 + (width - 16) * (x - x0) / ((x1 - x0) or 1)
-    py = lambda y: top + height * (high - y) / (high - low)
+    low, high, step = _span(
+        min((y - s for y, s in known), default=0.0), max((y + s for y, s in known), default=1.0)
+    )
+    x0 = x_ticks[0][0]
+    x1 = x_ticks[-1][0]
+
+    def px(x):
+        return left + 8 + (width - 16) * (x - x0) / ((x1 - x0) or 1)
+
+    def py(y):
+        return top + height * (high - y) / (high - low)
+
     parts = [_text(left - 36, 18, title, "title"), _text(left - 36, 40, y_label, "muted")]
     for i in range(round((high - low) / step) + 1):
         y = low + i * step
-        parts += [_segment(left, py(y), left + width, py(y), "grid"), _text(left - 8, py(y) + 4, _number(y, step), "tick", "end")]
+        parts += [
+            _segment(left, py(y), left + width, py(y), "grid"),
+            _text(left - 8, py(y) + 4, _number(y, step), "tick", "end"),
+        ]
     parts.append(_segment(left, top + height, left + width, top + height, "axis"))
     for x, text in x_ticks:
         parts.append(_segment(px(x), top + height, px(x), top + height + 4, "axis"))
@@ -125,28 +160,54 @@ def lines(title: str, series: Sequence[Line], x_label: str, y_label: str, x_tick
     parts.append(_text(left + width / 2, top + height + 38, x_label, "muted", "middle"))
     gaps = sorted({p.x for line in series for p in line.points if p.y is None})
     parts += [
-        _text(px(x) + 4, top + height - 6, "missing", "tick", extra=f' transform="rotate(-90 {_n(px(x) + 4)} {_n(top + height - 6)})"')
+        _text(
+            px(x) + 4,
+            top + height - 6,
+            "missing",
+            "tick",
+            extra=f' transform="rotate(-90 {_n(px(x) + 4)} {_n(top + height - 6)})"',
+        )
         for x in gaps
     ]
     ends = []
     for i, line in enumerate(series):
         k = i % len(_LIGHT)
         points = sorted(line.points, key=lambda p: p.x)
-        path, pen = "", "M"
+        path = ""
+        pen = "M"
         for p in points:
-            path, pen = (path, "M") if p.y is None else (f"{path}{pen}{_n(px(p.x))},{_n(py(p.y))}", "L")
-        parts.append(f'<path class="curve s{k}" d="{path}" stroke-dasharray="{_DASHES[i // len(_LIGHT) % len(_DASHES)]}"/>')
+            path, pen = (
+                (path, "M") if p.y is None else (f"{path}{pen}{_n(px(p.x))},{_n(py(p.y))}", "L")
+            )
+        parts.append(
+            f'<path class="curve s{k}" d="{path}"'
+            f' stroke-dasharray="{_DASHES[i // len(_LIGHT) % len(_DASHES)]}"/>'
+        )
         for p in points:
             if p.y is None:
                 continue
             if p.spread:
-                parts.append(f'<path class="whisker s{k}" d="{_whisker(px(p.x), py(p.y - p.spread), py(p.y + p.spread))}"/>')
-            where = f"{line.label}, {x_label} {_tick(p.x, x_ticks)}: {p.y:.1f}" + (f" ± {p.spread:.1f}" if p.spread is not None else "")
+                parts.append(
+                    f'<path class="whisker s{k}"'
+                    f' d="{_whisker(px(p.x), py(p.y - p.spread), py(p.y + p.spread))}"/>'
+                )
+            where = f"{line.label}, {x_label} {_tick(p.x, x_ticks)}: {p.y:.1f}" + (
+                f" ± {p.spread:.1f}" if p.spread is not None else ""
+            )
             parts.append(_marker(k, px(p.x), py(p.y), where))
         last = next((p for p in reversed(points) if p.y is not None), None)
-        ends.append((py(last.y) if last and last.y is not None else top + height, px(last.x) if last else left + width, i, line.label))
+        ends.append(
+            (
+                py(last.y) if last and last.y is not None else top + height,
+                px(last.x) if last else left + width,
+                i,
+                line.label,
+            )
+        )
     labels_at = left + width + 22
-    for place, (y, x, i, label) in zip(_apart([e[0] for e in sorted(ends)], 17, top, top + height), sorted(ends), strict=True):
+    for place, (y, x, i, label) in zip(
+        _apart([e[0] for e in sorted(ends)], 17, top, top + height), sorted(ends), strict=True
+    ):
         k = i % len(_LIGHT)
         parts.append(f'<path class="lead" d="M{_n(x + 6)},{_n(y)}L{labels_at - 12},{_n(place)}"/>')
         parts.append(_marker(k, labels_at - 4, place, line.label))
@@ -161,35 +222,49 @@ def lines(title: str, series: Sequence[Line], x_label: str, y_label: str, x_tick
 
 
 def bars(title: str, groups: Sequence[BarGroup], names: Sequence[str], axis: str) -> str:
-    """Horizontal bars from zero in groups, each below its label, with whiskers, single values as dots, and the value as text.
+    """Horizontal bars from zero in groups, each below its label, with whiskers, single values as
+    dots, and the value as text.
 
     Args:
         title: above the plot.
         groups: from the top; each has a bar for each series.
-        names: of the series; the first is filled, the second outlined, the others filled in other colours; a legend if several.
+        names: of the series; the first is filled, the second outlined, the others filled in other
+            colours; a legend if several.
         axis: what is measured, with the unit.
 
     Returns:
         SVG.
     """
-    width, room = 240, 20 + max((_width(bar.text) for g in groups for bar in g.bars), default=0)
-    values = [v for g in groups for bar in g.bars if bar.value is not None for v in (bar.value + (bar.spread or 0), *bar.seeds)]
+    width = 240
+    room = 20 + max((_width(bar.text) for g in groups for bar in g.bars), default=0)
+    values = [
+        v
+        for g in groups
+        for bar in g.bars
+        if bar.value is not None
+        for v in (bar.value + (bar.spread or 0), *bar.seeds)
+    ]
     _, high, step = _span(0.0, max(values, default=1.0))
-    x = lambda value: 8 + width * value / high
+
+    def x(value):
+        return 8 + width * value / high
+
     y = 26.0
     parts = [_text(8, 18, title, "title")]
     if len(names) > 1:
         at = 8.0
         for i, name in enumerate(names):
             if at > 8 and at + 18 + _width(name) > 8 + width + room:
-                at, y = 8.0, y + 20
+                at = 8.0
+                y = y + 20
             parts += [
                 f'<rect class="{_fill(i)}" x="{_n(at)}" y="{_n(y + 4)}" width="12" height="12"/>',
                 _text(at + 18, y + 15, name, "muted"),
             ]
             at += 34 + _width(name)
         y += 24
-    top, body = y, []
+    top = y
+    body = []
     for group in groups:
         body.append(_text(8, y + 17, group.label))
         y += 23
@@ -199,24 +274,48 @@ def bars(title: str, groups: Sequence[BarGroup], names: Sequence[str], axis: str
                 body.append(_text(12, middle + 4.5, bar.text, "muted"))
             else:
                 body.append(
-                    f'<rect class="{_fill(i)}" x="8" y="{_n(y)}" width="{_n(max(x(bar.value) - 8, 0.5))}" height="14">'
+                    f'<rect class="{_fill(i)}" x="8" y="{_n(y)}"'
+                    f' width="{_n(max(x(bar.value) - 8, 0.5))}" height="14">'
                     f"<title>{escape(f'{group.label}, {names[i]}: {bar.text}' if names else f'{group.label}: {bar.text}')}</title></rect>"
                 )
-                body += [f'<circle class="seed" cx="{_n(x(v))}" cy="{_n(middle)}" r="2.3"/>' for v in bar.seeds]
+                body += [
+                    f'<circle class="seed" cx="{_n(x(v))}" cy="{_n(middle)}" r="2.3"/>'
+                    for v in bar.seeds
+                ]
                 if bar.spread:
-                    a, b = x(max(bar.value - bar.spread, 0)), x(bar.value + bar.spread)
+                    a = x(max(bar.value - bar.spread, 0))
+                    b = x(bar.value + bar.spread)
                     body.append(
-                        f'<path class="error" d="M{_n(a)},{_n(middle)}H{_n(b)}M{_n(a)},{_n(middle - 4)}v8M{_n(b)},{_n(middle - 4)}v8"/>'
+                        '<path class="error"'
+                        f' d="M{_n(a)},{_n(middle)}H{_n(b)}M{_n(a)},{_n(middle - 4)}v8M{_n(b)},{_n(middle - 4)}v8"/>'
                     )
-                body.append(_text(x(max(bar.value + (bar.spread or 0), *bar.seeds, bar.value)) + 7, middle + 4.5, bar.text))
+                body.append(
+                    _text(
+                        x(max(bar.value + (bar.spread or 0), *bar.seeds, bar.value)) + 7,
+                        middle + 4.5,
+                        bar.text,
+                    )
+                )
             y += 18
         y += 5
     for i in range(round(high / step) + 1):
         at = x(i * step)
-        parts += [_segment(at, top + 4, at, y, "grid"), _text(at, y + 16, _number(i * step, step), "tick", "middle")]
-    parts += [_segment(8, top + 4, 8, y, "axis"), *body, _text(8 + width / 2, y + 36, axis, "muted", "middle")]
+        parts += [
+            _segment(at, top + 4, at, y, "grid"),
+            _text(at, y + 16, _number(i * step, step), "tick", "middle"),
+        ]
+    parts += [
+        _segment(8, top + 4, 8, y, "axis"),
+        *body,
+        _text(8 + width / 2, y + 36, axis, "muted", "middle"),
+    ]
     labels = max((_width(g.label) for g in groups), default=0)
-    return _svg(max(8 + width + room, 16 + labels, 16 + _width(title, 1.1)), y + 46, f"{title}. {axis}", parts)
+    return _svg(
+        max(8 + width + room, 16 + labels, 16 + _width(title, 1.1)),
+        y + 46,
+        f"{title}. {axis}",
+        parts,
+    )
 
 
 def file(svg: str) -> str:
@@ -226,15 +325,22 @@ def file(svg: str) -> str:
 
 
 def _svg(width: Number, height: Number, label: str, parts: Sequence[str]) -> str:
-    w, h = math.ceil(width) + 6, math.ceil(height)  # from -6 on: room for half of the first mark's number
+    w = math.ceil(width) + 6
+    h = math.ceil(height)  # from -6 on: room for half of the first mark's number
     return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" class="plot" viewBox="-6 0 {w} {h}" width="{w}" height="{h}" role="img" '
-        f'aria-label="{escape(label)}">{"".join(parts)}</svg>'
+        f'<svg xmlns="http://www.w3.org/2000/svg" class="plot" viewBox="-6 0 {w} {h}" width="{w}"'
+        f' height="{h}" role="img" aria-label="{escape(label)}">{"".join(parts)}</svg>'
     )
 
 
-def _text(x: Number, y: Number, text: str, kind: str = "", anchor: str = "start", extra: str = "") -> str:
-    attributes = (f' class="{kind}"' if kind else "") + (f' text-anchor="{anchor}"' if anchor != "start" else "") + extra
+def _text(
+    x: Number, y: Number, text: str, kind: str = "", anchor: str = "start", extra: str = ""
+) -> str:
+    attributes = (
+        (f' class="{kind}"' if kind else "")
+        + (f' text-anchor="{anchor}"' if anchor != "start" else "")
+        + extra
+    )
     return f'<text x="{_n(x)}" y="{_n(y)}"{attributes}>{escape(text)}</text>'
 
 
@@ -243,7 +349,10 @@ def _segment(x0: Number, y0: Number, x1: Number, y1: Number, kind: str) -> str:
 
 
 def _marker(k: int, x: Number, y: Number, title: str) -> str:
-    return f'<path class="f{k}" transform="translate({_n(x)} {_n(y)})" d="{_MARKERS[k]}"><title>{escape(title)}</title></path>'
+    return (
+        f'<path class="f{k}" transform="translate({_n(x)} {_n(y)})"'
+        f' d="{_MARKERS[k]}"><title>{escape(title)}</title></path>'
+    )
 
 
 def _whisker(x: Number, y0: Number, y1: Number) -> str:
@@ -276,11 +385,17 @@ def _span(low: Number, high: Number) -> tuple[Number, Number, Number]:
     """Round ends of an axis around a range, and the step of its marks: 4 to 8 of them."""
     size = max(high - low, 1.0)
     step = next(m * 10.0**e for e in range(-2, 9) for m in (1, 2, 5) if size / (m * 10.0**e) <= 6)
-    return math.floor(low / step + 1e-9) * step, math.ceil(max(high, low + step) / step - 1e-9) * step, step
+    return (
+        math.floor(low / step + 1e-9) * step,
+        math.ceil(max(high, low + step) / step - 1e-9) * step,
+        step,
+    )
 
 
 def _apart(places: Sequence[Number], gap: Number, low: Number, high: Number) -> list[Number]:
-    """Sorted places moved as little as a simple sweep needs so that neighbours are `gap` apart, from `low` on."""
+    """Sorted places moved as little as a simple sweep needs so that neighbours are `gap` apart,
+    from `low` on.
+    """
     moved: list[Number] = []
     for y in places:
         moved.append(max(y, low if not moved else moved[-1] + gap))

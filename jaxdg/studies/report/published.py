@@ -1,7 +1,9 @@
-"""Figures that others have published, to stand beside ours: copied as printed, or read off a plot where the note says so.
+"""Figures that others have published, to stand beside ours: copied as printed, or read off a plot
+where the note says so.
 
-Scores are mIoU or AP50 in %. A figure may be compared with one of ours only where both are trained on the same source, judged on the
-same domains and by the same protocol: `Published` says all three, and `report.py` decides by them.
+Scores are mIoU or AP50 in %. A figure may be compared with one of ours only where both are trained
+on the same source, judged on the same domains and by the same protocol: `Published` says all three,
+and `report.py` decides by them.
 """
 
 from collections.abc import Sequence
@@ -22,21 +24,34 @@ class Source:
 
 
 VLTSEG = Source(
-    "Strong but Simple: A Baseline for Domain Generalized Dense Perception by CLIP-Based Transfer Learning (VLTSeg, VLTDet), ACCV 2024",
+    "Strong but Simple: A Baseline for Domain Generalized Dense Perception by CLIP-Based Transfer"
+    " Learning (VLTSeg, VLTDet), ACCV 2024",
     "https://arxiv.org/abs/2312.02021",
 )
 POSTER = Source("The poster of the same paper, ACCV 2024")
-SDGOD = Source("Single-Domain Generalized Object Detection in Urban Scene via Cyclic-Disentangled Self-Distillation (S-DGOD), CVPR 2022")
+SDGOD = Source(
+    "Single-Domain Generalized Object Detection in Urban Scene via Cyclic-Disentangled"
+    " Self-Distillation (S-DGOD), CVPR 2022"
+)
 GNAS = Source("G-NAS, AAAI 2024")
 PDDOC = Source(
-    "Prompt-Driven Dynamic Object-Centric Learning for Single Domain Generalization (PDDOC), CVPR 2024", "https://arxiv.org/abs/2402.18447"
+    "Prompt-Driven Dynamic Object-Centric Learning for Single Domain Generalization (PDDOC), CVPR"
+    " 2024",
+    "https://arxiv.org/abs/2402.18447",
 )
 CLIP_GAP = Source("CLIP the Gap, CVPR 2023", "https://arxiv.org/abs/2301.05499")
-PODA = Source("PØDA: Prompt-driven Zero-shot Domain Adaptation, ICCV 2023", "https://arxiv.org/abs/2212.03241")
+PODA = Source(
+    "PØDA: Prompt-driven Zero-shot Domain Adaptation, ICCV 2023", "https://arxiv.org/abs/2212.03241"
+)
 REIN = Source("Stronger, Fewer, & Superior (Rein), CVPR 2024", "https://arxiv.org/abs/2312.04265")
-TQDM = Source("Textual Query-Driven Mask Transformer (tqdm), ECCV 2024", "https://arxiv.org/abs/2407.09033")
+TQDM = Source(
+    "Textual Query-Driven Mask Transformer (tqdm), ECCV 2024", "https://arxiv.org/abs/2407.09033"
+)
 MFUSER = Source("Mamba as a Bridge (MFuser), CVPR 2025", "https://arxiv.org/abs/2504.03193")
-SOMA = Source("SoMA: Singular Value Decomposed Minor Components Adaptation, CVPR 2025", "https://arxiv.org/abs/2412.04077")
+SOMA = Source(
+    "SoMA: Singular Value Decomposed Minor Components Adaptation, CVPR 2025",
+    "https://arxiv.org/abs/2412.04077",
+)
 RECYCLELORA = Source("RecycleLoRA, CVPR 2026", "https://arxiv.org/abs/2603.28142")
 MGRNET = Source("MGRNet")
 
@@ -67,8 +82,10 @@ class Published:
         task: segmentation or detection.
         title: what it shows.
         source: the domain trained on; None if rows differ in it.
-        protocol: the name of ours for how it was judged; None where papers differ or do not say, and no figure of ours may be compared.
-        columns: their heads: a name of a domain of ours where it is one; `mean_unseen` and `rPD` as in results.json.
+        protocol: the name of ours for how it was judged; None where papers differ or do not say,
+            and no figure of ours may be compared.
+        columns: their heads: a name of a domain of ours where it is one; `mean_unseen` and `rPD` as
+            in results.json.
         rows: in the order of publication.
         note: what a reader must know.
     """
@@ -92,14 +109,23 @@ _DOMAINS = (
     "cityscapes", "bdd100k", "mapillary", "acdc", "daytime_clear", "night_sunny", "dusk_rainy", "night_rainy", "daytime_foggy",
 )  # fmt: skip
 _FOUR = ("cityscapes", "bdd100k", "mapillary", "acdc", "mean_unseen")
-_WEATHER = ("daytime_clear", "night_sunny", "dusk_rainy", "night_rainy", "daytime_foggy", "mean_unseen")
+_WEATHER = (
+    "daytime_clear",
+    "night_sunny",
+    "dusk_rainy",
+    "night_rainy",
+    "daytime_foggy",
+    "mean_unseen",
+)
 
 
 def _rows(cite: Source, table: dict[str, tuple[float | None, ...]]) -> tuple[Row, ...]:
     return tuple(Row(name, values, cite) for name, values in table.items())
 
 
-def _by_source(cite: Source, methods: Sequence[str], table: dict[str, tuple[tuple[float, ...], ...]]) -> tuple[Row, ...]:
+def _by_source(
+    cite: Source, methods: Sequence[str], table: dict[str, tuple[tuple[float, ...], ...]]
+) -> tuple[Row, ...]:
     """Rows of every source and method."""
     return tuple(
         Row(f"{method}, trained on {source}", values, cite, source)
@@ -108,7 +134,8 @@ def _by_source(cite: Source, methods: Sequence[str], table: dict[str, tuple[tupl
     )
 
 
-# Freezing: mIoU after training with so many of 12 blocks frozen, counted from the image upwards and from the last block downwards.
+# Freezing: mIoU after training with so many of 12 blocks frozen, counted from the image upwards and
+# from the last block downwards.
 FREEZING_FIRST = {
     "cityscapes": (54.7, 54.2, 54.9, 53.2, 52.6, 51.0, 50.6, 48.0, 48.7, 48.6, 48.5, 47.8),
     "bdd100k": (53.2, 52.3, 52.3, 51.1, 50.1, 47.4, 46.0, 46.4, 46.4, 46.5, 45.9, 45.1),
@@ -204,7 +231,8 @@ _DETECTION_WEATHER = Published(
         Row("VLTDet, ViT-L/14", (56.6, 44.4, 43.6, 26.6, 41.8, 39.1), POSTER),
         Row("SoMA", (69.4, 59.3, 59.3, 47.6, 51.0, 54.3), SOMA),
     ),
-    "PØDA as the poster prints it; its authors later corrected night_sunny to 43.3 and daytime_foggy to 43.1, and so the mean to 36.8.",
+    "PØDA as the poster prints it; its authors later corrected night_sunny to 43.3 and"
+    " daytime_foggy to 43.1, and so the mean to 36.8.",
 )
 _SEGMENTATION_REAL = Published(
     "transfer",
@@ -217,10 +245,26 @@ _SEGMENTATION_REAL = Published(
         VLTSEG,
         ("SegFormer", "SAM", "VLTSeg"),
         {
-            "cityscapes": ((80.8, 58.0, 69.1, 58.6, 76.6), (82.8, 57.1, 71.0, 60.5, 75.9), (85.0, 66.0, 77.2, 73.3, 84.9)),
-            "bdd100k": ((62.4, 64.4, 63.0, 54.2, 93.0), (68.8, 69.3, 69.1, 57.9, 94.2), (78.9, 72.5, 75.9, 71.3, 104.0)),
-            "acdc": ((66.3, 54.1, 64.9, 75.0, 82.4), (68.9, 57.0, 68.1, 77.4, 83.5), (78.8, 65.0, 74.1, 80.0, 90.8)),
-            "mapillary": ((76.1, 63.0, 78.9, 65.7, 86.5), (76.4, 62.8, 78.9, 63.4, 85.6), (81.6, 69.2, 83.8, 74.2, 89.5)),
+            "cityscapes": (
+                (80.8, 58.0, 69.1, 58.6, 76.6),
+                (82.8, 57.1, 71.0, 60.5, 75.9),
+                (85.0, 66.0, 77.2, 73.3, 84.9),
+            ),
+            "bdd100k": (
+                (62.4, 64.4, 63.0, 54.2, 93.0),
+                (68.8, 69.3, 69.1, 57.9, 94.2),
+                (78.9, 72.5, 75.9, 71.3, 104.0),
+            ),
+            "acdc": (
+                (66.3, 54.1, 64.9, 75.0, 82.4),
+                (68.9, 57.0, 68.1, 77.4, 83.5),
+                (78.8, 65.0, 74.1, 80.0, 90.8),
+            ),
+            "mapillary": (
+                (76.1, 63.0, 78.9, 65.7, 86.5),
+                (76.4, 62.8, 78.9, 63.4, 85.6),
+                (81.6, 69.2, 83.8, 74.2, 89.5),
+            ),
         },
     ),
     "On test servers VLTSeg has 86.4 on Cityscapes, and 77.9 from Cityscapes on ACDC.",
@@ -236,8 +280,16 @@ _DETECTION_REAL = Published(
         POSTER,
         ("IN-21k", "SAM", "VLTDet"),
         {
-            "cityscapes": ((52.8, 30.8, 35.6, 62.9), (61.2, 37.2, 45.1, 67.2), (59.7, 39.6, 44.3, 70.2)),
-            "bdd100k": ((45.2, 51.2, 35.7, 79.0), (47.5, 53.8, 37.1, 78.6), (46.6, 49.2, 34.5, 82.4)),
+            "cityscapes": (
+                (52.8, 30.8, 35.6, 62.9),
+                (61.2, 37.2, 45.1, 67.2),
+                (59.7, 39.6, 44.3, 70.2),
+            ),
+            "bdd100k": (
+                (45.2, 51.2, 35.7, 79.0),
+                (47.5, 53.8, 37.1, 78.6),
+                (46.6, 49.2, 34.5, 82.4),
+            ),
             "acdc": ((22.4, 22.5, 32.8, 68.4), (33.9, 25.3, 47.8, 61.9), (44.9, 31.0, 48.3, 78.6)),
         },
     ),
@@ -292,8 +344,14 @@ _SEGMENTATION_FREEZING = Published(
         POSTER,
         {
             "none frozen": tuple(FREEZING_NONE[d] for d in _FOUR[:4]),
-            **{f"first {n} frozen": tuple(FREEZING_FIRST[d][n - 1] for d in _FOUR[:4]) for n in range(1, 13)},
-            **{f"last {n} frozen": tuple(FREEZING_LAST[d][n - 1] for d in _FOUR[:4]) for n in range(1, 13)},
+            **{
+                f"first {n} frozen": tuple(FREEZING_FIRST[d][n - 1] for d in _FOUR[:4])
+                for n in range(1, 13)
+            },
+            **{
+                f"last {n} frozen": tuple(FREEZING_LAST[d][n - 1] for d in _FOUR[:4])
+                for n in range(1, 13)
+            },
         },
     ),
     "Read off the poster's plot, give or take 0.2; none frozen: about.",
