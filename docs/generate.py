@@ -134,7 +134,7 @@ def flags_of(module: str, libraries: set[str]) -> dict[str, str]:
 
 
 def _has_flags(script: Path) -> bool:
-    return "ArgumentParser" in script.read_text() and not script.name.startswith("golden_")
+    return "ArgumentParser" in script.read_text()
 
 
 def all_flags() -> dict[str, dict[str, str]]:

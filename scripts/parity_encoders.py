@@ -25,7 +25,7 @@ from safetensors.numpy import save_file
 from jaxdg import backbones
 from jaxdg.backbones import EncoderConfig
 from jaxdg.conversion import convert as torch_to_flax
-from scripts import (
+from tests.oracles import (
     golden_clip,
     golden_clip_resnet,
     golden_deit3,

@@ -26,7 +26,7 @@ from torch import nn  # pyright: ignore[reportMissingImports]
 from torch.nn import functional as F  # pyright: ignore[reportMissingImports]
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from scripts import oracles  # noqa: F401  before what follows
+from tests.oracles import stand_ins  # noqa: F401  before what follows
 
 # isort: split
 

@@ -1,5 +1,5 @@
 """Three small CLIP models in the layouts that are published, their weights drawn as
-scripts/golden_clip_text.py draws them.
+tests/oracles/golden_clip_text.py draws them.
 """
 
 import zlib

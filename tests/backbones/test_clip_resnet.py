@@ -1,4 +1,4 @@
-"""CLIP's ResNet against open_clip's (golden file made by scripts/golden_clip_resnet.py), its frozen
+"""CLIP's ResNet against open_clip's (golden file made by tests/oracles/golden_clip_resnet.py), its frozen
 BatchNorm, and its attention pool.
 """
 

@@ -1,4 +1,4 @@
-"""CLIP's vision transformer against open_clip (golden file made by scripts/golden_clip.py), and its
+"""CLIP's vision transformer against open_clip (golden file made by tests/oracles/golden_clip.py), and its
 guard against a mixed-up activation.
 """
 

@@ -1,4 +1,4 @@
-"""DeiT-III against timm (golden file made by scripts/golden_deit3.py), and the laws of LayerScale."""
+"""DeiT-III against timm (golden file made by tests/oracles/golden_deit3.py), and the laws of LayerScale."""
 
 import dataclasses
 

@@ -1,4 +1,4 @@
-"""DINOv2 against its authors' code (golden file made by scripts/golden_dinov2.py), with and without
+"""DINOv2 against its authors' code (golden file made by tests/oracles/golden_dinov2.py), with and without
 registers.
 """
 

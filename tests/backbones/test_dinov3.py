@@ -1,4 +1,4 @@
-"""DINOv3's vision transformer against transformers (golden file made by scripts/golden_dinov3.py),
+"""DINOv3's vision transformer against transformers (golden file made by tests/oracles/golden_dinov3.py),
 and the laws of its rotation.
 """
 

@@ -1,7 +1,7 @@
 """EVA-02 against timm and against the public VLTSeg re-implementation (golden files), and the laws
 of its parts.
 
-The files eva02_clip, eva02_mim_l and eva02_mim_ti are made by scripts/golden_eva02.py.
+The files eva02_clip, eva02_mim_l and eva02_mim_ti are made by tests/oracles/golden_eva02.py.
 eva02_vltseg_repro holds what the encoder file of VLTSeg/VLTSeg (commit 19cff2c,
 vltseg/models/eva02.py, unchanged, with `xattn=True`) computes on CPU with random weights, at 70x70
 and at 103x103 pixels with positions of those grids.

@@ -1,5 +1,5 @@
 """EVA-CLIP-8B and -18B for planning, against their authors' code (golden file made by
-scripts/golden_eva_clip.py).
+tests/oracles/golden_eva_clip.py).
 """
 
 from flax import nnx

@@ -1,4 +1,4 @@
-"""The Mix Transformer against transformers' (golden file made by scripts/golden_segformer.py), and
+"""The Mix Transformer against transformers' (golden file made by tests/oracles/golden_segformer.py), and
 its own: stages, reduced keys.
 """
 

@@ -1,5 +1,5 @@
 """MoCo-v3: a plain vision transformer by other names, against timm (golden file made by
-scripts/golden_vit.py).
+tests/oracles/golden_vit.py).
 """
 
 from flax import nnx

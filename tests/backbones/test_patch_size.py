@@ -1,5 +1,5 @@
 """Another patch size than that of the pre-training: kernels resized as timm and torch do it
-(scripts/golden_patch.py), and a whole run.
+(tests/oracles/golden_patch.py), and a whole run.
 """
 
 import dataclasses

@@ -1,4 +1,4 @@
-"""The pyramid against torch's layers (golden file made by scripts/golden_vit.py) and a transposed
+"""The pyramid against torch's layers (golden file made by tests/oracles/golden_vit.py) and a transposed
 convolution written out in NumPy.
 """
 

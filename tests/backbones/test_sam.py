@@ -1,4 +1,4 @@
-"""SAM's image encoder against timm's (golden file made by scripts/golden_sam.py), and the laws of
+"""SAM's image encoder against timm's (golden file made by tests/oracles/golden_sam.py), and the laws of
 its windows and relative positions.
 """
 

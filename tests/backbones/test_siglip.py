@@ -1,5 +1,5 @@
-"""SigLIP's image tower against timm and big_vision (golden files made by scripts/golden_siglip.py
-and scripts/golden_big_vision.py).
+"""SigLIP's image tower against timm and big_vision (golden files made by tests/oracles/golden_siglip.py
+and tests/oracles/golden_big_vision.py).
 """
 
 from flax import nnx

@@ -1,4 +1,4 @@
-"""The plain ViT against timm's outputs (golden files made by scripts/golden_vit.py), and the laws
+"""The plain ViT against timm's outputs (golden files made by tests/oracles/golden_vit.py), and the laws
 of its stacked blocks.
 """
 

@@ -155,7 +155,7 @@ def test_transformers_names_mean_what_transformers_computes(command, tmp_path):
     """
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
-    from scripts import oracles  # noqa: F401  declares what transformers asks of torchvision
+    from tests.oracles import stand_ins  # noqa: F401  declares what transformers asks of torchvision
 
     text = dict(
         hidden_size=64,

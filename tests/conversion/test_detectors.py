@@ -125,7 +125,7 @@ def test_published_faster_rcnns_fit():
     mapped, or are of the encoder.
     """
     torch = pytest.importorskip("torch")
-    pytest.importorskip("scripts.oracles")  # before torchvision
+    pytest.importorskip("tests.oracles.stand_ins")  # before torchvision
     detection = pytest.importorskip("torchvision.models.detection")
     with torch.device("meta"):
         state = detection.fasterrcnn_resnet50_fpn(weights=None, weights_backbone=None).state_dict()

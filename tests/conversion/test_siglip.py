@@ -198,7 +198,7 @@ def listed(names):
 
 def test_the_description_is_that_of_timm_transformers_and_big_vision(golden):
     """The models that they build hold the tensors above, and what is left out by name
-    (scripts/golden_{siglip,big_vision}.py).
+    (tests/oracles/golden_{siglip,big_vision}.py).
     """
     with np.load(golden / "big_vision.npz") as archive:
         for layout in ("big_vision", "big_vision-scan"):

@@ -41,7 +41,7 @@ GAINS = (
 
 
 def drawn(name: str, shape: tuple[int, ...]) -> np.ndarray:
-    """The tensor that the golden file's model had under this name, as `scripts/golden_vltseg.py`
+    """The tensor that the golden file's model had under this name, as `tests/oracles/golden_vltseg.py`
     draws it.
     """
     x = np.random.default_rng(zlib.crc32(name.encode())).standard_normal(shape)

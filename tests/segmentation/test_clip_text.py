@@ -1,5 +1,5 @@
 """The zero-shot decoder against MaskCLIP's computation on open_clip's and timm's modules (golden
-file of scripts/golden_clip_text.py).
+file of tests/oracles/golden_clip_text.py).
 """
 
 from flax import nnx

@@ -1,5 +1,5 @@
 """SegFormer's decoder, alone and with its encoder, against transformers (golden file made by
-scripts/golden_segformer.py) and NumPy.
+tests/oracles/golden_segformer.py) and NumPy.
 """
 
 import re
