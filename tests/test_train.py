@@ -23,7 +23,8 @@ from PIL import Image
 import pytest
 
 import jaxdg
-from jaxdg import backbones, config, segmentation, train, weights
+from jaxdg import config, segmentation, train, weights
+from jaxdg.backbones import resizing
 from jaxdg.commands import command_line as cli
 from jaxdg.config import (
     Config,
@@ -176,7 +177,7 @@ def test_a_run_starts_from_another_runs_model(runs):
         np.testing.assert_array_equal(found[name], stored[name])
     np.testing.assert_allclose(
         found["backbone.pos_embed"],
-        backbones.layers.resize_positions(stored["backbone.pos_embed"], (6, 6), 1),
+        resizing.resize_positions(stored["backbone.pos_embed"], (6, 6), 1),
         rtol=1e-5,
         atol=1e-6,
     )

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 import numpy as np
 
-from jaxdg.backbones import layers
+from jaxdg.backbones import resizing, stacking
 from jaxdg.backbones.encoder import Encoder, StagedConfig
 
 
@@ -141,14 +141,14 @@ class AttentionPool(nnx.Module):
 
     def positions(self, rows: int, columns: int) -> Float[Array, "n c"]:
         """Learned positions, first that of the mean, at the size of a map: as
-        `layers.resize_positions` resizes them.
+        `resizing.resize_positions` resizes them.
         """
         positions = self.positional_embedding[...]
         side = round((len(positions) - 1) ** 0.5)
         if (rows, columns) == (side, side):
             return positions
         down, across = (
-            jnp.asarray(layers.cubic_matrix(side, n), jnp.float32) for n in (rows, columns)
+            jnp.asarray(resizing.cubic_matrix(side, n), jnp.float32) for n in (rows, columns)
         )
         square = positions[1:].reshape(side, side, -1)
         resized = jnp.einsum("iy,jx,yxc->ijc", down, across, square).reshape(rows * columns, -1)
@@ -185,7 +185,7 @@ class ClipResnet(Encoder):
                 return Bottleneck(c, stage, first == 0, rngs=rngs)
 
             # The first block of a stage is of another shape than the others.
-            stack = layers.Stack(
+            stack = stacking.Stack(
                 block, c.blocks[stage], (0, *c.ends(stage)), remat=c.remat, rngs=rngs
             )
             setattr(self, f"layer{stage + 1}", stack)

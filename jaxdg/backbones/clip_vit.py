@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 import numpy as np
 
-from jaxdg.backbones import layers
+from jaxdg.backbones import stacking
 from jaxdg.backbones.vit import Attention, Vit, VitConfig
 
 EPSILON = 1e-5
@@ -112,7 +112,7 @@ class ClipVit(Vit):
         self.pos_embed = nnx.Param(init(rngs.params(), (1, 1 + rows * columns, config.width)))
         self.patch_embed = PatchEmbed(config, rngs=rngs)
         self.norm_pre = nnx.LayerNorm(config.width, epsilon=EPSILON, rngs=rngs)
-        self.blocks = layers.Stack(
+        self.blocks = stacking.Stack(
             lambda rngs, _: Block(config, rngs=rngs),
             config.used,
             config.ends,

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 import numpy as np
 
-from jaxdg.backbones import layers
+from jaxdg.backbones import resizing, stacking
 from jaxdg.backbones.vit import Attention, Mlp, PatchEmbed, Vit, VitConfig
 
 INITIAL_SCALE = 1e-4
@@ -76,7 +76,7 @@ class Deit3(Vit):
         def make_block(rngs, _):
             return Block(config, INITIAL_SCALE, rngs=rngs)
 
-        self.blocks = layers.Stack(
+        self.blocks = stacking.Stack(
             make_block, config.used, config.ends, remat=config.remat, rngs=rngs
         )
 
@@ -91,7 +91,7 @@ class Deit3(Vit):
     def adapt(self, name: str, tensor: np.ndarray) -> np.ndarray | None:
         """As `Vit.adapt`, for positions without a row for the class token."""
         return (
-            layers.resize_positions(tensor, self.config.grid, prefix=0)
+            resizing.resize_positions(tensor, self.config.grid, prefix=0)
             if name == "pos_embed"
             else super().adapt(name, tensor)
         )

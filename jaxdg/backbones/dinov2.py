@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 import numpy as np
 
-from jaxdg.backbones import layers
+from jaxdg.backbones import resizing, stacking
 from jaxdg.backbones.deit3 import Block
 from jaxdg.backbones.vit import PatchEmbed, Vit, VitConfig
 
@@ -105,7 +105,7 @@ class Dinov2(Vit):
         def make_block(rngs, _):
             return block(config, INITIAL_SCALE, rngs=rngs)
 
-        self.blocks = layers.Stack(
+        self.blocks = stacking.Stack(
             make_block, config.used, config.ends, remat=config.remat, rngs=rngs
         )
 
@@ -128,9 +128,9 @@ class Dinov2(Vit):
         matrix = (
             antialiased_matrix
             if self.config.registers
-            else partial(layers.cubic_matrix, offset=0.1)
+            else partial(resizing.cubic_matrix, offset=0.1)
         )
-        return layers.resize_positions(tensor, self.config.grid, prefix=1, matrix=matrix)
+        return resizing.resize_positions(tensor, self.config.grid, prefix=1, matrix=matrix)
 
 
 def antialiased_matrix(source: int, target: int) -> np.ndarray:

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 import numpy as np
 
-from jaxdg.backbones import layers
+from jaxdg.backbones import attention, stacking
 from jaxdg.backbones.deit3 import LayerScale
 from jaxdg.backbones.vit import Mlp, PatchEmbed, Vit, VitConfig
 
@@ -99,7 +99,7 @@ class Attention(nnx.Module):
         q_bias, v_bias = self.qv_bias[...].astype(q.dtype)
         q, k, v = (t.reshape(*t.shape[:2], self.heads, -1) for t in (q + q_bias, k, v + v_bias))
         return self.proj(
-            layers.attention(rotate(q, cos, sin), rotate(k, cos, sin), v).reshape(x.shape)
+            attention.attention(rotate(q, cos, sin), rotate(k, cos, sin), v).reshape(x.shape)
         )
 
 
@@ -126,7 +126,7 @@ class Block(nnx.Module):
         return x + keep[1].astype(x.dtype) * self.ls2(self.mlp(self.norm2(x)))
 
 
-class Blocks(layers.Stack):
+class Blocks(stacking.Stack):
     """The stacked blocks, every one of which gets the rotary tables of the encoder's grid."""
 
     def __init__(self, config: Dinov3Config, *, rngs: nnx.Rngs):

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 import numpy as np
 
-from jaxdg.backbones import layers
+from jaxdg.backbones import attention, stacking
 from jaxdg.backbones.encoder import EncoderConfig, EncoderOptions
 from jaxdg.backbones.vit import PatchEmbed, Vit, VitConfig
 
@@ -157,7 +157,7 @@ class Attention(nnx.Module):
         q = q + self.q_bias[...].astype(q.dtype)
         v = v + self.v_bias[...].astype(v.dtype)
         q, k, v = (t.reshape(*t.shape[:2], self.heads, -1) for t in (q, k, v))
-        y = layers.attention(rotate(q, cos, sin), rotate(k, cos, sin), v).reshape(x.shape)
+        y = attention.attention(rotate(q, cos, sin), rotate(k, cos, sin), v).reshape(x.shape)
         return self.proj(y if self.inner_attn_ln is None else self.inner_attn_ln(y))
 
     def alone(self, x: Float[Array, "b n c"]) -> Float[Array, "b n c"]:
@@ -181,11 +181,11 @@ class WindowAttention(Attention):
         self, x: Float[Array, "b n c"], cos: Float[Array, "p d"], sin: Float[Array, "p d"]
     ) -> Float[Array, "b n c"]:
         b, _, c = x.shape
-        windows = layers.to_windows(x[:, 1:].reshape(b, *self.grid, c), self.window)
+        windows = attention.to_windows(x[:, 1:].reshape(b, *self.grid, c), self.window)
         token = jnp.repeat(x[:, :1], len(windows) // b, axis=0)
         tables = rotary_tables((self.window, self.window), 2 * cos.shape[1])
         y = super().__call__(jnp.concatenate([token, windows], axis=1), *tables)
-        patches = layers.from_windows(y[:, 1:], self.grid, self.window).reshape(b, -1, c)
+        patches = attention.from_windows(y[:, 1:], self.grid, self.window).reshape(b, -1, c)
         return jnp.concatenate(
             [y[:, :1].reshape(b, -1, c).mean(axis=1, keepdims=True), patches], axis=1
         )
@@ -234,7 +234,7 @@ class Block(nnx.Module):
         return x + keep[1].astype(x.dtype) * self.mlp(self.norm2(x))
 
 
-class Blocks(layers.Stack):
+class Blocks(stacking.Stack):
     """The stacked blocks, every one of which gets the rotary tables of the encoder's grid."""
 
     def __init__(self, config: Eva02Config, *, rngs: nnx.Rngs):

@@ -13,7 +13,7 @@ from flax import nnx
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from jaxdg.backbones import layers, vit
+from jaxdg.backbones import stacking, vit
 from jaxdg.backbones.vit import PatchEmbed, Vit, VitConfig
 
 RATIO = 5  # of the MLP's inner width to the encoder's
@@ -93,7 +93,7 @@ class EvaClip(Vit):
             init(rngs.params(), (1, 1 + config.grid[0] * config.grid[1], config.width))
         )
         self.patch_embed = PatchEmbed(config, rngs=rngs)
-        self.blocks = layers.Stack(
+        self.blocks = stacking.Stack(
             lambda rngs, _: Block(config, rngs=rngs),
             config.used,
             config.ends,

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 import numpy as np
 
-from jaxdg.backbones import layers
+from jaxdg.backbones import attention, stacking
 from jaxdg.backbones.encoder import Encoder, StagedConfig
 
 
@@ -73,7 +73,7 @@ class Attention(nnx.Module):
         if self.sr is not None and self.norm is not None:
             x = self.norm(self.sr(x))
         k, v = jnp.moveaxis(self.kv(x).reshape(b, -1, 2, self.heads, c // self.heads), 2, 0)
-        return self.proj(layers.attention(q, k, v).reshape(b, h, w, c))
+        return self.proj(attention.attention(q, k, v).reshape(b, h, w, c))
 
 
 class Depthwise(nnx.Module):
@@ -186,7 +186,7 @@ class Mit(Encoder):
             setattr(
                 self,
                 f"block{stage + 1}",
-                layers.Stack(block, c.blocks[stage], c.ends(stage), remat=c.remat, rngs=rngs),
+                stacking.Stack(block, c.blocks[stage], c.ends(stage), remat=c.remat, rngs=rngs),
             )
             setattr(self, f"norm{stage + 1}", layer_norm(c.widths[stage], 1e-6, rngs))
 
@@ -205,7 +205,9 @@ class Mit(Encoder):
         """
         c = self.config
         self.check_size(images)
-        keep = layers.drop_path_scales(key, c.drop_path, sum(c.blocks), images.shape[0])[..., None]
+        keep = stacking.drop_path_scales(key, c.drop_path, sum(c.blocks), images.shape[0])[
+            ..., None
+        ]
         x = jnp.asarray(images)
         outputs = []
         first = 0

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 import numpy as np
 
-from jaxdg.backbones import layers, vit
+from jaxdg.backbones import attention, resizing, stacking, vit
 from jaxdg.backbones.vit import Mlp, PatchEmbed, Vit, VitConfig
 
 
@@ -98,8 +98,8 @@ class WindowAttention(Attention):
 
     def __call__(self, x: Float[Array, "b n c"]) -> Float[Array, "b n c"]:
         maps = x.reshape(x.shape[0], *self.image, -1)
-        return layers.from_windows(
-            super().__call__(layers.to_windows(maps, self.grid[0])), self.image, self.grid[0]
+        return attention.from_windows(
+            super().__call__(attention.to_windows(maps, self.grid[0])), self.image, self.grid[0]
         ).reshape(x.shape)
 
 
@@ -144,7 +144,7 @@ class Sam(Vit):
         def make(rngs, first):
             return Block(config, first in config.global_blocks, rngs=rngs)
 
-        self.blocks = layers.Stack(make, config.used, config.ends, remat=config.remat, rngs=rngs)
+        self.blocks = stacking.Stack(make, config.used, config.ends, remat=config.remat, rngs=rngs)
 
     def embed(self, images: Float[Array | np.ndarray, "b h w 3"]) -> Float[Array, "b n c"]:
         """The tokens that enter the first block: patches with their positions."""
@@ -160,7 +160,7 @@ class Sam(Vit):
             if tensor.ndim != 4 or not tensor.size:
                 return tensor  # told as of another shape, like the table below
             matrices = (
-                layers.cubic_matrix(source, target)
+                resizing.cubic_matrix(source, target)
                 for source, target in zip(tensor.shape[1:3], (rows, columns), strict=True)
             )
             return np.einsum("iy,jx,byxc->bijc", *matrices, tensor, optimize=True).astype(

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 import numpy as np
 
-from jaxdg.backbones import layers, vit
+from jaxdg.backbones import resizing, stacking, vit
 from jaxdg.backbones.vit import Attention, PatchEmbed, Vit, VitConfig
 
 
@@ -65,7 +65,7 @@ class Siglip(Vit):
         init = nnx.initializers.normal(config.width**-0.5)
         self.pos_embed = nnx.Param(init(rngs.params(), (1, rows * columns, config.width)))
         self.patch_embed = PatchEmbed(config, rngs=rngs)
-        self.blocks = layers.Stack(
+        self.blocks = stacking.Stack(
             lambda rngs, _: Block(config, rngs=rngs),
             config.used,
             config.ends,
@@ -87,6 +87,6 @@ class Siglip(Vit):
         grid and fills them with zeros; this fault is not followed.
         """
         if name == "pos_embed":
-            matrix = partial(layers.linear_matrix, corners=True)
-            return layers.resize_positions(tensor, self.config.grid, self.config.prefix, matrix)
+            matrix = partial(resizing.linear_matrix, corners=True)
+            return resizing.resize_positions(tensor, self.config.grid, self.config.prefix, matrix)
         return super().adapt(name, tensor)

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 import numpy as np
 
-from jaxdg.backbones import layers
+from jaxdg.backbones import attention, resizing, stacking
 from jaxdg.backbones.encoder import Encoder, EncoderConfig, EncoderOptions
 
 
@@ -29,7 +29,7 @@ class VitConfig(EncoderConfig):
         width: channels of a token.
         heads: attention heads; `width` must divide by it.
         patch_resize: how a stored kernel for patches of another size is resized, one of
-            `layers.PATCH_RESIZES`; None refuses it.
+            `resizing.PATCH_RESIZES`; None refuses it.
     """
 
     patch_size: int = 16
@@ -52,8 +52,8 @@ class VitConfig(EncoderConfig):
         )
         if size is None:
             return config
-        if size < 1 or resize not in layers.PATCH_RESIZES:
-            allowed = f"at least 1 pixel, and one of {' '.join(layers.PATCH_RESIZES)}"
+        if size < 1 or resize not in resizing.PATCH_RESIZES:
+            allowed = f"at least 1 pixel, and one of {' '.join(resizing.PATCH_RESIZES)}"
             raise ValueError(
                 f"patch_size {size} and patch_resize {resize!r} of {options.encoder}; allowed:"
                 f" {allowed}"
@@ -104,7 +104,7 @@ class Attention(nnx.Module):
     def __call__(self, x: Float[Array, "b n c"]) -> Float[Array, "b n c"]:
         b, n, c = x.shape
         q, k, v = jnp.moveaxis(self.qkv(x).reshape(b, n, 3, self.heads, -1), 2, 0)
-        return self.proj(layers.attention(q, k, v).reshape(b, n, c))
+        return self.proj(attention.attention(q, k, v).reshape(b, n, c))
 
     def alone(self, x: Float[Array, "b n c"]) -> Float[Array, "b n c"]:
         """The output were every token to attend to itself only."""
@@ -176,7 +176,7 @@ class Vit(Encoder):
         self.cls_token = nnx.Param(init(rngs.params(), (1, 1, config.width)))
         self.pos_embed = nnx.Param(init(rngs.params(), (1, 1 + rows * columns, config.width)))
         self.patch_embed = PatchEmbed(config, rngs=rngs)
-        self.blocks = layers.Stack(
+        self.blocks = stacking.Stack(
             lambda rngs, _: Block(config, rngs=rngs),
             config.used,
             config.ends,
@@ -212,7 +212,7 @@ class Vit(Encoder):
         c = self.config
         self.check_size(images)
         x = self.embed(images)
-        keep = layers.drop_path_scales(key, c.drop_path, c.depth, x.shape[0])[: c.used]
+        keep = stacking.drop_path_scales(key, c.drop_path, c.depth, x.shape[0])[: c.used]
         outputs = self.blocks(x, keep)
         return tuple(outputs[tap] for tap in c.taps)
 
@@ -230,14 +230,14 @@ class Vit(Encoder):
         """
         c = self.config
         if name == "pos_embed":
-            return layers.resize_positions(tensor, c.grid, prefix=c.prefix)
+            return resizing.resize_positions(tensor, c.grid, prefix=c.prefix)
         if (
             name == "patch_embed.proj.kernel"
             and c.patch_resize is not None
             and tensor.ndim == 4
             and tensor.shape[0] != c.patch_size
         ):
-            return layers.resize_patch(tensor, c.patch_size, c.patch_resize)
+            return resizing.resize_patch(tensor, c.patch_size, c.patch_resize)
         block = self.unit_of(name)
         return None if block is not None and block > c.taps[-1] else tensor
 

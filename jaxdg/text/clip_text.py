@@ -21,7 +21,7 @@ from jaxtyping import Array, Float, Float32, Int32
 import numpy as np
 
 from jaxdg import weights as weights_io
-from jaxdg.backbones import clip_vit, layers
+from jaxdg.backbones import clip_vit, stacking
 from jaxdg.backbones.vit import Attention
 from jaxdg.text import tokenizer
 
@@ -134,7 +134,7 @@ class ClipText(nnx.Module):
         self.positional_embedding = nnx.Param(
             init(0.01)(rngs.params(), (tokenizer.LENGTH, c.width))
         )
-        self.blocks = layers.Stack(
+        self.blocks = stacking.Stack(
             lambda rngs, _: Block(c, rngs=rngs), c.depth, (), remat=False, rngs=rngs
         )
         self.ln_final = nnx.LayerNorm(c.width, epsilon=clip_vit.EPSILON, rngs=rngs)
@@ -151,7 +151,7 @@ class ClipText(nnx.Module):
             ids: of `tokenizer.tokenize`.
         """
         x = self.token_embedding[...][ids] + self.positional_embedding[...]
-        keep = layers.drop_path_scales(None, 0.0, self.config.depth, len(ids))
+        keep = stacking.drop_path_scales(None, 0.0, self.config.depth, len(ids))
         x = self.blocks(x, keep)[self.config.depth - 1]
         end = jnp.argmax(ids, axis=1)  # the end token has the highest id
         return self.ln_final(x[jnp.arange(len(ids)), end]) @ self.text_projection[...]

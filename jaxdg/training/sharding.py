@@ -125,7 +125,7 @@ def gather(state: Any, at: Any) -> Any:
     """In a jitted function: makes parameters, or their gradients, whole on every device, but for
     those of stacked blocks.
 
-    `backbones.layers.whole` does that to each block when its turn comes, and says why.
+    `backbones.stacking.gathered` does that to each block when its turn comes, and says why.
 
     Args:
         state: a tree of parameters.

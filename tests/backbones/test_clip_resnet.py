@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from jaxdg import backbones, weights
-from jaxdg.backbones import ClipResnet, ClipResnetConfig, layers
+from jaxdg.backbones import ClipResnet, ClipResnetConfig, resizing
 from jaxdg.conversion import clip_resnet, mapping
 
 SIZES = ((96, 96), (64, 96), (77, 101))  # as trained, not square, odd
@@ -119,7 +119,7 @@ def test_the_pool_reads_its_positions(build):
     x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 2, 4, 128)), jnp.float32)
     learned = np.asarray(pool.positional_embedding[...])
     np.testing.assert_allclose(
-        pool.positions(2, 4), layers.resize_positions(learned[None], (2, 4), 1)[0], atol=1e-6
+        pool.positions(2, 4), resizing.resize_positions(learned[None], (2, 4), 1)[0], atol=1e-6
     )
     before = encoder.pool(x)
     pool.positional_embedding[...] = jnp.asarray(learned[::-1])

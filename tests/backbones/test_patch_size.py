@@ -10,7 +10,7 @@ import pytest
 
 import jaxdg
 from jaxdg import backbones, config, train, weights
-from jaxdg.backbones import layers
+from jaxdg.backbones import resizing
 from jaxdg.commands import command_line as cli
 from jaxdg.tasks import run_state as tasks
 from tests.backbones.drawn import drawn, run
@@ -43,7 +43,7 @@ def stored(tmp_path, monkeypatch):
     return make
 
 
-@pytest.mark.parametrize("method", layers.PATCH_RESIZES)
+@pytest.mark.parametrize("method", resizing.PATCH_RESIZES)
 def test_kernels_equal_timms_and_torchs(golden, method):
     """Enlarged and shrunk: FlexiViT's resize as timm's with big_vision's interpolation, the other
     as torch's plain bicubic.
@@ -54,7 +54,7 @@ def test_kernels_equal_timms_and_torchs(golden, method):
         for name in names:
             source, target = map(int, name.split("/")[1].split("to"))
             kernel = drawn("patch_embed.proj.weight", (4, 3, source, source)).transpose(2, 3, 1, 0)
-            got = layers.resize_patch(kernel, target, method)
+            got = resizing.resize_patch(kernel, target, method)
             np.testing.assert_allclose(
                 got, archive[name].transpose(2, 3, 1, 0), rtol=0, atol=1e-6, err_msg=name
             )
@@ -106,7 +106,7 @@ def test_features_of_enlarged_patches_are_those_of_the_patches(stored, name):
     kernel = weights.tensors(bicubic)["patch_embed.proj.kernel"]
     np.testing.assert_array_equal(
         kernel,
-        layers.resize_patch(drawn("patch_embed.proj.kernel", (14, 14, 3, 24)), 16, "bicubic"),
+        resizing.resize_patch(drawn("patch_embed.proj.kernel", (14, 14, 3, 24)), 16, "bicubic"),
     )
 
 
@@ -117,10 +117,10 @@ def test_bicubic_scales_by_nothing():
     kernel = drawn("patch_embed.proj.kernel", (14, 14, 3, 8))
     uniform = np.ones((14, 14, 3, 8), np.float32)
     np.testing.assert_allclose(
-        layers.resize_patch(kernel, 28, "flexi").sum((0, 1)), kernel.sum((0, 1)), atol=1e-5
+        resizing.resize_patch(kernel, 28, "flexi").sum((0, 1)), kernel.sum((0, 1)), atol=1e-5
     )
     np.testing.assert_allclose(
-        layers.resize_patch(uniform, 28, "bicubic").sum((0, 1)), 28.0**2, rtol=1e-6
+        resizing.resize_patch(uniform, 28, "bicubic").sum((0, 1)), 28.0**2, rtol=1e-6
     )
 
 
@@ -204,7 +204,7 @@ def test_a_run_with_another_patch_trains_and_loads_again(stored, tmp_path):
     kernel = tasks.stored_tensors(tmp_path / "run")["backbone.patch_embed.proj.kernel"]
     np.testing.assert_allclose(
         kernel,
-        layers.resize_patch(drawn("patch_embed.proj.kernel", (14, 14, 3, 24)), 8, "flexi"),
+        resizing.resize_patch(drawn("patch_embed.proj.kernel", (14, 14, 3, 24)), 8, "flexi"),
         atol=1e-6,
     )
     labels = jaxdg.load(tmp_path / "run").predict(np.zeros((40, 48, 3), np.uint8))

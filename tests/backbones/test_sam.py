@@ -10,7 +10,7 @@ import pytest
 
 from jaxdg import backbones, weights
 from jaxdg.backbones import Sam, SamConfig
-from jaxdg.backbones.layers import from_windows, to_windows
+from jaxdg.backbones.attention import from_windows, to_windows
 from jaxdg.backbones.sam import Attention, WindowAttention, resize_distances
 from jaxdg.conversion import sam
 from tests.backbones.drawn import random_file, run, trained_steps, wave

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from jaxdg import backbones, weights
-from jaxdg.backbones import Siglip, SiglipConfig, Vit, VitConfig, layers
+from jaxdg.backbones import Siglip, SiglipConfig, Vit, VitConfig, stacking
 from jaxdg.backbones.siglip import Block
 from jaxdg.conversion import mapping, siglip, vit
 from tests.backbones.drawn import drawn, run, wave
@@ -30,7 +30,7 @@ class ExactSiglip(Siglip):
 
     def __init__(self, config, *, rngs):
         super().__init__(config, rngs=rngs)
-        self.blocks = layers.Stack(
+        self.blocks = stacking.Stack(
             lambda rngs, _: backbones.vit.Block(config, rngs=rngs),
             config.used,
             config.ends,
@@ -44,7 +44,7 @@ class TanhVit(Vit):
 
     def __init__(self, config, *, rngs):
         super().__init__(config, rngs=rngs)
-        self.blocks = layers.Stack(
+        self.blocks = stacking.Stack(
             lambda rngs, _: Block(config, rngs=rngs),
             config.used,
             config.ends,

@@ -11,7 +11,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from jaxdg import backbones, weights
-from jaxdg.backbones import Vit, VitConfig, layers
+from jaxdg.backbones import Vit, VitConfig, resizing, stacking
 from jaxdg.conversion import convert as torch_to_flax
 from jaxdg.conversion import mapping, vit
 
@@ -121,7 +121,7 @@ def test_positions_equal_torch_bicubic(golden):
         assert {"32x32", "7x7", "28x7"} <= set(grids)
         for grid in grids:
             rows, columns = map(int, grid.split("x"))
-            got = layers.resize_positions(positions, (rows, columns), prefix=1)
+            got = resizing.resize_positions(positions, (rows, columns), prefix=1)
             assert got.dtype == np.float32
             np.testing.assert_allclose(got, archive[grid], atol=1e-5, err_msg=grid)
             np.testing.assert_array_equal(got[:, 0], positions[:, 0])
@@ -132,11 +132,11 @@ def test_positions_of_no_square_grid_must_fit():
     they do not.
     """
     oblong = np.arange(13, dtype=np.float32).reshape(1, 13, 1)
-    np.testing.assert_array_equal(layers.resize_positions(oblong, (3, 4), prefix=1), oblong)
+    np.testing.assert_array_equal(resizing.resize_positions(oblong, (3, 4), prefix=1), oblong)
     with pytest.raises(
         ValueError, match="12 patch positions are no square grid and do not fit 5x5"
     ):
-        layers.resize_positions(oblong, (5, 5), prefix=1)
+        resizing.resize_positions(oblong, (5, 5), prefix=1)
 
 
 def test_pretrained_features_and_logits_equal_timm(golden, weights_path, data_path, tmp_path):
@@ -237,11 +237,11 @@ def test_drop_path_scales_follow_their_law():
     """Scales are 0 or 1/(1-p) with p growing linearly from 0 to the rate, so a branch keeps its
     mean; no key or rate turns it off.
     """
-    off = layers.drop_path_scales(None, 0.4, 5, 3)
+    off = stacking.drop_path_scales(None, 0.4, 5, 3)
     assert off.shape == (5, 2, 3, 1, 1)
     np.testing.assert_array_equal(off, 1)
-    np.testing.assert_array_equal(layers.drop_path_scales(jax.random.key(0), 0.0, 5, 3), 1)
-    scales = np.asarray(layers.drop_path_scales(jax.random.key(0), 0.4, 5, 20_000))[..., 0, 0]
+    np.testing.assert_array_equal(stacking.drop_path_scales(jax.random.key(0), 0.0, 5, 3), 1)
+    scales = np.asarray(stacking.drop_path_scales(jax.random.key(0), 0.4, 5, 20_000))[..., 0, 0]
     np.testing.assert_array_equal(scales[0], 1)
     for i, p in enumerate((0.0, 0.1, 0.2, 0.3, 0.4)):
         kept = scales[i] > 0

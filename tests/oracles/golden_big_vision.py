@@ -35,7 +35,7 @@ import numpy as np
 import torch  # pyright: ignore[reportMissingImports]
 
 from jaxdg import backbones, weights
-from jaxdg.backbones import layers, zoo
+from jaxdg.backbones import resizing, zoo
 from jaxdg.conversion import convert as torch_to_flax
 from jaxdg.conversion import mapping, models
 from tests.backbones.drawn import drawn, wave
@@ -128,7 +128,7 @@ def main() -> None:
         theirs = np.asarray(resample_patchemb(kernel, (target, target)))
         print(
             f"flexi {source} to {target}:"
-            f" {np.abs(layers.resize_patch(kernel, target, 'flexi') - theirs).max():.1e} of"
+            f" {np.abs(resizing.resize_patch(kernel, target, 'flexi') - theirs).max():.1e} of"
             f" {theirs.max():.1f}"
         )
     path = GOLDEN / "big_vision.npz"

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from jaxdg import segmentation, weights
-from jaxdg.backbones import VitConfig, layers, zoo
+from jaxdg.backbones import VitConfig, resizing, zoo
 from jaxdg.config import Config, MeshConfig, validated
 from jaxdg.data.labels import CAMVID, CITYSCAPES, LabelSet
 from jaxdg.segmentation import LinearHead, Mask2FormerConfig, Segmenter, SegmenterConfig
@@ -183,7 +183,7 @@ def test_a_segmenter_for_another_size_takes_over_all_tensors():
     other = make((64, 64))
     weights.fill(other, square, "elsewhere")
     filled = weights.tensors(other)
-    resized = layers.resize_positions(square["backbone.pos_embed"], (8, 8), 1)
+    resized = resizing.resize_positions(square["backbone.pos_embed"], (8, 8), 1)
     np.testing.assert_allclose(filled.pop("backbone.pos_embed"), resized, atol=1e-6)
     assert {"head.query_feat", "pyramid.fpn1_norm.mean"} < filled.keys()
     for name, tensor in filled.items():

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Float32, Key, UInt8
 import numpy as np
 
-from jaxdg.backbones.layers import attention
+from jaxdg.backbones.attention import attention
 from jaxdg.evaluation.sliding_window import resize_scores
 from jaxdg.segmentation.decoder import Decoder, DecoderConfig, DecoderOptions
 from jaxdg.segmentation.mask2former.deformable_attention import kernel_init

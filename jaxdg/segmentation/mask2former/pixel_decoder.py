@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 import numpy as np
 
-from jaxdg.backbones.layers import Stack
+from jaxdg.backbones.stacking import Stack
 from jaxdg.evaluation.sliding_window import resize_scores
 from jaxdg.segmentation.mask2former.deformable_attention import (
     DeformableAttention,

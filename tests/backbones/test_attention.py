@@ -1,14 +1,11 @@
-"""Attention on every kind of device against its definition, and what the backward pass of stacked
-blocks finds stored.
-"""
+"""Attention on every kind of device against its definition."""
 
 import jax
-from jax.ad_checkpoint import checkpoint_name
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxdg.backbones import layers
+from jaxdg.backbones import attention
 
 
 def drawn(queries, keys, dtype="float32", d=8):
@@ -40,7 +37,7 @@ def test_attention_equals_the_definition(monkeypatch, platform, masked):
     for queries, keys in ((7, 7), (4, 9)):
         q, k, v, mask = drawn(queries, keys)
         mask = mask if masked else None
-        got = jax.jit(layers.attention)(q, k, v, mask)
+        got = jax.jit(attention.attention)(q, k, v, mask)
         np.testing.assert_allclose(got, slow(q, k, v, mask), rtol=1e-5, atol=1e-6)
 
 
@@ -50,7 +47,7 @@ def test_attention_on_cpu_has_the_gradients_of_jaxs_own():
     for m in (None, mask):
 
         def ours(*x, m=m):
-            return jnp.sum(jnp.sin(layers.attention(*x, m)))
+            return jnp.sum(jnp.sin(attention.attention(*x, m)))
 
         def whole(*x, m=m):
             return jnp.sum(
@@ -79,7 +76,7 @@ def test_on_gpus_half_precision_takes_cudnn(monkeypatch, queries, keys):
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     monkeypatch.setattr(jax.nn, "dot_product_attention", cudnn)
     q, k, v, _ = drawn(queries, keys, "bfloat16")
-    got = layers.attention(q, k, v)
+    got = attention.attention(q, k, v)
     assert got.shape == q.shape
     np.testing.assert_allclose(np.asarray(got, np.float64), slow(q, k, v), atol=0.02)
 
@@ -87,7 +84,7 @@ def test_on_gpus_half_precision_takes_cudnn(monkeypatch, queries, keys):
         return lambda *x: jnp.sum(jnp.sin(f(*x).astype(jnp.float32)))
 
     for a, b in zip(
-        jax.grad(loss(layers.attention), (0, 1, 2))(q, k, v),
+        jax.grad(loss(attention.attention), (0, 1, 2))(q, k, v),
         jax.grad(loss(plain), (0, 1, 2))(q, k, v),
         strict=True,
     ):
@@ -107,29 +104,7 @@ def test_what_cudnn_does_not_take_is_left_to_jax(monkeypatch):
         lambda *a, **k: (asked.append(k.get("implementation")), plain(*a, **k))[1],
     )
     for *qkv, _ in (drawn(4, 4), drawn(4, 4, "bfloat16", 12), drawn(4, 4, "bfloat16", 136)):
-        layers.attention(*qkv)
+        attention.attention(*qkv)
     *qkv, mask = drawn(4, 4, "bfloat16")
-    layers.attention(*qkv, mask)
+    attention.attention(*qkv, mask)
     assert asked == [None] * 4
-
-
-def test_the_backward_pass_finds_products_and_marked_results_stored():
-    """Neither is computed twice; what lies between them is."""
-
-    def block(x, w):
-        return jnp.tanh(checkpoint_name(jax.lax.erf(x @ w), "marked") @ w) @ w
-
-    x = w = jnp.eye(4)
-    jaxpr = str(
-        jax.make_jaxpr(
-            jax.grad(lambda w: jnp.sum(jax.checkpoint(block, policy=layers.kept)(x, w)))
-        )(w)
-    )
-
-    def count(name):
-        return jaxpr.count(f"= {name} ") + jaxpr.count(f"= {name}[")
-
-    assert count("dot_general") == 3 + 5, (
-        "three products, and the gradient of each for both factors but the first"
-    )
-    assert (count("erf"), count("tanh")) == (1, 2)
