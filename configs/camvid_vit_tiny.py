@@ -1,18 +1,23 @@
-r"""CamVid by day in one town -> another place by day, and dusk: a real pre-trained ViT-Ti/16 and a
-small Mask2Former.
+r"""CamVid by day -> another town by day, and dusk: a pre-trained ViT-Ti/16 and a small Mask2Former.
 
-Reproduces no published figure; it shows on real images what pre-training is worth on domains never
-seen.
+Reproduces no published figure. It shows on real images how much pre-training helps on unseen
+domains.
 
-Expected, mIoU % (11 classes): camvid (validation of the source) 59.8, day 53.8, dusk 43.2 (seed 1:
-59.7, 51.9, 40.0); from scratch, with --config.model.weights=None: 26.0, 25.8, 8.7. Hardware and
-time: 2 cores of an x86 CPU, 1.8 s a step, 600 steps; these, one run each on one core beside other
-work, 26 to 46 minutes (2026-11-23). Data and weights: CamVid in SegNet's layout below the data
-root; vit_tiny_patch16_224.augreg_in21k_ft_in1k of timm.
+Expected, mIoU % (11 classes):
+                                               camvid (source, validation)   day    dusk
+    this file                                             59.8               53.8   43.2
+    this file, seed 1                                     59.7               51.9   40.0
+    from scratch (--config.model.weights=None)            26.0               25.8    8.7
 
-    python conversion/torch_to_flax.py --model augreg_ti16 --checkpoint vit_tiny_patch16_224.safetensors \
-        --out weights/augreg_ti16.safetensors
-    python -m jaxdg.train --config configs/camvid_vit_tiny.py --workdir runs/camvid --config.data.root=DATA
+Hardware and time: 600 steps on 2 cores of an x86 CPU, 1.8 s a step. These runs, one each, took 26
+to 46 minutes on one core beside other work (2026-11-23).
+Data: CamVid in SegNet's layout below the data root.
+Weights: timm's vit_tiny_patch16_224.augreg_in21k_ft_in1k.
+
+    python conversion/torch_to_flax.py --model augreg_ti16 \
+        --checkpoint vit_tiny_patch16_224.safetensors --out weights/augreg_ti16.safetensors
+    python -m jaxdg.train --config configs/camvid_vit_tiny.py --workdir runs/camvid \
+        --config.data.root=DATA
 """
 
 from jaxdg.config import Config
@@ -36,8 +41,7 @@ def get_config() -> Config:
     head.pixel_ffn = 512
     head.layers = 3
     head.ffn = 512
-    # as the PyTorch version that it was held against; with True, day and dusk came out at 52.4 and
-    # 39.6
+    # As in the PyTorch version that this run was compared with; True gave day 52.4 and dusk 39.6.
     head.published_init = False
     c.evaluation.domains = ("camvid", "day", "dusk")
     c.evaluation.stride = (112, 112)

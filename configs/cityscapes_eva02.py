@@ -1,23 +1,25 @@
-r"""One real dataset -> the others with EVA-02-CLIP L/14 and Mask2Former: VLTSeg's runs between real
-datasets (arXiv 2312.02021).
+"""One real dataset -> the others with EVA-02-CLIP L/14 and Mask2Former (VLTSeg, arXiv 2312.02021).
 
-Reproduces: the paper's recipe for Cityscapes, BDD100K, Mapillary and ACDC as the source; all but
-    steps, batch, crops and image sizes is
-configs/gta5_eva02.py, with what it says of weights and differences.
+Reproduces: the paper's recipe with Cityscapes, BDD100K, Mapillary or ACDC as the source. Steps,
+batch, crops and image sizes are set here; all else, with weights and differences, is
+configs/gta5_eva02.py.
 
-Expected, mIoU % on Cityscapes val, BDD100K val, Mapillary val, ACDC val | rPD % (published; this
-file: not measured):
-    from Cityscapes                                85.0 / 66.0 / 77.2 / 73.3 | 84.9
-    from BDD100K                                   78.9 / 72.5 / 75.9 / 71.3 | 104.0
-    from Mapillary                                 81.6 / 69.2 / 83.8 / 74.2 | 89.5
-    from ACDC                                      78.8 / 65.0 / 74.1 / 80.0 | 90.8
+Expected, mIoU % on Cityscapes val, BDD100K val, Mapillary val, ACDC val | rPD %:
+    published, from Cityscapes                     85.0 / 66.0 / 77.2 / 73.3 | 84.9
+    published, from BDD100K                        78.9 / 72.5 / 75.9 / 71.3 | 104.0
+    published, from Mapillary                      81.6 / 69.2 / 83.8 / 74.2 | 89.5
+    published, from ACDC                           78.8 / 65.0 / 74.1 / 80.0 | 90.8
+    this file                                      not measured
 
 Data: the four datasets as downloaded, below the data root.
 Hardware: 1024x1024 crops, 8 a step; not yet run here.
 
+The first command trains on Cityscapes; `:bdd100k`, `:mapillary` and `:acdc` name the other sources.
+The last command trains on all four.
+
     python -m jaxdg.train --config configs/cityscapes_eva02.py --workdir runs/cityscapes
-    python -m jaxdg.train --config configs/cityscapes_eva02.py:bdd100k --workdir runs/bdd100k        # or :mapillary, :acdc
-    python -m jaxdg.studies.transfer --config configs/cityscapes_eva02.py --workdir runs/transfer           # all four
+    python -m jaxdg.train --config configs/cityscapes_eva02.py:bdd100k --workdir runs/bdd100k
+    python -m jaxdg.studies.transfer --config configs/cityscapes_eva02.py --workdir runs/transfer
 """
 
 from configs import gta5_eva02

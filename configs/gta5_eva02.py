@@ -1,41 +1,43 @@
-r"""Synthetic -> real streets with EVA-02-CLIP L/14 and Mask2Former: the recipe of VLTSeg (Hümmer et
-al. 2024, arXiv 2312.02021).
+r"""Synthetic -> real streets with EVA-02-CLIP L/14 and Mask2Former: the main recipe of VLTSeg.
 
-Reproduces: the paper's encoder, taps, pyramid, decoder, losses, optimiser, schedule, crops, batch
-    and augmentation, from GTA5 or SYNTHIA.
+Reproduces: Hümmer et al. 2024 (arXiv 2312.02021): encoder, taps, pyramid, decoder, losses,
+optimiser, schedule, crops, batch and augmentation, from GTA5 or SYNTHIA.
 Differs: the pyramid learns at the decoder's rate.
+Open in the paper: the strength of RandAugment and the taps of B/16.
 
 Expected, mIoU % on Cityscapes val, BDD100K val, Mapillary val, ACDC val, mean:
-    published, GTA5                                65.3 / 58.3 / 66.0 / 62.6, 63.1 published, GTA5,
-    with a frozen encoder         55.2 / 51.3 / 57.4 / 47.3, 52.8    (--config.model.freeze=all)
-    published, SYNTHIA                             56.8 / 51.9 / 55.1 / 48.5, 53.1 published,
-    SYNTHIA, with a frozen encoder      48.3 / 42.6 / 46.4 / 37.1, 43.6 this file
-    not measured
+    published, GTA5                                65.3 / 58.3 / 66.0 / 62.6, 63.1
+    published, GTA5, frozen encoder                55.2 / 51.3 / 57.4 / 47.3, 52.8
+    published, SYNTHIA                             56.8 / 51.9 / 55.1 / 48.5, 53.1
+    published, SYNTHIA, frozen encoder             48.3 / 42.6 / 46.4 / 37.1, 43.6
+    this file                                      not measured
 
 Data: gta5 (24 966 images) or synthia (9 400), cityscapes, bdd100k, mapillary (v1.2) and acdc as
-    downloaded, below the data root.
-Hardware: two GPUs and float32, as the public re-implementation; not yet run here. For less memory:
-    --config.model.remat=True and
---config.model.dtype=bfloat16.
+downloaded, below the data root.
+Hardware: two GPUs and float32, as the public re-implementation; not yet run here. Less memory is
+needed with --config.model.remat=True and --config.model.dtype=bfloat16.
 
-    python conversion/torch_to_flax.py --model eva02_clip_l14 --checkpoint EVA02_CLIP_L_psz14_s4B.pt \
-        --out weights/eva02_clip_l14.safetensors
+`:synthia` trains on SYNTHIA; --config.model.freeze=all freezes the encoder.
+
+    python conversion/torch_to_flax.py --model eva02_clip_l14 \
+        --checkpoint EVA02_CLIP_L_psz14_s4B.pt --out weights/eva02_clip_l14.safetensors
     python -m jaxdg.train --config configs/gta5_eva02.py --workdir runs/gta5_eva02
     python -m jaxdg.train --config configs/gta5_eva02.py:synthia --workdir runs/synthia_eva02
 
-Frozen first, which the re-implementation found to be slightly better: 1 000 steps with a frozen
-encoder at a constant rate, then this. Its pyramid is part of its encoder and frozen with it:
---config.model.freeze='^(backbone|pyramid)\.' in the first command.
+The re-implementation found it slightly better to train the decoder first: 1 000 steps with a frozen
+encoder at a constant rate, then this recipe. Its pyramid is part of its encoder and is frozen too;
+--config.model.freeze='^(backbone|pyramid)\.' in the first command does the same.
 
-    python -m jaxdg.train --config configs/gta5_eva02.py --workdir runs/gta5_frozen --config.steps=1000 --config.model.freeze=all \
-        --config.optimizer.power=0 --config.eval_every=0
-    python -m jaxdg.train --config configs/gta5_eva02.py --workdir runs/gta5_eva02 --config.model.start=runs/gta5_frozen \
-        --config.model.drop_path=0.15
+    python -m jaxdg.train --config configs/gta5_eva02.py --workdir runs/gta5_frozen \
+        --config.steps=1000 --config.model.freeze=all --config.optimizer.power=0 \
+        --config.eval_every=0
+    python -m jaxdg.train --config configs/gta5_eva02.py --workdir runs/gta5_eva02 \
+        --config.model.start=runs/gta5_frozen --config.model.drop_path=0.15
 
-The paper's studies, each with the encoders, blocks and augmentations of its figures: `python -m
-jaxdg.studies.pretraining`, `freezing` (of B/16) and `corruptions` with this file, `transfer` with
-configs/cityscapes_eva02.py. The paper leaves open the strength of RandAugment and the taps of B/16;
-SegFormer and the successors (DINOv2, DINOv3, SigLIP 2) get this decoder and recipe as well.
+The paper's studies compare the encoders, blocks and augmentations of its figures. `python -m
+jaxdg.studies.pretraining`, `freezing` (of B/16) and `corruptions` take this file, `transfer` takes
+configs/cityscapes_eva02.py. SegFormer and the successors (DINOv2, DINOv3, SigLIP 2) get this
+decoder and recipe as well.
 """
 
 from jaxdg.config import Config
@@ -72,11 +74,8 @@ def get_study() -> StudyOptions:
     """What the studies compare."""
 
     def encoder(name, **model):
-        return {
-            "model.encoder": name,
-            "model.weights": f"weights/{name}.safetensors",
-            **{f"model.{key}": value for key, value in model.items()},
-        }
+        fields = {"encoder": name, "weights": f"weights/{name}.safetensors", **model}
+        return {f"model.{field}": value for field, value in fields.items()}
 
     supervised = encoder("augreg_l16")
     randaugment = {"data.randaugment": (2, 9.0)}

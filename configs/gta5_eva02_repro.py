@@ -1,16 +1,16 @@
-"""GTA5 -> real streets as the public re-implementation VLTSeg/VLTSeg trains it, deviations
-included.
+"""GTA5 -> real streets as the public re-implementation VLTSeg/VLTSeg trains, deviations included.
 
-Reproduces: its encoder (learned positions left random, no `inner_attn_ln`), its schedule (constant
-    for 500 steps, then polynomial), and its
-rates: the pyramid, which is part of its backbone, learns at a tenth, and weight decay also reaches
-    what a key "backbone" matches (the
-class token, the pyramid's norms, the norm in the MLPs) and the pixel decoder's level embedding.
-Everything else is configs/gta5_eva02.py.
+Reproduces:
+- its encoder: learned positions are left random, and there is no `inner_attn_ln`;
+- its schedule: constant for 500 steps, then polynomial;
+- its learning rates: the pyramid, which is part of its backbone, learns at a tenth;
+- its weight decay, which also reaches what a key "backbone" matches (the class token, the
+  pyramid's norms, the norm in the MLPs) and the pixel decoder's level embedding.
+All else is configs/gta5_eva02.py.
 
 Expected, mIoU % on Cityscapes val, BDD100K val, Mapillary val, ACDC val:
-    published by the re-implementation           65.2 / 59.6 / 66.1 / 62.3
-    this file                                    not measured
+    published by the re-implementation             65.2 / 59.6 / 66.1 / 62.3
+    this file                                      not measured
 
 Data, weights and hardware: as in configs/gta5_eva02.py.
 

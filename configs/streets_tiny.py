@@ -1,12 +1,11 @@
-"""Generated streets, a tiny EVA-02 from scratch and a small Mask2Former: the whole path in minutes
-on two CPU cores.
+"""Generated streets, in minutes: a tiny EVA-02 from scratch and a small Mask2Former.
 
-Reproduces no published figure; it shows the question of the paper in small: how much of what is
-learned in clear weather is left at night, in rain, in fog and at dusk. The five domains show the
-same worlds, so every point lost is lost to appearance.
+Reproduces no published figure. It asks the paper's question in small: how much of what a model
+learns in clear weather is left at night, in rain, in fog and at dusk. The five domains show the
+same worlds, so only appearance costs points.
 
-Expected, mIoU %: clear 47.1; unseen: night 16.2, rain 26.6, fog 16.0, dusk_rain 15.1, their mean
-18.5. Hardware and time: 2 cores of an x86 CPU, 7:08 minutes with `pip install` into a bare virtual
+Expected, mIoU %: clear 47.1; unseen: night 16.2, rain 26.6, fog 16.0, dusk_rain 15.1, mean 18.5.
+Hardware and time: 7:08 minutes on 2 cores of an x86 CPU, with `pip install` into a bare virtual
 environment (one run, 2026-11-23).
 
     python -m jaxdg.train --config configs/streets_tiny.py --workdir runs/streets
@@ -19,13 +18,12 @@ def get_config() -> Config:
     """The experiment."""
     c = Config(steps=3000, batch_size=2, log_every=50, eval_every=3000, checkpoint_every=1500)
     c.data.crop = (128, 128)
-    # A run this short learns clear weather at its own size alone; it would take longer with
-    # augmentation than it lasts.
+    # This run is too short to profit from augmentation.
     c.data.scale = (1.0, 1.0)
     c.data.brightness = 0.0
     c.data.contrast = 0.0
-    # Walls, trains and motorcycles are rarely seen; drawn no more often than that, `clear` ended
-    # about two points lower.
+    # Walls, trains and motorcycles are rare. Without rare-class sampling `clear` ended about two
+    # points lower.
     c.data.rare_class_temperature = 0.01
     c.data.rare_class_min_pixels = 100
     c.model.encoder = "scratch_eva02_ti8"

@@ -1,21 +1,19 @@
-r"""The paper's studies in small, on real images: CamVid with a pre-trained ViT-Ti/16 and a linear
-decoder, runs of a minute.
+r"""The paper's studies in small, on CamVid: a pre-trained ViT-Ti/16 and a linear decoder.
 
 Reproduces no published figure. At most 30 images of each domain are judged
-(`evaluation.max_images`), so results compare with one another and with nothing else.
+(`evaluation.max_images`), so these results compare with one another only.
 
-What comes out: docs/reports/study_tiny/report.md. Hardware and time: 2 cores of an x86 CPU shared
-with other work, 25 minutes in all, at most 97 seconds a run (2026-11-23): pretraining 2:32,
-freezing 9:23, transfer 4:17, seeds 4:03, corruptions 4:58 minutes. Data and weights: as in
-configs/camvid_vit_tiny.py.
+Results: docs/reports/study_tiny/report.md.
+Hardware and time: 25 minutes on 2 cores of an x86 CPU shared with other work, at most 97 seconds a
+run (2026-11-23): pretraining 2:32, freezing 9:23, transfer 4:17, seeds 4:03, corruptions 4:58.
+Data and weights: as in configs/camvid_vit_tiny.py.
 
     export JAXDG_DATA=DATA
-    python -m jaxdg.studies.pretraining --config configs/study_tiny.py --workdir runs/study/pretraining
-    python -m jaxdg.studies.freezing    --config configs/study_tiny.py --workdir runs/study/freezing
-    python -m jaxdg.studies.transfer    --config configs/study_tiny.py --workdir runs/study/transfer
-    python -m jaxdg.studies.seeds       --config configs/study_tiny.py --workdir runs/study/seeds
-    python -m jaxdg.studies.corruptions --config configs/study_tiny.py --workdir runs/study/corruptions
-    python -m jaxdg.studies.report runs/study/{pretraining,freezing,corruptions,transfer,seeds} --out runs/study/report
+    for study in pretraining freezing transfer seeds corruptions; do
+        python -m jaxdg.studies.$study --config configs/study_tiny.py --workdir runs/study/$study
+    done
+    python -m jaxdg.studies.report runs/study/{pretraining,freezing,corruptions,transfer,seeds} \
+        --out runs/study/report
 """
 
 from jaxdg.config import Config
@@ -24,14 +22,8 @@ from jaxdg.studies.study import StudyOptions
 
 def get_config() -> Config:
     """The experiment."""
-    c = Config(
-        steps=200,
-        batch_size=8,
-        log_every=20,
-        eval_every=200,
-        checkpoint_every=100,
-        keep_checkpoints=1,
-    )
+    c = Config(steps=200, batch_size=8, log_every=20, eval_every=200, checkpoint_every=100)
+    c.keep_checkpoints = 1
     c.data.source = "camvid"
     c.data.crop = (160, 160)
     c.data.scale = (0.5, 1.0)

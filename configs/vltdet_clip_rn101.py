@@ -1,13 +1,12 @@
-r"""Clear days -> unseen weather with CLIP's ResNet-101: VLTDet's smaller model, published without
-code.
+r"""Clear days -> unseen weather with CLIP's ResNet-101: VLTDet's smaller model (no code published).
 
 Reproduces: plain fine-tuning of a Faster R-CNN on CLIP's encoder, on one domain. Its authors name
-    the encoder alone; the head is that of
-CLIP the Gap (Vidit et al. 2023), the method before it on the same encoder: proposals on the third
-stage, looked at by the last one and the attention pool (C4), on images of 600 x 1067 pixels. Two
-variants, as the file's argument: `fpn`, a feature pyramid with two linear layers, and `c4_text`,
-which classifies by CLIP's embeddings of the class names, as CLIP the Gap does. Differs from CLIP
-the Gap: AdamW; nothing is frozen.
+the encoder only. The head is that of CLIP the Gap (Vidit et al. 2023), the earlier method on the
+same encoder: proposals from the third stage, classified by the last stage and the attention pool
+(C4), on images of 600 x 1067 pixels. The file's argument names a variant: `fpn` is a feature
+pyramid with two linear layers; `c4_text` classifies by CLIP's embeddings of the class names, as
+CLIP the Gap does.
+Differs from CLIP the Gap: AdamW; nothing is frozen.
 
 Expected, AP50 % (voc07) on daytime_clear | night_sunny, dusk_rainy, night_rainy, daytime_foggy,
 mean of these four:
@@ -18,10 +17,13 @@ mean of these four:
 Open: the head, steps, batch, image size and augmentation of the published run.
 Data and hardware: as in configs/vltdet_eva02_l14.py.
 
-    python conversion/torch_to_flax.py --model clip_rn101 --checkpoint RN101.pt --out weights/clip_rn101.safetensors
-    python conversion/torch_to_flax.py --model clip_rn101_text --checkpoint RN101.pt --out weights/clip_rn101_text.safetensors
+    python conversion/torch_to_flax.py --model clip_rn101 --checkpoint RN101.pt \
+        --out weights/clip_rn101.safetensors
+    python conversion/torch_to_flax.py --model clip_rn101_text --checkpoint RN101.pt \
+        --out weights/clip_rn101_text.safetensors
     python -m jaxdg.train --config configs/vltdet_clip_rn101.py --workdir runs/vltdet_rn101
-    python -m jaxdg.train --config configs/vltdet_clip_rn101.py:c4_text --workdir runs/vltdet_rn101_text
+    python -m jaxdg.train --config configs/vltdet_clip_rn101.py:c4_text \
+        --workdir runs/vltdet_rn101_text
 """
 
 from configs import vltdet_eva02_l14

@@ -372,12 +372,9 @@ def main(arguments: Sequence[str]) -> None:
     standing = standings(task, datasets, known_source(task, workdir, console.print), console.print)
     plan, state, at = restore_model(workdir, step, config, task, mesh)
     out = Path(_OUT.value) if _OUT.value else own_folder(workdir, at, e, config.evaluation)
-    # The bits of the model, as results of another must not be taken for its own.
-    model = {
-        "model": (
-            f"{int(fingerprint(dict(zip(('trained', 'frozen', 'statistics'), state, strict=True)))):08x}"
-        )
-    }
+    # A fingerprint of the parameters keeps results of another model apart.
+    parts = dict(zip(("trained", "frozen", "statistics"), state, strict=True))
+    model = {"model": f"{int(fingerprint(parts)):08x}"}
     there = workdir_lib.results(out / "results.json", console.print)
     if there is not None and (
         differ := results_lib.foreign(there, {**summary(task, config, at, {}), **model})

@@ -126,7 +126,7 @@ def segment_ends(shapes: Mapping[tuple[Any, ...], Sequence[int]], within: str) -
 
 
 def is_stacked(path: tuple[Any, ...]) -> bool:
-    """Whether a leaf of a state, or of a tree like it, holds stacked blocks along its leading axis."""
+    """Whether a leaf of a state, or of a tree like it, stacks blocks along its first axis."""
     return any(getattr(key, "key", key) == SEGMENTS for key in path)
 
 

@@ -60,7 +60,13 @@ def test_an_error_names_the_file(tmp_path):
 
 @pytest.mark.parametrize(
     ("content", "reason"),
-    [(b"", "empty"), (b"\0\0", "nothing but zeros or blanks"), (b"{", "no JSON"), (b"\xff", "no JSON"), (b"[", "no JSON")],
+    [
+        (b"", "empty"),
+        (b"\0\0", "nothing but zeros or blanks"),
+        (b"{", "no JSON"),
+        (b"\xff", "no JSON"),
+        (b"[", "no JSON"),
+    ],
 )  # fmt: skip
 def test_a_broken_file_is_named_and_set_aside(tmp_path, content, reason):
     """Reading names it; recalling says so in a line, keeps it under another name each time, and

@@ -93,7 +93,7 @@ def normal(name: str) -> str:
 
 
 def imported(folder: Path) -> dict[str, str]:
-    """Third-party modules that the files below a folder import anywhere, each with one such file."""
+    """The third-party modules that files below a folder import, each with one such file."""
     found = {}
     for path in sorted(folder.rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text())):

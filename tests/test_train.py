@@ -115,7 +115,7 @@ class Runs:
         return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 
     def wait_for(self, workdir: str, process: subprocess.Popen, ready) -> None:
-        """Returns as soon as `ready(rows)` holds for the run's metrics, or the process has ended."""
+        """Returns once `ready(rows)` holds for the run's metrics, or the process has ended."""
         path = self.folder / workdir / "metrics.jsonl"
         while process.poll() is None and not (path.exists() and ready(read_metrics(path.parent))):
             time.sleep(0.002)
@@ -475,7 +475,7 @@ def test_full_disk_is_one_line_and_costs_nothing_saved(runs):
 
 
 def test_results_are_what_the_loaded_model_predicts(runs):
-    """results.json equals IoUs counted here from `jaxdg.load(workdir).predict`, an image at a time."""
+    """results.json equals IoUs counted here, an image at a time, with `jaxdg.load(..).predict`."""
     results = json.loads((runs.folder / "whole" / "results.json").read_text())
     c = config.load(runs.folder / "whole")
     model = jaxdg.load(runs.folder / "whole")

@@ -82,7 +82,7 @@ def rotate(
 
 
 class Attention(nnx.Module):
-    """Multi-head self-attention with rotary positions; queries and values have a bias, keys none."""
+    """Self-attention with rotary positions; queries and values have a bias, keys do not."""
 
     def __init__(self, config: Dinov3Config, *, rngs: nnx.Rngs):
         c = config.width

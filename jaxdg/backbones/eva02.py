@@ -63,14 +63,12 @@ class Eva02Config(VitConfig):
 
     @property
     def global_blocks(self) -> tuple[int, ...]:
-        """Blocks that attend to everything where the others have windows: the last of each quarter."""
+        """Blocks that attend to the whole image even with windows: the last of each quarter."""
         return tuple(sorted({(quarter + 1) * self.depth // 4 - 1 for quarter in range(4)}))
 
     @property
     def ends(self) -> tuple[int, ...]:
-        """Blocks after which stacked segments end: also where windows give way to the whole image,
-        and back.
-        """
+        """Blocks after which segments end: taps, boundaries, and each change of the window."""
         changes = (
             (end for block in self.global_blocks for end in (block - 1, block))
             if self.window

@@ -409,11 +409,8 @@ def create(
         backbone = config.build(rngs=rngs)
     else:
         graph, state = nnx.split(nnx.eval_shape(lambda: config.build(rngs=nnx.Rngs(0))))
-        if (
-            weights is None
-            # one compiled initialisation instead of one dispatch a parameter; a file fills everything
-            # anyway
-        ):
+        if weights is None:  # else the file fills everything
+            # One compiled initialisation replaces one dispatch a parameter.
             state = jax.jit(lambda: nnx.split(config.build(rngs=nnx.Rngs(0)))[1])()
         backbone = nnx.merge(graph, state)
     if weights is not None:

@@ -65,7 +65,7 @@ class Method:
     changes_model = False
 
     def observed(self, depth: int) -> tuple[int, ...]:
-        """Blocks (or stages) of an encoder of `depth` whose features `observe` looks at, ascending."""
+        """The blocks or stages whose features `observe` receives, ascending."""
         return ()
 
     def boundaries(self, depth: int) -> tuple[int, ...]:

@@ -128,7 +128,7 @@ def quarters(depth: int) -> tuple[int, ...]:
 
 
 def gram(features: Float[Array, "b h w c"]) -> Float[Array, "b c c"]:
-    """How channels go together, over all tokens, each of which is brought to mean 0 and variance 1."""
+    """Channel products, averaged over tokens; each token has mean 0 and variance 1."""
     tokens = features.reshape(features.shape[0], -1, features.shape[-1]).astype(jnp.float32)
     tokens = jax.nn.standardize(tokens, epsilon=1e-6)
     return jnp.einsum("bnc,bnd->bcd", tokens, tokens) / tokens.shape[1]

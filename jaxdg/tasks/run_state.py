@@ -246,7 +246,7 @@ def locate(checkpoint: str | Path) -> tuple[Path, int | None]:
 
 
 def stored_tensors(checkpoint: str | Path) -> dict[str, np.ndarray]:
-    """All parameters and running statistics of a trained model by per-block name; errors as `load`."""
+    """The parameters and running statistics of a trained model; raises what `load` raises."""
     workdir, step = locate(checkpoint)
     config = config_lib.load(workdir)
     blueprint, state, _ = restore_model(

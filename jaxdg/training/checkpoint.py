@@ -107,7 +107,7 @@ class Checkpoints:
         return self._best
 
     def scored(self, step: int, score: float) -> None:
-        """Notes the score of the checkpoint of `step`; higher is better, and the best one is kept."""
+        """Records the score of a checkpoint; the one with the highest score is kept."""
         if self._best is not None and score < self._best[1]:
             return
         self._best = step, score
@@ -259,7 +259,7 @@ class Checkpoints:
         return state
 
     def _move_aside(self, steps: Sequence[int], say: Callable[[str], None]) -> Path:
-        """Moves checkpoints out of the folder, saying where to; returns the last of these places."""
+        """Moves checkpoints out of the folder; returns the place of the last one."""
         aside = self.folder.parent
         for at in steps:
             aside = self.folder.parent / f"corrupted_checkpoint_{at}"

@@ -64,7 +64,7 @@ class OptimizerConfig:
 
 @runtime_checkable
 class Counted(Protocol):
-    """What `model.freeze` asks of an encoder: which of its blocks or stages a parameter belongs to."""
+    """An encoder that tells `model.freeze` to which block or stage a parameter belongs."""
 
     config: Any
 

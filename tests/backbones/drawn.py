@@ -41,7 +41,7 @@ def run(encoder, images, key=None, method="tokens"):
 
 
 def random_file(module, layout, path):
-    """A drawn checkpoint with the names of `layout`, converted for `module` and written to `path`."""
+    """Writes a checkpoint of random tensors named by `layout`, converted for `module`."""
     source = {
         name: drawn(name, shape) for name, shape in mapping.source_shapes(module, layout).items()
     }

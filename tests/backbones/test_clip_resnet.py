@@ -1,5 +1,6 @@
-"""CLIP's ResNet against open_clip's (golden file made by tests/oracles/golden_clip_resnet.py), its frozen
-BatchNorm, and its attention pool.
+"""CLIP's ResNet against open_clip, its frozen BatchNorm and its attention pool.
+
+The golden file is made by tests/oracles/golden_clip_resnet.py.
 """
 
 import zlib

@@ -1,4 +1,7 @@
-"""DeiT-III against timm (golden file made by tests/oracles/golden_deit3.py), and the laws of LayerScale."""
+"""DeiT-III against timm, and the laws of LayerScale.
+
+The golden file is made by tests/oracles/golden_deit3.py.
+"""
 
 import dataclasses
 

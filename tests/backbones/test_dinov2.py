@@ -1,5 +1,6 @@
-"""DINOv2 against its authors' code (golden file made by tests/oracles/golden_dinov2.py), with and without
-registers.
+"""DINOv2 against its authors' code, with and without registers.
+
+The golden file is made by tests/oracles/golden_dinov2.py.
 """
 
 import dataclasses

@@ -1,5 +1,6 @@
-"""DINOv3's vision transformer against transformers (golden file made by tests/oracles/golden_dinov3.py),
-and the laws of its rotation.
+"""DINOv3's vision transformer against transformers, and the laws of its rotation.
+
+The golden file is made by tests/oracles/golden_dinov3.py.
 """
 
 import dataclasses

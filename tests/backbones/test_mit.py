@@ -1,5 +1,6 @@
-"""The Mix Transformer against transformers' (golden file made by tests/oracles/golden_segformer.py), and
-its own: stages, reduced keys.
+"""The Mix Transformer against transformers, its stages and its reduced keys.
+
+The golden file is made by tests/oracles/golden_segformer.py.
 """
 
 import re

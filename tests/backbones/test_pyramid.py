@@ -1,5 +1,6 @@
-"""The pyramid against torch's layers (golden file made by tests/oracles/golden_vit.py) and a transposed
-convolution written out in NumPy.
+"""The pyramid against torch's layers and a transposed convolution in NumPy.
+
+The golden file is made by tests/oracles/golden_vit.py.
 """
 
 from flax import nnx

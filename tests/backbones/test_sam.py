@@ -1,5 +1,6 @@
-"""SAM's image encoder against timm's (golden file made by tests/oracles/golden_sam.py), and the laws of
-its windows and relative positions.
+"""SAM's image encoder against timm, and the laws of its windows and relative positions.
+
+The golden file is made by tests/oracles/golden_sam.py.
 """
 
 from flax import nnx

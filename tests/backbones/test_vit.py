@@ -1,5 +1,6 @@
-"""The plain ViT against timm's outputs (golden files made by tests/oracles/golden_vit.py), and the laws
-of its stacked blocks.
+"""The plain ViT against timm, and the laws of its stacked blocks.
+
+The golden file is made by tests/oracles/golden_vit.py.
 """
 
 from flax import nnx
@@ -140,7 +141,7 @@ def test_positions_of_no_square_grid_must_fit():
 
 
 def test_pretrained_features_and_logits_equal_timm(golden, weights_path, data_path, tmp_path):
-    """The real ViT-Ti on a real street: tokens of five blocks and the ImageNet logits are timm's."""
+    """On a real street, the real ViT-Ti gives timm's tokens of five blocks and ImageNet logits."""
     source = weights_path("vit_tiny_patch16_224.safetensors")
     pixels = np.asarray(Image.open(data_path("camvid") / "test" / "Seq05VD_f00000.jpg"))[
         68:292, 128:352
@@ -183,7 +184,7 @@ def test_pretrained_features_and_logits_equal_timm(golden, weights_path, data_pa
 
 @pytest.mark.parametrize(("taps", "boundaries"), [((3,), ()), ((2,), (0, 3))])
 def test_where_segments_end_changes_no_value(build, reference, taps, boundaries):
-    """Taps and freeze boundaries cut the stack differently, and shared blocks give the same tokens."""
+    """The tokens do not depend on where taps and freeze boundaries cut the stack."""
     encoder = build(taps=taps, boundaries=boundaries)
     assert encoder.blocks.ends == tuple(
         sorted(end for end in {*taps, *boundaries} if end <= taps[-1])
@@ -290,7 +291,7 @@ def test_a_dropped_branch_adds_nothing(build, reference):
 
 
 def test_bfloat16_compute_is_close(build, reference):
-    """Half precision in the matrix products, float32 parameters: within 2 % of the float32 tokens."""
+    """bfloat16 changes the tokens by less than 2 %; parameters stay float32."""
     encoder = build(dtype="bfloat16")
     assert {tensor.dtype for tensor in weights.tensors(encoder).values()} == {np.dtype(np.float32)}
     tokens = np.stack([np.asarray(t, np.float32) for t in run(encoder, wave(80, 80))])

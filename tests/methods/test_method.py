@@ -37,7 +37,7 @@ class AdapterOptions(MethodOptions):
 
 
 class AdaptedLinear(nnx.Module):
-    """A linear layer of stacked blocks with a low-rank term; its own parameters keep their names."""
+    """A linear layer of stacked blocks plus a low-rank term; the layer keeps its names."""
 
     def __init__(self, layer: nnx.Linear, rngs: nnx.Rngs):
         layers, inside, outside = layer.kernel.shape

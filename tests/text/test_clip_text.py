@@ -123,7 +123,7 @@ def test_what_cannot_be_embedded_is_refused(text_files, tmp_path):
 
 
 def test_a_text_tower_is_no_encoder():
-    """The zoo's names stay encoders; asking for a text tower, or misspelling one, says what it is."""
+    """Text towers are no encoders of the zoo; an error says what such a name means."""
     assert not backbones.TEXT_TOWERS.keys() & backbones.ZOO.keys()
     assert {name.removesuffix("_text") for name in backbones.TEXT_TOWERS} <= backbones.ZOO.keys()
     with pytest.raises(ValueError, match="clip_l14_text is no encoder but a text tower"):

@@ -151,7 +151,7 @@ def test_bit_identical_across_meshes(meshes, saved_on, restored_on, tmp_path, op
 
 
 def test_what_is_saved_may_be_donated(one, tmp_path, opened):
-    """A state given to `save` and donated at once to steps that overwrite it is stored as it was."""
+    """`save` stores a state as it was, even if steps overwrite its buffers at once."""
     checkpoints = opened(tmp_path, keep=5)
     following = jax.jit(lambda s: jax.tree.map(lambda x: x + 1, s), donate_argnums=0)
     state = values(one, 0)

@@ -38,8 +38,10 @@ distributed.define_flags()
 
 @distributed.joined()
 def main(_):
-    distributed.agree({{"steps": 3, "seed": int(trouble == "differs") * jax.process_index()}}, "start them alike")
-    interrupt, step = cli.Interrupt(distributed.Agreement()), 0
+    seed = jax.process_index() if trouble == "differs" else 0
+    distributed.agree({{"steps": 3, "seed": seed}}, "start them alike")
+    interrupt = cli.Interrupt(distributed.Agreement())
+    step = 0
     print(distributed.gathered({{jax.process_index(): "x" * 10 ** jax.process_index()}}))
     print(distributed.from_main(lambda: jax.process_index() == 0))
     while not interrupt.asked:
@@ -139,7 +141,7 @@ class Two:
 
 @pytest.fixture
 def host(tmp_path):
-    """`host("hangs")`: two processes that count steps together until the second is in that trouble."""
+    """`host("hangs")`: two processes count steps together until the second meets that trouble."""
     (tmp_path / "host.py").write_text(HOST)
     return lambda trouble, *flags, **how: Two(
         [str(tmp_path / "host.py"), trouble, *flags], tmp_path, **how

@@ -1,4 +1,4 @@
-"""The optimiser against AdamW written out in NumPy, one array a block, and what `freeze` freezes."""
+"""The optimiser against AdamW in NumPy, one array a block, and what `freeze` freezes."""
 
 import dataclasses
 import math

@@ -86,11 +86,8 @@ def test_gradients_and_losses_agree(runs, name):
     assert other["gradients"].keys() == one["gradients"].keys()
     for path, expected in one["gradients"].items():
         norm = np.linalg.norm(expected)
-        if path[-2:] == (
-            "qkv",
-            "bias",
-            # the gradient of a key's bias is 0 but for rounding: it shifts all scores of a query alike
-        ):
+        # A key's bias shifts all scores of a query alike: its gradient is rounding only.
+        if path[-2:] == ("qkv", "bias"):
             keys = slice(16, 32)
             assert np.linalg.norm(other["gradients"][path][..., keys]) < 1e-5 * norm
         assert norm > 0, path
@@ -153,19 +150,15 @@ def test_the_same_scores_on_every_mesh(make_run, monkeypatch):
     "experiment", ["gta5_eva02", "streets_tiny", "camvid_vit_tiny", "streets_boxes"]
 )
 def test_eight_devices_hold_an_eighth_each(experiment):
-    """The shipped models with fsdp=8: at most 1/7 of the bytes of parameters and optimiser lie on a
-    device.
-    """
+    """With fsdp=8 a device holds at most 1/7 of the bytes of parameters and optimiser."""
     c = config.from_file(Path(__file__).resolve().parents[2] / "configs" / f"{experiment}.py")
-    like, _ = tasks.abstract_state(
-        tasks.Blueprint.of(tasks.make_task(c), c.model.freeze),
-        c,
-        sharding.make_mesh(MeshConfig(1, 8)),
-    )
-    leaves = jax.tree.leaves((like.trained, like.frozen, like.opt_state))
-    total, held = (sum(math.prod(shape) * leaf.dtype.itemsize for leaf, shape in zip(leaves, shapes, strict=True)) for shapes in (
-        [leaf.shape for leaf in leaves], [leaf.sharding.shard_shape(leaf.shape) for leaf in leaves],
-    ))  # fmt: skip
+    blueprint = tasks.Blueprint.of(tasks.make_task(c), c.model.freeze)
+    like, _ = tasks.abstract_state(blueprint, c, sharding.make_mesh(MeshConfig(1, 8)))
+    total = 0
+    held = 0
+    for leaf in jax.tree.leaves((like.trained, like.frozen, like.opt_state)):
+        total += math.prod(leaf.shape) * leaf.dtype.itemsize
+        held += math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
     assert held <= total / 7
 
 
@@ -186,9 +179,9 @@ def test_mask2former_agrees_on_eight_devices(make_run):
         "pyramid": "batch",
         "taps": (1, 3, 5, 7),
     }
-    side = (32, 32)
+    side = (32, 32)  # the norm of a coarsest level of one pixel would give 0
     losses = {}
-    gradients = {}  # so that the coarsest level has more than one pixel, which its norm would take away
+    gradients = {}
     for name in ("1", "4x2"):
         optimizer = {"learning_rate": 1e-3, "clip": 0.0}
         run = make_run(

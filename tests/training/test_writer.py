@@ -45,7 +45,7 @@ def test_rows_are_on_disk_at_once(open_writer, tmp_path):
 
 
 def test_rows_that_belong_together_are_one_write(open_writer, tmp_path, monkeypatch):
-    """Rows given together reach the file in a single write, so a kill leaves all of them or none."""
+    """Rows given together reach the file in one write, so a kill leaves all of them or none."""
     writer = open_writer()
     writes = []
     monkeypatch.setattr(
