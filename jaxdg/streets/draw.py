@@ -1,10 +1,9 @@
-"""Surfaces from polygons: the camera, painter's algorithm and textures of the generated streets
-(`streets_light.py` lights them).
+"""The camera, painter's algorithm and textures of the generated streets; `light.py` lights them.
 
-Every polygon is drawn once, far to near, into a map of surface ids. All else is looked up from that
-map: label, object, depth (the inverse depth of a plane is affine in the pixel) and colour, so that
-labels and depth are exact by construction and an appearance is only light. Units are metres and
-radians; world axes are x right, y ahead, z up with the ground at z = 0; colours are RGB in 0..1.
+Every polygon is drawn once, far to near, into a map of surface ids. Label, object, depth (the
+inverse depth of a plane is affine in the pixel) and colour are looked up from that map. So labels
+and depth are exact, and an appearance changes only the light. Units are metres and radians. World
+axes are x right, y ahead, z up, with the ground at z = 0. Colours are RGB in 0..1.
 """
 
 from dataclasses import dataclass, field
@@ -15,12 +14,10 @@ from typing import NamedTuple
 import cv2
 import numpy as np
 
-PLAIN, GROUND, PAVING, FOLIAGE, FACADE, BRICK, BARS = range(
-    7
-)  # materials; GROUND and PAVING lie flat
-NO_GLOW, SIGNAL, VEHICLE, LAMP = range(
-    4
-)  # what shines: traffic lights always, vehicles in bad light, street lamps and windows in the dark
+# Materials; GROUND and PAVING lie flat.
+PLAIN, GROUND, PAVING, FOLIAGE, FACADE, BRICK, BARS = range(7)
+# What shines: traffic lights always, vehicles in bad light, lamps and windows in the dark.
+NO_GLOW, SIGNAL, VEHICLE, LAMP = range(4)
 SKY = 10  # train id of what no polygon covers
 NEAR = 0.3  # polygons are cut at this depth
 CULLED = 1  # flag of a polygon seen from its front only (counter-clockwise)
@@ -46,8 +43,10 @@ class Camera:
 
     def axes(self) -> np.ndarray:
         """Rows: right, down, forward in world axes, float32 [3, 3]."""
-        sy, cy = (np.sin(self.yaw), np.cos(self.yaw))
-        sp, cp = (np.sin(self.pitch), np.cos(self.pitch))
+        sy = np.sin(self.yaw)
+        cy = np.cos(self.yaw)
+        sp = np.sin(self.pitch)
+        cp = np.cos(self.pitch)
         return np.array([[cy, -sy, 0], [sy * sp, cy * sp, -cp], [sy * cp, cy * cp, sp]], np.float32)
 
     def view(self, points: np.ndarray) -> np.ndarray:
@@ -55,13 +54,13 @@ class Camera:
         return (points - np.array(self.position, np.float32)) @ self.axes().T
 
     def pixels(self, view: np.ndarray) -> np.ndarray:
-        """Camera points [n, 3] with positive depth to pixel coordinates [n, 2] (column, row); pixel
-        centres are whole numbers.
+        """Pixel coordinates [n, 2] (column, row) of camera points [n, 3] with positive depth.
+
+        Pixel centres are whole numbers.
         """
         h, w = self.size
-        return view[:, :2] / view[:, 2:] * self.focal + np.array(
-            [(w - 1) / 2, (h - 1) / 2], np.float32
-        )
+        centre = np.array([(w - 1) / 2, (h - 1) / 2], np.float32)
+        return view[:, :2] / view[:, 2:] * self.focal + centre
 
     def rays(self) -> tuple[np.ndarray, np.ndarray]:
         """Right and down components of each pixel's ray with forward 1, each float32 [h * w]."""
@@ -72,25 +71,19 @@ class Camera:
 
 
 class Shape(NamedTuple):
-    """Polygons of one kind of object in its own axes, drawn in order; `slots` index the palette the
-    object is painted with.
-    """
+    """Polygons of one kind of object in its own axes, in the order in which they are drawn."""
 
     vertices: np.ndarray  # float32 [v, 3]
     sizes: np.ndarray  # int [p] vertices a polygon
-    slots: np.ndarray  # int [p]
-    table: (
-        np.ndarray
-        # float32 [p, 9]: colour 3 (from the palette), noise amplitude, noise scale in texels a metre,
-        # parameters 4
-    )
+    slots: np.ndarray  # int [p], index of the palette that the object is painted with
+    # float32 [p, 9]: colour 3 (from the palette), noise amplitude, noise scale in texels a metre,
+    # parameters 4
+    table: np.ndarray
     kinds: np.ndarray  # int32 [p, 3]: material, glow, flags
 
 
 class Group(NamedTuple):
-    """Polygons that are painted together; larger keys are painted earlier, equal keys in order of
-    addition.
-    """
+    """Polygons that are painted together: larger keys first, equal keys in order of addition."""
 
     key: float
     label: int
@@ -109,13 +102,11 @@ class Mesh:
     """All polygons of one world, and the shadows on its ground."""
 
     groups: list[Group] = field(default_factory=list)
-    shadows: list[list] = field(
-        default_factory=list
-    )  # cast by the sun: ground outlines of four corners (x, y, 0)
-    contacts: list[list] = field(default_factory=list)  # below objects, in any light
-    lamps: list[tuple[float, float, float]] = field(
-        default_factory=list
-    )  # street lamps that light the night
+    # Ground outlines of four corners (x, y, 0) each: shadows of the sun, and shadows below objects
+    # in any light.
+    shadows: list[list] = field(default_factory=list)
+    contacts: list[list] = field(default_factory=list)
+    lamps: list[tuple[float, float, float]] = field(default_factory=list)  # street lamps
     objects: list[int] = field(default_factory=list)  # label of object i + 1
 
     def object(self, label: int) -> int:
@@ -124,16 +115,9 @@ class Mesh:
         return len(self.objects)
 
     def polygon(
-        self,
-        vertices,
-        color,
-        label: int,
-        key: float,
-        material=PLAIN,
-        noise=(0.06, 8.0),
-        params=(0, 0, 0, 0),
-        flags=0,
-    ):
+        self, vertices, color, label: int, key: float, material=PLAIN, noise=(0.06, 8.0),
+        params=(0, 0, 0, 0), flags=0,
+    ):  # fmt: skip
         """Adds one polygon [k, 3] of its own colour."""
         table = np.array([[*color, *noise, *params]], np.float32)
         kinds = np.array([[material, NO_GLOW, flags]], np.int32)
@@ -141,26 +125,17 @@ class Mesh:
         self.groups.append(Group(key, label, 0, vertices, ONE[len(vertices)], table, kinds))
 
     def place(
-        self,
-        shape: Shape,
-        palette: np.ndarray,
-        at,
-        heading: float,
-        label: int,
-        key: float,
-        obj=0,
-        scale=(1.0, 1.0, 1.0),
-        z=0.0,
-    ):
-        """Adds a shape at ground position `at`, turned clockwise from +y by `heading`, painted with
-        `palette` [slots, 3].
+        self, shape: Shape, palette: np.ndarray, at, heading: float, label: int, key: float,
+        obj=0, scale=(1.0, 1.0, 1.0), z=0.0,
+    ):  # fmt: skip
+        """Adds a shape, painted with `palette` [slots, 3].
+
+        It stands at ground position `at`, turned clockwise from +y by `heading`.
         """
         s = math.sin(heading)
         c = math.cos(heading)
-        turn = np.array(
-            [[c * scale[0], -s * scale[0], 0], [s * scale[1], c * scale[1], 0], [0, 0, scale[2]]],
-            np.float32,
-        )
+        a, b, height = scale
+        turn = np.array([[c * a, -s * a, 0], [s * b, c * b, 0], [0, 0, height]], np.float32)
         vertices = shape.vertices @ turn
         vertices += np.array([at[0], at[1], z], np.float32)
         table = shape.table.copy()
@@ -170,9 +145,7 @@ class Mesh:
 
 @dataclass(frozen=True)
 class Raster:
-    """What the painter leaves: surface ids and, a row a surface (row 0 is the sky), what a pixel of
-    it is.
-    """
+    """Surface ids, and a table of the surfaces whose row 0 is the sky."""
 
     ids: np.ndarray  # int32 [h, w]
     under: np.ndarray  # int32 [h, w]: the surface behind a see-through one
@@ -187,9 +160,7 @@ class Raster:
 
 def rasterize(mesh: Mesh, camera: Camera) -> Raster:
     """Paints the mesh far to near into a map of surface ids."""
-    groups = sorted(
-        mesh.groups, key=lambda g: -g.key
-    )  # stable, so the order inside equal keys holds
+    groups = sorted(mesh.groups, key=lambda g: -g.key)  # stable: equal keys keep their order
     vertices = np.concatenate([g.vertices for g in groups])
     sizes = np.concatenate([g.sizes for g in groups])
     table = np.concatenate([np.zeros((1, 9), np.float32), *(g.table for g in groups)])
@@ -204,30 +175,23 @@ def rasterize(mesh: Mesh, camera: Camera) -> Raster:
     following[ends - 1] = starts
     a = view - np.repeat(view[starts], sizes, 0)
     b = view[following] - np.repeat(view[starts], sizes, 0)
-    newell = np.stack(
-        [
-            a[:, 1] * b[:, 2] - a[:, 2] * b[:, 1],
-            a[:, 2] * b[:, 0] - a[:, 0] * b[:, 2],
-            a[:, 0] * b[:, 1] - a[:, 1] * b[:, 0],
-        ],
-        1,
-    )
-    normal = np.add.reduceat(newell, starts)
+    # Newell's method: the cross product of each edge, summed over the polygon.
+    newell = [a[:, i] * b[:, j] - a[:, j] * b[:, i] for i, j in ((1, 2), (2, 0), (0, 1))]
+    normal = np.add.reduceat(np.stack(newell, 1), starts)
     normal /= np.linalg.norm(normal, axis=1, keepdims=True) + 1e-9
     offset = (normal * view[starts]).sum(1)
     depth_min = np.minimum.reduceat(view[:, 2], starts)
     depth_max = np.maximum.reduceat(view[:, 2], starts)
-    pixels = camera.pixels(np.maximum(view, [-1e9, -1e9, NEAR])).clip(-20000, 20000)
+    pixels = in_front(camera, view)
     low = np.minimum.reduceat(pixels, starts)
     high = np.maximum.reduceat(pixels, starts)
     h, w = camera.size
     cut = depth_min < NEAR
     outside = (low > [w, h]).any(1) | (high < -1).any(1)
     speck = (high - low < 1).all(1)
-    skip = (
-        (depth_max < NEAR) | (~cut & (outside | speck)) | ((kinds[1:, 2] == CULLED) & (offset > 0))
-    )
-    fixed = np.round(pixels * 16).astype(np.int32)
+    culled = (kinds[1:, 2] == CULLED) & (offset > 0)
+    skip = (depth_max < NEAR) | (~cut & (outside | speck)) | culled
+    fixed = sixteenths(pixels)
     ids = np.zeros((h, w), np.int32)
     under = np.zeros((h, w), np.int32)
     sheer = (kinds[1:, 0] == BARS).tolist()
@@ -237,9 +201,7 @@ def rasterize(mesh: Mesh, camera: Camera) -> Raster:
     for i in np.flatnonzero(~skip).tolist():
         outline = fixed[first[i] : last[i]]
         if cut[i]:
-            outline = np.round(
-                camera.pixels(cut_near(view[first[i] : last[i]])).clip(-20000, 20000) * 16
-            ).astype(np.int32)
+            outline = cut_near(camera, view[first[i] : last[i]])
         if sheer[i]:  # remember what stands behind
             x0, y0 = np.maximum(outline.min(0) // 16 - 1, 0)
             x1, y1 = np.maximum(outline.max(0) // 16 + 2, 0)
@@ -262,21 +224,34 @@ def rasterize(mesh: Mesh, camera: Camera) -> Raster:
     return Raster(ids, under, pad(plane), pad(world_normal), pad(along), label, owner, table, kinds)
 
 
-def cut_near(polygon: np.ndarray) -> np.ndarray:
-    """The part of a polygon [k, 3] in camera axes that lies beyond the near plane."""
-    kept = []
+def in_front(camera: Camera, view: np.ndarray) -> np.ndarray:
+    """Pixel coordinates of camera points; those nearer than the near plane are moved to it."""
+    return camera.pixels(np.maximum(view, [-1e9, -1e9, NEAR])).clip(-20000, 20000)
+
+
+def sixteenths(pixels: np.ndarray) -> np.ndarray:
+    """Pixel coordinates as OpenCV takes them with `shift=4`."""
+    return np.round(pixels * 16).astype(np.int32)
+
+
+def cut_near(camera: Camera, polygon: np.ndarray) -> np.ndarray:
+    """The part of a polygon [k, 3] in camera axes beyond the near plane, as `sixteenths`."""
+    corners = []
     for p, q in zip(polygon, np.roll(polygon, -1, 0), strict=True):
         if p[2] >= NEAR:
-            kept.append(p)
+            corners.append(p)
         if (p[2] >= NEAR) != (q[2] >= NEAR):
-            kept.append(p + (q - p) * ((NEAR - p[2]) / (q[2] - p[2])))
-    return np.array(kept, np.float32)
+            corners.append(p + (q - p) * ((NEAR - p[2]) / (q[2] - p[2])))
+    return sixteenths(camera.pixels(np.array(corners, np.float32)).clip(-20000, 20000))
 
 
 @lru_cache(1)
 def tiles() -> tuple[np.ndarray, np.ndarray]:
-    """Fixed noise: a soft and a crisp periodic 256 x 256 cloud of several octaves (about -1..1),
-    and a long line of white noise.
+    """Fixed noise.
+
+    Returns:
+        A soft and a crisp periodic 256 x 256 cloud of several octaves (about -1..1), one after the
+        other; and a long line of white noise.
     """
     rng = np.random.default_rng(19)
     clouds = []
@@ -285,12 +260,8 @@ def tiles() -> tuple[np.ndarray, np.ndarray]:
         for n in (4, 8, 16, 32, 64, 128, 256):
             coarse = np.pad(rng.standard_normal((n, n)).astype(np.float32), 2, mode="wrap")
             k = 256 // n
-            cloud += (
-                cv2.resize(coarse, None, fx=k, fy=k, interpolation=cv2.INTER_CUBIC)[
-                    2 * k : -2 * k, 2 * k : -2 * k
-                ]
-                * n**-fall
-            )
+            octave = cv2.resize(coarse, None, fx=k, fy=k, interpolation=cv2.INTER_CUBIC)
+            cloud += octave[2 * k : -2 * k, 2 * k : -2 * k] * n**-fall
         clouds.append(cloud.ravel() / cloud.std() * 0.5)
     return np.concatenate(clouds), rng.standard_normal(1 << 20).astype(np.float32)
 
@@ -302,15 +273,14 @@ def noise(u: np.ndarray, v: np.ndarray, crisp=False) -> np.ndarray:
 
 
 def smooth_noise(u: np.ndarray, v: np.ndarray) -> np.ndarray:
-    """As `noise`, interpolated between texels; for what is seen from near or grown large."""
+    """As `noise`, interpolated between texels, for surfaces whose texels are larger than pixels."""
     n = len(u)
+    if not n:
+        return u
     u, v = (np.resize(np.mod(c, 256), (n + 511) // 512 * 512).reshape(-1, 512) for c in (u, v))
     tile = tiles()[0][:65536].reshape(256, 256)
-    return (
-        np.asarray(cv2.remap(tile, u, v, cv2.INTER_LINEAR, borderMode=cv2.BORDER_WRAP)).ravel()[:n]
-        if n
-        else u.ravel()
-    )
+    cloud = cv2.remap(tile, u, v, cv2.INTER_LINEAR, borderMode=cv2.BORDER_WRAP)
+    return np.asarray(cloud).ravel()[:n]
 
 
 def _fraction(x: np.ndarray) -> np.ndarray:
@@ -327,15 +297,15 @@ def _hash(*values: np.ndarray) -> np.ndarray:
 
 
 class Pixels(NamedTuple):
-    """Appearance-free facts of each pixel, all flat [h * w]."""
+    """What is the same of each pixel in every appearance, all flat [h * w]."""
 
-    ids: np.ndarray  # seen surface: behind a fence's bars the one behind
+    ids: np.ndarray  # visible surface; between the bars of a fence the one behind it
     depth: np.ndarray
     x: np.ndarray  # world
     y: np.ndarray
     z: np.ndarray
     color: np.ndarray  # [n, 3] painted, unlit
-    shine: np.ndarray  # [n, 3] light given off by lit windows and lamps when all are on
+    shine: np.ndarray  # [n, 3] light of windows and lamps when all are on
 
 
 def paint(raster: Raster, camera: Camera) -> Pixels:
@@ -357,22 +327,18 @@ def paint(raster: Raster, camera: Camera) -> Pixels:
     leafy = material == FOLIAGE
     amplitude = table[:, 3].take(ids)
     scale = table[:, 4].take(ids)
-    fine = np.clip(
-        2.2 - depth * scale * (0.6 / camera.focal), 0.15, 1
-    )  # texels smaller than a pixel fade into their mean
-    grain = noise(
-        np.where(flat, x, u + ids * np.float32(0.37)) * scale, np.where(flat, y, z) * scale, leafy
-    )
+    # Texels smaller than a pixel fade into their mean.
+    fine = np.clip(2.2 - depth * scale * (0.6 / camera.focal), 0.15, 1)
+    across = np.where(flat, x, u + ids * np.float32(0.37))
+    grain = noise(across * scale, np.where(flat, y, z) * scale, leafy)
     color = table[:, :3].take(ids, 0) * (1 + amplitude * grain * np.where(leafy, 1, fine))[:, None]
     shine = np.where((kinds[:, 1] > 0).take(ids)[:, None], color, np.float32(0))
     _facades(np.flatnonzero(material == FACADE), u, v, params, depth, camera, color, shine)
     paved = np.flatnonzero(material == PAVING)
-    joint = (_fraction(x[paved] / params[paved, 0]) < 0.07) | (
-        _fraction(y[paved] / params[paved, 0]) < 0.07
-    )
-    color[paved] *= (1 - 0.2 * joint * np.clip(1.5 - depth[paved] * (10 / camera.focal), 0, 1))[
-        :, None
-    ]
+    slab = params[paved, 0]
+    joint = (_fraction(x[paved] / slab) < 0.07) | (_fraction(y[paved] / slab) < 0.07)
+    near = np.clip(1.5 - depth[paved] * (10 / camera.focal), 0, 1)
+    color[paved] *= (1 - 0.2 * joint * near)[:, None]
     brick = np.flatnonzero(material == BRICK)
     row = v[brick] / 0.25
     joint = (_fraction(row) < 0.16) | (_fraction(u[brick] / 0.5 + np.floor(row) * 0.5) < 0.08)
@@ -381,9 +347,7 @@ def paint(raster: Raster, camera: Camera) -> Pixels:
 
 
 def _texture(raster, camera, axes, ids, rx, ry):
-    """Texture coordinates in metres, depth, parameters and world position of the pixels with these
-    surfaces and rays.
-    """
+    """Texture coordinates, depth, parameters and world position of pixels; lengths in metres."""
     plane = raster.plane.take(ids, 0)
     depth = 1 / np.maximum(plane[:, 0] * rx + plane[:, 1] * ry + plane[:, 2], 1e-3)
     x, y, z = (
@@ -391,20 +355,14 @@ def _texture(raster, camera, axes, ids, rx, ry):
         for k in range(3)
     )
     along = raster.along.take(ids, 0)
-    return (
-        x * along[:, 0] + y * along[:, 1] - along[:, 2],
-        z,
-        depth,
-        raster.table[:, 5:9].take(ids, 0),
-        x,
-        y,
-        z,
-    )
+    u = x * along[:, 0] + y * along[:, 1] - along[:, 2]
+    return u, z, depth, raster.table[:, 5:9].take(ids, 0), x, y, z
 
 
 def _facades(at, u, v, params, depth, camera, color, shine):
-    """Windows, shop fronts and cornices, in place; parameters: window pitch, floor height, seed,
-    style (1 and more has a shop).
+    """Paints windows, shop fronts and cornices in place.
+
+    The parameters are window pitch, floor height, seed and style; from style 1 on there is a shop.
     """
     u = u[at]
     v = v[at]
@@ -430,24 +388,18 @@ def _facades(at, u, v, params, depth, camera, color, shine):
         | (np.abs(fv - top) < border * 0.7)
         | (np.abs(fu - 0.5) < border * 0.3)
     )
-    glass = (0.10 + 0.26 * pick**2 + 0.22 * fv * pick)[:, None] * np.array(
-        [0.95, 1.0, 1.08], np.float32
-    )
-    glass = np.where(
-        (pick > 0.86)[:, None], np.array([0.62, 0.58, 0.5], np.float32), glass
-    )  # blinds
-    wall = (
-        color[at]
-        * (1 - 0.10 * (fv < 0.05) - 0.06 * (fv > 0.97) - 0.10 * (front & ~inside))[:, None]
-    )
+    blue = np.array([0.95, 1.0, 1.08], np.float32)
+    glass = (0.10 + 0.26 * pick**2 + 0.22 * fv * pick)[:, None] * blue
+    blinds = np.array([0.62, 0.58, 0.5], np.float32)
+    glass = np.where((pick > 0.86)[:, None], blinds, glass)
+    shade = 1 - 0.10 * (fv < 0.05) - 0.06 * (fv > 0.97) - 0.10 * (front & ~inside)
+    wall = color[at] * shade[:, None]
     light_frame = np.where(np.mod(seed, 3) == 0, 0.25, 0.8)[:, None] * np.ones(3, np.float32)
     board = front & (fv > 0.77) & (fv < 0.95)
     hue = _hash(np.floor(column / 3), seed)[:, None] * 6.28 + np.array([0, 2.1, 4.2], np.float32)
     wall = np.where(board[:, None], 0.42 + 0.32 * np.sin(hue), wall)
     color[at] = np.where(frame[:, None], light_frame, np.where(inside[:, None], glass, wall))
     lit = (inside & ~frame & (pick < np.where(front, 0.75, 0.30))) | (board & (pick < 0.5))
-    tone = np.stack(
-        [np.ones_like(pick), 0.72 + 0.25 * _fraction(pick * 31), 0.40 + 0.5 * _fraction(pick * 57)],
-        1,
-    )
+    green = 0.72 + 0.25 * _fraction(pick * 31)
+    tone = np.stack([np.ones_like(pick), green, 0.40 + 0.5 * _fraction(pick * 57)], 1)
     shine[at] = np.where(lit[:, None], tone * (0.45 + 0.5 * _fraction(pick * 91))[:, None], 0)

@@ -1,9 +1,8 @@
-"""Light and weather of the generated streets: what the surfaces of `streets_draw.py` look like by
-day and night, in rain and fog.
+"""Light and weather of the generated streets, applied to the surfaces of `draw.py`.
 
-Fog and haze follow Koschmieder's law with the exact depth of each pixel; wet ground mirrors what
-stands above it; lamps, lit windows and the lights of vehicles bloom. An appearance changes pixels
-only.
+Fog and haze follow Koschmieder's law with the exact depth of each pixel. Wet ground mirrors what
+stands above it. Lamps, lit windows and the lights of vehicles bloom. An appearance changes the
+pixels only, not the labels.
 """
 
 from functools import lru_cache
@@ -24,7 +23,9 @@ from jaxdg.streets.draw import (
     Pixels,
     Raster,
     cut_near,
+    in_front,
     noise,
+    sixteenths,
     smooth_noise,
     tiles,
 )
@@ -52,9 +53,8 @@ class Look(NamedTuple):
 
 def look(appearance: str, direction: np.ndarray, rng: np.random.Generator) -> Look:
     """Draws the light and weather of an appearance from `rng`."""
-    return {"clear": _clear, "night": _night, "rain": _rainy, "fog": _foggy, "dusk_rain": _dusk}[
-        appearance
-    ](direction, rng.uniform)
+    looks = {"clear": _clear, "night": _night, "rain": _rainy, "fog": _foggy, "dusk_rain": _dusk}
+    return looks[appearance](direction, rng.uniform)
 
 
 def _rgb(red, green, blue) -> np.ndarray:
@@ -67,13 +67,13 @@ DARK = _rgb(0, 0, 0)
 def _clear(direction, r) -> Look:
     low = float(np.clip(1.2 - direction[2] * 1.5, 0, 1))
     veil = r(0, 1) ** 3  # a low sun is warm, a veiled one casts weak shadows
+    bright = _rgb(0.70 + 0.22 * low, 0.79, 0.90 - 0.22 * low)
     return Look(
         ambient=_rgb(0.50, 0.53, 0.60) * (1 + 0.45 * veil),
         sun=_rgb(1.0, 0.94 - 0.2 * low, 0.84 - 0.42 * low) * ((1 - 0.8 * veil) * r(0.62, 0.82)),
         direction=direction,
         zenith=_rgb(0.22, 0.43, 0.80) * (1 - veil) + _rgb(0.66, 0.69, 0.74) * veil,
-        horizon=_rgb(0.70 + 0.22 * low, 0.79, 0.90 - 0.22 * low) * (1 - veil)
-        + _rgb(0.84, 0.85, 0.86) * veil,
+        horizon=bright * (1 - veil) + _rgb(0.84, 0.85, 0.86) * veil,
         clouds=r(0, 0.9),
         cloud=_rgb(0.95, 0.95, 0.97) - 0.1 * low,
         haze=r(0.0008, 0.004),
@@ -163,19 +163,16 @@ def _dusk(direction, r) -> Look:
 def develop(
     pixels: Pixels, raster: Raster, mesh: Mesh, camera: Camera, look: Look, rng: np.random.Generator
 ) -> np.ndarray:
-    """Lights the painted pixels, adds the weather and exposes the picture, uint8 [h, w, 3]."""
+    """The picture, uint8 [h, w, 3]: painted pixels with light, weather and exposure."""
     h, w = camera.size
     flat = np.isin(raster.kinds[:, 0], (GROUND, PAVING)).take(pixels.ids)
     sky = np.flatnonzero(pixels.ids == 0)
     image = pixels.color * _light(pixels, raster, mesh, camera, look, flat)
-    shine = (
-        pixels.shine * np.array(look.glow, np.float32)[raster.kinds[:, 1]].take(pixels.ids)[:, None]
-    )
+    glow = np.array(look.glow, np.float32)[raster.kinds[:, 1]]
+    shine = pixels.shine * glow.take(pixels.ids)[:, None]
     image += shine
     image[sky] = _sky(pixels, camera, look, sky)
-    clear = np.exp(
-        -look.haze * pixels.depth
-    )  # Koschmieder: what is left of a colour at this distance
+    clear = np.exp(-look.haze * pixels.depth)  # Koschmieder: the share of a colour that remains
     if look.haze < 0.03:
         clear[sky] = 1  # thin haze is part of the sky's own colour
     image = ((image - look.horizon) * clear[:, None] + look.horizon).reshape(h, w, 3)
@@ -187,69 +184,55 @@ def develop(
         image = _rain(image, look, rng)
     image *= look.exposure * _vignette(h, w)
     image = cv2.GaussianBlur(image, (3, 3), 0.55)
-    start = int(rng.integers(0, len(tiles()[1]) - 1)) if look.noise else 0
-    image += look.noise * np.take(
-        tiles()[1], np.arange(start, start + h * w * 3), mode="wrap"
-    ).reshape(h, w, 3)
+    white = tiles()[1]
+    start = int(rng.integers(0, len(white) - 1))
+    grain = np.take(white, np.arange(start, start + h * w * 3), mode="wrap")
+    image += look.noise * grain.reshape(h, w, 3)
     return (np.clip(image, 0, 1) * 255 + 0.5).astype(np.uint8)
 
 
 def shadow_mask(outlines: list[list], camera: Camera, blur: float) -> np.ndarray:
-    """Four-cornered shadows on the ground, float32 [h * w] in 0..1; `blur` in shares of the
-    picture's height.
+    """Four-cornered shadows on the ground.
+
+    Args:
+        outlines: four corners (x, y, 0) each.
+        camera: of the picture.
+        blur: as a share of the picture's height.
+
+    Returns:
+        float32 [h * w] in 0..1.
     """
     mask = np.zeros(camera.size, np.uint8)
     if outlines:
         view = camera.view(np.array(outlines, np.float32).reshape(-1, 3)).reshape(-1, 4, 3)
         low = view[..., 2].min(1)
         high = view[..., 2].max(1)
-        pixels = camera.pixels(np.maximum(view, [-1e9, -1e9, NEAR]).reshape(-1, 3)).clip(
-            -20000, 20000
-        )
-        fixed = np.round(pixels * 16).astype(np.int32).reshape(-1, 4, 2)
+        fixed = sixteenths(in_front(camera, view.reshape(-1, 3))).reshape(-1, 4, 2)
         for i in np.flatnonzero(low >= NEAR).tolist():
             cv2.fillConvexPoly(mask, fixed[i], 255, shift=4)
         for i in np.flatnonzero((low < NEAR) & (high > NEAR)).tolist():
-            cv2.fillPoly(
-                mask,
-                [
-                    np.round(camera.pixels(cut_near(view[i])).clip(-20000, 20000) * 16).astype(
-                        np.int32
-                    )
-                ],
-                255,
-                shift=4,
-            )
-    return cv2.GaussianBlur(mask, (0, 0), max(0.6, blur * camera.size[0])).ravel() * np.float32(
-        1 / 255
-    )
+            cv2.fillPoly(mask, [cut_near(camera, view[i])], 255, shift=4)
+    soft = cv2.GaussianBlur(mask, (0, 0), max(0.6, blur * camera.size[0]))
+    return soft.ravel() * np.float32(1 / 255)
 
 
 def _light(pixels, raster, mesh, camera, look, flat):
     """Light that falls on each pixel, [n, 3]."""
     facing = raster.normal @ look.direction
     upright = np.abs(raster.normal[:, 2]) < 0.99
-    facing = np.where(
-        upright & (raster.kinds[:, 2] != CULLED) & (raster.kinds[:, 0] != FACADE),
-        0.35 + 0.35 * facing,
-        facing,
-    )  # rounded things
+    rounded = upright & (raster.kinds[:, 2] != CULLED) & (raster.kinds[:, 0] != FACADE)
+    facing = np.where(rounded, 0.35 + 0.35 * facing, facing)
     light = look.ambient * (0.8 + 0.2 * raster.normal[:, 2:])
     light = light.take(pixels.ids, 0)
     if look.sun.any():
         cast = shadow_mask(mesh.shadows, camera, 0.004)
-        light += (
-            np.maximum(facing, 0).take(pixels.ids)[:, None] * (1 - cast * flat)[:, None] * look.sun
-        )
+        facing = np.maximum(facing, 0).take(pixels.ids)
+        light += facing[:, None] * (1 - cast * flat)[:, None] * look.sun
     light *= (1 - 0.6 * flat * shadow_mask(mesh.contacts, camera, 0.008))[:, None]
     if look.beam:
         rx, ry = camera.rays()
-        beam = (
-            look.beam
-            * np.exp(-((rx / 0.5) ** 2) - ((ry - 0.12) / 0.22) ** 2)
-            * 22
-            / (pixels.depth + 8)
-        )
+        cone = np.exp(-((rx / 0.5) ** 2) - ((ry - 0.12) / 0.22) ** 2)
+        beam = look.beam * cone * 22 / (pixels.depth + 8)
         light += beam[:, None] * np.array([1.0, 0.96, 0.85], np.float32)
     if look.glow[LAMP] >= 1:
         pool = np.zeros_like(pixels.depth)
@@ -260,7 +243,7 @@ def _light(pixels, raster, mesh, camera, look, flat):
 
 
 def _sky(pixels, camera, look, at):
-    """Gradient, clouds on a high plane, and the glow round the sun."""
+    """Colours of the sky: gradient, clouds on a high plane, and the glow round the sun."""
     dx = pixels.x[at] - camera.position[0]
     dy = pixels.y[at] - camera.position[1]
     dz = np.maximum(pixels.z[at] - camera.position[2], 0)
@@ -269,20 +252,14 @@ def _sky(pixels, camera, look, at):
     grade = np.clip(up * 1.7, 0, 1)[:, None] ** 0.65
     color = look.horizon * (1 - grade) + look.zenith * grade
     drift = 200 * (look.direction[0] + 1)
-    noise = smooth_noise(
-        dx / (dz + 0.16 * length) * 24 + drift, dy / (dz + 0.16 * length) * 24 + drift
-    )
-    cover = (
-        np.clip((noise + look.clouds * 1.1 - 0.75) * 1.6, 0, 0.92)[:, None]
-        * np.clip(up * 9, 0, 1)[:, None]
-    )
+    plane = dz + 0.16 * length
+    noise = smooth_noise(dx / plane * 24 + drift, dy / plane * 24 + drift)
+    cover = np.clip((noise + look.clouds * 1.1 - 0.75) * 1.6, 0, 0.92)[:, None]
+    cover = cover * np.clip(up * 9, 0, 1)[:, None]
     color = color * (1 - cover) + look.cloud * cover
     if look.sun.any():
-        near = np.clip(
-            (dx * look.direction[0] + dy * look.direction[1] + dz * look.direction[2]) / length,
-            0,
-            1,
-        )
+        a, b, c = look.direction
+        near = np.clip((dx * a + dy * b + dz * c) / length, 0, 1)
         color += (0.25 * near**12 + 0.8 * near**220)[:, None] * look.sun
     return color
 
@@ -302,19 +279,17 @@ def _reflect(image, pixels, flat, wet):
     mirror = cv2.blur(mirror, (1, max(1, h // 24))).reshape(-1, 3)[at]
     puddle = np.clip(noise(x * 6, y * 6) * 0.9 + 0.55, 0.15, 1)
     share = (wet * puddle * np.clip(0.25 + pixels.depth[at] / 45, 0, 0.85))[:, None]
-    image.reshape(-1, 3)[at] = (
-        image.reshape(-1, 3)[at] * ((1 - 0.3 * wet) * (1 - share)) + mirror * share
-    )
+    pixel = image.reshape(-1, 3)
+    pixel[at] = pixel[at] * ((1 - 0.3 * wet) * (1 - share)) + mirror * share
     return image
 
 
 def _bloom(shine, strength):
-    """Light scattered in air and lens, from a quarter of the resolution."""
+    """Light scattered in air and lens, computed at a quarter of the resolution."""
     h, w = shine.shape[:2]
     small = cv2.resize(shine, (max(8, w // 4), max(8, h // 4)), interpolation=cv2.INTER_AREA)
-    glow = 0.8 * cv2.GaussianBlur(small, (0, 0), h / 170) + 0.9 * cv2.GaussianBlur(
-        small, (0, 0), h / 45
-    )
+    wide = cv2.GaussianBlur(small, (0, 0), h / 45)
+    glow = 0.8 * cv2.GaussianBlur(small, (0, 0), h / 170) + 0.9 * wide
     return strength * cv2.resize(glow, (w, h), interpolation=cv2.INTER_LINEAR)
 
 
@@ -325,38 +300,25 @@ def _rain(image, look, rng):
     slant = rng.uniform(-0.3, 0.3)
     seeds = (rng.random((h, w), np.float32) > 1 - 0.010 * look.rain).astype(np.float32)
     shear = np.array([[1, slant, -slant * h / 2], [0, 1, 0]], np.float32)
-    streaks = cv2.warpAffine(
-        cv2.blur(seeds, (1, length)) * length,
-        shear,
-        (w, h),
-        flags=cv2.INTER_LINEAR,
-        borderMode=cv2.BORDER_REFLECT,
-    )
+    upright = cv2.blur(seeds, (1, length)) * length
+    streaks = cv2.warpAffine(upright, shear, (w, h), borderMode=cv2.BORDER_REFLECT)
     streaks = np.minimum(streaks, 1)[..., None] * (0.10 + 0.16 * look.rain)
     image += ((look.horizon * 0.8 + 0.25) - image) * streaks
-    for x, y, radius in rng.random((int(4 + 7 * look.rain), 3)) * [w, h, 0.028 * h] + [
-        0,
-        0,
-        0.014 * h,
-    ]:
+    drops = rng.random((int(4 + 7 * look.rain), 3)) * [w, h, 0.028 * h] + [0, 0, 0.014 * h]
+    for x, y, radius in drops:
         x0 = max(0, int(x - radius))
         x1 = min(w, int(x + radius) + 1)
         y0 = max(0, int(y - radius))
         y1 = min(h, int(y + radius) + 1)
         if x1 - x0 > 2 and y1 - y0 > 2:
             gy, gx = np.mgrid[y0:y1, x0:x1].astype(np.float32)
-            soft = np.clip((1 - np.hypot(gx - x, (gy - y) * 0.85) / radius) * 2.5, 0, 0.85)[
-                ..., None
-            ]
-            around = image[
-                max(0, y0 - 3 * (y1 - y0)) : y1 + 3 * (y1 - y0),
-                max(0, x0 - 3 * (x1 - x0)) : x1 + 3 * (x1 - x0),
-            ]
-            lens = cv2.resize(
-                np.ascontiguousarray(around[::-1, ::-1]),
-                (x1 - x0, y1 - y0),
-                interpolation=cv2.INTER_AREA,
-            )
+            distance = np.hypot(gx - x, (gy - y) * 0.85)
+            soft = np.clip((1 - distance / radius) * 2.5, 0, 0.85)[..., None]
+            dx = 3 * (x1 - x0)
+            dy = 3 * (y1 - y0)
+            around = image[max(0, y0 - dy) : y1 + dy, max(0, x0 - dx) : x1 + dx]
+            turned = np.ascontiguousarray(around[::-1, ::-1])
+            lens = cv2.resize(turned, (x1 - x0, y1 - y0), interpolation=cv2.INTER_AREA)
             image[y0:y1, x0:x1] = image[y0:y1, x0:x1] * (1 - soft) + (lens * 0.95 + 0.04) * soft
     return image
 

@@ -1,12 +1,12 @@
 """Generated street scenes with the 19 Cityscapes classes: the dataset that needs no download.
 
-A world (street, houses, traffic, people) depends on (seed, index) alone; its five appearances
+A world (street, houses, traffic, people) depends on (seed, index) alone. Its five appearances
 differ in light and weather, so label map and boxes are the same for all. `clear` is the source
 domain; `night`, `rain`, `fog` and `dusk_rain` are the unseen ones. The geometry is in metres in
 front of a pinhole camera, so every picture size shows the same street.
 
-`streets_place` and `streets_traffic` make the worlds, `streets_shapes` the things in them,
-`streets_draw` and `streets_light` the pictures.
+`ground`, `place` and `traffic` make the worlds, `shapes` the things in them, `draw` and `light`
+the pictures.
 """
 
 from dataclasses import dataclass
@@ -23,7 +23,7 @@ SMALLEST_BOX = 16  # visible pixels below which an object is labelled but gets n
 
 @dataclass(frozen=True)
 class Scene:
-    """A picture with its truth.
+    """A picture with its label map and boxes.
 
     Attributes:
         image: uint8 [h, w, 3], RGB.
@@ -55,7 +55,7 @@ def render(
         The scene.
 
     Raises:
-        ValueError: for an unknown appearance.
+        ValueError: the appearance is unknown.
     """
     if appearance not in APPEARANCES:
         raise ValueError(f"unknown appearance {appearance!r}; allowed are {', '.join(APPEARANCES)}")
@@ -80,6 +80,6 @@ def _boxes(objects: np.ndarray, labels: list[int]) -> tuple[np.ndarray, np.ndarr
     for k, at in enumerate((columns, rows)):
         np.minimum.at(low[:, k], owner, at)
         np.maximum.at(high[:, k], owner, at)
-    kept = np.flatnonzero(np.bincount(owner, minlength=n) >= SMALLEST_BOX)
-    boxes = np.concatenate([low, high + 1], 1)[kept].astype(np.float32)
-    return boxes, np.array(labels, np.int32)[kept - 1]
+    visible = np.flatnonzero(np.bincount(owner, minlength=n) >= SMALLEST_BOX)
+    boxes = np.concatenate([low, high + 1], 1)[visible].astype(np.float32)
+    return boxes, np.array(labels, np.int32)[visible - 1]

@@ -1,9 +1,8 @@
-"""The things that stand and move on the generated streets, as polygons in metres in their own axes:
-x right, y ahead, z up, feet at 0.
+"""The things that stand and move on the generated streets, as polygons.
 
-Vehicles are solids whose faces are counter-clockwise from outside; people, bicycles, trees, signs
-and lights are flat cut-outs: side views lie in the plane x = 0 and face +y, front and rear views in
-the plane y = 0.
+Each has axes of its own, in metres: x right, y ahead, z up, feet at 0. Vehicles are solids whose
+faces are counter-clockwise from outside. People, bicycles, trees, signs and lights are flat
+cut-outs: side views lie in the plane x = 0 and face +y, front and rear views in the plane y = 0.
 """
 
 from functools import lru_cache
@@ -13,33 +12,15 @@ import numpy as np
 
 from jaxdg.streets.draw import BARS, CULLED, FOLIAGE, LAMP, NO_GLOW, PLAIN, SIGNAL, VEHICLE, Shape
 
-SLOTS = 20
-(
-    BODY,
-    TRIM,
-    GLASS,
-    TYRE,
-    HUB,
-    HEAD,
-    TAIL,
-    PLATE,
-    SKIN,
-    HAIR,
-    TOP,
-    LEGS,
-    SHOE,
-    METAL,
-    DARK,
-    RED,
-    AMBER,
-    GREEN,
-    WHITE,
-    LEAF,
-) = range(SLOTS)
+# Slots of the palette with which a shape is painted.
+BODY, TRIM, GLASS, TYRE, HUB, HEAD, TAIL, PLATE, SKIN, HAIR = range(10)
+TOP, LEGS, SHOE, METAL, DARK, RED, AMBER, GREEN, WHITE, LEAF = range(10, 20)
 PALETTE = np.array([
-    [0.5, 0.5, 0.5], [0.2, 0.2, 0.22], [0.13, 0.17, 0.21], [0.06, 0.06, 0.065], [0.55, 0.56, 0.58], [0.96, 0.95, 0.88], [0.72, 0.06, 0.06],
-    [0.88, 0.88, 0.82], [0.80, 0.60, 0.48], [0.16, 0.11, 0.08], [0.3, 0.3, 0.5], [0.15, 0.17, 0.25], [0.1, 0.08, 0.08], [0.46, 0.47, 0.48],
-    [0.08, 0.085, 0.09], [0.90, 0.10, 0.08], [0.95, 0.66, 0.08], [0.12, 0.85, 0.40], [0.94, 0.94, 0.94], [0.25, 0.4, 0.15],
+    [0.5, 0.5, 0.5], [0.2, 0.2, 0.22], [0.13, 0.17, 0.21], [0.06, 0.06, 0.065],
+    [0.55, 0.56, 0.58], [0.96, 0.95, 0.88], [0.72, 0.06, 0.06], [0.88, 0.88, 0.82],
+    [0.80, 0.60, 0.48], [0.16, 0.11, 0.08], [0.3, 0.3, 0.5], [0.15, 0.17, 0.25],
+    [0.1, 0.08, 0.08], [0.46, 0.47, 0.48], [0.08, 0.085, 0.09], [0.90, 0.10, 0.08],
+    [0.95, 0.66, 0.08], [0.12, 0.85, 0.40], [0.94, 0.94, 0.94], [0.25, 0.4, 0.15],
 ], np.float32)  # fmt: skip
 
 
@@ -69,17 +50,20 @@ class Sketch:
         return self.face([at(u0, v0), at(u1, v0), at(u1, v1), at(u0, v1)], slot, glow)
 
     def prism(self, low, high, z0, z1, slot, top=None):
-        """A tapered box from rectangle `low` at z0 to `high` at z1, each (half width, y rear, y
-        front); returns its four sides in the order rear, right, front, left.
+        """A tapered box from rectangle `low` at z0 to rectangle `high` at z1.
+
+        A rectangle is (half width, y rear, y front).
+
+        Returns:
+            Its four sides in the order rear, right, front, left.
         """
         corners = [
             np.array([[-k, r, z], [k, r, z], [k, f, z], [-k, f, z]], np.float32)
             for (k, r, f), z in ((low, z0), (high, z1))
         ]
         (a, b, c, d), (e, g, i, j) = corners
-        faces = [
-            self.face(q, slot) for q in ((a, b, g, e), (b, c, i, g), (c, d, j, i), (d, a, e, j))
-        ]
+        quads = ((a, b, g, e), (b, c, i, g), (c, d, j, i), (d, a, e, j))
+        faces = [self.face(q, slot) for q in quads]
         self.face((e, g, i, j), slot if top is None else top)
         return faces
 
@@ -89,14 +73,9 @@ class Sketch:
         for side in sides:
             for y in ys:
                 for r, slot in ((radius, TYRE), (radius * 0.55, HUB)):
-                    ring = np.stack(
-                        [
-                            np.full(10, side * (half + 0.01)),
-                            y + side * r * np.cos(angle),
-                            radius + r * np.sin(angle),
-                        ],
-                        1,
-                    )
+                    x = np.full(10, side * (half + 0.01))
+                    along = y + side * r * np.cos(angle)
+                    ring = np.stack([x, along, radius + r * np.sin(angle)], 1)
                     self.add(ring, slot, flags=CULLED)
 
     def disc(self, x, z, rx, rz, slot, n=10, plane="xz", glow=NO_GLOW, material=PLAIN):
@@ -121,6 +100,7 @@ class Sketch:
         self.add(_flat(points[:, 0], points[:, 1], plane), slot, glow, material)
 
     def shape(self) -> Shape:
+        """The polygons collected so far."""
         slots, glow, material, flags = np.array(self.rows, np.int32).T
         table = np.zeros((len(slots), 9), np.float32)
         leafy = material == FOLIAGE
@@ -142,26 +122,22 @@ def _flat(a, z, plane):
 
 
 def car(length=4.3, width=1.76, height=1.48, hood=0.26, trunk=0.12, waist=0.62) -> Shape:
-    """A passenger car; `hood` and `trunk` are shares of its length, `waist` the share of its height
-    below the windows.
+    """A passenger car.
+
+    `hood` and `trunk` are shares of its length, `waist` is the share of its height below the
+    windows.
     """
     s = Sketch()
     half = width / 2
     back = -length / 2
     front = length / 2
     belt = height * waist
-    rear, _, nose, _ = s.prism(
-        (half, back, front), (half * 0.97, back + 0.06, front - 0.10), 0.24, belt, BODY
-    )
+    top = (half * 0.97, back + 0.06, front - 0.10)
+    rear, _, nose, _ = s.prism((half, back, front), top, 0.24, belt, BODY)
     y0 = back + 0.06 + trunk * length * 0.6
     y1 = front - hood * length
-    cabin = s.prism(
-        (half * 0.95, y0, y1),
-        (half * 0.74, y0 + trunk * length * 0.7 + 0.12, y1 - 0.17 * length),
-        belt,
-        height,
-        BODY,
-    )
+    roof = (half * 0.74, y0 + trunk * length * 0.7 + 0.12, y1 - 0.17 * length)
+    cabin = s.prism((half * 0.95, y0, y1), roof, belt, height, BODY)
     for i, (u0, u1) in enumerate(((0.07, 0.93), (0.04, 0.96), (0.06, 0.94), (0.04, 0.96))):
         if i % 2:
             s.patch(cabin[i], u0, 0.50, 0.1, 0.86, GLASS)
@@ -203,9 +179,8 @@ def lorry_load(width=2.5, length=2.6, z0=1.0, height=3.6, wheels=True, style=0) 
     f = length / 2
     s.prism((half * 0.8, r, f), (half * 0.8, r, f), 0.55, z0, DARK)
     top = z0 + 1.1 if style == 2 else height
-    rear, right, _, left = s.prism(
-        (half, r, f), (half * (1.0 if style != 2 else 1.03), r, f), z0, top, TRIM
-    )
+    rim = (half * (1.0 if style != 2 else 1.03), r, f)
+    rear, right, _, left = s.prism((half, r, f), rim, z0, top, TRIM)
     if style == 0:
         s.patch(rear, 0.49, 0.51, 0.02, 0.98, DARK)
         for u in (0.22, 0.76):
@@ -225,8 +200,9 @@ def lorry_load(width=2.5, length=2.6, z0=1.0, height=3.6, wheels=True, style=0) 
 
 
 def bus_piece(length=2.4, width=2.5, height=3.05, wheel=False, door=False) -> Shape:
-    """A slice of a bus; its rear and front faces carry what a bus's rear and front carry and show
-    where no slice hides them.
+    """A slice of a bus.
+
+    Its end faces are those of a whole bus; they show where no other slice hides them.
     """
     s = Sketch()
     half = width / 2
@@ -256,9 +232,7 @@ def bus_piece(length=2.4, width=2.5, height=3.05, wheel=False, door=False) -> Sh
 
 
 def train_piece(length=3.0, width=2.7, height=3.7, door=False) -> Shape:
-    """A slice of a train or tram: no wheels to be seen, a skirt, a stripe, a band of windows, gear
-    on the roof.
-    """
+    """A slice of a train or tram: skirt, stripe, windows, gear on the roof, no visible wheels."""
     s = Sketch()
     half = width / 2
     r = -length / 2
@@ -302,35 +276,15 @@ def person(stride=0.3, arms=0.15, skirt=False, bag=False, seen_from_behind=False
         s.limb((side * 0.20, 1.42), elbow, 0.12, 0.10, TOP)
         s.limb(elbow, hand, 0.10, 0.08, TOP)
         s.disc(hand[0], hand[1] - 0.03, 0.05, 0.06, SKIN, 6)
-    s.outline(
-        [
-            (-0.20, 0.88),
-            (0.20, 0.88),
-            (0.19, 1.15),
-            (0.245, 1.40),
-            (0.16, 1.48),
-            (-0.16, 1.48),
-            (-0.245, 1.40),
-            (-0.19, 1.15),
-        ],
-        TOP,
-    )
+    right = [(0.20, 0.88), (0.19, 1.15), (0.245, 1.40), (0.16, 1.48)]
+    left = [(-0.16, 1.48), (-0.245, 1.40), (-0.19, 1.15)]
+    s.outline([(-0.20, 0.88), *right, *left], TOP)
     if bag:
         s.outline([(-0.16, 1.05), (0.16, 1.05), (0.17, 1.38), (-0.17, 1.38)], TRIM)
     s.limb((0, 1.45), (0, 1.54), 0.11, 0.10, SKIN)
     s.disc(0, 1.625, 0.105, 0.135, HAIR if seen_from_behind else SKIN, 10)
-    s.outline(
-        [
-            (-0.115, 1.62),
-            (-0.06, 1.69),
-            (0.06, 1.69),
-            (0.115, 1.62),
-            (0.09, 1.76),
-            (0, 1.79),
-            (-0.09, 1.76),
-        ],
-        HAIR,
-    )
+    fringe = [(-0.115, 1.62), (-0.06, 1.69), (0.06, 1.69), (0.115, 1.62)]
+    s.outline([*fringe, (0.09, 1.76), (0, 1.79), (-0.09, 1.76)], HAIR)
     return s.shape()
 
 
@@ -342,8 +296,11 @@ def bicycle_side() -> Shape:
         s.disc(y, 0.36, 0.36, 0.36, TYRE, 16, p)
         s.disc(y, 0.36, 0.29, 0.29, HUB, 14, p, material=BARS)
     s.outline([(-0.52, 0.36), (-0.02, 0.30), (-0.20, 0.82)], TYRE, p, material=BARS)
-    for a, b in (((-0.52, 0.36), (-0.02, 0.32)), ((-0.02, 0.32), (-0.20, 0.88)), ((-0.52, 0.36), (-0.17, 0.78)),
-                 ((-0.02, 0.32), (0.40, 0.80)), ((-0.17, 0.78), (0.40, 0.84)), ((0.54, 0.36), (0.38, 0.98))):  # fmt: skip
+    rear = (-0.52, 0.36)
+    crank = (-0.02, 0.32)
+    saddle = (-0.17, 0.78)
+    tubes = ((rear, crank), (crank, (-0.20, 0.88)), (rear, saddle), (crank, (0.40, 0.80)))
+    for a, b in (*tubes, (saddle, (0.40, 0.84)), ((0.54, 0.36), (0.38, 0.98))):
         s.limb(a, b, 0.075, 0.075, BODY, p)
     s.limb((0.28, 1.02), (0.50, 1.02), 0.07, 0.07, TYRE, p)
     s.limb((-0.34, 0.92), (-0.06, 0.92), 0.10, 0.06, TYRE, p)
@@ -364,42 +321,26 @@ def bicycle_end(front: bool) -> Shape:
 
 
 def cyclist_side(upright=0.3) -> Shape:
-    """Who rides a bicycle or motorcycle, from the side; `upright` shifts the shoulders back."""
+    """The rider of a bicycle or motorcycle from the side; `upright` shifts the shoulders back."""
     s = Sketch()
     p = "yz"
-    shoulder = (0.22 - 0.25 * upright, 1.46)
+    x = 0.22 - 0.25 * upright
+    shoulder = (x, 1.46)
     s.limb((-0.18, 0.95), (0.14, 0.72), 0.20, 0.16, LEGS, p)
     s.limb((0.14, 0.72), (-0.02, 0.28), 0.16, 0.11, LEGS, p)
     s.limb((-0.10, 0.22), (0.14, 0.24), 0.10, 0.08, SHOE, p)
-    s.outline(
-        [
-            (-0.32, 0.90),
-            (-0.05, 0.88),
-            (shoulder[0] + 0.16, shoulder[1] - 0.06),
-            (shoulder[0], shoulder[1] + 0.08),
-            (-0.24, 1.25),
-        ],
-        TOP,
-        p,
-    )
+    back = [(x + 0.16, 1.46 - 0.06), (x, 1.46 + 0.08), (-0.24, 1.25)]
+    s.outline([(-0.32, 0.90), (-0.05, 0.88), *back], TOP, p)
     s.limb(shoulder, (0.30, 1.16), 0.14, 0.11, TOP, p)
     s.limb((0.30, 1.16), (0.44, 1.04), 0.11, 0.08, SKIN, p)
-    s.disc(shoulder[0] + 0.13, 1.63, 0.11, 0.13, SKIN, 10, p)
-    s.outline(
-        [
-            (shoulder[0] - 0.02, 1.64),
-            (shoulder[0] + 0.26, 1.68),
-            (shoulder[0] + 0.20, 1.78),
-            (shoulder[0] + 0.08, 1.80),
-        ],
-        HAIR,
-        p,
-    )
+    s.disc(x + 0.13, 1.63, 0.11, 0.13, SKIN, 10, p)
+    hair = [(x - 0.02, 1.64), (x + 0.26, 1.68), (x + 0.20, 1.78), (x + 0.08, 1.80)]
+    s.outline(hair, HAIR, p)
     return s.shape()
 
 
 def cyclist_end(front: bool) -> Shape:
-    """Who rides, from the front or rear."""
+    """The rider of a bicycle or motorcycle from the front or rear."""
     s = Sketch()
     for side, knee in ((-1, 0.70), (1, 0.60)):
         s.limb((side * 0.10, 0.95), (side * 0.19, knee), 0.20, 0.16, LEGS)
@@ -407,9 +348,8 @@ def cyclist_end(front: bool) -> Shape:
         s.limb((side * 0.13, knee - 0.40), (side * 0.18, knee - 0.40), 0.10, 0.10, SHOE)
         s.limb((side * 0.20, 1.42), (side * 0.34, 1.18), 0.13, 0.11, TOP)
         s.limb((side * 0.34, 1.18), (side * 0.29, 1.03), 0.11, 0.09, TOP)
-    s.outline(
-        [(-0.20, 0.86), (0.20, 0.86), (0.25, 1.40), (0.14, 1.50), (-0.14, 1.50), (-0.25, 1.40)], TOP
-    )
+    shoulders = [(0.25, 1.40), (0.14, 1.50), (-0.14, 1.50), (-0.25, 1.40)]
+    s.outline([(-0.20, 0.86), (0.20, 0.86), *shoulders], TOP)
     s.disc(0, 1.62, 0.11, 0.14, SKIN if front else HAIR, 10)
     s.outline([(-0.13, 1.63), (0.13, 1.63), (0.10, 1.77), (0, 1.81), (-0.10, 1.77)], HAIR)
     return s.shape()
@@ -426,20 +366,9 @@ def motorcycle_side() -> Shape:
     s.disc(0.02, 0.44, 0.20, 0.17, METAL, 8, p)
     s.limb((-0.95, 0.38), (-0.05, 0.30), 0.14, 0.09, METAL, p)
     s.limb((0.72, 0.33), (0.50, 1.0), 0.10, 0.10, METAL, p)
-    s.outline(
-        [
-            (-0.98, 0.82),
-            (-0.60, 0.70),
-            (0.02, 0.66),
-            (0.48, 0.70),
-            (0.42, 0.98),
-            (0.10, 1.02),
-            (-0.18, 0.86),
-            (-0.80, 0.94),
-        ],
-        BODY,
-        p,
-    )
+    bottom = [(-0.98, 0.82), (-0.60, 0.70), (0.02, 0.66), (0.48, 0.70)]
+    top = [(0.42, 0.98), (0.10, 1.02), (-0.18, 0.86), (-0.80, 0.94)]
+    s.outline(bottom + top, BODY, p)
     s.outline([(-0.82, 0.90), (-0.18, 0.84), (-0.14, 0.92), (-0.70, 1.0)], TYRE, p)
     s.outline([(0.42, 0.72), (0.72, 0.84), (0.60, 1.16), (0.42, 1.06)], BODY, p)
     s.disc(0.70, 0.88, 0.07, 0.10, HEAD, 8, p, VEHICLE)
@@ -451,10 +380,8 @@ def motorcycle_end(front: bool) -> Shape:
     """A motorcycle from its front or rear."""
     s = Sketch()
     s.disc(0, 0.34, 0.11, 0.34, TYRE, 12)
-    s.outline(
-        [(-0.26, 0.42), (0.26, 0.42), (0.30, 0.70), (0.20, 1.04), (-0.20, 1.04), (-0.30, 0.70)],
-        BODY,
-    )
+    top = [(0.30, 0.70), (0.20, 1.04), (-0.20, 1.04), (-0.30, 0.70)]
+    s.outline([(-0.26, 0.42), (0.26, 0.42), *top], BODY)
     s.outline([(-0.14, 0.40), (0.14, 0.40), (0.16, 0.60), (-0.16, 0.60)], DARK)
     s.limb((-0.38, 1.04), (0.38, 1.04), 0.07, 0.07, DARK)
     for side in (-1, 1):
@@ -465,9 +392,7 @@ def motorcycle_end(front: bool) -> Shape:
 
 
 def tree(rng: np.random.Generator, kind: int) -> Shape:
-    """A broad-leaved tree (0), a poplar (1), a conifer (2) or a bush (3), about 1 m wide and 1 m
-    tall before scaling.
-    """
+    """A broad-leaved tree (0), poplar (1), conifer (2) or bush (3), about 1 m wide and tall."""
     s = Sketch()
     if kind != 3:
         fork = 0.45 if kind != 2 else 0.2
@@ -479,30 +404,23 @@ def tree(rng: np.random.Generator, kind: int) -> Shape:
         for z, r in ((0.12, 0.34), (0.36, 0.27), (0.60, 0.18)):
             xs = np.linspace(-r, r, 9)
             jag = [(x, z + 0.05 * (i % 2) + 0.02 * rng.standard_normal()) for i, x in enumerate(xs)]
-            s.outline(
-                [*jag, (r * 0.3, z + 0.27), (0, z + 0.40), (-r * 0.3, z + 0.27)],
-                LEAF,
-                material=FOLIAGE,
-            )
+            top = [(r * 0.3, z + 0.27), (0, z + 0.40), (-r * 0.3, z + 0.27)]
+            s.outline([*jag, *top], LEAF, material=FOLIAGE)
         return s.shape()
     blobs = {
         0: [
-            (0, 0.66, 0.36, 0.30),
-            (-0.22, 0.58, 0.24, 0.2),
-            (0.23, 0.60, 0.24, 0.2),
-            (-0.1, 0.80, 0.24, 0.19),
-            (0.13, 0.78, 0.24, 0.2),
+            (0, 0.66, 0.36, 0.30), (-0.22, 0.58, 0.24, 0.2), (0.23, 0.60, 0.24, 0.2),
+            (-0.1, 0.80, 0.24, 0.19), (0.13, 0.78, 0.24, 0.2),
         ],
         1: [(0, 0.45, 0.20, 0.30), (0, 0.65, 0.20, 0.30), (0.02, 0.80, 0.13, 0.19)],
         3: [(-0.2, 0.34, 0.30, 0.36), (0.22, 0.36, 0.28, 0.38), (0, 0.55, 0.32, 0.42)],
-    }[kind]
+    }[kind]  # fmt: skip
     for i, (x, z, rx, rz) in enumerate(blobs):
         n = 28
         angle = np.arange(n) * (2 * np.pi / n)
         r = 1 + 0.09 * np.repeat(rng.standard_normal(n // 4), 4) + 0.07 * rng.standard_normal(n)
-        points = np.stack(
-            [x + rx * r * np.cos(angle), np.maximum(z + rz * r * np.sin(angle), 0.0)], 1
-        )
+        height = np.maximum(z + rz * r * np.sin(angle), 0.0)
+        points = np.stack([x + rx * r * np.cos(angle), height], 1)
         s.outline(points, LEAF if i % 2 == 0 else TOP, material=FOLIAGE)
     return s.shape()
 
@@ -512,25 +430,10 @@ def lamp_head(reach: float, height: float) -> Shape:
     s = Sketch()
     s.limb((0, height - 0.25), (reach * 0.5, height + 0.12), 0.13, 0.11, METAL)
     s.limb((reach * 0.5, height + 0.12), (reach, height + 0.15), 0.11, 0.10, METAL)
-    s.outline(
-        [
-            (reach * 0.72, height + 0.10),
-            (reach * 1.15, height + 0.10),
-            (reach * 1.12, height + 0.26),
-            (reach * 0.75, height + 0.26),
-        ],
-        METAL,
-    )
-    s.outline(
-        [
-            (reach * 0.76, height + 0.06),
-            (reach * 1.10, height + 0.06),
-            (reach * 1.10, height + 0.13),
-            (reach * 0.76, height + 0.13),
-        ],
-        HEAD,
-        glow=LAMP,
-    )
+    case = ((0.72, 0.10), (1.15, 0.10), (1.12, 0.26), (0.75, 0.26))
+    s.outline([(reach * x, height + z) for x, z in case], METAL)
+    bulb = ((0.76, 0.06), (1.10, 0.06), (1.10, 0.13), (0.76, 0.13))
+    s.outline([(reach * x, height + z) for x, z in bulb], HEAD, glow=LAMP)
     return s.shape()
 
 
@@ -543,8 +446,9 @@ def bar(points, width: float, slot=METAL) -> Shape:
 
 
 def traffic_light(lit: int, board: bool) -> Shape:
-    """A head with three lamps of which `lit` (0 red, 1 amber, 2 green) shines, 1.05 m tall from z =
-    0; some have a backing board.
+    """A traffic light of three lamps, 1.05 m tall from z = 0, perhaps on a backing board.
+
+    `lit` is the lamp that shines: 0 red, 1 amber, 2 green.
     """
     s = Sketch()
     if board:
@@ -553,9 +457,10 @@ def traffic_light(lit: int, board: bool) -> Shape:
     s.outline([(-0.20, 0), (0.20, 0), (0.20, 1.05), (-0.20, 1.05)], TRIM)
     for i, slot in enumerate((RED, AMBER, GREEN)):
         z = 0.88 - 0.35 * i
-        s.disc(
-            0, z, 0.15, 0.15, slot if i == lit else DARK, 10, glow=SIGNAL if i == lit else NO_GLOW
-        )
+        if i == lit:
+            s.disc(0, z, 0.15, 0.15, slot, 10, glow=SIGNAL)
+        else:
+            s.disc(0, z, 0.15, 0.15, DARK, 10)
     return s.shape()
 
 
@@ -601,14 +506,28 @@ def sign(kind: int) -> Shape:
 def models() -> dict[str, list]:
     """All shapes by kind, made once; several of a kind for variety."""
     rng = np.random.default_rng(7)
+    cars = [
+        car(),
+        car(3.9, 1.70, 1.50, 0.22, 0.02),
+        car(4.6, 1.82, 1.44, 0.27, 0.20),
+        car(4.5, 1.88, 1.72, 0.23, 0.02, 0.58),
+        car(4.7, 1.80, 1.46, 0.25, 0.0, 0.60),
+        car(4.9, 1.95, 2.0, 0.14, 0.0, 0.52),
+    ]
+    people = [
+        person(0.1, 0.05),
+        person(0.5, 0.2),
+        person(0.35, 0.1, bag=True, seen_from_behind=True),
+        person(0.2, 0.1, skirt=True),
+        person(0.6, 0.25, seen_from_behind=True),
+        person(0.3, 0.15, skirt=True, seen_from_behind=True),
+        person(0.05, 0.0, bag=True, seen_from_behind=True),
+        person(0.45, 0.1, seen_from_behind=True),
+    ]
     return {
-        "car": [car(), car(3.9, 1.70, 1.50, 0.22, 0.02), car(4.6, 1.82, 1.44, 0.27, 0.20), car(4.5, 1.88, 1.72, 0.23, 0.02, 0.58),
-                car(4.7, 1.80, 1.46, 0.25, 0.0, 0.60), car(4.9, 1.95, 2.0, 0.14, 0.0, 0.52)],
-        "person": [person(k, a, skirt, bag, back) for k, a, skirt, bag, back in (
-            (0.1, 0.05, False, False, False), (0.5, 0.2, False, False, False), (0.35, 0.1, False, True, True),
-            (0.2, 0.1, True, False, False), (0.6, 0.25, False, False, True), (0.3, 0.15, True, False, True), (0.05, 0.0, False, True, True),
-            (0.45, 0.1, False, False, True))],
-        "tree": [tree(rng, 0) for _ in range(6)] + [tree(rng, 1) for _ in range(2)] + [tree(rng, 2) for _ in range(2)],
+        "car": cars,
+        "person": people,
+        "tree": [tree(rng, kind) for kind in (0, 0, 0, 0, 0, 0, 1, 1, 2, 2)],
         "bush": [tree(rng, 3) for _ in range(4)],
         "sign": [sign(k) for k in range(7)],
         "light": [traffic_light(k, board) for k in range(3) for board in (False, True)],
@@ -619,4 +538,4 @@ def models() -> dict[str, list]:
         "bicycle": [bicycle_side(), bicycle_end(True), bicycle_end(False)],
         "motorcycle": [motorcycle_side(), motorcycle_end(True), motorcycle_end(False)],
         "rider": [cyclist_side(0.2), cyclist_end(True), cyclist_end(False), cyclist_side(1.0)],
-    }  # fmt: skip
+    }

@@ -1,70 +1,19 @@
-"""The life of a generated street: vehicles that drive, wait, cross and park, trains and trams,
-lamps, signs and lights, and people.
+"""The vehicles, people, lamps, signs and traffic lights of a generated street.
 
-Vehicles longer than a car are laid in slices, each with its own place in the painter's order: they
-bend with the road, and what stands beside them neither hides nor is hidden by the wrong half.
+Vehicles longer than a car are drawn in slices, each with its own painter's key. They bend with the
+road, and things beside them are hidden by the right half.
 """
 
 import math
 
 import numpy as np
 
-from jaxdg.streets import shapes
-from jaxdg.streets.place import LIGHT, POLE, ROAD, SIGN, Place
+from jaxdg.streets import paints, shapes
+from jaxdg.streets.ground import LIGHT, POLE, ROAD, SIGN
+from jaxdg.streets.place import Place
 
 PERSON, RIDER, CAR, TRUCK, BUS, TRAIN, MOTORCYCLE, BICYCLE = range(11, 19)  # Cityscapes train ids
 LENGTH = {CAR: 4.6, BUS: 12.0, TRUCK: 9.2, BICYCLE: 1.9, MOTORCYCLE: 2.2}  # metres
-
-CAR_PAINT = [[0.86, 0.86, 0.86], [0.62, 0.64, 0.66], [0.36, 0.37, 0.39], [0.09, 0.09, 0.10], [0.10, 0.18, 0.40], [0.58, 0.07, 0.07],
-             [0.22, 0.36, 0.56], [0.12, 0.28, 0.20], [0.70, 0.58, 0.36], [0.45, 0.28, 0.16], [0.85, 0.72, 0.15]]  # fmt: skip
-BUS_PAINT = [
-    [0.80, 0.10, 0.08],
-    [0.93, 0.74, 0.10],
-    [0.15, 0.38, 0.66],
-    [0.16, 0.52, 0.32],
-    [0.88, 0.46, 0.10],
-]
-BUS_TRIM = [[0.9, 0.9, 0.88], [0.25, 0.26, 0.28], [0.85, 0.75, 0.2]]
-LOAD_PAINT = [
-    [0.90, 0.90, 0.89],
-    [0.76, 0.77, 0.78],
-    [0.82, 0.80, 0.70],
-    [0.30, 0.42, 0.60],
-    [0.55, 0.60, 0.40],
-    [0.70, 0.36, 0.20],
-]
-TRAIN_PAINT = [  # body, stripe
-    ([0.90, 0.89, 0.84], [0.78, 0.10, 0.10]), ([0.95, 0.83, 0.30], [0.90, 0.88, 0.80]), ([0.88, 0.89, 0.90], [0.13, 0.32, 0.62]),
-    ([0.83, 0.86, 0.80], [0.12, 0.46, 0.30]), ([0.68, 0.70, 0.72], [0.75, 0.14, 0.12])]  # fmt: skip
-WEAR = [[0.12, 0.12, 0.14], [0.16, 0.20, 0.34], [0.62, 0.12, 0.12], [0.80, 0.80, 0.78], [0.32, 0.36, 0.30], [0.52, 0.42, 0.30],
-        [0.20, 0.42, 0.52], [0.86, 0.62, 0.16], [0.50, 0.24, 0.42], [0.42, 0.44, 0.48], [0.16, 0.36, 0.24]]  # fmt: skip
-SKIN_TONES = [[0.90, 0.72, 0.60], [0.80, 0.60, 0.46], [0.60, 0.42, 0.30], [0.40, 0.27, 0.19]]
-HAIR_TONES = [
-    [0.12, 0.09, 0.07],
-    [0.32, 0.20, 0.10],
-    [0.68, 0.54, 0.30],
-    [0.60, 0.60, 0.60],
-    [0.5, 0.15, 0.12],
-]
-HELMETS = [
-    [0.15, 0.1, 0.08],
-    [0.85, 0.85, 0.85],
-    [0.7, 0.1, 0.1],
-    [0.1, 0.1, 0.12],
-    [0.1, 0.3, 0.6],
-]
-POLE_PAINT = [
-    [0.42, 0.43, 0.44],
-    [0.20, 0.21, 0.21],
-    [0.56, 0.57, 0.57],
-    [0.34, 0.25, 0.17],
-    [0.22, 0.32, 0.26],
-]
-SIGNAL_PAINT = [[0.10, 0.11, 0.11], [0.13, 0.20, 0.16], [0.72, 0.58, 0.12]]
-RAIL = [0.55, 0.55, 0.56]
-SIGN_RED = [0.80, 0.08, 0.10]
-SIGN_BLUE = [0.08, 0.26, 0.62]
-SIGN_GREEN = [0.06, 0.40, 0.26]
 
 
 class Street(Place):
@@ -83,16 +32,11 @@ class Street(Place):
             self._pavement_life(side)
         self._crossers()
 
-    # -- vehicles
-    # -----------------------------------------------------------------------------------------------------------------------
-
     def free(self, s0, s1, t, margin=1.0) -> bool:
-        """Claims a stretch of the road; false where something stands."""
-        if any(
-            abs(t - other) < 1.9 and s0 - margin < b and a < s1 + margin
-            for a, b, other in self.taken
-        ):
-            return False
+        """Claims a stretch of the road; false if something stands there."""
+        for a, b, other in self.taken:
+            if abs(t - other) < 1.9 and s0 - margin < b and a < s1 + margin:
+                return False
         self.taken.append((s0, s1, t))
         return True
 
@@ -103,27 +47,22 @@ class Street(Place):
         if label == BUS:
             plain, wheels, door = models["bus"]
             doors = pick([door, plain])
-            return (
-                [doors, wheels, plain, wheels, doors],
-                2.4,
-                self.palette(BODY=self.tint(pick(BUS_PAINT)), TRIM=self.tint(pick(BUS_TRIM))),
-            )
+            body = self.tint(pick(paints.BUS_PAINT))
+            palette = self.palette(BODY=body, TRIM=self.tint(pick(paints.BUS_TRIM)))
+            return [doors, wheels, plain, wheels, doors], 2.4, palette
         if label == TRUCK:
-            palette = self.palette(
-                BODY=self.tint(pick(CAR_PAINT)), TRIM=self.tint(pick(LOAD_PAINT))
-            )
+            body = self.tint(pick(paints.CAR_PAINT))
+            palette = self.palette(BODY=body, TRIM=self.tint(pick(paints.LOAD_PAINT)))
             return [pick(models["load"])] * 3 + models["cab"], 2.3, palette
         plain, door = models["train"]
-        body, stripe = pick(TRAIN_PAINT)
-        return (
-            [door if i % 3 == 1 else plain for i in range(count)],
-            3.0,
-            self.palette(BODY=self.tint(body, 0.04), TRIM=self.tint(stripe, 0.04)),
-        )
+        body, stripe = pick(paints.TRAIN_PAINT)
+        palette = self.palette(BODY=self.tint(body, 0.04), TRIM=self.tint(stripe, 0.04))
+        return [door if i % 3 == 1 else plain for i in range(count)], 3.0, palette
 
-    def _lay(self, label, pose, count=0):
-        """Lays a long vehicle; `pose` maps metres from its tail and its length to x, y, heading and
-        painter's key.
+    def _long_vehicle(self, label, pose, count=0):
+        """Adds a vehicle in slices.
+
+        `pose` maps metres from its tail and its length to x, y, heading and painter's key.
         """
         pieces, length, palette = self._slices(label, count)
         obj = self.mesh.object(label)
@@ -134,30 +73,26 @@ class Street(Place):
 
     def _along(self, s, t, ahead):
         """The pose of a vehicle in lane t whose near end is at s."""
+        turn = 0 if ahead else math.pi
 
         def pose(d, total):
             middle = s + d if ahead else s + total - d
-            return (
-                *self.road.at(middle, t),
-                self.road.heading(middle) + (0 if ahead else math.pi),
-                middle,
-            )
+            return *self.road.at(middle, t), self.road.heading(middle) + turn, middle
 
         return pose
 
     def _athwart(self, s, t, toward):
-        """The pose of a vehicle that crosses at s with its tail at t; of its slices the outer ones
-        are farther.
-        """
+        """The pose of a vehicle that crosses at s with its tail at t; outer slices are farther."""
         heading = self.road.heading(s) + toward * math.pi / 2
-        return lambda d, total: (
-            *self.road.at(s, t + toward * d),
-            heading,
-            s + 0.002 * abs(t + toward * d),
-        )
+
+        def pose(d, total):
+            across = t + toward * d
+            return *self.road.at(s, across), heading, s + 0.002 * abs(across)
+
+        return pose
 
     def _vehicle(self, label, s, t, ahead) -> bool:
-        """Puts a vehicle with its near end at s on lane t; false where there is no room."""
+        """Puts a vehicle with its near end at s on lane t; false if there is no room."""
         length = LENGTH[label]
         if not self.free(s, s + length, t):
             return False
@@ -166,71 +101,51 @@ class Street(Place):
         if label == CAR:
             self._car(*self.road.at(middle, t), heading + self.rng.normal(0, 0.02), middle)
         elif label in (BUS, TRUCK):
-            self._lay(label, self._along(s, t, ahead))
+            self._long_vehicle(label, self._along(s, t, ahead))
         else:
             self._two_wheeler(label, middle, t, heading, ridden=True)
         return True
 
     def _car(self, x, y, heading, key):
-        paint = self.pick(CAR_PAINT if self.chance(0.6) else CAR_PAINT[:4])
+        paint = self.pick(paints.CAR_PAINT if self.chance(0.6) else paints.CAR_PAINT[:4])
         palette = self.palette(BODY=self.tint(paint, 0.08))
-        tall = self.rng.uniform(0.96, 1.06)
-        self.mesh.place(
-            self.pick(self.models["car"]),
-            palette,
-            (x, y),
-            heading,
-            CAR,
-            key,
-            self.mesh.object(CAR),
-            (1, 1, tall),
-        )
+        scale = (1, 1, self.rng.uniform(0.96, 1.06))
+        shape = self.pick(self.models["car"])
+        self.mesh.place(shape, palette, (x, y), heading, CAR, key, self.mesh.object(CAR), scale)
         self.solid_shadow(x, y, heading, 0.88, 4.3, 1.2)
 
     def _two_wheeler(self, label, s, t, heading, ridden):
-        """A bicycle or motorcycle, from the side or the end, whichever the camera sees more of."""
+        """A bicycle or motorcycle, drawn from the side or the end that the camera sees more of."""
         x, y = self.road.at(s, t)
         sight = heading - math.atan2(x - self.camera.position[0], y - self.camera.position[1])
         view = 0 if abs(math.sin(sight)) > 0.5 else (2 if math.cos(sight) > 0 else 1)
         turn = heading if view == 0 else self.camera.yaw
         bicycle = label == BICYCLE
-        palette = self.palette(
-            BODY=self.tint(self.pick(WEAR if bicycle else CAR_PAINT), 0.1),
-            HUB=[0.3 if bicycle else 0.5] * 3,
-        )
+        place = self.mesh.place
+        body = self.tint(self.pick(paints.WEAR if bicycle else paints.CAR_PAINT), 0.1)
+        palette = self.palette(BODY=body, HUB=[0.3 if bicycle else 0.5] * 3)
         model = self.models["bicycle" if bicycle else "motorcycle"][view]
-        self.mesh.place(
-            model, palette, (x, y), turn, label, s, self.mesh.object(label), (1.1, 1.05, 1.05)
-        )
+        obj = self.mesh.object(label)
+        place(model, palette, (x, y), turn, label, s, obj, (1.1, 1.05, 1.05))
         if ridden:
-            top = self.tint(self.pick(WEAR), 0.1)
-            legs = self.tint(self.pick(WEAR), 0.05, 0.7)
-            wear = self.palette(
-                TOP=top, LEGS=legs, SKIN=self.pick(SKIN_TONES), HAIR=self.tint(self.pick(HELMETS))
-            )
+            top = self.tint(self.pick(paints.WEAR), 0.1)
+            legs = self.tint(self.pick(paints.WEAR), 0.05, 0.7)
+            skin = self.pick(paints.SKIN_TONES)
+            helmet = self.tint(self.pick(paints.HELMETS))
+            palette = self.palette(TOP=top, LEGS=legs, SKIN=skin, HAIR=helmet)
             model = self.models["rider"][view if view or bicycle else 3]
-            self.mesh.place(
-                model,
-                wear,
-                (x, y),
-                turn,
-                RIDER,
-                s - 0.01,
-                self.mesh.object(RIDER),
-                (1.15, 1, self.rng.uniform(1.0, 1.1)),
-            )
+            obj = self.mesh.object(RIDER)
+            scale = (1.15, 1, self.rng.uniform(1.0, 1.1))
+            place(model, palette, (x, y), turn, RIDER, s - 0.01, obj, scale)
         self.solid_shadow(x, y, heading, 0.25, 1.8, 1.6 if ridden else 0.9)
 
     def _traffic(self):
-        """A few wished-for vehicles near by, then flowing traffic in each lane, then parked rows."""
+        """Adds near vehicles of the rare classes, then traffic in each lane, then parked rows."""
         rng = self.rng
         limit = min(75.0, self.far - 3)
         own = min((abs(t - self.camera.position[0]), t) for t, ahead in self.lanes if ahead)[1]
-        for label in [
-            label
-            for label, p in ((BUS, 0.38), (TRUCK, 0.40), (MOTORCYCLE, 0.36), (BICYCLE, 0.32))
-            if self.chance(p)
-        ]:
+        shares = ((BUS, 0.38), (TRUCK, 0.40), (MOTORCYCLE, 0.36), (BICYCLE, 0.32))
+        for label in [label for label, p in shares if self.chance(p)]:
             nearest, farthest = (1.5, 24.0) if label in (BUS, TRUCK) else (5.0, 14.0)
             for _ in range(4):
                 t, ahead = self.pick(self.lanes)
@@ -241,12 +156,8 @@ class Street(Place):
             s = rng.uniform(8 if t == own else 3, 28)
             gap = rng.uniform(6, 30)
             while s < limit:
-                self._vehicle(
-                    self.pick([CAR] * 12 + [TRUCK, BUS, MOTORCYCLE, BICYCLE]),
-                    s,
-                    t + rng.normal(0, 0.2),
-                    ahead,
-                )
+                label = self.pick([CAR] * 12 + [TRUCK, BUS, MOTORCYCLE, BICYCLE])
+                self._vehicle(label, s, t + rng.normal(0, 0.2), ahead)
                 s += 6 + rng.exponential(gap)
         for side in (-1, 1):
             if self.parking[side]:
@@ -261,16 +172,13 @@ class Street(Place):
         while s < limit:
             inside = self.crossing and self.crossing[0] - 7 < s < self.crossing[1] + 2
             if not inside and self.chance(full):
-                self._vehicle(
-                    self.pick([CAR] * 10 + [TRUCK, BUS]),
-                    s,
-                    t + rng.normal(0, 0.08),
-                    ahead != self.chance(0.1),
-                )
+                label = self.pick([CAR] * 10 + [TRUCK, BUS])
+                lane = t + rng.normal(0, 0.08)
+                self._vehicle(label, s, lane, ahead != self.chance(0.1))
             s += rng.uniform(5.2, 6.5)
 
     def _side_street(self, s0, s1):
-        """Vehicles that cross ahead, seen from their sides; none where a train crosses."""
+        """Vehicles that cross ahead, seen from their sides, unless a train crosses."""
         rng = self.rng
         for share, toward in ((0.3, 1), (0.72, -1)):
             s = s0 + (s1 - s0) * share
@@ -282,7 +190,9 @@ class Street(Place):
                 if label == CAR:
                     self._car(*self.road.at(s, t), self.road.heading(s) + toward * math.pi / 2, s)
                 else:
-                    self._lay(label, self._athwart(s, t - toward * LENGTH[label] / 2, toward))
+                    self._long_vehicle(
+                        label, self._athwart(s, t - toward * LENGTH[label] / 2, toward)
+                    )
                 t += 9 if label == CAR else 16
 
     def _trains(self):
@@ -295,28 +205,27 @@ class Street(Place):
                 stop = (self.crossing[0] if self.crossing else self.far) - 1
                 count = min(rng.integer(6, 13), int((stop - s) / 3))
                 if count > 1:
-                    self._lay(TRAIN, self._along(s, t, self.chance(0.5)), count)
+                    self._long_vehicle(TRAIN, self._along(s, t, self.chance(0.5)), count)
         elif self.chance(0.22):
             t, ahead = self.pick(self.lanes)
             for k in (-0.75, 0.70):
-                self.ground(self.road.strip(t + k, t + k + 0.09, -8, self.far), RAIL, ROAD, 6.5)
+                self.ground(
+                    self.road.strip(t + k, t + k + 0.09, -8, self.far), paints.RAIL, ROAD, 6.5
+                )
             s = rng.uniform(7, 22)
             count = rng.integer(4, 10)
             if self.free(s, s + 3 * count, t, 2):
-                self._lay(TRAIN, self._along(s, t, ahead), count)
+                self._long_vehicle(TRAIN, self._along(s, t, ahead), count)
         elif self.crossing and self.chance(0.35):
             s = sum(self.crossing) / 2
             for k in (-0.75, 0.70):
-                self.ground(self.across(s + k, s + k + 0.1, -70, 70), RAIL, ROAD, 6.5)
+                self.ground(self.across(s + k, s + k + 0.1, -70, 70), paints.RAIL, ROAD, 6.5)
             self.taken.append((s - 2, s + 2, math.inf))
-            self._lay(TRAIN, self._athwart(s, rng.uniform(-30, -4), 1), rng.integer(7, 13))
-
-    # -- street furniture and people
-    # ----------------------------------------------------------------------------------------------------
+            self._long_vehicle(TRAIN, self._athwart(s, rng.uniform(-30, -4), 1), rng.integer(7, 13))
 
     def _pole(self, s, t, height, width):
         """Puts up a pole and returns its colours."""
-        palette = self.palette(METAL=self.tint(self.pick(POLE_PAINT), 0.06))
+        palette = self.palette(METAL=self.tint(self.pick(paints.POLE_PAINT), 0.06))
         x, y = self.stand(shapes.bar([(0, 0), (0, height)], width), palette, s, t, POLE)
         self.cast((x - width / 2, y), (x + width / 2, y), height)
         return palette
@@ -324,9 +233,8 @@ class Street(Place):
     def _furniture(self, side):
         """Lamps or masts, street trees, lights, signs and railings along a kerb."""
         rng = self.rng
-        t = side * (
-            self.edge(side) + min(0.5, (self.verge[side] + self.pavement[side]) * 0.4 + 0.1)
-        )
+        inset = min(0.5, (self.verge[side] + self.pavement[side]) * 0.4 + 0.1)
+        t = side * (self.edge(side) + inset)
         far = min(80.0, self.far)
         if self.chance(0.75):
             height = rng.uniform(5, 8.5)
@@ -336,9 +244,8 @@ class Street(Place):
                 palette = self._pole(s, t, height, rng.uniform(0.17, 0.26))
                 if lamps:
                     reach = -side * rng.uniform(0.9, 2.0)
-                    x, y = self.stand(
-                        shapes.lamp_head(reach, height), palette, s, t, POLE, s - 0.01
-                    )
+                    head = shapes.lamp_head(reach, height)
+                    x, y = self.stand(head, palette, s, t, POLE, s - 0.01)
                     self.mesh.lamps.append((x + reach, y, height))
         if self.chance(0.55):
             for s in np.arange(rng.uniform(5, 14), far, rng.uniform(6, 14)).tolist():
@@ -360,7 +267,7 @@ class Street(Place):
         height = rng.uniform(2.3, 3.2)
         size = rng.uniform(1.15, 1.6)
         model = self.pick(self.models["light"][2 * lit : 2 * lit + 2])
-        palette = self.palette(TRIM=self.tint(self.pick(SIGNAL_PAINT), 0.05))
+        palette = self.palette(TRIM=self.tint(self.pick(paints.SIGNAL_PAINT), 0.05))
         metal = self._pole(s, t, height + 0.3, 0.18)
         heads = [(0.0, height)]
         if self.chance(0.5):
@@ -368,19 +275,10 @@ class Street(Place):
             top = rng.uniform(5.0, 6.0)
             self.stand(shapes.bar([(0, 0), (0, top), (reach, top + 0.15)], 0.2), metal, s, t, POLE)
             heads.append((reach, top - 0.75))
+        scale = (size, 1, size)
         for shift, z in heads:
-            self.stand(
-                model,
-                palette,
-                s,
-                t,
-                LIGHT,
-                s - 0.02,
-                self.mesh.object(LIGHT),
-                (size, 1, size),
-                shift,
-                z,
-            )
+            obj = self.mesh.object(LIGHT)
+            self.stand(model, palette, s, t, LIGHT, s - 0.02, obj, scale, shift, z)
 
     def _sign(self, s, t):
         """One or two signs on a pole, or a wide one with directions."""
@@ -395,61 +293,33 @@ class Street(Place):
             size = rng.uniform(1.0, 1.4)
             shown = [self.pick(signs[:6]) for _ in range(2 if self.chance(0.3) else 1)]
         self._pole(s, t, z + 0.3, 0.15)
-        palette = self.palette(
-            TOP=self.tint(SIGN_GREEN if shown[0] is signs[6] and self.chance(0.35) else SIGN_BLUE),
-            RED=SIGN_RED,
-        )
+        green = shown[0] is signs[6] and self.chance(0.35)
+        color = self.tint(paints.SIGN_GREEN if green else paints.SIGN_BLUE)
+        palette = self.palette(TOP=color, RED=paints.SIGN_RED)
+        scale = (size, 1, size)
         for i, model in enumerate(shown):
-            self.stand(
-                model,
-                palette,
-                s,
-                t,
-                SIGN,
-                s - 0.02,
-                self.mesh.object(SIGN),
-                (size, 1, size),
-                0.0,
-                z - 0.95 * size * i,
-            )
+            obj = self.mesh.object(SIGN)
+            top = z - 0.95 * size * i
+            self.stand(model, palette, s, t, SIGN, s - 0.02, obj, scale, z=top)
 
     def _person(self, s, t):
-        tall = (
-            self.rng.uniform(0.62, 0.8) if self.chance(0.1) else self.rng.uniform(0.93, 1.08)
-        )  # some are children
-        top = self.tint(self.pick(WEAR), 0.1)
-        legs = self.tint(self.pick(WEAR), 0.1, 0.65)
-        bag = self.tint(self.pick(WEAR))
-        palette = self.palette(
-            TOP=top,
-            LEGS=legs,
-            TRIM=bag,
-            SKIN=self.pick(SKIN_TONES),
-            HAIR=self.tint(self.pick(HAIR_TONES)),
-        )
+        child = self.chance(0.1)
+        tall = self.rng.uniform(0.62, 0.8) if child else self.rng.uniform(0.93, 1.08)
+        top = self.tint(self.pick(paints.WEAR), 0.1)
+        legs = self.tint(self.pick(paints.WEAR), 0.1, 0.65)
+        bag = self.tint(self.pick(paints.WEAR))
+        skin = self.pick(paints.SKIN_TONES)
+        hair = self.tint(self.pick(paints.HAIR_TONES))
+        palette = self.palette(TOP=top, LEGS=legs, TRIM=bag, SKIN=skin, HAIR=hair)
         scale = (tall * self.rng.uniform(0.9, 1.15) * self.pick([-1, 1]), 1, tall)
-        x, y = self.stand(
-            self.pick(self.models["person"]),
-            palette,
-            s,
-            t,
-            PERSON,
-            s,
-            self.mesh.object(PERSON),
-            scale,
-        )
+        shape = self.pick(self.models["person"])
+        x, y = self.stand(shape, palette, s, t, PERSON, s, self.mesh.object(PERSON), scale)
         self.cast((x - 0.2, y), (x + 0.2, y), 1.7 * tall)
-        self.mesh.contacts.append(
-            [
-                (x - 0.3, y - 0.2, 0),
-                (x + 0.3, y - 0.2, 0),
-                (x + 0.3, y + 0.2, 0),
-                (x - 0.3, y + 0.2, 0),
-            ]
-        )
+        corners = ((-0.3, -0.2), (0.3, -0.2), (0.3, 0.2), (-0.3, 0.2))
+        self.mesh.contacts.append([(x + dx, y + dy, 0) for dx, dy in corners])
 
     def _pavement_life(self, side):
-        """Who walks and waits on a pavement, and what is parked there."""
+        """People who walk and wait on a pavement, and two-wheelers parked there."""
         rng = self.rng
         width = self.pavement[side] + self.verge[side]
         if width < 1:
@@ -462,30 +332,21 @@ class Street(Place):
             s = rng.uniform(5, 16)
             t = rng.uniform(inner, outer)
             for _ in range(rng.integer(5, 12)):
-                self._person(
-                    s + rng.normal(0, 1.2), side * min(max(t + rng.normal(0, 0.8), inner), outer)
-                )
+                along = s + rng.normal(0, 1.2)
+                self._person(along, side * min(max(t + rng.normal(0, 0.8), inner), outer))
         for label, p in ((BICYCLE, 0.36), (MOTORCYCLE, 0.30)):
             if self.chance(p):
                 s = rng.uniform(3.5, 13)
                 across = self.chance(0.5)
                 step, t = (rng.uniform(0.6, 1.1), inner + 0.5) if across else (2.0, inner)
                 for i in range(rng.integer(1, 5)):
-                    turn = (
-                        rng.normal(0, 0.1)
-                        + (math.pi / 2 if across else 0)
-                        + self.pick([0, math.pi])
-                    )
-                    self._two_wheeler(
-                        label,
-                        s + i * step,
-                        side * t,
-                        self.road.heading(s) + turn,
-                        ridden=self.chance(0.1),
-                    )
+                    turn = rng.normal(0, 0.1) + (math.pi / 2 if across else 0)
+                    heading = self.road.heading(s) + (turn + self.pick([0, math.pi]))
+                    ridden = self.chance(0.1)
+                    self._two_wheeler(label, s + i * step, side * t, heading, ridden)
 
     def _crossers(self):
-        """Who crosses the road on foot or wheels."""
+        """People who cross the road on foot or on two wheels."""
         rng = self.rng
         if self.zebra or self.chance(0.2):
             s = self.zebra or rng.uniform(6, 18)
@@ -496,10 +357,5 @@ class Street(Place):
             t = rng.uniform(-self.half, self.half)
             if self.chance(p) and self.free(s - 1, s + 1, t, 0.3):
                 turn = self.pick([-1, 1]) * math.pi / 2 + rng.normal(0, 0.3)
-                self._two_wheeler(
-                    self.pick([BICYCLE, BICYCLE, MOTORCYCLE]),
-                    s,
-                    t,
-                    self.road.heading(s) + turn,
-                    ridden=True,
-                )
+                label = self.pick([BICYCLE, BICYCLE, MOTORCYCLE])
+                self._two_wheeler(label, s, t, self.road.heading(s) + turn, ridden=True)
