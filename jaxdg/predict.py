@@ -36,7 +36,7 @@ from jaxdg.data import storage
 from jaxdg.data.images import read_image
 from jaxdg.data.index import IMAGE_SUFFIXES
 from jaxdg.data.labels import LabelSet
-from jaxdg.drawing import pictures as visualize
+from jaxdg.drawing.overlays import box_overlay, overlay
 from jaxdg.evaluation.average_precision import Detections
 from jaxdg.tasks.loading import load
 from jaxdg.tasks.run_state import locate
@@ -195,7 +195,7 @@ def write_label(
     write(Path(f"{target}.png"), _encoded(label, "PNG"))
     write(
         Path(f"{target}_overlay.jpg"),
-        _encoded(visualize.overlay(image, label, labels.colors, labels.names), "JPEG"),
+        _encoded(overlay(image, label, labels.colors, labels.names), "JPEG"),
     )
     ids, counts = np.unique(label, return_counts=True)
     shares = sorted(zip(counts / label.size, ids, strict=True), reverse=True)[:3]
@@ -235,7 +235,7 @@ def write_boxes(
     write(
         Path(f"{target}_overlay.jpg"),
         _encoded(
-            visualize.box_overlay(image, boxes, classes, labels.colors, labels.names, scores),
+            box_overlay(image, boxes, classes, labels.colors, labels.names, scores),
             "JPEG",
         ),
     )

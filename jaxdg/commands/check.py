@@ -47,7 +47,9 @@ from jaxdg.data.index import Defect
 from jaxdg.data.labels import IGNORE
 from jaxdg.data.skip import HEADER
 from jaxdg.data.workers import read_ahead
-from jaxdg.drawing import pictures as visualize
+from jaxdg.drawing.overlays import box_overlay, overlay
+from jaxdg.drawing.palettes import BACKGROUND, TEXT
+from jaxdg.drawing.panels import grid
 from jaxdg.evaluation.overlap import Images
 
 SOFTWARE = "jaxdg.data.check"  # which contact sheets say they were written by
@@ -680,7 +682,7 @@ def contact_sheet(rows: Iterable[tuple[str, Files, list[int]]]) -> UInt8[np.ndar
     Returns:
         RGB, one row a split.
     """
-    return visualize.grid(
+    return grid(
         [_join([_tile(name, dataset, i) for i in shown]) for name, dataset, shown in rows if shown]
     )
 
@@ -695,18 +697,18 @@ def _tile(name: str, dataset: Files, i: int) -> UInt8[np.ndarray, "h w 3"]:
     )
     image = np.asarray(cv2.resize(sample["image"], size, interpolation=cv2.INTER_AREA), np.uint8)
     if "boxes" in sample:
-        picture = visualize.box_overlay(
+        picture = box_overlay(
             image, sample["boxes"] * scale, sample["classes"], labels.colors, labels.names
         )
     else:
         label = np.asarray(
             cv2.resize(sample["label"], size, interpolation=cv2.INTER_NEAREST), np.uint8
         )
-        picture = visualize.overlay(image, label, labels.colors, labels.names)
-    caption = Image.new("RGB", (picture.shape[1], 26), visualize.BACKGROUND)
+        picture = overlay(image, label, labels.colors, labels.names)
+    caption = Image.new("RGB", (picture.shape[1], 26), BACKGROUND)
     text = f"{name}  {os.path.basename(dataset.name(i))}"
     ImageDraw.Draw(caption).text(
-        (2, 13), text, font=ImageFont.load_default(13), fill=visualize.TEXT, anchor="lm"
+        (2, 13), text, font=ImageFont.load_default(13), fill=TEXT, anchor="lm"
     )
     return np.concatenate([np.asarray(caption), picture])
 
@@ -715,9 +717,7 @@ def _join(tiles: Sequence[UInt8[np.ndarray, "_ _ 3"]], gap: int = 12) -> UInt8[n
     """Pictures side by side, their upper edges in line."""
     heights = [tile.shape[0] for tile in tiles]
     widths = [tile.shape[1] for tile in tiles]
-    canvas = np.full(
-        (max(heights), sum(widths) + gap * (len(tiles) - 1), 3), visualize.BACKGROUND, np.uint8
-    )
+    canvas = np.full((max(heights), sum(widths) + gap * (len(tiles) - 1), 3), BACKGROUND, np.uint8)
     for k, tile in enumerate(tiles):
         left = sum(widths[:k]) + gap * k
         canvas[: heights[k], left : left + widths[k]] = tile

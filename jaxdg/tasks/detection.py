@@ -23,7 +23,7 @@ from jaxdg.data.datasets import Dataset
 from jaxdg.detection.arrays import Detected
 from jaxdg.detection.detector import Detector, DetectorConfig
 from jaxdg.detection.head import HeadConfig
-from jaxdg.drawing import pictures as visualize
+from jaxdg.drawing.panels import box_panel
 from jaxdg.evaluation import protocols
 from jaxdg.evaluation.average_precision import AveragePrecision, Detections, Truth
 from jaxdg.evaluation.coco_format import write_coco
@@ -273,9 +273,8 @@ class Detection(ImageTask):
         sure = example["scores"] >= SHOWN
         detections = example["boxes"][sure], example["classes"][sure], example["scores"][sure]
         true = example["truth_boxes"], example["truth_classes"]
-        return visualize.box_panel(
-            example["image"], true, detections, self.labels.colors, self.labels.names
-        )
+        labels = self.labels
+        return box_panel(example["image"], true, detections, labels.colors, labels.names)
 
 
 def _truth(row: Mapping[str, np.ndarray]) -> Truth:

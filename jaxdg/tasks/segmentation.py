@@ -17,7 +17,7 @@ import numpy as np
 from jaxdg import segmentation, weights
 from jaxdg.config import Config
 from jaxdg.data.datasets import Dataset, label_set, open_domain
-from jaxdg.drawing import pictures as visualize
+from jaxdg.drawing.panels import panel
 from jaxdg.evaluation import protocols
 from jaxdg.methods.method import Method
 from jaxdg.segmentation.decoder import DecoderOptions
@@ -270,10 +270,9 @@ class Segmentation(ImageTask):
             result = self._result(total.sum(axis=0), len(dataset), protocol)
             examples = distributed.gathered(examples)
             result.examples = [examples[i] for i in sorted(examples)]
+            colors = self.labels.colors
             result.pictures = [
-                visualize.panel(
-                    e["image"], e["truth"], e["prediction"], self.labels.colors, self.labels.names
-                )
+                panel(e["image"], e["truth"], e["prediction"], colors, self.labels.names)
                 for e in result.examples
             ]
             result.parts = {

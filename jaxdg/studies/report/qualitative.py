@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image
 
 from jaxdg.data.labels import CAMVID, CITYSCAPES, IGNORE, LabelSet, palette
-from jaxdg.drawing import pictures as visualize
+from jaxdg.drawing.overlays import box_overlay
 from jaxdg.evaluation import results
 from jaxdg.studies.report.document import Pictures, Tile
 from jaxdg.studies.report.reading import Study
@@ -153,7 +153,7 @@ def _boxes(
     ) -> Tile:
         where = (boxes * scale).astype(np.float32)
         which = classes.astype(np.int64)
-        picture = visualize.box_overlay(image, where, which, colors.colors, colors.names, scores)
+        picture = box_overlay(image, where, which, colors.colors, colors.names, scores)
         return _photo(caption, picture, 2 * WIDTH)
 
     tiles = [

@@ -6,16 +6,11 @@ import sys
 import numpy as np
 import pytest
 
-from jaxdg.drawing import pictures as visualize
-from jaxdg.drawing.pictures import (
-    box_overlay,
-    box_panel,
-    colorize,
-    grid,
-    legend_rows,
-    overlay,
-    panel,
-)
+from jaxdg.drawing import overlays
+from jaxdg.drawing.legends import legend_rows
+from jaxdg.drawing.overlays import box_overlay, overlay
+from jaxdg.drawing.palettes import colorize
+from jaxdg.drawing.panels import box_panel, grid, panel
 
 COLORS = [(200, 10, 20), (0, 128, 255), (90, 240, 30), (255, 255, 0)]
 NAMES = ["road", "sky", "tree", "traffic sign"]
@@ -245,7 +240,7 @@ def test_tags_never_hide_one_another_nor_boxes():
     scores = rng.random(200)
     edges = np.clip(np.rint(boxes), 0, [400, 200, 400, 200]).astype(int)
     sizes = dict.fromkeys(np.argsort(-scores).tolist(), (60, 16))
-    tags = visualize._place_tags(edges, sizes, (200, 400))
+    tags = overlays._place_tags(edges, sizes, (200, 400))
     assert np.argmax(scores) in tags
     assert len(tags) > 5
     covered = np.zeros((200, 400), int)
@@ -332,7 +327,7 @@ def test_drawing_needs_no_jax():
     once.
     """
     code = (
-        "import sys, jaxdg.drawing.pictures; print([m for m in ('jax', 'flax', 'matplotlib') if m"
+        "import sys, jaxdg.drawing.panels; print([m for m in ('jax', 'flax', 'matplotlib') if m"
         " in sys.modules])"
     )
     assert (
