@@ -1,7 +1,7 @@
 """Published checkpoints to jaxdg's `.safetensors`, and back.
 
     jaxdg convert --list
-    jaxdg convert --model augreg_ti16 --checkpoint vit_tiny.safetensors --out augreg_ti16.safetensors
+    jaxdg convert --model augreg_ti16 --checkpoint vit_tiny.bin --out augreg_ti16.safetensors
     jaxdg convert --model augreg_ti16 --checkpoint augreg_ti16.safetensors --out back.pth --reverse
     jaxdg convert --model mask2former --checkpoint model_final.pkl --out head.safetensors
     jaxdg convert --model vltseg --checkpoint vltseg_checkpoint_gta_1.pth --out runs/vltseg_gta

@@ -71,10 +71,9 @@ BOXES = (
 
 
 def layouts() -> tuple[Layout, ...]:
-    """Both layouts: as torchvision writes the tensors today, and as it did when it published them."""
-    return _layout("torchvision", ".0", "conv.*.0", "conv*"), _layout(
-        "torchvision-released", "", "conv", "conv0"
-    )
+    """The names that torchvision writes today, and those of the files it published."""
+    today = _layout("torchvision", ".0", "conv.*.0", "conv*")
+    return today, _layout("torchvision-released", "", "conv", "conv0")
 
 
 def _layout(name: str, block: str, theirs: str, ours: str) -> Layout:

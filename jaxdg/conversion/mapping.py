@@ -78,7 +78,7 @@ class Layout(NamedTuple):
         )
 
     def covers(self, names: Iterable[str]) -> bool:
-        """Whether every one of these source names is in the table, whatever the number of blocks."""
+        """Whether the table has all these source names; block numbers do not matter."""
         known = self.known()
         return all(known.fullmatch(name) for name in names)
 

@@ -175,7 +175,7 @@ def _original(name: str, queries: str) -> Layout:
 
 
 def _transformers() -> Layout:
-    """`Mask2FormerForUniversalSegmentation`, which keeps the projections of self-attention apart."""
+    """`Mask2FormerForUniversalSegmentation`: query, key and value have tensors of their own."""
     rows = [row for ours, _, theirs, kind in TABLE for row in _rows(f"model.{theirs}", ours, kind)]
     for theirs, ours, transform in (("weight", "kernel", QKV), ("bias", "bias", QKV_BIAS)):
         parts = tuple(f"model.{LAYER}.self_attn.{part}_proj.{theirs}" for part in "qkv")

@@ -187,15 +187,12 @@ class Fcos(Head):
 
     @property
     def squares(self) -> Float32[Array, "n 4"]:
-        """What boxes are told from, around all points."""
-        grid = points(self.shapes, self.strides)
-
-        def half(stride):
-            return stride * SQUARE / 2
-
-        return jnp.concatenate([
-            jnp.concatenate([p - half(s), p + half(s)], axis=-1) for p, s in zip(grid, self.strides, strict=True)
-        ])  # fmt: skip
+        """The squares around all points, which box offsets refer to."""
+        squares = []
+        for centres, stride in zip(points(self.shapes, self.strides), self.strides, strict=True):
+            half = stride * SQUARE / 2
+            squares.append(jnp.concatenate([centres - half, centres + half], axis=-1))
+        return jnp.concatenate(squares)
 
     def assign(self, targets: Targets) -> Int32[Array, "b n"]:
         """The true box that each point predicts, -1 for none."""

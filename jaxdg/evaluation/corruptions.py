@@ -381,7 +381,7 @@ def _clouds(side: int, decay: float, rng: np.random.Generator) -> Float32[np.nda
 
 
 def _brightness(image: Pixels, rng: np.random.Generator, shift: float) -> Result:
-    """The V of HSV shifted: hue and saturation stay, so that all channels grow by the same factor."""
+    """Shifts the V of HSV; hue and saturation stay, so all channels grow by the same factor."""
     value = image.max(axis=-1, keepdims=True).astype(np.float32)
     new = np.minimum(value + np.float32(255 * shift), 255)
     return np.where(value > 0, image * (new / np.maximum(value, 1)), new)

@@ -112,7 +112,7 @@ class Decoder(nnx.Module):
     def adapt_features(
         self, backbone: backbones.Encoder, features: tuple[Float[Array, "b _ _ _"], ...]
     ) -> tuple[Float[Array, "b _ _ _"], ...]:
-        """The features that the decoder reads, made of those at its taps with the encoder at hand."""
+        """Turns the features at the taps into those that the decoder reads; by default the same."""
         return features
 
     def load_text(self, path: str | Path) -> None:

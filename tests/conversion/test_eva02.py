@@ -230,9 +230,13 @@ def test_the_authors_files_convert_and_come_back(command, family, prefix, layout
 
 
 TIMM = (
-    ("mlp.ffn_ln", "mlp.norm"), ("attn.inner_attn_ln", "attn.norm"), ("mlp.w12.", "mlp.fc1."), ("mlp.w1.", "mlp.fc1_g."),
-    ("mlp.w2.", "mlp.fc1_x."), ("mlp.w3.", "mlp.fc2."),
-)  # fmt: skip
+    ("mlp.ffn_ln", "mlp.norm"),
+    ("attn.inner_attn_ln", "attn.norm"),
+    ("mlp.w12.", "mlp.fc1."),
+    ("mlp.w1.", "mlp.fc1_g."),
+    ("mlp.w2.", "mlp.fc1_x."),
+    ("mlp.w3.", "mlp.fc2."),
+)
 
 
 @pytest.mark.parametrize("prefix", ["", "visual.trunk."])

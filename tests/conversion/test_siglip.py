@@ -275,7 +275,7 @@ def test_every_layout_converts_and_comes_back(run, command, layout):
 
 
 def test_stacked_and_numbered_blocks_are_the_same_encoder(run):
-    """One file with all blocks of a kind in one tensor, one with a tensor a block: equal tensors."""
+    """A file with one tensor for all blocks and a file with one a block give equal tensors."""
     numbered = tensors("big_vision")
     stacked = {
         name: tensor

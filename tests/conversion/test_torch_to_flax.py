@@ -458,7 +458,7 @@ def test_torch_files_convert_and_come_back(command, tmp_path):
 
 
 def test_torch_files_that_hold_more_than_tensors_are_refused(command, tmp_path):
-    """Code is named and not run; a whole module, a list, a cut file and odd entries are told apart."""
+    """Code is named and not run; a module, a list, a cut file and odd entries are told apart."""
     torch = pytest.importorskip("torch")
     state = {name: torch.from_numpy(tensor) for name, tensor in timm_tensors(4).items()}
     torch.save({"model": state, "extra": Evil(tmp_path / "ran")}, tmp_path / "evil.pth")
@@ -642,10 +642,13 @@ def test_both_ways_to_run_it(form, tmp_path):
         assert entry.licence in lines[name]
         assert entry.source in lines[name]
     assert "scratch_ti8" not in lines
+    flags = ["--model", "augreg_ti16", "--checkpoint", "absent.npz"]
     failed = subprocess.run(
-        [sys.executable, *how, "--model", "augreg_ti16", "--checkpoint", "absent.npz", "--out", str(tmp_path / "x.safetensors")],
-        cwd=folder, capture_output=True, text=True,
-    )  # fmt: skip
+        [sys.executable, *how, *flags, "--out", str(tmp_path / "x.safetensors")],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+    )
     assert failed.returncode == 1
     assert failed.stderr.splitlines() == [
         "error: no checkpoint at absent.npz; give the file that was downloaded"

@@ -41,9 +41,7 @@ GAINS = (
 
 
 def drawn(name: str, shape: tuple[int, ...]) -> np.ndarray:
-    """The tensor that the golden file's model had under this name, as `tests/oracles/golden_vltseg.py`
-    draws it.
-    """
+    """Draws the tensor of this name as `tests/oracles/golden_vltseg.py` does."""
     x = np.random.default_rng(zlib.crc32(name.encode())).standard_normal(shape)
     if len(shape) == 1:
         x = np.exp(0.3 * x) if re.search(r"weight|running_var", name) else 0.1 * x
@@ -314,7 +312,7 @@ def test_what_does_not_fit_is_refused_whole(tensors, tmp_path, capsys):
 
 
 def test_wrong_requests_are_refused(tensors, tmp_path, capsys):
-    """Positions of a crop that nobody trained on, a folder that holds something, and the way back."""
+    """Positions of an unpublished crop, a folder that holds something, and `--reverse`."""
     save_file(
         tensors | {vltseg.POSITIONS: np.zeros((1, 50, WIDTH), np.float32)},
         tmp_path / "x.safetensors",

@@ -73,16 +73,36 @@ def kernel(path):
 
 
 PAIRS = {  # what lies beside what, as training programs write it: raw, then average
-    "timm": lambda raw, ema: {"state_dict": raw, "state_dict_ema": ema, "optimizer": {"state": {0: {"exp_avg": raw["pos_embed"]}}}},
+    "timm": lambda raw, ema: {
+        "state_dict": raw,
+        "state_dict_ema": ema,
+        "optimizer": {"state": {0: {"exp_avg": raw["pos_embed"]}}},
+    },
     "deit": lambda raw, ema: {"model": raw, "model_ema": ema, "args": argparse.Namespace(lr=1e-3)},
     "basicsr": lambda raw, ema: {"params": raw, "params_ema": ema},
-    "dino": lambda raw, ema: {"student": behind("module.backbone.", raw), "teacher": behind("backbone.", ema), "c": ema["cls_token"]},
+    "dino": lambda raw, ema: {
+        "student": behind("module.backbone.", raw),
+        "teacher": behind("backbone.", ema),
+        "c": ema["cls_token"],
+    },
     "detr": lambda raw, ema: {"ema": {"module": ema, "updates": 5}, "model": raw},
     "nested": lambda raw, ema: {"model": {"state_dict": raw}, "model_ema": {"state_dict": ema}},
-    "lightning": lambda raw, ema: {"state_dict": behind("model.", raw) | behind("ema_model.", ema), "hyper_parameters": {"lr": 1}},
-    "one dictionary": lambda raw, ema: behind("student.backbone.", raw) | behind("teacher.backbone.", ema) | {"head.w": raw["cls_token"]},
-    "mmengine": lambda raw, ema: {"meta": {}, "message_hub": {}, "state_dict": ema, "ema_state_dict": behind("module.", raw)},
-}  # fmt: skip
+    "lightning": lambda raw, ema: {
+        "state_dict": behind("model.", raw) | behind("ema_model.", ema),
+        "hyper_parameters": {"lr": 1},
+    },
+    "one dictionary": lambda raw, ema: {
+        **behind("student.backbone.", raw),
+        **behind("teacher.backbone.", ema),
+        "head.w": raw["cls_token"],
+    },
+    "mmengine": lambda raw, ema: {
+        "meta": {},
+        "message_hub": {},
+        "state_dict": ema,
+        "ema_state_dict": behind("module.", raw),
+    },
+}
 
 
 @pytest.mark.parametrize("program", PAIRS)
@@ -610,13 +630,21 @@ START = {
 APART = attention("attention.attention.", ("query", "key", "value")) | attention(
     "attention.", ("output",), ".dense"
 )
-HF_VIT = START | affine("layernorm") | blocks(
-    "encoder.layer", APART | affine("layernorm_before", "layernorm_after") | mlp("intermediate.dense", "output.dense")
-)  # fmt: skip
+HF_VIT_BLOCK = (
+    APART
+    | affine("layernorm_before", "layernorm_after")
+    | mlp("intermediate.dense", "output.dense")
+)
+HF_VIT = START | affine("layernorm") | blocks("encoder.layer", HF_VIT_BLOCK)
 SCALES = {"layer_scale1.lambda1": (WIDTH,), "layer_scale2.lambda1": (WIDTH,)}
-HF_DINOV2 = START | affine("layernorm") | {"embeddings.mask_token": (1, WIDTH), "embeddings.register_tokens": (1, 4, WIDTH)} | blocks(
-    "encoder.layer", APART | affine("norm1", "norm2") | SCALES | mlp("mlp.fc1", "mlp.fc2")
-)  # fmt: skip
+HF_DINOV2_BLOCK = APART | affine("norm1", "norm2") | SCALES | mlp("mlp.fc1", "mlp.fc2")
+HF_DINOV2 = {
+    **START,
+    **affine("layernorm"),
+    "embeddings.mask_token": (1, WIDTH),
+    "embeddings.register_tokens": (1, 4, WIDTH),
+    **blocks("encoder.layer", HF_DINOV2_BLOCK),
+}
 TIMM_CLIP = affine("norm_pre", "norm") | {
     "cls_token": (1, 1, WIDTH),
     "pos_embed": (1, 1 + GRID**2, WIDTH),

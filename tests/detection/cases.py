@@ -130,7 +130,7 @@ def roi_inputs():
 
 
 def upright(boxes):
-    """Boxes whose corners are the right way round: torchvision's adaptive sampling fails on others."""
+    """Swaps corners into ascending order: torchvision's adaptive sampling fails on other boxes."""
     corners = boxes.reshape(*boxes.shape[:-1], 2, 2)
     return np.concatenate([corners.min(axis=-2), corners.max(axis=-2)], axis=-1)
 

@@ -110,20 +110,26 @@ def levels(golden):
 
 
 def faster_rcnn():
-    """Torchvision's pyramid and Faster R-CNN as `neck` and `head`, with its weights under the names
-    they have here.
-    """
+    """Torchvision's pyramid and Faster R-CNN as `neck` and `head`, with its weights converted."""
     config = RcnnConfig(
         RpnConfig(sizes=SIZES, rounded=True, samples=ANCHORS, before=BEFORE, after=AFTER),
         RoiHeadsConfig(
-            stages=((0.5, 10.0),), samples=2, aligned=False, convs=0, fcs=2, hidden=24, class_agnostic=False,
-            proposals=PROPOSALS, positive=0.5, detections=DETECTIONS,
+            stages=((0.5, 10.0),),
+            samples=2,
+            aligned=False,
+            convs=0,
+            fcs=2,
+            hidden=24,
+            class_agnostic=False,
+            proposals=PROPOSALS,
+            positive=0.5,
+            detections=DETECTIONS,
         ),
-        channels=CHANNELS, levels=(0, 1, 2),
-    )  # fmt: skip
-    model = nnx.eval_shape(
-        lambda: table.heads(config, CLASSES, STAGES, IMAGE, rngs=nnx.Rngs(0))
-    )  # all of it is filled
+        channels=CHANNELS,
+        levels=(0, 1, 2),
+    )
+    # Shapes without numbers: every parameter is filled below.
+    model = nnx.eval_shape(lambda: table.heads(config, CLASSES, STAGES, IMAGE, rngs=nnx.Rngs(0)))
     layout = table.layouts()[0]
     drawn = {
         name: weight(name.removeprefix("backbone.fpn."), shape)

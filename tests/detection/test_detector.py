@@ -130,7 +130,7 @@ def test_any_number_of_boxes_compiles_once(head):
 
 @HEADS
 def test_padding_has_no_influence(head):
-    """Other pixels beside the image: the same detections, bit by bit, all of them inside the image."""
+    """Pixels in the padding change no bit of the detections, which all lie inside the image."""
     graph, state = build(head)
     detect = jit(lambda state, images, sizes: nnx.merge(graph, state).detect(images, sizes))
     # Heads that find something: random outputs instead of the rare ones of the initialisation.

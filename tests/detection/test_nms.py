@@ -21,7 +21,7 @@ def suppress(boxes, scores, valid, threshold, size, classes=None):
 
 
 def slow(boxes, scores, valid, threshold, classes=None):
-    """The definition, box by box, in float32 as torchvision computes it; the comparison in float64."""
+    """The definition, box by box: IoU in float32 as torchvision's, compared in float64."""
     classes = np.zeros(len(boxes)) if classes is None else classes
     sides = np.maximum(boxes[:, 2:] - boxes[:, :2], np.float32(0))
     areas = sides[:, 0] * sides[:, 1]

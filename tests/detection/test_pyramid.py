@@ -22,7 +22,7 @@ def test_fpn_equals_torchvision(golden):
 
 
 def test_simple_pyramid_equals_torch(golden):
-    """One map to five levels through layers with detectron2's names, and to the two coarsest alone."""
+    """One map to five levels with detectron2's layer names, and to only the two coarsest."""
     x = (jnp.asarray(models.normal("deepest", (2, 6, 4, 16))),)
     for built in ((0, 1, 2, 3), (2, 3)):
         pyramid = SimplePyramid(16, built, models.CHANNELS, dtype="float32", rngs=nnx.Rngs(0))

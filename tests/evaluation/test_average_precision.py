@@ -235,7 +235,7 @@ def test_one_hit_of_two_boxes_by_hand():
 
 
 def test_half_an_overlap_is_a_match_for_coco_alone():
-    """At an IoU of exactly 0.5 VOC finds nothing and COCO the box; one pixel more and both find it."""
+    """IoU 0.5 is a match for COCO and none for VOC; with one pixel more it is one for both."""
     for height, voc in ((5, 0.0), (6, 100.0)):
         result = judged(
             *zip(one([[3, 2, 13, 12]], [[3, 2, 13, 2 + height]], [0.5]), strict=True), 1

@@ -14,8 +14,9 @@ from jaxdg.evaluation import corruptions
 from jaxdg.evaluation.corruptions import KINDS, SEVERITIES, Corrupted, corrupt, frost_texture
 
 PAPER = {
-    "gaussian_noise", "shot_noise", "impulse_noise", "defocus_blur", "glass_blur", "motion_blur", "zoom_blur", "snow", "frost", "fog",
-    "brightness", "contrast", "elastic_transform", "pixelate", "jpeg_compression",
+    "gaussian_noise", "shot_noise", "impulse_noise", "defocus_blur", "glass_blur", "motion_blur",
+    "zoom_blur", "snow", "frost", "fog", "brightness", "contrast", "elastic_transform", "pixelate",
+    "jpeg_compression",
 }  # fmt: skip
 
 

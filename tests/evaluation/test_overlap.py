@@ -387,7 +387,8 @@ def test_boxes_are_told_by_their_images(tmp_path):
     """
     write_images(tmp_path / "a", 3, 0, ".jpg")
     shutil.copytree(tmp_path / "a", tmp_path / "b")
-    thing = "<object><name>car</name><bndbox><xmin>1</xmin><ymin>1</ymin><xmax>9</xmax><ymax>9</ymax></bndbox></object>"
+    box = "<bndbox><xmin>1</xmin><ymin>1</ymin><xmax>9</xmax><ymax>9</ymax></bndbox>"
+    thing = f"<object><name>car</name>{box}</object>"
     for i in range(3):
         trees.write(
             tmp_path, f"a_xml/{i}.xml", f"<annotation>{thing if i else ''}</annotation>".encode()

@@ -59,7 +59,7 @@ def of(name, domain, source):
     ],
 )
 def test_sizes(name, domain, source, stored, image, label):
-    """Sizes of image and label are those of the published test pipelines, and `prepare` makes them."""
+    """Image and label have the sizes of the published test pipelines, and `prepare` makes them."""
     p = of(name, domain, source)
     assert p.sizes(stored) == (image, label)
     sample = {"image": np.zeros((*stored, 3), np.uint8), "label": np.zeros(stored, np.uint8)}
@@ -109,8 +109,8 @@ def test_subsets_of_synthia():
     left = {name: [c for c in CITYSCAPES.names if c not in without] for name, without in p.without}
     assert {name: len(classes) for name, classes in left.items()} == {"16": 16, "13": 13}
     assert left["13"] == [
-        "road", "sidewalk", "building", "traffic light", "traffic sign", "vegetation", "sky", "person", "rider", "car", "bus", "motorcycle",
-        "bicycle",
+        "road", "sidewalk", "building", "traffic light", "traffic sign", "vegetation", "sky",
+        "person", "rider", "car", "bus", "motorcycle", "bicycle",
     ]  # fmt: skip
     assert not of("vltseg", "cityscapes", "gta5").without
 

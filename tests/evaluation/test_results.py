@@ -21,9 +21,17 @@ def entry(score, seen=False, trained=0, lacks=(), part=None, iou=None) -> dict:
     """A domain of 171 images in results.json."""
     iou = {name: None if name in lacks else score for name in CLASSES} | (iou or {})
     known = [v for v in iou.values() if v is not None]
-    return {"mIoU": score, "IoU": iou, "images": 171, "subsets": {}, "classes": len(known), "without_truth": list(lacks)} | {
-        "seen": seen, "trained_on": trained, "part_of": part
-    }  # fmt: skip
+    return {
+        "mIoU": score,
+        "IoU": iou,
+        "images": 171,
+        "subsets": {},
+        "classes": len(known),
+        "without_truth": list(lacks),
+        "seen": seen,
+        "trained_on": trained,
+        "part_of": part,
+    }
 
 
 def everything(domains: dict, **changes) -> dict:
@@ -138,7 +146,7 @@ def clean_domains() -> dict:
 
 
 def test_remarks_of_groups_name_those_that_they_are_about():
-    """What all groups share is said once; else with the groups; a group without a run says nothing."""
+    """A remark of all groups stands once, others name their groups; without runs there is none."""
     a = everything(DOMAINS)
     b = everything({**DOMAINS, "day": entry(60.0)})
     said = results.remarks_of({"from day": [a, a], "from dusk": [b], "from fog": []})

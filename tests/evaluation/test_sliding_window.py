@@ -1,4 +1,4 @@
-"""Sliding windows against a slow NumPy version, and resizing against torch and `jax.image.resize`."""
+"""Sliding windows against slow NumPy; resizing against torch and `jax.image.resize`."""
 
 import functools
 import itertools
@@ -299,7 +299,7 @@ def test_a_sharded_batch_of_many_sizes_stays_sharded():
 
 
 def test_mirror_keeps_images_in_their_corner():
-    """Every image is reversed inside its own width; a second time gives it back, padding included."""
+    """Each image is reversed inside its own width; a second time restores it and its padding."""
     images = drawn(OWN)
     array = padded(images, (30, 41))
     sizes = jnp.asarray(OWN, jnp.int32)
@@ -384,7 +384,7 @@ def test_large_sizes_do_not_overflow():
 
 
 def test_resize_returns_float32():
-    """Logits in bfloat16 are interpolated in float32: a ramp is resized without bfloat16's steps."""
+    """Logits in bfloat16 are interpolated in float32: a ramp shows no steps of bfloat16."""
     ramp = jnp.arange(16, dtype=jnp.bfloat16).reshape(1, 1, 16, 1)
     resized = resize_scores(ramp, (1, 160))
     assert resized.dtype == jnp.float32

@@ -1,11 +1,12 @@
-"""Holds converted saves of the installed transformers and timm against what those compute: by hand,
-where both are installed.
+"""Compares encoders converted from transformers and timm with their originals.
+
+Run by hand where both are installed:
 
     python -m tests.oracles.check_transformers [CLASS...]
 
 Models of reduced size with random weights are saved as their classes save them (`save_pretrained`;
-timm's state dict), converted by the command, and run on the same image: the output of each block
-equals theirs to 1e-4. Prints the largest difference of each.
+timm's state dict), converted by the command, and run on the same image. The output of each block
+must equal theirs to 1e-4. The largest difference of each model is printed.
 """
 
 import contextlib

@@ -1,18 +1,18 @@
-"""Makes tests/golden/average_precision.npz: drawn scenes of boxes and what three public evaluations
-say of them.
+"""Makes tests/golden/average_precision.npz: random boxes, judged by three public tools.
 
 Run by hand where pycocotools (last 2.0.11) and mean-average-precision (last 2024.1.5.0) are
-installed, with a checkout of detectron2 (last 02b5c4e2), of which only the functions of VOC's
-evaluation are run: `python tests/oracles/golden_average_precision.py DETECTRON2`.
+installed, with a checkout of detectron2 (last 02b5c4e2), of which only VOC's evaluation is run:
+
+    python tests/oracles/golden_average_precision.py DETECTRON2
 
 - coco, coco_AP50: pycocotools, for every case.
-- voc07, voc12: detectron2's, which reads VOC's XML files and result files; for the cases without
-  equal scores, since its order of those is undefined. It fails on a class without detections, so
-  every class gets one more, false and last, which changes no AP.
+- voc07, voc12: detectron2, for the cases without equal scores, since its order of those is
+  undefined. It reads VOC's XML files and result files. It fails on a class without detections, so
+  every class gets one more, which is false, has the lowest score and changes no AP.
 - plain_*: mean-average-precision, for the case without difficult and crowd boxes, which it does not
   tell apart within an image.
 
-All in percent, nan where no true box counts.
+All are in percent, nan where no true box counts.
 """
 
 import ast

@@ -1,11 +1,12 @@
-"""Makes tests/golden/big_vision.npz: what big_vision's own model computes from the `.npz` files
-that our conversion writes.
+"""Makes tests/golden/big_vision.npz: big_vision's outputs with weights that jaxdg converted.
 
-Run by hand on a checkout of google-research/big_vision (commit 0127fb6): `python
-tests/oracles/golden_big_vision.py BIG_VISION`. Its code runs unchanged; TensorFlow, which it imports to
-read remote files, is stood in for. Small random encoders, their weights drawn from timm's names, go
-through `conversion/torch_to_flax.py --reverse --layout big_vision` and big_vision's `vit.load` into
-its model:
+Run by hand on a checkout of google-research/big_vision (commit 0127fb6):
+
+    python tests/oracles/golden_big_vision.py BIG_VISION
+
+Its code runs unchanged; TensorFlow, which it imports to read remote files, is stood in for. Small
+random encoders, their weights drawn from timm's names, go through `conversion/torch_to_flax.py
+--reverse --layout big_vision` and big_vision's `vit.load` into its model:
 
 - {vit,siglip}/names: every parameter that the model has, with its shape; {vit,siglip}-scan/names:
   where it scans its blocks.

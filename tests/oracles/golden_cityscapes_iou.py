@@ -1,9 +1,11 @@
-"""Makes tests/golden/cityscapes_iou.npz: random label maps and what the official Cityscapes
-evaluation says of them.
+"""Makes tests/golden/cityscapes_iou.npz: random label maps and their official Cityscapes IoU.
 
-Run by hand where `cityscapesscripts` is installed: `python tests/oracles/golden_cityscapes_iou.py`. The
-official code reads PNG files of Cityscapes label ids, so train ids become label ids, and ignored
-pixels become any of the ids that it ignores.
+Run by hand where `cityscapesscripts` is installed:
+
+    python tests/oracles/golden_cityscapes_iou.py
+
+The official code reads PNG files of Cityscapes label ids, so train ids become label ids, and
+ignored pixels become any of the ids that it ignores.
 """
 
 from pathlib import Path

@@ -1,9 +1,11 @@
-"""Makes tests/golden/clip_vit.npz: what open_clip's vision transformer computes, for the tests of
-the encoder to reproduce.
+"""Makes tests/golden/clip_vit.npz: outputs of open_clip's vision transformer.
 
-Run by hand where torch and open_clip are installed: `python tests/oracles/golden_clip.py`. One small
-random encoder under open_clip's names, all its tokens after every block at several image sizes with
-QuickGELU, and at its own size with GELU.
+Run by hand where torch and open_clip are installed:
+
+    python tests/oracles/golden_clip.py
+
+One small random encoder under open_clip's names, all its tokens after every block at several image
+sizes with QuickGELU, and at its own size with GELU.
 
 Positions are resized with torch's plain bicubic before they reach open_clip, whose own resize is
 antialiased.

@@ -1,12 +1,14 @@
-"""Makes tests/golden/clip_resnet.npz: what open_clip's ResNet computes, for the tests of the
-encoder to reproduce.
+"""Makes tests/golden/clip_resnet.npz: outputs of open_clip's ResNet.
 
-Run by hand where torch and open_clip are installed: `python tests/oracles/golden_clip_resnet.py`. One
-small random encoder under open_clip's names, its features after every stage, the embedding of its
-attention pool, and for every pixel of the deepest map the pool's value projection projected again
-(MaskCLIP), at several image sizes. The pool's positions are resized with torch's plain bicubic
-where a map is not of their size. Weights are not stored: `drawn` makes each from its name, here and
-in the tests.
+Run by hand where torch and open_clip are installed:
+
+    python tests/oracles/golden_clip_resnet.py
+
+One small random encoder under open_clip's names, its features after every stage, the embedding of
+its attention pool, and for every pixel of the deepest map the pool's value projection projected
+again (MaskCLIP), at several image sizes. The pool's positions are resized with torch's plain
+bicubic where a map is not of their size. Weights are not stored: `drawn` makes each from its name,
+here and in the tests.
 """
 
 from pathlib import Path

@@ -1,8 +1,10 @@
-"""Makes tests/golden/corruptions.npz: a picture and what the package imagecorruptions of Michaelis
-et al. (2019) makes of it.
+"""Makes tests/golden/corruptions.npz: a picture, corrupted by imagecorruptions (Michaelis 2019).
 
 Run by hand where its source lies (github bethgelab/imagecorruptions) and numpy, scipy, scikit-image
-and OpenCV are installed: `PYTHONPATH=. python tests/oracles/golden_corruptions.py --reference FOLDER`.
+and OpenCV are installed:
+
+    PYTHONPATH=. python tests/oracles/golden_corruptions.py --reference FOLDER
+
 The package does not run with current versions of these: what they dropped is put back here, its
 compiled loop is run as plain Python, and it draws from a generator with a known seed, so that not
 only means can be compared. Frost is left out, as its pictures are not ours.

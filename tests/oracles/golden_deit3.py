@@ -1,9 +1,11 @@
-"""Makes tests/golden/deit3.npz: what timm's DeiT-III computes, for the tests of the encoder to
-reproduce.
+"""Makes tests/golden/deit3.npz: outputs of timm's DeiT-III.
 
-Run by hand where torch and timm are installed: `python tests/oracles/golden_deit3.py`. One small random
-encoder, its weights drawn from the names that its authors give them, and all tokens after every
-block at several image sizes.
+Run by hand where torch and timm are installed:
+
+    python tests/oracles/golden_deit3.py
+
+One small random encoder, its weights drawn from the names that its authors give them, and all
+tokens after every block at several image sizes.
 
 Positions are resized with torch's plain bicubic, as DeiT's fine-tuning does it, before they reach
 timm, whose own resize is antialiased.

@@ -1,11 +1,13 @@
-"""Makes tests/golden/detection.npz: what torchvision's operators say of the cases in
-tests/detection/cases.py.
+"""Makes tests/golden/detection.npz: torchvision's results on tests/detection/cases.py.
 
 Run by hand where torchvision and its compiled operators work (written with torchvision 0.28.0,
-torch 2.13.0): `python tests/oracles/golden_detection.py`. A torchvision built for CUDA loads beside a
-torch built without it once its missing symbols (`nm -D` lists them; none is called) are defined by
-empty libraries of the names libcudart.so.13, libc10_cuda.so and libtorch_cuda.so on
-LD_LIBRARY_PATH.
+torch 2.13.0):
+
+    python tests/oracles/golden_detection.py
+
+A torchvision built for CUDA loads beside a torch built without it once its missing symbols (`nm -D`
+lists them; none is called) are defined by empty libraries of the names libcudart.so.13,
+libc10_cuda.so and libtorch_cuda.so on LD_LIBRARY_PATH.
 
 - kept, kept_of_class: of the small NMS cases, indices in torchvision's order, 255 after the last;
   large: of the large ones, packed masks.

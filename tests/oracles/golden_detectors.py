@@ -1,9 +1,11 @@
-"""Makes tests/golden/detectors.npz: what small detectors of torch and torchvision compute, for the
-tests to reproduce.
+"""Makes tests/golden/detectors.npz: outputs of small detectors of torch and torchvision.
 
-Run by hand where torchvision and its compiled operators work (see tests/oracles/golden_detection.py;
-written with torchvision 0.28.0 and torch 2.13.0): `python tests/oracles/golden_detectors.py`. Weights and
-inputs are drawn by name in tests/detection/models.py, and not stored.
+Run by hand where torchvision and its compiled operators work (see
+tests/oracles/golden_detection.py; written with torchvision 0.28.0 and torch 2.13.0):
+
+    python tests/oracles/golden_detectors.py
+
+Weights and inputs are drawn by name in tests/detection/models.py, and not stored.
 
 - fpn_I: levels of torchvision's feature pyramid. proposals_{train,test} (of both images, one after
   another; how many: proposed_..), rpn_losses, roi_losses, and boxes, scores, labels of the
@@ -172,10 +174,10 @@ def simple() -> dict[str, np.ndarray]:
         [nn.MaxPool2d(2, 2)],
     ]
     widths = (c // 4, c // 2, c, c)
-    levels = nn.ModuleDict({
-        f"simfp_{i + 2}": nn.Sequential(*layers, ConvNorm(inside, width, 1), ConvNorm(width, width, 3))
-        for i, (layers, inside) in enumerate(zip(resize, widths, strict=True))
-    })  # fmt: skip
+    levels = nn.ModuleDict()
+    for i, (layers, inside) in enumerate(zip(resize, widths, strict=True)):
+        convs = ConvNorm(inside, width, 1), ConvNorm(width, width, 3)
+        levels[f"simfp_{i + 2}"] = nn.Sequential(*layers, *convs)
     x = first(models.normal("deepest", (2, 6, 4, c)))
     outputs = [level(x) for level in fill(levels).values()]
     outputs.append(F.max_pool2d(outputs[-1], 1, 2))

@@ -1,9 +1,11 @@
-"""Makes tests/golden/dinov3.npz: what transformers' DINOv3 computes, for the tests of the encoder
-to reproduce.
+"""Makes tests/golden/dinov3.npz: outputs of transformers' DINOv3.
 
-Run by hand where torch and transformers are installed: `python tests/oracles/golden_dinov3.py`. One small
-random encoder, its weights drawn from the names in the files that transformers loads, all tokens
-after every block at several image sizes, and the rotary tables.
+Run by hand where torch and transformers are installed:
+
+    python tests/oracles/golden_dinov3.py
+
+One small random encoder, its weights drawn from the names in the files that transformers loads, all
+tokens after every block at several image sizes, and the rotary tables.
 """
 
 from collections.abc import Sequence

@@ -1,9 +1,11 @@
-"""Makes tests/golden/eva02_*.npz: what timm's EVA-02 computes, for the tests of the encoder to
-reproduce.
+"""Makes tests/golden/eva02_*.npz: outputs of timm's EVA-02.
 
-Run by hand where torch and timm are installed: `python tests/oracles/golden_eva02.py`. For each family of
-published checkpoints one small random encoder under timm's names, and all its tokens after every
-block at several image sizes:
+Run by hand where torch and timm are installed:
+
+    python tests/oracles/golden_eva02.py
+
+For each family of published checkpoints one small random encoder under timm's names, and all its
+tokens after every block at several image sizes:
 
 - eva02_clip.npz: sub-LN in attention and MLP, as EVA-02-CLIP.
 - eva02_mim_l.npz: sub-LN in the MLP alone, as EVA-02 MIM-L.

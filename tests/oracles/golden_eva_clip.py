@@ -1,9 +1,11 @@
-"""Makes tests/golden/eva_clip.npz: what the authors' EVA-CLIP image towers compute and hold, for
-the tests of the encoder to reproduce.
+"""Makes tests/golden/eva_clip.npz: outputs and sizes of the authors' EVA-CLIP image towers.
 
 Run by hand where torch, timm and einops are installed, on a checkout of baaivision/EVA (commit
-5623d08): `python tests/oracles/golden_eva_clip.py EVA`. Its code runs unchanged, with plain attention in
-place of xformers', which needs a GPU.
+5623d08):
+
+    python tests/oracles/golden_eva_clip.py EVA
+
+Its code runs unchanged, with plain attention in place of xformers', which needs a GPU.
 
 - tokens/8b, tokens/18b: of a small random encoder that normalises before, or after, attention and
   MLP, its weights drawn from its names; all tokens after every block.
@@ -48,7 +50,7 @@ def authors_code(checkout: Path) -> tuple[Any, Path]:
 
 @torch.inference_mode()
 def tokens(model: torch.nn.Module, images: np.ndarray) -> np.ndarray:
-    """All tokens after every block, [blocks, b, n, c], with weights drawn from the tensors' names."""
+    """All tokens after every block [blocks, b, n, c]; weights are drawn from the tensors' names."""
     state = {
         name: torch.from_numpy(drawn(name, tuple(tensor.shape)))
         for name, tensor in model.state_dict().items()

@@ -1,7 +1,8 @@
-"""Makes tests/golden/jaccard.npz: random label maps and the Jaccard index that torchmetrics gives
-for each whole set.
+"""Makes tests/golden/jaccard.npz: random label maps and their IoU by torchmetrics.
 
-Run by hand where `torchmetrics` is installed: `python tests/oracles/golden_jaccard.py`.
+Run by hand where torchmetrics is installed:
+
+    python tests/oracles/golden_jaccard.py
 """
 
 from pathlib import Path

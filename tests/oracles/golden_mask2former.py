@@ -1,21 +1,23 @@
-"""Makes tests/golden/mask2former_{attention,pixels,queries}.npz: what transformers' Mask2Former
-computes, for the tests to reproduce.
+"""Makes tests/golden/mask2former_*.npz: outputs of transformers' Mask2Former.
 
 Run by hand where torch and transformers are installed (last with torch 2.13 and transformers 5.23):
-`python tests/oracles/golden_mask2former.py`. Computed in float64, stored in float32.
+
+    python tests/oracles/golden_mask2former.py
+
+Everything is computed in float64 and stored in float32.
 
 - mask2former_attention.npz: the core of deformable attention with points inside and outside the
   maps, and its gradients.
 - mask2former_pixels.npz: mask features and levels of the pixel decoder, for maps that halve exactly
   and for maps that do not.
 - mask2former_queries.npz: for the same maps the class and mask logits before and after every layer,
-  where the queries of each layer were let look, and which of them everywhere because their own mask
-  was empty; for the first maps the gradients of a weighted sum of all logits with respect to
-  features and to a few parameters (torch's names and axes). Also names and shapes of all tensors of
-  the head.
+  the attention mask of each layer, and the queries whose attention mask was lifted because their
+  predicted mask was empty. For the first maps also the gradients of a weighted sum of all logits
+  with respect to features and to a few parameters (torch's names and axes), and the names and
+  shapes of all tensors of the head.
 
-Neither weights nor inputs are stored: `normal` and `weight` make each from its name, here and in
-the tests.
+Weights and inputs are not stored: `normal` and `weight` draw each from its name, here and in the
+tests.
 """
 
 from pathlib import Path
@@ -103,13 +105,20 @@ class Head(nn.Module):
     def __init__(self):
         super().__init__()
         sizes: dict[str, Any] = dict(
-            feature_size=HIDDEN, mask_feature_size=HIDDEN, hidden_dim=HIDDEN, num_attention_heads=HEADS, dropout=0.0,
-            encoder_layers=2, encoder_feedforward_dim=96, decoder_layers=LAYERS + 1, dim_feedforward=80,
-            num_queries=QUERIES, num_labels=CLASSES,
-        )  # fmt: skip
-        backbone: dict[str, Any] = dict(
-            out_features=["stage1", "stage2", "stage3", "stage4"]
-        )  # named alone, not built
+            feature_size=HIDDEN,
+            mask_feature_size=HIDDEN,
+            hidden_dim=HIDDEN,
+            num_attention_heads=HEADS,
+            dropout=0.0,
+            encoder_layers=2,
+            encoder_feedforward_dim=96,
+            decoder_layers=LAYERS + 1,
+            dim_feedforward=80,
+            num_queries=QUERIES,
+            num_labels=CLASSES,
+        )
+        # The config only names the backbone; it is not built.
+        backbone: dict[str, Any] = dict(out_features=["stage1", "stage2", "stage3", "stage4"])
         config = Mask2FormerConfig(backbone_config=SwinConfig(**backbone), **sizes)
         self.model = nn.Module()
         self.model.pixel_level_module = nn.Module()

@@ -1,10 +1,12 @@
-"""Makes tests/golden/mask2former_losses.npz: what transformers' Mask2FormerLoss says of random
-predictions and label maps.
+"""Makes tests/golden/mask2former_losses.npz: losses of transformers' Mask2FormerLoss.
 
 Run by hand where torch and transformers are installed (written with transformers 5.23.0, torch
-2.13.0): `python tests/oracles/golden_mask2former_losses.py`. Four images: all classes, two classes of
-which one is a single pixel, no class at all, three classes. `torch.rand` is replaced to learn, or
-to choose, the points:
+2.13.0):
+
+    python tests/oracles/golden_mask2former_losses.py
+
+Four images: all classes, two classes of which one is a single pixel, no class at all, three
+classes. `torch.rand` is replaced to learn, or to choose, the points:
 
 - drawn: the points it drew, the matching, the terms of each prediction, and the gradients of their
   weighted sum.
@@ -44,7 +46,7 @@ WEIGHTS = {"class": 2.0, "mask": 5.0, "dice": 5.0}
 
 
 def spread(*shape, **_) -> torch.Tensor:
-    """Evenly spread points [.., p, 2] by a formula that the test repeats, in place of `torch.rand`."""
+    """Stands in for `torch.rand`: evenly spread points [.., p, 2], by the test's own formula."""
     points = (
         0.5 + np.outer(np.arange(1, shape[-2] + 1), [0.7548776662466927, 0.5698402909980532])
     ) % 1

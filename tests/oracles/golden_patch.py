@@ -1,9 +1,12 @@
-"""Makes tests/golden/patch.npz: kernels of patches resized by timm and torch, for the tests of
-`layers.resize_patch` to reproduce.
+"""Makes tests/golden/patch.npz: patch kernels resized by timm and torch.
 
-Run by hand where torch and timm are installed: `python tests/oracles/golden_patch.py`. FlexiViT's resize
-is timm's `resample_patch_embed` with the interpolation of big_vision's own `resample_patchemb`
-(bilinear without antialiasing; timm's default is another one), the other is torch's plain bicubic.
+Run by hand where torch and timm are installed:
+
+    python tests/oracles/golden_patch.py
+
+FlexiViT's resize is timm's `resample_patch_embed` with the interpolation of big_vision's own
+`resample_patchemb` (bilinear without antialiasing; timm's default is another one), the other is
+torch's plain bicubic.
 """
 
 from pathlib import Path

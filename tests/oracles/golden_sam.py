@@ -1,9 +1,11 @@
-"""Makes tests/golden/sam.npz: what timm's SAM image encoder computes, for the tests of the encoder
-to reproduce.
+"""Makes tests/golden/sam.npz: outputs of timm's SAM image encoder.
 
-Run by hand where torch and timm are installed: `python tests/oracles/golden_sam.py`. One small random
-encoder with the names of SAM's authors, its weights drawn from those names (the tests draw the
-same), and the maps after every block at several image sizes.
+Run by hand where torch and timm are installed:
+
+    python tests/oracles/golden_sam.py
+
+One small random encoder with the names of SAM's authors, its weights drawn from those names (the
+tests draw the same), and the maps after every block at several image sizes.
 
 timm's own models have a LayerNorm epsilon of 1e-5; the authors' 1e-6 is set here. Positions are
 resized with torch's plain bicubic before they reach timm, whose own resize is antialiased; relative

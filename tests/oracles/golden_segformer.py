@@ -1,12 +1,14 @@
-"""Makes tests/golden/segformer.npz: what transformers' SegFormer computes, for the tests of encoder
-and decoder to reproduce.
+"""Makes tests/golden/segformer.npz: outputs of transformers' SegFormer.
 
 Run by hand where torch and transformers are installed (last with torch 2.13 and transformers 5.23):
-`python tests/oracles/golden_segformer.py`. One small random segmenter in a file of published names, its
-features after every stage and its class scores at several image sizes, and both once more with
-transformers' own epsilons. Elsewhere epsilons are those of NVlabs/SegFormer: 1e-6 in blocks and
-after stages, where transformers has 1e-5 throughout. Weights are not stored: `drawn` makes each
-from its published name, here and in the tests.
+
+    python tests/oracles/golden_segformer.py
+
+One small random segmenter in a file of published names, its features after every stage and its
+class scores at several image sizes, and both once more with transformers' own epsilons. Elsewhere
+epsilons are those of NVlabs/SegFormer: 1e-6 in blocks and after stages, where transformers has 1e-5
+throughout. Weights are not stored: `drawn` makes each from its published name, here and in the
+tests.
 """
 
 from pathlib import Path

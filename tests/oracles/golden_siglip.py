@@ -1,12 +1,14 @@
-"""Makes tests/golden/siglip.npz: what timm's SigLIP image tower computes, and what published files
-hold.
+"""Makes tests/golden/siglip.npz: outputs of timm's SigLIP image tower.
 
-Run by hand where torch, timm, transformers and scipy are installed: `python
-tests/oracles/golden_siglip.py`. One small random encoder, its weights drawn from timm's names, and all
-tokens after every block at several image sizes. GELU is computed by its tanh formula, as the
-authors do it; timm's own definitions of the first SigLIP do not. Positions are resized with
-`scipy.ndimage.zoom`, as big_vision does it, before they reach timm. Of B/16 at 224x224, also every
-name and shape in timm and, text tower included, in transformers.
+Run by hand where torch, timm, transformers and scipy are installed:
+
+    python tests/oracles/golden_siglip.py
+
+One small random encoder, its weights drawn from timm's names, and all tokens after every block at
+several image sizes. GELU is computed by its tanh formula, as the authors do it; timm's own
+definitions of the first SigLIP do not. Positions are resized with `scipy.ndimage.zoom`, as
+big_vision does it, before they reach timm. Of B/16 at 224x224, also every name and shape in timm
+and, text tower included, in transformers.
 """
 
 from collections.abc import Sequence

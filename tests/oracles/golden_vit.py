@@ -1,8 +1,10 @@
-"""Makes tests/golden/vit_*.npz and pyramid.npz: what timm and torch compute, for the tests of the
-encoder to reproduce.
+"""Makes tests/golden/vit_*.npz and pyramid.npz: outputs of timm and torch.
 
-Run by hand where torch and timm are installed: `python tests/oracles/golden_vit.py WEIGHTS.safetensors
-STREET.jpg`, the first being timm's `vit_tiny_patch16_224.augreg_in21k_ft_in1k`, the second CamVid's
+Run by hand where torch and timm are installed:
+
+    python tests/oracles/golden_vit.py WEIGHTS.safetensors STREET.jpg
+
+The weights are timm's `vit_tiny_patch16_224.augreg_in21k_ft_in1k`, the image is CamVid's
 `test/Seq05VD_f00000.jpg`.
 
 - vit_random.npz: a small random encoder (timm's names) and all its tokens after blocks 0 to 3 at
@@ -13,7 +15,7 @@ STREET.jpg`, the first being timm's `vit_tiny_patch16_224.augreg_in21k_ft_in1k`,
 - pyramid.npz: four levels from four maps, in both kinds of normalisation.
 
 Positions are resized here with torch's plain bicubic before they reach timm, whose own resize is
-antialiased: another operation.
+antialiased.
 """
 
 from pathlib import Path

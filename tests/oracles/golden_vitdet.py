@@ -1,5 +1,4 @@
-"""Makes tests/golden/vitdet.npz: what detectron2's ViTDet encoder and pyramid compute, for the
-tests of their import to reproduce.
+"""Makes tests/golden/vitdet.npz: outputs of detectron2's ViTDet encoder and pyramid.
 
 Run by hand where torch and timm are installed, on a checkout of facebookresearch/detectron2, of
 which only a few files are imported:

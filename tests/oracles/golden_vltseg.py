@@ -1,18 +1,19 @@
-"""Makes tests/golden/vltseg.npz: what the public VLTSeg re-implementation computes, for the tests
-of the import to reproduce.
+"""Makes tests/golden/vltseg.npz: outputs of the public VLTSeg re-implementation.
 
 Run by hand where torch, timm, einops, mmengine, mmcv-lite, mmdet and mmsegmentation are installed,
 on a checkout of VLTSeg/VLTSeg:
 
     python tests/oracles/golden_vltseg.py VLTSEG_CHECKOUT
 
-Its own config, encoder, pyramid, decoder and inference, with every size reduced, on random weights:
-the output of the pixel decoder, the last layer's class and mask logits, and the class maps of one
-window and of a picture seen through overlapping windows. The window leaves a remainder of the patch
-and an odd grid, as its 1024 pixels do. The file holds the names and shapes of the checkpoint, not
-its numbers, which depend on name and shape alone; the names and shapes of a whole published
-checkpoint of the crop 512; and the learning rate and weight decay that its optimiser gives each
-parameter.
+Its own config, encoder, pyramid, decoder and inference run with every size reduced and with random
+weights. The file holds:
+
+- the output of the pixel decoder, the last layer's class and mask logits, and the class maps of one
+  window and of a picture seen through overlapping windows. As with VLTSeg's 1024 pixels, the patch
+  does not divide the window and the grid is odd.
+- the names and shapes of the checkpoint. Its numbers are drawn from name and shape alone.
+- the names and shapes of a published checkpoint of the crop 512.
+- the learning rate and weight decay that its optimiser gives each parameter.
 
 Made with commit 19cff2c, mmengine 0.10.7, mmcv-lite 2.1.0, mmdet 3.3.0, mmsegmentation 1.2.2, timm
 1.0.31 and torch 2.13.0 on CPU.

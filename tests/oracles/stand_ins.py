@@ -1,7 +1,6 @@
-"""What every golden-file script needs before it imports timm, open_clip or transformers.
+"""Declares torchvision's compiled operators, to be imported before timm, open_clip or transformers.
 
-They import torchvision, whose compiled operators need not exist for anything here: importing this
-module declares them, which is enough.
+These import torchvision. Nothing here calls its operators, so a declaration is enough.
 """
 
 from collections.abc import Iterable

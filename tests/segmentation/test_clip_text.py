@@ -67,7 +67,7 @@ def segmenter(files):
     ("name", "size"), SIZES, ids=lambda v: v if isinstance(v, str) else "{}x{}".format(*v)
 )
 def test_scores_are_maskclips(segmenter, golden, name, size):
-    """Every patch's scores for the 19 classes, at the trained size and at one that is not square."""
+    """Scores of every patch for 19 classes, at the trained size and at one that is not square."""
     with np.load(golden / "clip_text.npz") as archive:
         expected = archive["{}/{}x{}".format(name, *size)]
     got = run(segmenter(name, size), wave(*size), method="__call__")

@@ -167,7 +167,7 @@ class Layer(nnx.Module):
 
 
 class MaskEmbed(nnx.Module):
-    """The three-layer MLP that turns a query into the direction of its mask in the mask features."""
+    """The three-layer MLP whose output for a query, times the mask features, is its mask."""
 
     def __init__(self, config: Mask2FormerConfig, *, rngs: nnx.Rngs):
         c = config.hidden

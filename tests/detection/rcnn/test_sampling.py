@@ -1,4 +1,4 @@
-"""Assignment against torchvision (golden) and a slow NumPy version; random draws against their law."""
+"""Assignment against torchvision (golden) and slow NumPy; random draws against their law."""
 
 import jax
 import jax.numpy as jnp

@@ -1,6 +1,4 @@
-"""The head and the inputs of the golden files that tests/oracles/golden_mask2former.py makes: drawn by
-name, as there.
-"""
+"""Head and inputs of the golden files, drawn as tests/oracles/golden_mask2former.py does."""
 
 import zlib
 

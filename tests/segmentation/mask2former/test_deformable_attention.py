@@ -1,4 +1,4 @@
-"""Deformable attention against transformers (golden), a slow NumPy version and finite differences."""
+"""Deformable attention against transformers (golden), slow NumPy and finite differences."""
 
 import math
 
