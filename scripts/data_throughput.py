@@ -28,7 +28,8 @@ from PIL import Image
 
 from jaxdg.commands.prepare import prepare
 from jaxdg.data.augment.transforms import Augmentation
-from jaxdg.data.datasets import Dataset, StreetsOptions, open_domain
+from jaxdg.data.datasets import Dataset, StreetsOptions
+from jaxdg.data.domains import open_domain
 from jaxdg.data.labels import CITYSCAPES_IDS, IGNORE
 from jaxdg.data.pipeline import train_batches
 from jaxdg.data.samplers import make_sampler

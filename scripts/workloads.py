@@ -26,7 +26,8 @@ from jaxdg import methods
 from jaxdg.commands.flops import count
 from jaxdg.config import Config
 from jaxdg.data.augment.transforms import Augmentation
-from jaxdg.data.datasets import STREETS, FolderOptions, open_domain
+from jaxdg.data.datasets import STREETS, FolderOptions
+from jaxdg.data.domains import open_domain
 from jaxdg.data.labels import LabelSet
 from jaxdg.tasks import run_state as tasks
 from jaxdg.training import sharding

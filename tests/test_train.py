@@ -35,7 +35,8 @@ from jaxdg.config import (
     OptimizerConfig,
     locks,
 )
-from jaxdg.data.datasets import FolderOptions, StreetsOptions, open_domain
+from jaxdg.data.datasets import FolderOptions, StreetsOptions
+from jaxdg.data.domains import open_domain
 from jaxdg.evaluation.overlap import TrainedOn
 from jaxdg.tasks import run_state as tasks
 from jaxdg.training import sharding

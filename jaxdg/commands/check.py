@@ -41,11 +41,13 @@ from jaxdg.data import class_check, published, records, storage
 from jaxdg.data.boxes import COUNTS, BoxFiles, BoxOptions, open_box_files
 from jaxdg.data.class_check import Shown
 from jaxdg.data.class_counts import Look, look
-from jaxdg.data.datasets import Files, FolderOptions, open_files
+from jaxdg.data.datasets import Files, FolderOptions
+from jaxdg.data.domains import open_files
 from jaxdg.data.images import read_image
 from jaxdg.data.index import Defect
 from jaxdg.data.labels import IGNORE
 from jaxdg.data.skip import HEADER
+from jaxdg.data.tree import Tree
 from jaxdg.data.workers import read_ahead
 from jaxdg.drawing.overlays import box_overlay, overlay
 from jaxdg.drawing.palettes import BACKGROUND, TEXT
@@ -309,7 +311,7 @@ def _own(
 def _holds(base: str, folder: str, suffix: str = "") -> bool:
     """Whether a folder below that of a dataset has such files."""
     try:
-        return any(name.endswith(suffix) for name in storage.Tree(base).files(folder))
+        return any(name.endswith(suffix) for name in Tree(base).files(folder))
     except (FileNotFoundError, ValueError):
         return False
 

@@ -52,7 +52,8 @@ from jaxdg.data import jpeg, published, records, storage
 from jaxdg.data.augment.transforms import move_boxes
 from jaxdg.data.box_fields import areas_of
 from jaxdg.data.boxes import COUNTS, BoxFiles, open_box_files
-from jaxdg.data.datasets import STREETS, Dataset, Files, open_files
+from jaxdg.data.datasets import STREETS, Dataset, Files
+from jaxdg.data.domains import open_files
 from jaxdg.data.labels import LabelSet
 from jaxdg.data.records import COMPLETE, INDEX, METADATA, UNFINISHED, VERSION, filesystem
 from jaxdg.data.workers import read_ahead

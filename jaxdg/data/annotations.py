@@ -25,6 +25,7 @@ from jaxdg.data.box_fields import Boxes
 from jaxdg.data.cache import cached, decoded, encoded
 from jaxdg.data.coco_json import CocoPart
 from jaxdg.data.index import Defect
+from jaxdg.data.tree import Tree
 
 VERSION = 7  # of what is kept
 FLAGS = ("-1", "0", "1")  # behind a name in the list of a single class: absent, difficult, present
@@ -82,7 +83,7 @@ class CocoBoxes:
 
 
 def index_voc(
-    tree: storage.Tree,
+    tree: Tree,
     parts: Sequence[VocPart],
     classes: tuple[str, ...],
     skip: Collection[str] = (),
@@ -174,7 +175,7 @@ def read_voc(path: str, size: tuple[int, int], classes: tuple[str, ...]) -> Boxe
 
 
 def index_coco(
-    tree: storage.Tree,
+    tree: Tree,
     parts: Sequence[CocoPart],
     classes: tuple[str, ...] = (),
     skip: Collection[str] = (),
@@ -248,7 +249,7 @@ def index_coco(
 
 def _key(
     kind: str,
-    tree: storage.Tree,
+    tree: Tree,
     parts: Sequence[Any],
     classes: tuple[str, ...],
     skip: Collection[str],
@@ -264,13 +265,13 @@ def _key(
     ]
 
 
-def _file(tree: storage.Tree, folders: tuple[str, ...], name: str) -> str:
+def _file(tree: Tree, folders: tuple[str, ...], name: str) -> str:
     """The path of a file in the first of `folders` that exists."""
     return tree.file(folders, name)
 
 
 def _pair(
-    tree: storage.Tree, part: VocPart, skip: frozenset[str], wrong: list[Defect]
+    tree: Tree, part: VocPart, skip: frozenset[str], wrong: list[Defect]
 ) -> list[tuple[str, str]]:
     images = _by_stem(tree, part.images, index.IMAGE_SUFFIXES)
     annotations = _by_stem(tree, part.annotations, (".xml",))
@@ -299,7 +300,7 @@ def _pair(
 
 
 def _by_stem(
-    tree: storage.Tree, folders: tuple[str, ...], suffixes: tuple[str, ...]
+    tree: Tree, folders: tuple[str, ...], suffixes: tuple[str, ...]
 ) -> dict[str, list[str]]:
     """The files below a folder by their relative paths without extension; most often one each."""
     found: dict[str, list[str]] = {}

@@ -17,23 +17,16 @@ from typing import Any
 
 import numpy as np
 
-from jaxdg.data import index, instances, published, records, storage
+from jaxdg.data import index, instances, published, records
 from jaxdg.data.annotations import CocoBoxes, VocPart, index_coco, index_voc, read_voc
 from jaxdg.data.box_fields import Boxes, areas_of
 from jaxdg.data.coco_json import CocoPart
-from jaxdg.data.datasets import (
-    STREETS,
-    Dataset,
-    Files,
-    Mixture,
-    Streets,
-    StreetsOptions,
-    Subset,
-    domain_names,
-)
+from jaxdg.data.datasets import STREETS, Dataset, Files, Mixture, Streets, StreetsOptions, Subset
+from jaxdg.data.domains import domain_names
 from jaxdg.data.images import read_image
 from jaxdg.data.labels import CITYSCAPES, LabelSet, palette
 from jaxdg.data.skip import skip_list, without
+from jaxdg.data.tree import Tree
 
 
 def _like(**classes: str) -> LabelSet:
@@ -366,11 +359,11 @@ def open_box_files(
             if domain == "town05"
             else dict.fromkeys(("town01", "town02", "town03", "town04"), split)
         )
-        tree = storage.Tree(os.path.join(root, "carla_towns"))
+        tree = Tree(os.path.join(root, "carla_towns"))
         parts = [_voc2007((town,), part) for town, part in towns.items()]
         return VocFiles(domain, index_voc(tree, parts, CARLA.names, left_out, defects), CARLA)
     if (domain, train) in COUNTS:
-        tree = storage.Tree(os.path.join(root, "diverse_weather"))
+        tree = Tree(os.path.join(root, "diverse_weather"))
         part = _voc2007(
             _spellings(domain), "test" if domain == "daytime_clear" and not train else "train"
         )
@@ -380,9 +373,7 @@ def open_box_files(
             DIVERSE_WEATHER,
         )
     if domain in instances.READERS:
-        return _instances(
-            domain, storage.Tree(os.path.join(root, domain)), split, left_out, defects
-        )
+        return _instances(domain, Tree(os.path.join(root, domain)), split, left_out, defects)
     if domain in KNOWN:
         # The file of the training images in rain lists those of all conditions, hence the beginning
         # of the names.
@@ -396,12 +387,10 @@ def open_box_files(
             for c in ACDC_CONDITIONS
             if domain in ("acdc", f"acdc/{c}")
         ]
-        tree = storage.Tree(os.path.join(root, "acdc"))
+        tree = Tree(os.path.join(root, "acdc"))
         return CocoFiles(domain, index_coco(tree, parts, THINGS.names, left_out, defects), THINGS)
     if own is not None:
-        return _own(
-            domain, storage.Tree(root, exact=True), 0 if train else 1, own, left_out, defects
-        )
+        return _own(domain, Tree(root, exact=True), 0 if train else 1, own, left_out, defects)
     raise _unknown(domain)
 
 
@@ -442,7 +431,7 @@ def _spellings(domain: str) -> tuple[str, ...]:
 
 def _instances(
     domain: str,
-    tree: storage.Tree,
+    tree: Tree,
     split: str,
     skip: Collection[str],
     defects: list[index.Defect] | None,
@@ -472,7 +461,7 @@ def _instances(
 
 def _own(
     domain: str,
-    tree: storage.Tree,
+    tree: Tree,
     at: int,
     own: BoxOptions,
     skip: Collection[str],

@@ -23,6 +23,7 @@ import numpy as np
 from jaxdg.data import index, storage
 from jaxdg.data.box_fields import areas_of, fit, flag, rounded
 from jaxdg.data.index import Defect
+from jaxdg.data.tree import Tree
 
 Entry = dict[str, Any]
 Look = Callable[[str], tuple[index.Header, list[Defect]]]
@@ -111,7 +112,7 @@ def category_names(content: Mapping[str, list[Entry]]) -> tuple[str, ...]:
 
 
 def read(
-    tree: storage.Tree,
+    tree: Tree,
     part: CocoPart,
     path: str,
     content: Mapping[str, list[Entry]],
@@ -365,7 +366,7 @@ class _Reader:
 class _Places:
     """Finds the file that a name means."""
 
-    def __init__(self, tree: storage.Tree, part: CocoPart):
+    def __init__(self, tree: Tree, part: CocoPart):
         self.files = tree.files(part.images)
         self.folder = tree.places(part.images)[0]
 

@@ -22,6 +22,7 @@ import numpy as np
 from jaxdg.data import storage
 from jaxdg.data.cache import cached, decoded, encoded
 from jaxdg.data.images import TURNS, Stored, read_header
+from jaxdg.data.tree import Tree
 
 VERSION = 6
 THREADS = 16
@@ -92,7 +93,7 @@ class Pairs:
 
 
 def index_pairs(
-    tree: storage.Tree,
+    tree: Tree,
     folders: Sequence[tuple[str, Sequence[str]]],
     *,
     image_suffix: str,
@@ -166,7 +167,7 @@ def index_pairs(
 
 
 def examine(
-    tree: storage.Tree,
+    tree: Tree,
     folders: Sequence[tuple[str, Sequence[str]]],
     *,
     image_suffix: str,
@@ -238,7 +239,7 @@ def arrays(headers: Sequence[Header]) -> tuple[Int32[np.ndarray, "n 2"], UInt64[
     return sizes, np.array([header.fingerprint for header in headers], np.uint64)
 
 
-def _by_stem(tree: storage.Tree, folders: Sequence[str], suffix: str) -> dict[str, str]:
+def _by_stem(tree: Tree, folders: Sequence[str], suffix: str) -> dict[str, str]:
     """Files below a folder by what remains of their relative path without the suffix."""
     found: dict[str, str] = {}
     suffix = storage.composed(suffix)

@@ -2,7 +2,7 @@
 what their label ids mean.
 
 Folders are relative to `ROOT/NAME`, where the publisher's archives lie unopened or unpacked (see
-`storage.Tree`). Numbers of images are those that the publishers state; `check` shows them beside
+`tree.Tree`). Numbers of images are those that the publishers state; `check` shows them beside
 what it finds.
 """
 

@@ -16,7 +16,8 @@ import numpy as np
 
 from jaxdg import segmentation, weights
 from jaxdg.config import Config
-from jaxdg.data.datasets import Dataset, label_set, open_domain
+from jaxdg.data.datasets import Dataset
+from jaxdg.data.domains import label_set, open_domain
 from jaxdg.drawing.panels import panel
 from jaxdg.evaluation import protocols
 from jaxdg.methods.method import Method

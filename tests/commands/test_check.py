@@ -22,7 +22,8 @@ from rich.console import Console
 from jaxdg.commands import check
 from jaxdg.data import records
 from jaxdg.data.boxes import BoxOptions, open_boxes
-from jaxdg.data.datasets import FolderOptions, StreetsOptions, open_domain, open_files
+from jaxdg.data.datasets import FolderOptions, StreetsOptions
+from jaxdg.data.domains import open_domain, open_files
 from jaxdg.data.labels import CITYSCAPES
 from tests.data import trees
 

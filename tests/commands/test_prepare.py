@@ -21,7 +21,8 @@ import pytest
 import tensorflow_datasets as tfds
 
 from jaxdg.commands.prepare import png, prepare, resize_sample, resized
-from jaxdg.data.datasets import FolderOptions, open_files
+from jaxdg.data.datasets import FolderOptions
+from jaxdg.data.domains import open_files
 from jaxdg.data.labels import CITYSCAPES, LabelSet
 from jaxdg.data.records import open_records
 from tests.data import trees

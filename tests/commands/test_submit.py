@@ -18,7 +18,8 @@ from jaxdg import train
 from jaxdg.commands import command_line as cli
 from jaxdg.commands import submit
 from jaxdg.config import Config, validated
-from jaxdg.data.datasets import FolderOptions, StreetsOptions, open_domain
+from jaxdg.data.datasets import FolderOptions, StreetsOptions
+from jaxdg.data.domains import open_domain
 from jaxdg.data.labels import CITYSCAPES_IDS
 from tests.data import trees
 

@@ -11,6 +11,7 @@ import pytest
 from jaxdg.data import storage
 from jaxdg.data.cache import cached, fingerprint
 from jaxdg.data.index import index_pairs
+from jaxdg.data.tree import Tree
 from tests.data import trees
 
 OLD = 10**18  # nanoseconds; what changed within two seconds is not kept
@@ -90,6 +91,6 @@ def test_a_link_turned_to_another_copy_is_indexed_anew(tmp_path):
     for name, size in {"one": [4, 6], "two": [8, 6]}.items():
         (tmp_path / "now").unlink(missing_ok=True)
         (tmp_path / "now").symlink_to(tmp_path / name)
-        tree = storage.Tree(str(tmp_path / "now"), exact=True)
+        tree = Tree(str(tmp_path / "now"), exact=True)
         pairs = index_pairs(tree, [("images", ("labels",))], image_suffix="", label_suffix="")
         assert pairs.sizes.tolist() == [size]

@@ -18,7 +18,8 @@ from jaxdg.data import class_check, class_counts
 from jaxdg.data.boxes import BoxOptions, open_boxes
 from jaxdg.data.class_check import before_training
 from jaxdg.data.class_counts import count, look, truth_ids
-from jaxdg.data.datasets import Dataset, FolderOptions, StreetsOptions, Subset, open_domain
+from jaxdg.data.datasets import Dataset, FolderOptions, StreetsOptions, Subset
+from jaxdg.data.domains import open_domain
 from tests.data import trees
 
 BINARY = ("background", "crack")

@@ -13,7 +13,8 @@ import numpy as np
 from PIL import Image
 import pytest
 
-from jaxdg.data.datasets import Dataset, FolderOptions, StreetsOptions, open_domain
+from jaxdg.data.datasets import Dataset, FolderOptions, StreetsOptions
+from jaxdg.data.domains import open_domain
 from jaxdg.data.images import read_image, read_label
 from jaxdg.data.labels import CAMVID, CITYSCAPES
 from jaxdg.streets import render as scenes

@@ -15,7 +15,8 @@ import pytest
 from jaxdg.commands.prepare import prepare
 from jaxdg.data import images, index, jpeg
 from jaxdg.data.boxes import BoxOptions, open_box_files
-from jaxdg.data.datasets import FolderOptions, StreetsOptions, open_domain, open_files
+from jaxdg.data.datasets import FolderOptions, StreetsOptions
+from jaxdg.data.domains import open_domain, open_files
 from jaxdg.data.images import read_image, read_label
 from jaxdg.data.labels import CITYSCAPES, CITYSCAPES_IDS
 from jaxdg.data.records import Records, open_records

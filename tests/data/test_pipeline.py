@@ -15,7 +15,8 @@ from PIL import Image
 import pytest
 
 from jaxdg.data.augment.transforms import Augmentation
-from jaxdg.data.datasets import Dataset, FolderOptions, Mixture, StreetsOptions, open_domain
+from jaxdg.data.datasets import Dataset, FolderOptions, Mixture, StreetsOptions
+from jaxdg.data.domains import open_domain
 from jaxdg.data.labels import CITYSCAPES, LabelSet
 from jaxdg.data.pipeline import batch_files, eval_batches, train_batches
 from jaxdg.data.samplers import make_sampler
@@ -354,14 +355,18 @@ def test_workers_end_with_their_iterator(folder, end):
 
 SCRIPT = """
     import multiprocessing, os, signal, sys
-    open(sys.argv[1], "a").write("imported\\n")   # no guard: workers must not import the main module
-    from jaxdg.data.datasets import StreetsOptions, open_domain, FolderOptions
+    # There is no guard: workers must not import the main module.
+    open(sys.argv[1], "a").write("imported\\n")
+    from jaxdg.data.datasets import StreetsOptions, FolderOptions
+    from jaxdg.data.domains import open_domain
     from jaxdg.data.pipeline import train_batches
     from jaxdg.data.samplers import make_sampler
     from jaxdg.data.augment.transforms import Augmentation
-    dataset = open_domain("town", root=sys.argv[2], train=True, streets=StreetsOptions(), folder=FolderOptions())
+    own = {"streets": StreetsOptions(), "folder": FolderOptions()}
+    dataset = open_domain("town", root=sys.argv[2], train=True, **own)
     options = {"seed": 0, "batch_size": 2, "start": 0, "stop": 1000, "workers": 2}
-    batches = train_batches(dataset, make_sampler(dataset, seed=0), Augmentation(crop=(8, 8)), **options)
+    augmentation = Augmentation(crop=(8, 8))
+    batches = train_batches(dataset, make_sampler(dataset, seed=0), augmentation, **options)
     next(batches)
     print(*(child.pid for child in multiprocessing.active_children()), flush=True)
     if sys.argv[3] == "killed":

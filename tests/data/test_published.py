@@ -11,7 +11,8 @@ import pytest
 import scipy.io
 
 from jaxdg.data import published, storage
-from jaxdg.data.datasets import FolderOptions, StreetsOptions, label_set, open_domain
+from jaxdg.data.datasets import FolderOptions, StreetsOptions
+from jaxdg.data.domains import label_set, open_domain
 from jaxdg.data.labels import CAMVID, CITYSCAPES
 from tests.data import trees
 

@@ -18,7 +18,8 @@ from jaxdg.commands.prepare import prepare
 from jaxdg.data import records
 from jaxdg.data.augment.transforms import Augmentation
 from jaxdg.data.boxes import BoxOptions, open_box_files, open_boxes
-from jaxdg.data.datasets import FolderOptions, StreetsOptions, open_domain, open_files
+from jaxdg.data.datasets import FolderOptions, StreetsOptions
+from jaxdg.data.domains import open_domain, open_files
 from jaxdg.data.labels import CITYSCAPES, LabelSet, palette
 from jaxdg.data.pipeline import eval_batches, train_batches
 from jaxdg.data.records import Records, open_records

@@ -15,7 +15,8 @@ from jaxdg.data import class_counts, samplers
 from jaxdg.data.augment.transforms import Augmentation, random_crop
 from jaxdg.data.cache import fingerprint
 from jaxdg.data.class_counts import truth_ids
-from jaxdg.data.datasets import Files, FolderOptions, Mixture, Streets, StreetsOptions, open_files
+from jaxdg.data.datasets import Files, FolderOptions, Mixture, Streets, StreetsOptions
+from jaxdg.data.domains import open_files
 from jaxdg.data.index import Pairs
 from jaxdg.data.labels import CAMVID, CITYSCAPES, LabelSet
 from jaxdg.data.samplers import BLOCK, RareClasses, class_pixels, class_probabilities, make_sampler

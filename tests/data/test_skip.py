@@ -15,7 +15,8 @@ import pytest
 from jaxdg.commands.prepare import prepare
 from jaxdg.data import class_counts, records
 from jaxdg.data.boxes import BoxOptions, open_box_files, open_boxes
-from jaxdg.data.datasets import FolderOptions, StreetsOptions, open_domain, open_files
+from jaxdg.data.datasets import FolderOptions, StreetsOptions
+from jaxdg.data.domains import open_domain, open_files
 from jaxdg.data.skip import skip_list
 from tests.data import trees
 from tests.data.test_boxes import thing, write_voc, xml

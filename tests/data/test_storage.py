@@ -13,7 +13,9 @@ import numpy as np
 import pytest
 
 from jaxdg.data import index, storage
-from jaxdg.data.datasets import FolderOptions, StreetsOptions, open_domain
+from jaxdg.data.datasets import FolderOptions, StreetsOptions
+from jaxdg.data.domains import open_domain
+from jaxdg.data.tree import Tree
 from tests.data import trees
 
 
@@ -71,7 +73,7 @@ def test_folders_and_archives_of_a_dataset_are_one_tree(tmp_path):
     trees.write(base, "images/x/3.png", b"3", "b.ZIP", "wrapped/")
     trees.write(base, "deep/images/4.png", b"4", "b.ZIP", "wrapped/")
     trees.write(base, "images/2.png", b"junk", "b.ZIP", "__MACOSX/")
-    files = storage.Tree(str(base)).files("pictures", "images")
+    files = Tree(str(base)).files("pictures", "images")
     assert relative(files, base) == {
         "1.png": "images/1.png",
         "2.png": "a.zip/images/2.png",
@@ -80,7 +82,7 @@ def test_folders_and_archives_of_a_dataset_are_one_tree(tmp_path):
     assert [storage.read(path) for path in files.values()] == [b"unpacked", b"2", b"3"]
     trees.write(tmp_path / "voc", "Towns/images/1.png", b"1")
     trees.write(tmp_path / "voc", "More/images/2.png", b"2")
-    assert relative(storage.Tree(str(tmp_path / "voc")).files("images"), tmp_path / "voc") == {
+    assert relative(Tree(str(tmp_path / "voc")).files("images"), tmp_path / "voc") == {
         "2.png": "More/images/2.png",
         "1.png": "Towns/images/1.png",
     }
@@ -278,7 +280,7 @@ def test_hidden_and_system_entries_are_no_images_and_are_counted(tmp_path, zippe
         for name in HIDDEN[::2] if kind == "labels" else HIDDEN:
             trees.write(tmp_path, f"{kind}/{name}", b"junk", archive)
     base = tmp_path / archive
-    tree = storage.Tree(str(base), exact=True)
+    tree = Tree(str(base), exact=True)
     pairs, defects = index.examine(
         tree, [("images", ("labels",))], image_suffix="", label_suffix=".png"
     )
@@ -490,7 +492,7 @@ def test_two_spellings_of_a_folder_are_two_candidates(tmp_path):
     """
     for name in ("night_sunny", "Night-Sunny"):
         trees.write(tmp_path, f"{name}/JPEGImages/1.jpg", b"")
-    tree = storage.Tree(str(tmp_path))
+    tree = Tree(str(tmp_path))
     with pytest.raises(ValueError, match="two candidates") as error:
         tree.files("night_sunny/JPEGImages", "night-sunny/JPEGImages", "Night-Sunny/JPEGImages")
     assert f"{tmp_path}/night_sunny/JPEGImages and {tmp_path}/Night-Sunny/JPEGImages are" in str(
@@ -503,12 +505,15 @@ def test_two_spellings_of_a_folder_are_two_candidates(tmp_path):
 
 MILLION = """
 import re, sys, time
-from jaxdg.data import index, storage
+from jaxdg.data import index
+from jaxdg.data.tree import Tree
 
 start = time.perf_counter()
-pairs = index.index_pairs(storage.Tree(sys.argv[1], exact=True), [("images", ("labels",))], image_suffix="", label_suffix=".png")
+tree = Tree(sys.argv[1], exact=True)
+pairs = index.index_pairs(tree, [("images", ("labels",))], image_suffix="", label_suffix=".png")
 seconds = time.perf_counter() - start
-print(len(pairs.images), pairs.labels[-1], seconds, int(re.search(r"VmHWM:\\s*(\\d+) kB", open("/proc/self/status").read())[1]) / 1024)
+peak = re.search(r"VmHWM:\\s*(\\d+) kB", open("/proc/self/status").read())
+print(len(pairs.images), pairs.labels[-1], seconds, int(peak[1]) / 1024)
 """
 
 
@@ -533,7 +538,7 @@ def test_the_second_start_with_a_million_files_is_quick_and_small(tmp_path, monk
 
     monkeypatch.setattr(index, "examine", examine)
     index.index_pairs(
-        storage.Tree(str(base), exact=True),
+        Tree(str(base), exact=True),
         [("images", ("labels",))],
         image_suffix="",
         label_suffix=".png",

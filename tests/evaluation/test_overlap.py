@@ -16,14 +16,8 @@ import pytest
 from jaxdg.commands.prepare import prepare
 from jaxdg.data import index, records, storage
 from jaxdg.data.boxes import BoxOptions, box_labels, open_box_files, open_boxes
-from jaxdg.data.datasets import (
-    FolderOptions,
-    StreetsOptions,
-    Subset,
-    label_set,
-    open_domain,
-    open_files,
-)
+from jaxdg.data.datasets import FolderOptions, StreetsOptions, Subset
+from jaxdg.data.domains import label_set, open_domain, open_files
 from jaxdg.evaluation import overlap
 from jaxdg.evaluation.overlap import Images, TrainedOn, family, standings
 from tests.data import trees

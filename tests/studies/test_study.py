@@ -20,7 +20,8 @@ import jaxdg
 from jaxdg import config as config_lib
 from jaxdg.config import Config, overrides
 from jaxdg.config import workdir as workdir_lib
-from jaxdg.data.datasets import Subset, open_domain
+from jaxdg.data.datasets import Subset
+from jaxdg.data.domains import open_domain
 from jaxdg.studies import corruptions, freezing, pretraining, seeds, study, transfer
 from jaxdg.studies.study import Study, StudyOptions, mean_and_spread, summary
 from jaxdg.training.metrics import read_metrics

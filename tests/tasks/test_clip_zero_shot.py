@@ -11,7 +11,7 @@ import jaxdg
 from jaxdg import backbones, config, train, weights
 from jaxdg.commands import command_line as cli
 from jaxdg.config import Config
-from jaxdg.data.datasets import open_domain
+from jaxdg.data.domains import open_domain
 from jaxdg.data.labels import CAMVID
 from jaxdg.tasks import run_state as tasks
 from jaxdg.training.metrics import read_metrics

@@ -8,7 +8,8 @@ from jaxdg.data.augment.fractals import Pictures
 from jaxdg.data.augment.pixmix import BASE, add, augment, multiply, pixmix, unit, weights
 from jaxdg.data.augment.transforms import Augmentation
 from jaxdg.data.boxes import open_boxes
-from jaxdg.data.datasets import StreetsOptions, open_domain
+from jaxdg.data.datasets import StreetsOptions
+from jaxdg.data.domains import open_domain
 from jaxdg.data.pipeline import train_batches
 from jaxdg.data.samplers import make_sampler
 

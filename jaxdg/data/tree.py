@@ -1,0 +1,234 @@
+"""The folder of a dataset as downloaded: unpacked files and zip archives as one tree."""
+
+from collections.abc import Iterator
+import functools
+import os
+import re
+
+from jaxdg.data.storage import (
+    Passed,
+    composed,
+    in_archive,
+    is_file,
+    is_folder,
+    is_hidden,
+    modified,
+    size,
+    spelt,
+    subfolders,
+    walk,
+)
+
+
+class Tree:
+    """The folder of a dataset as downloaded: what is unpacked in it and what its zip archives hold,
+    merged.
+
+    What is unpacked, and every archive, may lie one folder deeper, as `bdd100k/images/10k/..` does
+    in its archives. A file that is both unpacked and in an archive is read unpacked if both have
+    the same size. Anything else that is there twice is an error.
+    """
+
+    def __init__(self, base: str, *, exact: bool = False):
+        """Looks at nothing yet.
+
+        Args:
+            base: the dataset's folder.
+            exact: folders are only where they are said to be, neither one deeper nor in an archive
+                that their path does not name.
+        """
+        self.base = base
+        self.exact = exact
+        self.modified: dict[str, int] = {}  # what `files` has looked at, and when it last changed
+        self.passed = Passed()
+
+    def files(self, *folders: str) -> dict[str, str]:
+        """All files below the one of `folders` that exists.
+
+        Args:
+            folders: alternatives, relative to `base`.
+
+        Returns:
+            The path of each file by its path relative to the folder, composed; no hidden ones.
+
+        Raises:
+            FileNotFoundError: none of the folders exists; says where one was found instead.
+            ValueError: an archive is damaged; there are two candidates for the folder or for a
+                file.
+        """
+        found: dict[str, str] = {}
+        seen: set[str] = set()
+        for place in self.places(*folders):
+            for parent, names in walk(place, self.passed, seen):
+                self.modified.update([modified(parent)])
+                below = parent[len(place) + 1 :]
+                for name in names:
+                    path = os.path.join(parent, name)
+                    key = composed(f"{below}/{name}" if below else name)
+                    found[key] = _choose(found[key], path) if key in found else path
+        return found
+
+    def file(self, folders: tuple[str, ...], name: str) -> str:
+        """The path of a file in the one of `folders` that exists.
+
+        Args:
+            folders: as for `files`.
+            name: its path relative to the folder.
+
+        Raises:
+            FileNotFoundError: as for `files`; or there is no such file.
+            ValueError: as for `files`.
+        """
+        places = self.places(*folders)
+        found = [path for place in places if is_file(path := spelt(place, name))]
+        if not found:
+            raise FileNotFoundError(
+                f"{os.path.join(os.path.abspath(places[0]), name)} does not exist; fetch it"
+            )
+        path = functools.reduce(_choose, found)
+        self.modified.update([modified(path)])
+        return path
+
+    def places(self, *folders: str) -> list[str]:
+        """Where the one of `folders` that exists is: unpacked first, then in each archive.
+
+        Args:
+            folders: as for `files`.
+
+        Raises:
+            FileNotFoundError: as for `files`.
+            ValueError: as for `files`.
+        """
+        if self.exact:
+            found = [
+                path
+                for folder in folders
+                if is_folder(path := spelt(self.base, folder.rstrip("/")))
+            ][:1]
+            if not found:
+                raise FileNotFoundError(
+                    f"folder {os.path.abspath(os.path.join(self.base, folders[0]))} does not exist;"
+                    " check JAXDG_DATA or --config.data.root, and data.folder"
+                )
+            return found
+        if os.path.isdir(self.base):
+            self.modified.update(
+                [modified(self.base)]
+            )  # changes when an archive or a folder is added
+            sources = self._sources()
+            spellings = [
+                places
+                for folder in folders
+                if (places := [p for source in sources for p in _within(source, folder)])
+            ]
+            for first, *_ in spellings[1:]:
+                if not _is_same(spellings[0][0], first):
+                    raise ValueError(_twice(spellings[0][0], first))
+            if spellings:
+                return spellings[0]
+        raise FileNotFoundError(self._lost(folders))
+
+    def _sources(self) -> list[str]:
+        with os.scandir(self.base) as entries:
+            archives = [
+                entry
+                for entry in entries
+                if entry.name.lower().endswith(".zip") and entry.is_file()
+            ]
+        return [self.base, *sorted(entry.path for entry in archives if not is_hidden(entry.name))]
+
+    def _lost(self, folders: tuple[str, ...]) -> str:
+        base = os.path.abspath(self.base)
+        wanted = f"{base} should hold {' or '.join(folders)}, unpacked or in a zip archive"
+        if elsewhere := [place for folder in folders for place in self._elsewhere(base, folder)]:
+            return (
+                f"{wanted}, but {elsewhere[0]} was found instead; move it, or set JAXDG_DATA or"
+                " --config.data.root"
+            )
+        if not os.path.isdir(base):
+            return f"{wanted}, but does not exist; check JAXDG_DATA or --config.data.root"
+        entries = sorted(name for name in os.listdir(base) if not is_hidden(name))
+        return (
+            f"{wanted}, but holds"
+            f" {', '.join(entries[:8]) or 'nothing'}{', ..' if len(entries) > 8 else ''}; fetch"
+            " what is missing"
+        )
+
+    def _elsewhere(self, base: str, folder: str) -> Iterator[str]:
+        """Where people put things: the folder without its upper levels, deeper, beside or above
+        where it should be.
+        """
+        root, name = os.path.split(base)
+        above = os.path.dirname(root)
+        alike = []
+        if os.path.isdir(root):
+            alike = [
+                n
+                for n in subfolders(root)
+                if n != name and re.sub(r"\W|_", "", n).lower() == re.sub(r"\W|_", "", name).lower()
+            ]
+        upper = [*(os.path.join(root, n) for n in alike), root, os.path.join(above, name), above]
+        if os.path.isdir(base):
+            parts = folder.split("/")
+            tails = ["/".join(parts[i:]) for i in range(1, len(parts))]
+            yield from (
+                place
+                for tail in tails
+                for source in self._sources()
+                for place in _within(source, tail)
+            )
+            for source in self._sources():
+                for one in subfolders(source):
+                    for two in subfolders(os.path.join(source, one)):
+                        yield from _within(os.path.join(source, one, two), folder)
+        yield from (path for up in upper if is_folder(path := os.path.join(up, folder)))
+
+
+def _within(source: str, folder: str) -> list[str]:
+    """`folder` in `source`, and in the folders of `source`."""
+    sources = [source, *(os.path.join(source, name) for name in subfolders(source))]
+    return [path for source in sources if is_folder(path := spelt(source, folder))]
+
+
+def _is_same(first: str, second: str) -> bool:
+    """Whether two folders are one: a link to the other, or another spelling where the disk does not
+    tell capitals apart.
+    """
+    return not in_archive(first) and not in_archive(second) and os.path.samefile(first, second)
+
+
+def _choose(first: str, second: str) -> str:
+    """Which of two files of one name counts: what is unpacked, if it is as long as in the archive.
+
+    Raises:
+        ValueError: neither, for one of the two is a mistake.
+    """
+    archived = [in_archive(path) for path in (first, second)]
+    if sum(archived) == 1:
+        unpacked, packed = (second, first) if archived[0] else (first, second)
+        if size(unpacked) == size(packed):
+            return unpacked
+        sizes = f"differ: {size(unpacked)} and {size(packed)} bytes"
+        raise ValueError(
+            f"{unpacked} and {packed} {sizes}; keep the right one: delete the file, or move the"
+            " archive elsewhere"
+        )
+    if first == second:
+        raise ValueError(
+            f"{first} is in its archive twice, with different contents; unpack the archive and"
+            " keep one"
+        )
+    raise ValueError(_twice(first, second))
+
+
+def _twice(first: str, second: str) -> str:
+    """An error about two files or folders of which one is too many."""
+    names = [os.path.basename(path) for path in (first, second)]
+    if composed(first) == composed(second):
+        forms = " and ".join(ascii(name) for name in names)
+        return (
+            f"{first} and {second} differ only in how their letters are composed ({forms});"
+            " keep one"
+        )
+    remedy = "keep one, and move the other, or what it is in, out of the dataset's folder"
+    return f"{first} and {second} are two candidates for the same place; {remedy}"
