@@ -1,4 +1,4 @@
-"""What VOC's and COCO's files have in common: yes or no, corners and areas of boxes."""
+"""Values of boxes that VOC's and COCO's files have in common: flags, corners and areas."""
 
 from typing import Any
 
@@ -15,13 +15,13 @@ BORDERS = (32.0**2, 96.0**2)  # between COCO's small, medium and large, square p
 
 
 def flag(value: Any) -> bool | None:
-    """What a file says of yes or no, as a number, a text or a truth value.
+    """The truth value that a file states as a number, a text or a truth value.
 
     Args:
         value: as written; None and "" mean no.
 
     Returns:
-        Whether it says yes; None where it says neither.
+        Whether it says yes; None if it says neither yes nor no.
     """
     if value is None or type(value) is int:  # as almost all files have it
         return bool(value) if value in (None, 0, 1) else None
@@ -30,14 +30,15 @@ def flag(value: Any) -> bool | None:
 
 
 def areas_of(boxes: Float[np.ndarray, "n 4"]) -> Float32[np.ndarray, " n"]:
-    """Square pixels of boxes x0 y0 x1 y1, for want of those of the objects in them."""
+    """Square pixels of boxes x0 y0 x1 y1, used where the areas of the objects are unknown."""
     wide = boxes.astype(np.float64)
     return rounded((wide[:, 2] - wide[:, 0]) * (wide[:, 3] - wide[:, 1]))
 
 
 def rounded(areas: Float[np.ndarray, " n"]) -> Float32[np.ndarray, " n"]:
-    """Areas in float32; what is beside a border of COCO's sizes stays on its side, as the border
-    itself counts on both.
+    """Areas in float32 that stay on their side of the borders of COCO's sizes.
+
+    A border itself counts on both sides.
     """
     result = areas.astype(np.float32)
     for border in BORDERS:
@@ -60,8 +61,8 @@ def fit(
         first: number of the first pixel, 0 or 1.
 
     Returns:
-        x0 y0 x1 y1 in pixels, clipped to the image; and the rows and faults of those that are no
-        box or more than one pixel outside.
+        x0 y0 x1 y1 in pixels, clipped to the image; and the row and fault of each box that is empty,
+        not finite, or more than one pixel outside.
     """
     limits = sizes[:, ::-1]
     with np.errstate(all="ignore"):  # a file may hold any number

@@ -1,8 +1,8 @@
-"""Arrays kept from run to run, for as long as what they were made from is unchanged.
+"""Arrays kept from run to run, for as long as the files that they were made from do not change.
 
-They lie, as compiled programs do, under `$JAXDG_CACHE` (else `~/.cache/jaxdg`, and without a home
-in the temporary folder). A cache saves time and is never needed: it may be deleted, and a full or
-read-only disk is no error.
+They lie beside compiled programs under `$JAXDG_CACHE` (else `~/.cache/jaxdg`, and without a home in
+the temporary folder). The cache only saves time: it may be deleted, and a full or read-only disk is
+no error.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -26,7 +26,7 @@ THREADS = 16  # that ask a file system, which may be far away
 
 
 def folder() -> Path:
-    """Where everything that is kept from run to run lies; it need not exist."""
+    """The folder of everything that is kept from run to run; it need not exist."""
     if own := os.environ.get("JAXDG_CACHE"):
         return Path(os.path.expanduser(own))
     home = os.path.expanduser("~")
@@ -45,14 +45,13 @@ def folder() -> Path:
 def cached(
     key: Any, modified: Mapping[str, int], make: Callable[[], dict[str, np.ndarray]]
 ) -> dict[str, np.ndarray]:
-    """What `make` returns, or returned in an earlier run.
+    """The arrays that `make` returns now or returned in an earlier run.
 
     Args:
         key: JSON value that says what is made.
         modified: filled by `make`: each file and folder it looked at, and when that last changed
-            (nanoseconds). What was made is good for as long as neither these times nor their sizes
-            change.
-        make: what takes time.
+            (nanoseconds). The arrays are valid as long as neither these times nor the sizes change.
+        make: computes the arrays.
 
     Returns:
         The arrays, of any types but objects.
@@ -76,9 +75,9 @@ def fingerprint(paths: Sequence[str]) -> tuple[str, dict[str, int]]:
         paths: as `storage.read` takes them; there may be very many.
 
     Returns:
-        A digest of the resolved paths, sizes and modification times (nanoseconds), for members of
-        archives those of the archive; and the file that changed last with its time, as `cached`
-        takes it.
+        A digest of the resolved paths, sizes and modification times (nanoseconds); a member of an
+        archive counts with those of the archive. And the file that changed last with its time, as
+        `cached` takes it.
     """
     folders: dict[str, list[str]] = {}
     for path in paths:
@@ -99,7 +98,7 @@ def fingerprint(paths: Sequence[str]) -> tuple[str, dict[str, int]]:
 
 
 def encoded(texts: Any) -> np.ndarray:
-    """Strings as bytes, for want of string arrays that are small."""
+    """Strings as bytes, because NumPy's own string arrays are large."""
     return np.frombuffer("\0".join(texts).encode(errors="surrogateescape"), np.uint8)
 
 
@@ -123,7 +122,7 @@ def _recall(file: Path) -> dict[str, np.ndarray] | None:
 
 
 def _stats(folder: tuple[str, list[str]]) -> tuple[list[str], tuple[str, int]]:
-    """Where a folder's files really are, their sizes and times; and the latest of them."""
+    """The resolved paths, sizes and times of a folder's files; and the latest of them."""
     path, names = folder
     if storage.in_archive(f"{path}/{names[0]}"):
         archive, at = storage.modified(path)

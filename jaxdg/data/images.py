@@ -78,7 +78,7 @@ PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY
 
 
 class Stored(NamedTuple):
-    """What the first bytes of an image file say.
+    """Size and orientation as the first bytes of an image file state them.
 
     Attributes:
         size: height and width of the stored pixels.
@@ -178,8 +178,9 @@ def read_channels(path: str) -> Shaped[np.ndarray, "h w *c"]:
 
 
 def truncated(file: io.BufferedIOBase) -> str | None:
-    """What is missing at the end of an image file, if anything; of most files only the first and
-    last bytes are read.
+    """What is missing at the end of an image file, if anything.
+
+    Of most files only the first and last bytes are read.
 
     Args:
         file: open; its position changes.
@@ -304,8 +305,7 @@ def _pixels(path: str, data: bytes) -> UInt8[np.ndarray, "h w 3"]:
 
 
 def decode(data: bytes, path: str) -> UInt8[np.ndarray, "h w 3"] | None:
-    """The pixels of a JPEG or PNG file of the usual kinds, as they are stored; a damaged JPEG is
-    never a picture with a grey part.
+    """The stored pixels of a JPEG or PNG file of the usual kinds.
 
     Args:
         data: the file.
@@ -356,8 +356,9 @@ def _opened(file: io.BufferedIOBase) -> Image.Image:
 
 
 def _orientation(image: Image.Image, tail: bytes) -> int:
-    """The orientation of an image that is not loaded; `tail` is the end of its file, where a PNG
-    may say it.
+    """The orientation of an image that is not loaded.
+
+    A PNG may state it at the end of the file, which is `tail`.
     """
     found = None
     with contextlib.suppress(Exception):  # what viewers cannot read they do not obey
@@ -377,7 +378,7 @@ def _bits(image: Image.Image, data: bytes) -> int:
 
 
 def _lossy(image: Image.Image) -> str | None:
-    """Why an image cannot hold ids, if its format says so."""
+    """Why the format of an image cannot hold ids, if it cannot."""
     if image.format in ("JPEG", "MPO") or image.info.get("compression") in ("jpeg", "tiff_jpeg"):
         return (
             "a label must not be a JPEG image, whose compression alters ids; get the labels as PNG"
@@ -401,7 +402,7 @@ def _frames(image: Image.Image) -> str | None:
 
 
 def _no_colors(image: Image.Image) -> str | None:
-    """Why it is no image, if its mode is none."""
+    """Why the mode of an image holds no colours, if it does not."""
     deep = image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM"))
     kind = {"I": "32-bit integers", "F": "floats"}.get(image.mode, image.mode)
     return (
@@ -434,7 +435,7 @@ def _no_ids(image: Image.Image, data: bytes) -> str | None:
 
 
 def _unknown(head: bytes) -> str:
-    """What a file is that is no image."""
+    """The reason why a file is not an image, from its first bytes."""
     if head[4:8] == b"ftyp":
         return "unreadable (a HEIC or AVIF image or a film; convert it to JPEG or PNG)"
     if head.startswith(b"version https://git-lfs"):

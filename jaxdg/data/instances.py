@@ -1,7 +1,7 @@
-"""Boxes around the instances in label images: tight around an object's visible pixels, in the
-classes of `CITYSCAPES`' eight things.
+"""Boxes around the instances of label images, tight around an object's visible pixels.
 
-Pixels of a thing that belong to no instance are a crowd, one box a class.
+Their classes are the eight things of `CITYSCAPES`. Pixels of a thing that belong to no instance are
+a crowd, one box a class.
 """
 
 from collections.abc import Callable
@@ -45,8 +45,9 @@ def read(path: str, channels: int) -> np.ndarray:
 
 
 def cityscapes(label: Integer[np.ndarray, "h w"], path: str) -> Boxes:
-    """Boxes of `*_gtFine_instanceIds.png`: an instance is class id * 1000 + number, a crowd the
-    class id alone.
+    """Boxes of `*_gtFine_instanceIds.png`.
+
+    The value of an instance is class id * 1000 + number, that of a crowd the class id.
 
     Args:
         label: as read.
@@ -59,10 +60,10 @@ def cityscapes(label: Integer[np.ndarray, "h w"], path: str) -> Boxes:
 
 
 def bdd100k(label: Integer[np.ndarray, "h w 4"], path: str) -> Boxes:
-    """Boxes of a bitmask: category (from 1), attributes (1 ignored, 2 crowd, ..) and two bytes of
-    instance id in red, green, blue, alpha.
+    """Boxes of a bitmask.
 
-    What is to be ignored is marked as a crowd, as neither counts.
+    Its channels red, green, blue, alpha hold category (from 1), attributes (1 ignored, 2 crowd, ..)
+    and two bytes of instance id. An ignored instance is marked as a crowd, as neither counts.
 
     Args:
         label: as read.
@@ -117,7 +118,7 @@ READERS: dict[str, tuple[int, Callable[[np.ndarray, str], Boxes]]] = {
 def extents(
     ids: Integer[np.ndarray, "h w"],
 ) -> tuple[Integer[np.ndarray, " n"], Float32[np.ndarray, "n 4"], Float32[np.ndarray, " n"]]:
-    """Tight boxes around the pixels of each id, and how many these are.
+    """Tight boxes around the pixels of each id, and the number of these pixels.
 
     Args:
         ids: 0 where there is nothing.
@@ -149,7 +150,7 @@ def extents(
 
 
 def _boxes(boxes: np.ndarray, areas: np.ndarray, classes: np.ndarray, crowd: np.ndarray) -> Boxes:
-    """Those of a thing."""
+    """The boxes whose class is a thing."""
     none = np.zeros(len(boxes), bool)
     fields = {
         "boxes": boxes,

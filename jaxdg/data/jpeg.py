@@ -1,9 +1,9 @@
-"""JPEG files (ITU-T T.81) decoded strictly: one with a hole in its data is an error, never a
-picture with a grey or shifted part.
+"""JPEG files (ITU-T T.81), decoded strictly: a hole in the data is an error.
 
-libjpeg goes on after damage and mentions it in a warning, which OpenCV and Pillow drop.
-`simplejpeg` decodes by libjpeg-turbo too, to the same pixels in the same time, and hands on the
-warnings. What follows the end marker, such as the film of a motion photo, does not count.
+libjpeg goes on after damage, gives a grey or shifted part and mentions it in a warning, which
+OpenCV and Pillow drop. `simplejpeg` decodes by libjpeg-turbo too, to the same pixels in the same
+time, and hands on the warnings. Bytes after the end marker, such as the film of a motion photo, do
+not count.
 """
 
 from collections.abc import Iterator
@@ -53,8 +53,9 @@ def decode(data: bytes) -> UInt8[np.ndarray, "h w 3"] | None:
 
 
 def _kind(data: bytes) -> str | None:
-    """RGB, Gray, CMYK or the like; None for a header that libjpeg-turbo does not know or that holds
-    more than it should.
+    """The colour space of the header, such as RGB, Gray or CMYK.
+
+    None for a header that libjpeg-turbo does not know or that is too long.
     """
     try:
         return simplejpeg.decode_jpeg_header(data)[2]
@@ -63,13 +64,14 @@ def _kind(data: bytes) -> str | None:
 
 
 def end(data: bytes) -> int:
-    """Where the first image of a JPEG file ends, 0 if it does not."""
+    """Where the first image of a JPEG file ends; 0 if it has no end."""
     return next((stop for marker, _, stop in _segments(data) if marker == END_OF_IMAGE), 0)
 
 
 def _segments(data: bytes) -> Iterator[tuple[int, int, int]]:
-    """Marker, begin and end of the content of each segment; the data of a scan lies between the
-    ends of its segment and the next's.
+    """Marker, begin and end of the content of each segment.
+
+    The data of a scan lies between the end of its segment and the begin of the next.
     """
     at = len(END)
     while found := _MARKER.search(data, at):
@@ -114,8 +116,9 @@ def _has_hole(data: bytes) -> bool:
 
 
 def _idle_tables(segment: bytes) -> dict[int, bool]:
-    """Of each Huffman table in a segment, whether its first code is "no difference" (DC) or "end of
-    block" (AC).
+    """Whether the first code of each Huffman table means "no difference" or "end of block".
+
+    The former is for tables of DC, the latter for tables of AC.
     """
     found = {}
     at = 0
@@ -129,9 +132,7 @@ def _idle_tables(segment: bytes) -> dict[int, bool]:
 
 
 def _least_hole(segment: bytes, idle: dict[int, bool], progressive: bool) -> int | None:
-    """How many bytes of zeros make a hole in the scan that a segment begins; None for any number
-    being data.
-    """
+    """How many bytes of zeros make a hole in the scan of a segment; None if no number does."""
     count = segment[0]
     tables = segment[2 : 2 + 2 * count : 2]
     first = segment[1 + 2 * count]

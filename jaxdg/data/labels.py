@@ -1,9 +1,9 @@
 """Class lists, their colours, and the tables that turn the ids of label files into train ids.
 
-Train ids count the classes of a `LabelSet` from 0; 255 marks pixels that neither the loss nor a
-score sees. The 19 Cityscapes classes and their colours are those of `cityscapesscripts` (Cordts et
-al. 2016); CamVid's 11 classes are those of the SegNet release. Ids that a `*_IDS` dictionary does
-not name are ignored; `published.py` says which ids a dataset has at all.
+Train ids count the classes of a `LabelSet` from 0. The train id 255 marks pixels that neither the
+loss nor a score sees. The 19 Cityscapes classes and their colours are those of `cityscapesscripts`
+(Cordts et al. 2016); CamVid's 11 classes are those of the SegNet release. Ids that a `*_IDS`
+dictionary does not name are ignored; `published.py` says which ids a dataset has.
 """
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -49,17 +49,16 @@ class LabelSet:
 
 
 def check_names(names: Sequence[str], what: str, *, any_case: bool = False) -> None:
-    """Refuses class names of which one could be taken for another or for none; any other text is a
-    name.
+    """Refuses class names that are empty or that could be taken for one another.
 
     Args:
         names: in the order of their ids.
-        what: they are, for the error message.
-        any_case: names that differ in the case of their letters alone are the same.
+        what: the kind of names, for the error message.
+        any_case: names that differ only in the case of their letters are the same.
 
     Raises:
-        ValueError: a name is empty, holds control characters such as line breaks, or is there
-            twice; spaces around it, and how its accents are composed, make no difference.
+        ValueError: a name is empty, holds control characters such as line breaks, or occurs twice;
+            spaces around it, and how its accents are composed, make no difference.
     """
     seen: dict[str, int] = {}
     for i, name in enumerate(names):
@@ -79,27 +78,32 @@ def check_names(names: Sequence[str], what: str, *, any_case: bool = False) -> N
 
 
 def listed(names: Iterable[str]) -> str:
-    """Names for a message, parted by commas; those that hold commas are in quotes."""
+    """Names for a message, separated by commas; those that hold commas are in quotes."""
     return ", ".join(repr(name) if "," in name or name != name.strip() else name for name in names)
 
 
 CITYSCAPES = LabelSet(
     names=(
-        "road", "sidewalk", "building", "wall", "fence", "pole", "traffic light", "traffic sign", "vegetation", "terrain",
-        "sky", "person", "rider", "car", "truck", "bus", "train", "motorcycle", "bicycle",
+        "road", "sidewalk", "building", "wall", "fence", "pole", "traffic light", "traffic sign",
+        "vegetation", "terrain", "sky", "person", "rider", "car", "truck", "bus", "train",
+        "motorcycle", "bicycle",
     ),
     colors=(
-        (128, 64, 128), (244, 35, 232), (70, 70, 70), (102, 102, 156), (190, 153, 153), (153, 153, 153), (250, 170, 30), (220, 220, 0),
-        (107, 142, 35), (152, 251, 152), (70, 130, 180), (220, 20, 60), (255, 0, 0), (0, 0, 142), (0, 0, 70), (0, 60, 100), (0, 80, 100),
-        (0, 0, 230), (119, 11, 32),
+        (128, 64, 128), (244, 35, 232), (70, 70, 70), (102, 102, 156), (190, 153, 153),
+        (153, 153, 153), (250, 170, 30), (220, 220, 0), (107, 142, 35), (152, 251, 152),
+        (70, 130, 180), (220, 20, 60), (255, 0, 0), (0, 0, 142), (0, 0, 70), (0, 60, 100),
+        (0, 80, 100), (0, 0, 230), (119, 11, 32),
     ),
 )  # fmt: skip
 
 CAMVID = LabelSet(
-    names=("sky", "building", "pole", "road", "pavement", "tree", "sign", "fence", "car", "pedestrian", "bicyclist"),
+    names=(
+        "sky", "building", "pole", "road", "pavement", "tree", "sign", "fence", "car", "pedestrian",
+        "bicyclist",
+    ),
     colors=(
-        (128, 128, 128), (128, 0, 0), (192, 192, 128), (128, 64, 128), (60, 40, 222), (128, 128, 0), (192, 128, 128), (64, 64, 128),
-        (64, 0, 128), (64, 64, 0), (0, 128, 192),
+        (128, 128, 128), (128, 0, 0), (192, 192, 128), (128, 64, 128), (60, 40, 222), (128, 128, 0),
+        (192, 128, 128), (64, 64, 128), (64, 0, 128), (64, 64, 0), (0, 128, 192),
     ),
 )  # fmt: skip
 
@@ -107,12 +111,14 @@ CITYSCAPES_IDS: Final = {7: 0, 8: 1, 11: 2, 12: 3, 13: 4, 17: 5, 31: 16, 32: 17,
     i: i - 13 for i in range(19, 29)
 }
 SYNTHIA_IDS: Final = {
-    3: 0, 4: 1, 2: 2, 21: 3, 5: 4, 7: 5, 15: 6, 9: 7, 6: 8, 16: 9, 1: 10, 10: 11, 17: 12, 8: 13, 18: 14, 19: 15, 20: 16, 12: 17, 11: 18,
+    3: 0, 4: 1, 2: 2, 21: 3, 5: 4, 7: 5, 15: 6, 9: 7, 6: 8, 16: 9, 1: 10, 10: 11, 17: 12, 8: 13,
+    18: 14, 19: 15, 20: 16, 12: 17, 11: 18,
 }  # fmt: skip
 # Mapillary Vistas v1.2 as VLTSeg and its public re-implementation map it: 13 road, 24 general lane
 # marking, 41 manhole, 2 curb, ..
 MAPILLARY_VLTSEG_IDS: Final = {
-    13: 0, 24: 0, 41: 0, 2: 1, 15: 1, 17: 2, 6: 3, 3: 4, 45: 5, 47: 5, 48: 6, 50: 7, 30: 8, 29: 9, 27: 10, 19: 11, 20: 12, 21: 12, 22: 12,
+    13: 0, 24: 0, 41: 0, 2: 1, 15: 1, 17: 2, 6: 3, 3: 4, 45: 5, 47: 5, 48: 6, 50: 7, 30: 8, 29: 9,
+    27: 10, 19: 11, 20: 12, 21: 12, 22: 12,
     55: 13, 61: 14, 54: 15, 58: 16, 57: 17, 52: 18,
 }  # fmt: skip
 # As Rein maps it (github.com/w1oves/Rein, tools/convert_datasets/mapillary2cityscape.py, by class
@@ -124,14 +130,14 @@ MAPILLARY_REIN_IDS: Final = {i: train for i, train in MAPILLARY_VLTSEG_IDS.items
 }  # fmt: skip
 # The ids of Cityscapes, and from 34 on those that WildDash 2 added, by its unified policy.
 WILDDASH2_IDS: Final = CITYSCAPES_IDS | {
-    34: 14, 35: 13, 38: 0, 41: 0, 43: 0, 61: 0, 64: 0, 70: 0, 74: 0, 75: 0, 76: 0, 79: 0, 45: 5, 46: 5, 47: 12, 48: 12, 49: 12,
+    34: 14, 35: 13, 38: 0, 41: 0, 43: 0, 61: 0, 64: 0, 70: 0, 74: 0, 75: 0, 76: 0, 79: 0, 45: 5,
+    46: 5, 47: 12, 48: 12, 49: 12,
     52: 1, 65: 1, 77: 1, 80: 1, 56: 3, 58: 17, 78: 9,
 }  # fmt: skip
 
 
 def palette(count: int) -> tuple[tuple[int, int, int], ...]:
-    """Distinct colours for classes that come without: hues by the golden ratio, three alternating
-    brightnesses.
+    """Distinct colours for classes that have none: hues by the golden ratio, three brightnesses.
 
     Args:
         count: number of classes.
@@ -183,15 +189,15 @@ def id_table(id_map: Mapping[int, int], ignore: Iterable[int] = ()) -> Int16[np.
 def own_table(
     names: Sequence[str], id_map: Mapping[int, int], ignore: Sequence[int]
 ) -> Int16[np.ndarray, "65536"]:
-    """The look-up table of one's own label files, see `datasets.FolderOptions`.
+    """The look-up table of the user's own label files, see `datasets.FolderOptions`.
 
     Args:
         names: of the classes.
-        id_map: label file id to train id. Where all its file ids lie beyond the train ids, it adds
-            to them: a class that it does not mention keeps its train id as file id, unless that is
+        id_map: label file id to train id. If all its file ids lie beyond the train ids, it adds to
+            them: a class that it does not mention keeps its train id as file id, unless that is
             ignored.
-        ignore: further label file ids to ignore; 255 alone, the default, gives way to an `id_map`
-            that maps it.
+        ignore: further label file ids to ignore. The default, 255 alone, gives way to an `id_map`
+            that maps 255.
 
     Returns:
         As `id_table`.
@@ -262,8 +268,8 @@ def class_ids(table: Int16[np.ndarray, "65536"], labels: LabelSet) -> ClassIds:
 
     Args:
         table: made by `id_table`.
-        labels: the classes; those that share a colour or are grey do not count, as anything may
-            have such colours.
+        labels: the classes. Grey ones and those that share a colour are left out, because other
+            things may have such colours.
     """
     return {
         color: (name, np.flatnonzero(table == k).tolist())
@@ -273,14 +279,14 @@ def class_ids(table: Int16[np.ndarray, "65536"], labels: LabelSet) -> ClassIds:
 
 
 def palette_fault(palette: Sequence[int], expected: ClassIds) -> str | None:
-    """Whether a palette has the colours of the classes at ids of others.
+    """Whether a palette has the colours of the classes at the ids of other classes.
 
     Args:
         palette: red, green and blue of index 0, of index 1, ..
         expected: from `class_ids`.
 
     Returns:
-        What is wrong, with a remedy; None for a palette in the expected order, and for one of other
+        What is wrong, with a remedy. None for a palette in the expected order, and for one of other
         colours, which tells nothing.
     """
     if list(palette[3:12]) == [128, 0, 0, 0, 128, 0, 128, 128, 0]:

@@ -1,5 +1,4 @@
-"""The items of a `grain.MapDataset` in order, read ahead by threads of this process or by worker
-processes.
+"""The items of a `grain.MapDataset` in order, read ahead by threads or worker processes.
 
 The import brings in no flax and touches no device, because worker processes are spawned and import
 it again.
@@ -55,7 +54,7 @@ def read_ahead(items: grain.MapDataset, workers: int) -> Items:
 
 @atexit.register
 def _close_all() -> None:
-    """Ends what a run left open, while there still is an interpreter to do it."""
+    """Ends the iterators that a run left open, before the interpreter goes away."""
     for iterator in list(_open):
         with contextlib.suppress(
             ValueError
@@ -74,9 +73,9 @@ def _from_threads(items: grain.IterDataset) -> Items:
 def _from_processes(items: grain.MapDataset, workers: int) -> Items:
     """Items in order from a pool of processes, two a process ahead.
 
-    A pool in place of grain's `mp_prefetch`, which, in grain 0.2.18, waits 25 seconds for its
-    processes where a run ends early, and whose shared memory outgrows the 64 MB of a container by
-    default. The items are the same.
+    A pool replaces grain's `mp_prefetch`. In grain 0.2.18 that waits 25 seconds for its processes
+    when a run ends early, and its shared memory outgrows the 64 MB of a container by default. The
+    items are the same.
     """
     spawn = multiprocessing.get_context("spawn")
     dataset = cloudpickle.dumps(items)
@@ -107,12 +106,12 @@ def _from_processes(items: grain.MapDataset, workers: int) -> Items:
 
 @contextlib.contextmanager
 def _inherited():
-    """What processes started here inherit: the signals of `cli.Interrupt` blocked, and no main
-    module.
+    """Sets what processes started here inherit: blocked signals and an empty main module.
 
     Ctrl-C, schedulers and closed terminals signal every process of a run, and the main process
-    still needs its workers to finish the step. And a worker would otherwise import the main module,
-    with flax and all of a training run, though it needs the datasets alone.
+    still needs its workers to finish the step. So the signals of `cli.Interrupt` are blocked.
+    Without the empty module a worker would import the main module, with flax and all of a training
+    run, although it needs only the datasets.
     """
     main = sys.modules["__main__"]
     before = signal.pthread_sigmask(

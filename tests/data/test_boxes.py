@@ -216,7 +216,8 @@ def test_voc_folder_by_its_options(tmp_path):
 
 
 THING = thing("dog", 1, 1, 9, 9)
-PART = "<part><name>head</name><bndbox><xmin>1</xmin><ymin>1</ymin><xmax>2</xmax><ymax>2</ymax></bndbox></part>"
+CORNERS = "<xmin>1</xmin><ymin>1</ymin><xmax>2</xmax><ymax>2</ymax>"
+PART = f"<part><name>head</name><bndbox>{CORNERS}</bndbox></part>"
 SAME = {
     "as it is": xml(THING),
     "namespace": (

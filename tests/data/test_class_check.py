@@ -352,10 +352,8 @@ def coco(
 
 
 def voc(root: Path, name: str, things: list[str]) -> Dataset:
-    objects = "".join(
-        f"<object><name>{t}</name><bndbox><xmin>2</xmin><ymin>2</ymin><xmax>9</xmax><ymax>9</ymax></bndbox></object>"
-        for t in things
-    )
+    box = "<bndbox><xmin>2</xmin><ymin>2</ymin><xmax>9</xmax><ymax>9</ymax></bndbox>"
+    objects = "".join(f"<object><name>{t}</name>{box}</object>" for t in things)
     trees.write(root, f"{name}/a.png", trees.encode(np.zeros((40, 60, 3), np.uint8), "PNG"))
     trees.write(root, f"{name}_xml/a.xml", f"<annotation>{objects}</annotation>".encode())
     own = BoxOptions(
@@ -478,7 +476,8 @@ from jaxdg.data.datasets import FolderOptions
 def get_config():
     c = Config(steps=1, batch_size=8, eval_every=0)
     c.data.root, c.data.source = {str(tmp_path / "data")!r}, "walls"
-    c.data.folder = FolderOptions("{{domain}}/images", "{{domain}}/labels", classes=("background", "crack"))
+    c.data.folder = FolderOptions("{{domain}}/images", "{{domain}}/labels")
+    c.data.folder.classes = ("background", "crack")
     return c
 """)
     line = [

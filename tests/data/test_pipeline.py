@@ -308,8 +308,10 @@ def test_boxes_are_padded_to_a_fixed_number():
         }
         bools = ((rows, 5), np.dtype(bool))
         assert shapes == {
-            "boxes": ((rows, 5, 4), np.float32), "classes": ((rows, 5), np.int32), "difficult": bools, "crowd": bools, "valid": bools,
-        }  # fmt: skip
+            "boxes": ((rows, 5, 4), np.float32),
+            "classes": ((rows, 5), np.int32),
+            **dict.fromkeys(("difficult", "crowd", "valid"), bools),
+        }
         assert "label" not in batch
         for row in range(rows):
             i = int(batch["image"][row, 0, 0, 0]) if batch.get("mask", np.ones(rows))[row] else 0

@@ -216,8 +216,10 @@ def test_sources_are_mixed(tmp_path):
 
 @pytest.mark.parametrize(
     ("name", "bad"),
-    [("gta5", 35), ("cityscapes", 34), ("synthia", 23), ("synthia", 256 + 3), ("bdd100k", 19), ("mapillary", 66), ("acdc", 254),
-     ("dark_zurich", 20), ("wilddash2", 81), ("camvid", 12)],
+    [
+        ("gta5", 35), ("cityscapes", 34), ("synthia", 23), ("synthia", 256 + 3), ("bdd100k", 19),
+        ("mapillary", 66), ("acdc", 254), ("dark_zurich", 20), ("wilddash2", 81), ("camvid", 12),
+    ],
 )  # fmt: skip
 def test_an_id_that_a_dataset_does_not_have_is_an_error(tmp_path, name, bad):
     """It is named with its file; 255 is ignored everywhere, and every lower id is known."""

@@ -1,12 +1,13 @@
-"""Pictures without a subject, to be mixed into images and to take styles from: generated ones, or
-the files of a folder.
+"""Pictures without a subject, to be mixed into images and to take styles from.
+
+They are generated, or the files of a folder.
 
 A generated picture is the attractor of a random iterated function system in front of bent waves.
 Its affine maps are drawn by the rule of Anderson and Farrell (2022, "Improving Fractal
-Pre-training", section 3.1), by whose sum of singular values attractors fill the plane well; it is
-drawn by the chaos game, and coloured as fractal flames are (Draves and Reckase 2003): a point's
-colour is the running mean of the colours of the maps that led there. The waves stand in for the
-visualised features among PixMix's pictures.
+Pre-training", section 3.1), whose sum of singular values lets attractors fill the plane well. The
+attractor is drawn by the chaos game and coloured as fractal flames are (Draves and Reckase 2003): a
+point's colour is the running mean of the colours of the maps that led there. The waves stand in for
+the visualised features among PixMix's pictures.
 """
 
 import dataclasses
@@ -28,7 +29,7 @@ STEPS = 80  # points that jump at once; jumps before, and while, they are drawn
 
 @dataclasses.dataclass(frozen=True)
 class Pictures:
-    """What pictures are taken from; holds plain values only, so that it reaches worker processes.
+    """The source of pictures; holds plain values only, so that it reaches worker processes.
 
     Attributes:
         files: images, one of which is read; () generates a new picture each time.
@@ -58,11 +59,14 @@ class Pictures:
         return cls(files)
 
     def draw(self, size: tuple[int, int], rng: np.random.Generator) -> UInt8[np.ndarray, "h w 3"]:
-        """A random picture: enlarged or shrunk until it just covers `size` (height, width),
-        randomly cropped and flipped.
+        """A random picture, scaled until it just covers `size`, then randomly cropped and flipped.
+
+        Args:
+            size: height and width, pixels.
+            rng: the source of all randomness.
 
         Raises:
-            ValueError: a file that cannot be read, by name.
+            ValueError: a file cannot be read; names it.
         """
         picture = (
             read_image(self.files[rng.integers(len(self.files))], upright=True)
@@ -92,8 +96,7 @@ def generate(rng: np.random.Generator) -> UInt8[np.ndarray, "256 256 3"]:
 def random_maps(
     rng: np.random.Generator,
 ) -> tuple[Float[np.ndarray, "n 2 2"], Float[np.ndarray, "n 2"]]:
-    """A random system of 2 to 8 affine maps, x -> matrix x + shift, each of which brings points
-    closer together.
+    """A random system of 2 to 8 contracting affine maps, x -> matrix x + shift.
 
     Each matrix is rotation, stretch by singular values s >= t, reflection or none, rotation. The
     sum of all s + 2t lies between (5 + n) / 2 and (6 + n) / 2.
@@ -117,8 +120,9 @@ def random_maps(
 def attractor(
     matrices: Float[np.ndarray, "n 2 2"], shifts: Float[np.ndarray, "n 2"], rng: np.random.Generator
 ) -> tuple[Float32[np.ndarray, "256 256"], Float32[np.ndarray, "256 256"]]:
-    """Where random jumps by the maps lead to, a map being chosen in proportion to its determinant,
-    and in which colour.
+    """The points that random jumps by the maps lead to.
+
+    A map is chosen with a probability proportional to its determinant.
 
     Returns:
         How densely each pixel is covered, on a logarithmic scale of 0 to 1, and its colour, 0 to 1.

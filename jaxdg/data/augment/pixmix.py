@@ -1,10 +1,9 @@
-"""PixMix (Hendrycks et al. 2022): an image mixed with pictures of rich structure, and with
-augmented copies of itself, on the host.
+"""PixMix (Hendrycks et al. 2022): an image mixed with pictures and augmented copies of itself.
 
-Numbers are those of the authors' code for ImageNet (andyzoujm/pixmix, imagenet.py): k 4, beta 4,
-base augmentations of severity 1. Other than there, base augmentations that move pixels (rotation,
-shear, translation) are left out, as a copy that is moved would show things where neither label map
-nor boxes know of them, and pictures are those of `jaxdg.data.fractals`. The image alone is changed.
+The numbers are those of the authors' code for ImageNet (andyzoujm/pixmix, imagenet.py): k 4, beta
+4, base augmentations of severity 1. There are two differences. Base augmentations that move pixels
+(rotation, shear, translation) are left out, because label map and boxes would not fit the moved
+copy. The pictures are those of `fractals.py`. Only the image is changed, on the host.
 """
 
 from collections.abc import Callable
@@ -33,12 +32,11 @@ def pixmix(
     pictures: Pictures,
     rng: np.random.Generator,
 ) -> UInt8[np.ndarray, "h w 3"]:
-    """Mixes 0 to k times, each time with a picture or with an augmented copy of the image, by
-    adding or by multiplying.
+    """Mixes 0 to k times with a picture or an augmented copy, by adding or multiplying.
 
     Args:
         image: RGB.
-        k: most rounds; 0 returns the image as it is.
+        k: highest number of rounds; 0 returns the image as it is.
         beta: of the Beta distributions; the larger, the less is mixed in.
         pictures: one is drawn for an image.
         rng: the source of all randomness.
@@ -77,9 +75,7 @@ def augment(
 
 
 def weights(beta: float, rng: np.random.Generator) -> tuple[float, float]:
-    """How much of either image is taken: at most 1 of each, or more than 1 of the first less some
-    of the second.
-    """
+    """The weights of the two images: at most 1 each, or more than 1 and a negative one."""
     if rng.integers(2):
         return float(rng.beta(beta, 1)), float(rng.beta(1, beta))
     return 1 + float(rng.beta(1, beta)), -float(rng.beta(1, beta))
@@ -95,7 +91,8 @@ def add(
 def multiply(
     one: Float32[np.ndarray, "h w 3"], other: Float32[np.ndarray, "h w 3"], a: float, b: float
 ) -> Float32[np.ndarray, "h w 3"]:
-    """(2x)^a (2y)^b / 2: a weighted geometric mean of images in 0 to 2, where what is black in y is
-    taken as nearly so.
+    """(2x)^a (2y)^b / 2: a weighted geometric mean of images in 0 to 2.
+
+    Black in y is taken as nearly black, because a power of 0 may be infinite.
     """
     return 0.5 * cv2.pow(2 * one, a) * cv2.pow(np.maximum(2 * other, np.float32(1e-37)), b)

@@ -1,12 +1,13 @@
-"""RandAugment (Cubuk et al. 2020, Table 1 and their AutoAugment ranges): a few random operations of
-    one magnitude, on the host.
+"""RandAugment (Cubuk et al. 2020, Table 1, with their AutoAugment ranges), on the host.
 
-The 14 operations of the paper, the identity among them, drawn with replacement and applied one
-after another. Those of colour are Pillow's and change the image alone; shear, translation and
-rotation move image (bilinear), label (nearest) and boxes alike, and what comes in from outside is
-padding. Ranges at magnitude 10, where the sign is random: shear 0.3, translation 150/331 of the
-side, rotation 30 degrees, strength of brightness, colour, contrast and sharpness 1 +- 0.9; 4 bits
-kept when posterising, everything inverted when solarising.
+It draws a few of the paper's 14 operations, the identity among them, with replacement and applies
+them one after another with one magnitude. Operations on colour are Pillow's and change the image
+alone. Shear, translation and rotation move image (bilinear), label (nearest) and boxes alike;
+pixels from outside the image are padding.
+
+Ranges at magnitude 10, where the sign is random: shear 0.3, translation 150/331 of the side,
+rotation 30 degrees, strength of brightness, colour, contrast and sharpness 1 +- 0.9; posterising
+keeps 4 bits, solarising inverts everything.
 """
 
 from collections.abc import Callable
@@ -89,8 +90,9 @@ def apply(sample: dict[str, np.ndarray], name: str, strength: float) -> dict[str
 
 
 def to_new(name: str, strength: float, h: int, w: int) -> Float[np.ndarray, "2 3"]:
-    """The affine map of old to new coordinates, in pixels from the top left corner; shears keep
-    that corner, rotations the centre.
+    """The affine map of old to new coordinates, in pixels from the top left corner.
+
+    Shears keep that corner, rotations the centre.
     """
     if name == "rotate":
         angle = math.radians(30 * strength)

@@ -1,14 +1,13 @@
-"""Geometric augmentation on the host: resize, random scale, crop and flip, of image, label and
-boxes alike.
+"""Geometric augmentation on the host: resize, random scale, crop and flip.
 
-Pixels are areas, the centre of pixel i lies at i + 0.5: for the image (bilinear without
-antialiasing, as `cv2.INTER_LINEAR`), for the label (nearest) and for boxes, so that all stay in
-register at every scale. Resize and scale are one resampling, and only the crop is computed, never
-the whole resized image. Photometric augmentation belongs to the training step.
+Image, label and boxes are changed alike. Pixels are areas: the centre of pixel i lies at i + 0.5,
+for the image (bilinear without antialiasing, as `cv2.INTER_LINEAR`), for the label (nearest) and
+for boxes, so that all stay in register at every scale. Resize and scale are one resampling, which
+computes only the crop. Photometric augmentation belongs to the training step.
 
 Crops are drawn as mmsegmentation's RandomCrop draws them, those of a rare class as DAFormer's
 (Hoyer et al. 2022, lhoyer/DAFormer). With `keep_ratio` and scales of 0.1 to 2 this is detectron2's
-large-scale jitter; a small image lies anywhere in the crop, not in its corner.
+large-scale jitter, except that a small image lies anywhere in the crop instead of in its corner.
 """
 
 import dataclasses
@@ -65,8 +64,9 @@ class Augmentation:
 
 @dataclasses.dataclass(frozen=True)
 class Fit:
-    """Resizes an image to the largest size of its own ratio that fits, in the upper left corner of
-    black; boxes stay those of the file.
+    """Resizes an image to fit into a black picture, in its upper left corner.
+
+    The image keeps its ratio of sides, and boxes keep the coordinates of the file.
 
     Attributes:
         size: height and width, pixels.
@@ -172,8 +172,7 @@ def random_crop(
 def move_boxes(
     sample: dict[str, np.ndarray], matrix: Float[np.ndarray, "2 3"], size: tuple[int, int]
 ) -> dict[str, np.ndarray]:
-    """Boxes under an affine map: upright again, clipped, and dropped where less than a pixel wide
-    or high remains.
+    """Boxes under an affine map: upright again, clipped, and dropped if under a pixel wide or high.
 
     Args:
         sample: `boxes` float32 [n, 4], x0 y0 x1 y1 in pixels; `classes` int32, `difficult` bool and
@@ -209,9 +208,7 @@ def _base_size(size: tuple[int, ...], a: Augmentation) -> tuple[int | float, ...
 
 
 def _place(rng: np.random.Generator, old: int, new: int, crop: int) -> Axis:
-    """The crop anywhere inside the resized image, or, where that is smaller, the image anywhere
-    inside the crop.
-    """
+    """Places the crop inside the resized image, or the image inside a larger crop, at random."""
     offset = int(rng.integers(abs(new - crop) + 1))
     return (
         Axis(old, new, offset, slice(0, crop))
@@ -229,7 +226,7 @@ def _crop_label(
 
 
 def _nearest(axis: Axis) -> Int[np.ndarray, " n"]:
-    """Indices of the pixels whose areas hold the centres of the visible pixels of the resized axis."""
+    """Indices of the old pixels that hold the centres of the visible pixels of the resized axis."""
     visible = np.arange(axis.start, axis.start + axis.inside.stop - axis.inside.start)
     return (2 * visible + 1) * axis.old // (2 * axis.new)
 
@@ -237,7 +234,7 @@ def _nearest(axis: Axis) -> Int[np.ndarray, " n"]:
 def _crop_image(
     image: UInt8[np.ndarray, "h w 3"], y: Axis, x: Axis, crop: tuple[int, int]
 ) -> UInt8[np.ndarray, "ch cw 3"]:
-    """What is visible equals `cv2.resize` with INTER_LINEAR up to rounding."""
+    """The visible part equals `cv2.resize` with INTER_LINEAR up to rounding."""
     ratio_y = y.old / y.new
     ratio_x = x.old / x.new
     to_source = np.array(
@@ -258,8 +255,9 @@ def _crop_image(
 def _is_good(
     label: UInt8[np.ndarray, "h w"], max_class_share: float, wanted: Wanted | None, area: float
 ) -> bool:
-    """Whether a crop is as mixed as asked and shows what is wanted; `area` is that of a pixel of
-    the file.
+    """Whether a crop is mixed enough and shows enough pixels of the wanted class.
+
+    `area` is the area of a pixel of the file in pixels of the crop.
     """
     if wanted is not None and np.count_nonzero(label == wanted.train_id) < wanted.pixels * area:
         return False

@@ -13,8 +13,8 @@ from jaxdg.data.augment.transforms import PAD_COLOR
 H = 50
 W = 70
 PAPER = {
-    "identity", "auto_contrast", "equalize", "rotate", "solarize", "color", "posterize", "contrast", "brightness", "sharpness",
-    "shear_x", "shear_y", "translate_x", "translate_y",
+    "identity", "auto_contrast", "equalize", "rotate", "solarize", "color", "posterize",
+    "contrast", "brightness", "sharpness", "shear_x", "shear_y", "translate_x", "translate_y",
 }  # fmt: skip
 
 
