@@ -1,18 +1,22 @@
 """Declares torchvision's compiled operators, to be imported before timm, open_clip or transformers.
 
-These import torchvision. Nothing here calls its operators, so a declaration is enough.
+These import torchvision. Nothing here calls its operators, so where its build lacks them a declaration
+is enough.
 """
 
 from collections.abc import Iterable
-import contextlib
 from typing import Any
 
 import numpy as np
 import torch  # pyright: ignore[reportMissingImports]
 
-schemas = torch.library.Library("torchvision", "FRAGMENT")
-for _name in ("nms", "qnms"):
-    with contextlib.suppress(RuntimeError):  # a working torchvision has declared it
+try:
+    # torch ends the process if an operator is declared here and then by torchvision, so a working
+    # torchvision comes first.
+    import torchvision  # noqa: F401  # pyright: ignore[reportMissingImports]
+except (ImportError, RuntimeError):
+    schemas = torch.library.Library("torchvision", "FRAGMENT")
+    for _name in ("nms", "qnms"):
         schemas.define(f"{_name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
 
 
