@@ -1,7 +1,7 @@
 """Declares torchvision's compiled operators, to be imported before timm, open_clip or transformers.
 
-These import torchvision. Nothing here calls its operators, so where its build lacks them a declaration
-is enough.
+These import torchvision. Nothing here calls its operators, so where its build lacks them a
+declaration is enough.
 """
 
 from collections.abc import Iterable

@@ -293,8 +293,8 @@ def test_cost_and_queries_equal_transformers():
     same points, the same queries.
     """
     torch = pytest.importorskip("torch")
+    pytest.importorskip("tests.oracles.stand_ins")  # before transformers
     pytest.importorskip("transformers")
-    from tests.oracles import stand_ins  # noqa: F401  before transformers, which imports torchvision
     from transformers.models.mask2former import modeling_mask2former as reference
 
     rng = np.random.default_rng(9)
