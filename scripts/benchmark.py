@@ -1,39 +1,39 @@
-r"""How long training steps, inference, reading and compiling take, and what memory they need: JSON
-lines, held against PyTorch on request.
+r"""Measures time and memory of training, inference, reading and compiling, as JSON lines.
 
     python scripts/benchmark.py train_step --config configs/camvid_vit_tiny.py --peer torch
-    python scripts/benchmark.py train_step --config configs/gta5_eva02.py --dtype bfloat16 --part encoder
-    python scripts/benchmark.py inference  --config configs/gta5_eva02.py --image 512 1024 --stride 256 256 --batch_size 8
+    python scripts/benchmark.py train_step --config configs/gta5_eva02.py --dtype bfloat16 \
+        --part encoder
+    python scripts/benchmark.py inference  --config configs/gta5_eva02.py --image 512 1024 \
+        --stride 256 256 --batch_size 8
     python scripts/benchmark.py breakdown  --config configs/gta5_eva02.py --dtype bfloat16
     python scripts/benchmark.py scaling    --config configs/camvid_vit_tiny.py --plot scaling.svg
-    python scripts/benchmark.py memory     --config configs/gta5_eva02.py --crop 1024 1024 --batch_size 8 --remat --run 3
+    python scripts/benchmark.py memory     --config configs/gta5_eva02.py --crop 1024 1024 \
+        --batch_size 8 --remat --run 3
     python scripts/benchmark.py compile    --config configs/gta5_eva02.py --batch_size 1
     python scripts/benchmark.py input      --config configs/gta5_eva02.py --workers 4
     python scripts/benchmark.py precision  --config configs/gta5_eva02.py --batch_size 4 --run 300
     python scripts/benchmark.py command    --config configs/streets_tiny.py --run 100
 
-- train_step: a whole optimiser step, or forward and backward of the encoder alone; --with_input
-  feeds it from files as well.
-- inference: label maps of whole images by sliding windows as evaluation makes them, or the
-  encoder's features of the windows.
-- breakdown: parts of the training step by themselves, forward and backward.
-- scaling: the training step against batch, area of the image, and number of classes.
-- memory: what the compiler plans for the training step, and with --run what so many steps take.
-- compile: that twice, each in a new process, with an empty cache of compiled programs and with the
-  one filled by the first.
-- input: batches read from PNG files, written for it in a temporary folder, of --image's size
-  (GTA5's if not given).
-- precision: losses of --run steps in float32, in float32 with other random points and drop path,
-  and in bfloat16.
-- command: `python -m jaxdg.train` until step --run: seconds to the first step, and resident memory
-  along the way.
+- train_step: an optimiser step, or forward and backward of the encoder. --with_input also measures
+  it with batches from files; --peer torch also measures PyTorch.
+- inference: label maps of images by sliding windows, as evaluation makes them, or the encoder's
+  features of the windows.
+- breakdown: each part of the training step, forward and backward.
+- scaling: the training step against batch size, image area and number of classes.
+- memory: what the compiler plans for the training step; with --run, what that many steps take.
+- compile: compiles twice, each time in a new process: with an empty compilation cache, then with
+  the cache that the first one filled.
+- input: batches from PNG files of --image's size (default: GTA5's), which it writes to a temporary
+  folder.
+- precision: losses of --run steps in float32, in float32 with another seed for points and drop
+  path, and in bfloat16.
+- command: `python -m jaxdg.train` until step --run: seconds to the first step, and resident memory.
 
-Nothing but `input`, `command` and --with_input reads files: images are noise over blocks of a
-colour for each class, drawn from a seed. Times are wall time of the device's work, without
-compilation; each round is closed by waiting for it, and rounds of ours and of the peer take turns.
-FLOPs are those of matrix products and convolutions that the model needs (jaxdg/commands/flops.py),
-without rematerialisation; MFU holds them against the peak of dense bfloat16. Peak memory is the
-device's, or on CPU the process'.
+Only `input`, `command` and --with_input read files. Elsewhere an image is noise over blocks of one
+colour a class, drawn from a seed. Times are wall time without compilation; a round ends when the
+device has finished, and our rounds alternate with the peer's. FLOPs are those of the model's matrix
+products and convolutions (jaxdg/commands/flops.py), without rematerialisation; MFU compares them
+with the dense bfloat16 peak. Peak memory is the device's, on CPU the process'.
 """
 
 import argparse

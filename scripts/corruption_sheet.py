@@ -1,7 +1,7 @@
-"""Writes a contact sheet of the corruptions of an image: a kind a row, the image as it is and at
-severities 1 to 5.
+"""Writes a contact sheet of the corruptions of an image, at severities 0 to 5 in each row.
 
-python scripts/corruption_sheet.py --image photo.png --out sheet.png [--width 320] [--kinds fog,frost]
+python scripts/corruption_sheet.py --image photo.png --out sheet.png [--width 320]
+    [--kinds fog,frost]
 """
 
 import argparse

@@ -1,7 +1,8 @@
 """Training crops that one core reads a second: jaxdg from files and from records, beside a PyTorch
 DataLoader in mmsegmentation's manner.
 
-    python scripts/data_throughput.py --data_root DATA [--pairs 60] [--rounds 3] [--memory_batches 2000]
+    python scripts/data_throughput.py --data_root DATA [--pairs 60] [--rounds 3]
+        [--memory_batches 2000]
 
 The data are 1914x1052 PNG pairs in GTA5's layout, in a temporary folder: CamVid's photographs and
 labels below the data root, enlarged, with the noise of a camera. All make the crops of VLTSeg's
@@ -86,7 +87,7 @@ def jaxdg_batches(
 
 
 def torch_batches(root: Path) -> Iterator[Any]:
-    """Endless batches of a PyTorch DataLoader whose steps are those of mmsegmentation's pipeline."""
+    """Endless batches of a PyTorch DataLoader that follows mmsegmentation's pipeline."""
     import torch  # pyright: ignore[reportMissingImports]
 
     torch.set_num_threads(1)

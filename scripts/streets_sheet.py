@@ -1,7 +1,9 @@
-"""Writes a contact sheet of the generated streets: a scene a row; its five appearances, its label
-map in colour and its boxes.
+"""Writes a contact sheet of the generated streets.
 
-python scripts/streets_sheet.py --out sheet.png [--seed 0] [--first 0] [--scenes 8] [--height 256] [--width 512]
+    python scripts/streets_sheet.py --out sheet.png [--seed 0] [--first 0] [--scenes 8]
+        [--height 256] [--width 512]
+
+Each row is a scene: its five appearances, its label map in colour and its boxes.
 """
 
 import argparse

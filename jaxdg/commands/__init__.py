@@ -1,11 +1,11 @@
-"""The commands beside the three verbs, what all of them share, and the one table of them behind
-`jaxdg COMMAND`.
-"""
+"""The commands, what they share, and the table of all of them behind `jaxdg COMMAND`."""
 
 import runpy
 import sys
 
-# Each is a module that runs as a program; `python -m MODULE` is the same command.
+from jaxdg.commands.closed_pipe import ends_quietly
+
+# A module that runs as a program, and what it does; `python -m MODULE` is the same command.
 COMMANDS = {
     "train": ("jaxdg.train", "trains, or goes on where a killed run stopped"),
     "evaluate": ("jaxdg.evaluate", "judges a trained model on domains it never saw"),
@@ -32,16 +32,20 @@ COMMANDS = {
 
 def main() -> None:
     """The program `jaxdg`: runs the command that its arguments name."""
-    given = sys.argv[1:]
-    words = 2 if given[:1] == ["study"] else 1
-    name = " ".join(given[:words])
-    if name not in COMMANDS:
-        wide = max(map(len, COMMANDS))
-        print("jaxdg COMMAND ...   (jaxdg COMMAND --help says more)\n")
-        print("\n".join(f"  {command:{wide}}  {what}" for command, (_, what) in COMMANDS.items()))
-        if name not in ("", "--help", "-h", "help"):
-            print(f"\nerror: {name!r} is no command", file=sys.stderr)
-            sys.exit(1)
+    with ends_quietly():
+        _run(sys.argv[1:])
+
+
+def _run(arguments: list[str]) -> None:
+    words = 2 if arguments[:1] == ["study"] else 1
+    name = " ".join(arguments[:words])
+    if name in COMMANDS:
+        sys.argv = [f"jaxdg {name}", *arguments[words:]]
+        runpy.run_module(COMMANDS[name][0], run_name="__main__", alter_sys=True)
         return
-    sys.argv = [f"jaxdg {name}", *given[words:]]
-    runpy.run_module(COMMANDS[name][0], run_name="__main__", alter_sys=True)
+    width = max(map(len, COMMANDS))
+    print("jaxdg COMMAND ...   (jaxdg COMMAND --help lists its flags)\n")
+    print("\n".join(f"  {command:{width}}  {what}" for command, (_, what) in COMMANDS.items()))
+    if name not in ("", "--help", "-h", "help"):
+        print(f"\nerror: {name!r} is not a command", file=sys.stderr)
+        sys.exit(1)

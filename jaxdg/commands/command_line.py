@@ -15,6 +15,7 @@ from ml_collections import config_flags
 from rich.console import Console
 
 from jaxdg import config as config_lib
+from jaxdg.commands.closed_pipe import ends_quietly
 from jaxdg.config import overrides, paths
 
 
@@ -133,7 +134,7 @@ def define_list(name: str, help: str) -> flags.FlagHolder:
 
 
 def run(main: Callable[[list[str]], None]) -> None:
-    """Parses flags, runs `main` and exits; an error a person can mend is one line and exit code 1."""
+    """Parses flags and runs `main`; an error that the user can mend is one line and exit code 1."""
     debug = flags.DEFINE_bool(
         "debug", False, "Show the traceback of errors.", module_name=sys.argv[0]
     )
@@ -188,15 +189,18 @@ def run(main: Callable[[list[str]], None]) -> None:
                 raise
             _fail(error)
 
-    try:
-        positional = parse(sys.argv)
-    except (flags.Error, ValueError, OSError) as error:
-        _fail(error)
-    else:
-        app.run(guarded, argv=sys.argv, flags_parser=lambda _: positional)
+    with ends_quietly():
+        try:
+            positional = parse(sys.argv)
+        except (flags.Error, ValueError, OSError) as error:
+            _fail(error)
+        else:
+            app.run(guarded, argv=sys.argv, flags_parser=lambda _: positional)
 
 
 def _fail(error: Exception) -> None:
+    if isinstance(error, BrokenPipeError):
+        raise error  # `ends_quietly` says nothing where it is of standard output
     print("error: " + re.sub(r"\s*\n\s*", " ", str(error).strip()), file=sys.stderr, flush=True)
     sys.exit(1)
 

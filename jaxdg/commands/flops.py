@@ -1,13 +1,15 @@
-"""Floating-point operations of a function: its matrix products and convolutions, counted in what
-JAX traces, whatever the machine.
+"""Counts the floating-point operations of a function: its matrix products and convolutions.
 
-    from jaxdg.commands.flops import count count(lambda x: x @ x, jax.ShapeDtypeStruct((8, 8),
-    "float32"))    # 1024: a multiplication and an addition each
+    from jaxdg.commands.flops import count
 
-Everything else (norms, softmax, gathers) is left out, as is usual where a model's operations are
-held against a device's peak. Products that a convolution makes with padding or with the gaps of
-dilation are none, as XLA's own cost analysis has it. What `jax.checkpoint` computes anew counts
-like anything else: of a model built with rematerialisation, count the one without.
+    matrix = jax.ShapeDtypeStruct((8, 8), "float32")
+    count(lambda x: x @ x, matrix)    # 1024: a multiplication and an addition each
+
+The count is taken from what JAX traces and is the same on every machine. It leaves out everything
+else (norms, softmax, gathers), as is usual where a model is compared with a device's peak. It also
+leaves out a convolution's products with padding and with the gaps of dilation, as XLA's own cost
+analysis does. What `jax.checkpoint` recomputes is counted: to leave it out, count the model built
+without rematerialisation.
 """
 
 from collections.abc import Callable
@@ -18,8 +20,8 @@ import jax
 from jax.interpreters import partial_eval
 import numpy as np
 
-# Dense bfloat16 peak in TFLOP/s of one device, as its maker states it, by a part of `device_kind`;
-# the first that is found counts.
+# Dense bfloat16 peak of one device in TFLOP/s, as its maker states it. The first key that
+# `device_kind` contains counts.
 PEAK_TFLOPS = {
     "H200": 989.0,
     "H100 PCIe": 756.0,
@@ -35,7 +37,7 @@ PEAK_TFLOPS = {
 
 
 def peak_tflops(device_kind: str) -> float | None:
-    """Peak of a device named as `jax.Device.device_kind`; None where it is not known, as of CPUs."""
+    """The peak of a `jax.Device.device_kind`; None where it is unknown, as for CPUs."""
     return next((peak for name, peak in PEAK_TFLOPS.items() if name in device_kind), None)
 
 
@@ -55,24 +57,20 @@ def count(fn: Callable[..., Any], *args: Any) -> float:
 
 
 def _count(jaxpr: Any) -> float:
-    return sum((_equation(eqn) for eqn in jaxpr.eqns), 0.0)
+    return sum((_operations(eqn) for eqn in jaxpr.eqns), 0.0)
 
 
-def _equation(eqn: Any) -> float:
+def _operations(eqn: Any) -> float:
     name = eqn.primitive.name
     params = eqn.params
     if name == "dot_general":
         (contracted, _), _ = params["dimension_numbers"]
-        return (
-            2.0
-            * math.prod(eqn.outvars[0].aval.shape)
-            * math.prod(eqn.invars[0].aval.shape[i] for i in contracted)
-        )
+        terms = math.prod(eqn.invars[0].aval.shape[i] for i in contracted)
+        return 2.0 * math.prod(eqn.outvars[0].aval.shape) * terms
     if name == "conv_general_dilated":
         return _convolution(eqn)
-    if name.startswith(
-        "dot_product_attention_"
-    ):  # cuDNN's: two products forward, and twice that backward without what it computes anew
+    if name.startswith("dot_product_attention_"):
+        # cuDNN's: two products forward and four backward, besides those that it recomputes.
         query, key = (v.aval.shape for v in eqn.invars[:2])
         length = key[2] if params["layout"] else key[1]
         return (4.0 if "_fwd" in name else 8.0) * math.prod(query) * length
@@ -82,13 +80,13 @@ def _equation(eqn: Any) -> float:
         if hasattr(getattr(value, "jaxpr", value), "eqns")
     ]
     if name == "cond":
-        # Where platforms part, one may spend products to save something else, such as a scatter;
-        # the model needs the fewest.
+        # One platform's branch may spend products to save something else, such as a scatter; the
+        # model needs the fewest.
         return min(inner) if params.get("branches_platforms") else max(inner)
     if name in ("while", "shard_map", "pallas_call") and any(inner):
         raise ValueError(
-            f"matrix products in a {name}: how often they are made is not said by what JAX traces;"
-            " count once and multiply"
+            f"JAX's trace does not tell how often the matrix products in a {name} are computed;"
+            " count one round and multiply"
         )
     return (params["length"] if name == "scan" else 1) * sum(inner, 0.0)
 
@@ -102,7 +100,7 @@ def _flat(values: Any) -> list[Any]:
 
 
 def _convolution(eqn: Any) -> float:
-    """Two operations for each pair of an output and a kernel place that meets a true input pixel."""
+    """Two operations for each pair of an output and a kernel entry that meets an input pixel."""
     p = eqn.params
     image, kernel = (v.aval.shape for v in eqn.invars)
     out = eqn.outvars[0].aval.shape
@@ -111,13 +109,11 @@ def _convolution(eqn: Any) -> float:
     for i, (axis, kernel_axis, out_axis) in enumerate(
         zip(numbers.lhs_spec[2:], numbers.rhs_spec[2:], numbers.out_spec[2:], strict=True)
     ):
-        at = (
-            np.arange(out[out_axis])[:, None] * p["window_strides"][i]
-            + np.arange(kernel[kernel_axis]) * p["rhs_dilation"][i]
-        )
-        pixel, gap = np.divmod(at - p["padding"][i][0], p["lhs_dilation"][i])
+        outputs = np.arange(out[out_axis])[:, None] * p["window_strides"][i]
+        entries = np.arange(kernel[kernel_axis]) * p["rhs_dilation"][i]
+        pixel, gap = np.divmod(outputs + entries - p["padding"][i][0], p["lhs_dilation"][i])
         pairs *= int(np.sum((gap == 0) & (pixel >= 0) & (pixel < image[axis])))
-    # The kernel's input channels are those of one group already; one batch group of images meets
-    # each output channel.
+    # The kernel's input channels are those of one feature group; each output channel meets one
+    # batch group of images.
     batch = image[numbers.lhs_spec[0]] // p["batch_group_count"]
     return 2.0 * pairs * batch * kernel[numbers.rhs_spec[0]] * kernel[numbers.rhs_spec[1]]

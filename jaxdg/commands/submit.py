@@ -1,14 +1,14 @@
-"""Predictions of the unlabelled test images, as the servers of Cityscapes and ACDC take them.
+"""Writes predictions of the unlabelled test images for the servers of Cityscapes and ACDC.
 
-    python -m jaxdg.submit --checkpoint runs/test_server --benchmark cityscapes --data_root DATA --out submissions/cityscapes
+    jaxdg submit --checkpoint runs/test_server --benchmark cityscapes --data_root DATA --out OUT
 
-Both take a zip archive of one grey 8-bit PNG an image, of the image's size.
-- Cityscapes (cityscapesscripts, evalPixelLevelSemanticLabeling.py): class ids as in its label files
-  (road 7, not train ids); whatever folder a file is in, its name begins with the image's city,
-  sequence and frame, and no two files do so for one image.
-- ACDC: train ids (road 0) at 1920x1080 in a folder `labelTrainIds`, every file named as its image:
-  what the publishers' own projects (github.com/brdav/cma, github.com/lhoyer/MIC) write; the server
-  publishes no checking program.
+Both servers take a zip archive with a grey 8-bit PNG of each image, at the image's size.
+- Cityscapes (cityscapesscripts, evalPixelLevelSemanticLabeling.py): pixels are the class ids of its
+  label files (road is 7), not train ids. A file's name begins with the city, sequence and frame of
+  its image, and no two files may begin alike. The folder does not matter.
+- ACDC: pixels are train ids (road is 0), at 1920x1080, in a folder `labelTrainIds`. A file is named
+  as its image. The publishers' own projects (github.com/brdav/cma, github.com/lhoyer/MIC) write
+  these; the server publishes no program that checks.
 """
 
 from collections.abc import Collection, Mapping, Sequence

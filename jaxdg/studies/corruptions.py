@@ -1,20 +1,19 @@
-"""How robust models are: judged on the 15 kinds of corrupted images (`data/corruptions.py`) at five
-severities.
+"""How robust models are: evaluates them on 15 kinds of image corruption at five severities.
 
-    python -m jaxdg.studies.corruptions --config configs/study_tiny.py --workdir runs/corruptions
-    python -m jaxdg.studies.corruptions --config configs/study_tiny.py --workdir runs/corruptions --checkpoint runs/a,runs/b
+    jaxdg study corruptions --config study_tiny --workdir DIR
+    jaxdg study corruptions --config study_tiny --workdir DIR --checkpoint runs/a,runs/b
 
-The first trains the models of `get_study()` before it judges them; the second takes the runs it is
-given. Images of all domains in `evaluation.domains` are corrupted at their own size, before
-anything else is done with them. A cell is one kind at one severity on one domain; it is written
-into the run's own workdir, `corruptions_STEP/DOMAIN/KIND_SEVERITY.json`, and never judged twice. In
-study.json a run has
+The first command trains the models of `get_study()` and then evaluates them; the second evaluates
+runs that exist. Images of all domains in `evaluation.domains` are corrupted at their own size,
+before any other step (`evaluation/corruptions.py`). A cell is one kind at one severity on one
+domain. It is stored in the run's workdir as `corruptions_STEP/DOMAIN/KIND_SEVERITY.json` and is
+evaluated once. In study.json a run has
 
-    "severities"   those that are judged, such as [1, 3] "corruptions"  {DOMAIN: {"clean": score,
-    KIND: [score at severity 1, 2, ..]}}, null where not judged
+    "severities":  the evaluated ones, such as [1, 3]
+    "corruptions": {DOMAIN: {"clean": score, KIND: [score at severity 1, ..]}}, null where missing
 
-Robustness in percent is the mean over all kinds and severities, relative to the same images as they
-are. A mean with a gap is no mean.
+Robustness in percent is the mean over all kinds and severities, relative to the clean images. A
+mean is reported only if none of its cells is missing.
 """
 
 from collections.abc import Mapping, Sequence

@@ -270,7 +270,7 @@ def test_a_run_goes_on_without_what_is_on_the_skip_list(checked):
 
 
 def test_whole_trees_pass_with_all_images_read_by_processes(tmp_path):
-    """The exit code is 0 though no count is the published one; --all reads what a sample does not."""
+    """The exit code is 0 though no count is the published one; --all decodes every image."""
     root = tmp_path / "data"
     items = trees.make("gta5", root, np.random.default_rng(1), count=30)
     done = command(
@@ -671,7 +671,7 @@ def test_annotations_of_another_kind_are_broken(tmp_path):
 
 
 def test_annotations_that_name_another_image_are_told(tmp_path):
-    """Only where that image is there too: what was renamed as a whole is no sign of files mixed up."""
+    """Only where that image exists too: in a renamed dataset no annotation names its own image."""
     folder = tmp_path / "diverse_weather/night_rainy"
     voc(folder, {name: [("car", 5, 5, 20, 9)] for name in "abc"}, "train")
     for name, said in (("a", "b.jpg"), ("b", "C:\\photos\\a.png"), ("c", "other.jpg")):

@@ -51,11 +51,27 @@ def test_the_table_is_printed(jaxdg):
     assert all(f"  {name} " in done.stdout for name in commands.COMMANDS)
 
 
+@pytest.mark.parametrize(
+    "arguments", [[], ["check", "--help"], ["report", "--help"], ["convert", "--list"]]
+)
+def test_a_reader_may_leave(arguments):
+    """`jaxdg ... | head -1` ends without a traceback or an error line, however much is printed."""
+    line = [sys.executable, "-m", "jaxdg", *arguments]
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer) as output:
+        done = subprocess.run(
+            line, cwd=ROOT, stdout=output, stderr=subprocess.PIPE, text=True, check=False
+        )
+    assert done.returncode == 1
+    assert "ipe" not in done.stderr
+
+
 def test_an_unknown_command_is_one_line(jaxdg):
     """The error is one line, the exit code 1."""
     done = jaxdg("trian", "--config", "streets_tiny")
     assert done.returncode == 1
-    assert done.stderr.strip() == "error: 'trian' is no command"
+    assert done.stderr.strip() == "error: 'trian' is not a command"
 
 
 @pytest.mark.parametrize(

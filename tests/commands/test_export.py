@@ -26,8 +26,12 @@ import jax, numpy as np
 import jax.export
 file, images, out = sys.argv[1:]
 model = jax.export.deserialize(open(file, "rb").read())
-found = [model.call(image) for image in np.load(images)]
-np.savez(out, **{f"{i}{k}": v for i, x in enumerate(found) for k, v in (x.items() if isinstance(x, dict) else [("", x)])})
+outputs = {}
+for i, image in enumerate(np.load(images)):
+    output = model.call(image)
+    parts = output if isinstance(output, dict) else {"": output}
+    outputs |= {f"{i}{part}": array for part, array in parts.items()}
+np.savez(out, **outputs)
 """
 
 

@@ -21,10 +21,12 @@ from jaxdg.data import cache
 COMPILE = """
 import jax, os
 from jaxdg.commands import process as runtime
-found = []
-jax.monitoring.register_event_listener(lambda name, **_: found.append(name) if name.endswith("cache_hits") else None)
+events = []
+jax.monitoring.register_event_listener(lambda name, **_: events.append(name))
 runtime.set_up()
-print(jax.jit(lambda x: x * 3 + 1)(2.0), len(found), jax.config.jax_compilation_cache_dir)
+result = jax.jit(lambda x: x * 3 + 1)(2.0)
+hits = sum(name.endswith("cache_hits") for name in events)
+print(result, hits, jax.config.jax_compilation_cache_dir)
 """
 # Bytes resident after 256 MB were taken and given back, twenty times over, and the most there were.
 TAKE = """
@@ -34,7 +36,8 @@ if sys.argv[1] == "kept":
     runtime.keep_memory()
 for _ in range(20):
     len(b"x" * 2**28)
-status = dict(line.split(":") for line in pathlib.Path("/proc/self/status").read_text().splitlines())
+lines = pathlib.Path("/proc/self/status").read_text().splitlines()
+status = dict(line.split(":") for line in lines)
 print(*(1024 * int(status[name].split()[0]) for name in ("VmRSS", "VmHWM")))
 """
 

@@ -27,7 +27,7 @@ SIZE = (32, 48)
 
 
 def opened(name, tmp_path, monkeypatch, zipped=False):
-    """A tree's test images, their benchmark with the tree's number of images, and what was written."""
+    """A tree's test images, their benchmark with the tree's image count, and the files written."""
     monkeypatch.setenv("JAXDG_CACHE", str(tmp_path / "cache"))
     items = trees.make(name, tmp_path, np.random.default_rng(0), zipped=zipped, size=SIZE)
     dataset = open_domain(

@@ -35,15 +35,17 @@ ACDC = ("acdc/fog", "acdc/night", "acdc/rain", "acdc/snow")
 # The ids of Cityscapes' label files that are evaluated, and the classes they are, as the publisher
 # lists them.
 CITYSCAPES_NAMES = {
-    7: "road", 8: "sidewalk", 11: "building", 12: "wall", 13: "fence", 17: "pole", 19: "traffic light", 20: "traffic sign",
-    21: "vegetation", 22: "terrain", 23: "sky", 24: "person", 25: "rider", 26: "car", 27: "truck", 28: "bus", 31: "train",
-    32: "motorcycle", 33: "bicycle",
+    7: "road", 8: "sidewalk", 11: "building", 12: "wall", 13: "fence", 17: "pole",
+    19: "traffic light", 20: "traffic sign", 21: "vegetation", 22: "terrain", 23: "sky",
+    24: "person", 25: "rider", 26: "car", 27: "truck", 28: "bus", 31: "train", 32: "motorcycle",
+    33: "bicycle",
 }  # fmt: skip
 
 MASK2FORMER = {
-    "encoder": "scratch_eva02_ti8", "weights": None, "taps": (0, 1, 2, 3), "patch_size": 32, "mask2former.hidden": 32,
-    "mask2former.queries": 20, "mask2former.heads": 1, "mask2former.pixel_layers": 1, "mask2former.pixel_ffn": 32,
-    "mask2former.layers": 1, "mask2former.ffn": 32, "mask2former.points": 64,
+    "encoder": "scratch_eva02_ti8", "weights": None, "taps": (0, 1, 2, 3), "patch_size": 32,
+    "mask2former.hidden": 32, "mask2former.queries": 20, "mask2former.heads": 1,
+    "mask2former.pixel_layers": 1, "mask2former.pixel_ffn": 32, "mask2former.layers": 1,
+    "mask2former.ffn": 32, "mask2former.points": 64,
 }  # fmt: skip
 LINEAR = {
     "encoder": "scratch_ti8",

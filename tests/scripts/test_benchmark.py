@@ -50,7 +50,7 @@ IMAGES = jax.ShapeDtypeStruct((2, 64, 64, 3), jnp.float32)
     [(1, "SAME", 1, 1), (2, "VALID", 1, 1), (2, "SAME", 2, 2), (3, "VALID", 1, 1)],
 )
 def test_convolutions_are_counted_as_xla_counts_them(stride, padding, dilation, groups):
-    """Padding, strides, dilation and groups, forward and in both gradients: exactly XLA's number."""
+    """With padding, strides, dilation and groups, forward and in both gradients, as XLA counts."""
     x = jax.ShapeDtypeStruct((2, 21, 17, 8), jnp.float32)
     kernel = jax.ShapeDtypeStruct((3, 3, 8 // groups, 12), jnp.float32)
     numbers = dict(
@@ -165,7 +165,7 @@ def test_peaks_are_found_by_the_names_of_devices():
 
 
 def test_rounds_take_turns():
-    """Ours and the peer's runs alternate, each round as many, and the ratio is that of the medians."""
+    """Our runs and the peer's alternate in each round, and the ratio is that of the medians."""
     calls = []
 
     class Fake:
@@ -211,8 +211,8 @@ def test_measures_where_nothing_that_reads_data_is_installed(tmp_path):
     ]
     code = f"""if True:
         import sys
-        for name in ("grain", "ml_collections", "tensorflow_datasets", "tensorboardX", "array_record", "ftfy"):
-            sys.modules[name] = None
+        absent = "grain ml_collections tensorflow_datasets tensorboardX array_record ftfy"
+        sys.modules |= dict.fromkeys(absent.split())
         sys.argv = ["benchmark.py", *{arguments!r}]
         from scripts import benchmark
         benchmark.main()

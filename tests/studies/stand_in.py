@@ -1,7 +1,7 @@
-"""What stands in for training in the tests of studies: a program of a blink that keeps the same
-folder; and a study that starts it.
+"""A fast program that stands in for training in the tests of studies, and a study that starts it.
 
-python stand_in.py FLAGS runs the study `transfer`; the program is this file with `train` before its own arguments.
+`python stand_in.py FLAGS` runs the study `transfer`, which starts `python stand_in.py train FLAGS`
+for each run. That writes the files that training writes.
 """
 
 import json

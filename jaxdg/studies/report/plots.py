@@ -273,10 +273,11 @@ def bars(title: str, groups: Sequence[BarGroup], names: Sequence[str], axis: str
             if bar.value is None:
                 body.append(_text(12, middle + 4.5, bar.text, "muted"))
             else:
+                label = f"{group.label}, {names[i]}" if names else group.label
                 body.append(
                     f'<rect class="{_fill(i)}" x="8" y="{_n(y)}"'
                     f' width="{_n(max(x(bar.value) - 8, 0.5))}" height="14">'
-                    f"<title>{escape(f'{group.label}, {names[i]}: {bar.text}' if names else f'{group.label}: {bar.text}')}</title></rect>"
+                    f"<title>{escape(f'{label}: {bar.text}')}</title></rect>"
                 )
                 body += [
                     f'<circle class="seed" cx="{_n(x(v))}" cy="{_n(middle)}" r="2.3"/>'
@@ -285,17 +286,11 @@ def bars(title: str, groups: Sequence[BarGroup], names: Sequence[str], axis: str
                 if bar.spread:
                     a = x(max(bar.value - bar.spread, 0))
                     b = x(bar.value + bar.spread)
-                    body.append(
-                        '<path class="error"'
-                        f' d="M{_n(a)},{_n(middle)}H{_n(b)}M{_n(a)},{_n(middle - 4)}v8M{_n(b)},{_n(middle - 4)}v8"/>'
-                    )
-                body.append(
-                    _text(
-                        x(max(bar.value + (bar.spread or 0), *bar.seeds, bar.value)) + 7,
-                        middle + 4.5,
-                        bar.text,
-                    )
-                )
+                    whisker = f"M{_n(a)},{_n(middle)}H{_n(b)}"
+                    ends = f"M{_n(a)},{_n(middle - 4)}v8M{_n(b)},{_n(middle - 4)}v8"
+                    body.append(f'<path class="error" d="{whisker}{ends}"/>')
+                right = max(bar.value + (bar.spread or 0), *bar.seeds, bar.value)
+                body.append(_text(x(right) + 7, middle + 4.5, bar.text))
             y += 18
         y += 5
     for i in range(round(high / step) + 1):

@@ -106,8 +106,16 @@ class Published:
 
 
 _DOMAINS = (
-    "cityscapes", "bdd100k", "mapillary", "acdc", "daytime_clear", "night_sunny", "dusk_rainy", "night_rainy", "daytime_foggy",
-)  # fmt: skip
+    "cityscapes",
+    "bdd100k",
+    "mapillary",
+    "acdc",
+    "daytime_clear",
+    "night_sunny",
+    "dusk_rainy",
+    "night_rainy",
+    "daytime_foggy",
+)
 _FOUR = ("cityscapes", "bdd100k", "mapillary", "acdc", "mean_unseen")
 _WEATHER = (
     "daytime_clear",
