@@ -20,7 +20,8 @@ from PIL import Image
 import pytest
 import tensorflow_datasets as tfds
 
-from jaxdg.commands.prepare import png, prepare, resize_sample, resized
+from jaxdg.commands.prepare import prepare
+from jaxdg.commands.prepare.pixels import png, resize_sample, resized
 from jaxdg.data.datasets import FolderOptions
 from jaxdg.data.domains import open_files
 from jaxdg.data.labels import CITYSCAPES, LabelSet

@@ -13,8 +13,7 @@ import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 
-from jaxdg.commands import prepare as prepare_lib
-from jaxdg.commands.prepare import prepare
+from jaxdg.commands.prepare import prepare, shards
 from jaxdg.data import records
 from jaxdg.data.augment.transforms import Augmentation
 from jaxdg.data.boxes import BoxOptions, open_box_files, open_boxes
@@ -194,8 +193,8 @@ def test_records_written_before_areas_were_still_open(tmp_path, monkeypatch):
     """Areas are then those of the boxes; how many boxes an image has is not known before it is
     read.
     """
-    kinds = prepare_lib.features
-    example = prepare_lib._ShardWriter._example
+    kinds = shards.features
+    example = shards.ShardWriter._example
 
     def without(writer: Any, i: int) -> dict[str, Any]:
         return {key: value for key, value in example(writer, i).items() if key != "areas"}
@@ -205,8 +204,9 @@ def test_records_written_before_areas_were_still_open(tmp_path, monkeypatch):
             {key: kind for key, kind in kinds(*arguments).items() if key != "areas"}
         )
 
-    monkeypatch.setattr(prepare_lib._ShardWriter, "_example", without)
-    monkeypatch.setattr(prepare_lib, "features", fewer)
+    monkeypatch.setattr(shards.ShardWriter, "_example", without)
+    monkeypatch.setattr(shards, "features", fewer)
+    monkeypatch.setattr("jaxdg.commands.prepare.features", fewer)
     dataset = Boxed()
     index = Path(prepare("towns", {"val": dataset}, root="", out=str(tmp_path)), records.INDEX)
     with np.load(index) as stored:

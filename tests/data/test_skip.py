@@ -262,7 +262,7 @@ def test_records_that_do_not_know_their_labels_say_so(root, monkeypatch):
     """
     dataset = open_files("gta5", root=str(root), train=True, folder=None)
     with monkeypatch.context() as patch:
-        patch.setattr("jaxdg.commands.prepare._ShardWriter._labels", lambda self, k: [])
+        patch.setattr("jaxdg.commands.prepare.shards.ShardWriter._labels", lambda self, k: [])
         prepare("gta5", {"train": dataset}, root=str(root), out=str(root))
     assert left(root, listed(root.parent, "gta5/images/00002.png")) == WITHOUT_2
     with pytest.raises(
