@@ -1,13 +1,11 @@
-"""Boxes in annotation files: VOC's XML, one file an image, and COCO's JSON, one file for many
-images.
+"""Boxes in annotation files: VOC's XML, one file an image, and COCO's JSON.
 
-Both are checked before a run begins, in parallel, and what was found is kept (see `cache.py`):
-later runs touch neither the images nor the XML files. A JSON file is kept parsed, as that of COCO
-takes long; an XML file is parsed again, and checked again, whenever its image is read, so that
-corrections count. Coordinates up to one pixel beyond the image are clipped, as writers disagree
-whether they count pixels from 0 or 1; all else that is wrong is refused with its path and the
-number of the object. What a file of either form may hold is said in `voc_xml.py` and
-`coco_json.py`.
+Both are checked before a run begins, in parallel, and the outcome is kept (see `cache.py`), so
+later runs touch neither the images nor the XML files. A JSON file is kept parsed, because parsing
+COCO's takes long. An XML file is parsed and checked again whenever its image is read, so that
+corrections count. Coordinates up to one pixel beyond the image are clipped, because writers
+disagree whether pixels count from 0 or 1. Any other fault is refused with its path and the number
+of the object. `voc_xml.py` and `coco_json.py` say what files of either form may hold.
 """
 
 from collections.abc import Collection, Mapping, Sequence
@@ -33,8 +31,10 @@ FLAGS = ("-1", "0", "1")  # behind a name in the list of a single class: absent,
 
 @dataclasses.dataclass(frozen=True)
 class VocPart:
-    """Images with an XML file each; folders are relative to the dataset's, alternatives of which
-    the first that exists counts.
+    """Images with an XML file each.
+
+    Folders are relative to the dataset's. They are alternatives, of which the first that exists
+    counts.
 
     Attributes:
         images: image folder.
@@ -89,8 +89,7 @@ def index_voc(
     skip: Collection[str] = (),
     defects: list[Defect] | None = None,
 ) -> tuple[index.Pairs, Int32[np.ndarray, " n"]]:
-    """Pairs images with their XML files and checks both, or recalls the outcome of an earlier
-    check.
+    """Pairs images with their XML files and checks both, or recalls an earlier check.
 
     Args:
         tree: the dataset's files.
@@ -181,8 +180,7 @@ def index_coco(
     skip: Collection[str] = (),
     defects: list[Defect] | None = None,
 ) -> CocoBoxes:
-    """Reads annotation files and checks them and their images, or recalls the outcome of an earlier
-    check.
+    """Reads and checks annotation files and their images, or recalls an earlier check.
 
     Args:
         tree: the dataset's files.
@@ -302,7 +300,7 @@ def _pair(
 def _by_stem(
     tree: Tree, folders: tuple[str, ...], suffixes: tuple[str, ...]
 ) -> dict[str, list[str]]:
-    """The files below a folder by their relative paths without extension; most often one each."""
+    """The files below a folder by their relative paths without extension."""
     found: dict[str, list[str]] = {}
     for name, path in sorted(tree.files(*folders).items()):
         stem, end = os.path.splitext(name)
@@ -317,11 +315,11 @@ def _listed(
     annotations: Mapping[str, Sequence[str]],
     wrong: list[Defect],
 ) -> list[str]:
-    """The names in a list, each once; notes the lines that are none.
+    """The names in a list, each once; adds a defect for each line that names no file.
 
     A line is a name, with or without extension. A name may hold spaces, and a flag of `FLAGS` may
-    follow it: each of them says that the image belongs to the list. Empty lines do not count, nor
-    do those that begin with # and name nothing.
+    follow it; all flags say that the image belongs to the list. Empty lines do not count, nor do
+    lines that begin with # and name no file.
     """
     try:
         lines = storage.composed(storage.read(path).decode("utf-8-sig")).splitlines()
@@ -350,7 +348,7 @@ def _listed(
 def _stem(
     name: str, images: Mapping[str, Sequence[str]], annotations: Mapping[str, Sequence[str]]
 ) -> str | None:
-    """The path without extension that a name in a list means, if there is such a file."""
+    """The path without extension of the file that a name in a list means, if there is one."""
     if not name:
         return None
     plain = posixpath.normpath(name.replace("\\", "/"))
@@ -365,15 +363,16 @@ def _stem(
 def _check_pair(
     image: str, annotation: str, classes: tuple[str, ...]
 ) -> tuple[index.Header, int, str, list[Defect]]:
-    """Also the number of boxes, and the image that they are said to be of."""
+    """The header, the number of boxes, the image named in the annotation, and the defects."""
     header, wrong = _look(image)
     boxes, said, found = voc_xml.read(annotation, header.size, classes)
     return header, len(boxes["boxes"]), said, wrong or found
 
 
 def _mistaken(pairs: Sequence[tuple[str, str]], said: Sequence[str]) -> tuple[str, ...]:
-    """A line on annotations that say they are of another image that is there too: files may have
-    been renamed, or mixed up.
+    """A line about annotations that name another image of the dataset in their <filename>.
+
+    Such files may have been renamed or mixed up.
     """
     stems = [os.path.splitext(os.path.basename(image))[0] for image, _ in pairs]
     known = set(stems)
@@ -392,12 +391,12 @@ def _mistaken(pairs: Sequence[tuple[str, str]], said: Sequence[str]) -> tuple[st
 
 
 def _look(image: str) -> tuple[index.Header, list[Defect]]:
-    """What the header of an image says, and what is wrong with the file."""
+    """The header of an image, and the defects of the file."""
     return index.check_pair((image, ""), boxes=True)
 
 
 def _report(wrong: Sequence[Defect], defects: list[Defect] | None, limit: int = 10) -> None:
-    """Adds to the defects, or raises an error where there is no such list."""
+    """Adds to the defects, or raises an error if there is no list of them."""
     if defects is not None:
         defects += wrong
     elif wrong:

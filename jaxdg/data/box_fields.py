@@ -5,9 +5,8 @@ from typing import Any
 from jaxtyping import Float, Float32, Integer
 import numpy as np
 
-Boxes = dict[
-    str, np.ndarray
-]  # `boxes`, `classes`, `difficult`, `crowd` and `areas` of one image, see `boxes.py`
+# `boxes`, `classes`, `difficult`, `crowd` and `areas` of one image, see `boxes.py`.
+Boxes = dict[str, np.ndarray]
 
 YES = ("1", "1.0", "true", "yes", "t", "y")
 NO = ("", "0", "0.0", "false", "no", "f", "n")
@@ -43,9 +42,8 @@ def rounded(areas: Float[np.ndarray, " n"]) -> Float32[np.ndarray, " n"]:
     result = areas.astype(np.float32)
     for border in BORDERS:
         moved = (result == border) & (areas != border)
-        result[moved] = np.nextafter(
-            np.float32(border), np.where(areas[moved] < border, 0, 2 * border).astype(np.float32)
-        )
+        side = np.where(areas[moved] < border, 0, 2 * border).astype(np.float32)
+        result[moved] = np.nextafter(np.float32(border), side)
     return result
 
 
@@ -61,8 +59,8 @@ def fit(
         first: number of the first pixel, 0 or 1.
 
     Returns:
-        x0 y0 x1 y1 in pixels, clipped to the image; and the row and fault of each box that is empty,
-        not finite, or more than one pixel outside.
+        x0 y0 x1 y1 in pixels, clipped to the image; and the row and fault of each box that is
+        empty, not finite, or more than one pixel outside.
     """
     limits = sizes[:, ::-1]
     with np.errstate(all="ignore"):  # a file may hold any number
@@ -70,12 +68,8 @@ def fit(
         high = corners[:, 2:].astype(np.float32)
         boxes = np.concatenate([low.clip(0, limits), high.clip(0, limits)], 1, dtype=np.float32)
         positive = np.min(high - low, axis=1) > 0
-        inside = np.min(
-            np.concatenate(
-                [corners[:, :2] >= -1, corners[:, 2:] <= limits + 1, boxes[:, 2:] > boxes[:, :2]], 1
-            ),
-            axis=1,
-        )
+        near = (corners[:, :2] >= -1).all(1) & (corners[:, 2:] <= limits + 1).all(1)
+        inside = near & (boxes[:, 2:] > boxes[:, :2]).all(1)
     wrong = []
     for i in np.flatnonzero(~(positive & inside)).tolist():
         x0, y0, x1, y1 = corners[i].tolist()
@@ -85,8 +79,7 @@ def fit(
         elif not positive[i]:
             what = f"has a box of {x1 - x0 + first:g}x{y1 - y0 + first:g} pixels"
         else:
-            what = (
-                f"has a box outside the image (x {x0:g} to {x1:g}, y {y0:g} to {y1:g} of {w}x{h})"
-            )
+            place = f"x {x0:g} to {x1:g}, y {y0:g} to {y1:g} of {w}x{h}"
+            what = f"has a box outside the image ({place})"
         wrong.append((i, what))
     return boxes, wrong

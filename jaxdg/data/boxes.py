@@ -2,12 +2,11 @@
 
 A box is x0 y0 x1 y1 in pixels and covers [x0, x1) x [y0, y1): its width is x1 - x0, and the whole
 image is 0 0 w h. VOC counts pixels from 1 and includes the last: its xmin ymin xmax ymax are x0 +
-1, y0 + 1, x1, y1. Boxes are in the order of their file, small ones are never left out, and images
-without boxes count.
+1, y0 + 1, x1, y1. Boxes keep the order of their file. Small boxes and images without boxes count.
 
-Diverse Weather (Wu and Deng, CVPR 2022) is trained on `daytime_clear`; its other four domains are
-tested on what their `train.txt` lists, as the field does. Cityscapes, BDD100K and SYNTHIA have
-boxes around the instances of their label images, ACDC in its COCO files.
+Diverse Weather (Wu and Deng, CVPR 2022) is trained on `daytime_clear`. Its other four domains are
+tested on the images in their `train.txt`, as is usual. Cityscapes, BDD100K and SYNTHIA have boxes
+around the instances of their label images, ACDC in its COCO files.
 """
 
 from collections.abc import Collection
@@ -30,7 +29,7 @@ from jaxdg.data.tree import Tree
 
 
 def _like(**classes: str) -> LabelSet:
-    """Classes in the colours of those of Cityscapes that they resemble."""
+    """Classes in the colours of the Cityscapes classes that they resemble."""
     return LabelSet(
         tuple(classes),
         tuple(CITYSCAPES.colors[CITYSCAPES.names.index(alike)] for alike in classes.values()),
@@ -83,15 +82,16 @@ KNOWN = (
 
 @dataclasses.dataclass
 class BoxOptions:
-    """Any images with boxes, in VOC or COCO form. `{domain}` in a path stands for the domain's
-    name.
+    """Any images with boxes, in VOC or COCO form.
+
+    `{domain}` in a path stands for the domain's name.
 
     Attributes:
         images: image folders below the data root, to train on and to judge on; they may be in an
             archive, as `photos.zip/images`.
         annotations: for each a folder of VOC's XML files, or a JSON file as COCO's.
         lists: for each a text file of the names that count, as VOC has them; "" for all images. A
-            JSON file says itself which these are.
+            JSON file has its own list.
         classes: class names in the order of their ids, all that the annotations hold; empty for
             those of the JSON file, by their ids.
     """
@@ -121,11 +121,11 @@ class BoxFiles(Files):
         self.labels = labels
 
     def __getitem__(self, i: int) -> dict[str, np.ndarray]:
-        """`image` uint8 RGB [h, w, 3]; `boxes` float32 [n, 4]; `classes` int32, `difficult` and
-        `crowd` bool, `areas` float32, all [n].
+        """`image` uint8 RGB [h, w, 3]; `boxes` float32 [n, 4]; and four fields [n].
 
-        An area is that of the object in square pixels, by which COCO's evaluation tells small from
-        large: what the file says, or the pixels of the instance, else those of the box.
+        They are `classes` int32, `difficult` and `crowd` bool, and `areas` float32: the square
+        pixels of the object, by which COCO's evaluation tells small from large. The area is the one
+        in the file, or the pixels of the instance, or else the area of the box.
         """
         return {"image": self._sized(i, self.name(i), read_image(self.name(i))), **self.boxes(i)}
 
@@ -159,7 +159,7 @@ class CocoFiles(BoxFiles):
 
     @property
     def unlabelled(self) -> bool:
-        """Whether there is no box that counts."""
+        """Whether there are no boxes but those of crowds."""
         return bool(self.content.crowd.all())
 
 
@@ -173,9 +173,7 @@ class InstanceFiles(BoxFiles):
 
 
 class StreetsBoxes(Streets):
-    """Generated street scenes with boxes around what is visible of traffic lights, signs, people
-    and vehicles.
-    """
+    """Generated street scenes with boxes around traffic lights, signs, people and vehicles."""
 
     def __init__(self, domain: str, options: StreetsOptions, train: bool):
         super().__init__(domain, options, train)
@@ -278,7 +276,7 @@ def open_boxes(
 
 
 def known_counts(dataset: Dataset) -> np.ndarray:
-    """Number of boxes of each image of a dataset, int64 [n]; 0 where only reading tells."""
+    """Number of boxes of each image of a dataset, int64 [n]; 0 if it is unknown before reading."""
     if isinstance(dataset, Mixture):
         return np.concatenate([known_counts(part) for part in dataset.parts])
     if isinstance(dataset, Subset):
@@ -288,11 +286,11 @@ def known_counts(dataset: Dataset) -> np.ndarray:
 
 
 def check_room(dataset: Dataset, max_boxes: int) -> None:
-    """Whether every image has room for its boxes, as far as that is known before reading.
+    """Refuses images with too many boxes, as far as that is known before reading.
 
     Args:
         dataset: any with boxes.
-        max_boxes: boxes are padded to so many an image.
+        max_boxes: number of boxes to which each image is padded.
 
     Raises:
         ValueError: an image has more; names the fullest.
@@ -415,9 +413,7 @@ def _voc2007(folders: tuple[str, ...], listed: str) -> VocPart:
 
 
 def _spellings(domain: str) -> tuple[str, ...]:
-    """`night_sunny`, `Night-Sunny` and so on: how the folders of Diverse Weather are called in
-    circulation.
-    """
+    """The names in use for the folders of Diverse Weather, such as `Night-Sunny`."""
     names = (domain, "daytime_sunny") if domain == "daytime_clear" else (domain,)
     words = [name.split("_") for name in names]
     return tuple(

@@ -22,7 +22,7 @@ import numpy as np
 
 from jaxdg.data import storage
 
-THREADS = 16  # that ask a file system, which may be far away
+THREADS = 16  # for questions to a file system, which may be far away
 
 
 def folder() -> Path:
@@ -32,14 +32,14 @@ def folder() -> Path:
     home = os.path.expanduser("~")
     if home != "~":
         return Path(home, ".cache", "jaxdg")
-    # A user without a home, as in many containers. Compiled programs are run, so the folder must be
-    # nobody else's.
+    # Users have no home in many containers. The folder must belong to this user, because compiled
+    # programs in it are run.
     shared = Path(tempfile.gettempdir(), f"jaxdg-{os.getuid()}")
     with contextlib.suppress(OSError):
         shared.mkdir(mode=0o700, exist_ok=True)
         if shared.stat().st_uid == os.getuid():
             return shared
-    return Path(os.devnull, "jaxdg")  # where nothing can be kept
+    return Path(os.devnull, "jaxdg")  # a folder that cannot exist
 
 
 def cached(
@@ -58,14 +58,14 @@ def cached(
     """
     name = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:24]
     file = folder() / f"{name}.npz"
-    kept = _recall(file)
-    if kept is None:
-        kept = make()
-        # What changed a moment ago may change again within the resolution of its clock: the next
-        # run looks again.
+    arrays = _recall(file)
+    if arrays is None:
+        arrays = make()
+        # A file that changed a moment ago may change again within the resolution of its clock. Then
+        # the next run makes the arrays again.
         if max(modified.values(), default=0) < time.time_ns() - 2_000_000_000:
-            _remember(file, kept, modified)
-    return kept
+            _remember(file, arrays, modified)
+    return arrays
 
 
 def fingerprint(paths: Sequence[str]) -> tuple[str, dict[str, int]]:
@@ -86,14 +86,12 @@ def fingerprint(paths: Sequence[str]) -> tuple[str, dict[str, int]]:
     digest = hashlib.sha256()
     last = ("", 0)
     with ThreadPoolExecutor(THREADS) as pool:
-        for names, (lines, latest) in zip(
-            folders.values(), pool.map(_stats, folders.items()), strict=True
-        ):
+        stats = pool.map(_stats, folders.items())
+        for names, (lines, latest) in zip(folders.values(), stats, strict=True):
             digest.update("\0".join([*names, *lines]).encode(errors="surrogateescape"))
             last = max(last, latest, key=lambda file: file[1])
-    digest.update(
-        "\0".join(os.path.basename(path) for path in paths).encode(errors="surrogateescape")
-    )
+    names = "\0".join(os.path.basename(path) for path in paths)
+    digest.update(names.encode(errors="surrogateescape"))
     return digest.hexdigest(), dict([last]) if paths else {}
 
 
@@ -110,15 +108,15 @@ def decoded(array: np.ndarray) -> list[str]:
 def _recall(file: Path) -> dict[str, np.ndarray] | None:
     try:
         with open(file, "rb") as stored, np.load(stored) as arrays:
-            kept = dict(arrays)
-        for line in decoded(kept.pop("modified")):
+            result = dict(arrays)
+        for line in decoded(result.pop("modified")):
             at, size, path = line.split(" ", maxsplit=2)
             status = os.stat(path)
             if (status.st_mtime_ns, status.st_size) != (int(at), int(size)):
                 return None
-        return kept
+        return result
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
-        return None  # absent or damaged, or a file is gone: made again and replaced
+        return None  # absent or damaged, or a file is gone
 
 
 def _stats(folder: tuple[str, list[str]]) -> tuple[list[str], tuple[str, int]]:
@@ -126,12 +124,9 @@ def _stats(folder: tuple[str, list[str]]) -> tuple[list[str], tuple[str, int]]:
     path, names = folder
     if storage.in_archive(f"{path}/{names[0]}"):
         archive, at = storage.modified(path)
-        return [
-            os.path.realpath(archive),
-            os.path.abspath(path)[len(archive) :],
-            str(at),
-            str(os.path.getsize(archive)),
-        ], (archive, at)
+        inner = os.path.abspath(path)[len(archive) :]
+        size = str(os.path.getsize(archive))
+        return [os.path.realpath(archive), inner, str(at), size], (archive, at)
     lines = [os.path.realpath(path)]
     latest = ("", 0)
     for name in names:
@@ -148,11 +143,8 @@ def _stats(folder: tuple[str, list[str]]) -> tuple[list[str], tuple[str, int]]:
 
 def _remember(file: Path, arrays: dict[str, np.ndarray], modified: Mapping[str, int]) -> None:
     with contextlib.suppress(OSError):
-        arrays = arrays | {
-            "modified": encoded(
-                f"{at} {os.path.getsize(path)} {path}" for path, at in modified.items()
-            )
-        }
+        lines = (f"{at} {os.path.getsize(path)} {path}" for path, at in modified.items())
+        arrays = {**arrays, "modified": encoded(lines)}
         file.parent.mkdir(parents=True, exist_ok=True)
         handle, temporary = tempfile.mkstemp(dir=file.parent, prefix=file.stem, suffix=".tmp")
         try:

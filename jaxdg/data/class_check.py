@@ -1,12 +1,11 @@
-"""Whether labels show what a model is to learn from them and be judged by; said before the first
-step.
+"""Checks before the first step that the labels show the classes to learn and to judge by.
 
-A model that has only ever seen one class answers with it and scores 100; a class that never occurs
-is never learnt. Both come from ids that no class has far more often than from images: a mask saved
-as 0 and 255 has one class, as 255 is ignored unless told otherwise.
+A model that has seen only one class answers with it and scores 100; a class that never occurs is
+never learnt. The usual cause is ids that have no class: a mask saved as 0 and 255 has one class,
+because 255 is ignored by default.
 
-Reading all labels takes too long for the start of a run, so ever more of them are looked at until
-every class was seen. What ends a run is said only when all labels have been looked at.
+Reading all labels takes too long for the start of a run. So ever more of them are looked at until
+every class was seen. An error that ends the run is raised only after all labels have been read.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -33,12 +32,12 @@ TOLD = 8  # ids or classes in a message
 
 @dataclasses.dataclass(frozen=True)
 class Shown:
-    """What was seen in the labels of a dataset that is no mixture.
+    """The classes seen in the labels of a dataset that is not a mixture.
 
     Attributes:
         dataset: its images.
-        look: what was seen; None of generated streets, which show every class.
-        name: for people; that of the dataset's domain if empty.
+        look: the ids seen; None for generated streets, which show every class.
+        name: for messages; empty for that of the dataset's domain.
     """
 
     dataset: Dataset
@@ -73,14 +72,13 @@ class Shown:
 
     @property
     def unlabelled(self) -> bool:
-        """Whether there are images alone, as of a published test split."""
+        """Whether there are images without labels, as in a published test split."""
         inner = _inner(self.dataset)
         return isinstance(inner, Files) and not self.boxes and not any(inner.pairs.labels)
 
 
 def show(dataset: Dataset, most: int, seconds: float) -> list[Shown]:
-    """Looks at the labels of a dataset, of a mixture at those of each part; see
-    `class_counts.look`.
+    """Looks at the labels of each part of a dataset, see `class_counts.look`.
 
     Raises:
         ValueError: a label is damaged, or holds ids that have no class.
@@ -101,15 +99,15 @@ def show(dataset: Dataset, most: int, seconds: float) -> list[Shown]:
 def before_training(
     source: Dataset, domains: Mapping[str, Dataset], say: Callable[[Text], None]
 ) -> None:
-    """Says what is wrong with the classes of what a run trains on and is judged on.
+    """Prints the faults of the classes in the data that a run trains on and is judged on.
 
     Args:
-        source: to train on.
-        domains: to judge on.
+        source: the images to train on.
+        domains: the images to judge on.
         say: prints a line.
 
     Raises:
-        ValueError: nothing in the source is labelled, or no more than one class of a label map.
+        ValueError: nothing in the source is labelled, or only one class of a label map.
     """
     shown = show(source, MOST, SECONDS)
     if fault(shown) and not all(one.whole for one in shown):
@@ -133,17 +131,16 @@ def before_training(
 def findings(
     shown: Sequence[Shown], *, own: bool, judged_only: bool = False
 ) -> tuple[list[str], list[tuple[str, bool]]]:
-    """What is to be said of the splits of a dataset that may be trained on.
+    """The messages about the splits of a dataset that may be trained on.
 
     Args:
-        shown: what was seen in each, the one to train on first.
-        own: whether it is a folder of one's own: its label maps are broken if a class never occurs.
-            Of a published dataset, of boxes, and of a split to judge on that is no more than a
-            warning.
-        judged_only: nobody trains on it, so that all is a warning.
+        shown: the classes seen in each split, the one to train on first.
+        own: whether it is the user's own folder: its label maps are broken if a class never occurs.
+            For a published dataset, for boxes, and for a split to judge on that is only a warning.
+        judged_only: it is not trained on, so every message is a warning.
 
     Returns:
-        What is broken; and other lines, each with whether it is a warning.
+        The errors; and other lines, each with whether it is a warning.
     """
     shown = [one for one in shown if not one.unlabelled] or list(shown)
     faults = {k: wrong for k, one in enumerate(shown) if (wrong := fault([one]))}
@@ -161,7 +158,7 @@ def findings(
 
 
 def fault(shown: Sequence[Shown]) -> str | None:
-    """Why nothing can be learnt from a source as a whole, if that is so."""
+    """The reason why nothing can be learnt from a source, if so."""
     first = shown[0]
     seen = union(shown)
     names = first.dataset.labels.names
@@ -190,8 +187,9 @@ def fault(shown: Sequence[Shown]) -> str | None:
 
 
 def missing(shown: Sequence[Shown]) -> list[tuple[str, bool]]:
-    """Classes of a source that never occur, and parts that show nothing: a line each, and whether
-    it is to be loud.
+    """A line for each fault, and whether it is a warning.
+
+    Faults are classes that never occur, and parts without any class.
     """
     names = shown[0].dataset.labels.names
     absent = ~union(shown)
@@ -246,8 +244,9 @@ def known_to_lack(domain: str) -> tuple[str, ...]:
 
 
 def ids_seen(shown: Shown) -> str:
-    """How often each id was seen, as in `ids in the label files: 0 93.1 % (background), 255 6.9 %
-    (ignored)`.
+    """The share of each id in the labels.
+
+    It reads as `ids in the label files: 0 93.1 % (background), 255 6.9 % (ignored)`.
     """
     if shown.look is None:
         return f"{shown} is generated"
@@ -283,7 +282,7 @@ def ids_seen(shown: Shown) -> str:
 
 
 def _against(source: Sequence[Shown], name: str, shown: Sequence[Shown]) -> list[tuple[str, bool]]:
-    """What the classes of a domain mean for its score, beside those of the source."""
+    """Lines about how the classes of a domain and of the source affect the domain's score."""
     names = shown[0].dataset.labels.names
     seen = union(shown)
     learnt = union(source)
@@ -339,7 +338,7 @@ def _name(shown: Sequence[Shown]) -> str:
 
 
 def _looked(shown: Sequence[Shown]) -> str:
-    """How many images that is about."""
+    """The number of images that a statement is about."""
     looked = sum(len(one.dataset) if one.look is None else one.look.images for one in shown)
     total = sum(len(one.dataset) for one in shown)
     return (
@@ -362,7 +361,7 @@ def _has_id(dataset: Dataset, train_id: int) -> bool:
 
 
 def _way_out(shown: Shown) -> str:
-    """What to set where a mask of one's own has a background and one class, or one class is named."""
+    """The settings for the user's own mask of a background and one class."""
     names = shown.dataset.labels.names
     dataset = shown.dataset
     if shown.look is None or len(names) > 2 or is_mapped(dataset) or published.find(dataset.domain):

@@ -1,10 +1,9 @@
-"""Which ids the labels of a dataset hold, how often, and so how many pixels or boxes of each class
-there are.
+"""Counts of the ids in the labels of a dataset, and so of the pixels or boxes of each class.
 
-All labels are counted once and kept for as long as the label files are the same ones: by their
-resolved paths, sizes and modification times in nanoseconds; records by the digests in their
-metadata, generated streets by their seed. A look at some evenly spread images is cheaper and is
-kept likewise.
+All labels are counted once, and the counts are kept as long as the label files stay the same: by
+their resolved paths, sizes and modification times in nanoseconds. Records count by the digests in
+their metadata, generated streets by their seed. A look at some evenly spread images is cheaper and
+is kept in the same way.
 """
 
 from collections.abc import Iterable, Sequence
@@ -30,18 +29,18 @@ from jaxdg.data.labels import IGNORE
 from jaxdg.data.records import METADATA, Records
 from jaxdg.data.workers import read_ahead
 
-VERSION = 1  # of what is kept
+VERSION = 1  # of the kept arrays
 FIRST = 16  # images that a look begins with; their number doubles until enough was seen
 KINDS = 65536  # ids that a label file may hold
 
 
 @dataclasses.dataclass(frozen=True)
 class Look:
-    """What the labels of some images of a dataset show.
+    """The ids in the labels of some images of a dataset.
 
     Attributes:
-        images: how many were looked at.
-        ids: as the label files hold them, each once and ascending; of records and boxes those of
+        images: number of images that were looked at.
+        ids: as the label files hold them, each once and ascending; for records and boxes the ids of
             the classes.
         counts: pixels of each id, or boxes of each class.
         odd: an image whose label holds ids that have no class; -1 if there is none.
@@ -55,7 +54,7 @@ class Look:
 
 @dataclasses.dataclass(frozen=True)
 class Counts:
-    """What all labels of a dataset show.
+    """The ids in all labels of a dataset.
 
     Attributes:
         classes: pixels or boxes of each class in each image.
@@ -82,15 +81,14 @@ def class_pixels(dataset: Dataset, workers: int = 0) -> Int32[np.ndarray, "n k"]
 
 
 def count(dataset: Dataset, workers: int = 0) -> Counts:
-    """Counts all labels of a dataset, or recalls the counts of label files that have not changed
-    since.
+    """Counts all labels of a dataset, or recalls the counts if the label files are unchanged.
 
     Args:
-        dataset: no mixture.
+        dataset: not a mixture.
         workers: processes that read; 0 reads with threads of this process.
 
     Raises:
-        ValueError: a label is damaged, or holds ids that are no class's.
+        ValueError: a label is damaged, or holds ids that have no class.
     """
     n = len(dataset)
     k = len(dataset.labels.names)
@@ -108,8 +106,8 @@ def count(dataset: Dataset, workers: int = 0) -> Counts:
         ids = np.flatnonzero(total)
         return {"classes": classes, "ids": ids, "counts": total[ids]}
 
-    kept = cached(["class counts", VERSION, key], modified, make)
-    return Counts(kept["classes"], Look(n, kept["ids"], kept["counts"]))
+    arrays = cached(["class counts", VERSION, key], modified, make)
+    return Counts(arrays["classes"], Look(n, arrays["ids"], arrays["counts"]))
 
 
 def look(
@@ -120,19 +118,18 @@ def look(
     images: Sequence[int] | None = None,
     defects: list[Defect] | None = None,
 ) -> Look:
-    """Looks at ever more evenly spread images, until every class was seen, or all or enough of them
-    were looked at.
+    """Looks at ever more evenly spread images until every class was seen or a limit is reached.
 
     Args:
-        dataset: no mixture.
-        most: images to look at.
-        seconds: that this may take.
+        dataset: not a mixture.
+        most: highest number of images to look at.
+        seconds: longest time to look.
         images: those that count; None for all. Only then is the outcome of an earlier look at the
             same label files used.
-        defects: receives what is wrong with labels, which then is no error.
+        defects: receives the faults of labels, which then are no errors.
 
     Raises:
-        ValueError: a label is damaged. Ids that are no class's are no error here.
+        ValueError: a label is damaged. Ids that have no class are no error here.
     """
     everything = list(range(len(dataset))) if images is None else list(images)
     modified: dict[str, int] = {}
@@ -142,22 +139,18 @@ def look(
         for path in {storage.modified(path) for path in _label_files(dataset, looked)}:
             modified.update([path])
         ids = np.flatnonzero(total)
-        return {
-            "images": np.array(len(looked)),
-            "ids": ids,
-            "counts": total[ids],
-            "odd": np.array(odd),
-        }
+        result = {"images": np.array(len(looked)), "odd": np.array(odd)}
+        return {**result, "ids": ids, "counts": total[ids]}
 
-    whole = images is None and defects is None
-    kept = (
-        cached(["class look", VERSION, _names(dataset), most], modified, make) if whole else make()
-    )
-    return Look(int(kept["images"]), kept["ids"], kept["counts"], int(kept["odd"]))
+    if images is None and defects is None:
+        arrays = cached(["class look", VERSION, _names(dataset), most], modified, make)
+    else:
+        arrays = make()
+    return Look(int(arrays["images"]), arrays["ids"], arrays["counts"], int(arrays["odd"]))
 
 
 def parts_of(dataset: Dataset) -> list[Dataset]:
-    """The datasets that a mixture, or some images of one, consists of."""
+    """The datasets of which a mixture, or a subset of one, consists."""
     if isinstance(dataset, Mixture):
         return [part for mixed in dataset.parts for part in parts_of(mixed)]
     if not (isinstance(dataset, Subset) and isinstance(dataset.dataset, Mixture)):
@@ -180,8 +173,9 @@ def id_classes(dataset: Dataset) -> Integer[np.ndarray, "KINDS"]:
 
 
 def is_mapped(dataset: Dataset) -> bool:
-    """Whether the ids in a `Look` are those of the classes, as label files cannot be seen any more
-    or there are boxes.
+    """Whether the ids in a `Look` are those of the classes instead of those in label files.
+
+    That is so for records, generated streets and boxes.
     """
     inner = _inner(dataset)
     return not isinstance(inner, Files) or isinstance(inner, BoxFiles)
@@ -194,7 +188,7 @@ def _inner(dataset: Dataset) -> Any:
 def _progressive(
     dataset: Dataset, images: list[int], most: int, seconds: float, defects: list[Defect] | None
 ) -> tuple[Int64[np.ndarray, "KINDS"], list[int], int]:
-    """Pixels of every id, the images they are of, and `Look.odd`."""
+    """Pixels of every id, the images that were looked at, and `Look.odd`."""
     total = np.zeros(KINDS, np.int64)
     table = id_classes(dataset)
     k = len(dataset.labels.names)
@@ -224,8 +218,9 @@ def _progressive(
 
 
 def spread(items: int, most: int) -> list[int]:
-    """Numbers below `items`, at most so many: the first, the last, and ever denser between them
-    (multiples of the golden ratio).
+    """At most `most` numbers below `items`: the first, the last, and ever denser between them.
+
+    They are multiples of the golden ratio.
     """
     if not items:
         return []
@@ -236,13 +231,14 @@ def spread(items: int, most: int) -> list[int]:
 
 @dataclasses.dataclass
 class _Read:
-    """Ids in the label of image i, and pixels or boxes of each; a class and not a closure, so that
-    it reaches worker processes by name.
+    """The ids in the label of image i, and pixels or boxes of each.
+
+    It is a class and not a closure, so that it reaches worker processes by name.
 
     Attributes:
         dataset: its images.
-        strict: errors are raised, and ids that have no class are errors; else damage is told beside
-            an empty result.
+        strict: damage and ids that have no class raise errors; else damage is returned beside an
+            empty result.
     """
 
     dataset: Dataset
@@ -257,26 +253,27 @@ class _Read:
             if self.strict:
                 raise
             path = label_path(self.dataset, i)
-            return (
-                np.zeros(0, np.int64),
-                np.zeros(0, np.int64),
-                Defect(path, f": {str(error).removeprefix(path).lstrip(': ')}"),
-            )
+            none = np.zeros(0, np.int64)
+            text = str(error).removeprefix(path).lstrip(": ")
+            return none, none, Defect(path, f": {text}")
         if self.strict and (id_classes(self.dataset)[ids] < 0).any():
-            (
-                self.dataset[i] if not isinstance(self.dataset, Files) else self.dataset.label(i)
-            )  # the error that says where
+            # Reading the label raises the error that names the file.
+            read = (
+                self.dataset.label if isinstance(self.dataset, Files) else self.dataset.__getitem__
+            )
+            read(i)
         return ids, counts, None
 
 
 def truth_ids(
     dataset: Dataset, i: int
 ) -> tuple[Integer[np.ndarray, " m"], Integer[np.ndarray, " m"]]:
-    """The ids in a label and the pixels of each; of boxes the classes and how many boxes each has,
-    regions of crowds left out.
+    """The ids in a label and the pixels of each, or the classes and the number of boxes of each.
+
+    Regions of crowds do not count.
 
     Args:
-        dataset: no mixture.
+        dataset: not a mixture.
         i: the image; it is not read.
 
     Raises:
@@ -299,14 +296,14 @@ def truth_ids(
 
 
 def label_path(dataset: Dataset, i: int) -> str:
-    """The file with the label of image `i`, as far as it has one of its own."""
+    """The label file of image `i`, or else its name."""
     if isinstance(dataset, Subset):
         return label_path(dataset.dataset, dataset.images[i])
     return (isinstance(dataset, Files) and dataset.pairs.labels[i]) or dataset.name(i)
 
 
 def _label_files(dataset: Dataset, images: Iterable[int]) -> list[str]:
-    """The label files of some images, as far as they are files."""
+    """The label files of some images; an image without one counts itself."""
     inner = _inner(dataset)
     if not isinstance(inner, Files) or isinstance(inner, CocoFiles):
         return []
@@ -315,14 +312,14 @@ def _label_files(dataset: Dataset, images: Iterable[int]) -> list[str]:
 
 
 def _names(dataset: Dataset) -> str:
-    """A digest of what a dataset consists of by name, and of what its labels mean; of records and
-    streets also of their content.
+    """A digest of the names in a dataset and of its label table.
+
+    For records and streets it covers their content too.
     """
     inner = _inner(dataset)
     chosen = dataset.images if isinstance(dataset, Subset) else len(dataset)
-    digest = hashlib.sha256(
-        json.dumps([dataset.domain, dataset.labels.names, chosen, os.path.realpath(".")]).encode()
-    )
+    key = [dataset.domain, dataset.labels.names, chosen, os.path.realpath(".")]
+    digest = hashlib.sha256(json.dumps(key).encode())
     if isinstance(inner, Files) and not isinstance(inner, CocoFiles):
         digest.update("\0".join(inner.pairs.labels).encode(errors="surrogateescape"))
         digest.update(np.asarray(getattr(inner, "table", 0)).tobytes())
@@ -332,9 +329,7 @@ def _names(dataset: Dataset) -> str:
 
 
 def _content(dataset: Dataset) -> tuple[list[Any], dict[str, int]]:
-    """What the labels of a dataset depend on; and the file that changed last, with the time
-    (nanoseconds).
-    """
+    """A key for the content of the labels; and the file that changed last, with the time (ns)."""
     of: list[Any] = [dataset.domain, dataset.labels.names, len(dataset)]
     if isinstance(dataset, CocoFiles):
         content = (dataset.content.classes, dataset.content.crowd, dataset.content.ends)
@@ -344,13 +339,8 @@ def _content(dataset: Dataset) -> tuple[list[Any], dict[str, int]]:
         files, modified = fingerprint(_label_files(dataset, range(len(dataset))))
         return [*of, table, files], modified
     if isinstance(dataset, Records):
-        metadata = Path(dataset.directory, METADATA).read_bytes()
-        return [
-            *of,
-            dataset.split,
-            list(dataset.left_out),
-            hashlib.sha256(metadata).hexdigest(),
-        ], {}
+        metadata = hashlib.sha256(Path(dataset.directory, METADATA).read_bytes()).hexdigest()
+        return [*of, dataset.split, list(dataset.left_out), metadata], {}
     if isinstance(dataset, Streets):
         return [*of, dataset.seed, dataset.image_size], {}
     digest = hashlib.sha256(np.asarray(getattr(dataset, "table", 0)).tobytes())

@@ -1,11 +1,10 @@
-"""COCO's annotation files: lists of `images`, `categories` and `annotations` that name each other
-by ids.
+"""COCO's annotation files: lists of `images`, `categories` and `annotations` joined by ids.
 
 They are read as pycocotools reads them (Lin et al. 2014): ids may be numbers or texts, an image may
-be without annotations, `area` is that of the object and not of its box. Where pycocotools would
-lose something without a word (two entries of one id, an annotation of no image, a key that occurs
-twice), the entry is named instead. `difficult` and `ignore`, which COCO's own evaluation does not
-read, mark difficult boxes: writers of VOC's truth in this form use them.
+have no annotations, and `area` is that of the object and not of its box. Where pycocotools would
+lose data silently (two entries of one id, an annotation of no image, a key that occurs twice), the
+entry is named as a defect. `difficult` and `ignore` mark difficult boxes. COCO's own evaluation
+does not read them, but writers use them for VOC's truth in this form.
 """
 
 from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
@@ -62,11 +61,9 @@ def load(path: str) -> dict[str, list[Entry]]:
     try:
         content = json.loads(data, object_pairs_hook=_object)
     except (ValueError, RecursionError) as error:  # no JSON, no text
-        lines = (
-            "; a file with one JSON value a line is not read"
-            if str(error).startswith("Extra data")
-            else ""
-        )
+        lines = ""
+        if str(error).startswith("Extra data"):
+            lines = "; a file with one JSON value a line is not read"
         raise ValueError(
             f"{path}: no COCO annotation file ({error}{lines}); correct it, or fetch it again"
         ) from error
@@ -78,11 +75,9 @@ def load(path: str) -> dict[str, list[Entry]]:
     for key in LISTS:
         entries = content.get(key)
         if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
-            fault = (
-                f"{key!r} is no list of objects"
-                if key in content
-                else f"it has no {key!r}, only {', '.join(content) or 'nothing'}"
-            )
+            fault = f"{key!r} is no list of objects"
+            if key not in content:
+                fault = f"it has no {key!r}, only {', '.join(content) or 'nothing'}"
             raise ValueError(
                 f"{path}: no COCO annotation file ({fault}); correct it, or fetch it again"
             )
@@ -100,15 +95,11 @@ def _object(pairs: list[tuple[str, Any]]) -> Entry:
 
 
 def category_names(content: Mapping[str, list[Entry]]) -> tuple[str, ...]:
-    """The names of the categories, ordered by id; those that `read` refuses are left out."""
-    found = {
-        e["id"]: e["name"]
-        for e in content["categories"]
-        if not _id_fault(e, "id") and _is_name(e.get("name"))
-    }
-    return tuple(
-        dict.fromkeys(found[i] for i in sorted(found, key=lambda i: (isinstance(i, str), i)))
-    )
+    """The names of the categories, ordered by id, without those that `read` refuses."""
+    entries = [e for e in content["categories"] if not _id_fault(e, "id")]
+    found = {e["id"]: e["name"] for e in entries if _is_name(e.get("name"))}
+    ids = sorted(found, key=lambda i: (isinstance(i, str), i))  # numbers first
+    return tuple(dict.fromkeys(found[i] for i in ids))
 
 
 def read(
@@ -122,17 +113,17 @@ def read(
     look: Look,
     wrong: list[Defect],
 ) -> tuple[list[str], dict[str, np.ndarray]]:
-    """What a file says.
+    """Reads the lists of a file and checks its images.
 
     Args:
         tree: the dataset's files.
-        part: what is wanted of them.
+        part: the images and the file.
         path: of the file.
         content: the file, as loaded.
         names: names that categories may have.
         skip: paths of images to leave out.
-        look: gives the header of an image file, and what is wrong with it.
-        wrong: receives what is wrong.
+        look: gives the header and the defects of an image file.
+        wrong: receives the defects.
 
     Returns:
         The paths of its images in the order of the file, and their `sizes`, `fingerprints`,
@@ -146,14 +137,11 @@ def read(
         looked = dict(zip(images, pool.map(look, images.values()), strict=True))
     for i, (header, found) in looked.items():
         wrong += found or reader.size_fault(images[i], header.size, listed[i])
-    kept = {i: image for i, image in images.items() if not looked[i][1]}
+    sound = {i: image for i, image in images.items() if not looked[i][1]}
     sizes, fingerprints = index.arrays([header for header, _ in looked.values()])
-    rows = reader.annotations(content["annotations"], set(listed), kept, classes)
-    return list(images.values()), {
-        "sizes": sizes,
-        "fingerprints": fingerprints,
-        **_arrays(rows, images, sizes, reader),
-    }
+    rows = reader.annotations(content["annotations"], set(listed), sound, classes)
+    boxes = _arrays(rows, images, sizes, reader)
+    return list(images.values()), {"sizes": sizes, "fingerprints": fingerprints, **boxes}
 
 
 class _Row(NamedTuple):
@@ -172,9 +160,8 @@ def _arrays(
 ) -> dict[str, np.ndarray]:
     place = {i: k for k, i in enumerate(images)}
     owner = np.array([place[row.entry["image_id"]] for row in rows], np.int32)
-    boxes, misfits = fit(
-        np.array([row.corners for row in rows], np.float64).reshape(-1, 4), sizes[owner], first=0
-    )
+    corners = np.array([row.corners for row in rows], np.float64).reshape(-1, 4)
+    boxes, misfits = fit(corners, sizes[owner], first=0)
     for i, what in misfits:
         reader.say_of(rows[i].entry, images, what)
     order = np.argsort(owner, kind="stable")
@@ -192,34 +179,30 @@ def _arrays(
 
 @dataclasses.dataclass(frozen=True)
 class _Reader:
-    """Turns the lists of a file into what they mean, and notes what they do not say or say twice."""
+    """Reads the lists of a file and collects its defects."""
 
     path: str
     names: Sequence[str]
     wrong: list[Defect]
 
     def say(self, text: str) -> None:
-        """Notes what is wrong with the file."""
+        """Adds a defect of the file."""
         self.wrong.append(Defect(self.path, f": {text}"))
 
     def say_of(self, e: Entry, images: Mapping[Hashable, str], text: str) -> None:
-        """Notes what is wrong with an annotation of one of `images`."""
-        self.wrong.append(
-            Defect(
-                images[e["image_id"]],
-                f": annotation {e['id']} of {os.path.basename(self.path)} {text}",
-            )
-        )
+        """Adds a defect of an annotation of one of `images`."""
+        where = f"annotation {e['id']} of {os.path.basename(self.path)}"
+        self.wrong.append(Defect(images[e["image_id"]], f": {where} {text}"))
 
     def categories(self, entries: list[Entry]) -> dict[Hashable, str]:
         """The name of each category by its id."""
         found: dict[Hashable, str] = {}
         for n, e in enumerate(entries, start=1):
-            title = _title("category", e, n)
-            if fault := _id_fault(e, "id") or (
-                "" if _is_name(e.get("name")) else f"has {_said(e, 'name')}; a name is a text"
-            ):
-                self.say(f"{title} {fault}")
+            fault = _id_fault(e, "id")
+            if not fault and not _is_name(e.get("name")):
+                fault = f"has {_said(e, 'name')}; a name is a text"
+            if fault:
+                self.say(f"{_title('category', e, n)} {fault}")
                 continue
             if e["id"] in found:
                 self.say(
@@ -238,7 +221,7 @@ class _Reader:
     def images(
         self, entries: list[Entry], places: "_Places", start: str, skip: Collection[str]
     ) -> tuple[dict[Hashable, Entry], dict[Hashable, str]]:
-        """All entries by their ids, and the paths of those that are wanted and found."""
+        """All entries by their ids, and the paths of the images that count and exist."""
         listed: dict[Hashable, Entry] = {}
         found: dict[Hashable, str] = {}
         owners: dict[str, Hashable] = {}
@@ -263,13 +246,8 @@ class _Reader:
             if image in skip:
                 continue
             if fault:
-                self.wrong.append(
-                    Defect(
-                        image,
-                        f" is listed by {os.path.basename(self.path)} as image {e['id']}, but"
-                        f" {fault}",
-                    )
-                )
+                where = f"{os.path.basename(self.path)} as image {e['id']}"
+                self.wrong.append(Defect(image, f" is listed by {where}, but {fault}"))
             elif image in owners:
                 self.say(
                     f"the images {owners[image]} and {e['id']} are one file, {name}; make them one,"
@@ -281,23 +259,16 @@ class _Reader:
         return listed, found
 
     def size_fault(self, image: str, size: tuple[int, int], e: Entry) -> list[Defect]:
-        """What is wrong with the size that an entry states."""
+        """The defect of an entry that states another size than the file has."""
         h, w = size
         stated = (e["height"], e["width"])
         if stated == (h, w):
             return []
-        turned = (
-            "; they are swapped, or the image was turned after it was annotated"
-            if stated == (w, h)
-            else ""
-        )
-        return [
-            Defect(
-                image,
-                f" is {w}x{h} but {os.path.basename(self.path)} says"
-                f" {stated[1]}x{stated[0]}{turned}",
-            )
-        ]
+        turned = ""
+        if stated == (w, h):
+            turned = "; they are swapped, or the image was turned after it was annotated"
+        said = f"{os.path.basename(self.path)} says {stated[1]}x{stated[0]}"
+        return [Defect(image, f" is {w}x{h} but {said}{turned}")]
 
     def annotations(
         self,
@@ -334,48 +305,40 @@ class _Reader:
                 continue
             fault = _id_fault(e, "category_id")
             if not fault and category is None:
-                fault = (
-                    f"has the unknown class {_spelt(e['category_id'], classes)} (known are {known})"
-                )
+                name = _spelt(e["category_id"], classes)
+                fault = f"has the unknown class {name} (known are {known})"
             if fault := fault or _values_fault(e):
                 self.say_of(e, images, fault)
                 continue
-            assert category is not None  # or there had been a fault
+            assert category is not None  # or there is a fault
+            corners = _corners(e["bbox"])
             difficult = bool(flag(e.get("difficult")) or flag(e.get("ignore")))
+            crowd = bool(flag(e.get("iscrowd")))
             area = math.nan if e.get("area") is None else float(e["area"])
-            rows.append(
-                _Row(
-                    e,
-                    ids[category],
-                    _corners(e["bbox"]),
-                    difficult,
-                    bool(flag(e.get("iscrowd"))),
-                    area,
-                )
-            )
+            rows.append(_Row(e, ids[category], corners, difficult, crowd, area))
         for category, mine in foreign.items():
+            are = f"and {len(mine) - 1} more are" if len(mine) > 1 else "is"
             self.say(
-                "annotation"
-                f" {mine[0]}{f' and {len(mine) - 1} more are' if len(mine) > 1 else ' is'} of the"
-                f" category {category!r}, which is none of the classes {', '.join(self.names)};"
-                " name it in data.boxes.classes, or take its annotations out of the file"
+                f"annotation {mine[0]} {are} of the category {category!r}, which is none of the"
+                f" classes {', '.join(self.names)}; name it in data.boxes.classes, or take its"
+                " annotations out of the file"
             )
         return rows
 
 
 class _Places:
-    """Finds the file that a name means."""
+    """Finds the files of the images by the names in the JSON file."""
 
     def __init__(self, tree: Tree, part: CocoPart):
         self.files = tree.files(part.images)
         self.folder = tree.places(part.images)[0]
 
     def of(self, name: str) -> tuple[str, str]:
-        """The path of an image, and why it is none.
+        """The path of an image, and the reason if there is no such file.
 
-        A name is relative to the image folder. One that is written with backslashes, dots or the
-        image folder's own name in front means the same file; of others nobody knows which of
-        several files of a name they mean.
+        A name is relative to the image folder. A name with backslashes or dots, or with the image
+        folder's own name in front, means the same file. Other names are refused, because several
+        files may have the same name.
         """
         if (own := storage.composed(name)) in self.files:
             return self.files[own], ""
@@ -391,16 +354,15 @@ class _Places:
         path = os.path.join(self.folder, plain)
         if os.path.isfile(path):
             return path, ""
-        alike = [own for own in self.files if own.rpartition("/")[2].lower() == parts[-1].lower()][
-            :1
-        ]
+        wanted = parts[-1].lower()
+        alike = [own for own in self.files if own.rpartition("/")[2].lower() == wanted]
         hint = f"; if {alike[0]} is meant, write that as its file_name" if alike else ""
         spelt = "" if plain == name else f" ({name})"
         return path, f"does not exist{spelt}{hint}"
 
 
 def _id_fault(e: Entry, key: str) -> str:
-    """Why a value cannot name an entry; "" if it can."""
+    """The reason why a value is not an id; "" if it is one."""
     value = e.get(key)
     if type(value) in (int, str) or (isinstance(value, float) and value.is_integer()):
         return ""
@@ -416,15 +378,13 @@ def _image_fault(e: Entry) -> str:
         value: Any = e.get(key)
         whole = type(value) is int or (isinstance(value, float) and value.is_integer())
         if not whole or value < 1:
-            return (
-                f"({e['file_name']}) has {_said(e, key)}; allowed is a whole number of pixels"
-                " from 1"
-            )
+            said = f"({e['file_name']}) has {_said(e, key)}"
+            return f"{said}; allowed is a whole number of pixels from 1"
     return ""
 
 
 def _values_fault(e: Entry) -> str:
-    """What is wrong with the box, the flags or the area of an annotation."""
+    """The fault of the box, the flags or the area of an annotation; "" if there is none."""
     if "bbox" not in e:
         return "has no bbox"
     for key in ("iscrowd", "difficult", "ignore"):
@@ -437,7 +397,7 @@ def _values_fault(e: Entry) -> str:
 
 
 def _corners(bbox: Any) -> tuple[float, float, float, float]:
-    """x0 y0 x1 y1 of x y width height; nan if these are no four numbers."""
+    """x0 y0 x1 y1 of x y width height; nan unless these are four numbers."""
     if not isinstance(bbox, list) or len(bbox) != 4 or not all(_is_number(v) for v in bbox):
         return math.nan, math.nan, math.nan, math.nan
     x, y, w, h = map(float, bbox)
@@ -445,7 +405,7 @@ def _corners(bbox: Any) -> tuple[float, float, float, float]:
 
 
 def _is_number(value: Any) -> bool:
-    """Whether a value is a number that floats hold; True and False are none."""
+    """Whether a value is a number that a float can hold; True and False are not numbers."""
     if type(value) is float:
         return math.isfinite(value)
     return type(value) is int and abs(value) < 1 << 53
@@ -456,7 +416,7 @@ def _is_name(value: Any) -> bool:
 
 
 def _title(kind: str, e: Entry, n: int) -> str:
-    """`annotation 17`, or its place in the list where its id is not to be had."""
+    """The name of an entry in a message: `annotation 17`, or its place in the list."""
     return f"{kind} number {n} (counted from 1)" if _id_fault(e, "id") else f"{kind} {e['id']}"
 
 
@@ -465,17 +425,11 @@ def _said(e: Entry, key: str) -> str:
 
 
 def _spelt(value: Any, known: Collection[Hashable]) -> str:
-    """An id that is not known, and whether it is known as another type."""
+    """An unknown id in a message, with a hint if it is known as another type."""
     if isinstance(value, str):
         other = int(value) if value.isdecimal() else value
-        return (
-            f"{value!r} (a text, where the file has the number {other})"
-            if other in known
-            else repr(value)
-        )
+        hint = f" (a text, where the file has the number {other})" if other in known else ""
+        return f"{value!r}{hint}"
     other = f"{value:g}" if isinstance(value, float) else str(value)
-    return (
-        f"{value} (a number, where the file has the text {other!r})"
-        if other in known
-        else str(value)
-    )
+    hint = f" (a number, where the file has the text {other!r})" if other in known else ""
+    return f"{value}{hint}"

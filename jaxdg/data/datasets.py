@@ -24,7 +24,7 @@ from jaxdg.data.labels import (
     class_ids,
 )
 
-STREETS = ("clear", "night", "rain", "fog", "dusk_rain")  # as in streets.APPEARANCES
+STREETS = ("clear", "night", "rain", "fog", "dusk_rain")  # as in streets/render.py
 
 
 @dataclasses.dataclass
@@ -46,22 +46,23 @@ class StreetsOptions:
 
 @dataclasses.dataclass
 class FolderOptions:
-    """Any pair of image and label folders. `{domain}` in a path stands for the domain's name,
-    `{split}` for `train` or `val`.
+    """Any pair of image and label folders.
+
+    `{domain}` in a path stands for the domain's name, `{split}` for `train` or `val`.
 
     Attributes:
         images: image folder below the data root; it may be in an archive, as `photos.zip/images`.
         labels: label folder below the data root, with the same sub-folders as the image folder.
-        image_suffix: end of an image's file name behind the part it shares with its label; "" for
-            any image extension.
+        image_suffix: end of an image's file name after the part that it shares with its label; ""
+            for any image extension.
         label_suffix: the same for label files.
         classes: class names in the order of their train ids.
-        id_map: label file id to train id; empty if the files hold train ids already. Where all its
+        id_map: label file id to train id; empty if the files hold train ids already. If all its
             file ids lie beyond the train ids, a class that it does not mention keeps its train id
             as file id: a mask of 0 and 255 is `classes=("background", "crack")`, `id_map={255: 1}`.
         ignore: label file ids that neither the loss nor a score sees; those of signed files may be
             negative. The default 255 gives way to an `id_map` that maps 255.
-        colors: RGB, 0-255, one a class; empty for the Cityscapes colours where the classes are
+        colors: RGB, 0-255, one a class; empty for the Cityscapes colours if the classes are
             Cityscapes', else a palette.
     """
 
@@ -94,12 +95,13 @@ class Dataset(Protocol):
         ...
 
     def name(self, i: int) -> str:
-        """Where image `i` comes from: its path, or `streets/clear/17`."""
+        """The origin of image `i`: its path, or `streets/clear/17`."""
         ...
 
     def __getitem__(self, i: int) -> dict[str, np.ndarray]:
-        """`image`: uint8 RGB [h, w, 3]; `label`: uint8 train ids [h, w], 255 where ignored, or
-        instead the fields of `boxes.BoxFiles`.
+        """`image`: uint8 RGB [h, w, 3]; `label`: uint8 train ids [h, w], 255 where ignored.
+
+        Datasets with boxes have the fields of `boxes.BoxFiles` instead of `label`.
         """
         ...
 
@@ -111,7 +113,7 @@ class Files:
         pairs: their paths and sizes.
         table: label file id to train id, see `labels.id_table`.
         red: the ids are in the red channel of the label files.
-        colors: by which the palettes of label files are known, see `labels.class_ids`.
+        colors: colours of the classes, to check palettes of label files; see `labels.class_ids`.
     """
 
     def __init__(
@@ -141,36 +143,32 @@ class Files:
 
     @property
     def unlabelled(self) -> bool:
-        """Whether no image has a label, as far as is known without reading them."""
+        """Whether no image has a label file."""
         return not any(self.pairs.labels)
 
     def __getitem__(self, i: int) -> dict[str, np.ndarray]:
-        return {
-            "image": self._sized(i, self.pairs.images[i], read_image(self.pairs.images[i])),
-            "label": self.label(i),
-        }
+        path = self.pairs.images[i]
+        return {"image": self._sized(i, path, read_image(path)), "label": self.label(i)}
 
     def label(self, i: int) -> UInt8[np.ndarray, "h w"]:
         """The label of image `i`, without reading the image."""
         path = self.pairs.labels[i]
         if not path:
             return np.full(self.size(i), IGNORE, np.uint8)
-        return self._sized(
-            i,
-            path,
-            apply_table(read_label(path, red=self.red, colors=self.colors), self.table, path),
-        )
+        ids = read_label(path, red=self.red, colors=self.colors)
+        return self._sized(i, path, apply_table(ids, self.table, path))
 
     def ids(self, i: int) -> tuple[Integer[np.ndarray, " m"], Integer[np.ndarray, " m"]]:
-        """The ids in the label file of image `i`, ascending, and the pixels of each; 255 where
-        there is no file.
+        """The ids in the label file of image `i`, ascending, and the pixels of each.
+
+        An image without label file has 255 everywhere.
         """
         path = self.pairs.labels[i]
         if not path:
             return np.array([IGNORE]), np.array([math.prod(self.size(i))])
         label = self._sized(i, path, read_label(path, red=self.red, colors=self.colors))
         if label.dtype not in (np.uint8, np.uint16):
-            apply_table(label, self.table, path)  # an error where ids are outside of any table
+            apply_table(label, self.table, path)  # raises an error for ids outside the table
             label = label.astype(np.uint16)  # negative ids are those of the same 16 bits
         counts = np.bincount(label.ravel(), minlength=1)
         ids = np.flatnonzero(counts)
@@ -229,21 +227,20 @@ class Mixture:
 
 
 class Subset:
-    """Some images of a dataset, evenly spread over it, as neighbours in a sequence are much alike."""
+    """Some images of a dataset, evenly spread because neighbours in a sequence are alike."""
 
     def __init__(self, dataset: Dataset, images: int):
-        """Args:
-        dataset: the whole.
-        images: how many; all, if it has no more.
+        """Chooses the images.
+
+        Args:
+            dataset: the images to choose from.
+            images: how many to choose; all, if the dataset has no more.
         """
         self.domain = dataset.domain
         self.labels = dataset.labels
         self.dataset = dataset
-        self.images = (
-            [i * len(dataset) // images for i in range(images)]
-            if images < len(dataset)
-            else list(range(len(dataset)))
-        )
+        count = min(images, len(dataset))
+        self.images = [i * len(dataset) // count for i in range(count)]
 
     def __len__(self) -> int:
         return len(self.images)
@@ -261,8 +258,8 @@ class Subset:
 class Streets:
     """Generated street scenes; scene `i` of every domain shows the same world.
 
-    A scene is drawn once and then kept while the kept ones fit into `CACHE_BYTES`, because drawing
-    takes longer than reading a file.
+    Drawing a scene takes longer than reading a file. So scenes are kept while they fit into
+    `CACHE_BYTES`.
     """
 
     CACHE_BYTES = 256 << 20
@@ -272,8 +269,8 @@ class Streets:
         self.labels = CITYSCAPES
         self.image_size = (int(options.size[0]), int(options.size[1]))
         self.count = options.images if train else options.val_images
-        # Even seeds train, odd seeds validate: no two runs, whatever their seeds, ever train on
-        # another's validation scenes.
+        # Even seeds train, odd seeds validate: no run trains on validation scenes of another run,
+        # whatever their seeds.
         self.seed = 2 * options.seed + (0 if train else 1)
         self._drawn: dict[int, dict[str, np.ndarray]] = {}
 
@@ -290,8 +287,9 @@ class Streets:
         return f"streets/{self.domain}/{i}"
 
     def scene(self, i: int) -> str:
-        """What picture image `i` is; unlike its name it tells training from validation, and worlds
-        and sizes apart.
+        """A text that identifies the picture of image `i`.
+
+        Unlike its name it differs between training and validation, worlds and sizes.
         """
         h, w = self.image_size
         return f"streets/{self.domain}/{self.seed}/{i}/{h}x{w}"

@@ -48,8 +48,8 @@ def open_domain(
             Records may be on `gs://..` or `s3://..`.
         train: the images to train on, else those to judge on.
         streets: the generated scenes.
-        folder: where the images and labels of any other domain are.
-        mapillary_labels: which classes the ids of Mapillary Vistas mean: vltseg or rein.
+        folder: the images and labels of any other domain.
+        mapillary_labels: mapping of the ids of Mapillary Vistas to classes: vltseg or rein.
         skip: a text file of paths to leave out with their partners, see `skip.py`.
 
     Returns:
@@ -60,31 +60,19 @@ def open_domain(
         ValueError: an unknown domain, an empty folder, files that do not pair up or are damaged, or
             records that are unfinished, damaged or written with another label map.
     """
+    options: dict[str, Any] = {"root": root, "train": train, "folder": folder}
+    options |= {"mapillary_labels": mapillary_labels, "skip": skip}
     if len(parts := domain_names(domain)) > 1:
-        options: dict[str, Any] = {
-            "root": root,
-            "train": train,
-            "streets": streets,
-            "folder": folder,
-        }
-        options |= {"mapillary_labels": mapillary_labels, "skip": skip}
-        return Mixture([open_domain(part, **options) for part in parts])
+        return Mixture([open_domain(part, streets=streets, **options) for part in parts])
     if domain in STREETS:
         return Streets(domain, streets, train)
     found = records.open_records(root, domain, train=train)
     if found is None:
-        return open_files(
-            domain,
-            root=root,
-            train=train,
-            folder=folder,
-            mapillary_labels=mapillary_labels,
-            skip=skip,
-        )
+        return open_files(domain, **options)
     table = label_table(domain, folder, mapillary_labels)
-    # An id that had no meaning when the records were written is in none of their labels.
-    same_table = found.table is not None and np.array_equal(
-        np.where(found.table < 0, table, found.table), table
+    # Ids that had no class when the records were written occur in none of their labels.
+    same_table = found.table is not None and (
+        np.array_equal(np.where(found.table < 0, table, found.table), table)
     )
     if not same_table or found.labels.names != label_set(domain, folder).names:
         raise ValueError(
@@ -126,8 +114,7 @@ def open_files(
     skip: str | None = None,
     defects: list[index.Defect] | None = None,
 ) -> Files:
-    """Opens the files of a domain, whether or not there are records of it; all else is as for
-    `open_domain`.
+    """Opens the files of a domain, whether or not there are records of it; see `open_domain`.
 
     Args:
         domain: one that is not generated, and not several.
@@ -136,8 +123,8 @@ def open_files(
         folder: as for `open_domain`.
         mapillary_labels: as for `open_domain`.
         skip: as for `open_domain`.
-        defects: receives what is wrong with files, which then is no error; the outcome of an
-            earlier check is not used.
+        defects: receives the faults of files, which then are no errors; the outcome of an earlier
+            check is not used.
     """
     labels = label_set(domain, folder)
     if "://" in root:
@@ -174,14 +161,11 @@ def label_set(domain: str, folder: FolderOptions | None) -> LabelSet:
     if dataset := published.find(domain):
         return dataset.labels
     if folder is None:
-        known = ", ".join(
-            (
-                *STREETS,
-                *(name for dataset in published.PUBLISHED.values() for name in dataset.domains),
-            )
-        )
+        datasets = published.PUBLISHED.values()
+        known = [*STREETS, *(name for dataset in datasets for name in dataset.domains)]
         raise ValueError(
-            f"unknown domain {domain!r}; known are {known}; for images of your own set data.folder"
+            f"unknown domain {domain!r}; known are {', '.join(known)}; for images of your own set"
+            " data.folder"
             " (its images and labels folders, where {domain} stands for the name)"
         )
     names = tuple(folder.classes)
@@ -197,10 +181,8 @@ def label_table(
         return id_table(dataset.table())
     names = label_set(domain, folder).names
     assert folder is not None  # or label_set had raised
-    outside = sorted(
-        {target for target in folder.id_map.values() if target >= len(names) and target != IGNORE}
-    )
-    if outside:
+    train_ids = set(folder.id_map.values()) - {IGNORE}
+    if outside := sorted(i for i in train_ids if i >= len(names)):
         raise ValueError(
             f"data.folder.id_map maps to train ids {outside}, but data.folder.classes has"
             f" {len(names)} classes"
@@ -219,26 +201,16 @@ def _published(
     parts = dataset.select(domain, train)
     tree = Tree(os.path.join(root, dataset.name))
     folders = [(part.images, part.labels) for part in parts]
-    pairs = _pairs(
-        tree,
-        folders,
-        defects,
-        image_suffix=dataset.image_suffix,
-        label_suffix=dataset.label_suffix,
-        skip=skip,
-    )
+    suffixes = {"image_suffix": dataset.image_suffix, "label_suffix": dataset.label_suffix}
+    pairs = _pairs(tree, folders, defects, skip=skip, **suffixes)
     start = tuple(start for part in parts for start in part.start)
     listed = {number for part in parts if part.listed for number in _numbers(tree, part)}
     if start or listed:
-
-        def stem(path):
-            return os.path.splitext(os.path.basename(path))[0]
-
-        keep = [
-            i
-            for i, path in enumerate(pairs.images)
-            if (int(stem(path)) in listed if listed else stem(path).startswith(start))
-        ]
+        stems = [os.path.splitext(os.path.basename(path))[0] for path in pairs.images]
+        if listed:
+            keep = [i for i, stem in enumerate(stems) if int(stem) in listed]
+        else:
+            keep = [i for i, stem in enumerate(stems) if stem.startswith(start)]
         if not keep:
             raise ValueError(
                 f"{os.path.abspath(tree.base)} holds no images of {', '.join(start) or domain} in "
@@ -249,7 +221,7 @@ def _published(
 
 
 def _numbers(tree: Tree, part: published.Part) -> list[int]:
-    """The image numbers of an official split, `trainIds`, `valIds` or `testIds` of a MATLAB file."""
+    """The image numbers of an official split in a MATLAB file, as `trainIds`."""
     import scipy.io  # takes a third of a second, and only this needs it
 
     path = os.path.join(tree.base, part.listed)
@@ -281,14 +253,8 @@ def _folder(
 
     tree = Tree(root, exact=True)
     folders = [(fill(options.images), (fill(options.labels),))]
-    pairs = _pairs(
-        tree,
-        folders,
-        defects,
-        image_suffix=options.image_suffix,
-        label_suffix=options.label_suffix,
-        skip=skip,
-    )
+    suffixes = {"image_suffix": options.image_suffix, "label_suffix": options.label_suffix}
+    pairs = _pairs(tree, folders, defects, skip=skip, **suffixes)
     return Files(domain, pairs, label_table(domain, options, ""), labels)
 
 

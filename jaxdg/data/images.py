@@ -1,24 +1,28 @@
 """Pixels of image files and ids of label files, or one line that says why there are none.
 
-The content of a file says what it is, never its name: JPEG, PNG, WebP, TIFF, BMP, PPM or GIF. It
-must be there to its end; what follows the end does not count. An image is read as
+The content of a file says what it is, never its name: JPEG, PNG, WebP, TIFF, BMP, PPM or GIF. A
+file must be complete; bytes after its end do not count. An image is read as follows.
 
-    8-bit RGB, palette                     these colours grey of 1, 2, 4 or 8 bits              from
-    black to white, in all three channels alpha, a transparent colour            left out: the
-    stored colours count 16 bits a channel                      the high byte; refused if none
-    reaches 64: 14 bits or fewer stored in 16 PPM, PGM of any highest value          from black to
-    this value CMYK, YCbCr                            RGB as Pillow converts them 32-bit integers,
-    floats, Lab, ..       refused: nothing says which value is white several frames or pages
-    refused: nothing says which of them a label is of; of a JPEG with further images (MPO) the first
+    8-bit RGB, palette              these colours
+    grey of 1, 2, 4 or 8 bits       from black to white, in all three channels
+    alpha, a transparent colour     left out: the stored colours count
+    16 bits a channel               the high byte; refused if no value reaches 64 there
+                                    (14 bits or fewer stored in 16)
+    PPM, PGM of any highest value   from black to this value
+    CMYK, YCbCr                     RGB as Pillow converts them
+    32-bit integers, floats, Lab    refused: nothing says which value is white
+    several frames or pages         refused: nothing says which of them a label belongs to;
+                                    of a JPEG with further images (MPO) the first counts
 
-and a label as the numbers that are stored: grey values, or the indices (never the colours) of a
-palette. What is compressed with loss is no label.
+A label is read as the numbers that are stored: grey values, or the indices (never the colours) of
+a palette. A file compressed with loss cannot be a label.
 
 **Orientation.** Labels are drawn on pixels, so the stored pixels count: in training, in evaluation
-and in records. An orientation in the metadata (EXIF) asks viewers to turn or mirror them. Whoever
-drew the labels may have seen either, so an image with one is refused, at the start and by `python
--m jaxdg.data.check`, unless its label has the same, or the sizes tell that both are of the stored
-pixels. An image alone, as `predict` reads it, is turned upright like in every viewer.
+and in records. An orientation in the metadata (EXIF) asks viewers to turn or mirror them. The
+labels may have been drawn on either. So an image with an orientation is refused, at the start and
+by `python -m jaxdg.data.check`. It is accepted if its label has the same orientation, or if the
+sizes tell that both are of the stored pixels. `predict` reads an image without a label, and turns
+it upright like every viewer.
 """
 
 import contextlib
@@ -39,40 +43,31 @@ FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "PPM", "GIF")  # Pillow's names
 PNG_START = b"\x89PNG\r\n\x1a\n"
 PNG_END = b"\0\0\0\0IEND\xaeB`\x82"
 TAIL = 1024  # bytes that hold the end marker, some padding and metadata
+# Tags of TIFF; the orientation is one of EXIF too.
 ORIENTATION = 274
 WIDTH = 256
 HEIGHT = 257
 BITS = 258
-WHITE_IS = 262  # tags of TIFF, the first of EXIF too
-TURNS = (
+WHITE_IS = 262
+TURNS = (  # by EXIF's number of an orientation
     "",
     "",
     "mirrored",
     "turned by 180 degrees",
     "turned by 180 degrees and mirrored",
     "turned by 90 degrees and mirrored",
+    "turned by 90 degrees",
+    "turned by 270 degrees and mirrored",
+    "turned by 270 degrees",
 )
-TURNS += ("turned by 90 degrees", "turned by 270 degrees and mirrored", "turned by 270 degrees")
-COLORS = (
-    "1",
-    "L",
-    "LA",
-    "La",
-    "P",
-    "PA",
-    "RGB",
-    "RGBA",
-    "RGBa",
-    "RGBX",
-    "CMYK",
-    "YCbCr",
-)  # modes of 8 bits that are images
-IDS = ("1", "L", "P", "I", "I;16", "I;16B")  # modes that are labels
+# Pillow's modes of 8 bits that are images, and its modes that are labels.
+COLORS = ("1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr")
+IDS = ("1", "L", "P", "I", "I;16", "I;16B")
 PGM_HEADER = re.compile(rb"P[25]" + 3 * rb"(?:\s|#[^\n]*\n)+(\d+)")
 REMEDY = "fetch the file again, or leave it out with data.skip"
 
-# Pillow's guards against hostile files refuse what OpenCV reads: more than 179 megapixels, a
-# megabyte of text. These files are one's own.
+# Pillow's guards against hostile files refuse more than 179 megapixels and a megabyte of text,
+# which OpenCV reads. These files come from the user.
 Image.MAX_IMAGE_PIXELS = None
 PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY
 
@@ -129,10 +124,8 @@ def read_label(
     if red:
         label = read_channels(path)
         if label.dtype != np.uint16 or label.ndim != 3:
-            kind = (
-                f"{8 * label.itemsize}-bit"
-                f" {('grey', 'RGB', 'RGBA')[max(0, label[..., None].shape[2] - 2)]}"
-            )
+            channels = ("grey", "RGB", "RGBA")[max(0, label[..., None].shape[2] - 2)]
+            kind = f"{8 * label.itemsize}-bit {channels}"
             raise ValueError(
                 f"{path}: a label must be a 16-bit RGB image with ids in red, this one is {kind};"
                 " use the id files"
@@ -147,9 +140,7 @@ def read_label(
         raise ValueError(f"{path}: {wrong}")
     label = np.asarray(image)
     if image.mode == "L" and (bits := _bits(image, data)) < 8:
-        label = label // (
-            255 // (2**bits - 1)
-        )  # Pillow stretches grey values of 2 and 4 bits over 0-255
+        label = label // (255 // (2**bits - 1))  # Pillow stretches 2 and 4 bits to 0-255
     return _stored(label.astype(np.uint8) if label.dtype == bool else label, turn)
 
 
@@ -168,12 +159,14 @@ def read_channels(path: str) -> Shaped[np.ndarray, "h w *c"]:
     data = _whole(path)
     label = _by_opencv(data, cv2.IMREAD_UNCHANGED) if data.startswith(PNG_START) else None
     if label is None:
-        image, _ = _load(path, data)  # or it says what is wrong
-        told = (
-            _lossy(image)
-            or f"a label of several channels or 16 bits must be a PNG file, this one is {image.format}; use the id files"
+        image, _ = _load(path, data)  # raises an error for most damaged files
+        if image.format == "PNG":
+            raise ValueError(f"{path}: damaged; {REMEDY}")
+        wrong = _lossy(image) or (
+            "a label of several channels or 16 bits must be a PNG file, this one is"
+            f" {image.format}; use the id files"
         )
-        raise ValueError(f"{path}: {told if image.format != 'PNG' else f'damaged; {REMEDY}'}")
+        raise ValueError(f"{path}: {wrong}")
     return label
 
 
@@ -195,18 +188,12 @@ def truncated(file: io.BufferedIOBase) -> str | None:
     file.seek(0)
     head = file.read(16)
     if head.startswith(PNG_START):
-        return (
-            None
-            if PNG_END in tail or PNG_END in head + file.read()
-            else "truncated (no PNG end chunk)"
-        )
+        ended = PNG_END in tail or PNG_END in head + file.read()
+        return None if ended else "truncated (no PNG end chunk)"
     if head.startswith(jpeg.START):
         # The end marker may lie megabytes before the end, ahead of a film.
-        return (
-            None
-            if jpeg.END in tail or jpeg.end(head + file.read())
-            else "truncated (no JPEG end marker)"
-        )
+        ended = jpeg.END in tail or jpeg.end(head + file.read())
+        return None if ended else "truncated (no JPEG end marker)"
     if head[:4] == b"RIFF" and (whole := 8 + int.from_bytes(head[4:8], "little")) > size:
         return f"truncated ({size} of {whole} bytes)"
     return None
@@ -240,8 +227,9 @@ def read_header(file: io.BufferedIOBase, *, label: bool) -> Stored:
         raise ValueError(_unknown(file.read(64))) from None
     if wrong:
         raise ValueError(wrong)
-    if image.format == "TIFF":  # which Pillow turns by itself
-        return Stored((image.tag_v2[HEIGHT], image.tag_v2[WIDTH]), turn)  # pyright: ignore[reportAttributeAccessIssue]
+    if image.format == "TIFF":  # Pillow turns TIFF images by itself
+        tags = image.tag_v2  # pyright: ignore[reportAttributeAccessIssue]
+        return Stored((tags[HEIGHT], tags[WIDTH]), turn)
     return Stored((image.height, image.width), turn)
 
 
@@ -283,14 +271,11 @@ def _pixels(path: str, data: bytes) -> UInt8[np.ndarray, "h w 3"]:
         if wrong := _no_colors(image) or _frames(image):
             raise ValueError(f"{path}: {wrong}")
         image.info.pop("transparency", None)
-        grey = (
-            np.asarray(image) >> 8
-            if image.mode.startswith("I")
-            else np.asarray(image.convert("RGB"))
-        )
-        pixels = _stored(np.repeat(grey[..., None], 3, 2) if grey.ndim == 2 else grey, turn).astype(
-            np.uint8
-        )
+        if image.mode.startswith("I"):
+            pixels = np.repeat(np.asarray(image)[..., None] >> 8, 3, 2)
+        else:
+            pixels = np.asarray(image.convert("RGB"))
+        pixels = _stored(pixels, turn).astype(np.uint8)
         deep = image.format == "TIFF" and _bits(image, data) > 8
     else:
         deep = data.startswith(PNG_START) and data[24] == 16
@@ -322,9 +307,8 @@ def decode(data: bytes, path: str) -> UInt8[np.ndarray, "h w 3"] | None:
             return jpeg.decode(data)
         except ValueError as error:
             raise ValueError(f"{path}: {error}; {REMEDY}") from error
-    if (
-        not data.startswith(PNG_START) or data.find(b"acTL", 0, data.find(b"IDAT")) > 0
-    ):  # the latter: several frames
+    several_frames = data.find(b"acTL", 0, data.find(b"IDAT")) > 0
+    if not data.startswith(PNG_START) or several_frames:
         return None
     # A third faster than Pillow, with the same pixels.
     return _by_opencv(data, cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION)
@@ -361,8 +345,8 @@ def _orientation(image: Image.Image, tail: bytes) -> int:
     A PNG may state it at the end of the file, which is `tail`.
     """
     found = None
-    with contextlib.suppress(Exception):  # what viewers cannot read they do not obey
-        exif = Image.Image.getexif(image)  # that of PNG images would decode the pixels first
+    with contextlib.suppress(Exception):  # viewers ignore an orientation that they cannot read
+        exif = Image.Image.getexif(image)  # the method of PNG images would decode the pixels first
         at = tail.rfind(b"eXIf") if image.format == "PNG" and ORIENTATION not in exif else -1
         if at >= 4:
             exif.load(b"Exif\0\0" + tail[at + 4 : at + 4 + int.from_bytes(tail[at - 4 : at])])
@@ -394,22 +378,18 @@ def _lossy(image: Image.Image) -> str | None:
 
 def _frames(image: Image.Image) -> str | None:
     frames = getattr(image, "n_frames", 1)
-    return (
-        f"has {frames} frames or pages; save the one that counts alone"
-        if frames > 1 and image.format != "MPO"
-        else None
-    )
+    if frames > 1 and image.format != "MPO":
+        return f"has {frames} frames or pages; save the one that counts alone"
+    return None
 
 
 def _no_colors(image: Image.Image) -> str | None:
     """Why the mode of an image holds no colours, if it does not."""
     deep = image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM"))
+    if deep or image.mode in COLORS:
+        return None
     kind = {"I": "32-bit integers", "F": "floats"}.get(image.mode, image.mode)
-    return (
-        None
-        if deep or image.mode in COLORS
-        else f"an image must have 8 or 16 bits a channel, this one has {kind}; convert it to 8 bits"
-    )
+    return f"an image must have 8 or 16 bits a channel, this one has {kind}; convert it to 8 bits"
 
 
 def _no_ids(image: Image.Image, data: bytes) -> str | None:
@@ -426,7 +406,8 @@ def _no_ids(image: Image.Image, data: bytes) -> str | None:
             "a label as PGM must state 255 or 65535 as its highest value, or ids are scaled; save"
             " it as PNG"
         )
-    if image.format == "TIFF" and image.tag_v2.get(WHITE_IS) == 0:  # pyright: ignore[reportAttributeAccessIssue]
+    tags = getattr(image, "tag_v2", {})
+    if image.format == "TIFF" and tags.get(WHITE_IS) == 0:
         return (
             "a label as TIFF must not count from white (WhiteIsZero), which leaves open what its"
             " ids are; save it as PNG"

@@ -1,10 +1,11 @@
-"""The start-up check: images paired with labels, their sizes, and whether the files are whole.
+"""The start-up check: images paired with labels, their sizes, and whether the files are complete.
 
-Of files only headers and the last bytes are read; members of archives are read in full, which
-verifies their checksums. That is done by several threads, and the outcome is kept in an index under
-`$JAXDG_CACHE` (else `~/.cache/jaxdg`). Later runs compare the modification times of folders and
-archives, which change when a file is added, removed or renamed, and touch no file at all. A file
-rewritten in place is noticed when it is read: decoding checks the same things again.
+Only headers and the last bytes of files are read. Members of archives are read in full, which
+verifies their checksums. Several threads do this, and the outcome is kept in an index under
+`$JAXDG_CACHE` (else `~/.cache/jaxdg`). Later runs touch no file at all: they compare the
+modification times of folders and archives, which change when a file is added, removed or renamed. A
+file that is rewritten in place is noticed when it is read, because decoding checks the same things
+again.
 """
 
 from collections.abc import Collection, Sequence
@@ -30,7 +31,7 @@ IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".ppm", ".pgm", ".tif", ".tif
 
 
 class Header(NamedTuple):
-    """What is known of an image file without decoding it.
+    """The facts about an image file that need no decoding.
 
     Attributes:
         height: pixels.
@@ -50,7 +51,7 @@ class Header(NamedTuple):
 
 
 class Defect(NamedTuple):
-    """What is wrong with a file.
+    """A fault of a file.
 
     Attributes:
         path: the file.
@@ -67,11 +68,11 @@ class Pairs:
 
     Attributes:
         images: paths as `storage.read` takes them.
-        labels: paths, one an image; "" where there are only images.
+        labels: paths, one an image; "" for images without labels.
         sizes: height and width of each image and its label, pixels.
-        fingerprints: of the image files, see `fingerprint`; None where nobody took them.
-        notes: what was passed over when the files were listed, a line each; () where an earlier
-            listing was recalled.
+        fingerprints: of the image files, see `fingerprint`; None if they were not taken.
+        notes: lines about the entries that listing the files passed over; () if an earlier listing
+            was recalled.
     """
 
     images: list[str]
@@ -82,14 +83,10 @@ class Pairs:
 
     def take(self, keep: Sequence[int]) -> "Pairs":
         """Some of the pairs, by their places."""
+        images = [self.images[i] for i in keep]
+        labels = [self.labels[i] for i in keep]
         fingerprints = None if self.fingerprints is None else self.fingerprints[keep]
-        return Pairs(
-            [self.images[i] for i in keep],
-            [self.labels[i] for i in keep],
-            self.sizes[keep],
-            fingerprints,
-            self.notes,
-        )
+        return Pairs(images, labels, self.sizes[keep], fingerprints, self.notes)
 
 
 def index_pairs(
@@ -100,13 +97,12 @@ def index_pairs(
     label_suffix: str,
     skip: Collection[str] = (),
 ) -> Pairs:
-    """Pairs and checks the files of image and label folders, or recalls the outcome of an earlier
-    check.
+    """Pairs and checks the files of image and label folders, or recalls an earlier check.
 
     Args:
         tree: the dataset's files.
-        folders: an image folder and its label folder, or the latter's alternatives, of which the
-            first that exists counts; no label folder for images without labels. Sub-folders count,
+        folders: an image folder and its label folder, or several alternatives for the latter, of
+            which the first that exists counts; none for images without labels. Sub-folders count
             and must be the same on both sides.
         image_suffix: the end of an image's file name that is not part of the name it shares with
             its label; "" for any image extension.
@@ -121,11 +117,10 @@ def index_pairs(
         ValueError: files without partner, unreadable or truncated files, or label sizes other than
             their images'; names all of them.
     """
+    suffixes = {"image_suffix": image_suffix, "label_suffix": label_suffix}
 
     def make() -> dict[str, np.ndarray]:
-        pairs, defects = examine(
-            tree, folders, image_suffix=image_suffix, label_suffix=label_suffix, skip=skip
-        )
+        pairs, defects = examine(tree, folders, **suffixes, skip=skip)
         if defects:
             remedy = (
                 "fetch these files again, or leave them out with data.skip (a text file with their"
@@ -136,34 +131,18 @@ def index_pairs(
             raise ValueError(
                 f"data.skip leaves no image of {os.path.abspath(tree.base)}; shorten the list"
             )
+        texts = {"images": encoded(pairs.images), "labels": encoded(pairs.labels)}
         fingerprints = {} if pairs.fingerprints is None else {"fingerprints": pairs.fingerprints}
-        return {
-            "images": encoded(pairs.images),
-            "labels": encoded(pairs.labels),
-            "sizes": pairs.sizes,
-            **fingerprints,
-        }
+        return {**texts, "sizes": pairs.sizes, **fingerprints}
 
     place = [tree.base, os.path.realpath(tree.base), tree.exact]
-    key = [
-        "pairs",
-        VERSION,
-        place,
-        [[i, list(t)] for i, t in folders],
-        image_suffix,
-        label_suffix,
-        sorted(skip),
-    ]
-    kept = cached(key, tree.modified, make)
-    images = decoded(
-        kept.pop("images")
-    )  # their bytes are not needed any more: a million paths take room
-    return Pairs(
-        images,
-        decoded(kept.pop("labels")) or [""] * len(images),
-        kept["sizes"],
-        kept.get("fingerprints"),
-    )
+    places = [[image, list(labels)] for image, labels in folders]
+    key = ["pairs", VERSION, place, places, image_suffix, label_suffix, sorted(skip)]
+    arrays = cached(key, tree.modified, make)
+    # `pop` frees the bytes: a million paths are large.
+    images = decoded(arrays.pop("images"))
+    labels = decoded(arrays.pop("labels")) or [""] * len(images)
+    return Pairs(images, labels, arrays["sizes"], arrays.get("fingerprints"))
 
 
 def examine(
@@ -174,8 +153,7 @@ def examine(
     label_suffix: str,
     skip: Collection[str] = (),
 ) -> tuple[Pairs, list[Defect]]:
-    """Pairs and checks files as `index_pairs` does, but lists defects instead of raising errors,
-    and recalls nothing.
+    """As `index_pairs`, but lists defects instead of raising errors, and recalls nothing.
 
     Args:
         tree: as for `index_pairs`.
@@ -185,8 +163,7 @@ def examine(
         skip: as for `index_pairs`.
 
     Returns:
-        All pairs, those with defects included, whose sizes may be those of the label or 0; and the
-        defects.
+        All pairs, and the defects. The size of a pair with defects may be that of the label, or 0.
 
     Raises:
         FileNotFoundError: a folder does not exist.
@@ -197,40 +174,31 @@ def examine(
     skip = frozenset(skip)
     for image_folder, label_folders in folders:
         images = _by_stem(tree, (image_folder,), image_suffix)
-        labels = (
-            _by_stem(tree, label_folders, label_suffix)
-            if label_folders
-            else dict.fromkeys(images, "")
-        )
-        for stem in [
-            stem for files in (images, labels) for stem, path in files.items() if path in skip
-        ]:
+        labels = dict.fromkeys(images, "")
+        if label_folders:
+            labels = _by_stem(tree, label_folders, label_suffix)
+        stems = [stem for files in (images, labels) for stem, p in files.items() if p in skip]
+        for stem in stems:
             images.pop(stem, None)
             labels.pop(stem, None)
-        names = [f"*{suffix or ' .jpg, .png, ..'}" for suffix in (image_suffix, label_suffix)]
-        defects += [
-            Defect(images[stem], f" has no label ({names[1]})")
-            for stem in sorted(images.keys() - labels.keys())
-        ]
-        defects += [
-            Defect(labels[stem], f" has no image ({names[0]})")
-            for stem in sorted(labels.keys() - images.keys())
-        ]
+        image_name, label_name = (
+            f"*{suffix or ' .jpg, .png, ..'}" for suffix in (image_suffix, label_suffix)
+        )
+        for stem in sorted(images.keys() - labels.keys()):
+            defects.append(Defect(images[stem], f" has no label ({label_name})"))
+        for stem in sorted(labels.keys() - images.keys()):
+            defects.append(Defect(labels[stem], f" has no image ({image_name})"))
         pairs += [(images[stem], labels[stem]) for stem in sorted(images.keys() & labels.keys())]
     headers: list[Header] = []
-    with ThreadPoolExecutor(
-        THREADS
-    ) as pool:  # in blocks: the pool keeps a kilobyte for everything that it is asked
-        blocks = (pairs[i : i + 256] for i in range(0, len(pairs), 256))
-        for header, found in itertools.chain.from_iterable(
-            pool.map(lambda block: [check_pair(pair) for pair in block], blocks)
-        ):
+    # Blocks of pairs, because the pool keeps a kilobyte for each call.
+    blocks = (pairs[i : i + 256] for i in range(0, len(pairs), 256))
+    with ThreadPoolExecutor(THREADS) as pool:
+        checked = pool.map(lambda block: [check_pair(pair) for pair in block], blocks)
+        for header, found in itertools.chain.from_iterable(checked):
             headers.append(header)
             defects += found
-    return (
-        Pairs([i for i, _ in pairs], [t for _, t in pairs], *arrays(headers), tree.passed.told()),
-        defects,
-    )
+    paths = [image for image, _ in pairs], [label for _, label in pairs]
+    return Pairs(*paths, *arrays(headers), tree.passed.told()), defects
 
 
 def arrays(headers: Sequence[Header]) -> tuple[Int32[np.ndarray, "n 2"], UInt64[np.ndarray, " n"]]:
@@ -240,7 +208,7 @@ def arrays(headers: Sequence[Header]) -> tuple[Int32[np.ndarray, "n 2"], UInt64[
 
 
 def _by_stem(tree: Tree, folders: Sequence[str], suffix: str) -> dict[str, str]:
-    """Files below a folder by what remains of their relative path without the suffix."""
+    """The files below a folder by their relative paths without the suffix."""
     found: dict[str, str] = {}
     suffix = storage.composed(suffix)
     for name, path in tree.files(*folders).items():
@@ -264,32 +232,29 @@ def _by_stem(tree: Tree, folders: Sequence[str], suffix: str) -> dict[str, str]:
 
 
 def _stem(name: str, suffix: str) -> str | None:
-    """What remains of a name without the suffix, or without any image extension where that is "";
-    None if it ends otherwise.
-    """
+    """A name without the suffix, or None if it ends otherwise; "" means any image extension."""
     if not suffix:
         stem, extension = os.path.splitext(name)
         return stem if extension.lower() in IMAGE_SUFFIXES else None
     if name.endswith(suffix):
         return name[: -len(suffix)]
     start, extension = os.path.splitext(suffix)
-    start, extension = (
-        (start, extension) if extension else ("", start)
-    )  # of ".png", os.path takes all for the name
+    if not extension:  # `splitext` takes all of ".png" for the name
+        start, extension = extension, start
     # Cameras and Windows write .PNG and .JPG.
     same = name.lower().endswith(extension.lower()) and name[: -len(extension)].endswith(start)
     return name[: -len(suffix)] if same else None
 
 
 def check_pair(pair: tuple[str, str], *, boxes: bool = False) -> tuple[Header, list[Defect]]:
-    """Looks at the headers and ends of an image and its label.
+    """Checks the headers and ends of an image and its label.
 
     Args:
         pair: their paths; "" for no label.
-        boxes: something else says what is where in the image.
+        boxes: the image has boxes instead of a label.
 
     Returns:
-        What is known of the image, and what is wrong.
+        The header of the image, and the defects.
     """
     headers: list[Header] = []
     stored: list[Stored] = []
@@ -301,11 +266,9 @@ def check_pair(pair: tuple[str, str], *, boxes: bool = False) -> tuple[Header, l
                 headers.append(header)
                 stored.append(form)
             except Exception as error:  # Pillow raises whatever its format plugins meet
-                text = (
-                    str(error)
-                    if str(error).startswith(path)
-                    else f"{path}: unreadable ({type(error).__name__}: {error})"
-                )
+                text = str(error)
+                if not text.startswith(path):
+                    text = f": unreadable ({type(error).__name__}: {error})"
                 defects.append(Defect(path, text.removeprefix(path).replace("\n", " ")))
     if not defects and (boxes or pair[1]):
         defects += _misfits(pair, stored)
@@ -313,43 +276,38 @@ def check_pair(pair: tuple[str, str], *, boxes: bool = False) -> tuple[Header, l
 
 
 def _misfits(pair: tuple[str, str], stored: Sequence[Stored]) -> list[Defect]:
-    """Sizes that differ, and an orientation that leaves open which pixels the label or the boxes
-    are of; see `images.py`.
+    """Sizes that differ, and orientations that leave open which pixels the label or boxes mean.
+
+    See `images.py` for the rule.
     """
     size, turn = stored[0]
     label_size, label_turn = stored[-1]
     path, odd = (pair[0], turn) if turn > 1 else (pair[1], label_turn)
     orientation = f"its orientation (EXIF {odd}: {TURNS[odd]})"
     bake = "turn its pixels by `mogrify -auto-orient FILE`"
-    one_lies = (turn >= 5) != (label_turn >= 5)
+    one_turned = (turn >= 5) != (label_turn >= 5)  # by a quarter
     if size != label_size:
         h, w = size
         label_h, label_w = label_size
         text = f" is {label_w}x{label_h} but its image is {w}x{h}"
-        if one_lies and size == label_size[::-1]:
+        if one_turned and size == label_size[::-1]:
             text += f", as viewers do not show {os.path.basename(path)} by {orientation}; {bake}"
         return [Defect(pair[1], text)]
-    alone = len(stored) == 1
-    sizes_tell = (
-        one_lies and size[0] != size[1]
-    )  # had the other been drawn on the turned pixels, its size would be turned too
-    if (alone and turn > 1) or (turn != label_turn and not sizes_tell):
+    unlabelled = len(stored) == 1
+    # A label drawn on the turned pixels would have the turned size.
+    sizes_tell = one_turned and size[0] != size[1]
+    if (unlabelled and turn > 1) or (turn != label_turn and not sizes_tell):
         text = (
-            f": {orientation} leaves open whether the {'boxes' if alone else 'label'} fit the"
-            " stored or the turned pixels"
+            f": {orientation} leaves open whether the {'boxes' if unlabelled else 'label'} fit the"
+            f" stored or the turned pixels; {bake} if the turned ones, else take the orientation"
+            " off by `exiftool -Orientation= FILE`"
         )
-        return [
-            Defect(
-                path,
-                f"{text}; {bake} if the turned ones, else take the orientation off by `exiftool"
-                " -Orientation= FILE`",
-            )
-        ]
+        return [Defect(path, text)]
     return []
 
 
 def _header(path: str, label: bool) -> tuple[Header, Stored]:
-    # The end of a compressed member cannot be had without the rest.
+    # A compressed member cannot be read from its end.
     with io.BytesIO(storage.read(path)) if storage.in_archive(path) else open(path, "rb") as file:
         try:
             stored = read_header(file, label=label)
@@ -359,12 +317,10 @@ def _header(path: str, label: bool) -> tuple[Header, Stored]:
 
 
 def fingerprint(file: io.BufferedIOBase) -> int:
-    """64 bits that equal files share, and others hardly ever: of the length, the beginning and the
-    end.
+    """64 bits of the length, the beginning and the end, which different files hardly ever share.
 
-    The end of a PNG holds a checksum of all its pixels, and that of a JPEG is as good as random.
-    Formats that do not compress may have black there in many images, so of them bytes in between
-    count too.
+    The end of a PNG holds a checksum of all its pixels, and that of a JPEG is as good as random. Of
+    formats that do not compress, many images may end in black, so bytes in between count too.
 
     Args:
         file: its contents, whatever its name says.
@@ -385,9 +341,6 @@ def fingerprint(file: io.BufferedIOBase) -> int:
 
 
 def _some(offenders: Sequence[str], limit: int = 10) -> str:
-    more = (
-        f"; and {len(offenders) - limit} more ({len(offenders)} in all)"
-        if len(offenders) > limit
-        else ""
-    )
+    count = len(offenders)
+    more = f"; and {count - limit} more ({count} in all)" if count > limit else ""
     return "; ".join(offenders[:limit]) + more

@@ -15,11 +15,8 @@ from jaxdg.data.labels import CITYSCAPES_IDS, SYNTHIA_IDS
 
 FIRST = 11
 COUNT = 8  # train ids of the things: person, rider, car, truck, bus, train, motorcycle, bicycle
-FORMS = {
-    1: (np.uint16, "16-bit grey"),
-    3: (np.uint16, "16-bit RGB"),
-    4: (np.uint8, "8-bit RGBA"),
-}  # by the number of channels
+# Type and name of a label image by its number of channels.
+FORMS = {1: (np.uint16, "16-bit grey"), 3: (np.uint16, "16-bit RGB"), 4: (np.uint8, "8-bit RGBA")}
 
 
 def read(path: str, channels: int) -> np.ndarray:
@@ -76,9 +73,8 @@ def bdd100k(label: Integer[np.ndarray, "h w 4"], path: str) -> Boxes:
         raise ValueError(
             f"{path}: holds category {red.max()}; allowed are 0 to {COUNT}; fetch the file again"
         )
-    words = np.ascontiguousarray(label).view("<u4")[
-        ..., 0
-    ]  # alpha, red, green and blue from the highest byte down
+    # From the highest byte down: alpha, red, green, blue.
+    words = np.ascontiguousarray(label).view("<u4")[..., 0]
     ids, boxes, areas = extents(np.where(red > 0, words, 0))
     return _boxes(boxes, areas, (ids >> 16 & 255).astype(np.int32) - 1, (ids >> 8 & 3) > 0)
 
@@ -107,7 +103,7 @@ def synthia(label: Integer[np.ndarray, "h w 3"], path: str) -> Boxes:
 
 
 THING_IDS = {i: train - FIRST for i, train in CITYSCAPES_IDS.items() if train >= FIRST}
-# Channels of the label images and how to read them, by dataset.
+# By dataset: the number of channels of its label images, and the function that reads them.
 READERS: dict[str, tuple[int, Callable[[np.ndarray, str], Boxes]]] = {
     "cityscapes": (1, cityscapes),
     "bdd100k": (4, bdd100k),
@@ -127,9 +123,8 @@ def extents(
         The ids in ascending order, x0 y0 x1 y1 in pixels of each, and the number of its pixels.
     """
     h, w = ids.shape
-    edges = np.ones(
-        (h, w), bool
-    )  # where runs of equal pixels begin: there are far fewer runs than pixels
+    # Where runs of equal pixels begin; there are far fewer runs than pixels.
+    edges = np.ones((h, w), bool)
     edges[:, 1:] = ids[:, 1:] != ids[:, :-1]
     start = np.flatnonzero(edges)
     stop = np.append(start[1:], h * w)

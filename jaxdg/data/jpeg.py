@@ -19,8 +19,8 @@ PROGRESSIVE = 0xC2
 TABLES = 0xC4
 SCAN = 0xDA
 END_OF_IMAGE = 0xD9
-_MARKER = re.compile(rb"\xff[^\x00\xff\xd0-\xd7]")  # those of restarts are part of a scan
-SMALLEST = 64  # bytes; a hole of a disk or a network has hundreds
+_MARKER = re.compile(rb"\xff[^\x00\xff\xd0-\xd7]")  # markers of restarts are part of a scan
+SMALLEST = 64  # bytes of a hole; disks and networks lose hundreds at once
 _HARMLESS = re.compile(
     r"Adobe color transform|JFIF revision|Inconsistent progression|Invalid SOS parameters"
 )
@@ -94,11 +94,9 @@ def _has_hole(data: bytes) -> bool:
     zeros = data.find(bytes(SMALLEST), first)
     if zeros < 0 or data.find(END, first, zeros) > 0:  # nearly always
         return False
-    idle: dict[int, bool] = (
-        {}
-        # by class (0 DC, 16 AC) and number of a table, whether the code of zeros alone means that
-        # nothing follows
-    )
+    # By class (0 DC, 16 AC) and number of a table: whether the code of zeros means that nothing
+    # follows.
+    idle: dict[int, bool] = {}
     progressive = False
     least = None
     begin = 0
@@ -124,9 +122,8 @@ def _idle_tables(segment: bytes) -> dict[int, bool]:
     at = 0
     while at + 17 < len(segment):
         symbol = segment[at + 17]
-        found[segment[at]] = (
-            symbol % 16 == 0 and symbol != 0xF0
-        )  # the latter: sixteen zeros, and more follows
+        # 0xF0 stands for sixteen zeros after which more follows.
+        found[segment[at]] = symbol % 16 == 0 and symbol != 0xF0
         at += 17 + sum(segment[at + 1 : at + 17])
     return found
 
@@ -139,9 +136,8 @@ def _least_hole(segment: bytes, idle: dict[int, bool], progressive: bool) -> int
     refined = segment[3 + 2 * count] >> 4
     dc = all(idle.get(table >> 4, True) for table in tables)  # unknown tables may mean anything
     ac = all(idle.get(16 | table % 16, True) for table in tables)
-    if (
-        progressive and first
-    ):  # encoders join the ends of blocks to one code, with at most some hundred bits of refinement
+    if progressive and first:
+        # Encoders join the ends of blocks to one code with at most some hundred bits of refinement.
         return 4 * SMALLEST if refined else SMALLEST
     flat = refined or dc if progressive else dc and ac
     return None if flat else SMALLEST

@@ -16,11 +16,10 @@ from jaxtyping import Int16, Integer, UInt8
 import numpy as np
 
 IGNORE = 255
-LOWEST = -(2**15)
-HIGHEST = 2**16 - 1  # ids of label files
-ClassIds = Mapping[
-    tuple[int, int, int], tuple[str, Collection[int]]
-]  # by colour: a class and its ids in label files
+LOWEST = -(2**15)  # id of a label file
+HIGHEST = 2**16 - 1
+# By colour: the name of a class and its ids in label files.
+ClassIds = Mapping[tuple[int, int, int], tuple[str, Collection[int]]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,13 +144,13 @@ def palette(count: int) -> tuple[tuple[int, int, int], ...]:
     Returns:
         RGB, 0-255, one a class; the first colours do not change with `count`.
     """
-    hsv = (
-        (i * 0.618034 % 1.0, 0.85 - 0.3 * (i % 2), (0.95, 0.75, 0.55)[i % 3]) for i in range(count)
-    )
-    return tuple(
-        (round(255 * r), round(255 * g), round(255 * b))
-        for r, g, b in (colorsys.hsv_to_rgb(*c) for c in hsv)
-    )
+    colors = []
+    for i in range(count):
+        brightness = (0.95, 0.75, 0.55)[i % 3]
+        rgb = colorsys.hsv_to_rgb(i * 0.618034 % 1.0, 0.85 - 0.3 * (i % 2), brightness)
+        r, g, b = (round(255 * c) for c in rgb)
+        colors.append((r, g, b))
+    return tuple(colors)
 
 
 def id_table(id_map: Mapping[int, int], ignore: Iterable[int] = ()) -> Int16[np.ndarray, "65536"]:
@@ -214,10 +213,10 @@ def own_table(
             " which class"
         )
     ignored = () if tuple(ignore) == (IGNORE,) and IGNORE in id_map else tuple(ignore)
-    kept: dict[int, int] = {}
+    unchanged: dict[int, int] = {}
     if all(i >= len(names) for i in id_map):
-        kept = {i: i for i in numbers if i not in id_map.values() and i not in ignored}
-    return id_table({**kept, **id_map}, ignored)
+        unchanged = {i: i for i in numbers if i not in id_map.values() and i not in ignored}
+    return id_table({**unchanged, **id_map}, ignored)
 
 
 def apply_table(
@@ -236,11 +235,8 @@ def apply_table(
     Raises:
         ValueError: the image holds ids outside the table.
     """
-    inside = (
-        label
-        if label.dtype == np.uint8 or label.dtype == np.uint16
-        else np.clip(label, LOWEST, HIGHEST)
-    )
+    fits = label.dtype in (np.uint8, np.uint16)
+    inside = label if fits else np.clip(label, LOWEST, HIGHEST)
     train = np.take(table, inside)  # four times as fast as an index
     unknown = train < 0
     if inside is not label:
@@ -290,17 +286,14 @@ def palette_fault(palette: Sequence[int], expected: ClassIds) -> str | None:
         colours, which tells nothing.
     """
     if list(palette[3:12]) == [128, 0, 0, 0, 128, 0, 128, 128, 0]:
-        # that of PASCAL VOC, which labelling tools give to any classes; it has nearly every colour
-        # somewhere
+        # Labelling tools give PASCAL VOC's palette, which has nearly every colour, to any classes.
         return None
     places: dict[tuple[int, int, int], list[int]] = {}
     for i, (r, g, b) in enumerate(zip(palette[::3], palette[1::3], palette[2::3], strict=False)):
         places.setdefault((r, g, b), []).append(i)
     known = {color: ids for color, (_, ids) in expected.items() if color in places and ids}
-    strange = sorted(
-        (color for color, ids in known.items() if not set(places[color]) & set(ids)),
-        key=lambda color: places[color],
-    )
+    strange = [color for color, ids in known.items() if not set(places[color]) & set(ids)]
+    strange.sort(key=lambda color: places[color])
     if len(known) < max(2, len(expected) / 2) or len(strange) < 2:
         return None
     told = ", ".join(
@@ -315,6 +308,5 @@ def palette_fault(palette: Sequence[int], expected: ClassIds) -> str | None:
 
 
 def _some(ids: Sequence[int], limit: int = 10) -> str:
-    return ", ".join(map(str, ids[:limit])) + (
-        f" and {len(ids) - limit} more" if len(ids) > limit else ""
-    )
+    more = f" and {len(ids) - limit} more" if len(ids) > limit else ""
+    return ", ".join(map(str, ids[:limit])) + more

@@ -1,9 +1,9 @@
-"""Batches by random access: what a step trains on depends on (seed, step) alone.
+"""Batches by random access: the examples of a step depend on (seed, step) alone.
 
-Position p = step * batch size + row of the endless sequence of examples is given an image by a
+Position p = step * batch size + row of the endless sequence of examples gets an image from a
 sampler, and its augmentation is drawn from (seed, p). So the data state of a checkpoint is the
 step, and a run sees the same batches with 0 or 8 worker processes and on 1 or 4 hosts. Built on
-`grain.MapDataset`; the import brings in no flax and touches no device, because worker processes are
+`grain.MapDataset`. The import brings in no flax and touches no device, because worker processes are
 spawned and import it again.
 """
 
@@ -27,12 +27,10 @@ from jaxdg.data.workers import Items, read_ahead
 
 @runtime_checkable
 class Judging(Protocol):
-    """How images are resized that a model is judged on: an evaluation protocol, or `Fit` for boxes."""
+    """Resizes the images that a model is judged on: an evaluation protocol, or `Fit` for boxes."""
 
     def sizes(self, size: tuple[int, int]) -> Any:
-        """The sizes of an image and of its label after `prepare`, from the size as stored; height
-        and width in pixels.
-        """
+        """Height and width of an image and of its label after `prepare`, from the stored size."""
         ...
 
     def prepare(self, sample: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -57,7 +55,7 @@ def train_batches(
     """The rows of this host in the global batches `start` to `stop - 1`.
 
     Args:
-        dataset: what to train on.
+        dataset: the images to train on.
         sampler: the order, see `samplers.make_sampler`.
         augmentation: how crops are made.
         seed: of the augmentation.
@@ -87,9 +85,8 @@ def train_batches(
     example = _TrainExample(
         dataset, sampler, augmentation, pictures, seed, max_boxes, styles, first, rows, batch_size
     )
-    return read_ahead(
-        grain.MapDataset.range((stop - start) * rows).map(example).batch(rows), workers
-    )
+    examples = grain.MapDataset.range((stop - start) * rows).map(example)
+    return read_ahead(examples.batch(rows), workers)
 
 
 def batch_files(dataset: Dataset, sampler: Sampler, *, batch_size: int, step: int) -> list[str]:
@@ -118,12 +115,13 @@ def eval_batches(
 ) -> Items:
     """The rows of this host in batches that show every image once.
 
-    A batch holds images of similar sizes, in one corner of arrays that fit the largest: there are
-    few shapes, however many sizes there are, and images that all have one size are not padded. The
-    last batch of a shape is filled up, so that all hosts get as many batches.
+    A batch holds images of similar sizes, in the upper left corner of arrays that fit the largest.
+    So there are few shapes, however many sizes there are, and images that all have one size are not
+    padded. The last batch of a shape is filled up, so that all hosts get the same number of
+    batches.
 
     Args:
-        dataset: what to judge on.
+        dataset: the images to judge on.
         batch_size: images in a global batch.
         protocol: resizes images, one for label maps or one for boxes; None leaves them at their own
             size.
@@ -146,9 +144,8 @@ def eval_batches(
         raise ValueError(f"domain {dataset.domain!r} has no images to evaluate on")
     rows = _rows(batch_size, shard)
     stored = (dataset.size(i) for i in range(len(dataset)))
-    sizes = np.array(
-        [protocol.sizes(size) if protocol else (size, size) for size in stored], np.int32
-    )
+    pairs = [protocol.sizes(size) if protocol else (size, size) for size in stored]
+    sizes = np.array(pairs, np.int32)
     order, shapes = _eval_order(sizes, batch_size)
     mine = order.reshape(-1, batch_size)[:, shard[0] * rows : (shard[0] + 1) * rows].ravel()
     example = _EvalExample(dataset, protocol, mine, shapes, rows, max_boxes)
@@ -157,8 +154,9 @@ def eval_batches(
 
 @dataclasses.dataclass
 class _TrainExample:
-    """Number i of a host's rows, read and augmented; a class and not a closure, so that it reaches
-    worker processes by name.
+    """Number i of a host's rows, read and augmented.
+
+    It is a class and not a closure, so that it reaches worker processes by name.
     """
 
     dataset: Dataset
@@ -178,9 +176,8 @@ class _TrainExample:
         sample = _read(self.dataset, at, self.max_boxes)
         rng = np.random.default_rng((self.seed, EXAMPLE, p))
         sample = random_crop(sample, self.augmentation, rng, wanted)
-        sample = _pad_boxes(
-            randaugment(sample, *self.augmentation.randaugment, rng), self.max_boxes
-        )
+        sample = randaugment(sample, *self.augmentation.randaugment, rng)
+        sample = _pad_boxes(sample, self.max_boxes)
         sample["image"] = pixmix(sample["image"], *self.augmentation.pixmix, self.pictures, rng)
         if self.styles:
             sample["style"] = self.pictures.draw(self.augmentation.crop, rng)
@@ -189,7 +186,7 @@ class _TrainExample:
 
 @dataclasses.dataclass
 class _EvalExample:
-    """Number i of a host's rows, an image or one that fills up a batch."""
+    """Number i of a host's rows: an image, or an example that fills up a batch."""
 
     dataset: Dataset
     protocol: Judging | None
@@ -203,11 +200,8 @@ class _EvalExample:
         sample = _read(self.dataset, at, self.max_boxes) if at >= 0 else _nothing(self.max_boxes)
         if self.protocol and at >= 0:
             sample = self.protocol.prepare(sample)
-        sample = {
-            **_pad_boxes(sample, self.max_boxes),
-            "mask": np.bool_(at >= 0),
-            "index": np.int32(at),
-        }
+        sample = {**_pad_boxes(sample, self.max_boxes), "mask": np.bool_(at >= 0)}
+        sample["index"] = np.int32(at)
         image_shape, label_shape = self.shapes[i // self.rows]
         sample["image"], sample["size"] = _pad(sample["image"], image_shape, 0)
         if "label" in sample:
@@ -232,7 +226,7 @@ def _pad_boxes(sample: dict[str, np.ndarray], max_boxes: int) -> dict[str, np.nd
     if "boxes" not in sample:
         return sample
     n = len(sample["boxes"])
-    padded = {"image": sample["image"], "valid": np.arange(max_boxes) < len(sample["boxes"])}
+    padded = {"image": sample["image"], "valid": np.arange(max_boxes) < n}
     for key, (shape, dtype) in BOX_FIELDS.items():
         padded[key] = np.zeros((max_boxes, *shape), dtype)
         padded[key][:n] = sample[key]
@@ -250,14 +244,12 @@ def _pad(
 
 
 def _nothing(max_boxes: int) -> dict[str, np.ndarray]:
-    """An example that no score sees, of one pixel."""
+    """An example of one pixel that no score sees."""
     image = np.zeros((1, 1, 3), np.uint8)
     if not max_boxes:
         return {"image": image, "label": np.full((1, 1), IGNORE, np.uint8)}
-    return {
-        "image": image,
-        **{key: np.zeros((0, *shape), dtype) for key, (shape, dtype) in BOX_FIELDS.items()},
-    }
+    boxes = {key: np.zeros((0, *shape), dtype) for key, (shape, dtype) in BOX_FIELDS.items()}
+    return {"image": image, **boxes}
 
 
 def _rows(batch_size: int, shard: tuple[int, int]) -> int:
@@ -275,12 +267,12 @@ def _rows(batch_size: int, shard: tuple[int, int]) -> int:
 def _eval_order(
     sizes: Int32[np.ndarray, "n 2 2"], batch_size: int
 ) -> tuple[Int64[np.ndarray, " m"], Int32[np.ndarray, "batches 2 2"]]:
-    """Examples grouped by the sizes of image and label, each group padded with -1 to whole batches,
-    and the two shapes of each batch.
+    """Examples grouped by the sizes of image and label, in whole batches, and each batch's shapes.
 
-    A group holds sides between two half powers of 2. The shape of an array is the largest of its
-    kind, so that there are no more shapes of images, for each of which a model compiles, than
-    groups of image sizes alone. Within a group neighbours are most alike.
+    Groups are padded with -1 to whole batches. A group holds sides between two half powers of 2.
+    The shape of an array is the largest of its group of image sizes or of label sizes. So a model
+    compiles for no more shapes than there are groups of image sizes. Neighbours in a group have
+    similar sizes.
     """
     order = []
     shapes = []

@@ -1,9 +1,8 @@
-"""The published segmentation datasets: which folders a download has, how its files pair up, and
-what their label ids mean.
+"""The published segmentation datasets: their folders, the pairing of files, and their label ids.
 
 Folders are relative to `ROOT/NAME`, where the publisher's archives lie unopened or unpacked (see
-`tree.Tree`). Numbers of images are those that the publishers state; `check` shows them beside
-what it finds.
+`tree.Tree`). The numbers of images are those that the publishers state; `check` shows them beside
+the numbers that it finds.
 """
 
 from collections.abc import Mapping
@@ -24,15 +23,15 @@ from jaxdg.data.labels import (
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """Images of one split of one domain.
+    """The images of one split of one domain.
 
     Attributes:
         domain: its name; that of the dataset or, like `acdc/night`, a part of it.
-        split: train, val, test, or all where the publisher made no splits.
+        split: train, val, test, or all if the publisher made no splits.
         images: image folder.
-        labels: label folder, or its alternatives; none where the labels are kept secret.
+        labels: label folder, or its alternatives; () if the labels are kept secret.
         count: published number of images.
-        start: beginnings of the file names that count, of all if empty.
+        start: beginnings of the file names that count; () for all files.
         listed: a .mat file beside the folders with the numbers of the images, as `trainIds`; none
             if empty.
     """
@@ -74,13 +73,14 @@ class Published:
     lacks: tuple[str, ...] = ()
 
     def select(self, domain: str, train: bool) -> tuple[Part, ...]:
-        """The parts of a domain: its training images, or those to judge on; both are all where
-        there are no splits.
+        """The parts of a domain that are for training or for judging.
+
+        A domain without splits has all images in both.
 
         Args:
-            domain: a name from `domains`, or with the name of a split behind it, which then counts:
-                `cityscapes/test`.
-            train: which, where `domain` names no split.
+            domain: a name from `domains`; if the name of a split follows it, as in
+                `cityscapes/test`, that split counts.
+            train: for training, unless `domain` names a split.
 
         Raises:
             ValueError: the domain has no such images.
@@ -88,9 +88,8 @@ class Published:
         name, _, split = domain.rpartition("/")
         mine = [part for part in self.parts if _holds(domain, part.domain) and not part.listed]
         found = [part for part in self.parts if _holds(name, part.domain) and part.split == split]
-        found = found or [
-            part for part in mine if part.split in (("train" if train else "val"), "all")
-        ]
+        wanted = ("train" if train else "val", "all")
+        found = found or [part for part in mine if part.split in wanted]
         if not found:
             splits = ", ".join(dict.fromkeys(part.split for part in mine))
             raise ValueError(
@@ -101,16 +100,11 @@ class Published:
 
     @property
     def domains(self) -> tuple[str, ...]:
-        """Names to open it by; the splits of each may stand behind it."""
-        whole = (self.name,) if any(_holds(self.name, part.domain) for part in self.parts) else ()
-        return (
-            *whole,
-            *(
-                name
-                for name in dict.fromkeys(part.domain for part in self.parts)
-                if name != self.name
-            ),
-        )
+        """The names of its domains, to which the name of a split may be added."""
+        names = [part.domain for part in self.parts]
+        if any(_holds(self.name, name) for name in names):
+            names.insert(0, self.name)
+        return tuple(dict.fromkeys(names))
 
     def table(self) -> dict[int, int]:
         """Every id that a label file may hold, and its train id."""
@@ -185,14 +179,8 @@ MAPILLARY = Published(
 ACDC = Published(
     "acdc",
     tuple(
-        Part(
-            f"acdc/{c}",
-            split,
-            f"rgb_anon/{c}/{split}",
-            () if split == "test" else (f"gt/{c}/{split}",),
-            n,
-        )
-        for split, counts in ACDC_COUNTS.items()
+        Part(f"acdc/{c}", s, f"rgb_anon/{c}/{s}", () if s == "test" else (f"gt/{c}/{s}",), n)
+        for s, counts in ACDC_COUNTS.items()
         for c, n in zip(("fog", "night", "rain", "snow"), counts, strict=True)
     ),
     TRAIN_IDS,
@@ -210,7 +198,7 @@ WILDDASH2 = Published(
     81,
     image_suffix=".jpg",
 )
-# Training and validation by day in one town, unseen: another place by day, and all of dusk.
+# Training and validation are by day in one town. Unseen are another place by day, and all of dusk.
 CAMVID_DATASET = Published(
     "camvid",
     (
@@ -228,46 +216,26 @@ CAMVID_DATASET = Published(
     image_suffix="",
 )
 
-# The two unseen films as sources of their own, each judged on what comes after its training images.
-# Of dusk that is SegNet's split.
+# The two unseen films as sources of their own, each judged on the images after its training images.
+# For dusk these splits are SegNet's.
 CAMVID_FILMS = dataclasses.replace(
     CAMVID_DATASET,
     parts=(
-        Part(
-            "camvid_day",
-            "train",
-            "test",
-            ("testannot",),
-            100,
-            start=("Seq05VD_f00", "Seq05VD_f01", "Seq05VD_f02"),
-        ),
-        Part(
-            "camvid_day",
-            "val",
-            "test",
-            ("testannot",),
-            71,
-            start=("Seq05VD_f03", "Seq05VD_f04", "Seq05VD_f05"),
+        *(
+            Part("camvid_day", split, "test", ("testannot",), n, tuple(f"Seq05VD_f{k}" for k in ks))
+            for split, n, ks in (
+                ("train", 100, ("00", "01", "02")),
+                ("val", 71, ("03", "04", "05")),
+            )
         ),
         Part("camvid_dusk", "train", "train", ("trainannot",), 62, start=("0001TP",)),
         Part("camvid_dusk", "val", "test", ("testannot",), 62, start=("0001TP",)),
     ),
 )
 
-PUBLISHED: dict[str, Published] = {
-    d.name: d
-    for d in (
-        CAMVID_DATASET,
-        GTA5,
-        SYNTHIA,
-        CITYSCAPES_DATASET,
-        BDD100K,
-        MAPILLARY,
-        ACDC,
-        DARK_ZURICH,
-        WILDDASH2,
-    )
-}
+_ALL = (CAMVID_DATASET, GTA5, SYNTHIA, CITYSCAPES_DATASET, BDD100K)
+_ALL += (MAPILLARY, ACDC, DARK_ZURICH, WILDDASH2)
+PUBLISHED: dict[str, Published] = {dataset.name: dataset for dataset in _ALL}
 
 
 def find(domain: str, mapillary_labels: str = "vltseg") -> Published | None:
@@ -275,14 +243,12 @@ def find(domain: str, mapillary_labels: str = "vltseg") -> Published | None:
 
     Args:
         domain: as `Published.select` takes it.
-        mapillary_labels: which of the two mappings in use Mapillary Vistas is read by: vltseg or
-            rein.
+        mapillary_labels: mapping of the ids of Mapillary Vistas to classes: vltseg or rein.
     """
     for dataset in (*PUBLISHED.values(), CAMVID_FILMS):
+        name, _, split = domain.rpartition("/")
         splits = (part.split for part in dataset.parts)
-        if domain in dataset.domains or (
-            domain.rpartition("/")[0] in dataset.domains and domain.rpartition("/")[2] in splits
-        ):
+        if domain in dataset.domains or (name in dataset.domains and split in splits):
             rein = dataset is MAPILLARY and mapillary_labels == "rein"
             return dataclasses.replace(dataset, ids=MAPILLARY_REIN_IDS) if rein else dataset
     return None

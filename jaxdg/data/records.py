@@ -1,13 +1,13 @@
-"""Records: a domain as ArrayRecord shards, written once by `python -m jaxdg.data.prepare` and read
-by jaxdg and by TFDS alike.
+"""Records: a domain as ArrayRecord shards, which jaxdg and TFDS read.
 
-`ROOT/NAME/1.0.0/` (`ROOT/acdc/night/1.0.0/` for `acdc/night`, `ROOT/cityscapes/boxes/1.0.0/` for
-boxes) has TFDS's layout, so that `tfds.data_source("acdc/night", data_dir=ROOT, split="train")`
-reads it too. Beside TFDS's own files, `metadata.json` holds classes, colours and the size and
-digest of every shard, `index.npz` the names and sizes of the images. TensorFlow is never imported.
+`python -m jaxdg.data.prepare` writes them once. `ROOT/NAME/1.0.0/` (`ROOT/acdc/night/1.0.0/` for
+`acdc/night`, `ROOT/cityscapes/boxes/1.0.0/` for boxes) has TFDS's layout, so that
+`tfds.data_source("acdc/night", data_dir=ROOT, split="train")` reads it too. Beside TFDS's own
+files, `metadata.json` holds classes, colours and the size and digest of every shard, `index.npz`
+the names and sizes of the images. TensorFlow is never imported.
 
 Shards are read from local disks. Those of `gs://..` and `s3://..` are fetched into `$JAXDG_CACHE`
-(else `~/.cache/jaxdg`) when opened.
+(else `~/.cache/jaxdg`) when they are opened.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -44,19 +44,18 @@ THREADS = 8
 
 
 class Records:
-    """Labelled images of one split of a set of records; items equal those of the files that it was
-    made of.
+    """Labelled images of one split; items equal those of the files that the records were made of.
 
     Attributes:
         table: label file id to train id when the records were written, see `labels.id_table`; None
             for boxes.
-        left_out: places among all images of the split of those that do not count, ascending.
+        left_out: places of images of the split that do not count, ascending.
     """
 
     left_out: tuple[int, ...] = ()
 
     def __init__(self, directory: str, split: str):
-        """Checks that the shards are there and as long as they were written.
+        """Checks that the shards exist with the length that was written.
 
         Args:
             directory: local folder with `dataset_info.json`.
@@ -69,14 +68,11 @@ class Records:
         self.directory = directory
         self.split: str = metadata["splits"][split]
         self.domain: str = metadata["domain"]
-        self.labels = LabelSet(
-            tuple(metadata["classes"]), tuple((r, g, b) for r, g, b in metadata["colors"])
-        )
-        self.table = (
-            None
-            if metadata["table"] is None
-            else id_table({int(i): train_id for i, train_id in metadata["table"].items()})
-        )
+        colors = tuple((r, g, b) for r, g, b in metadata["colors"])
+        self.labels = LabelSet(tuple(metadata["classes"]), colors)
+        self.table = None
+        if metadata["table"] is not None:
+            self.table = id_table({int(i): train_id for i, train_id in metadata["table"].items()})
         self.boxes: bool = metadata["boxes"]
         self.shards = files_of(metadata, self.split)[1:]
         for name in (INDEX, *self.shards):
@@ -90,54 +86,48 @@ class Records:
                 )
 
     def __getstate__(self) -> dict:
-        return {
-            key: value
-            for key, value in self.__dict__.items()
-            if key not in ("_source", "_index", "_kept")
-        }  # each process opens its own
+        # Each process opens the files by itself.
+        opened = ("_source", "_index", "_places")
+        return {key: value for key, value in self.__dict__.items() if key not in opened}
 
     def without(self, images: Sequence[int]) -> "Records":
-        """The same without some images; order and samples of the others stay as they are."""
+        """The records without some images; order and samples of the others stay the same."""
         if not images:
             return self
         fewer = copy.copy(self)
-        fewer.left_out = tuple(sorted({*self.left_out, *(int(self._kept[i]) for i in images)}))
+        fewer.left_out = tuple(sorted({*self.left_out, *(int(self._places[i]) for i in images)}))
         return fewer
 
     def __len__(self) -> int:
-        return len(self._kept)
+        return len(self._places)
 
     def size(self, i: int) -> tuple[int, int]:
         """Height and width of image `i`, pixels."""
-        h, w = self._index["sizes"][self._kept[i]].tolist()
+        h, w = self._index["sizes"][self._places[i]].tolist()
         return h, w
 
     def name(self, i: int) -> str:
         """Path of the file that image `i` was made of, below its data root."""
-        return self._text("names", int(self._kept[i]))
+        return self._text("names", int(self._places[i]))
 
     def names(self) -> list[str]:
-        """What `name` says of every image."""
+        """The names of all images."""
         return [self.name(i) for i in range(len(self))]
 
     def label_names(self) -> list[str]:
-        """The same of every image's label; none if there are none, or they were not noted."""
-        return (
-            [self._text("labels", i) for i in self._kept.tolist()]
-            if "labels" in self._index
-            else []
-        )
+        """The names of all images' labels; none if there are no labels or they were not stored."""
+        if "labels" not in self._index:
+            return []
+        return [self._text("labels", i) for i in self._places.tolist()]
 
     def _text(self, key: str, i: int) -> str:
         return _text(self._index[key], self._index["ends" if key == "names" else "label_ends"], i)
 
     @property
     def fingerprints(self) -> UInt64[np.ndarray, " n"] | None:
-        """Of the files that the images were made of, see `index.fingerprint`; None in records that
-        were written without.
-        """
+        """Fingerprints of the image files, see `index.fingerprint`; None if not stored."""
         taken = self._index.get("fingerprints")
-        return None if taken is None else taken[self._kept]
+        return None if taken is None else taken[self._places]
 
     def __getitem__(self, i: int) -> dict[str, np.ndarray]:
         fields = self._fields(i)
@@ -151,21 +141,18 @@ class Records:
         return {"image": image, **self._truth(fields)}
 
     def truth(self, i: int) -> dict[str, np.ndarray]:
-        """What item `i` holds beside the image, which is not decoded."""
+        """The fields of item `i` without the image, which is not decoded."""
         return self._truth(self._fields(i))
 
     def _fields(self, i: int) -> Any:
         source, parse = self._source
-        i = int(self._kept[i])
+        i = int(self._places[i])
         try:
-            return parse(
-                source[i]
-            ).features.feature  # TFDS's own parsing copies the pictures once more
-        except RuntimeError as error:  # array_record's, when a checksum does not hold
-            shard = os.path.join(
-                self.directory,
-                self.shards[int(np.searchsorted(self._index["bounds"], i, side="right"))],
-            )
+            # TFDS's own parsing would copy the pictures once more.
+            return parse(source[i]).features.feature
+        except RuntimeError as error:  # array_record raises it if a checksum is wrong
+            number = int(np.searchsorted(self._index["bounds"], i, side="right"))
+            shard = os.path.join(self.directory, self.shards[number])
             raise ValueError(
                 f"{shard}: damaged ({error}); copy it again, or delete the folder and prepare it"
                 " again"
@@ -173,74 +160,59 @@ class Records:
 
     def _truth(self, fields: Any) -> dict[str, np.ndarray]:
         if not self.boxes:
-            return {
-                "label": decode_image(fields["label"].bytes_list.value[0], cv2.IMREAD_GRAYSCALE)
-            }
+            data = fields["label"].bytes_list.value[0]
+            return {"label": decode_image(data, cv2.IMREAD_GRAYSCALE)}
         types = {"classes": np.int32, "difficult": bool, "crowd": bool}
         boxes = np.array(fields["boxes"].float_list.value, np.float32).reshape(-1, 4)
-        areas = (
-            np.array(fields["areas"].float_list.value, np.float32)
-            if "areas" in fields
-            else areas_of(boxes)
-        )  # older ones have none
+        areas = areas_of(boxes)
+        if "areas" in fields:  # old records have none
+            areas = np.array(fields["areas"].float_list.value, np.float32)
         flags = {key: np.array(fields[key].int64_list.value, dtype) for key, dtype in types.items()}
         return {"boxes": boxes, **flags, "areas": areas}
 
     @property
     def box_counts(self) -> np.ndarray | None:
-        """Number of boxes of each image; None for label maps, and where the records are too old to
-        tell.
-        """
+        """Number of boxes of each image; None for label maps and for old records."""
         counts = self._index.get("counts")
-        return None if counts is None else counts[self._kept]
+        return None if counts is None else counts[self._places]
 
     @functools.cached_property
     def _source(self) -> tuple[Any, Callable[[bytes], Any]]:
         """TFDS's reader of records as bytes, and their parser."""
-        # takes seconds, which runs without records need not spend
+        # The import takes seconds, so only runs with records do it.
         import tensorflow_datasets as tfds
         from tensorflow_datasets.proto import tf_example_pb2
 
         builder: Any = tfds.builder_from_directory(self.directory)
-        source = builder.as_data_source(
-            self.split, deserialize_method=tfds.decode.DeserializeMethod.RAW_BYTES
-        )
-        return (
-            source,
-            tf_example_pb2.Example.FromString,  # pyright: ignore[reportAttributeAccessIssue]
-        )
+        raw = tfds.decode.DeserializeMethod.RAW_BYTES
+        source = builder.as_data_source(self.split, deserialize_method=raw)
+        example: Any = tf_example_pb2
+        return source, example.Example.FromString
 
     @functools.cached_property
     def _index(self) -> dict[str, np.ndarray]:
+        keys = ("sizes", "names", "ends", "labels", "label_ends", "bounds")
+        keys += ("fingerprints", "counts")
         with np.load(os.path.join(self.directory, INDEX)) as index:
-            keys = (
-                "sizes",
-                "names",
-                "ends",
-                "labels",
-                "label_ends",
-                "bounds",
-                "fingerprints",
-                "counts",
-            )
             return {key: index[name] for key in keys if (name := f"{self.split}_{key}") in index}
 
     @functools.cached_property
-    def _kept(self) -> Int64[np.ndarray, " n"]:
+    def _places(self) -> Int64[np.ndarray, " n"]:
         return np.delete(np.arange(len(self._index["sizes"]), dtype=np.int64), self.left_out)
 
 
 def folder(root: str, domain: str, boxes: bool = False) -> str:
-    """Where the records of a domain lie.
+    """The folder of the records of a domain.
 
     Args:
         root: data root, a folder or a URL such as `gs://bucket/data`.
         domain: its name.
         boxes: whether they hold boxes or label maps.
     """
-    name, *condition = domain.split("/")
-    config = "_".join([*condition, *(["boxes"] if boxes else [])])
-    return "/".join([root.rstrip("/"), name, *([config] if config else []), VERSION])
+    name, *config = domain.split("/")
+    if boxes:
+        config.append("boxes")
+    return "/".join([root.rstrip("/"), name, *(["_".join(config)] if config else []), VERSION])
 
 
 def open_records(root: str, domain: str, *, train: bool, boxes: bool = False) -> Records | None:
@@ -268,13 +240,9 @@ def open_records(root: str, domain: str, *, train: bool, boxes: bool = False) ->
                 " before, which goes on where it stopped, or delete the folder"
             )
         parent = os.path.dirname(inner)
-        siblings = (
-            [os.path.basename(path) for path in system.ls(parent, detail=False)]
-            if system.exists(parent)
-            else []
-        )
-        others = [name for name in siblings if re.fullmatch(r"\d+\.\d+\.\d+", name)]
-        if others:
+        siblings = system.ls(parent, detail=False) if system.exists(parent) else []
+        names = [os.path.basename(path) for path in siblings]
+        if others := [name for name in names if re.fullmatch(r"\d+\.\d+\.\d+", name)]:
             raise ValueError(
                 f"{os.path.dirname(directory)} holds records of version {', '.join(others)}, this"
                 f" jaxdg reads {VERSION}; delete them and prepare the dataset again"
@@ -299,8 +267,9 @@ def open_records(root: str, domain: str, *, train: bool, boxes: bool = False) ->
 
 
 def names_below(root: str) -> Iterator[tuple[list[str], list[str]]]:
-    """The names of the images in each split of all finished records below a data root, and of their
-    labels as far as they were noted.
+    """The names of the images, and known names of their labels, of all finished records.
+
+    Each split below the data root gives one pair of lists.
 
     Args:
         root: a folder or a URL.
@@ -308,13 +277,10 @@ def names_below(root: str) -> Iterator[tuple[list[str], list[str]]]:
     system, inner = filesystem(root)
 
     def folders(folder: str) -> list[str]:
-        if isinstance(system, LocalFileSystem):  # its own listing looks at every file
+        if isinstance(system, LocalFileSystem):  # its own listing reads the status of every file
             return [os.path.join(folder, name) for name in storage.subfolders(folder)]
-        return [
-            entry["name"]
-            for entry in system.ls(folder, detail=True)
-            if entry["type"] == "directory"
-        ]
+        entries = system.ls(folder, detail=True)
+        return [entry["name"] for entry in entries if entry["type"] == "directory"]
 
     for folder in folders(inner) if system.exists(inner) else []:
         for place in (folder, *folders(folder)):
@@ -324,31 +290,30 @@ def names_below(root: str) -> Iterator[tuple[list[str], list[str]]]:
             with np.load(io.BytesIO(data)) as stored:
                 index = dict(stored)
             for split in (key.removesuffix("_names") for key in index if key.endswith("_names")):
-                kinds = (("names", "ends"), ("labels", "label_ends"))
-                pairs = [
-                    (index[f"{split}_{a}"], index[f"{split}_{b}"])
-                    for a, b in kinds
-                    if f"{split}_{a}" in index
-                ]
-                names, *labels = (
-                    [_text(text, ends, i) for i in range(len(ends))] for text, ends in pairs
-                )
-                yield names, labels[0] if labels else []
+                names = _texts(index[f"{split}_names"], index[f"{split}_ends"])
+                labels = []
+                if f"{split}_labels" in index:
+                    labels = _texts(index[f"{split}_labels"], index[f"{split}_label_ends"])
+                yield names, labels
+
+
+def _texts(texts: UInt8[np.ndarray, " m"], ends: Integer[np.ndarray, " n"]) -> list[str]:
+    return [_text(texts, ends, i) for i in range(len(ends))]
 
 
 def _text(texts: UInt8[np.ndarray, " m"], ends: Integer[np.ndarray, " n"], i: int) -> str:
-    """Text `i` of many that lie one behind another."""
+    """Text `i` of a sequence of joined texts."""
     return texts[ends[i - 1] if i else 0 : ends[i]].tobytes().decode()
 
 
 def verify(directory: str) -> list[str]:
-    """Compares every shard with the digest taken when it was written.
+    """Compares every shard with the digest that was stored when it was written.
 
     Args:
         directory: folder or URL of the records.
 
     Returns:
-        What is wrong, one line a file.
+        One line for each file that differs or is missing.
 
     Raises:
         FileNotFoundError: there are no finished records.
@@ -363,14 +328,11 @@ def verify(directory: str) -> list[str]:
     def check(name: str) -> str | None:
         if not system.exists(f"{inner}/{name}"):
             return f"{directory}/{name} is missing"
-        same = digest(f"{directory}/{name}") == files[name][1]
+        if digest(f"{directory}/{name}") == files[name][1]:
+            return None
         return (
-            None
-            if same
-            else (
-                f"{directory}/{name} is truncated or altered: its digest differs from when it was"
-                " written"
-            )
+            f"{directory}/{name} is truncated or altered: its digest differs from when it was"
+            " written"
         )
 
     with ThreadPoolExecutor(THREADS) as pool:
@@ -378,7 +340,7 @@ def verify(directory: str) -> list[str]:
 
 
 def decode_image(data: bytes, channels: int = cv2.IMREAD_COLOR_RGB) -> UInt8[np.ndarray, "h w *c"]:
-    """The pixels of a picture as records hold it.
+    """The pixels of a picture in a record.
 
     Args:
         data: a PNG or JPEG file.
@@ -389,11 +351,9 @@ def decode_image(data: bytes, channels: int = cv2.IMREAD_COLOR_RGB) -> UInt8[np.
     """
     if data.startswith(jpeg.START) and (pixels := jpeg.decode(data)) is not None:
         return pixels
-    # Some files say which way is up; the stored pixels count, see `images.py`.
-    return np.asarray(
-        cv2.imdecode(np.frombuffer(data, np.uint8), channels | cv2.IMREAD_IGNORE_ORIENTATION),
-        np.uint8,
-    )
+    # The stored pixels count, whatever the orientation in the metadata; see `images.py`.
+    flags = channels | cv2.IMREAD_IGNORE_ORIENTATION
+    return np.asarray(cv2.imdecode(np.frombuffer(data, np.uint8), flags), np.uint8)
 
 
 def filesystem(path: str) -> tuple[AbstractFileSystem, str]:
@@ -407,14 +367,11 @@ def filesystem(path: str) -> tuple[AbstractFileSystem, str]:
     try:
         return url_to_fs(path)
     except (ImportError, ValueError) as error:
-        extra = {"gs": "gcs", "gcs": "gcs", "s3": "s3", "s3a": "s3"}.get(
-            path.split("://")[0].lower()
-        )
-        remedy = (
-            f'`pip install "jaxdg[{extra}]"`'
-            if extra
-            else "jaxdg has extras for gs:// (gcs) and s3:// (s3)"
-        )
+        scheme = path.split("://")[0].lower()
+        extra = {"gs": "gcs", "gcs": "gcs", "s3": "s3", "s3a": "s3"}.get(scheme)
+        remedy = "jaxdg has extras for gs:// (gcs) and s3:// (s3)"
+        if extra:
+            remedy = f'`pip install "jaxdg[{extra}]"`'
         raise ValueError(f"{path} cannot be opened: {error}; {remedy}") from error
 
 
@@ -434,20 +391,17 @@ def files_of(metadata: dict[str, Any], split: str) -> list[str]:
 def _fetch(
     system: AbstractFileSystem, inner: str, directory: str, metadata: bytes, split: str
 ) -> str:
-    """Copies a split to the local disk unless it is there: under the digest of its metadata, which
-    holds those of the shards.
+    """Copies a split to the local disk, unless it is there.
+
+    The folder is named by the digest of the metadata, which holds the digests of the shards.
     """
     local = cache.folder() / f"records-{hashlib.sha256(metadata).hexdigest()[:24]}"
     local.mkdir(parents=True, exist_ok=True)
     files = json.loads(metadata)["files"]
-    small = [
-        name for name in map(os.path.basename, system.ls(inner, detail=False)) if name not in files
-    ]
-    wanted = [
-        name
-        for name in [*files_of(json.loads(metadata), split), *small]
-        if not (local / name).exists()
-    ]
+    names = [os.path.basename(path) for path in system.ls(inner, detail=False)]
+    small = [name for name in names if name not in files]
+    wanted = [*files_of(json.loads(metadata), split), *small]
+    wanted = [name for name in wanted if not (local / name).exists()]
 
     def fetch(name: str) -> None:
         part = local / f".{name}.{uuid.uuid4().hex}.part"  # other processes may fetch the same

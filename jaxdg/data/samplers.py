@@ -1,9 +1,9 @@
-"""Which image stands at position p of the endless sequence of training examples, by random access.
+"""The image at position p of the endless sequence of training examples, by random access.
 
-Every sampler is a plain function of (seed, p), so that it does not matter how many processes and
-hosts ask it. Three of them: permutations, which show every image once an epoch; parts drawn by
-weight; and DAFormer's rare-class sampling (Hoyer et al. 2022, lhoyer/DAFormer), which draws a class
-with P(c) ~ exp((1 - f_c) / T), f_c its share of all labelled pixels, and then one of its images.
+Every sampler is a plain function of (seed, p), so the number of processes and hosts does not
+matter. There are three. Permutations show every image once an epoch. Parts of a mixture are drawn
+by weight. DAFormer's rare-class sampling (Hoyer et al. 2022, lhoyer/DAFormer) draws a class with
+P(c) ~ exp((1 - f_c) / T), f_c its share of all labelled pixels, and then one of its images.
 """
 
 from collections.abc import Callable
@@ -24,20 +24,19 @@ BLOCK = 4096  # positions whose parts are drawn at once
 
 
 class Draw(NamedTuple):
-    """What stands at a position.
+    """The example at a position.
 
     Attributes:
         image: its place in the dataset.
-        wanted: what the crop should show, if anything.
+        wanted: the class that the crop should show, if any.
     """
 
     image: int
     wanted: Wanted | None = None
 
 
-Sampler = Callable[
-    [int], Draw
-]  # a pure function of the position, which holds plain values only, so that it pickles
+# A pure function of the position. It holds plain values only, so that it pickles.
+Sampler = Callable[[int], Draw]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,7 +56,7 @@ class Permutations:
 
 
 class RareClasses:
-    """A class by its rareness, then any image with enough of it, where the crop should show it."""
+    """Draws a class, a rare one more often, then an image with enough of it for a crop."""
 
     def __init__(
         self,
@@ -67,11 +66,13 @@ class RareClasses:
         min_pixels: int,
         names: tuple[str, ...],
     ):
-        """Args:
+        """Finds the images of each class.
+
+        Args:
             seed: of all draws.
             pixels: of each class in each image.
-            temperature: the lower, the more the rarest classes are preferred.
-            min_pixels: of the class, for an image to be drawn; at least 1.
+            temperature: the lower, the more often the rarest classes are drawn.
+            min_pixels: pixels of the class that an image needs to be drawn; at least 1.
             names: of the classes, for the error message.
 
         Raises:
@@ -102,18 +103,21 @@ class RareClasses:
 
 
 class Weighted:
-    """At each position a part by its weight; the k-th position of a part is the k-th of that part's
-    own sampler.
+    """Draws a part by its weight at each position.
+
+    The k-th position of a part is the k-th of that part's own sampler.
     """
 
     def __init__(
         self, seed: int, parts: list[Sampler], lengths: list[int], weights: tuple[float, ...]
     ):
-        """Args:
-        seed: of the draws of parts.
-        parts: a sampler each.
-        lengths: images in each, which follow one another in the dataset.
-        weights: of each, above 0 and in any unit.
+        """Normalises the weights.
+
+        Args:
+            seed: of the draws of parts.
+            parts: a sampler each.
+            lengths: number of images in each; they follow one another in the dataset.
+            weights: of each, above 0 and in any unit.
         """
         self.seed = seed
         self.parts = parts
@@ -125,28 +129,26 @@ class Weighted:
         block, within = divmod(p, BLOCK)
         drawn = self._drawn(block)
         part = int(drawn[within])
-        draw = self.parts[part](
-            int(self._drawn_before(block)[part] + np.count_nonzero(drawn[:within] == part))
-        )
+        position = self._drawn_before(block)[part] + np.count_nonzero(drawn[:within] == part)
+        draw = self.parts[part](int(position))
         return draw._replace(image=draw.image + int(self.first[part]))
 
     def _drawn_before(self, block: int) -> Int64[np.ndarray, " parts"]:
-        """How often each part was drawn before a block; threads may fill in the same numbers at the
-        same time.
+        """How often each part was drawn before a block.
+
+        Threads may compute the same numbers at the same time.
         """
         known = block
         while known not in self._before:
             known -= 1
         for b in range(known, block):
-            self._before[b + 1] = self._before[b] + np.bincount(
-                self._drawn(b), minlength=len(self.parts)
-            )
+            counts = np.bincount(self._drawn(b), minlength=len(self.parts))
+            self._before[b + 1] = self._before[b] + counts
         return self._before[block]
 
     def _drawn(self, block: int) -> Int64[np.ndarray, " BLOCK"]:
-        return np.random.default_rng((self.seed, PART, block)).choice(
-            len(self.parts), BLOCK, p=self.probabilities
-        )
+        rng = np.random.default_rng((self.seed, PART, block))
+        return rng.choice(len(self.parts), BLOCK, p=self.probabilities)
 
 
 def make_sampler(
@@ -161,14 +163,14 @@ def make_sampler(
     """The order in which a run sees a dataset.
 
     Args:
-        dataset: what to train on.
+        dataset: the images to train on.
         seed: of the order.
-        weights: of the parts of a `Mixture`; without, a mixture is one dataset like any other and
-            every image is seen once an epoch.
+        weights: of the parts of a `Mixture`; () takes a mixture as one dataset and shows every
+            image once an epoch.
         temperature: of rare-class sampling, within each weighted part; 0 turns it off.
         min_pixels: see `RareClasses`.
-        workers: processes that count the pixels of classes, where that has not been done before; 0
-            does it in threads of this process.
+        workers: processes that count the pixels of classes if no earlier run did; 0 counts in
+            threads of this process.
 
     Returns:
         A pure function of the position.
@@ -182,25 +184,18 @@ def make_sampler(
             raise ValueError(f"domain {part.domain!r} has no images to train on")
         if not temperature:
             return Permutations(seed, len(part))
-        return RareClasses(
-            seed, class_pixels(part, workers), temperature, min_pixels, part.labels.names
-        )
+        pixels = class_pixels(part, workers)
+        return RareClasses(seed, pixels, temperature, min_pixels, part.labels.names)
 
     if not weights:
         return of(dataset, (seed,))
     parts = dataset.parts if isinstance(dataset, Mixture) else (dataset,)
-    return Weighted(
-        seed,
-        [of(part, (seed, PART, k)) for k, part in enumerate(parts)],
-        [len(part) for part in parts],
-        weights,
-    )
+    samplers = [of(part, (seed, PART, k)) for k, part in enumerate(parts)]
+    return Weighted(seed, samplers, [len(part) for part in parts], weights)
 
 
 def class_totals(sampler: Sampler) -> tuple[int, ...]:
-    """Pixels of each class that a sampler of rare classes draws by, part after part; () where none
-    are counted.
-    """
+    """Pixels of each class by which a sampler draws rare classes, part after part, or ()."""
     if isinstance(sampler, Weighted):
         return tuple(total for part in sampler.parts for total in class_totals(part))
     return tuple(sampler.total) if isinstance(sampler, RareClasses) else ()
@@ -209,8 +204,7 @@ def class_totals(sampler: Sampler) -> tuple[int, ...]:
 def class_probabilities(
     pixels: Int32[np.ndarray, "n k"], temperature: float
 ) -> Float64[np.ndarray, " k"]:
-    """How often rare-class sampling draws each class: a softmax of (1 - share) / temperature over
-    the classes that occur.
+    """The probability of each class: a softmax of (1 - share) / temperature over those that occur.
 
     Args:
         pixels: of each class in each image.

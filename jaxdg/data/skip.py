@@ -1,14 +1,14 @@
-"""Lists of files that a run leaves out: what `data.skip` names.
+"""Lists of files that a run leaves out, which `data.skip` names.
 
-A list has one path a line, of an image or of its label, relative to the data root or absolute;
-empty lines and those that begin with # do not count. A line is taken for what it means where that
-is certain: with quotes or backslashes, of this path below another root, of a file that is in an
-archive here, with letters composed otherwise. A line that names no file is an error. It may name a
-file of a dataset that the run does not open, as one list serves all datasets below a root.
+A list has one path a line, of an image or of its label, relative to the data root or absolute.
+Empty lines and those that begin with # do not count. A line may have quotes or backslashes, begin
+with another root, name a file that is in an archive here, or compose its letters otherwise, if it
+is certain which file it means. A line that names no file is an error. It may name a file of a
+dataset that the run does not open, as one list serves all datasets below a root.
 
-Leaving images out changes neither the order nor the samples of the others. Which images a step
-draws depends on how many there are, though. A run that goes on with a longer list draws from there
-on as a run of the longer list does; what it drew before stays as it was.
+Leaving images out changes neither the order nor the samples of the others. But the number of images
+decides which of them a step draws. A run that goes on with a longer list draws from there on as a
+run of the longer list does; its earlier draws stay as they were.
 """
 
 import bisect
@@ -20,10 +20,8 @@ import re
 
 from jaxdg.data import records, storage
 
-HEADER = (  # the first line of a list that may be replaced
-    "# written by python -m jaxdg.data.check\n"
-)
-TOLD = 3  # lines that match nothing of which an error says all
+HEADER = "# written by python -m jaxdg.data.check\n"  # first line of a list that may be replaced
+TOLD = 3  # lines that an error explains; it gives only the numbers of the others
 
 
 def skip_list(
@@ -32,19 +30,19 @@ def skip_list(
     """The paths in a list of files to leave out.
 
     Args:
-        file: a text file, see above.
+        file: a text file in the form above.
         root: the data root, a folder or the URL of records.
-        opened: records below it that are to be read.
-        strict: lines about a folder that the root does not have are errors too. They are not where
-            images are judged on: a run may be evaluated where its source is not.
+        opened: the records below it that are to be read.
+        strict: a line about a folder that the root does not have is an error too. Datasets to judge
+            on are opened without, because a run may be evaluated where its source is not.
 
     Returns:
-        The paths as the datasets below `root` name them; of images and labels in records, the image
-        below `root`.
+        The paths as the datasets below `root` name them. For images and labels in records, the path
+        of the image below `root`.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: a line names nothing below the root; says which, and what comes nearest.
+        ValueError: a line names nothing below the root; says which line, and the nearest path.
     """
     place = _Root(root, opened)
     found: set[str] = set()
@@ -82,8 +80,9 @@ def without(
 
 
 def entries(file: str, root: str) -> frozenset[str]:
-    """What a list says, without a look at the files: the same on every machine, for archives,
-    folders and records.
+    """The entries of a list without a look at the files.
+
+    They are the same on every machine, for archives, folders and records.
 
     Args:
         file: as for `skip_list`.
@@ -97,7 +96,7 @@ def entries(file: str, root: str) -> frozenset[str]:
 
 
 def no_longer(before: Collection[str], now: Collection[str], root: str) -> list[str]:
-    """The entries of an earlier list that a later one lacks, although the files are there.
+    """The entries of an earlier list that a later one lacks and whose files exist.
 
     Args:
         before: of `entries`, perhaps below another root.
@@ -105,11 +104,8 @@ def no_longer(before: Collection[str], now: Collection[str], root: str) -> list[
         root: the data root.
     """
     place = _Root(root, None)
-    gone = [
-        path
-        for path in sorted(set(before) - set(now))
-        if not any(other.endswith(f"/{path}") for other in now)
-    ]
+    gone = sorted(set(before) - set(now))
+    gone = [path for path in gone if not any(other.endswith(f"/{path}") for other in now)]
     return [path for path in gone if place.find(path)]
 
 
@@ -123,7 +119,7 @@ def _lines(file: str) -> Iterator[tuple[int, str]]:
     try:
         text = data.decode("utf-16") if wide else data.decode("utf-8-sig", "surrogateescape")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{file}: no text ({error}); save it as UTF-8") from error
+        raise ValueError(f"{file} is not a text file ({error}); save it as UTF-8") from error
     for number, line in enumerate(text.split("\n"), 1):
         line = line.removesuffix("\r")
         if line.strip() and not line.lstrip().startswith("#"):
@@ -131,7 +127,7 @@ def _lines(file: str) -> Iterator[tuple[int, str]]:
 
 
 def _readings(line: str) -> Iterator[str]:
-    """What a line may mean, the likeliest first."""
+    """The possible meanings of a line, the likeliest first."""
     bare = line.strip()
     if len(bare) > 2 and bare[0] == bare[-1] and bare[0] in "\"'":
         bare = bare[1:-1]
@@ -139,7 +135,7 @@ def _readings(line: str) -> Iterator[str]:
 
 
 class _Root:
-    """What a line may name below a data root."""
+    """The files that a line may name below a data root."""
 
     def __init__(self, root: str, opened: records.Records | None):
         self.root = root
@@ -148,17 +144,14 @@ class _Root:
 
     @functools.cached_property
     def mine(self) -> dict[str, str]:
-        """The images of the opened records, by every name that they and their labels have."""
+        """The images of the opened records, by all names of them and of their labels."""
         return {} if self.opened is None else _keys(self.opened.names(), self.opened.label_names())
 
     @functools.cached_property
     def recorded(self) -> dict[str, str]:
-        """The same of all records below the root."""
-        return {
-            key: name
-            for found in records.names_below(self.root)
-            for key, name in _keys(*found).items()
-        }
+        """The images of all records below the root, by all names of them and of their labels."""
+        found = [_keys(names, labels) for names, labels in records.names_below(self.root)]
+        return {key: name for keys in found for key, name in keys.items()}
 
     @functools.cached_property
     def nameless(self) -> frozenset[str]:
@@ -174,8 +167,7 @@ class _Root:
                 path, *tails = self.tails(reading)
                 if found := look(path):
                     return found
-                # The path of another root, or of the current folder, ends like the one below this
-                # root.
+                # A path of another root or of the current folder ends like one below this root.
                 others = [found for tail in tails if (found := look(tail))]
                 if len(others) == 1:
                     return others[0]
@@ -198,9 +190,7 @@ class _Root:
         return system.exists(f"{inner}/{self.tails(reading)[0].partition('/')[0]}")
 
     def _here(self, path: str) -> list[str]:
-        """The paths by which the datasets that are opened know what is at a path relative to the
-        root.
-        """
+        """The paths by which the opened datasets know the file at a path relative to the root."""
         mine = self.mine.get(_key(path))
         disk = self._on_disk(path) if self.local and not path.startswith("../") else []
         if mine is None:
@@ -208,9 +198,7 @@ class _Root:
         return [os.path.join(self.root, mine), *disk]
 
     def _elsewhere(self, path: str) -> list[str]:
-        """The same of records that are not opened; they are looked for only if a line names nothing
-        else.
-        """
+        """The path of an image of any records, looked for only if a line names nothing else."""
         name = self.recorded.get(_key(path))
         return [] if name is None else [os.path.join(self.root, name)]
 
@@ -229,18 +217,15 @@ class _Root:
         return list(dict.fromkeys(found))
 
     def _in_archive(self, path: str) -> list[str]:
-        """Where the file is in the archives beside which it would be, were it unpacked."""
+        """The places of a file in the archives of the folder where it would lie unpacked."""
         place = self.root
         parts = path.split("/")
         while len(parts) > 1 and os.path.isdir(below := os.path.join(place, parts[0])):
             place = below
             parts = parts[1:]
-        archives = [
-            name
-            for name in storage.entries(place)
-            if name.lower().endswith(".zip") and not storage.is_hidden(name)
-        ]
-        inside = [storage.spelt(os.path.join(place, name), "/".join(parts)) for name in archives]
+        names = [name for name in storage.entries(place) if not storage.is_hidden(name)]
+        archives = [os.path.join(place, name) for name in names if name.lower().endswith(".zip")]
+        inside = [storage.spelt(archive, "/".join(parts)) for archive in archives]
         return [member for member in inside if storage.is_file(member)]
 
     def nearest(self, line: str) -> str | None:
@@ -255,11 +240,8 @@ class _Root:
     def _nearest_on_disk(self, parts: Sequence[str]) -> str | None:
         place = self.root
         if not storage.is_folder(os.path.join(place, parts[0])):
-            starts = [
-                name
-                for name in storage.subfolders(place)
-                if storage.is_folder(os.path.join(place, name, parts[0]))
-            ]
+            folders = storage.subfolders(place)
+            starts = [f for f in folders if storage.is_folder(os.path.join(place, f, parts[0]))]
             parts = [*starts[:1], *parts]
         for part in parts:
             names = [name for name in storage.entries(place) if not storage.is_hidden(name)]
@@ -270,9 +252,7 @@ class _Root:
 
 
 def _key(path: str) -> str:
-    """What a path has in common with that of the same image elsewhere: composed, and as if
-    unpacked.
-    """
+    """The form of a path that is the same for archives and all spellings: composed, unpacked."""
     return storage.composed(_unpacked(path))
 
 
@@ -282,20 +262,19 @@ def _unpacked(path: str) -> str:
 
 
 def _keys(names: Sequence[str], labels: Sequence[str]) -> dict[str, str]:
-    """The names of images by the keys of these and of their labels, as far as those are known."""
+    """The names of images by the keys of their own names and of their labels' known names."""
     named = {_key(label): name for label, name in zip(labels, names, strict=False) if label}
     return named | {_key(name): name for name in names}
 
 
 def _close(wanted: str, names: Sequence[str], neighbours: int = 200) -> str | None:
-    """The name most like one that is not among many, if any is: of those that begin or end alike."""
+    """The most similar of many names, if any is similar, among those that begin or end alike."""
     near: dict[str, None] = {}
     for order in (slice(None), slice(None, None, -1)):
         ordered = sorted(name[order] for name in names)
         at = bisect.bisect(ordered, wanted[order])
-        near |= dict.fromkeys(
-            name[order] for name in ordered[max(0, at - neighbours) : at + neighbours]
-        )
+        around = ordered[max(0, at - neighbours) : at + neighbours]
+        near |= dict.fromkeys(name[order] for name in around)
     return next(iter(difflib.get_close_matches(wanted, near, 1)), None)
 
 
@@ -304,23 +283,18 @@ def _told(file: str, place: _Root, lost: Sequence[tuple[int, str]]) -> str:
     told = []
     for number, line in lost[:TOLD]:
         path = place.tails(line.strip())[0]
+        full = os.path.join(place.root, path)
         what = f"no file below {os.path.abspath(place.root) if place.local else place.root}"
-        if place.local and storage.is_folder(os.path.join(place.root, path)):
+        if place.local and storage.is_folder(full):
             what = "a folder, and a line names one file"
-        elif (
-            path.partition("/")[0] in place.nameless
-            and place.local
-            and storage.is_file(os.path.join(place.root, path))
-        ):
+        elif place.local and path.partition("/")[0] in place.nameless and storage.is_file(full):
             what = "no image of its records, which do not know their labels; name the image"
-        near = place.nearest(line)
-        told.append(
-            f"line {number}: {line.strip()!r} is {what}" + (f" (nearest is {near})" if near else "")
-        )
-    more = (
-        f"; and lines {', '.join(str(number) for number, _ in lost[TOLD:][:10])}"
-        if len(lost) > TOLD
-        else ""
-    )
-    more += ", .." if len(lost) > TOLD + 10 else ""
+        nearest = place.nearest(line)
+        hint = f" (nearest is {nearest})" if nearest else ""
+        told.append(f"line {number}: {line.strip()!r} is {what}{hint}")
+    more = ""
+    if len(lost) > TOLD:
+        more = f"; and lines {', '.join(str(number) for number, _ in lost[TOLD:][:10])}"
+    if len(lost) > TOLD + 10:
+        more += ", .."
     return f"data.skip: {file}, {'; '.join(told)}{more}; correct these lines or delete them"

@@ -1,13 +1,13 @@
 """The files of a dataset, unpacked or still in zip archives.
 
-A path is that of a file, or of a member of a zip archive as if the archive were a folder:
+A path names a file, or a member of a zip archive as if the archive were a folder:
 `ROOT/cityscapes/gtFine_trainvaltest.zip/gtFine/val/..`. Only such strings reach worker processes;
 every process opens the archives itself.
 
 Hidden entries and those that systems leave behind are never listed (`is_hidden`). Links are
-followed, but no folder is listed twice. The same letters may be stored as one code point or as
-several (Unicode's NFC and NFD), depending on the system that wrote a name: names are compared
-composed, and paths stay as they are on disk.
+followed, but no folder is listed twice. Systems write the same letters as one code point or as
+several (Unicode's NFC and NFD). Names are compared in their composed form, and paths stay as they
+are on disk.
 """
 
 from collections import deque
@@ -20,39 +20,21 @@ import unicodedata
 import zipfile
 import zlib
 
-# What file managers, NAS systems and archivers leave in folders, in lower case; all else of this
-# kind begins with a dot.
-SYSTEM = frozenset(
-    {
-        "@eadir",
-        "@recycle",
-        "@tmp",
-        "#recycle",
-        "#snapshot",
-        "__macosx",
-        "$recycle.bin",
-        "desktop.ini",
-        "ehthumbs.db",
-        "icon\r",
-        "lost+found",
-        "recycler",
-        "system volume information",
-        "thumbs.db",
-    }
-)
+# Entries of file managers, NAS systems and archivers that do not begin with a dot, in lower case.
+SYSTEM = frozenset({
+    "@eadir", "@recycle", "@tmp", "#recycle", "#snapshot", "__macosx", "$recycle.bin",
+    "desktop.ini", "ehthumbs.db", "icon\r", "lost+found", "recycler", "system volume information",
+    "thumbs.db",
+})  # fmt: skip
 
 
 def is_hidden(name: str) -> bool:
-    """Whether a file or folder of this name is hidden or a system's own, and so never part of a
-    dataset.
-    """
+    """Whether an entry of this name is hidden or a system's own, so no part of a dataset."""
     return name.startswith(".") or name.lower() in SYSTEM
 
 
 def composed(name: str) -> str:
-    """A name by which it is compared: NFC, in which a letter and its accents are one code point
-    where there is such a one.
-    """
+    """The form of a name by which it is compared: NFC, which joins a letter and its accents."""
     return name if name.isascii() else unicodedata.normalize("NFC", name)
 
 
@@ -60,7 +42,7 @@ def read(path: str) -> bytes:
     """The bytes of a file or of a member of an archive.
 
     Args:
-        path: as the module's first lines say.
+        path: of a file or member, as above.
 
     Returns:
         Its contents; the checksum of a member has been verified.
@@ -103,17 +85,13 @@ def is_file(path: str) -> bool:
 
 
 def size(path: str) -> int:
-    """Bytes of a file or of a member of an archive; what the archive says of it, without reading
-    it.
-    """
+    """Bytes of a file or of a member of an archive, as the archive states it."""
     archive, inner = _split(path)
     return os.stat(path).st_size if archive is None else archive.names[inner].file_size
 
 
 def subfolders(folder: str) -> list[str]:
-    """Names of the folders in a folder, an archive, or a folder in an archive; sorted, no hidden
-    ones.
-    """
+    """Sorted names of the folders in a folder, an archive or a folder of one; no hidden ones."""
     archive, inner = _split(folder)
     if archive is not None:
         names = [*archive.subfolders[inner]]
@@ -124,9 +102,7 @@ def subfolders(folder: str) -> list[str]:
 
 
 def entries(folder: str) -> list[str]:
-    """All names in a folder, an archive, or a folder in an archive; sorted; none if there is no
-    such folder.
-    """
+    """All names in a folder, an archive or a folder of one, sorted; empty if it does not exist."""
     archive, inner = _split(folder)
     if archive is not None:
         return sorted([*archive.subfolders.get(inner, ()), *archive.files.get(inner, ())])
@@ -134,15 +110,14 @@ def entries(folder: str) -> list[str]:
 
 
 def spelt(base: str, path: str) -> str:
-    """Where `path` is below `base`, although the letters of its names may be composed otherwise on
-    disk.
+    """The path of `path` below `base` as its letters are composed on disk.
 
     Args:
         base: a folder, an archive, or a folder in an archive.
         path: of a file or folder, relative to it.
 
     Returns:
-        The path of what is there, else the two joined.
+        The path on disk, or the two joined if there is no such file.
     """
     joined = os.path.join(base, path)
     if path.isascii() or is_folder(joined) or is_file(joined):
@@ -156,12 +131,12 @@ def spelt(base: str, path: str) -> str:
 
 @dataclasses.dataclass
 class Passed:
-    """What listings of folders passed over.
+    """The entries that listings of folders passed over.
 
     Attributes:
         hidden: number of hidden and system entries, by folder.
         example: one of them.
-        links: links to folders that are listed by another name, or that hold the link itself.
+        links: links to folders that are listed under another name or that hold the link.
     """
 
     hidden: dict[str, int] = dataclasses.field(default_factory=dict)
@@ -169,15 +144,15 @@ class Passed:
     links: set[str] = dataclasses.field(default_factory=set)
 
     def told(self) -> tuple[str, ...]:
-        """A line about each kind that there is."""
+        """One line about hidden entries and one about links, if there are any."""
         lines = []
         if count := sum(self.hidden.values()):
-            lines.append(
-                f"{count} hidden or system entr{'y' if count == 1 else 'ies'} skipped, such as"
-                f" {self.example}"
+            entries = (
+                "1 hidden or system entry" if count == 1 else f"{count} hidden or system entries"
             )
-        if self.links:
-            links = f"{len(self.links)} link{'s' * (len(self.links) > 1)}"
+            lines.append(f"{entries} skipped, such as {self.example}")
+        if count := len(self.links):
+            links = "1 link" if count == 1 else f"{count} links"
             lines.append(
                 f"{links} skipped that lead to folders listed already, such as {min(self.links)}"
             )
@@ -193,19 +168,19 @@ class Passed:
 def walk(
     folder: str, passed: Passed | None = None, seen: set[str] | None = None
 ) -> Iterator[tuple[str, list[str]]]:
-    """The folder itself and each folder below, with the names of the files directly in it; nothing
-    hidden.
+    """The folder itself and each folder below, with the names of the files directly in it.
 
-    Links are followed. A folder that several paths lead to is listed once, by the path without
-    links if there is one; a link to a folder that it is in is passed over.
+    Hidden entries are left out. Links are followed. A folder that several paths lead to is listed
+    once, by the path without links if there is one. A link to a folder that holds the link is
+    passed over.
 
     Args:
         folder: a folder, an archive, or a folder in an archive.
-        passed: receives what was passed over.
-        seen: real paths of folders that are not to be listed again; receives those that are listed.
+        passed: receives the entries that were passed over.
+        seen: real paths of folders not to list again; receives those that are listed.
 
     Raises:
-        OSError: a folder cannot be listed, which must not read as an empty one.
+        OSError: a folder cannot be listed; it must not read as an empty one.
     """
     passed = Passed() if passed is None else passed
     seen = set() if seen is None else seen
@@ -217,7 +192,8 @@ def walk(
     while folders or links:
         place, real = folders.popleft() if folders else links.popleft()
         if real in seen:
-            passed.links.update([place] if os.path.islink(place) else [])
+            if os.path.islink(place):
+                passed.links.add(place)
             continue
         seen.add(real)
         names = []
@@ -268,8 +244,9 @@ def modified(folder: str) -> tuple[str, int]:
 
 
 class _Archive:
-    """An open archive and its members by folder; folders and names without the slash at their ends,
-    "" for the archive itself.
+    """An open archive and its members by folder.
+
+    Folders and names have no slash at their ends; "" is the archive itself.
     """
 
     def __init__(self, path: str):
@@ -283,9 +260,8 @@ class _Archive:
             self._add(folder)
             path = f"{folder}/{name}" if folder else name
             other = self.names.get(path)
-            if name and (
-                other is None or (other.CRC, other.file_size) != (info.CRC, info.file_size)
-            ):
+            same = other is not None and (other.CRC, other.file_size) == (info.CRC, info.file_size)
+            if name and not same:
                 self.names[path] = info
                 self.files.setdefault(folder, []).append(name)
 
@@ -303,17 +279,16 @@ def _split(path: str) -> tuple[_Archive | None, str]:
         archive = path[: match.end()]
         if os.path.isfile(archive):
             status = os.stat(archive)
-            return (
-                _open(archive, status.st_mtime_ns, status.st_size, os.getpid()),
-                path[match.end() + 1 :],
-            )
+            opened = _open(archive, status.st_mtime_ns, status.st_size, os.getpid())
+            return opened, path[match.end() + 1 :]
     return None, path
 
 
 @functools.lru_cache(maxsize=128)
 def _open(path: str, at: int, size: int, process: int) -> _Archive:
-    """Opened again when the archive has changed, and in a forked process, which would share the
-    position in the file.
+    """Opens an archive once for each of its versions and each process.
+
+    A forked process must open it again, because it would share the position in the file.
     """
     try:
         return _Archive(path)

@@ -21,25 +21,24 @@ from jaxdg.data.storage import (
 
 
 class Tree:
-    """The folder of a dataset as downloaded: what is unpacked in it and what its zip archives hold,
-    merged.
+    """The folder of a dataset as downloaded: its unpacked files and its zip archives, merged.
 
-    What is unpacked, and every archive, may lie one folder deeper, as `bdd100k/images/10k/..` does
-    in its archives. A file that is both unpacked and in an archive is read unpacked if both have
-    the same size. Anything else that is there twice is an error.
+    Unpacked files, and the content of every archive, may lie one folder deeper, as
+    `bdd100k/images/10k/..` does in its archives. A file that is both unpacked and in an archive is
+    read unpacked if both have the same size. Any other file that occurs twice is an error.
     """
 
     def __init__(self, base: str, *, exact: bool = False):
-        """Looks at nothing yet.
+        """Sets up the tree without looking at the disk.
 
         Args:
             base: the dataset's folder.
-            exact: folders are only where they are said to be, neither one deeper nor in an archive
-                that their path does not name.
+            exact: folders are only where their paths say, neither one deeper nor in an archive that
+                their paths do not name.
         """
         self.base = base
         self.exact = exact
-        self.modified: dict[str, int] = {}  # what `files` has looked at, and when it last changed
+        self.modified: dict[str, int] = {}  # folders that were listed, and when they last changed
         self.passed = Passed()
 
     def files(self, *folders: str) -> dict[str, str]:
@@ -52,7 +51,7 @@ class Tree:
             The path of each file by its path relative to the folder, composed; no hidden ones.
 
         Raises:
-            FileNotFoundError: none of the folders exists; says where one was found instead.
+            FileNotFoundError: none of the folders exists; says if one was found elsewhere.
             ValueError: an archive is damaged; there are two candidates for the folder or for a
                 file.
         """
@@ -90,7 +89,7 @@ class Tree:
         return path
 
     def places(self, *folders: str) -> list[str]:
-        """Where the one of `folders` that exists is: unpacked first, then in each archive.
+        """All places of the one of `folders` that exists: unpacked first, then in each archive.
 
         Args:
             folders: as for `files`.
@@ -100,44 +99,39 @@ class Tree:
             ValueError: as for `files`.
         """
         if self.exact:
-            found = [
-                path
-                for folder in folders
-                if is_folder(path := spelt(self.base, folder.rstrip("/")))
-            ][:1]
-            if not found:
-                raise FileNotFoundError(
-                    f"folder {os.path.abspath(os.path.join(self.base, folders[0]))} does not exist;"
-                    " check JAXDG_DATA or --config.data.root, and data.folder"
-                )
-            return found
+            for folder in folders:
+                if is_folder(path := spelt(self.base, folder.rstrip("/"))):
+                    return [path]
+            raise FileNotFoundError(
+                f"folder {os.path.abspath(os.path.join(self.base, folders[0]))} does not exist;"
+                " check JAXDG_DATA or --config.data.root, and data.folder"
+            )
         if os.path.isdir(self.base):
-            self.modified.update(
-                [modified(self.base)]
-            )  # changes when an archive or a folder is added
+            # It changes when an archive or a folder is added.
+            self.modified.update([modified(self.base)])
             sources = self._sources()
-            spellings = [
-                places
-                for folder in folders
-                if (places := [p for source in sources for p in _within(source, folder)])
-            ]
-            for first, *_ in spellings[1:]:
-                if not _is_same(spellings[0][0], first):
-                    raise ValueError(_twice(spellings[0][0], first))
-            if spellings:
-                return spellings[0]
-        raise FileNotFoundError(self._lost(folders))
+            places = [[p for s in sources for p in _within(s, folder)] for folder in folders]
+            places = [found for found in places if found]
+            for first, *_ in places[1:]:
+                if not _is_same(places[0][0], first):
+                    raise ValueError(_twice(places[0][0], first))
+            if places:
+                return places[0]
+        raise FileNotFoundError(self._not_found(folders))
 
     def _sources(self) -> list[str]:
+        """The folder itself and its archives."""
         with os.scandir(self.base) as entries:
             archives = [
-                entry
+                entry.path
                 for entry in entries
-                if entry.name.lower().endswith(".zip") and entry.is_file()
+                if entry.name.lower().endswith(".zip")
+                and entry.is_file()
+                and not is_hidden(entry.name)
             ]
-        return [self.base, *sorted(entry.path for entry in archives if not is_hidden(entry.name))]
+        return [self.base, *sorted(archives)]
 
-    def _lost(self, folders: tuple[str, ...]) -> str:
+    def _not_found(self, folders: tuple[str, ...]) -> str:
         base = os.path.abspath(self.base)
         wanted = f"{base} should hold {' or '.join(folders)}, unpacked or in a zip archive"
         if elsewhere := [place for folder in folders for place in self._elsewhere(base, folder)]:
@@ -148,40 +142,33 @@ class Tree:
         if not os.path.isdir(base):
             return f"{wanted}, but does not exist; check JAXDG_DATA or --config.data.root"
         entries = sorted(name for name in os.listdir(base) if not is_hidden(name))
-        return (
-            f"{wanted}, but holds"
-            f" {', '.join(entries[:8]) or 'nothing'}{', ..' if len(entries) > 8 else ''}; fetch"
-            " what is missing"
-        )
+        holds = ", ".join(entries[:8]) or "nothing"
+        more = ", .." if len(entries) > 8 else ""
+        return f"{wanted}, but holds {holds}{more}; fetch what is missing"
 
     def _elsewhere(self, base: str, folder: str) -> Iterator[str]:
-        """Where people put things: the folder without its upper levels, deeper, beside or above
-        where it should be.
-        """
+        """Places where a folder lies by mistake: without upper levels, deeper, beside or above."""
         root, name = os.path.split(base)
         above = os.path.dirname(root)
         alike = []
         if os.path.isdir(root):
-            alike = [
-                n
-                for n in subfolders(root)
-                if n != name and re.sub(r"\W|_", "", n).lower() == re.sub(r"\W|_", "", name).lower()
-            ]
+            alike = [n for n in subfolders(root) if n != name and _letters(n) == _letters(name)]
         upper = [*(os.path.join(root, n) for n in alike), root, os.path.join(above, name), above]
         if os.path.isdir(base):
             parts = folder.split("/")
             tails = ["/".join(parts[i:]) for i in range(1, len(parts))]
-            yield from (
-                place
-                for tail in tails
-                for source in self._sources()
-                for place in _within(source, tail)
-            )
+            for tail in tails:
+                for source in self._sources():
+                    yield from _within(source, tail)
             for source in self._sources():
                 for one in subfolders(source):
                     for two in subfolders(os.path.join(source, one)):
                         yield from _within(os.path.join(source, one, two), folder)
         yield from (path for up in upper if is_folder(path := os.path.join(up, folder)))
+
+
+def _letters(name: str) -> str:
+    return re.sub(r"\W|_", "", name).lower()
 
 
 def _within(source: str, folder: str) -> list[str]:
@@ -191,17 +178,15 @@ def _within(source: str, folder: str) -> list[str]:
 
 
 def _is_same(first: str, second: str) -> bool:
-    """Whether two folders are one: a link to the other, or another spelling where the disk does not
-    tell capitals apart.
-    """
+    """Whether two folders are one, by a link or because the disk ignores the case of letters."""
     return not in_archive(first) and not in_archive(second) and os.path.samefile(first, second)
 
 
 def _choose(first: str, second: str) -> str:
-    """Which of two files of one name counts: what is unpacked, if it is as long as in the archive.
+    """The one of two files of the same name that counts: the unpacked one, if the sizes are equal.
 
     Raises:
-        ValueError: neither, for one of the two is a mistake.
+        ValueError: neither counts, because one of the two is a mistake.
     """
     archived = [in_archive(path) for path in (first, second)]
     if sum(archived) == 1:
@@ -222,7 +207,7 @@ def _choose(first: str, second: str) -> str:
 
 
 def _twice(first: str, second: str) -> str:
-    """An error about two files or folders of which one is too many."""
+    """An error about two files or folders of which only one may be there."""
     names = [os.path.basename(path) for path in (first, second)]
     if composed(first) == composed(second):
         forms = " and ".join(ascii(name) for name in names)

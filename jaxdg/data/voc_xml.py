@@ -1,8 +1,7 @@
 """VOC's XML files: one `annotation`, with an `object` of a `name` and a `bndbox` for every thing.
 
-Tags count whatever the case of their letters and their namespace. What VOC's form leaves open is
-refused, as a guess would be a box in the wrong place or of the wrong class, or an image without
-things.
+The case and the namespace of tags do not matter. Where VOC's form is ambiguous the file is refused:
+a guess could give a box in the wrong place, a wrong class, or an image without objects.
 """
 
 from collections import Counter
@@ -23,13 +22,16 @@ CORNERS = ("xmin", "ymin", "xmax", "ymax")
 def read(
     path: str, size: tuple[int, int], classes: Sequence[str]
 ) -> tuple[Boxes, str, list[Defect]]:
-    """The boxes of a file, the name without extension of the image that it says they are of, and
-    what is wrong in it.
+    """The boxes of a file, the name in its <filename>, and its defects.
 
     Args:
         path: as `storage.read` takes it.
         size: height and width of the image, pixels.
         classes: names that objects may have, whatever the case of their letters.
+
+    Returns:
+        The boxes; the name, without folder and extension, of the image that the file says they
+        belong to; the defects.
     """
     wrong: list[str] = []
     try:
@@ -44,24 +46,21 @@ def read(
     wrong += [f": object {i} {fault}" for i, thing in numbered for fault in _object_faults(thing)]
     ids = {name.lower(): k for k, name in enumerate(classes)}
     names = [_text(thing, "name") for thing in objects]
-    unknown = [
-        (i, name) for i, name in enumerate(names, start=1) if name and name.lower() not in ids
-    ]
-    wrong += [
-        f": object {i} has the unknown class {name!r} (known are {', '.join(classes)})"
-        for i, name in unknown
-    ]
+    known = f"known are {', '.join(classes)}"
+    for i, name in enumerate(names, start=1):
+        if name and name.lower() not in ids:
+            wrong.append(f": object {i} has the unknown class {name!r} ({known})")
     corners = [[_number(thing.findtext(f"bndbox/{key}")) for key in CORNERS] for thing in objects]
     sizes = np.array([size] * len(objects), np.int32).reshape(-1, 2)
     boxes, misfits = fit(np.array(corners, np.float64).reshape(-1, 4), sizes, first=1)
-    framed = [(i, what) for i, what in misfits if objects[i].find("bndbox") is not None]
-    wrong += [f": object {i + 1} {what}{_culprit(objects[i])}" for i, what in framed]
+    for i, what in misfits:
+        if objects[i].find("bndbox") is not None:
+            wrong.append(f": object {i + 1} {what}{_culprit(objects[i])}")
+    difficult = [flag(thing.findtext("difficult")) or False for thing in objects]
     result: Boxes = {
         "boxes": boxes,
         "classes": np.array([ids.get(name.lower(), 0) for name in names], np.int32),
-        "difficult": np.array(
-            [flag(thing.findtext("difficult")) or False for thing in objects], bool
-        ),
+        "difficult": np.array(difficult, bool),
         "crowd": np.zeros(len(objects), bool),
         "areas": areas_of(boxes),
     }
@@ -95,25 +94,21 @@ def _size_fault(root: ElementTree.Element, size: tuple[int, int]) -> list[str]:
     stated = [_number(root.findtext(f"size/{key}") or "0") for key in ("width", "height")]
     if not any(stated) or stated == [w, h]:  # some writers state 0x0
         return []
-    turned = (
-        "; they are swapped, or the image was turned after it was annotated"
-        if stated == [h, w]
-        else ""
-    )
+    turned = ""
+    if stated == [h, w]:
+        turned = "; they are swapped, or the image was turned after it was annotated"
     return [f": says {stated[0]:g}x{stated[1]:g} but its image is {w}x{h}{turned}"]
 
 
 def _strays(root: ElementTree.Element, objects: Sequence[ElementTree.Element]) -> list[str]:
-    """Objects and boxes where they belong to nothing: they would be read as none."""
-    frames = sum(
-        len(thing.findall("bndbox")) + len(thing.findall("part/bndbox")) for thing in objects
-    )
-    wrong = []
+    """Objects and boxes in the wrong place, which would otherwise be ignored."""
+    own = sum(len(thing.findall("bndbox")) for thing in objects)
+    of_parts = sum(len(thing.findall("part/bndbox")) for thing in objects)
     if sum(1 for _ in root.iter("object")) > len(objects):
-        wrong.append(": holds an <object> that is not directly in <annotation>")
-    elif sum(1 for _ in root.iter("bndbox")) > frames:
-        wrong.append(": holds a <bndbox> that is not directly in an <object>")
-    return wrong
+        return [": holds an <object> that is not directly in <annotation>"]
+    if sum(1 for _ in root.iter("bndbox")) > own + of_parts:
+        return [": holds a <bndbox> that is not directly in an <object>"]
+    return []
 
 
 def _object_faults(thing: ElementTree.Element) -> list[str]:
@@ -138,7 +133,7 @@ def _object_faults(thing: ElementTree.Element) -> list[str]:
 
 
 def _culprit(thing: ElementTree.Element) -> str:
-    """The first of the corners of an object that is no number."""
+    """The first corner of an object that is not a number."""
     for key in CORNERS:
         said = thing.findtext(f"bndbox/{key}")
         if not math.isfinite(_number(said)):

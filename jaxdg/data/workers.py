@@ -25,14 +25,14 @@ import grain
 
 Items = Generator[Any, None, None]
 _open: weakref.WeakSet[Items] = weakref.WeakSet()  # iterators not yet closed
-_items: grain.MapDataset  # in a worker process: what it reads from
+_items: grain.MapDataset  # the items that a worker process reads
 
 
 def read_ahead(items: grain.MapDataset, workers: int) -> Items:
     """Reads everything once.
 
     Args:
-        items: what is read.
+        items: the items to read.
         workers: worker processes; 0 reads with threads of this process.
 
     Returns:
@@ -43,11 +43,8 @@ def read_ahead(items: grain.MapDataset, workers: int) -> Items:
         iterator = _from_processes(items, workers)
     else:
         threads = max(2, min(8, os.cpu_count() or 1))
-        iterator = _from_threads(
-            items.to_iter_dataset(
-                grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads)
-            )
-        )
+        options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads)
+        iterator = _from_threads(items.to_iter_dataset(options))
     _open.add(iterator)
     return iterator
 
@@ -56,9 +53,7 @@ def read_ahead(items: grain.MapDataset, workers: int) -> Items:
 def _close_all() -> None:
     """Ends the iterators that a run left open, before the interpreter goes away."""
     for iterator in list(_open):
-        with contextlib.suppress(
-            ValueError
-        ):  # another thread waits for an item and will never see it
+        with contextlib.suppress(ValueError):  # raised if another thread still waits for an item
             iterator.close()
 
 
@@ -78,10 +73,8 @@ def _from_processes(items: grain.MapDataset, workers: int) -> Items:
     items are the same.
     """
     spawn = multiprocessing.get_context("spawn")
-    dataset = cloudpickle.dumps(items)
-    pool = ProcessPoolExecutor(
-        workers, mp_context=spawn, initializer=_start_worker, initargs=(dataset,)
-    )
+    dataset = (cloudpickle.dumps(items),)
+    pool = ProcessPoolExecutor(workers, spawn, initializer=_start_worker, initargs=dataset)
     pending = collections.deque()
     try:
         for i in range(len(items)):
@@ -92,9 +85,8 @@ def _from_processes(items: grain.MapDataset, workers: int) -> Items:
         while pending:
             yield pending.popleft().result()
     except BrokenProcessPool as error:
+        # The pool ends the others by SIGTERM only, which they block.
         for process in (pool._processes or {}).values():
-            # the pool only asks the others to end, by the signal that they leave to the main
-            # process
             process.kill()
         raise ChildProcessError(
             "a data worker was killed, perhaps for want of memory; run again with a lower"
@@ -114,9 +106,8 @@ def _inherited():
     run, although it needs only the datasets.
     """
     main = sys.modules["__main__"]
-    before = signal.pthread_sigmask(
-        signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
-    )
+    signals = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, signals)
     sys.modules["__main__"] = types.ModuleType("__main__")
     try:
         yield

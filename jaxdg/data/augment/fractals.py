@@ -22,9 +22,9 @@ from jaxdg.data.index import IMAGE_SUFFIXES
 from jaxdg.data.storage import is_hidden
 
 SIDE = 256  # pixels
-WALKERS = 2048
-FIRST = 16
-STEPS = 80  # points that jump at once; jumps before, and while, they are drawn
+WALKERS = 2048  # points that jump at once
+FIRST = 16  # jumps before the points are drawn
+STEPS = 80  # jumps of which each is drawn
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,11 +68,10 @@ class Pictures:
         Raises:
             ValueError: a file cannot be read; names it.
         """
-        picture = (
-            read_image(self.files[rng.integers(len(self.files))], upright=True)
-            if self.files
-            else generate(rng)
-        )
+        if self.files:
+            picture = read_image(self.files[rng.integers(len(self.files))], upright=True)
+        else:
+            picture = generate(rng)
         factor = max(new / old for new, old in zip(size, picture.shape, strict=False))
         h, w = (
             max(new, round(old * factor)) for new, old in zip(size, picture.shape, strict=False)
@@ -88,9 +87,8 @@ def generate(rng: np.random.Generator) -> UInt8[np.ndarray, "256 256 3"]:
     """A random fractal in front of random waves, each in colours of its own."""
     cover, color = attractor(*random_maps(rng), rng)
     behind = palette(rng)[(255 * waves(rng)).astype(np.uint8)] * np.float32(rng.uniform(0.3, 1))
-    return np.rint(
-        behind + cover[..., None] * (palette(rng)[(255 * color).astype(np.uint8)] - behind)
-    ).astype(np.uint8)
+    front = palette(rng)[(255 * color).astype(np.uint8)]
+    return np.rint(behind + cover[..., None] * (front - behind)).astype(np.uint8)
 
 
 def random_maps(
@@ -132,12 +130,9 @@ def attractor(
     chosen = rng.choice(n, (FIRST + STEPS, WALKERS), p=weight / weight.sum())
     # x and y as one complex number, which an affine map and its mirror image move by two products.
     (a, b), (c, d) = np.moveaxis(matrices, 0, 2)
-    systems = (
-        (a + d + 1j * (c - b)) / 2,
-        (a - d + 1j * (c + b)) / 2,
-        shifts[:, 0] + 1j * shifts[:, 1],
-    )
-    turn, mirror, shift = (x.astype(np.complex64) for x in systems)
+    turn = ((a + d + 1j * (c - b)) / 2).astype(np.complex64)
+    mirror = ((a - d + 1j * (c + b)) / 2).astype(np.complex64)
+    shift = (shifts[:, 0] + 1j * shifts[:, 1]).astype(np.complex64)
     z = np.zeros(WALKERS, np.complex64)
     color = np.full(WALKERS, 0.5, np.float32)
     path = np.empty(chosen.shape, np.complex64)
@@ -151,23 +146,21 @@ def attractor(
     path = path[FIRST:].ravel()
     colors = colors[FIRST:].ravel()
     cells = []
-    beyond = rng.uniform(
-        0.01, 0.2
-    )  # the share of points on either side that may lie outside the picture
+    beyond = rng.uniform(0.01, 0.2)  # share of the points on either side outside the picture
     for part in (path.imag, path.real):
         low, high = np.quantile(part[:: len(part) // 4096], (beyond, 1 - beyond))
         cells.append(((part - low) * (SIDE / max(high - low, 1e-6))).astype(np.int32))
     inside = (cells[0] >= 0) & (cells[0] < SIDE) & (cells[1] >= 0) & (cells[1] < SIDE)
     at = (cells[0] * SIDE + cells[1])[inside]
-    count = np.bincount(at, minlength=SIDE**2).astype(np.float32).reshape(SIDE, SIDE)
-    total = (
-        np.bincount(at, colors[inside], minlength=SIDE**2).astype(np.float32).reshape(SIDE, SIDE)
+    count = np.bincount(at, minlength=SIDE**2)
+    total = np.bincount(at, colors[inside], minlength=SIDE**2)
+    count, total = (
+        cv2.GaussianBlur(x.astype(np.float32).reshape(SIDE, SIDE), (3, 3), 0.6)
+        for x in (count, total)
     )
-    count, total = (cv2.GaussianBlur(x, (3, 3), 0.6) for x in (count, total))
     cover = np.log1p(count)
-    return np.minimum(cover / np.quantile(cover[count > 0], 0.95), 1), np.minimum(
-        total / np.maximum(count, 1e-6), 1
-    )
+    cover = np.minimum(cover / np.quantile(cover[count > 0], 0.95), 1)
+    return cover, np.minimum(total / np.maximum(count, 1e-6), 1)
 
 
 def waves(rng: np.random.Generator) -> Float32[np.ndarray, "256 256"]:
@@ -179,11 +172,8 @@ def waves(rng: np.random.Generator) -> Float32[np.ndarray, "256 256"]:
         angle = rng.uniform(0, 2 * np.pi)
         phase = rng.uniform(0, 2 * np.pi)
         reach = bend / length
-        wave = np.sin(
-            np.float32(length * np.cos(angle)) * x
-            + np.float32(length * np.sin(angle)) * y
-            + np.float32(phase)
-        )
+        across = np.float32(length * np.cos(angle)) * x
+        wave = np.sin(across + np.float32(length * np.sin(angle)) * y + np.float32(phase))
         x = x + np.float32(reach * np.cos(angle + 1)) * wave
         y = y + np.float32(reach * np.sin(angle + 1)) * wave
     return (wave + 1) / 2
@@ -194,6 +184,5 @@ def palette(rng: np.random.Generator) -> Float32[np.ndarray, "256 3"]:
     count = int(rng.integers(3, 6))
     fixed = rng.uniform(0, 255, (count, 3))
     at = np.linspace(0, count - 1, 256)
-    return np.stack(
-        [np.interp(at, np.arange(count), channel) for channel in fixed.T], axis=-1
-    ).astype(np.float32)
+    channels = [np.interp(at, np.arange(count), channel) for channel in fixed.T]
+    return np.stack(channels, axis=-1).astype(np.float32)

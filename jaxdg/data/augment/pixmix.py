@@ -67,11 +67,8 @@ def augment(
     image: UInt8[np.ndarray, "h w 3"], rng: np.random.Generator
 ) -> UInt8[np.ndarray, "h w 3"]:
     """A copy under one of `BASE`."""
-    return np.array(
-        list(BASE.values())[rng.integers(len(BASE))](
-            Image.fromarray(image), rng.uniform(0.1, SEVERITY)
-        )
-    )
+    change = list(BASE.values())[rng.integers(len(BASE))]
+    return np.array(change(Image.fromarray(image), rng.uniform(0.1, SEVERITY)))
 
 
 def weights(beta: float, rng: np.random.Generator) -> tuple[float, float]:

@@ -47,7 +47,7 @@ def randaugment(
     Args:
         sample: as for `transforms.random_crop`.
         operations: how many.
-        magnitude: 0 (none at all, but for contrast and equalisation) to 10.
+        magnitude: 0 to 10; at 0 only `auto_contrast` and `equalize` still change the image.
         rng: the source of all randomness.
 
     Returns:
@@ -71,16 +71,13 @@ def apply(sample: dict[str, np.ndarray], name: str, strength: float) -> dict[str
         The same fields.
     """
     if name in COLOR:
-        return {
-            **sample,
-            "image": np.array(COLOR[name](Image.fromarray(sample["image"]), strength)),
-        }
+        image = COLOR[name](Image.fromarray(sample["image"]), strength)
+        return {**sample, "image": np.array(image)}
     h, w = sample["image"].shape[:2]
     matrix = to_new(name, strength, h, w)
     # OpenCV puts pixel centres at integers, boxes and `matrix` at halves.
-    centres = matrix + np.array(
-        [[0, 0, 0.5 * matrix[0, :2].sum() - 0.5], [0, 0, 0.5 * matrix[1, :2].sum() - 0.5]]
-    )
+    centres = matrix.copy()
+    centres[:, 2] += 0.5 * matrix[:, :2].sum(1) - 0.5
     new = {**sample, "image": _warp(sample["image"], centres, cv2.INTER_LINEAR, PAD_COLOR)}
     if "label" in sample:
         new["label"] = _warp(sample["label"], centres, cv2.INTER_NEAREST, (IGNORE,))
@@ -98,12 +95,9 @@ def to_new(name: str, strength: float, h: int, w: int) -> Float[np.ndarray, "2 3
         angle = math.radians(30 * strength)
         cos = math.cos(angle)
         sin = math.sin(angle)
-        return np.array(
-            [
-                [cos, sin, w / 2 - cos * w / 2 - sin * h / 2],
-                [-sin, cos, h / 2 + sin * w / 2 - cos * h / 2],
-            ]
-        )
+        x = w / 2 - cos * w / 2 - sin * h / 2
+        y = h / 2 + sin * w / 2 - cos * h / 2
+        return np.array([[cos, sin, x], [-sin, cos, y]])
     shear = 0.3 * strength
     shift = 150 / 331 * strength
     maps = {

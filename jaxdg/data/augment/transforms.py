@@ -22,7 +22,7 @@ from jaxdg.data.labels import IGNORE
 
 PAD_COLOR = (124, 116, 104)  # ImageNet's mean colour: near zero once normalised
 TRIES = 10
-BOX_FIELDS = {  # of one box
+BOX_FIELDS = {  # shape and type of the fields of one box
     "boxes": ((4,), np.float32),
     "classes": ((), np.int32),
     "difficult": ((), np.bool_),
@@ -45,9 +45,9 @@ class Augmentation:
         max_class_share: the share of the labelled pixels that no class may cover, 0-1. Below 1 a
             crop is drawn again, up to 10 times, until it shows more than one class and each covers
             less.
-        randaugment: number of operations and their magnitude, 0-10, see `jaxdg.data.randaugment`;
-            they follow the crop.
-        pixmix: most rounds and beta, see `jaxdg.data.pixmix`; it follows those.
+        randaugment: number of operations and their magnitude, 0-10, see `randaugment.py`; they
+            follow the crop.
+        pixmix: highest number of rounds and beta, see `pixmix.py`; it follows RandAugment.
         pictures: folder of pictures to mix in and to take styles from; None generates them.
     """
 
@@ -153,14 +153,14 @@ def random_crop(
         if label is None:
             break
         result["label"] = _crop_label(label, y, x, a.crop)
-        if tries == TRIES or _is_good(
-            result["label"], a.max_class_share, wanted, area
-        ):  # the last one is taken as it comes
+        # The last crop is taken as it comes.
+        if tries == TRIES or _is_good(result["label"], a.max_class_share, wanted, area):
             break
     result["image"] = _crop_image(image, y, x, a.crop)
-    to_crop = np.array(
-        [[x.new / x.old, 0, x.inside.start - x.start], [0, y.new / y.old, y.inside.start - y.start]]
-    )
+    to_crop = np.array([
+        [x.new / x.old, 0, x.inside.start - x.start],
+        [0, y.new / y.old, y.inside.start - y.start],
+    ])  # fmt: skip
     if rng.uniform() < a.flip:
         result = {key: array[:, ::-1] for key, array in result.items()}
         to_crop[0] = [-to_crop[0, 0], 0, a.crop[1] - to_crop[0, 2]]
@@ -182,7 +182,7 @@ def move_boxes(
         size: height and width they are clipped to, pixels.
 
     Returns:
-        The five fields of the boxes that remain; of an area the share that remains of its box.
+        The five fields of the boxes that remain. An area shrinks like its clipped box.
     """
     x0, y0, x1, y1 = sample["boxes"].T.astype(np.float64)
     corners = np.array([[x0, x1, x0, x1], [y0, y0, y1, y1]])
@@ -191,11 +191,10 @@ def move_boxes(
     high = moved.max(1)
     boxes = np.concatenate([low, high]).T.clip(0, [*size[::-1], *size[::-1]])
     keep = (boxes[:, 2:] - boxes[:, :2] >= 1).all(1)
-    left = np.prod(boxes[:, 2:] - boxes[:, :2], axis=1) / np.maximum(
-        np.prod(high - low, axis=0), 1e-9
-    )
-    grown = abs(np.linalg.det(matrix[:, :2]))
-    areas = rounded(sample.get("areas", areas_of(sample["boxes"])) * left * grown)
+    before = np.maximum(np.prod(high - low, axis=0), 1e-9)
+    visible = np.prod(boxes[:, 2:] - boxes[:, :2], axis=1) / before
+    scale = abs(np.linalg.det(matrix[:, :2]))
+    areas = rounded(sample.get("areas", areas_of(sample["boxes"])) * visible * scale)
     new = {**sample, "boxes": boxes.astype(np.float32), "areas": areas}
     return {key: new[key][keep] for key in BOX_FIELDS}
 
@@ -210,11 +209,9 @@ def _base_size(size: tuple[int, ...], a: Augmentation) -> tuple[int | float, ...
 def _place(rng: np.random.Generator, old: int, new: int, crop: int) -> Axis:
     """Places the crop inside the resized image, or the image inside a larger crop, at random."""
     offset = int(rng.integers(abs(new - crop) + 1))
-    return (
-        Axis(old, new, offset, slice(0, crop))
-        if new >= crop
-        else Axis(old, new, 0, slice(offset, offset + new))
-    )
+    if new >= crop:
+        return Axis(old, new, offset, slice(0, crop))
+    return Axis(old, new, 0, slice(offset, offset + new))
 
 
 def _crop_label(
@@ -237,12 +234,9 @@ def _crop_image(
     """The visible part equals `cv2.resize` with INTER_LINEAR up to rounding."""
     ratio_y = y.old / y.new
     ratio_x = x.old / x.new
-    to_source = np.array(
-        [
-            [ratio_x, 0, (x.start + 0.5) * ratio_x - 0.5],
-            [0, ratio_y, (y.start + 0.5) * ratio_y - 0.5],
-        ]
-    )
+    shift_x = (x.start + 0.5) * ratio_x - 0.5
+    shift_y = (y.start + 0.5) * ratio_y - 0.5
+    to_source = np.array([[ratio_x, 0, shift_x], [0, ratio_y, shift_y]])
     shape = (x.inside.stop - x.inside.start, y.inside.stop - y.inside.start)
     flags = cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP
     result = np.full((*crop, 3), PAD_COLOR, np.uint8)
