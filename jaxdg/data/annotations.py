@@ -93,10 +93,10 @@ def index_voc(
 
     Args:
         tree: the dataset's files.
-        parts: what is wanted of them.
+        parts: the images and their XML files.
         classes: names that objects may have.
         skip: paths of files to leave out with their partners.
-        defects: receives what is wrong with files instead of an error; nothing is recalled then.
+        defects: receives the faults of files, which then are no errors; nothing is recalled.
 
     Returns:
         The pairs, ordered as listed, without list by path; and the number of boxes of each.
@@ -107,9 +107,8 @@ def index_voc(
             that name no image, or what `read_voc` refuses; names all of them. Or classes that are
             told apart only by the case of their letters.
     """
-    if twice := [
-        name for name in classes if [other.lower() for other in classes].count(name.lower()) > 1
-    ]:
+    lower = [name.lower() for name in classes]
+    if twice := [name for name in classes if lower.count(name.lower()) > 1]:
         raise ValueError(
             f"the classes {', '.join(twice)} differ in the case of their letters alone, which VOC's"
             " files do not; rename one"
@@ -137,22 +136,12 @@ def index_voc(
             "notes": encoded(_mistaken(pairs, [said for *_, said, _ in checked])),
         }
 
-    kept = (
-        make()
-        if defects is not None
-        else cached(_key("voc", tree, parts, classes, skip), tree.modified, make)
-    )
-    notes = (*tree.passed.told(), *decoded(kept["notes"]))
-    return (
-        index.Pairs(
-            decoded(kept["images"]),
-            decoded(kept["labels"]),
-            kept["sizes"],
-            kept["fingerprints"],
-            notes,
-        ),
-        kept["counts"],
-    )
+    key = _key("voc", tree, parts, classes, skip)
+    arrays = cached(key, tree.modified, make) if defects is None else make()
+    notes = (*tree.passed.told(), *decoded(arrays["notes"]))
+    texts = decoded(arrays["images"]), decoded(arrays["labels"])
+    pairs = index.Pairs(*texts, arrays["sizes"], arrays["fingerprints"], notes)
+    return pairs, arrays["counts"]
 
 
 def read_voc(path: str, size: tuple[int, int], classes: tuple[str, ...]) -> Boxes:
@@ -184,14 +173,14 @@ def index_coco(
 
     Args:
         tree: the dataset's files.
-        parts: what is wanted of them.
+        parts: the images and their JSON files.
         classes: names that categories may have; () for those of the first file, ordered by id.
         skip: paths of images to leave out.
-        defects: receives what is wrong with images and their boxes instead of an error; nothing is
-            recalled then.
+        defects: receives the faults of images and their boxes, which then are no errors; nothing is
+            recalled.
 
     Returns:
-        Everything, images ordered as listed; without the boxes that have defects.
+        All images in the order of the lists, without the boxes that have defects.
 
     Raises:
         FileNotFoundError: a folder or annotation file does not exist.
@@ -206,15 +195,11 @@ def index_coco(
         names = classes
         read = []
         for part in parts:
-            path = _file(tree, (part.annotations,), part.file)
+            path = tree.file((part.annotations,), part.file)
             content = coco_json.load(path)
             names = names or coco_json.category_names(content)
-            options: dict[str, Any] = {
-                "names": names,
-                "skip": frozenset(skip),
-                "look": _look,
-                "wrong": wrong,
-            }
+            options: dict[str, Any] = {"names": names, "look": _look, "wrong": wrong}
+            options["skip"] = frozenset(skip)
             read.append(coco_json.read(tree, part, path, content, **options))
         _report(wrong, defects)
         images = [image for images, _ in read for image in images]
@@ -227,22 +212,15 @@ def index_coco(
         joined = {key: np.concatenate([array[key] for array in arrays]) for key in arrays[0]}
         return joined | {"images": encoded(images), "names": encoded(names)}
 
-    kept = (
-        make()
-        if defects is not None
-        else cached(_key("coco", tree, parts, classes, skip), tree.modified, make)
-    )
-    pairs = index.Pairs(
-        images := decoded(kept["images"]),
-        [""] * len(images),
-        kept["sizes"],
-        kept["fingerprints"],
-        tree.passed.told(),
-    )
-    fields = {key: kept[key] for key in ("boxes", "classes", "difficult", "crowd", "areas")}
-    return CocoBoxes(
-        names=tuple(decoded(kept["names"])), pairs=pairs, **fields, ends=kept["counts"].cumsum()
-    )
+    key = _key("coco", tree, parts, classes, skip)
+    arrays = cached(key, tree.modified, make) if defects is None else make()
+    images = decoded(arrays["images"])
+    notes = tree.passed.told()
+    labels = [""] * len(images)
+    pairs = index.Pairs(images, labels, arrays["sizes"], arrays["fingerprints"], notes)
+    fields = {key: arrays[key] for key in ("boxes", "classes", "difficult", "crowd", "areas")}
+    names = tuple(decoded(arrays["names"]))
+    return CocoBoxes(names=names, pairs=pairs, **fields, ends=arrays["counts"].cumsum())
 
 
 def _key(
@@ -253,19 +231,8 @@ def _key(
     skip: Collection[str],
 ) -> list[Any]:
     place = [tree.base, os.path.realpath(tree.base), tree.exact]
-    return [
-        kind,
-        VERSION,
-        place,
-        [dataclasses.astuple(part) for part in parts],
-        classes,
-        sorted(skip),
-    ]
-
-
-def _file(tree: Tree, folders: tuple[str, ...], name: str) -> str:
-    """The path of a file in the first of `folders` that exists."""
-    return tree.file(folders, name)
+    wanted = [dataclasses.astuple(part) for part in parts]
+    return [kind, VERSION, place, wanted, classes, sorted(skip)]
 
 
 def _pair(
@@ -273,12 +240,10 @@ def _pair(
 ) -> list[tuple[str, str]]:
     images = _by_stem(tree, part.images, index.IMAGE_SUFFIXES)
     annotations = _by_stem(tree, part.annotations, (".xml",))
-    known = images.keys() | annotations.keys()
-    stems = (
-        _listed(_file(tree, part.lists, part.listed), images, annotations, wrong)
-        if part.listed
-        else sorted(known)
-    )
+    if part.listed:
+        stems = _listed(tree.file(part.lists, part.listed), images, annotations, wrong)
+    else:
+        stems = sorted(images.keys() | annotations.keys())
     pairs = []
     for stem in stems:
         found = [files.get(stem, []) for files in (images, annotations)]
@@ -336,12 +301,8 @@ def _listed(
         if stem is not None:
             stems.append(stem)
         elif line and not line.startswith("#"):
-            wrong.append(
-                Defect(
-                    path,
-                    f": line {number} lists {line}, which is neither an image nor an annotation",
-                )
-            )
+            text = f": line {number} lists {line}, which is neither an image nor an annotation"
+            wrong.append(Defect(path, text))
     return list(dict.fromkeys(stems))
 
 
@@ -381,13 +342,12 @@ def _mistaken(pairs: Sequence[tuple[str, str]], said: Sequence[str]) -> tuple[st
         return ()
     image, annotation = pairs[others[0]]
     name = said[others[0]]
-    return (
-        (
-            f"{len(others)} of {len(pairs)} annotations name another image than their own in"
-            f" <filename>, such as {annotation} with {name}; they count for the image of their own"
-            f" name, {os.path.basename(image)} there: look whether files were mixed up"
-        ),
+    line = (
+        f"{len(others)} of {len(pairs)} annotations name another image than their own in"
+        f" <filename>, such as {annotation} with {name}; they count for the image of their own"
+        f" name, {os.path.basename(image)} there: look whether files were mixed up"
     )
+    return (line,)
 
 
 def _look(image: str) -> tuple[index.Header, list[Defect]]:
@@ -400,14 +360,10 @@ def _report(wrong: Sequence[Defect], defects: list[Defect] | None, limit: int = 
     if defects is not None:
         defects += wrong
     elif wrong:
-        more = (
-            f"; and {len(wrong) - limit} more ({len(wrong)} in all)" if len(wrong) > limit else ""
-        )
+        count = len(wrong)
+        more = f"; and {count - limit} more ({count} in all)" if count > limit else ""
         told = "; ".join(path + text for path, text in wrong[:limit])
-        listing = all(
-            path.lower().endswith((".json", ".txt")) for path, _ in wrong
-        )  # of many images, which cannot be left out
-        raise ValueError(
-            f"{told}{more}; correct"
-            f" {'the file' if listing else 'these files, or leave them out with data.skip'}"
-        )
+        # A file about many images cannot be left out.
+        listing = all(path.lower().endswith((".json", ".txt")) for path, _ in wrong)
+        remedy = "the file" if listing else "these files, or leave them out with data.skip"
+        raise ValueError(f"{told}{more}; correct {remedy}")

@@ -21,7 +21,7 @@ from jaxdg.data.annotations import CocoBoxes, VocPart, index_coco, index_voc, re
 from jaxdg.data.box_fields import Boxes, areas_of
 from jaxdg.data.coco_json import CocoPart
 from jaxdg.data.datasets import STREETS, Dataset, Files, Mixture, Streets, StreetsOptions, Subset
-from jaxdg.data.domains import domain_names
+from jaxdg.data.domains import domain_names, pair_files
 from jaxdg.data.images import read_image
 from jaxdg.data.labels import CITYSCAPES, LabelSet, palette
 from jaxdg.data.skip import skip_list, without
@@ -30,10 +30,8 @@ from jaxdg.data.tree import Tree
 
 def _like(**classes: str) -> LabelSet:
     """Classes in the colours of the Cityscapes classes that they resemble."""
-    return LabelSet(
-        tuple(classes),
-        tuple(CITYSCAPES.colors[CITYSCAPES.names.index(alike)] for alike in classes.values()),
-    )
+    alike = [CITYSCAPES.names.index(name) for name in classes.values()]
+    return LabelSet(tuple(classes), tuple(CITYSCAPES.colors[k] for k in alike))
 
 
 THINGS = LabelSet(CITYSCAPES.names[instances.FIRST :], CITYSCAPES.colors[instances.FIRST :])
@@ -57,8 +55,8 @@ CARLA = _like(
     traffic_sign="traffic sign",
 )
 
-# Published number of images by domain and whether they are to train on; for the others see
-# `published.py`.
+# Published number of images by domain and by whether they are for training; `published.py` has the
+# others.
 COUNTS = {
     ("daytime_clear", True): 19395,
     ("daytime_clear", False): 8313,
@@ -110,7 +108,7 @@ class BoxFiles(Files):
 
     Attributes:
         pairs: the images, their sizes, and the files with their boxes if each has one.
-        box_counts: number of boxes of each image; None where only reading tells.
+        box_counts: number of boxes of each image; None if it is unknown before reading.
     """
 
     box_counts: np.ndarray | None = None
@@ -181,13 +179,13 @@ class StreetsBoxes(Streets):
 
     def _sample(self, scene: Any) -> dict[str, np.ndarray]:
         names = [STREETS_THINGS.names.index(CITYSCAPES.names[k]) for k in scene.box_labels.tolist()]
-        none = np.zeros(len(names), bool)
-        flags = {"difficult": none, "crowd": none.copy(), "areas": areas_of(scene.boxes)}
         return {
             "image": scene.image,
             "boxes": scene.boxes,
             "classes": np.array(names, np.int32),
-            **flags,
+            "difficult": np.zeros(len(names), bool),
+            "crowd": np.zeros(len(names), bool),
+            "areas": areas_of(scene.boxes),
         }
 
 
@@ -199,8 +197,8 @@ def box_labels(domain: str, own: BoxOptions | None) -> LabelSet:
         own: as for `open_boxes`.
 
     Raises:
-        ValueError: an unknown domain or one without boxes, or one of one's own whose classes are
-            not named.
+        ValueError: the domain is unknown or has no boxes, or it is the user's own and its classes
+            are not named.
     """
     domain = domain_names(domain)[0]
     if domain in STREETS:
@@ -237,7 +235,7 @@ def open_boxes(
         root: data root. Records may be on `gs://..` or `s3://..`.
         train: the images to train on, else those to judge on.
         streets: the generated scenes; None for the defaults.
-        own: where the images and boxes of any other domain are.
+        own: the images and boxes of any other domain.
         skip: a text file of paths to leave out with their partners, see `skip.py`.
 
     Returns:
@@ -247,23 +245,17 @@ def open_boxes(
     Raises:
         FileNotFoundError: the data root, a folder or file of the domain, or the skip list does not
             exist.
-        ValueError: an unknown domain or one without boxes or without such images, files that do not
-            pair up or are wrong in themselves, or records of other classes.
+        ValueError: the domain is unknown or has no boxes or no such images, files do not pair up or
+            are damaged, or records have other classes.
     """
+    options: dict[str, Any] = {"root": root, "train": train, "own": own, "skip": skip}
     if len(parts := domain_names(domain)) > 1:
-        options: dict[str, Any] = {
-            "root": root,
-            "train": train,
-            "streets": streets,
-            "own": own,
-            "skip": skip,
-        }
-        return Mixture([open_boxes(part, **options) for part in parts])
+        return Mixture([open_boxes(part, streets=streets, **options) for part in parts])
     if domain in STREETS:
         return StreetsBoxes(domain, streets or StreetsOptions(), train)
     found = records.open_records(root, domain, train=train, boxes=True)
     if found is None:
-        return open_box_files(domain, root=root, train=train, own=own, skip=skip)
+        return open_box_files(domain, **options)
     if domain in KNOWN or (own is not None and own.classes):
         names = box_labels(domain, own).names
         if found.labels.names != names:
@@ -322,11 +314,11 @@ def open_box_files(
         train: as for `open_boxes`.
         own: as for `open_boxes`.
         skip: as for `open_boxes`.
-        defects: receives what is wrong with files, which then is no error; outcomes of earlier
-            checks are not used.
+        defects: receives the faults of files, which then are no errors; outcomes of earlier checks
+            are not used.
 
     Returns:
-        The dataset; those with defects are in it too.
+        The dataset, including images with defects.
 
     Raises:
         FileNotFoundError: as for `open_boxes`.
@@ -343,7 +335,7 @@ def open_box_files(
             f"data root {os.path.abspath(root)} does not exist; set JAXDG_DATA or"
             " --config.data.root"
         )
-    domain_names(domain)  # or raises
+    domain_names(domain)  # raises an error for names such as `..`
     left_out = skip_list(skip, root, strict=train) if skip else ()
     split = "train" if train else "val"
     if (domain, False) in COUNTS and (domain, train) not in COUNTS:
@@ -352,44 +344,35 @@ def open_box_files(
             " or carla"
         )
     if domain in ("carla", "town05"):
-        towns = (
-            {"town05": "test"}
-            if domain == "town05"
-            else dict.fromkeys(("town01", "town02", "town03", "town04"), split)
-        )
+        towns = dict.fromkeys(("town01", "town02", "town03", "town04"), split)
+        if domain == "town05":
+            towns = {"town05": "test"}
         tree = Tree(os.path.join(root, "carla_towns"))
         parts = [_voc2007((town,), part) for town, part in towns.items()]
         return VocFiles(domain, index_voc(tree, parts, CARLA.names, left_out, defects), CARLA)
     if (domain, train) in COUNTS:
         tree = Tree(os.path.join(root, "diverse_weather"))
-        part = _voc2007(
-            _spellings(domain), "test" if domain == "daytime_clear" and not train else "train"
-        )
-        return VocFiles(
-            domain,
-            index_voc(tree, [part], DIVERSE_WEATHER.names, left_out, defects),
-            DIVERSE_WEATHER,
-        )
+        listed = "test" if domain == "daytime_clear" and not train else "train"
+        parts = [_voc2007(_spellings(domain), listed)]
+        labels = DIVERSE_WEATHER
+        return VocFiles(domain, index_voc(tree, parts, labels.names, left_out, defects), labels)
     if domain in instances.READERS:
         return _instances(domain, Tree(os.path.join(root, domain)), split, left_out, defects)
     if domain in KNOWN:
-        # The file of the training images in rain lists those of all conditions, hence the beginning
-        # of the names.
-        parts = [
-            CocoPart(
-                f"rgb_anon/{c}/{split}",
-                "gt_detection",
-                f"{c}/instancesonly_{c}_{split}_gt_detection.json",
-                f"{c}/{split}/",
-            )
-            for c in ACDC_CONDITIONS
-            if domain in ("acdc", f"acdc/{c}")
-        ]
+        parts = [_acdc(c, split) for c in ACDC_CONDITIONS if domain in ("acdc", f"acdc/{c}")]
         tree = Tree(os.path.join(root, "acdc"))
         return CocoFiles(domain, index_coco(tree, parts, THINGS.names, left_out, defects), THINGS)
     if own is not None:
         return _own(domain, Tree(root, exact=True), 0 if train else 1, own, left_out, defects)
     raise _unknown(domain)
+
+
+def _acdc(condition: str, split: str) -> CocoPart:
+    # The file of the training images in rain lists the images of all conditions, so only names with
+    # this start count.
+    start = f"{condition}/{split}/"
+    file = f"{condition}/instancesonly_{condition}_{split}_gt_detection.json"
+    return CocoPart(f"rgb_anon/{condition}/{split}", "gt_detection", file, start)
 
 
 def _unknown(domain: str) -> ValueError:
@@ -442,16 +425,8 @@ def _instances(
         "bdd100k": (f"images/10k/{split}", f"labels/ins_seg/bitmasks/{split}", ".jpg", ".png"),
         "synthia": ("RGB", "GT/LABELS", ".png", ".png"),
     }[domain]
-    files: dict[str, Any] = {
-        "image_suffix": image_suffix,
-        "label_suffix": label_suffix,
-        "skip": skip,
-    }
-    if defects is None:
-        pairs = index.index_pairs(tree, [(images, (labels,))], **files)
-    else:
-        pairs, found = index.examine(tree, [(images, (labels,))], **files)
-        defects += found
+    suffixes = {"image_suffix": image_suffix, "label_suffix": label_suffix}
+    pairs = pair_files(tree, [(images, (labels,))], defects, skip=skip, **suffixes)
     return InstanceFiles(domain, pairs, THINGS)
 
 
@@ -472,9 +447,8 @@ def _own(
                 f"data.boxes.lists names {listed}, but only of VOC's XML files a list is read; take"
                 f" what is not to count out of {annotations}, or leave it out with data.skip"
             )
-        content = index_coco(
-            tree, [CocoPart(images, *os.path.split(annotations))], own.classes, skip, defects
-        )
+        part = CocoPart(images, *os.path.split(annotations))
+        content = index_coco(tree, [part], own.classes, skip, defects)
         return CocoFiles(domain, content, LabelSet(content.names, palette(len(content.names))))
     if not own.classes:
         raise ValueError(

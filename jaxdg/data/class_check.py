@@ -23,10 +23,10 @@ from jaxdg.data.datasets import Dataset, Files, Streets, Subset
 from jaxdg.data.labels import IGNORE
 from jaxdg.data.records import Records
 
-MOST = 2000
-SECONDS = 60.0  # images of a source that are looked at, and what that may take
-DOMAIN_MOST = 100
-DOMAIN_SECONDS = 10.0  # the same of a domain to judge on
+MOST = 2000  # images of a source to look at
+SECONDS = 60.0
+DOMAIN_MOST = 100  # the same for a domain to judge on
+DOMAIN_SECONDS = 10.0
 TOLD = 8  # ids or classes in a message
 
 
@@ -51,14 +51,12 @@ class Shown:
     def classes(self) -> Bool[np.ndarray, " k"]:
         """Whether each class was seen."""
         k = len(self.dataset.labels.names)
-        return (
-            np.ones(k, bool)
-            if self.look is None
-            else np.isin(np.arange(k), id_classes(self.dataset)[self.look.ids])
-        )
+        if self.look is None:
+            return np.ones(k, bool)
+        return np.isin(np.arange(k), id_classes(self.dataset)[self.look.ids])
 
     @property
-    def whole(self) -> bool:
+    def complete(self) -> bool:
         """Whether all images were looked at."""
         return self.look is None or self.look.images == len(self.dataset)
 
@@ -110,22 +108,21 @@ def before_training(
         ValueError: nothing in the source is labelled, or only one class of a label map.
     """
     shown = show(source, MOST, SECONDS)
-    if fault(shown) and not all(one.whole for one in shown):
+    if fault(shown) and not all(one.complete for one in shown):
         left = sum(len(one.dataset) - one.look.images for one in shown if one.look is not None)
-        say(
-            Text(
-                f"{source.domain}: no more than one class so far; looks at the other {left} labels,"
-                " once for all runs"
-            )
-        )
-        shown = [one if one.whole else Shown(one.dataset, count(one.dataset).look) for one in shown]
+        line = f"{source.domain}: no more than one class so far; looks at the other {left} labels,"
+        say(Text(f"{line} once for all runs"))
+        shown = [
+            one if one.complete else Shown(one.dataset, count(one.dataset).look) for one in shown
+        ]
     if wrong := fault(shown):
         raise ValueError(wrong)
-    lines = [(line, loud) for line, loud in missing(shown)]
+    lines = missing(shown)
     for name, dataset in domains.items():
         lines += _against(shown, name, show(dataset, DOMAIN_MOST, DOMAIN_SECONDS))
-    for line, loud in lines:
-        say(Text.assemble(("warning: ", "bold yellow"), line) if loud else Text(f"note: {line}"))
+    for line, is_warning in lines:
+        warning = Text.assemble(("warning: ", "bold yellow"), line)
+        say(warning if is_warning else Text(f"note: {line}"))
 
 
 def findings(
@@ -163,12 +160,10 @@ def fault(shown: Sequence[Shown]) -> str | None:
     seen = union(shown)
     names = first.dataset.labels.names
     source = _name(shown)
+    if first.boxes and seen.any():
+        return None
     if first.boxes:
-        return (
-            None
-            if seen.any()
-            else f"{source} has no box to learn from in {_looked(shown)}; see the annotation files"
-        )
+        return f"{source} has no box to learn from in {_looked(shown)}; see the annotation files"
     told = "; ".join([*map(ids_seen, shown), *filter(None, [_way_out(first)])])
     if len(names) == 1:
         return (
@@ -203,42 +198,24 @@ def missing(shown: Sequence[Shown]) -> list[tuple[str, bool]]:
     lacking = [name for name, gone in zip(names, absent, strict=True) if gone]
     if set(lacking) <= {name for one in shown for name in known_to_lack(one.dataset.domain)}:
         return [*lines, (f"{_name(shown)} has no {_some(lacking)}, as published", False)]
-    told = "; ".join(
-        [
-            f"{_some(lacking)} never occur{'s' * (len(lacking) == 1)} in {_name(shown)}, in"
-            f" {_looked(shown)}"
-        ]
-    )
-    unmapped = (
-        []
-        if shown[0].boxes
-        else [
+    occur = "occurs" if len(lacking) == 1 else "occur"
+    told = f"{_some(lacking)} never {occur} in {_name(shown)}, in {_looked(shown)}"
+    parts = [told + ": a model cannot learn what it never sees", *map(ids_seen, shown)]
+    if not shown[0].boxes and not published.find(shown[0].dataset.domain):
+        unmapped = [
             name
             for name in lacking
             if not any(_has_id(one.dataset, names.index(name)) for one in shown)
         ]
-    )
-    why = (
-        f"; data.folder.id_map maps no id to {_some(unmapped)}"
-        if unmapped and not published.find(shown[0].dataset.domain)
-        else ""
-    )
-    way = _way_out(shown[0])
-    seen = "; ".join(map(ids_seen, shown))
-    return [
-        *lines,
-        (
-            (
-                f"{told}: a model cannot learn what it never sees;"
-                f" {seen}{why}{f'; {way}' if way else ''}"
-            ),
-            True,
-        ),
-    ]
+        if unmapped:
+            parts.append(f"data.folder.id_map maps no id to {_some(unmapped)}")
+    if way := _way_out(shown[0]):
+        parts.append(way)
+    return [*lines, ("; ".join(parts), True)]
 
 
 def known_to_lack(domain: str) -> tuple[str, ...]:
-    """Classes that the publisher's labels of a domain show nowhere."""
+    """Classes that never occur in the publisher's labels of a domain."""
     dataset = published.find(domain)
     return dataset.lacks if dataset else ()
 
@@ -256,29 +233,20 @@ def ids_seen(shown: Shown) -> str:
     counts = shown.look.counts
     names = shown.dataset.labels.names
     if shown.boxes:
-        return "boxes: " + (
-            _some([f"{names[k]} {n}" for k, n in zip(ids.tolist(), counts.tolist(), strict=True)])
-            or "none"
-        )
+        pairs = zip(ids.tolist(), counts.tolist(), strict=True)
+        return "boxes: " + (_some([f"{names[k]} {n}" for k, n in pairs]) or "none")
     meaning = {**dict(enumerate(names)), IGNORE: "ignored", -1: "no class"}
     classes = id_classes(shown.dataset)
     order = np.argsort(-counts, kind="stable")
-    share = 100 * counts / max(1, counts.sum())
-
-    def percent(x):
-        return f"{x:.1f} %" if x >= 0.95 else f"{x:.2g} %"
-
+    shares = 100 * counts[order] / max(1, counts.sum())
+    percent = [f"{share:.1f} %" if share >= 0.95 else f"{share:.2g} %" for share in shares]
+    ids = ids[order]
+    means = [meaning.get(int(k), "no class") for k in classes[ids]]
     if is_mapped(shown.dataset):
-        return f"classes in {shown}: " + _some(
-            [f"{meaning[int(classes[ids[j]])]} {percent(share[j])}" for j in order]
-        )
-    told = _some(
-        [
-            f"{ids[j]} {percent(share[j])} ({meaning.get(int(classes[ids[j]]), 'no class')})"
-            for j in order
-        ]
-    )
-    return f"ids in the label files of {shown}: {told}"
+        told = [f"{name} {share}" for name, share in zip(means, percent, strict=True)]
+        return f"classes in {shown}: {_some(told)}"
+    told = [f"{i} {share} ({name})" for i, share, name in zip(ids, percent, means, strict=True)]
+    return f"ids in the label files of {shown}: {_some(told)}"
 
 
 def _against(source: Sequence[Shown], name: str, shown: Sequence[Shown]) -> list[tuple[str, bool]]:
@@ -287,7 +255,7 @@ def _against(source: Sequence[Shown], name: str, shown: Sequence[Shown]) -> list
     seen = union(shown)
     learnt = union(source)
     if names != source[0].dataset.labels.names:
-        return []  # said elsewhere
+        return []  # another check says so
     looked = _looked(shown)
     score = "AP50" if shown[0].boxes else "IoU"
     told = "; ".join(map(ids_seen, shown))
@@ -295,36 +263,21 @@ def _against(source: Sequence[Shown], name: str, shown: Sequence[Shown]) -> list
         return [(f"{name} has nothing to judge by in {looked}; {told}", True)]
     if not shown[0].boxes and seen.sum() == 1 and len(names) > 1:
         only = names[int(seen.argmax())]
-        return [
-            (
-                f"only {only} occurs in {name}, in {looked}, so that its mIoU says nothing; {told}",
-                True,
-            )
-        ]
+        line = f"only {only} occurs in {name}, in {looked}, so that its mIoU says nothing; {told}"
+        return [(line, True)]
     lines = []
     if (new := seen & ~learnt).any():
         what = _some([names[k] for k in np.flatnonzero(new)])
-        lines.append(
-            (
-                (
-                    f"{name} has {what}, of which {_name(source)} shows none: the {score} there"
-                    " counts in its mean all the same"
-                ),
-                True,
-            )
+        line = (
+            f"{name} has {what}, of which {_name(source)} shows none: the {score} there counts in"
+            " its mean all the same"
         )
+        lines.append((line, True))
     if (gone := learnt & ~seen).any():
         what = _some([names[k] for k in np.flatnonzero(gone)])
         rest = "" if shown[0].boxes else ", unless the model predicts it there, which counts as 0"
-        lines.append(
-            (
-                (
-                    f"{what} not seen in {name}, in {looked}: what a domain lacks stays out of its"
-                    f" mean{rest}"
-                ),
-                False,
-            )
-        )
+        line = f"{what} not seen in {name}, in {looked}: what a domain lacks stays out of its mean"
+        lines.append((f"{line}{rest}", False))
     return lines
 
 
@@ -341,11 +294,9 @@ def _looked(shown: Sequence[Shown]) -> str:
     """The number of images that a statement is about."""
     looked = sum(len(one.dataset) if one.look is None else one.look.images for one in shown)
     total = sum(len(one.dataset) for one in shown)
-    return (
-        f"all {total} image{'s' * (total != 1)}"
-        if looked == total
-        else f"{looked} of {total} images looked at"
-    )
+    if looked < total:
+        return f"{looked} of {total} images looked at"
+    return "all 1 image" if total == 1 else f"all {total} images"
 
 
 def _is_generated(dataset: Dataset) -> bool:
@@ -369,18 +320,16 @@ def _way_out(shown: Shown) -> str:
     foreground = [i for i in shown.look.ids.tolist() if i]
     background, class_name = ("background", *names)[-2:]
     classes = f'classes=("{background}", "{class_name}")'
-    if len(foreground) != 1:
-        return (
-            f"a class and its background are {classes} of data.folder, whose id_map says which id"
-            " is which"
-            if len(names) == 1
-            else ""
-        )
+    if len(foreground) == 1 and foreground != [1]:
+        id_map = f"id_map={{{foreground[0]}: 1}}"
+        return f"if {foreground[0]} marks {class_name}, set {classes}, {id_map} in data.folder"
+    if len(names) > 1:
+        return ""
     if foreground == [1]:
-        return f"if 1 marks {class_name}, set {classes} in data.folder" if len(names) == 1 else ""
+        return f"if 1 marks {class_name}, set {classes} in data.folder"
     return (
-        f"if {foreground[0]} marks {class_name}, set {classes}, id_map={{{foreground[0]}: 1}} in"
-        " data.folder"
+        f"a class and its background are {classes} of data.folder, whose id_map says which id is"
+        " which"
     )
 
 

@@ -202,7 +202,7 @@ def _published(
     tree = Tree(os.path.join(root, dataset.name))
     folders = [(part.images, part.labels) for part in parts]
     suffixes = {"image_suffix": dataset.image_suffix, "label_suffix": dataset.label_suffix}
-    pairs = _pairs(tree, folders, defects, skip=skip, **suffixes)
+    pairs = pair_files(tree, folders, defects, skip=skip, **suffixes)
     start = tuple(start for part in parts for start in part.start)
     listed = {number for part in parts if part.listed for number in _numbers(tree, part)}
     if start or listed:
@@ -254,16 +254,17 @@ def _folder(
     tree = Tree(root, exact=True)
     folders = [(fill(options.images), (fill(options.labels),))]
     suffixes = {"image_suffix": options.image_suffix, "label_suffix": options.label_suffix}
-    pairs = _pairs(tree, folders, defects, skip=skip, **suffixes)
+    pairs = pair_files(tree, folders, defects, skip=skip, **suffixes)
     return Files(domain, pairs, label_table(domain, options, ""), labels)
 
 
-def _pairs(
+def pair_files(
     tree: Tree,
     folders: Sequence[tuple[str, Sequence[str]]],
     defects: list[index.Defect] | None,
     **files: Any,
 ) -> index.Pairs:
+    """As `index.index_pairs`, or as `index.examine` if there is a list of defects."""
     if defects is None:
         return index.index_pairs(tree, folders, **files)
     pairs, found = index.examine(tree, folders, **files)

@@ -1,6 +1,4 @@
-"""Boxes of VOC folders, Diverse Weather, CARLA and the generated streets: layouts, the convention,
-and what bad files say.
-"""
+"""Boxes of VOC folders, Diverse Weather, CARLA and the generated streets, and bad files."""
 
 import os
 from pathlib import Path
@@ -100,9 +98,7 @@ def slow_voc(text: str) -> list[tuple[str, list[float]]]:
 
 
 def test_carla_equals_a_slow_reader_and_has_the_published_counts(data_path):
-    """All 4395 real boxes, whatever the town and split, are those that regular expressions find; no
-    image is in two domains.
-    """
+    """All 4395 real boxes equal those that regular expressions find; domains share no image."""
     root = data_path("carla_towns").parent
     seen = []
     boxes = 0
@@ -160,9 +156,7 @@ def test_readers_import_no_jax(data_path):
 
 
 def test_convention():
-    """VOC's inclusive pixels from 1 become [x0, x1); one pixel beyond the image is clipped, counted
-    from 0 or 1.
-    """
+    """VOC's inclusive pixels from 1 become [x0, x1); one pixel beyond the image is clipped."""
     written = np.array([[1, 1, 60, 40], [5, 6, 5, 6], [0, -1, 61, 41], [2.5, 3, 7.25, 9]])
     boxes, wrong = box_fields.fit(written, np.array([[40, 60]] * 4), first=1)
     assert not wrong
@@ -178,9 +172,7 @@ def test_convention():
 
 
 def test_voc_folder_by_its_options(tmp_path):
-    """Order and order of the lists, difficult objects, parts of objects, letters of any case, small
-    boxes, files outside the list.
-    """
+    """Lists set the order; difficult objects, parts, upper-case names and small boxes are read."""
     person = thing(
         "CAT ",
         3,
@@ -231,9 +223,7 @@ SAME = {
 
 @pytest.mark.parametrize("case", SAME)
 def test_the_same_thing_however_it_is_written(tmp_path, case):
-    """Namespaces, upper-case tags, parts with boxes of their own and a byte-order mark change
-    nothing.
-    """
+    """Namespaces, upper-case tags, parts with boxes and a byte-order mark change nothing."""
     sample = pets(tmp_path, {"a": SAME[case]})[0]
     assert (sample["boxes"].tolist(), sample["classes"].tolist(), sample["areas"].tolist()) == (
         [[0, 0, 9, 9]],
@@ -244,9 +234,7 @@ def test_the_same_thing_however_it_is_written(tmp_path, case):
 
 @pytest.mark.parametrize("yes", ["1", "1 ", "1.0", "True", "true", "yes", " YES\n"])
 def test_difficult_in_every_spelling(tmp_path, yes):
-    """Whatever a writer calls yes marks an object as difficult, what it calls no, or nothing, does
-    not.
-    """
+    """All spellings of yes mark an object as difficult; all spellings of no, and none, do not."""
     said = (yes, "0", "0.0", "False", "no", "")
     objects = [
         thing("dog", 1, 1, 9, 9, difficult=f"<difficult>{value}</difficult>") for value in said
@@ -343,8 +331,9 @@ WRONG = {
 
 @pytest.mark.parametrize("case", WRONG)
 def test_wrong_annotations_are_named(tmp_path, case):
-    """With path and number of the object, at the start, in the list of defects and when read; a
-    skipped file stops nothing.
+    """The path and the number of the object are named at the start, in the defects and when read.
+
+    A skipped file is no error.
     """
     text, told = WRONG[case]
     path = tmp_path / "pets/VOC2007/Annotations/bad.xml"
@@ -379,9 +368,7 @@ LINES = {
 
 @pytest.mark.parametrize("lines", LINES)
 def test_lines_of_lists(tmp_path, lines):
-    """Names with spaces, flags, extensions, sub-folders, a byte-order mark, other line ends,
-    comments and repetitions.
-    """
+    """Spaces in names, flags, extensions, sub-folders, line ends, comments and repetitions work."""
     for name in ("a", "b", "c", "c 1", "my image", "sub/d", "sub/e", "sub/f"):
         for kind in ("JPEGImages", "Annotations"):
             (tmp_path / "pets/VOC2007" / kind / "sub").mkdir(parents=True, exist_ok=True)
@@ -396,9 +383,7 @@ def test_lines_of_lists(tmp_path, lines):
 
 
 def test_lines_that_name_nothing_are_told_by_number(tmp_path):
-    """A word behind a name that is no flag, another extension, another folder, a typo, another
-    encoding.
-    """
+    """Unknown flags, extensions and folders, typos and other encodings are errors."""
     pets(tmp_path, {"a": xml(THING)})
     listed = tmp_path / "pets/VOC2007/ImageSets/Main/trainval.txt"
     for line in ("a 2", "a car", "a.png", "/home/me/a.jpg", "b"):
@@ -443,9 +428,7 @@ def test_classes_that_differ_by_case_alone_are_refused(tmp_path):
 
 
 def test_missing_and_broken_images_are_named(tmp_path):
-    """Annotation without image, image without annotation, a listed name without either, a truncated
-    image, a missing list.
-    """
+    """A missing partner or list, a name without files and a truncated image are errors."""
     files = {name: xml(thing("dog", 1, 1, 9, 9)) for name in ("a", "b", "c", "d")}
     folder = tmp_path / "pets/VOC2007"
     pets(tmp_path, files)
@@ -468,8 +451,9 @@ def test_missing_and_broken_images_are_named(tmp_path):
 
 
 def test_a_second_start_reads_nothing_and_notices_changes(tmp_path, monkeypatch):
-    """The outcome of a check is recalled, until a file comes or goes or a list changes; corrected
-    XML counts without a new check.
+    """The outcome of a check is recalled until a file comes or goes or a list changes.
+
+    Corrected XML counts without a new check.
     """
     files = {name: xml(thing("dog", 1, 1, 9, 9)) for name in ("a", "b")}
     write_voc(tmp_path / "pets/VOC2007", files, trainval=["a", "b"])
@@ -510,8 +494,9 @@ LAYOUTS = {
 )
 @pytest.mark.parametrize("packed", [False, True])
 def test_diverse_weather(tmp_path, spelling, packed):
-    """Every spelling in circulation, unpacked or in an archive; daytime_clear is tested on its
-    test.txt, the others on train.txt.
+    """Every spelling in use is found, unpacked or in an archive.
+
+    daytime_clear is tested on its test.txt, the others on train.txt.
     """
     domain, layout = spelling
     folder = tmp_path / "diverse_weather"
@@ -573,9 +558,7 @@ def test_domains_mix(tmp_path):
 
 
 def test_streets_boxes_are_those_of_the_scenes():
-    """Boxes of the renderer in its own classes, the same in every weather, inside the picture and
-    handed out unchanged.
-    """
+    """The boxes are the renderer's, the same in every weather, and inside the picture."""
     options = StreetsOptions(size=(64, 128), images=3, val_images=2, seed=5)
     clear, fog = (
         open_boxes(domain, root="nowhere", train=False, streets=options)
@@ -597,9 +580,7 @@ def test_streets_boxes_are_those_of_the_scenes():
 
 
 def test_hidden_files_are_no_images_and_names_are_composed(tmp_path):
-    """`._a.jpg` and checkpoints of notebooks do not count; list, image and annotation may compose a
-    name differently.
-    """
+    """`._a.jpg` and notebook checkpoints do not count; a name may be composed in several ways."""
     base = tmp_path / "pets/VOC2007"
     write_voc(base, {"Zu\u0308rich": xml(thing("dog", 1, 1, 9, 9))}, trainval=["Z\xfcrich"])
     (base / "Annotations/Zu\u0308rich.xml").rename(base / "Annotations/Z\xfcrich.xml")

@@ -1,6 +1,4 @@
-"""What is kept from run to run is used for as long as nothing it was made from changed, and no
-longer.
-"""
+"""Kept arrays are used until one of the files that they were made from changes."""
 
 import os
 from pathlib import Path
@@ -41,8 +39,9 @@ def content(path: Path) -> str:
 
 
 def test_a_file_of_the_same_time_and_another_size_is_read_again(tmp_path):
-    """As a file is that was unpacked or copied with its time; one nanosecond is another time; the
-    same of both is not looked at.
+    """An unpacked or copied file may keep its time; another size or another nanosecond counts.
+
+    A file of the same time and size is not read.
     """
     file = tmp_path / "annotations.json"
     assert content(written(file, "old")) == "old"
@@ -55,9 +54,7 @@ def test_a_file_of_the_same_time_and_another_size_is_read_again(tmp_path):
 
 
 def test_a_fingerprint_changes_with_what_it_is_of(tmp_path):
-    """Content by time or size, order, member, place: each makes another one; another name of the
-    same folder makes none.
-    """
+    """Time, size, order, member and place change it; another name of the folder does not."""
     (tmp_path / "a").mkdir()
     paths = [str(written(tmp_path / "a" / name, "text")) for name in ("x.png", "y.png")]
     first, modified = fingerprint(paths)
@@ -78,9 +75,7 @@ def test_a_fingerprint_changes_with_what_it_is_of(tmp_path):
 
 
 def test_a_link_turned_to_another_copy_is_indexed_anew(tmp_path):
-    """Two copies whose folders have the same times, as copying with times leaves them: the sizes
-    are those of the one that is read.
-    """
+    """Two copies have folders of the same times; the sizes are those of the copy that is read."""
     for name, size in {"one": (4, 6), "two": (8, 6)}.items():
         for kind in ("images", "labels"):
             trees.write(

@@ -1,6 +1,4 @@
-"""What labels show is held against the classes before a run begins: ids that no class has, single
-classes, missing ones.
-"""
+"""Labels are checked before a run: ids without a class, single classes, missing classes."""
 
 import json
 import os
@@ -32,8 +30,9 @@ def cache(tmp_path, monkeypatch):
 
 
 def write(root: Path, domain: str, maps: list[list[int]], archive: str = "") -> None:
-    """Images, and label maps of 200 pixels that show the given ids in turn in the first 20, the
-    first one in all the others.
+    """Writes images, and label maps of 200 pixels.
+
+    The first 20 show the given ids in turn, all others the first id.
     """
     for i, ids in enumerate(maps):
         label = np.resize(ids, 200)
@@ -77,9 +76,7 @@ WAY = 'if 255 marks crack, set classes=("background", "crack"), id_map={255: 1} 
 
 @pytest.mark.parametrize("archive", ["", "masks"], ids=["folder", "zip"])
 def test_a_mask_of_0_and_255_is_refused_and_the_way_it_shows_works(tmp_path, archive):
-    """Two classes or one: the ids with their shares and the documented way are in the message; that
-    way every pixel has its class.
-    """
+    """The message has the shares of the ids and the documented settings, which then work."""
     write(tmp_path, archive=archive, **MASK)
     only = (
         "only background occurs in the labels of walls, in all 3 images: .*;"
@@ -135,18 +132,14 @@ def test_a_mask_of_0_and_255_is_refused_and_the_way_it_shows_works(tmp_path, arc
     ],
 )
 def test_what_nothing_can_be_learnt_from_ends_a_run(tmp_path, maps, options, message):
-    """One class in all labels, none at all, ids mapped away or of no class: an error with the ids
-    that the files hold.
-    """
+    """One class, no class, and ids without a class are errors that name the ids in the files."""
     write(tmp_path, "walls", maps)
     with pytest.raises(ValueError, match=message):
         said(opened(tmp_path, "walls", **options))
 
 
 def test_a_class_that_never_occurs_is_a_warning_with_what_was_seen(tmp_path):
-    """Label files of 0 and 1 for three classes, and an id map that leaves a class out: both say
-    which, in how many images, and why.
-    """
+    """The warning names the class, the number of images, and an id map that leaves it out."""
     write(tmp_path, "walls", [[0, 1]] * 4)
     (line,) = said(opened(tmp_path, "walls", classes=("a", "b", "c")))
     assert line.startswith(
@@ -162,8 +155,9 @@ def test_a_class_that_never_occurs_is_a_warning_with_what_was_seen(tmp_path):
 def test_looking_stops_when_every_class_was_seen_and_doubts_end_only_with_the_last_label(
     tmp_path, monkeypatch
 ):
-    """16 of 200 images are enough where they show all; where they show one class all are read; what
-    is rare is found among the last.
+    """16 of 200 images are enough if they show all classes; all are read if they show one.
+
+    A rare class in the last images is found.
     """
     read = []
     monkeypatch.setattr(
@@ -205,8 +199,9 @@ def test_the_second_start_reads_no_label_and_a_corrected_one_is_seen(tmp_path, m
 
 
 def test_domains_are_held_against_the_source(tmp_path):
-    """One class, no label, an id of no class; a class that only the domain has, and one that it
-    lacks: each is said before a step.
+    """Before the first step there are lines about domains that differ from the source.
+
+    They have one class, no label, an id without a class, an extra class, or lack one.
     """
     for name, ids in {
         "walls": [0, 1],
@@ -255,9 +250,7 @@ def test_domains_are_held_against_the_source(tmp_path):
 
 
 def test_a_mixture_is_judged_as_a_whole_and_named_by_part(tmp_path):
-    """What one part lacks another may have; streets have every class; some images of a mixture are
-    judged by their own tables.
-    """
+    """A class may come from any part; streets have all; subsets use the tables of their parts."""
     write(tmp_path, "one", [[0, 1]] * 2)
     write(tmp_path, "two", [[0, 2]] * 2)
     options = {"classes": ("a", "b", "c")}
@@ -363,8 +356,9 @@ def voc(root: Path, name: str, things: list[str]) -> Dataset:
 
 
 def test_boxes(tmp_path):
-    """No box to learn from, crowds alone included, is an error; a class without one is a warning;
-    one class alone is as usual.
+    """No box, or only crowds, is an error; a class without boxes is a warning.
+
+    A single class is fine.
     """
     with pytest.raises(
         ValueError, match="town has no box to learn from in all 1 image; see the annotation files"
@@ -399,9 +393,7 @@ def test_boxes(tmp_path):
 
 
 def test_records(tmp_path):
-    """Label maps and boxes written by `prepare`: found by what they hold, and told by the names of
-    the classes.
-    """
+    """Label maps and boxes from `prepare` are judged by their content and the names of classes."""
     from jaxdg.commands.prepare import prepare
 
     write(tmp_path / "in", "walls", [[0, 255]] * 2)
@@ -430,9 +422,7 @@ def test_records(tmp_path):
 
 
 def test_older_records_open_with_what_the_id_map_means_now(tmp_path):
-    """An id that meant nothing when records were written is in none of them; an id that means
-    something else refuses them.
-    """
+    """An id without a class then may have one now; an id of another class refuses the records."""
     from jaxdg.commands.prepare import prepare
 
     write(tmp_path / "in", "walls", [[7, 22]] * 2)

@@ -1,5 +1,6 @@
-"""Boxes in COCO's annotation files, ACDC's among them: against pycocotools where it is installed,
-and against what was written.
+"""Boxes in COCO's annotation files, ACDC's among them.
+
+They are compared with pycocotools where it is installed, and with the written values.
 """
 
 import json
@@ -27,8 +28,9 @@ def cache(tmp_path, monkeypatch) -> None:
 
 
 def content(count: int = 4, seed: int = 0) -> dict:
-    """Images of several sizes in sub-folders, categories out of order, boxes of images mixed, some
-    crowds, one image without boxes.
+    """Images of several sizes in sub-folders, unordered categories, mixed boxes, some crowds.
+
+    One image has no boxes.
     """
     rng = np.random.default_rng(seed)
     sizes = rng.integers(20, 60, (count, 2)).tolist()
@@ -71,9 +73,7 @@ def open_own(root: Path, own: BoxOptions = OWN, **options) -> BoxFiles:
 
 
 def test_equals_what_is_written(tmp_path):
-    """Images as listed, classes by category id from 0, boxes as corners in the order of the file,
-    crowds flagged.
-    """
+    """Images keep their order, classes follow category ids, and boxes keep the file's order."""
     truth = content()
     write(tmp_path, truth)
     dataset = open_own(tmp_path)
@@ -174,8 +174,9 @@ BOX = {
 
 @pytest.mark.parametrize("case", BOX)
 def test_wrong_boxes_are_named(tmp_path, case):
-    """With image, file and annotation id; listed as defects the others remain, and skipping the
-    image goes on without it.
+    """The image, file and annotation id are named, and other boxes remain.
+
+    A skipped image is no error.
     """
     truth = content()
     box, told = BOX[case]
@@ -201,9 +202,7 @@ def test_wrong_boxes_are_named(tmp_path, case):
 
 
 def test_wrong_files_are_named(tmp_path):
-    """A missing image, another size, an annotation of no image, a file of another form, text that
-    is no JSON, no file at all.
-    """
+    """Missing and unknown images, other sizes and files that are not COCO's are errors."""
     truth = content()
     write(tmp_path, truth)
     (tmp_path / "photos/s1/3.png").unlink()
@@ -229,8 +228,9 @@ def test_wrong_files_are_named(tmp_path):
 
 
 def acdc(root: Path, condition: str, split: str, others: tuple[str, ...] = ()) -> None:
-    """One condition in the publisher's layout, one person in each image; its file may list the
-    images of others too.
+    """Writes one condition in the publisher's layout, one person in each image.
+
+    Its file may list the images of others too.
     """
     ids = (24, 25, 26, 27, 28, 31, 32, 33)
     truth: dict = {
@@ -254,8 +254,9 @@ def acdc(root: Path, condition: str, split: str, others: tuple[str, ...] = ()) -
 
 @pytest.mark.parametrize("packed", [False, True])
 def test_acdc(tmp_path, packed):
-    """Conditions alone and together, unpacked or in archives; rain's training file lists the other
-    conditions too, which it must not.
+    """Conditions alone and together are read, unpacked or in archives.
+
+    The training file of rain lists the other conditions too, which do not count.
     """
     conditions = ("fog", "night", "rain", "snow")
     for condition in conditions:
@@ -289,9 +290,7 @@ def test_acdc(tmp_path, packed):
 
 
 def test_names_composed_differently_are_the_same_names(tmp_path):
-    """The JSON file spells composed what the disk holds decomposed, the settings the other way
-    round.
-    """
+    """Names in the JSON file, in the settings and on disk may be composed in different ways."""
     truth = content(count=2)
     for e in truth["images"]:
         e["file_name"] = f"Zu\u0308rich/{e['file_name']}"
@@ -309,9 +308,7 @@ def test_names_composed_differently_are_the_same_names(tmp_path):
 
 
 def test_an_annotation_file_in_two_places_is_an_error(tmp_path):
-    """ACDC's boxes in two archives of which one was fetched twice; the JSON file of the first was
-    read.
-    """
+    """ACDC's boxes lie in two archives with different JSON files; neither is preferred."""
     for archive in ("gt_detection.zip", "gt_detection (1).zip"):
         (tmp_path / "acdc").mkdir(exist_ok=True)
         with zipfile.ZipFile(tmp_path / "acdc" / archive, "w") as file:
@@ -370,9 +367,7 @@ def write_small(
 
 
 def changed(where: str, value: Any) -> dict:
-    """`small` with another value at a path such as `images.0.id`, or without that key where the
-    value is `...`.
-    """
+    """`small` with another value at a path such as `images.0.id`; `...` removes the key."""
     truth: dict = small()
     *path, last = (int(key) if key.isdigit() else key for key in where.split("."))
     entry: Any = truth
@@ -500,9 +495,7 @@ FAULTS = [
     ids=[f"{where} {value!r}"[:50] for where, value, _ in FAULTS],
 )
 def test_what_is_said_twice_or_not_at_all_is_named(tmp_path, where, value, told):
-    """Entries of one id, one name or one file, ids of another type, missing keys, flags, sizes and
-    areas that are none: entry and key.
-    """
+    """Entries that clash, ids of another type, missing keys and wrong values are named."""
     own = write_small(tmp_path, changed(where, value))
     with pytest.raises(ValueError, match=re.escape(told)) as error:
         open_own(tmp_path, own)
@@ -552,9 +545,7 @@ def test_texts_of_every_encoding_of_json(tmp_path, encoding):
 
 
 def test_flags_in_every_spelling(tmp_path):
-    """What a writer calls yes is yes, what it calls no, null or nothing is no; `ignore` and
-    `difficult` both mark difficult boxes.
-    """
+    """All spellings of yes and no are read; `ignore` and `difficult` both mark difficult boxes."""
     yes = ("1", 1, 1.0, True, "true", " Yes ")
     no = ("0", 0, 0.0, False, "false", "no", "", None)
     truth = small()
@@ -573,9 +564,7 @@ def test_flags_in_every_spelling(tmp_path):
 
 
 def test_ids_that_are_equal_numbers_or_texts(tmp_path):
-    """Floats that are whole, texts throughout, and annotations of two images that share an id read
-    as what they are.
-    """
+    """Whole floats and texts are ids; annotations of two images may share an id."""
     truth = changed("annotations.1.category_id", 5.0)
     truth["annotations"][1]["id"] = 1
     assert open_own(tmp_path, write_small(tmp_path, truth)).boxes(1)["classes"].tolist() == [1]
@@ -617,7 +606,7 @@ def test_names_that_mean_one_file_find_it(tmp_path, name):
     "name", ["x/a.png", "/home/me/a.png", "http://host/photos/a.png", "C:\\photos\\a.png", "A.PNG"]
 )
 def test_names_of_files_elsewhere_are_not_guessed(tmp_path, name):
-    """They are named with the file that may be meant; an absolute path of the file itself is read."""
+    """The error names the file that may be meant; an absolute path of the file is read."""
     own = write_small(tmp_path, changed("images.0.file_name", name))
     with pytest.raises(
         ValueError,
@@ -659,8 +648,9 @@ def test_archives_say_the_same(tmp_path):
 
 
 def test_areas_are_those_of_the_file(tmp_path):
-    """Also 0, and above the box's; without one, or null, it is the box's; none crosses a border of
-    COCO's sizes as it is rounded.
+    """An area may be 0 or above the box's; without one, or with null, it is the box's.
+
+    Rounding moves none across a border of COCO's sizes.
     """
     areas = [0, 12.5, 900, 1024, 1024.00001, 1023.99999, 9216.0001, None, ...]
     truth = small()
@@ -682,11 +672,10 @@ def test_areas_are_those_of_the_file(tmp_path):
 
 @pytest.mark.parametrize("seed", range(3))
 def test_twelve_numbers_equal_pycocotools_on_the_file(tmp_path, seed, capsys):
-    """What is read of a file with areas other than its boxes', crowds and differing sizes is judged
-    as pycocotools judges that very file.
+    """The scores equal those of pycocotools on the same file with areas, crowds and sizes.
 
-    Without the file's areas the numbers by size differ, so that the test would notice if they were
-    not read.
+    Without the file's areas the scores by size differ, so the test would notice if they were not
+    read.
     """
     coco = pytest.importorskip("pycocotools.coco")
     cocoeval = pytest.importorskip("pycocotools.cocoeval")
@@ -767,9 +756,7 @@ def test_lists_of_names_are_refused(tmp_path):
 
 
 def test_files_that_order_their_categories_otherwise(tmp_path):
-    """With classes named both mean the same; without, each has its own order, and they are not
-    mixed.
-    """
+    """With named classes both files mean the same; without, each has its own order."""
     own = write_small(tmp_path, small())
     other = small()
     other["categories"] = [{"id": 9, "name": "car"}, {"id": 4, "name": "cat"}]

@@ -37,8 +37,9 @@ def cache(tmp_path, monkeypatch) -> Path:
 
 @pytest.fixture
 def root(tmp_path) -> Path:
-    """Two images of two sizes in nested folders, `root/rgb/town/{a,b/c}.jpg`, with labels of ids 7,
-    23 and 0.
+    """Two images of two sizes in nested folders, with labels of ids 7, 23 and 0.
+
+    They are `root/rgb/town/{a,b/c}.jpg`.
     """
     rng = np.random.default_rng(0)
     for name, (h, w) in (("a", (20, 30)), ("b/c", (24, 16))):
@@ -69,9 +70,7 @@ def one_line(error: pytest.ExceptionInfo) -> str:
 
 
 def test_camvid_domains_are_the_benchmark_splits(data_path):
-    """305 training images, 101 in-domain, 171 and 124 unseen ones, of the right sequences, and no
-    image in two of them.
-    """
+    """There are 305 training images, 101 in-domain, 171 and 124 unseen; no image is in two."""
     root = data_path("camvid").parent
     seen = []
     expected = {
@@ -100,9 +99,7 @@ def test_camvid_domains_are_the_benchmark_splits(data_path):
 
 
 def test_camvids_unseen_films_are_sources_of_their_own(data_path):
-    """Each is divided in time: no image is lost, none is in both parts, and what is trained on
-    comes first.
-    """
+    """Each film is divided in time without loss or overlap, training images first."""
     root = str(data_path("camvid").parent)
     for domain, whole, (before, after) in (
         ("camvid_day", "day", (100, 71)),
@@ -123,9 +120,7 @@ def test_camvids_unseen_films_are_sources_of_their_own(data_path):
 
 
 def test_camvid_samples_equal_the_files_as_opencv_reads_them(data_path):
-    """Image and label are those of the files, in RGB, with void ignored; road covers the bottom of
-    the picture.
-    """
+    """Image and label equal the files, in RGB and with void ignored; road is at the bottom."""
     dataset = open_domain(
         "day",
         root=str(data_path("camvid").parent),
@@ -161,9 +156,7 @@ def test_unseen_domains_cannot_be_trained_on(data_path):
 
 
 def test_streets_are_the_rendered_scenes():
-    """Train and validation scenes differ, the domains show the same worlds, sizes and counts are as
-    asked.
-    """
+    """Train and validation differ, domains show the same worlds, sizes and counts are as set."""
     options = StreetsOptions(size=(32, 64), images=5, val_images=3, seed=4)
     domains = {}
     for domain in scenes.APPEARANCES:
@@ -199,9 +192,7 @@ def test_streets_train_and_validation_scenes_never_meet():
 
 
 def test_folder_layout(root):
-    """Nested folders pair by relative name, ids map, sizes are known without decoding, and the
-    dataset survives pickling.
-    """
+    """Nested folders pair by relative name, ids map, sizes are known, and the dataset pickles."""
     dataset = pickle.loads(pickle.dumps(open_town(root)))
     assert isinstance(dataset, Dataset)
     assert [Path(dataset.name(i)).relative_to(root).as_posix() for i in range(len(dataset))] == [
@@ -218,9 +209,7 @@ def test_folder_layout(root):
 
 
 def test_domain_names_may_be_paths_and_suffixes_trim_names(tmp_path):
-    """A domain such as `town/night` with Cityscapes-like file names, train ids as they are, and a
-    split in the path.
-    """
+    """A domain may be `town/night`, names may have suffixes, and a path may hold the split."""
     for kind, end, array in (
         ("rgb", "_rgb_anon.png", np.zeros((4, 6, 3))),
         ("gt", "_gt_trainIds.png", np.full((4, 6), 18)),
@@ -240,9 +229,7 @@ def test_domain_names_may_be_paths_and_suffixes_trim_names(tmp_path):
 
 
 def test_unknown_domain_lists_the_known_ones(root):
-    """Without folder options a strange name is refused, with the names there are and the key to
-    set.
-    """
+    """Without folder options the error lists the known domains and the field to set."""
     with pytest.raises(
         ValueError,
         match=r"unknown domain 'nigth'; known are clear, night, .*camvid, day, dusk.*data\.folder",
@@ -374,9 +361,7 @@ def test_a_damaged_or_unwritable_index_is_no_error(root, cache, monkeypatch):
     ids=["truncated", "garbage", "deleted"],
 )
 def test_a_file_damaged_after_the_check_is_named_when_read(root, kind, harm):
-    """Reading decodes in full and names the file and the remedy; a truncated JPEG never passes as a
-    half-grey picture.
-    """
+    """The error names the file and the remedy; a truncated JPEG never gives a half-grey picture."""
     dataset = open_town(root)
     harm(root / kind)
     with pytest.raises(ValueError, match=rf"{kind}: .*; fetch the file again") as error:
@@ -429,9 +414,7 @@ def test_an_id_map_beyond_the_classes_is_refused(root):
 def png(
     path: Path, rows: list[bytes], width: int, depth: int, color: int, palette: bytes = b""
 ) -> Path:
-    """A PNG written by hand after its specification, so that the reader is not tested against its
-    own library.
-    """
+    """A PNG written by its specification, so that the reader is tested without its own library."""
 
     def chunk(kind, data):
         return (
@@ -451,9 +434,7 @@ def png(
 
 
 def test_labels_are_read_as_stored(tmp_path):
-    """Palette indices, never colours; 16-bit values in full; grey values of 1, 2 and 4 bits without
-    stretching.
-    """
+    """Palettes give indices, 16-bit values are complete, and 1, 2 and 4 bits are not stretched."""
     colors = bytes((128, 64, 128, 244, 35, 232, 70, 70, 70, 102, 102, 156))
 
     def read(*content):
@@ -481,9 +462,7 @@ def test_sixteen_bit_labels_map(root):
 
 
 def test_images_are_rgb_and_not_turned(tmp_path):
-    """Grey images gain three channels, and a rotation in the metadata, which labels lack, is not
-    applied.
-    """
+    """Grey images gain three channels; a rotation in the metadata is not applied."""
     grey = np.arange(12, dtype=np.uint8).reshape(3, 4)
     Image.fromarray(grey).save(tmp_path / "grey.png")
     np.testing.assert_array_equal(

@@ -169,9 +169,7 @@ READ = {  # file content, pixels
 @pytest.mark.parametrize("name", ["x.jpg", "x.png"])
 @pytest.mark.parametrize("kind", READ)
 def test_images_are_read_as_documented(tmp_path, kind, name):
-    """Every lossless kind gives the pixels that went in, whatever the name says, and passes the
-    check at the start.
-    """
+    """Every lossless kind gives its pixels, whatever the name, and passes the start-up check."""
     data, pixels = READ[kind]
     path = write(tmp_path / name, data)
     np.testing.assert_array_equal(read_image(path), pixels)
@@ -268,7 +266,7 @@ REFUSED = {  # file content, what is said of it; at the start too?
 @pytest.mark.filterwarnings("ignore:Corrupt EXIF data|Truncated File Read|Metadata Warning")
 @pytest.mark.parametrize("kind", REFUSED)
 def test_what_cannot_be_meant_is_refused_by_name(tmp_path, kind):
-    """One line with the file and what is wrong, when read and, where a header tells, at the start."""
+    """One line names the file and its fault when read, and at the start if a header shows it."""
     data, told, early = REFUSED[kind]
     path = write(tmp_path / "x.png", data)
     with pytest.raises(ValueError) as error:  # noqa: PT011
@@ -285,9 +283,7 @@ FILM = b"\0\0\0\x18ftypmp42" + RNG.bytes(70_000)
 
 @pytest.mark.parametrize("kind", ["JPEG", "progressive", "PNG", "WEBP"])
 def test_what_follows_the_end_does_not_count(tmp_path, kind):
-    """Motion photos and padding are whole at the start and when read; the same files cut before
-    their end are not.
-    """
+    """Motion photos and padded files are complete; the same files cut before their end are not."""
     options = {"progressive": {"progressive": True}, "WEBP": {"lossless": True}}.get(kind, {})
     whole = encoded(LARGE, "JPEG" if kind == "progressive" else kind, **options)
     pixels = read_image(write(tmp_path / "whole.jpg", whole))
@@ -382,9 +378,7 @@ def test_flat_jpeg_files_are_whole(options):
 
 
 def test_harmless_oddities_of_jpeg_files_are_read(tmp_path):
-    """Padding between segments and before the end marker, fill bytes, and an unknown Adobe
-    transform are no damage.
-    """
+    """Padding between segments, fill bytes and an unknown Adobe transform are no damage."""
     data = encoded(LARGE, "JPEG")
     pixels = read_image(write(tmp_path / "x.jpg", data))
     at = data.index(b"\xff\xdb")
@@ -397,9 +391,7 @@ def test_harmless_oddities_of_jpeg_files_are_read(tmp_path):
 
 
 def test_images_above_the_guards_of_pillow_are_read(tmp_path, monkeypatch):
-    """179 megapixels are Pillow's limit and 2^30 pixels OpenCV's; what the one refuses the other
-    reads, for images and labels alike.
-    """
+    """Images and labels above Pillow's 179 megapixels or OpenCV's 2^30 pixels are read."""
     path = write(tmp_path / "x.png", png([bytes(2500)] * 9000, 20_000, 1, 0))
     assert look((path, path)) == ((9000, 20_000), [])
     label = read_label(path)
@@ -467,9 +459,7 @@ EARLY = ("JPEG", "MPO", "lossy WebP", "lossless WebP", "JPEG in TIFF", "animated
 
 @pytest.mark.parametrize("kind", LABELS)
 def test_labels_are_ids_as_stored_or_refused(tmp_path, kind):
-    """No id is altered, scaled or inverted on the way, and what compression may have altered is no
-    label, at the start already.
-    """
+    """No id is altered, scaled or inverted; lossy files are refused at the start."""
     data, expected = LABELS[kind]
     path = write(tmp_path / "x.png", data)
     shape = expected.shape if isinstance(expected, np.ndarray) else (H, W)
@@ -490,9 +480,7 @@ def test_labels_are_ids_as_stored_or_refused(tmp_path, kind):
 
 
 def shown(pixels: np.ndarray, turn: int) -> np.ndarray:
-    """What viewers show, by the table of the EXIF standard: where the stored row 0 and column 0
-    are.
-    """
+    """The picture that viewers show: the EXIF standard's table of where row 0 and column 0 are."""
     return {
         1: pixels,
         2: pixels[:, ::-1],
@@ -522,9 +510,7 @@ ORIENTED = ("JPEG", "PNG", "PNG, at its end", "WEBP", "TIFF")
 @pytest.mark.parametrize("turn", range(1, 9))
 @pytest.mark.parametrize("kind", ORIENTED)
 def test_stored_pixels_count_and_a_picture_alone_is_upright(tmp_path, kind, turn):
-    """The orientation changes nothing for datasets and records, and what `predict` reads is what
-    viewers show.
-    """
+    """Datasets and records ignore the orientation; `predict` reads what viewers show."""
     stored = read_image(write(tmp_path / "plain", oriented(kind, 1)))
     path = write(tmp_path / "x.png", oriented(kind, turn))
     np.testing.assert_array_equal(read_image(path), stored)
@@ -538,9 +524,7 @@ def test_stored_pixels_count_and_a_picture_alone_is_upright(tmp_path, kind, turn
 @pytest.mark.parametrize("turn", range(1, 9))
 @pytest.mark.parametrize("kind", ORIENTED)
 def test_an_orientation_that_leaves_open_what_was_labelled_is_refused(tmp_path, kind, turn):
-    """Half turns and mirrors never pass; a quarter turn does where the sizes tell that the label is
-    of the stored pixels.
-    """
+    """Half turns and mirrors are refused; a quarter turn passes if the sizes decide."""
     image = write(tmp_path / "x.png", oriented(kind, turn))
     label = write(tmp_path / "ids.png", encoded(IDS, "PNG"))
     found = look((image, label))[1]
@@ -559,9 +543,7 @@ def test_an_orientation_that_leaves_open_what_was_labelled_is_refused(tmp_path, 
 
 
 def test_square_images_and_labels_with_an_orientation(tmp_path):
-    """Sizes of squares tell nothing; a label that asks for the same turn fits, one that asks for
-    another does not.
-    """
+    """Sizes of squares tell nothing: a label of the same turn fits, one of another does not."""
     square = Image.fromarray(NOISE[:, :H])
     ids = Image.fromarray(IDS[:, :H])
     for image_turn, label_turn, fits in (
@@ -609,8 +591,9 @@ def town(tmp_path) -> Path:
 
 
 def test_records_hold_what_files_are_read_as(town, tmp_path):
-    """Whatever names, trailing bytes and orientations say; a JPEG is stored as it is up to its end,
-    anything else without loss.
+    """A JPEG is stored as it is up to its end, any other file without loss.
+
+    Names, trailing bytes and orientations make no difference.
     """
     files = open_files("town", root=str(town), train=True, folder=FOLDER)
     prepare("town", {"train": files}, root=str(town), out=str(tmp_path / "out"))
@@ -634,9 +617,7 @@ def test_records_hold_what_files_are_read_as(town, tmp_path):
 
 
 def test_a_hole_in_old_records_is_named(town, tmp_path, monkeypatch):
-    """Records that an earlier version wrote of a damaged JPEG say which image it is when it is
-    read.
-    """
+    """Old records of a damaged JPEG name the image when it is read."""
     data = encoded(LARGE, "JPEG", quality=90)
     (town / "town/images/a.jpg").write_bytes(data[: len(data) // 2] + data[len(data) // 2 + 1000 :])
 
@@ -664,9 +645,7 @@ def test_a_hole_in_old_records_is_named(town, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("zipped", [False, True])
 def test_permuted_palettes_of_published_labels_are_refused(tmp_path, zipped):
-    """GTA5's own palettes have Cityscapes' colours at Cityscapes' ids and pass; the same at train
-    ids are named when read.
-    """
+    """GTA5's own palettes pass; the same palettes at train ids are refused when read."""
     items = trees.make("gta5", tmp_path, np.random.default_rng(0), zipped=zipped, count=2)
     colors = np.full((256, 3), 1, np.uint8)
     for train, (file_id, name_color) in enumerate(
@@ -704,9 +683,7 @@ def test_permuted_palettes_of_published_labels_are_refused(tmp_path, zipped):
 
 
 def test_boxes_around_images_of_every_kind(town):
-    """With boxes too: content counts, and an orientation is refused whatever the sizes, as nothing
-    was drawn on pixels.
-    """
+    """With boxes too content counts, and any orientation is refused whatever the sizes."""
     box = "<bndbox><xmin>5</xmin><ymin>5</ymin><xmax>20</xmax><ymax>9</ymax></bndbox>"
     things = f"<annotation><object><name>car</name>{box}</object></annotation>"
     for name in "abcde":
@@ -732,9 +709,7 @@ def test_boxes_around_images_of_every_kind(town):
 
 
 def test_minus_one_can_be_ignored(town, tmp_path):
-    """32-bit labels with -1: the message proposes the list, and the list holds it, from files and
-    through records.
-    """
+    """For 32-bit labels with -1 the message proposes the ignore list, which then works."""
     ids = np.where(LARGE[..., 0] > 99, 1, -1).astype(np.int32)
     for label in (town / "town/labels").iterdir():
         label.write_bytes(encoded(ids, "TIFF"))

@@ -1,6 +1,4 @@
-"""Boxes around the instances of label images, against a plain loop over the pixels, on trees in the
-publishers' layouts.
-"""
+"""Boxes around the instances of label images, compared with a plain loop over the pixels."""
 
 from pathlib import Path
 import re
@@ -81,9 +79,7 @@ def check(dataset: BoxFiles, expected: list[tuple[str, bool, list[int], int]]) -
 
 @pytest.mark.parametrize("seed", range(4))
 def test_cityscapes(tmp_path, seed):
-    """Instances of the eight things with their pixels, crowds by class id; stuff, caravans,
-    trailers and static objects have no box.
-    """
+    """The eight things have boxes, crowds by class id; stuff and other objects have none."""
     things = {
         24: "person",
         25: "rider",
@@ -126,9 +122,7 @@ def test_cityscapes(tmp_path, seed):
 
 @pytest.mark.parametrize("seed", range(4))
 def test_bdd100k(tmp_path, seed):
-    """Instance ids of two bytes; ignored objects and crowds are flagged, occluded and truncated
-    ones are not.
-    """
+    """Instance ids have two bytes; ignored objects and crowds are flagged, others are not."""
     names = [None, "person", "rider", "car", "truck", "bus", "train", "motorcycle", "bicycle"]
     values = [
         [0, 0, 0, 0],
@@ -151,8 +145,9 @@ def test_bdd100k(tmp_path, seed):
 
 @pytest.mark.parametrize("seed", range(4))
 def test_synthia(tmp_path, seed):
-    """Classes in red and instances in green of 16-bit images; a thing without a number is a crowd,
-    buildings with one are nothing.
+    """Red holds classes and green instances; a thing without a number is a crowd.
+
+    Buildings have no boxes.
     """
     things = {
         10: "person",
@@ -217,9 +212,7 @@ def test_strange_classes_are_named(tmp_path, dataset, value, told):
 
 @pytest.mark.parametrize("dataset", STEMS)
 def test_labels_of_another_form_and_damaged_ones_are_named(tmp_path, dataset):
-    """An 8-bit grey image, a damaged one, another size and a missing partner each say which file it
-    is.
-    """
+    """8-bit grey, damage, another size and a missing partner are errors that name the file."""
     files = save(tmp_path, dataset, np.zeros((H, W), np.uint8))
     path = Path(files.pairs.labels[0])
     with pytest.raises(
@@ -254,9 +247,7 @@ def test_labels_of_another_form_and_damaged_ones_are_named(tmp_path, dataset):
 @pytest.mark.parametrize("dataset", STEMS)
 @pytest.mark.parametrize("kind", ["JPEG", "WEBP"])
 def test_lossy_labels_are_refused_at_the_start_and_when_read(tmp_path, dataset, kind):
-    """A JPEG or WebP file in the place of a label with instances, whatever its name says; other
-    formats are asked for as PNG.
-    """
+    """A JPEG or WebP label is refused whatever its name; other formats must become PNG."""
     form = {
         "cityscapes": np.zeros((H, W), np.uint16),
         "bdd100k": np.zeros((H, W, 4), np.uint8),

@@ -39,9 +39,7 @@ def test_every_class_list_has_one_distinct_color_a_class():
 
 
 def test_any_distinct_text_is_a_class_name():
-    """Commas, brackets, quotes, other scripts and letters of another case stay as they are; in
-    messages commas do not part a name.
-    """
+    """Commas, brackets, quotes, other scripts and other case stay; messages quote commas."""
     names = (
         "road, route",
         "[red]a[/red]",
@@ -75,7 +73,7 @@ def test_any_distinct_text_is_a_class_name():
     ],
 )
 def test_names_that_are_none_or_alike_are_refused(names, message):
-    """Wherever the classes come from: results are kept by name, and one of two alike would be lost."""
+    """Results are kept by name, so one of two equal names would be lost."""
     with pytest.raises(ValueError, match=message) as error:
         LabelSet(names, palette(len(names)))
     assert "\n" not in str(error.value)
@@ -83,9 +81,7 @@ def test_names_that_are_none_or_alike_are_refused(names, message):
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.int32, np.dtype(">u2")])
 def test_table_maps_like_a_dictionary(dtype):
-    """The table gives what a look-up of each pixel in the dictionary gives, for every way a file
-    stores its ids.
-    """
+    """The table equals a dictionary look-up of each pixel, for every type of file."""
     id_map = {7: 0, 8: 1, 33: 18, 200: 2}
     label = np.random.default_rng(0).choice([7, 8, 33, 200, 0, 255], (20, 30)).astype(dtype)
     expected = np.array(
@@ -106,9 +102,7 @@ def test_sixteen_bit_ids_are_not_folded():
 
 @pytest.mark.parametrize("bad", [9, -1, 65536 + 7, -65529])
 def test_an_id_outside_the_table_is_named_with_file_and_remedy(bad):
-    """No id slips through, not even one that wraps round to a known one; the list is proposed where
-    it can hold the id, and then works.
-    """
+    """No id passes, not even one that wraps round to a known id; the proposed list works."""
     can = -32768 <= bad <= 65535
     remedy = (
         "add .*data\\.folder\\.id_map.*data\\.folder\\.ignore"
@@ -126,9 +120,7 @@ def test_an_id_outside_the_table_is_named_with_file_and_remedy(bad):
 
 
 def test_negative_ids_are_those_of_the_same_16_bits():
-    """-1 of signed files of 16 and 32 bits is 65535 of unsigned ones, and cannot mean something
-    else beside it.
-    """
+    """-1 of 16 and 32 bits is 65535 of unsigned files, and the two cannot differ."""
     table = id_table({0: 0, -2: 1}, ignore=(-1,))
     for dtype in (np.int16, np.int32, np.int64):
         np.testing.assert_array_equal(
@@ -179,9 +171,7 @@ def palette_of(**indices: int) -> list[int]:
     ],
 )
 def test_palettes_are_compared_with_the_colors_of_the_classes(palette, fault):
-    """A palette with the classes' colours at other classes' ids is told with both; one of other
-    colours tells nothing.
-    """
+    """A palette with classes' colours at other ids is refused; one of other colours passes."""
     found = palette_fault(palette, class_ids(id_table({7: 0, 8: 0, 26: 1, 23: 2, 17: 3}), COLORS))
     if fault is None:
         assert found is None
@@ -194,7 +184,7 @@ def test_palettes_are_compared_with_the_colors_of_the_classes(palette, fault):
 
 
 def test_the_palette_of_pascal_voc_tells_nothing():
-    """Labelling tools give it to any classes, and it holds most of CamVid's colours at other ids."""
+    """Labelling tools give it to any classes, although it has CamVid's colours at other ids."""
     voc = [
         sum(((i >> 3 * j + c) & 1) << 7 - j for j in range(3)) for i in range(256) for c in range(3)
     ]
@@ -214,7 +204,7 @@ def test_tables_that_contradict_themselves_are_refused():
 
 
 def test_label_sets_need_one_color_a_class():
-    """Names and colours of different lengths, and more classes than a label map holds, are refused."""
+    """Names and colours of different lengths, and too many classes, are refused."""
     with pytest.raises(ValueError, match="2 class names but 1 colours"):
         LabelSet(("a", "b"), ((0, 0, 0),))
     with pytest.raises(ValueError, match="256 classes"):

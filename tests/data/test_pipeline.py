@@ -112,9 +112,7 @@ def joined(parts: list[list[dict]]) -> list[dict]:
 
 
 def test_two_hosts_with_four_workers_each_see_the_batches_of_one(folder):
-    """Hosts and worker processes change nothing in training: plain writable arrays, every image
-    once an epoch.
-    """
+    """Hosts and workers change nothing: plain writable arrays, every image once an epoch."""
     expected = list(batches(folder, **TRAIN, start=0, stop=6))
     parts = [
         list(batches(folder, **TRAIN, start=0, stop=6, workers=4, shard=(host, 2)))
@@ -143,8 +141,9 @@ def test_evaluation_is_the_same_with_0_and_2_workers(folder):
 
 
 def test_order_and_draws_are_what_they_always_were():
-    """Runs repeat: epochs are permutations drawn from (seed, 1, epoch), crops drawn from (seed, 0,
-    position): scale, row, column, flip.
+    """Epochs are permutations drawn from (seed, 1, epoch), crops from (seed, 0, position).
+
+    A crop draws scale, row, column and flip.
     """
     dataset = Numbered(5, sizes=((20, 30),))
     y, x = np.mgrid[:20, :30]
@@ -193,9 +192,7 @@ def test_hosts_share_the_batches_of_one(folder, hosts):
 
 
 def test_hosts_and_workers_share_weighted_and_rare_batches(folder, tmp_path):
-    """Parts by weight and rare classes are drawn alike by threads, by processes and by any number
-    of hosts.
-    """
+    """Weighted parts and rare classes are the same for threads, processes and hosts."""
     mixture = Mixture([folder, folder])
     sampler = make_sampler(mixture, seed=2, weights=(3.0, 1.0), temperature=0.1, min_pixels=20)
     augmentation = Augmentation(crop=(12, 16), scale=(0.5, 2.0), randaugment=(2, 5.0))
@@ -212,9 +209,7 @@ def test_hosts_and_workers_share_weighted_and_rare_batches(folder, tmp_path):
 
 
 def test_every_epoch_shows_each_example_once_in_another_order():
-    """Counted over the image values of 3 epochs whose ends fall inside batches; names agree with
-    the batches.
-    """
+    """Over 3 epochs that end inside batches every image counts once; names fit the batches."""
     dataset = Numbered(10)
     steps = list(batches(dataset, seed=1, batch_size=4, **AS_IS, start=0, stop=8))
     shown = np.concatenate([b["image"][:, 0, 0, 0] for b in steps])[:30].reshape(3, 10)
@@ -228,7 +223,7 @@ def test_every_epoch_shows_each_example_once_in_another_order():
 
 
 def test_seeds_change_order_and_augmentation(folder):
-    """Another seed shows other examples, or the same ones otherwise; the same seed shows the same."""
+    """Another seed changes the examples; the same seed repeats them."""
 
     def run(seed):
         return next(batches(folder, **{**TRAIN, "seed": seed}, start=0, stop=1))["image"]
@@ -246,9 +241,7 @@ def test_an_example_is_augmented_anew_each_epoch(folder):
 
 
 def test_evaluation_shows_every_image_once_in_batches_of_one_size():
-    """Two sizes, interleaved: batches of one size, fixed shape, padding masked, and hosts that
-    agree on the number of batches.
-    """
+    """Two interleaved sizes give batches of one size, and hosts agree on their number."""
     dataset = Numbered(11, sizes=((6, 8), (4, 10), (6, 8)))
     whole = list(eval_batches(dataset, batch_size=4))
     shown = np.concatenate([b["index"][b["mask"]] for b in whole])
@@ -273,9 +266,7 @@ def test_evaluation_shows_every_image_once_in_batches_of_one_size():
 
 @pytest.mark.parametrize("hosts", [1, 2, 3, 4, 5])
 def test_evaluation_over_hosts_counts_every_pixel_once(hosts):
-    """11 images of two sizes over 1 to 5 hosts, which never divide them: as many batches on each,
-    every image in one row of one host.
-    """
+    """11 images over 1 to 5 hosts: equally many batches, every image in one row of one host."""
     dataset = Numbered(11, sizes=((6, 8), (4, 10), (6, 8)))
     parts = [
         list(eval_batches(dataset, batch_size=2 * hosts, shard=(h, hosts))) for h in range(hosts)
@@ -293,9 +284,7 @@ def test_evaluation_over_hosts_counts_every_pixel_once(hosts):
 
 
 def test_boxes_are_padded_to_a_fixed_number():
-    """Training and evaluation: the boxes of each image in its first rows, valid there alone, zeros
-    behind; none is lost.
-    """
+    """The boxes of each image fill its first rows, which alone are valid; zeros follow."""
     dataset = Boxed(6)
     for batch in [
         *batches(dataset, seed=0, batch_size=3, **AS_IS, max_boxes=5, start=0, stop=2),
@@ -384,9 +373,7 @@ SCRIPT = """
 
 @pytest.mark.parametrize("end", ["left", "killed", "terminated"])
 def test_a_run_leaves_no_process_behind(folder, tmp_path, end):
-    """A run that ends with its iterator open, or by kill -9, takes its workers along, silently; a
-    SIGTERM to all spares the workers.
-    """
+    """A run that ends early or by kill -9 takes its workers along; SIGTERM spares the workers."""
     script = tmp_path / "run.py"
     log = tmp_path / "log"
     script.write_text(textwrap.dedent(SCRIPT))
@@ -414,9 +401,7 @@ def test_a_run_leaves_no_process_behind(folder, tmp_path, end):
 
 
 def test_a_killed_worker_stops_the_run(folder):
-    """A worker that the system kills for want of memory is an error with a remedy, at once, and
-    takes the others along.
-    """
+    """A worker killed for lack of memory is an error with a remedy, and ends the other workers."""
     iterator = batches(folder, **TRAIN, start=0, stop=1000, workers=2)
     next(iterator)
     os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
@@ -442,7 +427,7 @@ def test_bad_arguments_are_refused_before_the_first_batch():
 
 
 def test_a_real_scene_trains_end_to_end(data_path):
-    """CamVid crops show CamVid's classes, in register with the picture: sky is brighter than road."""
+    """Crops of CamVid fit their labels: sky is brighter than road."""
     dataset = open_domain(
         "camvid",
         root=str(data_path("camvid").parent),

@@ -1,6 +1,4 @@
-"""The readers of the published datasets: trees as downloaded against label tables written down a
-second time.
-"""
+"""The readers of the published datasets, checked with a second copy of the label tables."""
 
 import dataclasses
 from pathlib import Path
@@ -94,9 +92,7 @@ def check(dataset, items: list[trees.Item], table: str) -> None:
 @pytest.mark.parametrize("zipped", [False, True], ids=["folder", "zip"])
 @pytest.mark.parametrize("name", trees.NAMES)
 def test_every_split_of_every_dataset_is_read_as_downloaded(tmp_path, name, zipped):
-    """Images, pairing, splits and labels, from folders and from archives, equal what was written,
-    mapped pixel by pixel.
-    """
+    """Images, pairs, splits and labels from folders and archives equal the written ones."""
     items = trees.make(name, tmp_path, np.random.default_rng(1), zipped=zipped)
     for train in (True, False):
         split = "train" if train else "val"
@@ -134,9 +130,7 @@ def test_zip_and_folder_give_the_same_samples(tmp_path):
 @pytest.mark.parametrize("version", ["v1.2", "v2.0"])
 @pytest.mark.parametrize("mapping", ["vltseg", "rein"])
 def test_mapillary_by_both_mappings_from_both_releases(tmp_path, version, mapping):
-    """The class list of a paper is asked for by its name; the later archive has the earlier labels
-    in another folder, and more.
-    """
+    """Both class lists work; the later archive holds the earlier labels in another folder."""
     items = trees.make("mapillary", tmp_path, np.random.default_rng(3), version=version)
     if version == "v2.0":
         trees.write(tmp_path / "mapillary", "validation/v2.0/labels/_0CsX7o.png", b"other classes")
@@ -149,9 +143,7 @@ def test_mapillary_by_both_mappings_from_both_releases(tmp_path, version, mappin
 
 
 def test_a_split_may_be_named(tmp_path):
-    """cityscapes/test and acdc/test have images and no labels; acdc/night/train has the training
-    images, whoever asks.
-    """
+    """cityscapes/test and acdc/test have no labels; acdc/night/train has the training images."""
     for name in ("cityscapes", "acdc"):
         items = trees.make(name, tmp_path, np.random.default_rng(4))
         check(
@@ -164,8 +156,9 @@ def test_a_split_may_be_named(tmp_path):
 
 
 def test_the_official_split_of_gta5(tmp_path):
-    """gta5 is all images; gta5/val those that split.mat lists, counted from 1; without that file
-    the way out is named.
+    """gta5 is all images, gta5/val those in split.mat, counted from 1.
+
+    Without that file the error names the alternative.
     """
     items = trees.make("gta5", tmp_path, np.random.default_rng(5), count=6)
     check(opened("gta5", tmp_path, train=True), items, TABLES["gta5"])
@@ -185,9 +178,7 @@ def test_the_official_split_of_gta5(tmp_path):
 
 
 def test_sources_are_mixed(tmp_path):
-    """gta5+synthia shows every image of both and says which part holds it; sources of other classes
-    do not mix.
-    """
+    """gta5+synthia shows every image of both by part; sources of other classes do not mix."""
     items = [
         item
         for name in ("gta5", "synthia")
@@ -241,7 +232,7 @@ def test_an_id_that_a_dataset_does_not_have_is_an_error(tmp_path, name, bad):
 
 @pytest.mark.parametrize("name", ["gta5", "cityscapes", "synthia"])
 def test_colours_where_ids_are_due_are_refused(tmp_path, name):
-    """The colour-coded picture that ships beside the ids, or a 16-bit label cut to 8, is no label."""
+    """The coloured picture beside the ids, and a 16-bit label cut to 8, are refused."""
     item = next(
         item
         for item in trees.make(name, tmp_path, np.random.default_rng(9))
@@ -256,9 +247,7 @@ def test_colours_where_ids_are_due_are_refused(tmp_path, name):
 
 
 def test_a_pair_of_two_sizes_is_refused_until_it_is_skipped(tmp_path):
-    """GTA5 has such pairs: all are listed at the start; a list of paths, relative or absolute,
-    leaves them and damaged files out.
-    """
+    """GTA5 has such pairs, which are all listed; a list of paths leaves them out."""
     items = trees.make("gta5", tmp_path, np.random.default_rng(10), count=6)
     for item in items[1:3]:
         Path(item.label).write_bytes(trees.indexed(item.ids[:-4]))

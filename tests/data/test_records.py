@@ -80,9 +80,7 @@ def assert_same(got, expected) -> None:
 
 @pytest.mark.parametrize("domain", DOMAINS)
 def test_batches_equal_those_of_files_bit_for_bit(written, domain, monkeypatch, tmp_path):
-    """Training and evaluation read the same from records, in a worker process too, as from the
-    files they were made of.
-    """
+    """Training and evaluation batches equal those of the files, in worker processes too."""
     monkeypatch.setenv("JAXDG_CACHE", str(tmp_path))
     files, out, _ = written
     workers = 1 if domain == "gta5" else 0
@@ -108,9 +106,7 @@ def test_batches_equal_those_of_files_bit_for_bit(written, domain, monkeypatch, 
 
 @pytest.mark.parametrize("domain", DOMAINS)
 def test_names_sizes_and_classes_equal_those_of_files(written, domain, monkeypatch, tmp_path):
-    """What is known of an image without reading it is what the files say, with names relative to
-    the data root.
-    """
+    """Names, relative to the data root, sizes and classes equal those of the files."""
     monkeypatch.setenv("JAXDG_CACHE", str(tmp_path))
     files, out, _ = written
     for train in (True, False):
@@ -124,9 +120,7 @@ def test_names_sizes_and_classes_equal_those_of_files(written, domain, monkeypat
 
 @pytest.mark.parametrize("domain", DOMAINS)
 def test_tfds_reads_them(written, domain):
-    """`tfds.data_source` finds pixels, names and classes as they were written into the files;
-    TensorFlow is not installed here.
-    """
+    """`tfds.data_source` finds the written pixels, names and classes without TensorFlow."""
     _, out, items = written
     source = tfds.data_source(domain, data_dir=out, split="train")
     mine = [item for item in items[domain] if item.split in ("train", "all")]
@@ -172,9 +166,7 @@ class Boxed:
 
 
 def test_boxes_come_back_bit_for_bit(tmp_path):
-    """Boxes, classes, flags and areas of images with any number of boxes, none included; they lie
-    beside label maps of the same domain.
-    """
+    """Boxes, classes, flags and areas are exact; they lie beside label maps of the domain."""
     dataset = Boxed()
     directory = prepare("towns", {"val": dataset}, root="", out=str(tmp_path))
     assert directory == f"{tmp_path}/towns/boxes/1.0.0"
@@ -190,9 +182,7 @@ def test_boxes_come_back_bit_for_bit(tmp_path):
 
 
 def test_records_written_before_areas_were_still_open(tmp_path, monkeypatch):
-    """Areas are then those of the boxes; how many boxes an image has is not known before it is
-    read.
-    """
+    """Areas are then those of the boxes, and box counts are unknown before reading."""
     kinds = shards.features
     example = shards.ShardWriter._example
 
@@ -229,8 +219,9 @@ def test_records_written_before_areas_were_still_open(tmp_path, monkeypatch):
 
 
 def test_records_of_annotations_say_what_the_annotations_say(tmp_path, monkeypatch):
-    """COCO's areas, crowds and difficult boxes come back; once corrected, records are to be made
-    anew; two images of one id are refused.
+    """COCO's areas, crowds and difficult boxes are exact; corrections need new records.
+
+    Two images of one id are refused.
     """
     monkeypatch.setenv("JAXDG_CACHE", str(tmp_path / "cache"))
     truth: dict[str, Any] = {
@@ -300,9 +291,7 @@ def test_records_of_annotations_say_what_the_annotations_say(tmp_path, monkeypat
 
 
 def test_a_pickle_holds_no_images(written):
-    """What worker processes receive is small, also when shards are open already, and reads the
-    same.
-    """
+    """The pickle is small, even after shards were opened, and reads the same."""
     source = open_records(str(written[1]), "gta5", train=True)
     first = source[0]
     pickled = pickle.dumps(source)
@@ -325,9 +314,7 @@ def test_a_truncated_or_missing_shard_is_named_when_opened(copied, damage):
 
 
 def test_an_altered_shard_is_named_when_read_and_by_verify(copied):
-    """One wrong bit: reading an image of that shard names it, reading the others does not, and so
-    does the comparison of digests.
-    """
+    """One wrong bit is found when an image of that shard is read, and by `verify`."""
     directory = copied / "gta5" / "1.0.0"
     shard = sorted(directory.glob("*.array_record-*"))[1]
     data = bytearray(shard.read_bytes())
@@ -342,9 +329,7 @@ def test_an_altered_shard_is_named_when_read_and_by_verify(copied):
 
 
 def test_records_that_cannot_be_read_are_refused(copied):
-    """Unfinished ones, those of another version, another program's, a split that was not written:
-    each with what to do.
-    """
+    """Unfinished records, other versions and programs, and missing splits are errors."""
     directory = copied / "gta5" / "1.0.0"
     info = directory / "dataset_info.json"
     metadata = directory / "metadata.json"
@@ -371,9 +356,7 @@ def test_records_that_cannot_be_read_are_refused(copied):
 
 
 def test_another_label_map_is_refused(tmp_path, monkeypatch):
-    """Labels were mapped when the records were written: a configuration that maps them otherwise
-    must not get them unnoticed.
-    """
+    """Records hold mapped labels, so a configuration with another map is refused."""
     monkeypatch.setenv("JAXDG_CACHE", str(tmp_path / "cache"))
     trees.make("mapillary", tmp_path, np.random.default_rng(0))
     rein = open_files(
@@ -414,9 +397,7 @@ def bucket(copied):
 
 
 def test_remote_records_are_fetched_once(written, bucket, capsys):
-    """Records behind a URL read like local ones; a second run asks the store for nothing but the
-    metadata.
-    """
+    """Records behind a URL read like local ones; a second run fetches only the metadata."""
     system, place = bucket
     remote = open_either("acdc/night", f"memory://{place}")
     assert "fetching" in capsys.readouterr().err
@@ -431,9 +412,7 @@ def test_remote_records_are_fetched_once(written, bucket, capsys):
 
 
 def test_a_remote_shard_that_was_altered_is_named(bucket):
-    """What arrives is compared with the digest of what was written; a domain without records is not
-    looked for as files.
-    """
+    """Fetched files are checked by digest; a domain without records is an error there."""
     system, place = bucket
     shard = sorted(system.glob(f"{place}/gta5/1.0.0/*array_record*"))[0]
     data = bytearray(system.cat_file(shard))

@@ -25,9 +25,7 @@ from tests.data import trees
 
 @dataclasses.dataclass
 class Stripes:
-    """Label maps of 20 x 50 pixels; image i shows what `rows[i]` says: (class, pixels), .., and
-    else class 0.
-    """
+    """Label maps of 20 x 50 pixels; `rows[i]` lists (class, pixels) of image i, the rest is 0."""
 
     rows: tuple[tuple[tuple[int, int], ...], ...]
     domain: str = "stripes"
@@ -77,9 +75,7 @@ def test_a_mixture_without_weights_is_one_dataset():
 
 
 def test_parts_come_by_weight_each_image_once_a_pass():
-    """9000 positions over more than two blocks: shares as the weights say, and within a part one
-    permutation after another.
-    """
+    """9000 positions have the shares of the weights, and each part has whole permutations."""
     mixture = Mixture([numbered(7, "a"), numbered(100, "b"), numbered(3, "c")])
     sampler = make_sampler(mixture, seed=0, weights=(5.0, 3.0, 2.0))
     drawn = [mixture.at(sampler(p).image) for p in range(9000)]
@@ -126,9 +122,7 @@ PIXELS[39, 18] = 45
 
 
 def test_class_probabilities_are_daformers():
-    """Softmax of (1 - frequency) / T over the classes that occur, in Python's own arithmetic;
-    classes that never occur are never drawn.
-    """
+    """They are the softmax of (1 - frequency) / T in Python's arithmetic; 0 for absent classes."""
     total = PIXELS.sum()
     for temperature in (1.0, 0.1, 0.01):
         odds = {
@@ -142,9 +136,7 @@ def test_class_probabilities_are_daformers():
 
 
 def test_rare_classes_are_drawn_with_images_that_show_enough():
-    """Classes by their probability, images evenly among those with enough pixels, and the crop is
-    told what to show.
-    """
+    """Classes follow their probability, images are even, and the crop has a wanted class."""
     sampler = RareClasses((3,), PIXELS, 0.05, 30, CITYSCAPES.names)
     drawn = [sampler(p) for p in range(6000)]
     classes = np.array([draw.wanted.train_id for draw in drawn])
@@ -180,9 +172,7 @@ ROWS = (((3, 100),), ((3, 10), (7, 400)), (), ((255, 990), (18, 10)))
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_pixels_are_counted_once(cache, tmp_path, workers):
-    """Counts are those drawn, ignored pixels left out; a second run, or another object of the same
-    files, reads nothing.
-    """
+    """Counts equal the drawn labels without ignored pixels; a second run reads nothing."""
     dataset = Stripes(ROWS, log=str(tmp_path / "log"))
     expected = np.zeros((4, 19), np.int32)
     for i, row in enumerate(ROWS):
@@ -264,8 +254,9 @@ def read(monkeypatch) -> list[int]:
 
 @pytest.mark.parametrize("archive", ["", "all.zip"])
 def test_labels_corrected_in_place_are_counted_anew(cache, tmp_path, read, archive):
-    """Same name, size and bytes long, another content and time: never the old counts; and what has
-    not changed is not read again.
+    """A label of the same name and size with other content and time is counted again.
+
+    Unchanged labels are not read again.
     """
     base = tmp_path / "data"
     np.testing.assert_array_equal(
@@ -294,9 +285,7 @@ def open_again(base: Path, archive: str) -> Files:
 
 
 def test_another_project_of_the_same_relative_names_is_counted_anew(cache, tmp_path, monkeypatch):
-    """Two working folders with `data/town`, equal but for the ids; and one that a link is turned
-    to.
-    """
+    """Two folders with equal `data/town` but other ids have their own counts, also by a link."""
     options = FolderOptions("{domain}/images", "{domain}/labels", classes=("a", "b", "c"))
 
     def opened(root):
@@ -328,9 +317,7 @@ def test_another_project_of_the_same_relative_names_is_counted_anew(cache, tmp_p
 
 
 def test_records_are_counted_by_their_digests(cache, tmp_path, read):
-    """Records that are copied keep their counts, records of other labels below the same names have
-    their own.
-    """
+    """Copied records keep their counts; records with other labels have their own."""
     from jaxdg.commands.prepare import prepare
     from jaxdg.data.records import Records
 
@@ -350,8 +337,9 @@ def test_records_are_counted_by_their_digests(cache, tmp_path, read):
 
 
 def test_a_fingerprint_of_half_a_million_files_takes_seconds(tmp_path):
-    """By extrapolation from 5 000: a stat of each and little else; equal when taken again, whatever
-    the threads do.
+    """It costs little more than a stat of each file, and threads do not change it.
+
+    The time is extrapolated from 5 000 files.
     """
     (tmp_path / "a").mkdir()
     for i in range(5000):
@@ -383,9 +371,7 @@ def test_a_cache_that_cannot_be_written_is_no_error(tmp_path, monkeypatch):
 
 
 def test_weighted_parts_draw_their_own_rare_classes(cache):
-    """Each part has its own statistics; a class rare in one and common in the other is drawn from
-    each as that part says.
-    """
+    """A class that is rare in one part and common in another is drawn by each part's statistics."""
     a = Stripes((((3, 500),), ((7, 20),)) * 5, "a")
     b = Stripes((((7, 500),), ((3, 20),)) * 5, "b")
     mixture = Mixture([a, b])
@@ -401,9 +387,7 @@ def test_weighted_parts_draw_their_own_rare_classes(cache):
 
 
 def test_rare_classes_fill_the_crops(cache):
-    """From statistics to crops: a class in one image of twenty, in a corner of it, is in most of
-    the crops.
-    """
+    """A class in the corner of one image of twenty shows in most of the crops."""
     dataset = Stripes((*(((3, 400),),) * 19, ((18, 100),)))
     shown = {}
     for temperature in (0.0, 0.01):
@@ -422,9 +406,7 @@ def test_rare_classes_fill_the_crops(cache):
 
 
 def test_statistics_of_many_images_stay_small(cache, monkeypatch):
-    """The sampler of 25 000 images of 19 classes takes under 4 MB, pickled for a worker process as
-    well.
-    """
+    """The sampler of 25 000 images of 19 classes takes under 4 MB, pickled too."""
     pixels = np.random.default_rng(0).integers(0, 30000, (25000, 19)).astype(np.int32)
     monkeypatch.setattr(samplers, "class_pixels", lambda dataset, workers: pixels)
     sampler = make_sampler(numbered(25000, "many"), seed=0, temperature=0.01, min_pixels=3000)

@@ -1,6 +1,4 @@
-"""Lists of what to leave out: what a line may look like, what it means in folders, archives and
-records, and which lines are refused.
-"""
+"""Lists of files to leave out: the forms of a line, its meaning, and refused lines."""
 
 from pathlib import Path
 import pickle
@@ -82,7 +80,7 @@ def test_a_line_is_taken_for_what_it_means(root, form, kind):
 
 
 def test_a_line_may_name_what_was_in_an_archive_and_is_unpacked(root):
-    """A list made where the archives were unopened serves where they are unpacked, and beside them."""
+    """A list made from archives works where they are unpacked, and beside them."""
     skip = listed(root.parent, "gta5/02_images.zip/images/00002.png")
     shutil.rmtree(root)
     trees.make("gta5", root, np.random.default_rng(0), count=4, zipped=True)
@@ -93,7 +91,7 @@ def test_a_line_may_name_what_was_in_an_archive_and_is_unpacked(root):
 
 
 def test_links_and_composition_do_not_matter(root):
-    """A line that leads through a link, and one whose letters are composed otherwise than on disk."""
+    """A line may lead through a link, and its letters may be composed otherwise than on disk."""
     (root / "gta5/photos").symlink_to("images")
     assert left(root, listed(root.parent, "gta5/photos/00002.png")) == WITHOUT_2
     name = "Zu\u0308rich.png"
@@ -132,9 +130,7 @@ def test_a_line_that_names_nothing_is_an_error(root, line, told):
 
 
 def test_a_run_is_evaluated_where_its_source_is_not(root):
-    """The list speaks of the source's dataset too; of those that are there every line still has to
-    name a file.
-    """
+    """Lines about the absent source are no errors; other lines must still name a file."""
     options = {"root": str(root), "streets": StreetsOptions(), "folder": None}
     elsewhere = ("synthia/RGB/1.png", "/train/root/synthia/RGB/2.png", "gta5/images/00002.png")
     skip = listed(root.parent, *elsewhere)
@@ -153,9 +149,7 @@ def test_a_run_is_evaluated_where_its_source_is_not(root):
 
 
 def test_a_list_serves_all_datasets_below_a_root(root):
-    """A file of another dataset, or of this one and of no pair, is no mistake; of many mistakes the
-    first are told.
-    """
+    """A file of another dataset or without partner is no mistake; the first mistakes are told."""
     trees.make("acdc", root, np.random.default_rng(1))
     other = next((root / "acdc/gt/fog/train").rglob("*.png")).relative_to(root)
     trees.write(root / "gta5", "images/readme.txt", b"")
@@ -176,9 +170,7 @@ def test_a_list_serves_all_datasets_below_a_root(root):
 
 
 def recorded(root: Path, domain: str = "gta5", both: bool = False) -> None:
-    """Writes records of what is below a root, of training or of both kinds, and leaves nothing else
-    there.
-    """
+    """Writes records of the files below a root, and leaves nothing else there."""
     if not (root / domain / "images").is_dir() and not [*(root / domain).glob("*.zip")]:
         return
     dataset = open_files(domain, root=str(root), train=True, folder=None)
@@ -194,9 +186,7 @@ def recorded(root: Path, domain: str = "gta5", both: bool = False) -> None:
 
 
 def test_records_without_some_images_are_the_files_without_them(root):
-    """Samples, sizes, names and fingerprints, over the bounds of shards, of all readers; other
-    images of the list change nothing.
-    """
+    """Samples, sizes, names and fingerprints agree over shards and readers."""
     skip = listed(root.parent, "gta5/images/00002.png", "gta5/labels/00003.png")
     options = {"train": True, "streets": StreetsOptions(), "folder": None, "skip": skip}
     files = open_domain("gta5", root=str(root), **options)
@@ -239,7 +229,7 @@ def test_records_without_some_images_are_the_files_without_them(root):
 
 
 def test_records_refuse_lines_that_name_nothing(root):
-    """By the names of the images and labels that they were made of, in all records below the root."""
+    """A line must name an image or label of any records below the root."""
     items = trees.make("acdc", root, np.random.default_rng(1))
     night = next(item for item in items if item.domain == "acdc/night" and item.split == "train")
     for domain in ("gta5", "acdc/night"):
@@ -257,9 +247,7 @@ def test_records_refuse_lines_that_name_nothing(root):
 
 
 def test_records_that_do_not_know_their_labels_say_so(root, monkeypatch):
-    """Older ones, beside the files that they were made of: a label's name is refused rather than
-    passed over.
-    """
+    """Old records refuse the name of a label rather than ignore it."""
     dataset = open_files("gta5", root=str(root), train=True, folder=None)
     with monkeypatch.context() as patch:
         patch.setattr("jaxdg.commands.prepare.shards.ShardWriter._labels", lambda self, k: [])

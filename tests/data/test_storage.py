@@ -37,9 +37,7 @@ def relative(files: dict[str, str], base: Path) -> dict[str, str]:
 
 
 def test_a_path_reads_the_same_from_folder_and_archive(tmp_path):
-    """Stored and compressed members, names with spaces and letters of other alphabets, and folders
-    whose names end in .zip.
-    """
+    """Stored and compressed members, other alphabets and folders ending in .zip are read."""
     names = ("a.png", "über uns/Straße 1.png", "道路/b c.png")
     with zipfile.ZipFile(tmp_path / "my archive.zip", "w") as archive:
         for i, name in enumerate(names):
@@ -62,9 +60,7 @@ def test_a_path_reads_the_same_from_folder_and_archive(tmp_path):
 
 
 def test_folders_and_archives_of_a_dataset_are_one_tree(tmp_path):
-    """Each may wrap everything in a folder of its own; what is unpacked wins; hidden files and
-    other folders do not count.
-    """
+    """Each may have a folder around it; unpacked files count, hidden ones do not."""
     base = tmp_path / "gta5"
     trees.write(base, "images/1.png", b"unpacked")
     trees.write(base, "images/.1.png", b"hidden")
@@ -104,9 +100,7 @@ def test_folders_and_archives_of_a_dataset_are_one_tree(tmp_path):
 )
 @pytest.mark.parametrize("there", [False, True], ids=["absent", "present"])
 def test_a_wrong_folder_level_says_where_the_folder_is(tmp_path, put, found, there):
-    """Both where it should be and where it was found, whether or not the dataset's own folder
-    exists.
-    """
+    """The error names both places, whether or not the dataset's own folder exists."""
     root = tmp_path / "data"
     root.mkdir()
     if there:
@@ -146,9 +140,7 @@ def test_a_wrong_folder_level_in_an_archive_is_found_too(tmp_path):
 
 
 def test_damaged_members_are_named_at_the_start_and_when_read(tmp_path):
-    """A flipped byte of a stored member is met by its checksum, a truncated PNG in an archive by
-    its end, an absent member by name.
-    """
+    """A flipped byte, a truncated PNG in an archive and an absent member are errors by name."""
     items = trees.make("gta5", tmp_path, np.random.default_rng(0), zipped=True, count=4)
     dataset = opened("gta5", tmp_path)
     archive = tmp_path / "gta5/02_images.zip"
@@ -182,7 +174,7 @@ def test_damaged_members_are_named_at_the_start_and_when_read(tmp_path):
 
 
 def test_processes_open_archives_themselves(tmp_path):
-    """A pickled dataset of archives holds only text and tables, and a fresh process reads from it."""
+    """A pickled dataset of archives holds text and tables only; a fresh process reads it."""
     trees.make("bdd100k", tmp_path, np.random.default_rng(0), zipped=True)
     dataset = opened("bdd100k", tmp_path)
     expected = dataset[1]["label"]
@@ -226,9 +218,7 @@ def test_the_index_knows_archives(tmp_path, monkeypatch):
 
 
 def test_own_folders_may_be_in_an_archive_and_are_taken_literally(tmp_path):
-    """`photos.zip/images` is read from the archive; another folder of the same name, one deeper, is
-    not.
-    """
+    """`photos.zip/images` is read from the archive; a folder `images` one deeper is not."""
     image = trees.encode(np.zeros((4, 6, 3), np.uint8), "PNG")
     for kind, data in (("images", image), ("labels", trees.grey(np.full((4, 6), 3)))):
         trees.write(tmp_path, f"{kind}/a.png", data, "photos.zip")
@@ -270,9 +260,7 @@ HIDDEN = (
 
 @pytest.mark.parametrize("zipped", [False, True], ids=["unpacked", "zip"])
 def test_hidden_and_system_entries_are_no_images_and_are_counted(tmp_path, zipped):
-    """In folders and in archives, whether on one side or on both; their number and an example are
-    told.
-    """
+    """Their number and an example are told, in folders and archives, on one or both sides."""
     archive = "town.zip" if zipped else ""
     for kind in ("images", "labels"):
         for name in ("b.png", "city/c.png"):
@@ -305,9 +293,7 @@ def test_a_hidden_archive_or_wrapper_is_no_part_of_a_dataset(tmp_path):
 
 
 def test_links_are_followed_and_loops_end(tmp_path):
-    """Each image once: links to a folder above, to the folder itself, to a neighbour, in a circle,
-    and to a folder elsewhere.
-    """
+    """Each image is listed once, despite links up, to the folder itself, aside or in a circle."""
     root = tmp_path / "data"
     for name in ("1.png", "x/2.png", "x/deep/3.png"):
         write_pair(root, name)
@@ -357,9 +343,7 @@ NAME = "Zu\u0308rich"  # decomposed, as macOS stored it
 
 @pytest.mark.parametrize("zipped", [False, True], ids=["unpacked", "zip"])
 def test_names_composed_differently_pair(tmp_path, zipped):
-    """A decomposed image and a composed label are partners, folders and settings included; paths
-    stay as they are on disk.
-    """
+    """A decomposed image and a composed label are partners; paths stay as they are on disk."""
     archive = "photos.zip" if zipped else ""
     city = unicodedata.normalize("NFC", NAME)
     assert city != NAME
@@ -391,9 +375,7 @@ def test_names_that_differ_only_in_composition_are_an_error(tmp_path):
 
 
 def test_an_extension_in_capitals_is_the_same_extension(tmp_path):
-    """`b.PNG` was left out without a word where the suffixes are given; the rest of a suffix keeps
-    its case.
-    """
+    """`b.PNG` counts where suffixes are given; the rest of a suffix keeps its case."""
     for name in ("a_x.png", "b_x.PNG", "c_X.png"):
         write_pair(tmp_path, name)
     folder = FolderOptions("images", "labels", "_x.png", "_x.png")
@@ -416,9 +398,7 @@ def candidates(root: Path, first: str, second: str) -> None:
 
 
 def test_the_same_dataset_twice_is_an_error(tmp_path):
-    """A copy one folder deeper, two wrappers, an archive fetched twice, a second archive with some
-    of the images.
-    """
+    """A copy one folder deeper, two wrappers, and an archive fetched twice are errors."""
     copied, wrapped, fetched, partly = (
         tmp_path / name for name in ("copied", "wrapped", "fetched", "partly")
     )
@@ -446,9 +426,7 @@ def test_a_link_to_a_wrapper_is_no_second_dataset(tmp_path):
 
 
 def test_an_archive_beside_its_unpacked_folder(tmp_path):
-    """The unpacked files are read if they have the archive's sizes, else both are named with their
-    sizes.
-    """
+    """Unpacked files of the archive's sizes are read, else the error names both sizes."""
     trees.make("gta5", tmp_path, np.random.default_rng(0), zipped=True)
     for archive in (tmp_path / "gta5").glob("*.zip"):
         zipfile.ZipFile(archive).extractall(tmp_path / "gta5")
@@ -487,9 +465,7 @@ def test_a_member_twice_in_an_archive(tmp_path):
 
 
 def test_two_spellings_of_a_folder_are_two_candidates(tmp_path):
-    """Of `night_sunny` and `Night-Sunny` the first by the program's list was read; a link from one
-    to the other is one folder.
-    """
+    """`night_sunny` and `Night-Sunny` are an error, unless one is a link to the other."""
     for name in ("night_sunny", "Night-Sunny"):
         trees.write(tmp_path, f"{name}/JPEGImages/1.jpg", b"")
     tree = Tree(str(tmp_path))
@@ -518,9 +494,7 @@ print(len(pairs.images), pairs.labels[-1], seconds, int(peak[1]) / 1024)
 
 
 def test_the_second_start_with_a_million_files_is_quick_and_small(tmp_path, monkeypatch):
-    """An index of 500 000 pairs in 500 folders is recalled in well under 10 seconds and 400 MB; its
-    first making is not the matter here.
-    """
+    """An index of 500 000 pairs is recalled in under 10 seconds and 400 MB."""
     base = tmp_path / "town"
     names = [f"city_{i // 1000:03}/frame_{i:09}_x.png" for i in range(500_000)]
     for folder in {f"{kind}/{name[:8]}" for kind in ("images", "labels") for name in names[::1000]}:

@@ -1,6 +1,4 @@
-"""Small trees of the published datasets: folders, file names, archives, bit depths and file modes
-as their publishers ship them.
-"""
+"""Small trees of the published datasets, in the form in which their publishers ship them."""
 
 from collections.abc import Callable, Iterable, Iterator
 import dataclasses
@@ -103,9 +101,7 @@ def make(
 
 
 def write(base: Path, path: str, data: bytes, archive: str = "", inside: str = "") -> Path:
-    """Writes a file below a dataset's folder or into an archive there; returns its path as datasets
-    name it.
-    """
+    """Writes a file into a dataset's folder or an archive there; returns its path."""
     if not archive:
         (base / path).parent.mkdir(parents=True, exist_ok=True)
         (base / path).write_bytes(data)
@@ -137,9 +133,7 @@ def indexed(ids: np.ndarray) -> bytes:
 
 
 def red(ids: np.ndarray) -> bytes:
-    """16-bit RGB PNG, written after the format's specification: ids in red, instance numbers in
-    green.
-    """
+    """A 16-bit RGB PNG written by the specification: ids in red, instances in green."""
 
     def chunk(kind, data):
         return (

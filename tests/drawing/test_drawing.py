@@ -42,9 +42,7 @@ def counts(rgb):
 
 
 def test_colorize_is_a_table_look_up():
-    """Each pixel has exactly its class's colour, ignored ones are black, for any integer type and
-    any `ignore`.
-    """
+    """Each pixel has its class's colour, ignored ones are black, for any type and `ignore`."""
     label = np.array([[0, 1, 2], [3, 255, 1]], np.uint8)
     expected = [[COLORS[0], COLORS[1], COLORS[2]], [COLORS[3], (0, 0, 0), COLORS[1]]]
     assert colorize(label, COLORS).tolist() == np.array(expected).tolist()
@@ -67,8 +65,9 @@ def test_legend_lists_exactly_the_classes_present(label):
 
 
 def test_overlay_blends_leaves_ignored_pixels_and_draws_lines_only_at_class_changes(image, label):
-    """Away from class changes a pixel is the exact blend, ignored pixels are the image, and lines
-    are darker and one pixel wide.
+    """A pixel is the exact blend away from class changes; ignored pixels are the image.
+
+    Lines are darker and one pixel wide.
     """
     picture = overlay(image, label, COLORS, NAMES, alpha=0.25)[:60]
     edge = np.zeros(label.shape, bool)
@@ -84,9 +83,7 @@ def test_overlay_blends_leaves_ignored_pixels_and_draws_lines_only_at_class_chan
 
 
 def test_overlay_keeps_the_picture_free_of_the_legend(image, label):
-    """The legend is below: it shows each present class's colour and no other, and a label without
-    classes needs none.
-    """
+    """The legend lies below and shows the present classes; without classes there is none."""
     result = overlay(image, label, COLORS, NAMES)
     assert result.dtype == np.uint8
     assert result.shape[0] > 60
@@ -100,9 +97,7 @@ def test_overlay_keeps_the_picture_free_of_the_legend(image, label):
 
 @pytest.mark.parametrize("width", [16, 256, 480, 1024, 2048])
 def test_a_legend_fits_any_width(width):
-    """With 19 long names no swatch is cut off: each shows its whole area, also where the picture is
-    narrower than one entry.
-    """
+    """No swatch of 19 long names is cut off, even if the picture is narrower than an entry."""
     colors = [(10 * k + 20, 255 - 10 * k, 77) for k in range(19)]
     names = [f"a rather long class name {k}" for k in range(19)]
     label = (np.arange(38 * width).reshape(38, width) % 19).astype(np.int32)
@@ -114,9 +109,7 @@ def test_a_legend_fits_any_width(width):
 
 
 def test_lines_grow_with_the_picture():
-    """On a picture 2048 wide the line between two classes is two pixels wide, on a small one a
-    single pixel.
-    """
+    """The line between classes is two pixels wide on a picture of 2048, else one pixel."""
     for width, expected in ((512, 1), (2048, 2)):
         label = np.zeros((4, width), np.uint8)
         label[:, width // 2 :] = 1
@@ -127,9 +120,7 @@ def test_lines_grow_with_the_picture():
 
 
 def test_panel_shows_image_truth_prediction_and_errors(image, label):
-    """Four tiles below their captions: the image, two exact colourings, and red exactly where a
-    judged pixel is wrong.
-    """
+    """Four captioned tiles are exact, and red marks exactly the wrong judged pixels."""
     prediction = label.copy()
     prediction[label == 255] = 3
     prediction[:10, :30] = 0
@@ -168,8 +159,9 @@ def test_grid_stacks_rows_of_any_width():
 
 
 def test_a_frame_lies_on_the_border_pixels_of_its_box():
-    """The outermost pixels of [x0, x1) x [y0, y1) have the class's colour, a line of contrast is
-    outside, and the inside is the image.
+    """The outermost pixels of [x0, x1) x [y0, y1) have the class's colour.
+
+    A line of contrast lies outside, and the inside is the image.
     """
     background = np.full((300, 320, 3), 77, np.uint8)
     boxes = np.array([[40, 50, 100, 110], [200.4, 59.6, 280.0, 140.2]], np.float32)
@@ -187,9 +179,7 @@ def test_a_frame_lies_on_the_border_pixels_of_its_box():
 
 
 def test_boxes_without_a_pixel_in_the_image_are_not_drawn_and_others_are_cut_off():
-    """Boxes outside and of no extent leave the image alone; one that reaches beyond it is framed
-    along the image's border.
-    """
+    """Boxes outside and empty ones are not drawn; one beyond the border is framed along it."""
     image = np.full((60, 200, 3), 77, np.uint8)
     gone = np.array([[-50, -50, 0, 0], [300, 10, 400, 40], [20, 20, 20, 40]], np.float32)
     np.testing.assert_array_equal(
@@ -205,9 +195,7 @@ def test_boxes_without_a_pixel_in_the_image_are_not_drawn_and_others_are_cut_off
 @pytest.mark.parametrize("corner", [(0, 0), (1, 0), (0, 1), (1, 1)])
 @pytest.mark.parametrize("width", [120, 320, 2048])
 def test_a_tag_is_wholly_inside_the_picture(width, corner):
-    """In every corner and at every size a tag is as large as in the middle: no pixel of it is cut
-    off.
-    """
+    """In every corner and at every size a tag is as large as in the middle."""
     height = width // 2
     side = width // 10
     image = np.full((height, width, 3), 77, np.uint8)
@@ -231,8 +219,9 @@ def test_a_tag_is_wholly_inside_the_picture(width, corner):
 
 
 def test_tags_never_hide_one_another_nor_boxes():
-    """With 200 boxes in a small picture every tag is a whole rectangle of its own and hides at most
-    half of any box; the best has one.
+    """Of 200 boxes every tag is a whole rectangle that hides at most half of any box.
+
+    The best box has a tag.
     """
     rng = np.random.default_rng(0)
     start = rng.uniform(0, [400, 200], (200, 2))
@@ -256,9 +245,7 @@ def test_tags_never_hide_one_another_nor_boxes():
 
 
 def test_box_overlay_has_a_legend_of_the_classes_present():
-    """Below the picture stand the colours of the classes that have boxes and no other; without
-    boxes there is the image alone.
-    """
+    """Only classes with boxes are in the legend; without boxes there is none."""
     image = np.full((80, 320, 3), 77, np.uint8)
     boxes = np.array([[10, 20, 40, 60], [50, 20, 90, 60], [100, 20, 140, 60]], np.float32)
     legend = counts(box_overlay(image, boxes, np.array([2, 0, 2]), COLORS, NAMES)[80:])
@@ -270,7 +257,7 @@ def test_box_overlay_has_a_legend_of_the_classes_present():
 
 
 def test_box_panel_shows_image_truth_and_detections():
-    """Three tiles below their captions: the image, and the boxes of each at the scale of the tile."""
+    """Three captioned tiles show the image and the boxes at the scale of the tile."""
     image = np.full((100, 960, 3), 77, np.uint8)
     truth = (np.array([[100, 20, 300, 80]], np.float32), np.array([0]))
     found = (
@@ -294,9 +281,7 @@ def test_box_panel_shows_image_truth_and_detections():
 
 
 def test_mistakes_with_boxes_are_said(image):
-    """A class without a colour, missing names and lists of unequal length are refused, each with
-    its reason.
-    """
+    """A class without a colour, missing names and unequal lengths are errors with a reason."""
     boxes = np.array([[10, 10, 30, 30], [40, 10, 60, 30]], np.float32)
     with pytest.raises(ValueError, match="class 4, but there are 4 colours"):
         box_overlay(image, boxes, np.array([0, 4]), COLORS, NAMES)
@@ -307,9 +292,7 @@ def test_mistakes_with_boxes_are_said(image):
 
 
 def test_mistakes_are_said(image, label):
-    """Another size, an id without a colour, missing names and an empty grid are refused, each with
-    its reason.
-    """
+    """Another size, an id without a colour, missing names and an empty grid are errors."""
     with pytest.raises(ValueError, match="the label is 100x60 pixels, the image 320x60"):
         overlay(image, label[:, :100], COLORS, NAMES)
     with pytest.raises(ValueError, match="the prediction is"):
@@ -323,9 +306,7 @@ def test_mistakes_are_said(image, label):
 
 
 def test_drawing_needs_no_jax():
-    """The module loads without importing jax or matplotlib, so a script that only draws starts at
-    once.
-    """
+    """The module imports neither jax nor matplotlib, so that a script starts at once."""
     code = (
         "import sys, jaxdg.drawing.panels; print([m for m in ('jax', 'flax', 'matplotlib') if m"
         " in sys.modules])"

@@ -74,9 +74,7 @@ def digest(cases=CASES) -> str:
 
 
 def test_another_process_renders_the_same_bits_and_needs_no_jax():
-    """Scenes depend on (seed, index, appearance, size) alone; a fresh process that renders them
-    imports neither jax nor flax.
-    """
+    """A fresh process renders the same scenes and imports neither jax nor flax."""
     code = (
         "import sys, hashlib; from jaxdg.streets.render import render\n"
         "parts = hashlib.sha256()\n"
@@ -118,9 +116,7 @@ def test_an_appearance_changes_pixels_only(index):
 
 @pytest.mark.parametrize("index", range(8))
 def test_boxes_are_tight_around_visible_pixels(index):
-    """Each box is the extent of its object's visible pixels, found by a plain loop over objects,
-    and none is missing.
-    """
+    """Boxes equal those of a plain loop over the objects' visible pixels; none is missing."""
     scene = render(2, index, "clear", SIZE)
     street = Street(np.random.default_rng((2, index, 0)), SIZE)
     raster = rasterize(street.mesh, street.camera)
@@ -144,9 +140,7 @@ def test_boxes_are_tight_around_visible_pixels(index):
 
 
 def test_every_class_is_there_to_be_learnt(labels):
-    """Over 100 scenes each of the 19 classes has at least 0.15 % of the pixels and shows in at
-    least 15 scenes.
-    """
+    """In 100 scenes each class has at least 0.15 % of the pixels and is in 15 scenes."""
     assert labels.max() == 18  # nothing is ignored
     first = labels[:100]
     for k in range(19):
@@ -210,8 +204,9 @@ def test_perspective():
 
 
 def test_depth_is_exact():
-    """Depth of the ground is camera height x focal length / rows below the horizon, and of a wall
-    ahead its distance.
+    """The depth of the ground is camera height x focal length / rows below the horizon.
+
+    The depth of a wall ahead is its distance.
     """
     camera = Camera((200, 400), focal=200.0, position=(0.0, 0.0, 1.5))
     mesh = Mesh()
@@ -238,9 +233,7 @@ def test_depth_is_exact():
 
 
 def test_night_and_dusk_are_dark(pictures):
-    """Night has less than half the light of day and dusk lies between; the night sky is nearly
-    black; lamps stay bright.
-    """
+    """Night has less than half the light of day, dusk lies between, and lamps stay bright."""
     images, label, _ = pictures
     mean = {name: image.mean() for name, image in images.items()}
     assert mean["night"] < 0.5 * mean["clear"]
@@ -250,9 +243,7 @@ def test_night_and_dusk_are_dark(pictures):
 
 
 def test_fog_follows_koschmieder(pictures):
-    """The road's difference to the colour of the air falls exponentially with depth, at about the
-    rate drawn (0.045 to 0.085 a metre).
-    """
+    """Contrast with the air falls exponentially with depth, at about the drawn rate."""
     images, label, depth = pictures
     starts = np.array([6, 8, 10, 12.5, 16, 20])
     rates = []
@@ -273,9 +264,7 @@ def test_fog_follows_koschmieder(pictures):
 
 
 def test_rain_streaks_and_wet_ground(pictures):
-    """Rain draws upright streaks and greys the sky, and a wet road shows, unlike a dry one in the
-    same soft light, what stands above it.
-    """
+    """Rain draws upright streaks and greys the sky; a wet road mirrors what stands above it."""
     images, label, _ = pictures
     upright = {}
     for name in (

@@ -10,8 +10,9 @@ from jaxdg.data.augment.fractals import Pictures, attractor, generate, random_ma
 
 
 def test_maps_bring_points_together():
-    """Singular values, computed from the matrices, are below 1, and their weighted sum lies where
-    it should, for every number of maps.
+    """For every number of maps all singular values are below 1.
+
+    Their weighted sum lies in the stated range. The values are computed from the matrices.
     """
     counts = set()
     for seed in range(200):
@@ -26,9 +27,7 @@ def test_maps_bring_points_together():
 
 
 def test_the_attractor_is_where_single_points_jump_to(monkeypatch):
-    """Points moved one by one by the matrices, in double precision, cover the same pixels as
-    densely and in the same colours.
-    """
+    """Points moved one by one in double precision give the same density and colours."""
     monkeypatch.setattr(fractals, "WALKERS", 512)
     for seed in range(2):
         matrices, shifts = random_maps(np.random.default_rng(seed))
@@ -71,8 +70,9 @@ def test_the_attractor_is_where_single_points_jump_to(monkeypatch):
 
 
 def test_pictures_differ_and_repeat():
-    """Each seed gives one picture, always the same, with structure in every colour; waves reach
-    from 0 to 1.
+    """Each seed always gives the same picture, with structure in every colour.
+
+    Waves reach from 0 to 1.
     """
     pictures = [generate(np.random.default_rng(seed)) for seed in range(12)]
     np.testing.assert_array_equal(pictures[3], generate(np.random.default_rng(3)))
@@ -97,8 +97,9 @@ def test_pictures_have_any_size(size):
 
 
 def test_pictures_of_a_folder(tmp_path):
-    """Every image below a folder is drawn, as RGB and cut to size, mirrored half of the time; where
-    there are none, the error says so.
+    """Every image below a folder is drawn as RGB, cut to size, and mirrored half of the time.
+
+    An empty folder is an error.
     """
     (tmp_path / "below").mkdir()
     ramp = np.arange(30, dtype=np.uint8)[None, :, None].repeat(20, 0).repeat(3, 2)

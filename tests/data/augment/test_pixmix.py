@@ -38,9 +38,7 @@ def each(function, one, other, *arguments) -> np.ndarray:
 @pytest.mark.parametrize(("a", "b"), [(0.8, 0.2), (0.3, 0.9), (1.2, -0.2), (1.9, -0.9), (1.0, 0.0)])
 @pytest.mark.parametrize("mix", [add, multiply])
 def test_mixing_is_the_formula(mix, a, b):
-    """Every value, black and white in either image among them, is that of the formula in double
-    precision, also beyond 0 to 1.
-    """
+    """Every value equals the formula in double precision, for black and white and beyond 0 to 1."""
     one = noise(0)
     other = noise(1).transpose(1, 0, 2)[:6].copy()
     other = np.resize(other, one.shape)
@@ -49,8 +47,9 @@ def test_mixing_is_the_formula(mix, a, b):
 
 
 def test_weights_are_drawn_from_their_distributions():
-    """Half of the draws take at most 1 of each image, half more of the first less some of the
-    second; means are those of Beta(4, 1).
+    """Half of the draws take at most 1 of each image, half subtract some of the second.
+
+    Their means are those of Beta(4, 1).
     """
     drawn = np.array([weights(4.0, np.random.default_rng(seed)) for seed in range(4000)])
     less = drawn[:, 0] > 1
@@ -61,8 +60,9 @@ def test_weights_are_drawn_from_their_distributions():
 
 
 def test_base_augmentations_move_no_pixel():
-    """Each changes a value to another one, the same wherever it stands; posterising keeps 16
-    values, solarising inverts the brightest.
+    """Each augmentation maps values to values, independent of the place.
+
+    Posterising keeps 16 values, and solarising inverts the brightest.
     """
     image = noise(2, (64, 64))
     seen = set()
@@ -88,8 +88,9 @@ def test_base_augmentations_move_no_pixel():
 
 
 def test_rounds_follow_one_another(monkeypatch):
-    """The image is the one that the algorithm of the paper makes value by value, given the same
-    draws; all cases occur.
+    """The image equals a slow version of the paper's algorithm with the same draws.
+
+    All cases occur.
     """
     image = noise(3)
     k = 4
@@ -140,8 +141,9 @@ def test_nothing_is_done_or_drawn_when_off():
 
 @pytest.mark.parametrize("boxes", [False, True])
 def test_batches_resume_and_keep_labels(boxes):
-    """Mixed batches are the same by threads and processes and from any step; labels and boxes are
-    those of unmixed ones, images are not.
+    """Threads and processes give the same mixed batches, from any step.
+
+    Labels and boxes equal those of unmixed batches; images do not.
     """
     options = {"root": "", "train": True, "streets": StreetsOptions(size=(32, 64), images=6)}
     dataset = (

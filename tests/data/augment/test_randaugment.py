@@ -62,8 +62,9 @@ def auto_contrast(channel: np.ndarray) -> np.ndarray:
 
 
 def equalize(channel: np.ndarray) -> np.ndarray:
-    """Every value to its place in the cumulative histogram, in whole steps of a 255th of the
-    pixels.
+    """Maps every value to its place in the cumulative histogram, in whole steps.
+
+    A step is a 255th of the pixels.
     """
     counts = [int((channel == value).sum()) for value in range(256)]
     step = (sum(counts) - [c for c in counts if c][-1]) // 255
@@ -119,8 +120,9 @@ def test_colour_operations_equal_their_definitions(name, strength):
 
 
 def source(name: str, strength: float, x: float, y: float) -> tuple[float, float]:
-    """Where the point x, y of the new picture comes from; coordinates from the top left corner, y
-    downwards.
+    """The old point of the point x, y of the new picture.
+
+    Coordinates count from the top left corner, y downwards.
     """
     if name == "translate_x":
         return x - 150 / 331 * strength * W, y
@@ -141,8 +143,9 @@ def source(name: str, strength: float, x: float, y: float) -> tuple[float, float
 @pytest.mark.parametrize("strength", [-0.7, 0.25, 1.0])
 @pytest.mark.parametrize("name", GEOMETRY)
 def test_geometric_operations_move_image_label_and_boxes(name, strength):
-    """Pixel by pixel from where the definition says: image bilinear amid padding, label nearest,
-    and the box around the moved label.
+    """Image, label and boxes equal a slow version pixel by pixel.
+
+    The image is bilinear amid padding, the label nearest; the box lies around the moved label.
     """
     before = sample()
     padded = np.full((H + 2, W + 2, 3), PAD_COLOR, float)
@@ -196,8 +199,9 @@ def test_a_translation_drops_what_leaves():
 
 
 def test_draws(monkeypatch):
-    """The paper's 14 operations, each as often, in either direction, independent of one another, at
-    the magnitude asked for.
+    """The paper's 14 operations are drawn equally often and independently, in both directions.
+
+    Their magnitude is the one that is set.
     """
     assert set(OPERATIONS) == PAPER
     drawn = []
@@ -218,8 +222,9 @@ def test_draws(monkeypatch):
 
 
 def test_magnitude_0_changes_nothing_but_what_has_no_magnitude():
-    """Of 14 operations at magnitude 0 only the two that stretch the histogram do anything; no
-    operations draw nothing.
+    """At magnitude 0 only the two operations that stretch the histogram change an image.
+
+    No operations use no random numbers.
     """
     before = sample()
     for name in OPERATIONS:

@@ -15,9 +15,7 @@ from jaxdg.data.augment.transforms import (
 
 
 def coordinates(h: int, w: int) -> dict[str, np.ndarray]:
-    """An image that says where each pixel was: red = row, green = column, blue = 77; the label is a
-    mixture of both.
-    """
+    """An image whose red is the row, green the column and blue 77, with a label mixed of both."""
     y, x = np.mgrid[:h, :w]
     image = np.stack([y, x, np.full((h, w), 77)], axis=-1).astype(np.uint8)
     return {"image": image, "label": ((7 * y + x) % 250).astype(np.uint8)}
@@ -31,8 +29,9 @@ def augment(
 
 @pytest.mark.parametrize("flip", [0.0, 1.0])
 def test_crop_and_flip_move_label_and_image_alike(flip):
-    """At scale 1 each pixel keeps its colour and its label; crops are contiguous, reversed where
-    flipped, and reach every corner.
+    """At scale 1 each pixel keeps its colour and its label.
+
+    Crops are contiguous, reversed if flipped, and reach every corner.
     """
     sample = coordinates(40, 60)
     corners = set()
@@ -59,9 +58,7 @@ def test_flip_has_its_probability():
 
 
 def slow(sample: dict[str, np.ndarray], h: int, w: int) -> tuple[np.ndarray, np.ndarray]:
-    """The whole image resized to h x w, pixel by pixel: bilinear between pixel centres, and the
-    label under each centre.
-    """
+    """The whole image resized to h x w pixel by pixel: bilinear, the label by its centre."""
     image = sample["image"].astype(float)
     label = sample["label"]
     old_h, old_w = label.shape
@@ -90,9 +87,7 @@ def slow(sample: dict[str, np.ndarray], h: int, w: int) -> tuple[np.ndarray, np.
 
 @pytest.mark.parametrize("scale", [0.5, 0.73, 1.0, 1.6, 2.0])
 def test_resize_equals_a_slow_version(scale):
-    """Image and label agree with a per-pixel resize between pixel centres, at any scale, whole and
-    cropped.
-    """
+    """Image and label equal a slow resize between pixel centres, at any scale and crop."""
     rng = np.random.default_rng(1)
     image = cv2.GaussianBlur(rng.integers(0, 256, (30, 44, 3), dtype=np.uint8), (0, 0), 2)
     sample = {"image": image, "label": rng.integers(0, 19, (30, 44), dtype=np.uint8)}
@@ -113,11 +108,10 @@ def test_resize_equals_a_slow_version(scale):
 
 @pytest.mark.parametrize("scale", [0.5, 0.6, 1.0, 1.7, 2.0])
 def test_labels_stay_under_their_pixels_at_every_scale(scale):
-    """A bright disc and its label keep the same centre of mass: neither is shifted by half a pixel
-    against the other.
+    """A bright disc and its label keep the same centre of mass.
 
-    Halving is the worst case: the centre of a new pixel lies between old ones and the nearest is
-    half an old, a quarter new pixel away.
+    Neither is shifted by half a pixel against the other. Halving is the worst case: the centre of a
+    new pixel lies between old ones, and the nearest is half an old, a quarter new pixel off.
     """
     y, x = np.mgrid[:80, :120]
     disc = (y - 33.3) ** 2 + (x - 70.7) ** 2 < 20**2
@@ -137,9 +131,7 @@ def test_labels_stay_under_their_pixels_at_every_scale(scale):
 
 
 def test_small_images_lie_anywhere_in_the_crop_amid_ignored_pixels():
-    """Nothing is lost or invented: the image appears once, the rest is the constant colour with
-    label 255.
-    """
+    """The image appears once and complete; the rest is the constant colour with label 255."""
     sample = coordinates(10, 12)
     places = set()
     for seed in range(200):
@@ -156,7 +148,7 @@ def test_small_images_lie_anywhere_in_the_crop_amid_ignored_pixels():
 
 
 def test_scale_is_uniform():
-    """Factors cover the range evenly: a stripe's width in the crop is its width times the factor."""
+    """Factors cover the range evenly, as the width of a stripe in the crop shows."""
     label = np.zeros((100, 100), np.uint8)
     label[:, :50] = 1
     sample = {"image": np.zeros((100, 100, 3), np.uint8), "label": label}
@@ -171,9 +163,7 @@ def test_scale_is_uniform():
 
 
 def test_crops_of_one_class_are_drawn_again():
-    """With a share limit, crops where one class covers more become rare; ignored pixels do not
-    count.
-    """
+    """With a share limit, crops that one class dominates are rare; ignored pixels do not count."""
     label = np.zeros((64, 64), np.uint8)
     label[:, 40:] = 1
     label[:, 32:40] = 255
@@ -206,11 +196,10 @@ def test_same_generator_same_crop():
 
 @pytest.mark.parametrize("found", [0, 4, 9, None])
 def test_tries_are_mmsegmentations(found):
-    """Ten crops are judged, the first good one taken, and an eleventh unseen if none is: given the
-    draws, the crop is known.
+    """The first good of ten crops is taken, else an eleventh without a check.
 
-    A crop is good where more than one labelled class shows and none covers the share or more, as
-    `cat_max_ratio`.
+    Given the draws, the crop is known. A crop is good if more than one labelled class shows and
+    none covers the share or more, as in `cat_max_ratio`.
     """
     label = (
         np.arange(40, dtype=np.uint8).repeat(3).reshape(1, 120).repeat(8, 0)
@@ -248,8 +237,9 @@ def drawn_offsets(rng: np.random.Generator, count: int):
 
 @pytest.mark.parametrize("resize", [None, (60, 90)])
 def test_crops_show_what_is_wanted(resize):
-    """A class that few crops show enough of is in nearly all when wanted, its pixels counted at the
-    size of the file.
+    """A wanted class shows in nearly all crops, although few random crops show enough of it.
+
+    Its pixels count at the size of the file.
     """
     label = np.zeros((40, 120), np.uint8)
     label[10:20, 50:60] = 7  # 100 pixels; 112.5 when resized
@@ -270,9 +260,7 @@ def test_crops_show_what_is_wanted(resize):
 
 @pytest.mark.parametrize("size", [(720, 1280), (300, 400)])
 def test_resize_is_that_of_opencv_and_leaves_the_ratio(size):
-    """A street-like image of GTA5's size resized as mmsegmentation does with cv2, then cropped: the
-    same crop up to rounding.
-    """
+    """An image of GTA5's size, resized by cv2 and cropped, gives the same crop up to rounding."""
     rng = np.random.default_rng(0)
     image = cv2.resize(rng.integers(0, 256, (131, 239, 3), dtype=np.uint8), (1914, 1052))
     image = np.clip(image + rng.integers(-20, 21, image.shape), 0, 255).astype(np.uint8)
@@ -293,9 +281,7 @@ def test_resize_is_that_of_opencv_and_leaves_the_ratio(size):
 
 @pytest.mark.parametrize("size", [(30, 60), (60, 30), (200, 150)])
 def test_large_scale_jitter_fits_the_image_and_scales_it(size):
-    """detectron2's ResizeScale: at factor s the image is s times the largest of its own ratio that
-    fits into the crop.
-    """
+    """Factor s gives s times the largest size that fits the crop, as detectron2's ResizeScale."""
     sample = {"image": np.full((*size, 3), 9, np.uint8), "label": np.full(size, 3, np.uint8)}
     sides = []
     for seed in range(60):
@@ -335,9 +321,7 @@ def drawn_sides(label: np.ndarray, i: int) -> list[int]:
 
 
 def rectangles(h: int = 90, w: int = 120) -> dict[str, np.ndarray]:
-    """A grid of 12 rectangles of several sizes, as a label map of their numbers and as boxes of the
-    same.
-    """
+    """A grid of 12 rectangles of several sizes, as a label map of their numbers and as boxes."""
     label = np.full((h, w), 255, np.uint8)
     for i in range(12):
         y = 30 * (i // 4)
@@ -364,9 +348,7 @@ def rectangles(h: int = 90, w: int = 120) -> dict[str, np.ndarray]:
     ],
 )
 def test_boxes_stay_around_their_pixels(augmentation):
-    """Rectangles drawn into the label map move with it: the boxes of the crop are those drawn
-    around its labels, to a pixel's rounding.
-    """
+    """The boxes of a crop lie around its labels, up to the rounding of a pixel."""
     sample = rectangles()
     clipped = 0
     lost = 0
@@ -397,9 +379,7 @@ def test_boxes_stay_around_their_pixels(augmentation):
 
 
 def test_boxes_of_less_than_a_pixel_are_dropped():
-    """Clipped to the crop, a box of a pixel and more stays, a thinner one and one outside go, with
-    all their fields.
-    """
+    """A clipped box of a pixel or more stays; thinner ones and those outside go with all fields."""
     boxes = np.array(
         [
             [-5, 0, 1, 9],
@@ -424,9 +404,7 @@ def test_boxes_of_less_than_a_pixel_are_dropped():
 
 
 def test_areas_follow_their_boxes():
-    """An area grows with the picture and keeps the share of its box that is left; as it is, not a
-    bit changes.
-    """
+    """An area is scaled like the picture and clipped like its box; without change it is exact."""
     sample = {
         "boxes": np.array([[0, 0, 10, 10], [2, 3, 8, 6]], np.float32),
         "classes": np.zeros(2, np.int32),
