@@ -1,10 +1,10 @@
 """Multi-head attention by the fastest way of each platform, and windows of maps."""
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
+
+from jaxdg.backbones.cudnn import cudnn_attention
 
 
 def attention(
@@ -15,9 +15,7 @@ def attention(
 ) -> Float[Array, "b q heads d"]:
     """Multi-head attention, `softmax(q k^T / sqrt(d)) v`; logits and softmax are float32.
 
-    On GPUs in half precision it is cuDNN's fused kernel. On CPU the heads go one after another,
-    since the logits of one fit into the cache: 16 heads of 1297 tokens took 0.085 s of CPU time,
-    all at once 0.24 s, and PyTorch's fused attention 0.093 s (November 2026).
+    A traced program holds the way of every platform, and a compiled one only that of its own.
 
     Args:
         q: queries.
@@ -25,16 +23,34 @@ def attention(
         v: values.
         mask: where a query may look, in all heads; at one key at least.
     """
-    if jax.default_backend() != "cpu":
-        if (
-            jax.default_backend() == "gpu"
-            and mask is None
-            and q.dtype.itemsize == 2
-            and q.shape[-1] % 8 == 0
-            and q.shape[-1] <= 128
-        ):
-            return _fused_attention(q, k, v)
-        return jax.nn.dot_product_attention(q, k, v, mask=None if mask is None else mask[:, None])
+    half = q.dtype.itemsize == 2
+    if half and mask is None and q.shape[-1] % 8 == 0 and q.shape[-1] <= 128:
+        return jax.lax.platform_dependent(
+            q, k, v, cpu=_head_by_head, cuda=cudnn_attention, default=_all_heads
+        )
+    return jax.lax.platform_dependent(q, k, v, mask, cpu=_head_by_head, default=_all_heads)
+
+
+def _all_heads(
+    q: Float[Array, "b q heads d"],
+    k: Float[Array, "b n heads d"],
+    v: Float[Array, "b n heads d"],
+    mask: Bool[Array, "b q n"] | None = None,
+) -> Float[Array, "b q heads d"]:
+    return jax.nn.dot_product_attention(q, k, v, mask=None if mask is None else mask[:, None])
+
+
+def _head_by_head(
+    q: Float[Array, "b q heads d"],
+    k: Float[Array, "b n heads d"],
+    v: Float[Array, "b n heads d"],
+    mask: Bool[Array, "b q n"] | None = None,
+) -> Float[Array, "b q heads d"]:
+    """Attention for CPUs, where the logits of one head fit into the cache.
+
+    16 heads of 1297 tokens took 0.085 s of CPU time, all heads at once 0.24 s, and PyTorch's fused
+    attention 0.093 s (November 2026).
+    """
 
     def head(inputs: tuple[Array, Array, Array]) -> Array:
         q, k, v = inputs
@@ -46,23 +62,6 @@ def attention(
         return jnp.einsum("bqn,bnd->bqd", jax.nn.softmax(logits).astype(v.dtype), v)
 
     return jnp.moveaxis(jax.lax.map(head, tuple(jnp.moveaxis(x, 2, 0) for x in (q, k, v))), 0, 2)
-
-
-def _fused_attention(
-    q: Float[Array, "b q heads d"], k: Float[Array, "b n heads d"], v: Float[Array, "b n heads d"]
-) -> Array:
-    """CuDNN's attention. Its backward pass, as jax calls it, takes only even numbers of tokens, so
-    an odd number is padded and masked.
-    """
-    b, m = q.shape[:2]
-    n = k.shape[1]
-    if m % 2 == n % 2 == 0:
-        return jax.nn.dot_product_attention(q, k, v, implementation="cudnn")
-    q, k, v = (jnp.pad(x, ((0, 0), (0, x.shape[1] % 2), (0, 0), (0, 0))) for x in (q, k, v))
-    lengths: Any = dict(
-        query_seq_lengths=jnp.full(b, m, jnp.int32), key_value_seq_lengths=jnp.full(b, n, jnp.int32)
-    )
-    return jax.nn.dot_product_attention(q, k, v, **lengths, implementation="cudnn")[:, :m]
 
 
 def to_windows(maps: Float[Array, "b h w c"], window: int) -> Float[Array, "windows n c"]:

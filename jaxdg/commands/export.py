@@ -7,11 +7,14 @@
     label_map = model(image)    # uint8 [512, 1024, 3], RGB
 
 Where it runs only JAX and flatbuffers are needed, within the compatibility that `jax.export`
-promises. Beside it `streets.json` says what goes in and what comes out: sizes, classes, colours,
-the protocol of the run. Segmentation gives a label map uint8 [h, w] by the run's sliding windows.
-Detection takes images of the size it was trained on, or that fit it without being resized, and
-gives {"boxes" [d, 4]: x0 y0 x1 y1 in pixels, "scores" [d], "classes" [d]}, the best first; slots
-without a box have a score of 0. `--batch` makes it take [n, h, w, 3] for any n.
+promises. It promises none for the call of cuDNN's attention, which models in half precision make on
+GPUs by CUDA: export them again when JAX there is much newer.
+
+Beside it `streets.json` says what goes in and what comes out: sizes, classes, colours, the protocol
+of the run. Segmentation gives a label map uint8 [h, w] by the run's sliding windows. Detection
+takes images of the size it was trained on, or that fit it without being resized, and gives
+{"boxes" [d, 4]: x0 y0 x1 y1 in pixels, "scores" [d], "classes" [d]}, the best first; slots without
+a box have a score of 0. `--batch` makes it take [n, h, w, 3] for any n, one image after another.
 
 There is no ONNX. jax2onnx 0.17.1, the converter of JAX that is kept up, turns a Mask2Former's
 scores of one window into a graph that ONNX Runtime evaluates alike (to 6e-6), but not the sliding
@@ -34,6 +37,7 @@ import jax.numpy as jnp
 
 import jaxdg
 from jaxdg import segmentation
+from jaxdg.backbones.cudnn import CALLS
 from jaxdg.commands import command_line as cli
 from jaxdg.commands import process as runtime
 from jaxdg.tasks.loading import Model, load
@@ -93,11 +97,17 @@ def export(
             " exceeds neither, for the detector sees images at the size it was trained on; resize"
             " them to that before"
         )
-    function = jax.vmap(program(model)) if batch else program(model)
+    single = program(model)
+
+    def images_in_turn(images: jax.Array) -> Any:
+        return jax.lax.map(single, images)
+
+    # cuDNN's attention has no symbolic sizes, so the images of a batch run one after another.
+    function = images_in_turn if batch else single
     shape = jax.export.symbolic_shape(f"n, {h}, {w}, 3") if batch else (h, w, 3)
-    return jax.export.export(jax.jit(function), platforms=platforms)(
-        jax.ShapeDtypeStruct(shape, jnp.uint8)
-    )
+    allowed = [jax.export.DisabledSafetyCheck.custom_call(name) for name in CALLS]
+    exporter = jax.export.export(jax.jit(function), platforms=platforms, disabled_checks=allowed)
+    return exporter(jax.ShapeDtypeStruct(shape, jnp.uint8))
 
 
 def description(model: Model, exported: jax.export.Exported) -> dict[str, Any]:

@@ -1,11 +1,14 @@
 """Attention on every kind of device against its definition."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxdg.backbones import attention
+from jaxdg.backbones import attention, cudnn
+from jaxdg.backbones.stacking import stores_product
 
 
 def drawn(queries, keys, dtype="float32", d=8):
@@ -29,15 +32,14 @@ def slow(q, k, v, mask=None):
     return out
 
 
-@pytest.mark.parametrize("platform", ["cpu", "gpu"])
+@pytest.mark.parametrize("way", [attention.attention, attention._all_heads])
 @pytest.mark.parametrize("masked", [False, True])
-def test_attention_equals_the_definition(monkeypatch, platform, masked):
+def test_attention_equals_the_definition(way, masked):
     """As many or fewer queries than keys, in float32."""
-    monkeypatch.setattr(jax, "default_backend", lambda: platform)
     for queries, keys in ((7, 7), (4, 9)):
         q, k, v, mask = drawn(queries, keys)
         mask = mask if masked else None
-        got = jax.jit(attention.attention)(q, k, v, mask)
+        got = jax.jit(way)(q, k, v, mask)
         np.testing.assert_allclose(got, slow(q, k, v, mask), rtol=1e-5, atol=1e-6)
 
 
@@ -60,23 +62,87 @@ def test_attention_on_cpu_has_the_gradients_of_jaxs_own():
             np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
 
 
+def lowered(platform, *qkv, mask=None, gradient=False):
+    """The program for one platform, lowered where it need not exist."""
+
+    def loss(q, k, v):
+        return jnp.sum(jnp.sin(attention.attention(q, k, v, mask).astype(jnp.float32)))
+
+    function = jax.grad(jax.checkpoint(loss, policy=stores_product)) if gradient else loss
+    return jax.jit(function).trace(*qkv).lower(lowering_platforms=(platform,)).as_text()
+
+
+@pytest.mark.parametrize("platform", ["cpu", "cuda", "tpu", "rocm"])
+def test_a_program_holds_the_way_of_its_platform_alone(platform):
+    """In half precision: cuDNN's kernel for CUDA, the loop over heads for CPUs, and neither for
+    others. Each way keeps its own gradient.
+    """
+    *qkv, _ = drawn(7, 7, "bfloat16")
+    for gradient in (False, True):
+        text = lowered(platform, *qkv, gradient=gradient)
+        assert ("fmhaSoftmax(" in text) == (platform == "cuda")
+        assert ("fmhaSoftmaxBackward(" in text) == (platform == "cuda" and gradient)
+        assert ("stablehlo.while" in text) == (platform == "cpu")
+        assert "needs_cuda" not in text
+
+
+def test_what_cudnn_does_not_take_is_left_to_jax():
+    """Float32, masks, and heads of a width that is no multiple of 8 or above 128."""
+    *half, mask = drawn(4, 4, "bfloat16")
+    for *qkv, allowed in (
+        (*drawn(4, 4)[:3], None),
+        (*drawn(4, 4, "bfloat16", 12)[:3], None),
+        (*drawn(4, 4, "bfloat16", 136)[:3], None),
+        (*half, mask),
+    ):
+        text = lowered("cuda", *qkv, mask=allowed)
+        assert "fmha" not in text
+        assert "stablehlo.while" not in text
+
+
+def test_the_call_of_the_kernel_is_that_of_jax(monkeypatch):
+    """The program is the one of `jax.nn.dot_product_attention(implementation="cudnn")`, which asks
+    this machine for its cuDNN.
+    """
+    monkeypatch.setattr(cudnn.fused, "check_cudnn_version", lambda: cudnn.VERSION)
+    q, k, v, _ = drawn(8, 8, "bfloat16")
+
+    def jaxs(q, k, v):
+        return jax.nn.dot_product_attention(q, k, v, implementation="cudnn")
+
+    def text(function):
+        gradient = jax.grad(lambda *x: jnp.sum(function(*x).astype(jnp.float32)), (0, 1, 2))
+        return jax.jit(gradient).trace(q, k, v).lower(lowering_platforms=("cuda",)).as_text()
+
+    calls = [
+        [line.split("=", 1)[1] for line in text(f).splitlines() if "fmha" in line]
+        for f in (cudnn.cudnn_attention, jaxs)
+    ]
+    assert len(calls[0]) == 2
+    # The names of values differ.
+    assert [re.sub(r"%\w+", "", line) for line in calls[0]] == [
+        re.sub(r"%\w+", "", line) for line in calls[1]
+    ]
+
+
 @pytest.mark.parametrize(("queries", "keys"), [(7, 7), (8, 8), (4, 9)])
-def test_on_gpus_half_precision_takes_cudnn(monkeypatch, queries, keys):
-    """An even number of tokens is what cuDNN is asked for; what fills them up is masked: with the
-    same arguments jax's plain attention gives the definition's results, and gradients as without
-    filling up.
+def test_cudnn_gets_even_numbers_of_tokens(monkeypatch, queries, keys):
+    """What fills up an odd number is masked: with the same arguments jax's plain attention gives
+    the definition's results, and gradients as without filling up.
     """
     plain = jax.nn.dot_product_attention
     asked = []
 
-    def cudnn(q, k, v, implementation=None, **rest):
-        asked.append((implementation, q.shape[1], k.shape[1]))
-        return plain(q, k, v, **rest)
+    def kernel(q, k, v, lengths):
+        asked.append((q.shape[1], k.shape[1]))
+        masked = dict(
+            zip(("query_seq_lengths", "key_value_seq_lengths"), lengths or (), strict=False)
+        )
+        return plain(q, k, v, **masked)
 
-    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    monkeypatch.setattr(jax.nn, "dot_product_attention", cudnn)
+    monkeypatch.setattr(cudnn, "_fused", kernel)
     q, k, v, _ = drawn(queries, keys, "bfloat16")
-    got = attention.attention(q, k, v)
+    got = cudnn.cudnn_attention(q, k, v)
     assert got.shape == q.shape
     np.testing.assert_allclose(np.asarray(got, np.float64), slow(q, k, v), atol=0.02)
 
@@ -84,27 +150,29 @@ def test_on_gpus_half_precision_takes_cudnn(monkeypatch, queries, keys):
         return lambda *x: jnp.sum(jnp.sin(f(*x).astype(jnp.float32)))
 
     for a, b in zip(
-        jax.grad(loss(attention.attention), (0, 1, 2))(q, k, v),
+        jax.grad(loss(cudnn.cudnn_attention), (0, 1, 2))(q, k, v),
         jax.grad(loss(plain), (0, 1, 2))(q, k, v),
         strict=True,
     ):
         np.testing.assert_allclose(a.astype(jnp.float32), b.astype(jnp.float32), atol=0.02)
-    assert {name for name, _, _ in asked} == {"cudnn"}
-    assert all(m % 2 == n % 2 == 0 for _, m, n in asked)
+    assert all(m % 2 == n % 2 == 0 for m, n in asked)
 
 
-def test_what_cudnn_does_not_take_is_left_to_jax(monkeypatch):
-    """Float32, masks, and heads of a width that is no multiple of 8 or above 128."""
-    plain = jax.nn.dot_product_attention
-    asked = []
-    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    monkeypatch.setattr(
-        jax.nn,
-        "dot_product_attention",
-        lambda *a, **k: (asked.append(k.get("implementation")), plain(*a, **k))[1],
-    )
-    for *qkv, _ in (drawn(4, 4), drawn(4, 4, "bfloat16", 12), drawn(4, 4, "bfloat16", 136)):
-        attention.attention(*qkv)
-    *qkv, mask = drawn(4, 4, "bfloat16")
-    attention.attention(*qkv, mask)
-    assert asked == [None] * 4
+def test_a_compiled_step_keeps_nothing_for_other_platforms():
+    """What another platform's backward pass would read is neither computed nor stored."""
+
+    def compiled(way):
+        def loss(q, k, v):
+            def block(x, _):
+                return way(x, k, v), None
+
+            body = jax.checkpoint(block, prevent_cse=False, policy=stores_product)
+            x, _ = jax.lax.scan(body, q, None, length=3)
+            return jnp.sum(x.astype(jnp.float32))
+
+        *qkv, _ = drawn(32, 32, "bfloat16")
+        return jax.jit(jax.grad(loss, (0, 1, 2))).lower(*qkv).compile()
+
+    both, cpu = compiled(attention.attention), compiled(attention._head_by_head)
+    assert both.memory_analysis().temp_size_in_bytes == cpu.memory_analysis().temp_size_in_bytes
+    assert both.cost_analysis()["flops"] == cpu.cost_analysis()["flops"]

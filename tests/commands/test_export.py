@@ -1,6 +1,7 @@
 """Exported models against `predict`, run by an interpreter that cannot import this package."""
 
 import json
+import re
 import subprocess
 import sys
 
@@ -18,6 +19,8 @@ from jaxdg.tasks.run_state import Blueprint, abstract_state, make_task
 from jaxdg.training import sharding
 from jaxdg.training.checkpoint import Checkpoints
 
+# A loop that takes the queries of 4 heads, 33 tokens of an image and a width of 32 one by one.
+HEAD_LOOP = re.compile(r"stablehlo\.while.*tensor<4x1x33x32xbf16>")
 ALONE = """
 import sys
 for name in ("jaxdg", "flax", "orbax"):
@@ -35,7 +38,7 @@ np.savez(out, **outputs)
 """
 
 
-def config(decoder):
+def config(decoder, dtype="float32"):
     """Of a tiny model."""
     c = Config(
         steps=1, task="detection" if decoder == "fcos" else "segmentation", mesh=MeshConfig(1, 1)
@@ -43,6 +46,7 @@ def config(decoder):
     c.data.crop = (32, 64)
     c.evaluation.stride = (24, 48)
     c.model.decoder = decoder
+    c.model.dtype = dtype
     head = c.model.mask2former
     head.hidden = 32
     head.heads = 2
@@ -70,9 +74,9 @@ def drawn(like):
     return jax.tree_util.tree_map_with_path(draw, like)
 
 
-def model_with(decoder):
+def model_with(decoder, dtype="float32"):
     """A model as `jaxdg.load` gives it."""
-    task = make_task(config(decoder))
+    task = make_task(config(decoder, dtype))
     plan = Blueprint.of(task, "none")
     return Model(task, plan.graph, drawn(plan.abstract), 1)
 
@@ -144,6 +148,22 @@ def test_a_batch_of_any_length():
     exported = export.export(model, (32, 64), ["cpu"], batch=True)
     for part in (images[:1], images):
         np.testing.assert_array_equal(exported.call(part), [model.predict(image) for image in part])
+
+
+def test_each_platform_has_its_own_attention(tmp_path):
+    """In half precision an artefact made here holds cuDNN's kernel for CUDA and the loop over heads
+    for CPUs, each alone or both in one file; that file runs here.
+    """
+    model = model_with("linear", "bfloat16")
+    images = noise(2, 32, 64, 3)
+    for platforms in (["cpu"], ["cuda"], ["cpu", "cuda"]):
+        exported = export.export(model, (32, 64), platforms, batch=len(platforms) == 2)
+        text = exported.mlir_module()
+        assert ("fmhaSoftmax" in text) == ("cuda" in platforms)
+        assert bool(HEAD_LOOP.search(text)) == ("cpu" in platforms)
+    export.write(model, exported, tmp_path / "model.stablehlo")
+    found = alone(tmp_path, tmp_path / "model.stablehlo", images[None])
+    np.testing.assert_array_equal(found["0"], [model.predict(image) for image in images])
 
 
 def test_the_command(tmp_path):

@@ -1,0 +1,71 @@
+"""Attention by cuDNN's fused kernel, traced on any machine.
+
+`jax.nn.dot_product_attention(implementation="cudnn")` computes the same. Before it traces anything
+it asks the cuDNN of this machine for its version, so a program for GPUs could not be exported or
+compiled where there is none. The function below it takes the version as an argument.
+"""
+
+import math
+from typing import Any
+
+import jax
+from jax._src.cudnn import fused_attention_stablehlo as fused
+from jax.interpreters import mlir
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+VERSION = 90000  # jax's CUDA packages ask for cuDNN 9 or later
+ABSENT = "cudnn_attention_needs_cuda"
+CALLS = ("__cudnn$fmhaSoftmax", ABSENT)  # what an inference program may call
+
+
+def _not_on_this_platform(context: Any, *operands: Any, **_: Any) -> Any:
+    """A call that nothing implements, in the place of the kernel.
+
+    A program for several platforms is lowered with all its branches for each of them, so that jax
+    wants the kernel on CPUs too, in a branch that is never taken there.
+    """
+    return jax.ffi.ffi_lowering(ABSENT)(context, *operands)
+
+
+for primitive in (fused._dot_product_attention_fwd_p, fused._dot_product_attention_bwd_p):
+    mlir.register_lowering(primitive, _not_on_this_platform)
+
+
+def cudnn_attention(
+    q: Float[Array, "b q heads d"], k: Float[Array, "b n heads d"], v: Float[Array, "b n heads d"]
+) -> Float[Array, "b q heads d"]:
+    """Attention in half precision, of heads of a width that is a multiple of 8 up to 128.
+
+    The backward pass takes only even numbers of tokens, so an odd number is padded and masked.
+    """
+    b, m = q.shape[:2]
+    n = k.shape[1]
+    if m % 2 == n % 2 == 0:
+        return _fused(q, k, v, None)
+    q, k, v = (jnp.pad(x, ((0, 0), (0, x.shape[1] % 2), (0, 0), (0, 0))) for x in (q, k, v))
+    return _fused(q, k, v, (jnp.full(b, m, jnp.int32), jnp.full(b, n, jnp.int32)))[:, :m]
+
+
+def _fused(q: Array, k: Array, v: Array, lengths: tuple[Array, Array] | None) -> Array:
+    unused = jnp.zeros(0, q.dtype)
+    return fused._dot_product_attention(
+        q,
+        k,
+        v,
+        unused,  # bias
+        *(lengths or (unused, unused)),
+        unused,  # offsets of packed queries
+        unused,  # offsets of packed keys
+        unused,  # page table of the keys
+        unused,  # page table of the values
+        1.0 / math.sqrt(q.shape[-1]),
+        42,  # seed of the dropout
+        0.0,  # dropout rate
+        (False, False),  # no bias, no gradient of one
+        fused.MaskType.PADDING if lengths else fused.MaskType.NO_MASK,
+        fused.AttentionLayout.BTNH.value,
+        None,  # local window
+        VERSION,
+        False,  # do not return the log-sum-exp
+    )
