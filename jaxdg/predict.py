@@ -83,12 +83,12 @@ def find_images(paths: Iterable[str], say: Say = lambda line: None) -> list[tupl
 
 def _in_folder(path: Path, written: list[str], say: Say) -> list[tuple[Path, Path]]:
     """The images below a folder and their names; adds to what predict itself wrote."""
-    passed = storage.Passed()
+    skipped = storage.SkippedEntries()
     files = []
     others = []
     mine = outputs.written_above(str(path))
     before = len(written)
-    for parent, names in storage.walk(str(path), passed):
+    for parent, names in storage.walk(str(path), skipped):
         real = os.path.realpath(parent)
         mine |= {os.path.join(real, name) for name in outputs.Outputs(Path(parent)).digests}
         for name in names:
@@ -97,7 +97,7 @@ def _in_folder(path: Path, written: list[str], say: Say) -> list[tuple[Path, Pat
                 written.append(file)
             else:
                 (files if name.lower().endswith(IMAGE_SUFFIXES) else others).append(file)
-    for line in passed.told():
+    for line in skipped.notes():
         say(line)
     if others:
         say(f"passed over, as their types are not read: {_some(sorted(others))}")

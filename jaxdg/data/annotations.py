@@ -25,7 +25,7 @@ from jaxdg.data.coco_json import CocoPart
 from jaxdg.data.index import Defect
 from jaxdg.data.tree import Tree
 
-VERSION = 7  # of what is kept
+VERSION = 7  # of the kept arrays
 FLAGS = ("-1", "0", "1")  # behind a name in the list of a single class: absent, difficult, present
 
 
@@ -133,12 +133,12 @@ def index_voc(
             "sizes": sizes,
             "fingerprints": fingerprints,
             "counts": counts,
-            "notes": encoded(_mistaken(pairs, [said for *_, said, _ in checked])),
+            "notes": encoded(_misnamed(pairs, [said for *_, said, _ in checked])),
         }
 
     key = _key("voc", tree, parts, classes, skip)
     arrays = cached(key, tree.modified, make) if defects is None else make()
-    notes = (*tree.passed.told(), *decoded(arrays["notes"]))
+    notes = (*tree.skipped.notes(), *decoded(arrays["notes"]))
     texts = decoded(arrays["images"]), decoded(arrays["labels"])
     pairs = index.Pairs(*texts, arrays["sizes"], arrays["fingerprints"], notes)
     return pairs, arrays["counts"]
@@ -215,7 +215,7 @@ def index_coco(
     key = _key("coco", tree, parts, classes, skip)
     arrays = cached(key, tree.modified, make) if defects is None else make()
     images = decoded(arrays["images"])
-    notes = tree.passed.told()
+    notes = tree.skipped.notes()
     labels = [""] * len(images)
     pairs = index.Pairs(images, labels, arrays["sizes"], arrays["fingerprints"], notes)
     fields = {key: arrays[key] for key in ("boxes", "classes", "difficult", "crowd", "areas")}
@@ -330,7 +330,7 @@ def _check_pair(
     return header, len(boxes["boxes"]), said, wrong or found
 
 
-def _mistaken(pairs: Sequence[tuple[str, str]], said: Sequence[str]) -> tuple[str, ...]:
+def _misnamed(pairs: Sequence[tuple[str, str]], said: Sequence[str]) -> tuple[str, ...]:
     """A line about annotations that name another image of the dataset in their <filename>.
 
     Such files may have been renamed or mixed up.

@@ -48,7 +48,7 @@ def cached(
     """The arrays that `make` returns now or returned in an earlier run.
 
     Args:
-        key: JSON value that says what is made.
+        key: JSON value that identifies the arrays.
         modified: filled by `make`: each file and folder it looked at, and when that last changed
             (nanoseconds). The arrays are valid as long as neither these times nor the sizes change.
         make: computes the arrays.

@@ -27,11 +27,11 @@ MOST = 2000  # images of a source to look at
 SECONDS = 60.0
 DOMAIN_MOST = 100  # the same for a domain to judge on
 DOMAIN_SECONDS = 10.0
-TOLD = 8  # ids or classes in a message
+LISTED = 8  # ids or classes in a message
 
 
 @dataclasses.dataclass(frozen=True)
-class Shown:
+class Seen:
     """The classes seen in the labels of a dataset that is not a mixture.
 
     Attributes:
@@ -75,14 +75,14 @@ class Shown:
         return isinstance(inner, Files) and not self.boxes and not any(inner.pairs.labels)
 
 
-def show(dataset: Dataset, most: int, seconds: float) -> list[Shown]:
+def show(dataset: Dataset, most: int, seconds: float) -> list[Seen]:
     """Looks at the labels of each part of a dataset, see `class_counts.look`.
 
     Raises:
         ValueError: a label is damaged, or holds ids that have no class.
     """
     found = [
-        Shown(part, None if _is_generated(part) else look(part, most=most, seconds=seconds))
+        Seen(part, None if _is_generated(part) else look(part, most=most, seconds=seconds))
         for part in parts_of(dataset)
     ]
     for one in found:
@@ -113,7 +113,7 @@ def before_training(
         line = f"{source.domain}: no more than one class so far; looks at the other {left} labels,"
         say(Text(f"{line} once for all runs"))
         shown = [
-            one if one.complete else Shown(one.dataset, count(one.dataset).look) for one in shown
+            one if one.complete else Seen(one.dataset, count(one.dataset).look) for one in shown
         ]
     if wrong := fault(shown):
         raise ValueError(wrong)
@@ -126,7 +126,7 @@ def before_training(
 
 
 def findings(
-    shown: Sequence[Shown], *, own: bool, judged_only: bool = False
+    shown: Sequence[Seen], *, own: bool, judged_only: bool = False
 ) -> tuple[list[str], list[tuple[str, bool]]]:
     """The messages about the splits of a dataset that may be trained on.
 
@@ -154,7 +154,7 @@ def findings(
     return ([], [(line, True) for line in broken] + lines) if judged_only else (broken, lines)
 
 
-def fault(shown: Sequence[Shown]) -> str | None:
+def fault(shown: Sequence[Seen]) -> str | None:
     """The reason why nothing can be learnt from a source, if so."""
     first = shown[0]
     seen = union(shown)
@@ -181,7 +181,7 @@ def fault(shown: Sequence[Shown]) -> str | None:
     return None
 
 
-def missing(shown: Sequence[Shown]) -> list[tuple[str, bool]]:
+def missing(shown: Sequence[Seen]) -> list[tuple[str, bool]]:
     """A line for each fault, and whether it is a warning.
 
     Faults are classes that never occur, and parts without any class.
@@ -220,7 +220,7 @@ def known_to_lack(domain: str) -> tuple[str, ...]:
     return dataset.lacks if dataset else ()
 
 
-def ids_seen(shown: Shown) -> str:
+def ids_seen(shown: Seen) -> str:
     """The share of each id in the labels.
 
     It reads as `ids in the label files: 0 93.1 % (background), 255 6.9 % (ignored)`.
@@ -249,7 +249,7 @@ def ids_seen(shown: Shown) -> str:
     return f"ids in the label files of {shown}: {_some(told)}"
 
 
-def _against(source: Sequence[Shown], name: str, shown: Sequence[Shown]) -> list[tuple[str, bool]]:
+def _against(source: Sequence[Seen], name: str, shown: Sequence[Seen]) -> list[tuple[str, bool]]:
     """Lines about how the classes of a domain and of the source affect the domain's score."""
     names = shown[0].dataset.labels.names
     seen = union(shown)
@@ -281,16 +281,16 @@ def _against(source: Sequence[Shown], name: str, shown: Sequence[Shown]) -> list
     return lines
 
 
-def union(shown: Sequence[Shown]) -> Bool[np.ndarray, " k"]:
+def union(shown: Sequence[Seen]) -> Bool[np.ndarray, " k"]:
     """Whether each class was seen in any of them."""
     return np.logical_or.reduce([one.classes for one in shown])
 
 
-def _name(shown: Sequence[Shown]) -> str:
+def _name(shown: Sequence[Seen]) -> str:
     return "+".join(map(str, shown))
 
 
-def _looked(shown: Sequence[Shown]) -> str:
+def _looked(shown: Sequence[Seen]) -> str:
     """The number of images that a statement is about."""
     looked = sum(len(one.dataset) if one.look is None else one.look.images for one in shown)
     total = sum(len(one.dataset) for one in shown)
@@ -311,7 +311,7 @@ def _has_id(dataset: Dataset, train_id: int) -> bool:
     return bool((id_classes(dataset) == train_id).any())
 
 
-def _way_out(shown: Shown) -> str:
+def _way_out(shown: Seen) -> str:
     """The settings for the user's own mask of a background and one class."""
     names = shown.dataset.labels.names
     dataset = shown.dataset
@@ -334,4 +334,6 @@ def _way_out(shown: Shown) -> str:
 
 
 def _some(items: Sequence[str]) -> str:
-    return ", ".join(items[:TOLD]) + (f" and {len(items) - TOLD} more" if len(items) > TOLD else "")
+    return ", ".join(items[:LISTED]) + (
+        f" and {len(items) - LISTED} more" if len(items) > LISTED else ""
+    )

@@ -163,7 +163,7 @@ def _arrays(
     corners = np.array([row.corners for row in rows], np.float64).reshape(-1, 4)
     boxes, misfits = fit(corners, sizes[owner], first=0)
     for i, what in misfits:
-        reader.say_of(rows[i].entry, images, what)
+        reader.add_to(rows[i].entry, images, what)
     order = np.argsort(owner, kind="stable")
     order = order[~np.isin(order, [i for i, _ in misfits])]
     stated = np.array([row.area for row in rows], np.float64)
@@ -185,11 +185,11 @@ class _Reader:
     names: Sequence[str]
     wrong: list[Defect]
 
-    def say(self, text: str) -> None:
+    def add(self, text: str) -> None:
         """Adds a defect of the file."""
         self.wrong.append(Defect(self.path, f": {text}"))
 
-    def say_of(self, e: Entry, images: Mapping[Hashable, str], text: str) -> None:
+    def add_to(self, e: Entry, images: Mapping[Hashable, str], text: str) -> None:
         """Adds a defect of an annotation of one of `images`."""
         where = f"annotation {e['id']} of {os.path.basename(self.path)}"
         self.wrong.append(Defect(images[e["image_id"]], f": {where} {text}"))
@@ -200,18 +200,18 @@ class _Reader:
         for n, e in enumerate(entries, start=1):
             fault = _id_fault(e, "id")
             if not fault and not _is_name(e.get("name")):
-                fault = f"has {_said(e, 'name')}; a name is a text"
+                fault = f"has {_stated(e, 'name')}; a name is a text"
             if fault:
-                self.say(f"{_title('category', e, n)} {fault}")
+                self.add(f"{_title('category', e, n)} {fault}")
                 continue
             if e["id"] in found:
-                self.say(
+                self.add(
                     f"the categories {found[e['id']]!r} and {e['name']!r} have one id, {e['id']};"
                     " give one another"
                 )
             elif e["name"] in found.values():
                 first = next(i for i, name in found.items() if name == e["name"])
-                self.say(
+                self.add(
                     f"the categories {first} and {e['id']} have one name, {e['name']!r}; rename"
                     " one, or make them one"
                 )
@@ -228,13 +228,13 @@ class _Reader:
         for n, e in enumerate(entries, start=1):
             name: Any = e.get("file_name")
             if fault := _image_fault(e):
-                self.say(f"{_title('image', e, n)} {fault}")
+                self.add(f"{_title('image', e, n)} {fault}")
                 if not _id_fault(e, "id"):
                     listed.setdefault(e["id"], e)
                 continue
             if e["id"] in listed:
                 first = listed[e["id"]].get("file_name")
-                self.say(
+                self.add(
                     f"the images {first!r} and {name!r} have one id, {e['id']}; renumber those of"
                     " one of the files that were joined"
                 )
@@ -249,7 +249,7 @@ class _Reader:
                 where = f"{os.path.basename(self.path)} as image {e['id']}"
                 self.wrong.append(Defect(image, f" is listed by {where}, but {fault}"))
             elif image in owners:
-                self.say(
+                self.add(
                     f"the images {owners[image]} and {e['id']} are one file, {name}; make them one,"
                     " with the annotations of both"
                 )
@@ -285,17 +285,15 @@ class _Reader:
         known = ", ".join(f"{i} {name}" for i, name in classes.items())
         for n, e in enumerate(entries, start=1):
             if fault := _id_fault(e, "id") or _id_fault(e, "image_id"):
-                self.say(f"{_title('annotation', e, n)} {fault}")
+                self.add(f"{_title('annotation', e, n)} {fault}")
                 continue
             known_as = (e["id"], e["image_id"])
             if known_as in seen and seen[known_as] == e.get("bbox"):
-                self.say(f"annotation {e['id']} occurs twice; take one out")
+                self.add(f"annotation {e['id']} occurs twice; take one out")
             seen[known_as] = e.get("bbox")
             if e["image_id"] not in listed:
-                self.say(
-                    f"annotation {e['id']} is of image {_spelt(e['image_id'], listed)}, which is"
-                    " not listed"
-                )
+                image = _unknown_id(e["image_id"], listed)
+                self.add(f"annotation {e['id']} is of image {image}, which is not listed")
                 continue
             if e["image_id"] not in images:
                 continue
@@ -305,10 +303,10 @@ class _Reader:
                 continue
             fault = _id_fault(e, "category_id")
             if not fault and category is None:
-                name = _spelt(e["category_id"], classes)
+                name = _unknown_id(e["category_id"], classes)
                 fault = f"has the unknown class {name} (known are {known})"
             if fault := fault or _values_fault(e):
-                self.say_of(e, images, fault)
+                self.add_to(e, images, fault)
                 continue
             assert category is not None  # or there is a fault
             corners = _corners(e["bbox"])
@@ -318,7 +316,7 @@ class _Reader:
             rows.append(_Row(e, ids[category], corners, difficult, crowd, area))
         for category, mine in foreign.items():
             are = f"and {len(mine) - 1} more are" if len(mine) > 1 else "is"
-            self.say(
+            self.add(
                 f"annotation {mine[0]} {are} of the category {category!r}, which is none of the"
                 f" classes {', '.join(self.names)}; name it in data.boxes.classes, or take its"
                 " annotations out of the file"
@@ -366,19 +364,19 @@ def _id_fault(e: Entry, key: str) -> str:
     value = e.get(key)
     if type(value) in (int, str) or (isinstance(value, float) and value.is_integer()):
         return ""
-    return f"has {_said(e, key)}; an id is a whole number or a text"
+    return f"has {_stated(e, key)}; an id is a whole number or a text"
 
 
 def _image_fault(e: Entry) -> str:
     if fault := _id_fault(e, "id"):
         return fault
     if not _is_name(e.get("file_name")):
-        return f"has {_said(e, 'file_name')}"
+        return f"has {_stated(e, 'file_name')}"
     for key in ("width", "height"):
         value: Any = e.get(key)
         whole = type(value) is int or (isinstance(value, float) and value.is_integer())
         if not whole or value < 1:
-            said = f"({e['file_name']}) has {_said(e, key)}"
+            said = f"({e['file_name']}) has {_stated(e, key)}"
             return f"{said}; allowed is a whole number of pixels from 1"
     return ""
 
@@ -389,10 +387,10 @@ def _values_fault(e: Entry) -> str:
         return "has no bbox"
     for key in ("iscrowd", "difficult", "ignore"):
         if flag(e.get(key)) is None:
-            return f"has {_said(e, key)}, which is neither yes (1) nor no (0)"
+            return f"has {_stated(e, key)}, which is neither yes (1) nor no (0)"
     area = e.get("area")
     if area is not None and not (_is_number(area) and area >= 0):
-        return f"has {_said(e, 'area')}; allowed is a number of square pixels from 0"
+        return f"has {_stated(e, 'area')}; allowed is a number of square pixels from 0"
     return ""
 
 
@@ -420,11 +418,11 @@ def _title(kind: str, e: Entry, n: int) -> str:
     return f"{kind} number {n} (counted from 1)" if _id_fault(e, "id") else f"{kind} {e['id']}"
 
 
-def _said(e: Entry, key: str) -> str:
+def _stated(e: Entry, key: str) -> str:
     return f"the {key} {short(e[key])}" if key in e else f"no {key}"
 
 
-def _spelt(value: Any, known: Collection[Hashable]) -> str:
+def _unknown_id(value: Any, known: Collection[Hashable]) -> str:
     """An unknown id in a message, with a hint if it is known as another type."""
     if isinstance(value, str):
         other = int(value) if value.isdecimal() else value

@@ -85,11 +85,11 @@ class Stored(NamedTuple):
 
 
 def read_image(path: str, *, upright: bool = False) -> UInt8[np.ndarray, "h w 3"]:
-    """Decodes an image as the module's first lines say.
+    """Decodes an image by the rules above.
 
     Args:
         path: as `storage.read` takes it.
-        upright: turned as its orientation says, else as it is stored.
+        upright: turns the image as its orientation says; else it stays as stored.
 
     Returns:
         RGB.
@@ -179,7 +179,7 @@ def truncated(file: io.BufferedIOBase) -> str | None:
         file: open; its position changes.
 
     Returns:
-        None for whole files and for formats that do not tell, else what is wrong.
+        What is missing; None for complete files and for formats that do not tell.
     """
     tail = _tail(file)
     size = file.tell()
@@ -194,8 +194,8 @@ def truncated(file: io.BufferedIOBase) -> str | None:
         # The end marker may lie megabytes before the end, ahead of a film.
         ended = jpeg.END in tail or jpeg.end(head + file.read())
         return None if ended else "truncated (no JPEG end marker)"
-    if head[:4] == b"RIFF" and (whole := 8 + int.from_bytes(head[4:8], "little")) > size:
-        return f"truncated ({size} of {whole} bytes)"
+    if head[:4] == b"RIFF" and (total := 8 + int.from_bytes(head[4:8], "little")) > size:
+        return f"truncated ({size} of {total} bytes)"
     return None
 
 
@@ -212,8 +212,8 @@ def read_header(file: io.BufferedIOBase, *, label: bool) -> Stored:
         label: it is to be a label and not an image.
 
     Raises:
-        ValueError: the file is truncated, no image, or of a kind that is refused; says what is
-            wrong, not where.
+        ValueError: the file is truncated, not an image, or of a kind that is refused; the message
+            does not name the file.
     """
     if wrong := truncated(file):
         raise ValueError(wrong)

@@ -71,7 +71,7 @@ class Pairs:
         labels: paths, one an image; "" for images without labels.
         sizes: height and width of each image and its label, pixels.
         fingerprints: of the image files, see `fingerprint`; None if they were not taken.
-        notes: lines about the entries that listing the files passed over; () if an earlier listing
+        notes: lines about the entries that were skipped; () if an earlier listing
             was recalled.
     """
 
@@ -198,7 +198,7 @@ def examine(
             headers.append(header)
             defects += found
     paths = [image for image, _ in pairs], [label for _, label in pairs]
-    return Pairs(*paths, *arrays(headers), tree.passed.told()), defects
+    return Pairs(*paths, *arrays(headers), tree.skipped.notes()), defects
 
 
 def arrays(headers: Sequence[Header]) -> tuple[Int32[np.ndarray, "n 2"], UInt64[np.ndarray, " n"]]:
@@ -223,9 +223,9 @@ def _by_stem(tree: Tree, folders: Sequence[str], suffix: str) -> dict[str, str]:
         found[stem] = path
     if not found:
         folder = os.path.abspath(tree.places(*folders)[0])
-        passed = "".join(f" ({line})" for line in tree.passed.told())
+        skipped = "".join(f" ({line})" for line in tree.skipped.notes())
         raise ValueError(
-            f"folder {folder} holds no *{suffix or ' .png, .jpg, .. image'} files{passed}; fetch"
+            f"folder {folder} holds no *{suffix or ' .png, .jpg, .. image'} files{skipped}; fetch"
             " them, or check data.folder"
         )
     return found
@@ -271,11 +271,11 @@ def check_pair(pair: tuple[str, str], *, boxes: bool = False) -> tuple[Header, l
                     text = f": unreadable ({type(error).__name__}: {error})"
                 defects.append(Defect(path, text.removeprefix(path).replace("\n", " ")))
     if not defects and (boxes or pair[1]):
-        defects += _misfits(pair, stored)
+        defects += _mismatches(pair, stored)
     return (headers or [Header(0, 0, 0)])[0], defects
 
 
-def _misfits(pair: tuple[str, str], stored: Sequence[Stored]) -> list[Defect]:
+def _mismatches(pair: tuple[str, str], stored: Sequence[Stored]) -> list[Defect]:
     """Sizes that differ, and orientations that leave open which pixels the label or boxes mean.
 
     See `images.py` for the rule.

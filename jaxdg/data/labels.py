@@ -76,7 +76,7 @@ def check_names(names: Sequence[str], what: str, *, any_case: bool = False) -> N
             )
 
 
-def listed(names: Iterable[str]) -> str:
+def join_names(names: Iterable[str]) -> str:
     """Names for a message, separated by commas; those that hold commas are in quotes."""
     return ", ".join(repr(name) if "," in name or name != name.strip() else name for name in names)
 

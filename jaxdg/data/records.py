@@ -136,7 +136,7 @@ class Records:
         except ValueError as error:
             raise ValueError(
                 f"{self.name(i)} in {self.directory}: {error}, and was so when the records were"
-                " written; prepare them again from a whole file, or without it (data.skip)"
+                " written; prepare them again from an intact file, or without it (data.skip)"
             ) from error
         return {"image": image, **self._truth(fields)}
 

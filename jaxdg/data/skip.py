@@ -21,7 +21,7 @@ import re
 from jaxdg.data import records, storage
 
 HEADER = "# written by python -m jaxdg.data.check\n"  # first line of a list that may be replaced
-TOLD = 3  # lines that an error explains; it gives only the numbers of the others
+EXPLAINED = 3  # lines that an error explains; it gives only the numbers of the others
 
 
 def skip_list(
@@ -53,7 +53,7 @@ def skip_list(
         if not paths and (strict or place.has_folder_of(line)):
             lost.append((number, line))
     if lost:
-        raise ValueError(_told(file, place, lost))
+        raise ValueError(_error(file, place, lost))
     return frozenset(found)
 
 
@@ -203,7 +203,7 @@ class _Root:
         return [] if name is None else [os.path.join(self.root, name)]
 
     def _on_disk(self, path: str) -> list[str]:
-        place = storage.spelt(self.root, path)
+        place = storage.on_disk(self.root, path)
         if not storage.is_file(place):
             archived = self._in_archive(path)
             return archived if len(archived) == 1 else []
@@ -212,7 +212,7 @@ class _Root:
         unpacked = os.path.join(self.root, _unpacked(os.path.relpath(place, self.root)))
         if not real.startswith("../"):  # a dataset lists the path without links
             found.append(os.path.join(self.root, real))
-        if os.path.isfile(unpacked):  # and what is unpacked rather than the archive
+        if os.path.isfile(unpacked):  # a dataset reads it rather than the archive's member
             found.append(unpacked)
         return list(dict.fromkeys(found))
 
@@ -225,7 +225,7 @@ class _Root:
             parts = parts[1:]
         names = [name for name in storage.entries(place) if not storage.is_hidden(name)]
         archives = [os.path.join(place, name) for name in names if name.lower().endswith(".zip")]
-        inside = [storage.spelt(archive, "/".join(parts)) for archive in archives]
+        inside = [storage.on_disk(archive, "/".join(parts)) for archive in archives]
         return [member for member in inside if storage.is_file(member)]
 
     def nearest(self, line: str) -> str | None:
@@ -278,10 +278,10 @@ def _close(wanted: str, names: Sequence[str], neighbours: int = 200) -> str | No
     return next(iter(difflib.get_close_matches(wanted, near, 1)), None)
 
 
-def _told(file: str, place: _Root, lost: Sequence[tuple[int, str]]) -> str:
+def _error(file: str, place: _Root, lost: Sequence[tuple[int, str]]) -> str:
     """An error about the lines of a list that name nothing."""
     told = []
-    for number, line in lost[:TOLD]:
+    for number, line in lost[:EXPLAINED]:
         path = place.tails(line.strip())[0]
         full = os.path.join(place.root, path)
         what = f"no file below {os.path.abspath(place.root) if place.local else place.root}"
@@ -293,8 +293,8 @@ def _told(file: str, place: _Root, lost: Sequence[tuple[int, str]]) -> str:
         hint = f" (nearest is {nearest})" if nearest else ""
         told.append(f"line {number}: {line.strip()!r} is {what}{hint}")
     more = ""
-    if len(lost) > TOLD:
-        more = f"; and lines {', '.join(str(number) for number, _ in lost[TOLD:][:10])}"
-    if len(lost) > TOLD + 10:
+    if len(lost) > EXPLAINED:
+        more = f"; and lines {', '.join(str(number) for number, _ in lost[EXPLAINED:][:10])}"
+    if len(lost) > EXPLAINED + 10:
         more += ", .."
     return f"data.skip: {file}, {'; '.join(told)}{more}; correct these lines or delete them"

@@ -109,7 +109,7 @@ def entries(folder: str) -> list[str]:
     return sorted(os.listdir(folder)) if os.path.isdir(folder) else []
 
 
-def spelt(base: str, path: str) -> str:
+def on_disk(base: str, path: str) -> str:
     """The path of `path` below `base` as its letters are composed on disk.
 
     Args:
@@ -130,8 +130,8 @@ def spelt(base: str, path: str) -> str:
 
 
 @dataclasses.dataclass
-class Passed:
-    """The entries that listings of folders passed over.
+class SkippedEntries:
+    """The entries that listings of folders skipped.
 
     Attributes:
         hidden: number of hidden and system entries, by folder.
@@ -143,14 +143,12 @@ class Passed:
     example: str = ""
     links: set[str] = dataclasses.field(default_factory=set)
 
-    def told(self) -> tuple[str, ...]:
+    def notes(self) -> tuple[str, ...]:
         """One line about hidden entries and one about links, if there are any."""
         lines = []
         if count := sum(self.hidden.values()):
-            entries = (
-                "1 hidden or system entry" if count == 1 else f"{count} hidden or system entries"
-            )
-            lines.append(f"{entries} skipped, such as {self.example}")
+            entries = "entry" if count == 1 else "entries"
+            lines.append(f"{count} hidden or system {entries} skipped, such as {self.example}")
         if count := len(self.links):
             links = "1 link" if count == 1 else f"{count} links"
             lines.append(
@@ -158,7 +156,7 @@ class Passed:
             )
         return tuple(lines)
 
-    def note(self, folder: str, hidden: list[str]) -> None:
+    def add_hidden(self, folder: str, hidden: list[str]) -> None:
         """Notes the hidden names in a folder."""
         if hidden:
             self.hidden[folder] = len(hidden)
@@ -166,26 +164,26 @@ class Passed:
 
 
 def walk(
-    folder: str, passed: Passed | None = None, seen: set[str] | None = None
+    folder: str, skipped: SkippedEntries | None = None, seen: set[str] | None = None
 ) -> Iterator[tuple[str, list[str]]]:
     """The folder itself and each folder below, with the names of the files directly in it.
 
     Hidden entries are left out. Links are followed. A folder that several paths lead to is listed
     once, by the path without links if there is one. A link to a folder that holds the link is
-    passed over.
+    skipped.
 
     Args:
         folder: a folder, an archive, or a folder in an archive.
-        passed: receives the entries that were passed over.
+        skipped: receives the entries that were skipped.
         seen: real paths of folders not to list again; receives those that are listed.
 
     Raises:
         OSError: a folder cannot be listed; it must not read as an empty one.
     """
-    passed = Passed() if passed is None else passed
+    skipped = SkippedEntries() if skipped is None else skipped
     seen = set() if seen is None else seen
     if in_archive(folder):
-        yield from _walk_archive(folder, passed)
+        yield from _walk_archive(folder, skipped)
         return
     folders = deque([(folder, os.path.realpath(folder))])  # the path, and the real one
     links: deque[tuple[str, str]] = deque()
@@ -193,7 +191,7 @@ def walk(
         place, real = folders.popleft() if folders else links.popleft()
         if real in seen:
             if os.path.islink(place):
-                passed.links.add(place)
+                skipped.links.add(place)
             continue
         seen.add(real)
         names = []
@@ -210,23 +208,23 @@ def walk(
                     below.append((entry.path, os.path.join(real, entry.name)))
                 else:
                     linked.append((entry.path, os.path.realpath(entry.path)))
-        passed.note(place, hidden)
+        skipped.add_hidden(place, hidden)
         loops = [path for path, target in linked if f"{real}/".startswith(f"{target.rstrip('/')}/")]
-        passed.links.update(loops)
+        skipped.links.update(loops)
         folders.extend(sorted(below))
         links.extend(link for link in sorted(linked) if link[0] not in loops)
         yield place, names
 
 
-def _walk_archive(folder: str, passed: Passed) -> Iterator[tuple[str, list[str]]]:
+def _walk_archive(folder: str, skipped: SkippedEntries) -> Iterator[tuple[str, list[str]]]:
     archive, inner = _split(folder)
     assert archive is not None
     files = archive.files.get(inner, [])
     folders = archive.subfolders[inner]
-    passed.note(folder, [name for name in (*files, *folders) if is_hidden(name)])
+    skipped.add_hidden(folder, [name for name in (*files, *folders) if is_hidden(name)])
     yield folder, [name for name in files if not is_hidden(name)]
     for name in subfolders(folder):
-        yield from _walk_archive(os.path.join(folder, name), passed)
+        yield from _walk_archive(os.path.join(folder, name), skipped)
 
 
 def _is_folder(entry: os.DirEntry) -> bool:
@@ -293,4 +291,4 @@ def _open(path: str, at: int, size: int, process: int) -> _Archive:
     try:
         return _Archive(path)
     except (OSError, zipfile.BadZipFile, EOFError) as error:
-        raise ValueError(f"{path}: no whole zip archive ({error}); fetch it again") from error
+        raise ValueError(f"{path}: no complete zip archive ({error}); fetch it again") from error

@@ -6,15 +6,15 @@ import os
 import re
 
 from jaxdg.data.storage import (
-    Passed,
+    SkippedEntries,
     composed,
     in_archive,
     is_file,
     is_folder,
     is_hidden,
     modified,
+    on_disk,
     size,
-    spelt,
     subfolders,
     walk,
 )
@@ -39,7 +39,7 @@ class Tree:
         self.base = base
         self.exact = exact
         self.modified: dict[str, int] = {}  # folders that were listed, and when they last changed
-        self.passed = Passed()
+        self.skipped = SkippedEntries()
 
     def files(self, *folders: str) -> dict[str, str]:
         """All files below the one of `folders` that exists.
@@ -58,7 +58,7 @@ class Tree:
         found: dict[str, str] = {}
         seen: set[str] = set()
         for place in self.places(*folders):
-            for parent, names in walk(place, self.passed, seen):
+            for parent, names in walk(place, self.skipped, seen):
                 self.modified.update([modified(parent)])
                 below = parent[len(place) + 1 :]
                 for name in names:
@@ -79,7 +79,7 @@ class Tree:
             ValueError: as for `files`.
         """
         places = self.places(*folders)
-        found = [path for place in places if is_file(path := spelt(place, name))]
+        found = [path for place in places if is_file(path := on_disk(place, name))]
         if not found:
             raise FileNotFoundError(
                 f"{os.path.join(os.path.abspath(places[0]), name)} does not exist; fetch it"
@@ -100,7 +100,7 @@ class Tree:
         """
         if self.exact:
             for folder in folders:
-                if is_folder(path := spelt(self.base, folder.rstrip("/"))):
+                if is_folder(path := on_disk(self.base, folder.rstrip("/"))):
                     return [path]
             raise FileNotFoundError(
                 f"folder {os.path.abspath(os.path.join(self.base, folders[0]))} does not exist;"
@@ -114,7 +114,7 @@ class Tree:
             places = [found for found in places if found]
             for first, *_ in places[1:]:
                 if not _is_same(places[0][0], first):
-                    raise ValueError(_twice(places[0][0], first))
+                    raise ValueError(_clash(places[0][0], first))
             if places:
                 return places[0]
         raise FileNotFoundError(self._not_found(folders))
@@ -174,7 +174,7 @@ def _letters(name: str) -> str:
 def _within(source: str, folder: str) -> list[str]:
     """`folder` in `source`, and in the folders of `source`."""
     sources = [source, *(os.path.join(source, name) for name in subfolders(source))]
-    return [path for source in sources if is_folder(path := spelt(source, folder))]
+    return [path for source in sources if is_folder(path := on_disk(source, folder))]
 
 
 def _is_same(first: str, second: str) -> bool:
@@ -203,10 +203,10 @@ def _choose(first: str, second: str) -> str:
             f"{first} is in its archive twice, with different contents; unpack the archive and"
             " keep one"
         )
-    raise ValueError(_twice(first, second))
+    raise ValueError(_clash(first, second))
 
 
-def _twice(first: str, second: str) -> str:
+def _clash(first: str, second: str) -> str:
     """An error about two files or folders of which only one may be there."""
     names = [os.path.basename(path) for path in (first, second)]
     if composed(first) == composed(second):

@@ -41,7 +41,7 @@ def read(
         root = ElementTree.Element("annotation")
     wrong += _size_fault(root, size)
     objects = root.findall("object")
-    wrong += _strays(root, objects)
+    wrong += _misplaced(root, objects)
     numbered = list(enumerate(objects, start=1))
     wrong += [f": object {i} {fault}" for i, thing in numbered for fault in _object_faults(thing)]
     ids = {name.lower(): k for k, name in enumerate(classes)}
@@ -55,7 +55,7 @@ def read(
     boxes, misfits = fit(np.array(corners, np.float64).reshape(-1, 4), sizes, first=1)
     for i, what in misfits:
         if objects[i].find("bndbox") is not None:
-            wrong.append(f": object {i + 1} {what}{_culprit(objects[i])}")
+            wrong.append(f": object {i + 1} {what}{_bad_corner(objects[i])}")
     difficult = [flag(thing.findtext("difficult")) or False for thing in objects]
     result: Boxes = {
         "boxes": boxes,
@@ -100,7 +100,7 @@ def _size_fault(root: ElementTree.Element, size: tuple[int, int]) -> list[str]:
     return [f": says {stated[0]:g}x{stated[1]:g} but its image is {w}x{h}{turned}"]
 
 
-def _strays(root: ElementTree.Element, objects: Sequence[ElementTree.Element]) -> list[str]:
+def _misplaced(root: ElementTree.Element, objects: Sequence[ElementTree.Element]) -> list[str]:
     """Objects and boxes in the wrong place, which would otherwise be ignored."""
     own = sum(len(thing.findall("bndbox")) for thing in objects)
     of_parts = sum(len(thing.findall("part/bndbox")) for thing in objects)
@@ -125,14 +125,14 @@ def _object_faults(thing: ElementTree.Element) -> list[str]:
         others = [key for key in tags if key in ("polygon", "robndbox", "segm", "part")]
         faults.append(f"has no <bndbox>{', only <' + others[0] + '>' if others else ''}")
     elif len(frame.findall("*")) > len({child.tag for child in frame}):
-        faults.append("has a <bndbox> that says one of its corners twice")
+        faults.append("has a <bndbox> that states one of its corners twice")
     said = thing.findtext("difficult")
     if flag(said) is None:
         faults.append(f"has a <difficult> of {said!r}, which is neither yes (1) nor no (0)")
     return faults
 
 
-def _culprit(thing: ElementTree.Element) -> str:
+def _bad_corner(thing: ElementTree.Element) -> str:
     """The first corner of an object that is not a number."""
     for key in CORNERS:
         said = thing.findtext(f"bndbox/{key}")

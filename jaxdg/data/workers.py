@@ -89,7 +89,7 @@ def _from_processes(items: grain.MapDataset, workers: int) -> Items:
         for process in (pool._processes or {}).values():
             process.kill()
         raise ChildProcessError(
-            "a data worker was killed, perhaps for want of memory; run again with a lower"
+            "a data worker was killed, perhaps for lack of memory; run again with a lower"
             " --config.data.workers"
         ) from error
     finally:

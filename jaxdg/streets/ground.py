@@ -26,7 +26,7 @@ class Ground:
     """The ground of a street, drawn from `rng` into `mesh`.
 
     Attributes:
-        mesh: what is drawn.
+        mesh: the polygons of the street.
         camera: stands in one of the lanes at s = 0.
         sun: direction towards it.
         drive: the side that traffic keeps to, 1 right or -1 left.

@@ -15,7 +15,7 @@ import numpy as np
 from jaxdg.backbones import EncoderOptions, zoo
 from jaxdg.config import Config
 from jaxdg.data.datasets import Dataset
-from jaxdg.data.labels import LabelSet, listed
+from jaxdg.data.labels import LabelSet, join_names
 from jaxdg.methods import method as method_lib
 from jaxdg.methods.method import Method
 from jaxdg.training import photometric
@@ -187,10 +187,11 @@ class ImageTask:
     def check_labels(self, dataset: Dataset) -> None:
         """ValueError where a domain has other classes than the model."""
         if dataset.labels.names != self.labels.names:
+            theirs = join_names(dataset.labels.names)
+            ours = join_names(self.labels.names)
             raise ValueError(
-                f"domain {dataset.domain} has the classes {listed(dataset.labels.names)}, but the"
-                f" model was trained on {listed(self.labels.names)}; evaluate it on domains with"
-                " the same classes"
+                f"domain {dataset.domain} has the classes {theirs}, but the model was trained on"
+                f" {ours}; evaluate it on domains with the same classes"
             )
 
     def batch_size(self, mesh: Mesh) -> int:

@@ -272,7 +272,7 @@ WRONG = {
     ),
     "a corner twice": (
         xml(THING.replace("<ymin>", "<xmin>5</xmin><ymin>")),
-        "object 1 has a <bndbox> that says one of its corners twice",
+        "object 1 has a <bndbox> that states one of its corners twice",
     ),
     "a part's box alone": (
         xml(f"<object><name>dog</name>{PART}</object>"),

@@ -10,7 +10,7 @@ from jaxdg.data.labels import (
     apply_table,
     class_ids,
     id_table,
-    listed,
+    join_names,
     own_table,
     palette,
     palette_fault,
@@ -54,7 +54,7 @@ def test_any_distinct_text_is_a_class_name():
         ":smile:",
     )
     assert LabelSet(names, palette(len(names))).names == names
-    assert listed(names[:3] + names[5:6]) == "'road, route', [red]a[/red], a/b, ' \"x\" '"
+    assert join_names(names[:3] + names[5:6]) == "'road, route', [red]a[/red], a/b, ' \"x\" '"
 
 
 @pytest.mark.parametrize(

@@ -168,7 +168,7 @@ def test_damaged_members_are_named_at_the_start_and_when_read(tmp_path):
         dataset[1]
     archive.write_bytes(data[: len(data) // 2])
     with pytest.raises(
-        ValueError, match=r"02_images\.zip: no whole zip archive \(.*\); fetch it again"
+        ValueError, match=r"02_images\.zip: no complete zip archive \(.*\); fetch it again"
     ):
         opened("gta5", tmp_path)
 
@@ -317,11 +317,11 @@ def test_links_are_followed_and_loops_end(tmp_path):
         "images/x/2.png",
         "images/x/deep/3.png",
     ]
-    passed = storage.Passed()
+    passed = storage.SkippedEntries()
     assert len([*storage.walk(str(root / "images"), passed)]) == 4
     skipped = {os.path.relpath(path, root / "images") for path in passed.links}
     assert skipped == {"a", "up", "top", "b", "x/deep/back", "far2", "far/home"}
-    (note,) = passed.told()
+    (note,) = passed.notes()
     assert note == f"7 links skipped that lead to folders listed already, such as {root}/images/a"
 
 

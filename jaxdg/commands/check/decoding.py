@@ -15,7 +15,7 @@ from rich.text import Text
 from jaxdg.commands.check.selection import Split, Subject, has_file
 from jaxdg.data import class_check
 from jaxdg.data.boxes import BoxFiles
-from jaxdg.data.class_check import Shown
+from jaxdg.data.class_check import Seen
 from jaxdg.data.class_counts import Look, look
 from jaxdg.data.datasets import Files
 from jaxdg.data.images import read_image
@@ -172,7 +172,7 @@ def _label_counts(
     return counts, (ids, id_counts), np.zeros(2, np.int64)
 
 
-def seen_classes(subject: Subject, opened: Sequence[OpenedSplit], console: Console) -> list[Shown]:
+def seen_classes(subject: Subject, opened: Sequence[OpenedSplit], console: Console) -> list[Seen]:
     """The classes that the labels of each split show.
 
     More labels are read where a class was not seen, and all of them where that decides whether the
@@ -182,7 +182,7 @@ def seen_classes(subject: Subject, opened: Sequence[OpenedSplit], console: Conso
     shown = []
     for o in decoded:
         ids = np.flatnonzero(o.ids)
-        shown.append(Shown(o.dataset, Look(len(o.intact), ids, o.ids[ids]), o.split.name))
+        shown.append(Seen(o.dataset, Look(len(o.intact), ids, o.ids[ids]), o.split.name))
     if not shown:
         return []
     # One published split may have a class that another lacks.
@@ -196,7 +196,7 @@ def seen_classes(subject: Subject, opened: Sequence[OpenedSplit], console: Conso
         ]
 
 
-def _read_more(o: OpenedSplit, shown: Shown, splits: int) -> Shown:
+def _read_more(o: OpenedSplit, shown: Seen, splits: int) -> Seen:
     """What more labels show; all labels of a split are read if it still lacks classes."""
     images = o.not_broken()
     if shown.look is None or shown.look.images >= len(images):

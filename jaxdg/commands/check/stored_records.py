@@ -12,7 +12,7 @@ from rich.text import Text
 
 from jaxdg.commands.check.tables import list_broken
 from jaxdg.data import class_check, published, records
-from jaxdg.data.class_check import Shown
+from jaxdg.data.class_check import Seen
 from jaxdg.data.class_counts import look
 from jaxdg.data.index import Defect
 
@@ -68,7 +68,7 @@ def _broken_classes(
         dataset = records.Records(directory, split)
         most = len(dataset) if everything else class_check.MOST
         seconds = math.inf if everything else class_check.SECONDS
-        shown.append(Shown(dataset, look(dataset, most=most, seconds=seconds), f"{domain}/{split}"))
+        shown.append(Seen(dataset, look(dataset, most=most, seconds=seconds), f"{domain}/{split}"))
     broken, lines = class_check.findings(shown, own=published.find(domain) is None)
     for line, is_warning in lines:
         console.print(Text.assemble(("warning: ", "yellow") if is_warning else "", line))

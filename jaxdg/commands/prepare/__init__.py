@@ -137,7 +137,7 @@ def prepare(
                     report(f"{domain} {split}: {name}")
             except ChildProcessError as error:
                 raise ChildProcessError(
-                    "a process was killed, perhaps for want of memory; run again with fewer"
+                    "a process was killed, perhaps for lack of memory; run again with fewer"
                     " --processes"
                 ) from error
     else:

@@ -133,7 +133,7 @@ def random_crop(
     Args:
         sample: `image` uint8 [h, w, 3] with `label` uint8 [h, w], 255 where ignored, or with the
             fields of `move_boxes`.
-        augmentation: what is drawn.
+        augmentation: the ranges of the draws.
         rng: the source of all randomness.
         wanted: a crop is drawn again, up to 10 times, until it shows this.
 
