@@ -72,7 +72,7 @@ def write_voc(
 
 
 def settle(root: Path) -> None:
-    """Dates everything back, as if nothing had changed for a minute."""
+    """Moves all times back, as if nothing had changed for a minute."""
     for folder, _, names in os.walk(root):
         for path in (folder, *(os.path.join(folder, name) for name in names)):
             os.utime(path, (time.time() - 60, time.time() - 60))
@@ -128,7 +128,7 @@ def test_carla_equals_a_slow_reader_and_has_the_published_counts(data_path):
 
 
 def test_samples_hold_arrays_of_the_agreed_types_and_survive_pickling(data_path):
-    """Types and shapes of a real sample, an image without objects included."""
+    """Checks types and shapes of a real sample and of an image without objects."""
     dataset = pickle.loads(
         pickle.dumps(open_boxes("town05", root=str(data_path("carla_towns").parent), train=False))
     )
@@ -401,7 +401,7 @@ def test_lines_that_name_nothing_are_told_by_number(tmp_path):
 
 
 def test_two_images_of_one_name_are_named_both(tmp_path):
-    """Which of them the annotation is of is not known; leaving one out decides it."""
+    """It is unknown which image the annotation belongs to; leaving one out decides it."""
     pets(tmp_path, {"a": xml(THING), "b": xml()})
     folder = tmp_path / "pets/VOC2007/JPEGImages"
     Image.fromarray(np.zeros((40, 60, 3), np.uint8)).save(folder / "a.png")
@@ -417,7 +417,7 @@ def test_two_images_of_one_name_are_named_both(tmp_path):
 
 
 def test_classes_that_differ_by_case_alone_are_refused(tmp_path):
-    """VOC's names are compared without case, so that one of the two would never occur."""
+    """VOC's names ignore case, so one of the two classes would never occur."""
     write_voc(tmp_path / "pets/VOC2007", {"a": xml(THING)}, trainval=["a"])
     with pytest.raises(
         ValueError, match="the classes Dog, dog differ in the case of their letters alone"
@@ -528,7 +528,7 @@ def test_diverse_weather(tmp_path, spelling, packed):
 
 
 def test_unknown_domains_and_folders(tmp_path):
-    """A strange name, a dataset without instances and an absent folder say what to do."""
+    """An unknown name, a dataset without instances and a missing folder give a remedy."""
     with pytest.raises(
         ValueError,
         match=r"unknown domain 'nigth_rainy'; known are clear, .*night_rainy.*data\.boxes",
@@ -545,7 +545,7 @@ def test_unknown_domains_and_folders(tmp_path):
 
 
 def test_domains_mix(tmp_path):
-    """Two domains of the same classes follow each other; of other classes they are refused."""
+    """Two domains of the same classes follow each other; others are refused."""
     write_voc(tmp_path / "pets/VOC2007", {"a": xml(thing("dog", 1, 1, 9, 9))}, trainval=["a"])
     write_voc(tmp_path / "zoo/VOC2007", {"b": xml()}, trainval=["b"])
     dataset = open_boxes("pets+zoo", root=str(tmp_path), train=True, own=OWN)

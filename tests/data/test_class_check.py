@@ -178,13 +178,13 @@ def test_looking_stops_when_every_class_was_seen_and_doubts_end_only_with_the_la
 
 
 def age(folder: Path) -> None:
-    """What changed within two seconds is not kept."""
+    """Moves times back, because files that changed within two seconds are not cached."""
     for path in [folder, *folder.rglob("*")]:
         os.utime(path, ns=(10**18, 10**18))
 
 
 def test_the_second_start_reads_no_label_and_a_corrected_one_is_seen(tmp_path, monkeypatch):
-    """What was found is kept while the label files looked at are as they were, and no longer."""
+    """An outcome is kept as long as the label files that were looked at do not change."""
     write(tmp_path / "d", "walls", [[0, 1]] * 3)
     age(tmp_path / "d")
     options = {"classes": ("a", "b", "c")}
@@ -283,7 +283,7 @@ def test_a_mixture_is_judged_as_a_whole_and_named_by_part(tmp_path):
 
 
 def test_what_synthia_is_known_to_lack_is_a_note(tmp_path):
-    """A class that its publisher never labelled takes a short line, another one a warning."""
+    """A class that the publisher never labelled gives a short note, another one a warning."""
     items = trees.make("synthia", tmp_path, np.random.default_rng(0))
     for gone, begins in (
         ((), None),
@@ -327,7 +327,7 @@ def test_images_without_labels_are_no_source(tmp_path):
 def coco(
     root: Path, name: str, boxes: list[tuple[int, int]], classes: tuple[str, ...] = ("car", "bus")
 ) -> Dataset:
-    """An image with boxes of (class, crowd)."""
+    """Writes an image with boxes of (class, crowd)."""
     trees.write(root, f"{name}/a.png", trees.encode(np.zeros((40, 60, 3), np.uint8), "PNG"))
     categories = [{"id": k, "name": c} for k, c in enumerate(classes)]
     rows = [
@@ -445,7 +445,7 @@ def test_older_records_open_with_what_the_id_map_means_now(tmp_path):
 
 
 def test_a_look_at_damage(tmp_path):
-    """A damaged label ends a run before its first step, and is named where defects are gathered."""
+    """A damaged label ends a run before its first step, or is added to a list of defects."""
     write(tmp_path, "walls", [[0, 1]] * 3)
     dataset = opened(tmp_path, "walls", classes=BINARY)
     path = tmp_path / "walls/labels/0001.png"

@@ -95,7 +95,7 @@ def test_equals_what_is_written(tmp_path):
 
 
 def test_equals_pycocotools(tmp_path, capsys):
-    """Images, boxes, categories and crowds of every image are those that pycocotools finds."""
+    """Images, boxes, categories and crowds equal those that pycocotools reads."""
     coco = pytest.importorskip("pycocotools.coco")
     write(tmp_path, content(6, seed=3))
     dataset = open_own(tmp_path)
@@ -122,7 +122,7 @@ def test_equals_pycocotools(tmp_path, capsys):
 
 
 def test_classes_of_the_options_count(tmp_path):
-    """Classes may be named in an order of one's own; one that is not named is refused."""
+    """The options set the order of the classes; a class that they lack is refused."""
     truth = content()
     write(tmp_path, truth)
 
@@ -143,7 +143,7 @@ def test_classes_of_the_options_count(tmp_path):
 
 
 def test_a_second_start_parses_nothing_and_notices_changes(tmp_path, monkeypatch):
-    """What was read is recalled until the annotation file changes in place."""
+    """The parsed file is recalled until the annotation file changes in place."""
     truth = content()
     write(tmp_path, truth)
     settle(tmp_path)
@@ -527,7 +527,7 @@ FORMS = {
 
 @pytest.mark.parametrize("case", FORMS)
 def test_files_of_another_form_say_which(tmp_path, case):
-    """A list, keys that would replace each other, several values, half a file, another format."""
+    """A list, repeated keys, several values, half a file and another format are errors."""
     text, told = FORMS[case]
     own = write_small(tmp_path, text)
     with pytest.raises(
@@ -597,7 +597,7 @@ NAMES = {
 
 @pytest.mark.parametrize("name", NAMES)
 def test_names_that_mean_one_file_find_it(tmp_path, name):
-    """Dots, backslashes and the image folder's own name in front."""
+    """A name may have dots, backslashes and the image folder's own name in front."""
     own = write_small(tmp_path, changed("images.0.file_name", name), (NAMES[name], "b.png"))
     assert open_own(tmp_path, own).name(0) == f"{tmp_path}/photos/{NAMES[name]}"
 
@@ -621,7 +621,7 @@ def test_names_of_files_elsewhere_are_not_guessed(tmp_path, name):
 
 
 def test_archives_say_the_same(tmp_path):
-    """From a zip archive the boxes, areas and errors are those of the folder."""
+    """Boxes, areas and errors from a zip archive equal those from the folder."""
     own = write_small(tmp_path, small())
     packed = BoxOptions(
         ("all.zip/photos", "all.zip/photos"),
@@ -743,7 +743,7 @@ def test_twelve_numbers_equal_pycocotools_on_the_file(tmp_path, seed, capsys):
 
 
 def test_lists_of_names_are_refused(tmp_path):
-    """A JSON file lists its images itself: another list would be passed over in silence."""
+    """A JSON file lists its images itself, so another list would be ignored silently."""
     own = write_small(tmp_path, small())
     own.lists = ("train.txt", "val.txt")
     with pytest.raises(

@@ -55,7 +55,7 @@ def root(tmp_path) -> Path:
 
 
 def settle(root: Path) -> None:
-    """Dates all folders back, as if nothing had changed for a minute."""
+    """Moves the times of all folders back, as if nothing had changed for a minute."""
     for folder, _, _ in os.walk(root):
         os.utime(folder, (time.time() - 60, time.time() - 60))
 
@@ -239,7 +239,7 @@ def test_unknown_domain_lists_the_known_ones(root):
 
 
 def test_missing_roots_and_folders_are_named(root):
-    """The absolute path that is missing, and what to set."""
+    """The error has the absolute path and the setting."""
     with pytest.raises(
         FileNotFoundError,
         match=r"data root /.*/nowhere does not exist; set JAXDG_DATA or --config\.data\.root",
@@ -257,7 +257,7 @@ def test_missing_roots_and_folders_are_named(root):
 
 
 def test_empty_folders_are_named(root):
-    """A folder without images, or whose files end otherwise, is refused."""
+    """A folder without images, or with other suffixes only, is refused."""
     (root / "rgb/void").mkdir()
     (root / "gt/void").mkdir()
     with pytest.raises(ValueError, match=r"folder /.*/rgb/void holds no .* image files"):
@@ -267,7 +267,7 @@ def test_empty_folders_are_named(root):
 
 
 def test_files_without_partner_are_named_and_counted(root):
-    """Of 12 lone images the first 10 are named, and the total."""
+    """Of 12 images without labels the error names the first 10 and the total."""
     for i in range(12):
         Image.fromarray(np.zeros((4, 4, 3), np.uint8)).save(root / f"rgb/town/lone{i:02}.png")
     with pytest.raises(
@@ -297,7 +297,7 @@ def damage_header(path: Path) -> None:
 
 
 def test_the_start_up_check_names_every_damaged_file_at_once(root):
-    """A truncated JPEG, an unreadable one and a label of another size: one error, all three."""
+    """One error names a truncated JPEG, an unreadable file and a label of another size."""
     Image.fromarray(np.zeros((24, 17), np.uint8)).save(root / "gt/town/b/c.png")
     for name in ("d", "e"):
         Image.fromarray(np.zeros((50, 60, 3), np.uint8)).save(root / f"rgb/town/{name}.jpg")
@@ -315,7 +315,7 @@ def test_the_start_up_check_names_every_damaged_file_at_once(root):
 
 
 def test_the_index_saves_the_check_until_a_folder_changes(root, cache, monkeypatch):
-    """The second start reads no image file; adding one to any folder, however deep, is noticed."""
+    """The second start reads no image file; a new file in any folder is noticed."""
     settle(root)
     first = open_town(root)
     opened = []
@@ -334,13 +334,13 @@ def test_the_index_saves_the_check_until_a_folder_changes(root, cache, monkeypat
 
 
 def test_folders_that_changed_a_moment_ago_are_not_cached(root, cache):
-    """A file that arrives within the resolution of the file system's clock cannot be missed."""
+    """A file that arrives within the resolution of the clock is not missed."""
     open_town(root)
     assert not cache.exists()
 
 
 def test_a_damaged_or_unwritable_index_is_no_error(root, cache, monkeypatch):
-    """The check runs again where the index is rubbish, and goes on where it cannot be written."""
+    """The check runs again if the index is damaged, and goes on if it cannot be written."""
     settle(root)
     open_town(root)
     (path,) = cache.iterdir()
@@ -371,7 +371,7 @@ def test_a_file_damaged_after_the_check_is_named_when_read(root, kind, harm):
 
 
 def test_damage_inside_a_png_is_named_when_read(root):
-    """Flipped bytes amid the compressed data, header and end intact."""
+    """Bytes are flipped inside the compressed data; header and end are intact."""
     dataset = open_town(root)
     data = bytearray((root / "gt/town/a.png").read_bytes())
     data[60:80] = bytes(20)
@@ -382,7 +382,7 @@ def test_damage_inside_a_png_is_named_when_read(root):
 
 @pytest.mark.parametrize("kind", ["rgb/town/a.jpg", "gt/town/a.png"])
 def test_a_file_that_changed_its_size_is_named_when_read(root, kind):
-    """The sizes that batches were planned with still hold when the file is read."""
+    """Batches are planned with the sizes in the index, so they must still hold."""
     dataset = open_town(root)
     Image.fromarray(np.full((10, 30), 7, np.uint8)).save(root / kind)
     with pytest.raises(ValueError, match=rf"{kind} is 30x10 but was 30x20"):
@@ -390,7 +390,7 @@ def test_a_file_that_changed_its_size_is_named_when_read(root, kind):
 
 
 def test_an_unknown_label_id_is_named_when_read(root):
-    """The file, the id and the two keys that can hold it."""
+    """The error has the file, the id and the two settings that accept it."""
     dataset = open_town(root, dataclasses.replace(CLASSES, id_map={7: 0}))
     with pytest.raises(
         ValueError,
@@ -401,7 +401,7 @@ def test_an_unknown_label_id_is_named_when_read(root):
 
 
 def test_an_id_map_beyond_the_classes_is_refused(root):
-    """A train id without class is a mistake of the configuration, named by its key."""
+    """The error about a train id without class names the setting."""
     with pytest.raises(
         ValueError,
         match=(
@@ -453,7 +453,7 @@ def test_labels_are_read_as_stored(tmp_path):
 
 
 def test_sixteen_bit_labels_map(root):
-    """Ids beyond 255 go through the table of a folder dataset."""
+    """Ids above 255 are mapped by the table of a folder dataset."""
     label = np.full((20, 30), 1007, np.uint16)
     label[0] = 1023
     Image.fromarray(label).save(root / "gt/town/a.png")

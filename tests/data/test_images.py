@@ -80,7 +80,7 @@ def png(
 
 
 def tiff(pixels: np.ndarray, bits: int, sample_format: int = 1, white_is: int = 1) -> bytes:
-    """An uncompressed little-endian TIFF of one channel after TIFF 6.0."""
+    """An uncompressed little-endian TIFF of one channel by the TIFF 6.0 specification."""
     h, w = pixels.shape
     raw = pixels.tobytes()
     fields = [
@@ -199,7 +199,7 @@ def test_jpeg_files_equal_pillow_and_opencv(tmp_path, options, name):
 
 
 def test_cmyk_files_have_the_colors_that_went_in(tmp_path):
-    """Adobe stores CMYK inverted; the colours come back within the loss of the compression."""
+    """Adobe stores CMYK inverted; the colours are right within the loss of compression."""
     path = write(
         tmp_path / "x.jpg",
         encoded(Image.fromarray(SMOOTH).convert("CMYK"), "JPEG", quality=100, subsampling=0),
@@ -298,7 +298,7 @@ def test_what_follows_the_end_does_not_count(tmp_path, kind):
 
 
 def test_a_thumbnail_does_not_pass_for_the_end(tmp_path):
-    """The end marker of the small image in the metadata is not that of a JPEG file cut short."""
+    """The end marker of a thumbnail in the metadata does not complete a truncated JPEG."""
     exif = with_orientation(1)
     data = encoded(LARGE, "JPEG", exif=exif)
     thumbnail = b"Exif\0\0" + encoded(SMOOTH, "JPEG")
@@ -342,10 +342,7 @@ HOLES = {
     ids=["baseline", "progressive", "restarts"],
 )
 def test_a_jpeg_with_a_hole_is_refused(tmp_path, options, harm):
-    """Wherever it is, however it is filled: header and end are whole, the picture is not.
-
-    A few zeros in a progressive file may be data: there, short codes of zeros are common.
-    """
+    """A hole of any place and content is found, although header and end are intact."""
     if options.get("progressive") and harm == "small hole of zeros":
         return
     data = encoded(LARGE, "JPEG", quality=90, **options)
@@ -363,7 +360,7 @@ def test_a_jpeg_with_a_hole_is_refused(tmp_path, options, harm):
     "options", [{"optimize": True}, {"progressive": True}, {}, {"restart_marker_blocks": 7}]
 )
 def test_flat_jpeg_files_are_whole(options):
-    """Black frames and borders compress to long runs of zeros, which are no hole."""
+    """Black frames and borders compress to long runs of zeros, which are not holes."""
     border = LARGE.copy()
     border[100:] = 0
     for pixels in (
@@ -494,7 +491,7 @@ def shown(pixels: np.ndarray, turn: int) -> np.ndarray:
 
 
 def oriented(kind: str, turn: int) -> bytes:
-    """An image of `SMOOTH` or `NOISE` that asks to be turned."""
+    """An image of `SMOOTH` or `NOISE` with an orientation in its metadata."""
     if kind == "PNG, at its end":
         exif = with_orientation(turn).tobytes().removeprefix(b"Exif\0\0")
         return png([row.tobytes() for row in NOISE], W, 8, 2, after=chunk(b"eXIf", exif))
@@ -560,7 +557,7 @@ def test_square_images_and_labels_with_an_orientation(tmp_path):
 
 
 def test_the_start_decodes_no_pixels(tmp_path, monkeypatch):
-    """Not even where Pillow would, to look for an orientation behind the pixels of a PNG."""
+    """Pillow would decode a PNG to look for an orientation after its pixels."""
     monkeypatch.setattr(
         "PIL.ImageFile.ImageFile.load", lambda self: pytest.fail("pixels were decoded")
     )

@@ -45,7 +45,7 @@ def slow(label: np.ndarray) -> dict[tuple[int, ...], list[int]]:
 
 
 def blobs(rng: np.random.Generator, values: list) -> np.ndarray:
-    """Overlapping rectangles and single pixels of the given values on the first of them."""
+    """Overlapping rectangles and single pixels of the given values, the first as background."""
     label = np.zeros((H, W, *np.shape(values[0])), np.int64) + np.array(values[0])
     for value in values[1:]:
         for _ in range(2):
@@ -55,7 +55,7 @@ def blobs(rng: np.random.Generator, values: list) -> np.ndarray:
 
 
 def save(root: Path, dataset: str, label: np.ndarray, split: str = "train") -> BoxFiles:
-    """A tree of one image; `label` as the publisher documents it, channels red first."""
+    """Writes a tree of one image; the label has the publisher's channels, red first."""
     image, path = (root / dataset / name.format(split=split) for name in STEMS[dataset])
     for file in (image, path):
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -182,7 +182,7 @@ def test_synthia(tmp_path, seed):
 
 
 def test_extents_on_large_images_and_on_nothing():
-    """As many ids as pixels, the largest id, and an empty image."""
+    """There may be as many ids as pixels, the largest id, or an empty image."""
     ids, boxes, pixels = instances.extents(np.arange(12).reshape(3, 4))
     assert (ids.tolist(), pixels.tolist()) == (list(range(1, 12)), [1] * 11)
     np.testing.assert_array_equal(

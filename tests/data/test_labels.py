@@ -29,7 +29,7 @@ def test_cityscapes_classes_and_colors_are_the_official_ones():
 
 
 def test_every_class_list_has_one_distinct_color_a_class():
-    """An overlay can be read back: no two classes share a colour."""
+    """No two classes share a colour, so an overlay can be read."""
     assert (len(CITYSCAPES.names), len(CAMVID.names)) == (19, 11)
     for colors in (CITYSCAPES.colors, CAMVID.colors, palette(60)):
         assert len(set(colors)) == len(colors)
@@ -93,7 +93,7 @@ def test_table_maps_like_a_dictionary(dtype):
 
 
 def test_sixteen_bit_ids_are_not_folded():
-    """Ids above 255 stay apart from their low bytes."""
+    """Ids above 255 differ from their low bytes."""
     table = id_table({65535: 3, 256: 1, 0: 0})
     np.testing.assert_array_equal(
         apply_table(np.array([[65535, 256, 0]], np.uint16), table, "a.png"), [[3, 1, 0]]
@@ -139,7 +139,7 @@ COLORS = LabelSet(
 
 
 def palette_of(**indices: int) -> list[int]:
-    """A palette of distinct strange colours but for those of some classes."""
+    """A palette with the colours of some classes and distinct other colours."""
     colors = [[i, 1, 2] for i in range(40)]
     for name, i in indices.items():
         colors[i] = list(COLORS.colors[COLORS.names.index(name)])
@@ -194,7 +194,7 @@ def test_the_palette_of_pascal_voc_tells_nothing():
 
 
 def test_tables_that_contradict_themselves_are_refused():
-    """An id is either mapped or ignored, and ids and train ids are within range."""
+    """An id is either mapped or ignored, and file ids and train ids are in range."""
     with pytest.raises(ValueError, match=r"label id 7 is in the id map .* ignore list"):
         id_table({7: 0}, ignore=(7,))
     for bad in ({-32769: 0}, {65536: 0}, {7: -1}, {7: 256}):
@@ -212,7 +212,7 @@ def test_label_sets_need_one_color_a_class():
 
 
 def test_an_own_id_map_adds_to_the_train_ids_or_replaces_them():
-    """The table of an own folder, entry by entry, after the rule in `FolderOptions`."""
+    """Every entry of the table follows the rule in `FolderOptions`."""
 
     def entries(table):
         return {i: int(table[i]) for i in np.flatnonzero(table >= 0).tolist()}

@@ -104,7 +104,7 @@ def assert_same(got: list[dict], expected: list[dict]) -> None:
 
 
 def joined(parts: list[list[dict]]) -> list[dict]:
-    """The batches whose rows the hosts hold."""
+    """Global batches, put together from the rows of the hosts."""
     return [
         {key: np.concatenate([batch[key] for batch in step]) for key in step[0]}
         for step in zip(*parts, strict=True)
@@ -233,7 +233,7 @@ def test_seeds_change_order_and_augmentation(folder):
 
 
 def test_an_example_is_augmented_anew_each_epoch(folder):
-    """The same image never comes back as the same crop."""
+    """Every epoch draws another crop of the same image."""
     crops = np.concatenate(
         [b["image"] for b in batches(folder, **{**TRAIN, "batch_size": 6}, start=0, stop=5)]
     )
@@ -318,7 +318,7 @@ def test_boxes_are_padded_to_a_fixed_number():
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_damaged_file_stops_the_run_with_its_name(folder, workers):
-    """The error of a thread or process arrives as it was raised, and no process stays behind."""
+    """The error of a thread or process is unchanged, and no process remains."""
     path = Path(folder.name(2))
     path.write_bytes(path.read_bytes()[:-30])
     with pytest.raises(ValueError, match="truncated") as error:
@@ -333,7 +333,7 @@ def test_a_damaged_file_stops_the_run_with_its_name(folder, workers):
 
 @pytest.mark.parametrize("end", ["drop", "before"])
 def test_workers_end_with_their_iterator(folder, end):
-    """Dropped, early or before the first batch: within seconds no process is left."""
+    """An iterator is dropped early or before the first batch; its processes end in seconds."""
     iterator = batches(folder, **TRAIN, start=0, stop=1000, workers=2)
     if end != "before":
         next(iterator)
@@ -415,7 +415,7 @@ def test_a_killed_worker_stops_the_run(folder):
 
 
 def test_bad_arguments_are_refused_before_the_first_batch():
-    """A batch that does not split over the hosts, and an empty dataset, by name."""
+    """A batch that does not split over the hosts, and an empty dataset, are errors."""
     with pytest.raises(ValueError, match="batch_size 4 does not split evenly over 3 hosts"):
         batches(Numbered(), **TRAIN, start=0, stop=1, shard=(0, 3))
     with pytest.raises(ValueError, match="batch_size 4 does not split evenly over 3 hosts"):

@@ -59,7 +59,7 @@ def opened(domain: str, root: Path, train: bool = False, **options):
 
 
 def slowly_mapped(ids: np.ndarray, table: str) -> np.ndarray:
-    """Train ids by looking up each pixel in a dictionary."""
+    """Train ids by a dictionary look-up of each pixel."""
     train_ids = {
         int(i): int(train)
         for entry in table.split()
@@ -75,7 +75,7 @@ def slowly_mapped(ids: np.ndarray, table: str) -> np.ndarray:
 
 
 def check(dataset, items: list[trees.Item], table: str) -> None:
-    """The dataset holds these items and no others, with these pixels and mapped labels."""
+    """Checks that the dataset holds exactly these items, pixels and mapped labels."""
     assert len(dataset) == len(items)
     expected = {item.image: item for item in items}
     for i in range(len(dataset)):
@@ -112,7 +112,7 @@ def test_every_split_of_every_dataset_is_read_as_downloaded(tmp_path, name, zipp
 
 
 def test_zip_and_folder_give_the_same_samples(tmp_path):
-    """The order too, which decides what a run trains on."""
+    """The order is the same too, because it decides what a run trains on."""
     for name in trees.NAMES:
         datasets = []
         for zipped in (False, True):
@@ -213,7 +213,7 @@ def test_sources_are_mixed(tmp_path):
     ],
 )  # fmt: skip
 def test_an_id_that_a_dataset_does_not_have_is_an_error(tmp_path, name, bad):
-    """It is named with its file; 255 is ignored everywhere, and every lower id is known."""
+    """The error names the file; 255 is always ignored, and every lower id is known."""
     items = {item.image: item for item in trees.make(name, tmp_path, np.random.default_rng(8))}
     item = items[opened(name, tmp_path).name(1)]
     at = 1
@@ -284,7 +284,7 @@ def test_a_pair_of_two_sizes_is_refused_until_it_is_skipped(tmp_path):
 
 
 def test_skipping_works_in_archives_and_with_a_relative_root(tmp_path, monkeypatch):
-    """Members are listed by the paths that errors name."""
+    """A list names members of archives by the paths in the errors."""
     items = trees.make("bdd100k", tmp_path, np.random.default_rng(11), zipped=True)
     monkeypatch.chdir(tmp_path.parent)
     first = next(item for item in items if item.split == "val")
@@ -323,7 +323,7 @@ def test_counts_and_names_are_those_of_the_publishers():
 
 @pytest.mark.parametrize("domain", ["acdc/dusk", "cityscapes/nacht", "acdc/night/all", "gta"])
 def test_domains_that_do_not_exist_are_refused_with_those_that_do(tmp_path, domain):
-    """A misspelt condition or split is no folder of its own."""
+    """A misspelt condition or split is not taken for a folder of the user."""
     with pytest.raises(
         ValueError,
         match=(
@@ -335,7 +335,7 @@ def test_domains_that_do_not_exist_are_refused_with_those_that_do(tmp_path, doma
 
 
 def test_domains_without_training_images_say_so(tmp_path):
-    """Dark Zurich is for evaluation alone."""
+    """Dark Zurich is for evaluation only."""
     with pytest.raises(
         ValueError, match=r"'dark_zurich' is kept unseen and has no training images \(it has val\)"
     ):

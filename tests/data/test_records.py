@@ -301,7 +301,7 @@ def test_a_pickle_holds_no_images(written):
 
 @pytest.mark.parametrize("damage", ["short", "missing"])
 def test_a_truncated_or_missing_shard_is_named_when_opened(copied, damage):
-    """The start of a run tells which file is not whole."""
+    """The start of a run names the incomplete file."""
     shard = sorted((copied / "gta5" / "1.0.0").glob("*.array_record-*"))[1]
     if damage == "short":
         shard.write_bytes(shard.read_bytes()[:-1])
@@ -433,7 +433,7 @@ def test_a_remote_shard_that_was_altered_is_named(bucket):
 
 
 def test_a_store_without_its_package_is_told_what_to_install(monkeypatch):
-    """The extra of this package that brings it."""
+    """The error names the extra to install."""
 
     def absent(path):
         raise ImportError("Install s3fs to access S3")
@@ -447,7 +447,7 @@ def test_a_store_without_its_package_is_told_what_to_install(monkeypatch):
 
 
 def test_class_names_of_any_characters_are_kept(tmp_path):
-    """In records of label maps and of boxes, read by this package and by TFDS."""
+    """Records of label maps and boxes keep them, read by this package and by TFDS."""
     names = ("road, route", "[red] a/b", "50 % & c_d #1", '道路 "x"')
     labels = LabelSet(names, palette(len(names)))
     image = np.zeros((8, 8, 3), np.uint8)

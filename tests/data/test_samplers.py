@@ -66,7 +66,7 @@ def numbered(count: int, domain: str) -> Stripes:
 
 
 def test_a_mixture_without_weights_is_one_dataset():
-    """Every image of every part once an epoch, in the order of a dataset of that length."""
+    """Every image of every part comes once an epoch, in the order of one dataset."""
     mixture = Mixture([numbered(7, "a"), numbered(3, "b")])
     drawn = [make_sampler(mixture, seed=4)(p).image for p in range(30)]
     assert drawn == [make_sampler(numbered(10, "c"), seed=4)(p).image for p in range(30)]
@@ -96,7 +96,7 @@ def test_parts_come_by_weight_each_image_once_a_pass():
 
 
 def test_weighted_draws_are_a_function_of_the_position():
-    """Asked backwards, from another process's copy or first of all far away: the same."""
+    """Draws are the same backwards, in a pickled copy, and at a far position first."""
     mixture = Mixture([numbered(7, "a"), numbered(100, "b")])
 
     def fresh():
@@ -154,7 +154,7 @@ def test_rare_classes_are_drawn_with_images_that_show_enough():
 
 
 def test_a_class_without_images_is_refused():
-    """A threshold that no image of a class reaches, and labels without any class, by name."""
+    """A threshold that no image reaches, and labels without any class, are errors."""
     with pytest.raises(
         ValueError,
         match=(
@@ -200,7 +200,7 @@ def test_pixels_are_counted_once(cache, tmp_path, workers):
     ],
 )
 def test_other_files_or_labels_are_counted_anew(cache, tmp_path, change):
-    """Another label table, class list, list of files, or a damaged cache: never the old counts."""
+    """Another label table, class list or list of files, or a damaged cache, counts again."""
     rows = tuple(tuple(x for x in row if x[0] != 18) for row in ROWS)
     dataset = Stripes(rows, log=str(tmp_path / "log"))
     expected = class_pixels(dataset)
@@ -216,7 +216,7 @@ def test_other_files_or_labels_are_counted_anew(cache, tmp_path, change):
 
 
 def test_streets_of_another_seed_are_counted_anew(cache):
-    """The same names of scenes, other scenes: each count is that of its own seed's labels."""
+    """Scenes of another seed have the same names but their own counts."""
     for seed in (0, 1):
         streets = Streets("clear", StreetsOptions(seed=seed, images=2, size=(96, 192)), train=True)
         expected = [np.bincount(streets[i]["label"].ravel(), minlength=256)[:19] for i in range(2)]
@@ -224,7 +224,7 @@ def test_streets_of_another_seed_are_counted_anew(cache):
 
 
 def masks(base: Path, domain: str, ids: list[int], archive: str = "") -> Files:
-    """A label map of each id and images, written long ago."""
+    """Writes a label map of each id and images, with old times."""
     for i, one in enumerate(ids):
         trees.write(
             base,
@@ -353,7 +353,7 @@ def test_a_fingerprint_of_half_a_million_files_takes_seconds(tmp_path):
 
 
 def test_counting_reads_no_image(cache, tmp_path):
-    """Labels of files are counted where the images cannot even be opened."""
+    """Labels are counted even if the images cannot be opened."""
     label = np.arange(6, dtype=np.uint8).reshape(2, 3) % 4
     Image.fromarray(label).save(tmp_path / "label.png")
     pairs = Pairs(
@@ -364,7 +364,7 @@ def test_counting_reads_no_image(cache, tmp_path):
 
 
 def test_a_cache_that_cannot_be_written_is_no_error(tmp_path, monkeypatch):
-    """The counts are computed all the same."""
+    """The counts are computed anyway."""
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("JAXDG_CACHE", str(tmp_path / "file" / "cache"))
     assert class_pixels(Stripes(ROWS)).sum() == 3 * 1000 + 10
@@ -414,7 +414,7 @@ def test_statistics_of_many_images_stay_small(cache, monkeypatch):
 
 
 def test_an_empty_dataset_is_refused():
-    """By name, a part of a mixture too."""
+    """The error names the domain, also for a part of a mixture."""
     with pytest.raises(ValueError, match="domain 'none' has no images"):
         make_sampler(numbered(0, "none"), seed=0)
     with pytest.raises(ValueError, match="domain 'none' has no images"):

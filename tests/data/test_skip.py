@@ -42,7 +42,7 @@ def listed(folder: Path, *lines: str | bytes) -> str:
 def left(
     root: Path, skip: str, domain: str = "gta5", folder: FolderOptions | None = None
 ) -> list[str]:
-    """Names of the images that are left."""
+    """Names of the images that remain."""
     dataset = open_domain(
         domain, root=str(root), train=True, streets=StreetsOptions(), folder=folder, skip=skip
     )
@@ -70,7 +70,7 @@ FORMS = {
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("kind", ["folders", "archives", "records"])
 def test_a_line_is_taken_for_what_it_means(root, form, kind):
-    """However it is written, of an image or its label; in archives and in records just the same."""
+    """All forms of a line work, for an image or its label, in archives and in records."""
     if kind == "archives":
         shutil.rmtree(root)
         trees.make("gta5", root, np.random.default_rng(0), count=4, zipped=True)
@@ -118,7 +118,7 @@ def test_links_and_composition_do_not_matter(root):
     ],
 )
 def test_a_line_that_names_nothing_is_an_error(root, line, told):
-    """It says the file, the line's number, the line, and what comes nearest; the same for boxes."""
+    """The error has the file, the line, its number and the nearest path, for boxes too."""
     skip = listed(root.parent, "# broken", "", "gta5/images/00001.png", line)
     for opening in (lambda: left(root, skip), lambda: skip_list(skip, str(root))):
         with pytest.raises(ValueError, match="correct these lines or delete them") as error:
@@ -264,7 +264,7 @@ def test_records_that_do_not_know_their_labels_say_so(root, monkeypatch):
 
 
 def test_records_in_a_store_obey_the_list_too(root):
-    """`memory://` as data root: names are read from the records there."""
+    """With `memory://` as data root the names are read from the records there."""
     import fsspec
 
     recorded(root)
@@ -287,7 +287,7 @@ def test_records_in_a_store_obey_the_list_too(root):
     "line", ["pets/VOC2007/JPEGImages/b.jpg", "pets\\VOC2007\\Annotations\\b.xml"]
 )
 def test_boxes_obey_the_list(tmp_path, line, stored):
-    """VOC images named by themselves or by their XML file, in files and in records."""
+    """A line may name a VOC image or its XML file, in files and in records."""
     root = tmp_path / "data"
     own = BoxOptions(classes=("cat", "dog"))
     write_voc(

@@ -119,7 +119,7 @@ def test_a_wrong_folder_level_says_where_the_folder_is(tmp_path, put, found, the
 
 
 def test_a_wrong_folder_level_in_an_archive_is_found_too(tmp_path):
-    """As is what lies in the folder where nothing fits."""
+    """The error also lists the content of the folder if no place fits."""
     trees.write(tmp_path / "gta5", "a/b/images/1.png", b"", "all.zip")
     with pytest.raises(
         FileNotFoundError,
@@ -237,7 +237,7 @@ def write_pair(root: Path, name: str, images: str = "images", labels: str = "lab
 
 
 def opened_own(root: Path, **options) -> list[str]:
-    """Where the images of `images` and `labels` are, relative to the root."""
+    """The paths of the images of `images` and `labels`, relative to the root."""
     dataset = opened("mine", root, folder=FolderOptions("images", "labels"), **options)
     return [os.path.relpath(dataset.name(i), root) for i in range(len(dataset))]
 
@@ -284,7 +284,7 @@ def test_hidden_and_system_entries_are_no_images_and_are_counted(tmp_path, zippe
 
 
 def test_a_hidden_archive_or_wrapper_is_no_part_of_a_dataset(tmp_path):
-    """`._01_images.zip`, which macOS leaves beside a copied archive, was called a damaged one."""
+    """The file `._01_images.zip` that macOS leaves beside a copied archive is not an archive."""
     trees.make("gta5", tmp_path, np.random.default_rng(0), zipped=True)
     trees.write(tmp_path / "gta5", "._01_images.zip", b"resource fork")
     trees.write(tmp_path / "gta5", "__MACOSX/images/00001.png", b"junk")
@@ -326,7 +326,7 @@ def test_links_are_followed_and_loops_end(tmp_path):
 
 
 def test_links_of_folders_and_files_still_lead_to_images(tmp_path):
-    """A dataset put together of links alone: the folders, a city in one, single files."""
+    """The folders, a city in one and single files may all be links."""
     write_pair(tmp_path / "store", "1.png")
     write_pair(tmp_path / "store", "city/2.png")
     root = tmp_path / "data"
@@ -364,7 +364,7 @@ def test_names_composed_differently_pair(tmp_path, zipped):
 
 
 def test_names_that_differ_only_in_composition_are_an_error(tmp_path):
-    """They look alike; the error names both and shows how they differ."""
+    """The names look alike, so the error shows how they differ."""
     city = unicodedata.normalize("NFC", NAME)
     for name in (NAME, city):
         write_pair(tmp_path, f"{name}.png")
@@ -417,7 +417,7 @@ def test_the_same_dataset_twice_is_an_error(tmp_path):
 
 
 def test_a_link_to_a_wrapper_is_no_second_dataset(tmp_path):
-    """`current -> v2` beside `v2` are the same images."""
+    """`current -> v2` beside `v2` leads to the same images."""
     trees.make("gta5", tmp_path / "made", np.random.default_rng(0))
     (tmp_path / "gta5").mkdir()
     shutil.move(tmp_path / "made/gta5", tmp_path / "gta5/v2")
@@ -448,7 +448,7 @@ def test_an_archive_beside_its_unpacked_folder(tmp_path):
 
 @pytest.mark.filterwarnings("ignore:Duplicate name")
 def test_a_member_twice_in_an_archive(tmp_path):
-    """The same bytes under one name are one file, other bytes are an error."""
+    """Members of the same name and bytes are one file; other bytes are an error."""
     trees.make("gta5", tmp_path, np.random.default_rng(0), zipped=True)
     with zipfile.ZipFile(tmp_path / "gta5/01_images.zip", "a") as archive:
         archive.writestr("images/00001.png", archive.read("images/00001.png"))

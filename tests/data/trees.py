@@ -39,7 +39,7 @@ class Item:
 
 @dataclasses.dataclass
 class Kind:
-    """How a dataset looks on disk.
+    """The files of a dataset on disk.
 
     Attributes:
         ids: of label files.

@@ -53,7 +53,7 @@ def test_colorize_is_a_table_look_up():
 
 
 def test_legend_lists_exactly_the_classes_present(label):
-    """Names, colours and shares of what occurs, the largest first, ignored pixels in no share."""
+    """Names, colours and shares are right, the largest first; ignored pixels do not count."""
     rows = legend_rows(label, COLORS, NAMES)
     assert [row.name for row in rows] == ["road", "sky", "tree"]
     assert [row.color for row in rows] == [COLORS[0], COLORS[1], COLORS[2]]
@@ -144,12 +144,12 @@ def test_panel_shows_image_truth_prediction_and_errors(image, label):
 
 
 def test_panel_shrinks_large_images(image, label):
-    """Tiles are no wider than asked, and the panel is four of them and three gaps wide."""
+    """Tiles have at most the given width; the panel is four of them and three gaps wide."""
     assert panel(image, label, label, COLORS, NAMES, tile_width=200).shape[1] == 4 * 200 + 3 * 4
 
 
 def test_grid_stacks_rows_of_any_width():
-    """Rows come below one another unchanged, narrower ones centred."""
+    """Rows lie below one another unchanged, narrower ones centred."""
     first = np.full((10, 40, 3), 200, np.uint8)
     second = np.full((6, 20, 3), 100, np.uint8)
     result = grid([first, second], gap=4)

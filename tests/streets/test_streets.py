@@ -92,7 +92,7 @@ def test_another_process_renders_the_same_bits_and_needs_no_jax():
 
 
 def test_seed_and_index_name_the_world():
-    """Other seeds and other indices are other streets."""
+    """Other seeds and other indices give other streets."""
     maps = {
         render(seed, index, "clear", SIZE).label.tobytes() for seed in (0, 1) for index in (0, 1, 2)
     }
@@ -160,7 +160,7 @@ def test_the_layout_cannot_be_guessed(labels):
 
 @pytest.mark.parametrize("size", [(96, 192), (128, 128), (120, 300), (201, 333)])
 def test_any_size(size):
-    """Pictures of any size and shape come out whole, with boxes inside."""
+    """Pictures of any size and shape are complete, with boxes inside."""
     for appearance in APPEARANCES:
         scene = render(4, 1, appearance, size)
         assert scene.image.shape == (*size, 3)
@@ -295,7 +295,7 @@ def test_rain_streaks_and_wet_ground(pictures):
 
 
 def test_an_unknown_appearance_is_named():
-    """The message says what was asked for and what there is, in one line."""
+    """The one-line message has the wrong name and the allowed ones."""
     with pytest.raises(ValueError, match="unknown appearance 'snow'") as error:
         render(0, 0, "snow")
     assert "\n" not in str(error.value)

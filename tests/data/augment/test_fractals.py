@@ -90,7 +90,7 @@ def test_pictures_differ_and_repeat():
 
 @pytest.mark.parametrize("size", [(7, 9), (300, 40), (256, 256), (320, 512)])
 def test_pictures_have_any_size(size):
-    """A picture covers the size asked for and repeats."""
+    """A picture has the given size and repeats."""
     picture = Pictures().draw(size, np.random.default_rng(5))
     assert picture.shape == (*size, 3)
     np.testing.assert_array_equal(picture, Pictures().draw(size, np.random.default_rng(5)))

@@ -30,7 +30,7 @@ def slow_mix(kind: str, one: float, other: float, a: float, b: float) -> float:
 
 
 def each(function, one, other, *arguments) -> np.ndarray:
-    """A function of single values, for every value."""
+    """Applies a function of single values to every value."""
     pairs = zip(one.ravel().tolist(), other.ravel().tolist(), strict=True)
     return np.array([function(x, y, *arguments) for x, y in pairs]).reshape(one.shape)
 

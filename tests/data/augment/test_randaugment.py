@@ -19,7 +19,7 @@ PAPER = {
 
 
 def sample() -> dict[str, np.ndarray]:
-    """A smooth picture of middling contrast, with a rectangle that label and box show too."""
+    """A smooth picture of medium contrast with a rectangle, its label and its box."""
     rng = np.random.default_rng(0)
     image = cv2.resize(
         rng.integers(30, 220, (8, 10, 3), dtype=np.uint8), (W, H), interpolation=cv2.INTER_LINEAR

@@ -48,7 +48,7 @@ def test_crop_and_flip_move_label_and_image_alike(flip):
 
 
 def test_flip_has_its_probability():
-    """A quarter of the crops is flipped when asked for a quarter."""
+    """With probability 1/4 a quarter of the crops is flipped."""
     sample = coordinates(8, 8)
     flipped = [
         augment(sample, s, crop=(8, 8), scale=(1.0, 1.0), flip=0.25)["image"][0, 0, 1] == 7
@@ -181,7 +181,7 @@ def test_crops_of_one_class_are_drawn_again():
 
 
 def test_same_generator_same_crop():
-    """All randomness comes from the given generator, and the sample is left as it was."""
+    """The generator is the only source of randomness, and the sample does not change."""
     sample = coordinates(30, 40)
     before = {k: v.copy() for k, v in sample.items()}
 
@@ -228,7 +228,7 @@ def test_tries_are_mmsegmentations(found):
 
 
 def drawn_offsets(rng: np.random.Generator, count: int):
-    """Columns of the crops that a seed leads to: behind one scale, row and column of each."""
+    """The columns of a seed's crops; each crop draws scale, row and column."""
     rng.uniform()
     for _ in range(count):
         rng.integers(1)
@@ -307,7 +307,7 @@ def test_large_scale_jitter_fits_the_image_and_scales_it(size):
 
 
 def drawn_boxes(label: np.ndarray) -> np.ndarray:
-    """Boxes around the ids of an image: first to last pixel they cover, as edges."""
+    """Boxes around the ids of an image: the edges of the first and last pixels."""
     boxes = []
     for i in np.unique(label[label != 255]):
         y, x = np.nonzero(label == i)
