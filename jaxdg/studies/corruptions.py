@@ -40,7 +40,8 @@ from jaxdg.config.overrides import text_of
 from jaxdg.evaluate import open_domains
 from jaxdg.evaluation.corruptions import KINDS, SEVERITIES, Corrupted
 from jaxdg.evaluation.results import NO_TRUTH
-from jaxdg.studies.study import Plan, Run, Settings, Study, StudyOptions, configured, local, main
+from jaxdg.studies.command import main
+from jaxdg.studies.study import Plan, Run, Settings, Study, StudyOptions, configured, local
 from jaxdg.tasks.run_state import make_task, restore_model
 from jaxdg.training import sharding
 

@@ -1,16 +1,15 @@
-"""Which layers to keep as they were pre-trained: the first blocks of the encoder frozen, the last
-ones, and none.
+"""Which blocks to freeze: the first ones of the encoder, the last ones, or none.
 
-    python -m jaxdg.studies.freezing --config configs/study_tiny.py --workdir runs/freezing
+    jaxdg study freezing --config study_tiny --workdir runs/freezing
 
-Frozen first blocks take the embeddings with them; 12 of 12 frozen last blocks do not, and leave
-these alone to be trained.
+Freezing first blocks also freezes the embeddings. Freezing last blocks does not: with all 12 blocks
+frozen, the embeddings are still trained.
 """
 
 from collections.abc import Mapping
 
 from jaxdg.config import Config
-from jaxdg.studies import study
+from jaxdg.studies import command
 from jaxdg.studies.study import Settings, StudyOptions
 
 
@@ -23,4 +22,4 @@ def plan(base: Config, options: StudyOptions) -> Mapping[str, Settings]:
 
 
 if __name__ == "__main__":
-    study.main("freezing", plan)
+    command.main("freezing", plan)

@@ -1,16 +1,15 @@
-"""Which pre-training carries furthest: the encoders of an experiment's `get_study()`, fine-tuned
-and frozen.
+"""Which pre-training generalises best: encoders of `get_study()`, fine-tuned and frozen.
 
-    python -m jaxdg.studies.pretraining --config configs/study_tiny.py --workdir runs/pretraining
+    jaxdg study pretraining --config study_tiny --workdir runs/pretraining
 
-An encoder from scratch is not frozen: it has learned nothing that could be kept.
+An encoder from scratch is only trained, as freezing it would keep random weights.
 """
 
 from collections.abc import Mapping
 
 from jaxdg.config import Config
-from jaxdg.studies import study
-from jaxdg.studies.study import Settings, StudyOptions
+from jaxdg.studies import command
+from jaxdg.studies.study import Settings, StudyOptions, configured
 
 
 def plan(base: Config, options: StudyOptions) -> Mapping[str, Settings]:
@@ -21,7 +20,7 @@ def plan(base: Config, options: StudyOptions) -> Mapping[str, Settings]:
     }
     groups: dict[str, Settings] = {}
     for encoder, settings in encoders.items():
-        model = study.configured(base, settings).model
+        model = configured(base, settings).model
         groups[f"{encoder}, tuned"] = {**settings, "model.freeze": "none"}
         if model.weights or model.start:
             groups[f"{encoder}, frozen"] = {**settings, "model.freeze": "all"}
@@ -29,4 +28,4 @@ def plan(base: Config, options: StudyOptions) -> Mapping[str, Settings]:
 
 
 if __name__ == "__main__":
-    study.main("pretraining", plan)
+    command.main("pretraining", plan)

@@ -1,6 +1,6 @@
 """How much chance there is in an experiment: the same run with several seeds.
 
-    python -m jaxdg.studies.seeds --config configs/study_tiny.py --workdir runs/seeds
+    jaxdg study seeds --config study_tiny --workdir runs/seeds
 
 The spread is the sample standard deviation.
 """
@@ -8,7 +8,7 @@ The spread is the sample standard deviation.
 from collections.abc import Mapping
 
 from jaxdg.config import Config
-from jaxdg.studies import study
+from jaxdg.studies import command
 from jaxdg.studies.study import Settings, StudyOptions
 
 
@@ -18,4 +18,4 @@ def plan(base: Config, options: StudyOptions) -> Mapping[str, Settings]:
 
 
 if __name__ == "__main__":
-    study.main("seeds", plan)
+    command.main("seeds", plan)

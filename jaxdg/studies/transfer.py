@@ -1,16 +1,15 @@
-"""How far a model carries from one dataset to another: a run for every source, judged on every
-target.
+"""How well a model transfers between datasets: a run for every source, evaluated on every target.
 
-    python -m jaxdg.studies.transfer --config configs/study_tiny.py --workdir runs/transfer
+    jaxdg study transfer --config study_tiny --workdir runs/transfer
 
-The targets are the experiment's `evaluation.domains`. rPD, of each source, is the mean over the
-targets that are not the source, in percent of the source's own.
+The targets are the experiment's `evaluation.domains`. rPD of a source is the mean over the other
+targets in percent of the score on the source itself.
 """
 
 from collections.abc import Mapping
 
 from jaxdg.config import Config
-from jaxdg.studies import study
+from jaxdg.studies import command
 from jaxdg.studies.study import Settings, StudyOptions
 
 
@@ -24,4 +23,4 @@ def plan(base: Config, options: StudyOptions) -> Mapping[str, Settings]:
 
 
 if __name__ == "__main__":
-    study.main("transfer", plan)
+    command.main("transfer", plan)

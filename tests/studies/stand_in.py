@@ -56,7 +56,7 @@ def train(folder: Path, steps: int, source: str, seed: int) -> None:
 def study() -> None:
     """The command of a study whose runs are made by `train`."""
     from jaxdg.config import workdir as workdir_lib
-    from jaxdg.studies import study, transfer
+    from jaxdg.studies import command, study, transfer
 
     class StandIn(study.Study):
         def command(self, run, show=None):
@@ -76,7 +76,7 @@ def study() -> None:
             workdir_lib.claim(self.config(run), self.workdir(run))
             return super().train(run, console, interrupt)
 
-    study.main("transfer", transfer.plan, make=StandIn)
+    command.main("transfer", transfer.plan, make=StandIn)
 
 
 if __name__ == "__main__":

@@ -15,10 +15,19 @@ from PIL import Image
 import pytest
 
 from jaxdg.data.labels import CAMVID
-from jaxdg.studies.report import document, plots, published, reading, report
+from jaxdg.studies.report import (
+    document,
+    latex,
+    markdown,
+    plots,
+    published,
+    report,
+    study_json,
+    study_tables,
+)
 from jaxdg.studies.report.document import Cell, TableRow
 from jaxdg.studies.report.qualitative import _judged
-from jaxdg.studies.study import summary
+from jaxdg.studies.summary import summary
 
 DOMAINS = ("camvid", "day", "dusk")
 GROUPS = {
@@ -262,7 +271,7 @@ def everything(tmp_path_factory):
 def expected(figure, runs: int) -> str:
     """How a figure is printed."""
     if figure["mean"] is None:
-        return report.NONE if runs else "missing"
+        return study_tables.NONE if runs else "missing"
     spread = "" if figure["spread"] is None else f" ± {figure['spread']:.1f}"
     return f"{figure['mean']:.1f}{spread}"
 
@@ -320,7 +329,7 @@ def tex_rows(text: str) -> list[list[str]]:
         r"{\scriptsize ": "",
         "}": "",
         r"$\pm$": "±",
-        "--": report.NONE,
+        "--": study_tables.NONE,
     }
 
     def clean(cell: str) -> str:
@@ -426,7 +435,7 @@ def test_a_gap_in_the_corruptions_is_not_averaged_over(tmp_path):
     content = write_study(folder, "corruptions", seeds=(0,))
     content["runs"][0]["corruptions"]["day"]["fog"][2] = None
     (folder / "study.json").write_text(json.dumps(content))
-    study = reading.load(folder)
+    study = study_json.load(folder)
     plain = study.groups[0]
 
     def at(**how):
@@ -455,10 +464,10 @@ def test_bold_is_the_best_alone():
     def row(name, *texts):
         return TableRow(name, (Cell("3 of 3", competes=False), *map(Cell, texts)))
 
-    rows = report.embolden(
+    rows = study_tables.embolden(
         [
             row("a", "9.9", "46.4", "5.0"),
-            row("b", "46.3", "46.4", report.NONE),
+            row("b", "46.3", "46.4", study_tables.NONE),
             row("c", "46.2", "missing", "missing"),
         ]
     )
@@ -674,8 +683,8 @@ def test_text_is_shown_as_it_is(text, tex, md):
     """Neither is a dash, a star behind the end of a row, an entity or a picture made of a name, nor
     is one lost.
     """
-    assert document._tex(text) == tex
-    assert document._md(text) == md
+    assert latex.escaped(text) == tex
+    assert markdown.escaped(text) == md
 
 
 def test_markdown_around_any_text():
@@ -684,7 +693,7 @@ def test_markdown_around_any_text():
     shell = document.Commands("all:", ("a ```b```",))
     shown = document.Plots((("bars_a (b) [c]", "<svg></svg>"),), "plots")
     report = document.Document("t", (), (document.Section("s", "s", (facts, shell, shown)),))
-    text, files = document.markdown(report, "pictures")
+    text, files = markdown.text_and_pictures(report, "pictures")
     assert "- Command: ``` a `b` ``c`` ```" in text
     assert "\n````\na ```b```\n````" in text
     assert "](pictures/s_bars_a%20%28b%29%20%5Bc%5D.svg)" in text
@@ -821,14 +830,14 @@ def test_what_is_no_study_is_refused(tmp_path):
     """A broken or foreign study.json is named, with what it lacks."""
     (tmp_path / "study.json").write_text("{")
     with pytest.raises(ValueError, match=r"study\.json is no JSON"):
-        reading.load(tmp_path)
+        study_json.load(tmp_path)
     (tmp_path / "study.json").write_text('{"study": "seeds"}')
     with pytest.raises(ValueError, match="lacks command, config, groups"):
-        reading.load(tmp_path)
+        study_json.load(tmp_path)
     content = write_study(tmp_path, "seeds")
     (tmp_path / "study.json").write_text(json.dumps(content | {"study": "other"}))
     with pytest.raises(ValueError, match="is of a study 'other'; allowed: pretraining"):
-        reading.load(tmp_path)
+        study_json.load(tmp_path)
 
 
 def test_scores_on_images_trained_on_are_marked_everywhere(tmp_path):

@@ -23,7 +23,8 @@ from jaxdg.config import workdir as workdir_lib
 from jaxdg.data.datasets import Subset
 from jaxdg.data.domains import open_domain
 from jaxdg.studies import corruptions, freezing, pretraining, seeds, study, transfer
-from jaxdg.studies.study import Study, StudyOptions, mean_and_spread, summary
+from jaxdg.studies.study import Study, StudyOptions
+from jaxdg.studies.summary import mean_and_spread, summary
 from jaxdg.training.metrics import read_metrics
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 
-from jaxdg.studies.report.reading import MEANS, Figure, Group, Study
+from jaxdg.studies.report.study_json import MEANS, Figure, Group, Study
 
 QUESTIONS = {
     "pretraining": (

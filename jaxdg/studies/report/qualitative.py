@@ -19,7 +19,7 @@ from jaxdg.data.labels import CAMVID, CITYSCAPES, IGNORE, LabelSet, palette
 from jaxdg.drawing.overlays import box_overlay
 from jaxdg.evaluation import results
 from jaxdg.studies.report.document import Pictures, Tile
-from jaxdg.studies.report.reading import Study
+from jaxdg.studies.report.study_json import Study
 
 MODELS = 4
 IMAGES = 2

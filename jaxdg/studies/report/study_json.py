@@ -9,7 +9,7 @@ from typing import Any
 
 from jaxdg.evaluation import results
 from jaxdg.studies.report.published import TABLES, Published
-from jaxdg.studies.study import mean_and_spread
+from jaxdg.studies.summary import mean_and_spread
 
 Figure = Mapping[str, Any]  # mean, spread, n, as `mean_and_spread` makes them
 Group = Mapping[str, Any]
