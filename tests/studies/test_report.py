@@ -829,7 +829,7 @@ def test_command(tmp_path):
 def test_what_is_no_study_is_refused(tmp_path):
     """A broken or foreign study.json is named, with what it lacks."""
     (tmp_path / "study.json").write_text("{")
-    with pytest.raises(ValueError, match=r"study\.json is no JSON"):
+    with pytest.raises(ValueError, match=r"study\.json is not JSON"):
         study_json.load(tmp_path)
     (tmp_path / "study.json").write_text('{"study": "seeds"}')
     with pytest.raises(ValueError, match="lacks command, config, groups"):

@@ -1,4 +1,4 @@
-"""What a study asks and what it found, in sentences made of its figures."""
+"""The question of a study, and its answer in sentences made from the figures."""
 
 from collections.abc import Callable
 
@@ -6,8 +6,8 @@ from jaxdg.studies.report.study_json import MEANS, Figure, Group, Study
 
 QUESTIONS = {
     "pretraining": (
-        "Which pre-trained encoder carries furthest to domains it was never trained on, and is it"
-        " better tuned or kept frozen?"
+        "Which pre-trained encoder does best on domains it was never trained on, and is it better"
+        " tuned or frozen?"
     ),
     "freezing": (
         "How many of the encoder's blocks can stay as pre-trained, counted from the first or from"
@@ -17,26 +17,24 @@ QUESTIONS = {
         "How much of its score does a model keep on images that are noisy, blurred, foggy or"
         " compressed?"
     ),
-    "transfer": "How far does a model that was trained on one domain carry to the others?",
-    "seeds": "How much do runs differ that differ in nothing but the seed?",
+    "transfer": "How well does a model that was trained on one domain do on the others?",
+    "seeds": "How much do runs vary if only their seed differs?",
 }
 
 
 def findings(study: Study) -> list[str]:
-    """The answers, as far as runs have finished, and which have not."""
+    """The answer from the finished runs, and a sentence that names the others."""
     missing = [run["name"] for run in study.json["runs"] if run["status"] != "finished"]
-    said = (
-        [_FOUND[study.name](study)]
-        if study.finished()
-        else ["No run has finished, so nothing was found yet."]
-    )
+    sentences = ["No run has finished, so nothing was found yet."]
+    if study.finished():
+        sentences = [_ANSWERS[study.name](study)]
     if missing:
         planned = len(study.json["runs"])
-        said.append(
+        sentences.append(
             f"{len(missing)} of {_count(planned, 'planned run')} did not finish and are shown as"
             f" missing: {', '.join(missing)}."
         )
-    return said
+    return sentences
 
 
 def figure_text(figure: Figure, unit: str = "") -> str:
@@ -46,22 +44,19 @@ def figure_text(figure: Figure, unit: str = "") -> str:
 
 
 def _compared(a: Figure, b: Figure) -> str:
-    """How much higher one figure is than another, and whether that could be chance."""
+    """The difference of two figures, and whether it may be chance."""
     difference = round(a["mean"], 1) - round(b["mean"], 1)
     spreads = [f["spread"] for f in (a, b) if f["spread"] is not None]
+    doubt = ""
     if len(spreads) < 2:
         doubt = ", of single runs, so it may be chance"
-    else:
-        doubt = (
-            ", less than the two spreads together, so it may be chance"
-            if abs(difference) < sum(spreads)
-            else ""
-        )
+    elif abs(difference) < sum(spreads):
+        doubt = ", less than the two spreads together, so it may be chance"
     return f"{difference:+.1f}{doubt}".replace("-", "−")  # noqa: RUF001  a minus sign
 
 
 def _best(study: Study) -> str:
-    """The best group on domains never seen, against the next and the last."""
+    """The best group on unseen domains, compared with the next and the last."""
     ranked = study.ranked()
     if not ranked:
         return "No domain was judged that was not trained on."
@@ -69,17 +64,14 @@ def _best(study: Study) -> str:
     def mean(group):
         return study.figure(group, "mean_unseen")
 
-    said = (
-        f"Highest mean over unseen domains: {_name(ranked[0])},"
-        f" {figure_text(mean(ranked[0]), study.score)}."
-    )
+    best = figure_text(mean(ranked[0]), study.score)
+    text = f"Highest mean over unseen domains: {_name(ranked[0])}, {best}."
     if len(ranked) > 1:
-        said += (
-            f" Against the next, {_name(ranked[1])}: {_compared(mean(ranked[0]), mean(ranked[1]))}."
-        )
+        difference = _compared(mean(ranked[0]), mean(ranked[1]))
+        text += f" Against the next, {_name(ranked[1])}: {difference}."
     if len(ranked) > 2:
-        said += f" Lowest: {_name(ranked[-1])}, {figure_text(mean(ranked[-1]), study.score)}."
-    return said
+        text += f" Lowest: {_name(ranked[-1])}, {figure_text(mean(ranked[-1]), study.score)}."
+    return text
 
 
 def _pretraining(study: Study) -> str:
@@ -115,29 +107,30 @@ def _freezing(study: Study) -> str:
 
 def _corruptions(study: Study) -> str:
     hardest = max(study.severities(), default=0)
-    said = []
+    sentences = []
     for domain in corrupted_domains(study):
-        kept = []
+        groups = []
         for group in study.groups:
             mean = study.corrupted(group, domain, hardest, relative=True)
-            if mean["n"]:
-                by_kind = {
-                    kind: study.corrupted(group, domain, hardest, kind, relative=True)["mean"]
-                    for kind in study.kinds()
-                }
-                worst = min(by_kind, key=lambda kind: by_kind[kind])
-                least = f"least under {worst.replace('_', ' ')}, {by_kind[worst]:.0f} %"
-                kept.append(f"{_name(group)} {mean['mean']:.0f} % (n = {mean['n']}; {least})")
-        if kept:
-            said.append(
+            if not mean["n"]:
+                continue
+            by_kind = {
+                kind: study.corrupted(group, domain, hardest, kind, relative=True)["mean"]
+                for kind in study.kinds()
+            }
+            worst = min(by_kind, key=lambda kind: by_kind[kind])
+            least = f"least under {worst.replace('_', ' ')}, {by_kind[worst]:.0f} %"
+            groups.append(f"{_name(group)} {mean['mean']:.0f} % (n = {mean['n']}; {least})")
+        if groups:
+            sentences.append(
                 f"Kept of the score on clean images of {domain} at severity {hardest}:"
-                f" {', '.join(kept)}."
+                f" {', '.join(groups)}."
             )
-    return " ".join(said) or "No model was judged on every kind of corruption yet."
+    return " ".join(sentences) or "No model was judged on every kind of corruption yet."
 
 
 def corrupted_domains(study: Study) -> list[str]:
-    """The domains whose images were corrupted, and that have a truth to judge by."""
+    """The domains whose images were corrupted and that have a truth."""
     domains = dict.fromkeys(
         domain for run in study.json["runs"] for domain in run.get("corruptions") or {}
     )
@@ -159,29 +152,25 @@ def _transfer(study: Study) -> str:
 
 
 def _seeds(study: Study) -> str:
-    said = []
+    sentences = []
     for group in study.groups:
-        columns = [
-            c
-            for c in (*study.domains(), "mean_unseen")
-            if study.figure(group, c)["spread"] is not None
-        ]
-        if not columns:
+        figures = {
+            column: study.figure(group, column) for column in (*study.domains(), "mean_unseen")
+        }
+        figures = {name: figure for name, figure in figures.items() if figure["spread"] is not None}
+        if not figures:
             continue
-        widest = max(columns, key=lambda c: study.figure(group, c)["spread"])
-        figure = study.figure(group, widest)
+        widest = max(figures, key=lambda name: figures[name]["spread"])
         values = study.values(group, widest)
-        said.append(
-            f"{_name(group)}: over {_count(figure['n'], 'seed')} the widest spread is"
-            f" {figure['spread']:.1f} {study.score}, on {MEANS.get(widest, widest)} (from"
+        sentence = (
+            f"{_name(group)}: over {_count(figures[widest]['n'], 'seed')} the widest spread is"
+            f" {figures[widest]['spread']:.1f} {study.score}, on {MEANS.get(widest, widest)} (from"
             f" {min(values):.1f} to {max(values):.1f})"
-            + (
-                f"; mean unseen {figure_text(study.figure(group, 'mean_unseen'))}."
-                if "mean_unseen" in columns
-                else "."
-            )
         )
-    return " ".join(said) or "A spread needs two finished runs."
+        if "mean_unseen" in figures:
+            sentence += f"; mean unseen {figure_text(figures['mean_unseen'])}"
+        sentences.append(f"{sentence}.")
+    return " ".join(sentences) or "A spread needs two finished runs."
 
 
 def _name(group: Group) -> str:
@@ -192,7 +181,7 @@ def _count(number: int, what: str) -> str:
     return f"{number} {what}{'' if number == 1 else 's'}"
 
 
-_FOUND: dict[str, Callable[[Study], str]] = {
+_ANSWERS: dict[str, Callable[[Study], str]] = {
     "pretraining": _pretraining,
     "freezing": _freezing,
     "corruptions": _corruptions,

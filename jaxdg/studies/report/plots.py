@@ -1,8 +1,8 @@
-"""Plots as SVG written by hand: lines with direct labels, and horizontal bars with whiskers.
+"""Draws plots as SVG text: lines with labels at their ends, and horizontal bars with whiskers.
 
-A plot is text that stands by itself as a file and inside a page alike; `STYLE` colours it, for
-light and dark screens and for paper. The colours are told apart with any colour vision, and none
-speaks alone: series also differ in marker or filling and are labelled.
+A plot works as a file and inside a page. `STYLE` colours it for light and dark screens and for
+paper. The colours differ with any colour vision; series also differ in marker or filling, and each
+has a label.
 """
 
 from collections.abc import Sequence
@@ -62,11 +62,11 @@ _DASHES = ("none", "6 3", "2 3")
 
 @dataclasses.dataclass(frozen=True)
 class Point:
-    """A place on a curve.
+    """A point of a curve.
 
     Attributes:
         x: in units of the axis.
-        y: None where it is missing.
+        y: None if it is missing.
         spread: half the length of the whisker; None for no whisker.
     """
 
@@ -88,7 +88,7 @@ class Bar:
     """A bar of a group.
 
     Attributes:
-        value: None where it is missing.
+        value: None if it is missing.
         spread: half the length of the whisker; None for no whisker.
         text: written at its end.
         seeds: single values, drawn as dots; () for none.
@@ -115,16 +115,15 @@ def lines(
     y_label: str,
     x_ticks: Sequence[tuple[Number, str]],
 ) -> str:
-    """Curves over a numeric axis, labelled at their right ends; gaps and the word "missing" where
-    there is no value.
+    """Curves over a numeric axis, labelled at their right ends, with gaps at missing values.
 
     Args:
         title: above the plot.
         series: curves; colours, markers and dashes follow their order.
         x_label: below the plot, with the unit.
         y_label: above the axis, with the unit.
-        x_ticks: place and text of each mark of the horizontal axis; the first and the last are its
-            ends.
+        x_ticks: position and text of each mark of the horizontal axis, which ends at the first and
+            the last.
 
     Returns:
         SVG.
@@ -134,9 +133,9 @@ def lines(
     width = 300
     height = 210
     known = [(p.y, p.spread or 0.0) for line in series for p in line.points if p.y is not None]
-    low, high, step = _span(
-        min((y - s for y, s in known), default=0.0), max((y + s for y, s in known), default=1.0)
-    )
+    lowest = min((y - s for y, s in known), default=0.0)
+    highest = max((y + s for y, s in known), default=1.0)
+    low, high, step = _span(lowest, highest)
     x0 = x_ticks[0][0]
     x1 = x_ticks[-1][0]
 
@@ -159,16 +158,11 @@ def lines(
         parts.append(_text(px(x), top + height + 18, text, "tick", "middle"))
     parts.append(_text(left + width / 2, top + height + 38, x_label, "muted", "middle"))
     gaps = sorted({p.x for line in series for p in line.points if p.y is None})
-    parts += [
-        _text(
-            px(x) + 4,
-            top + height - 6,
-            "missing",
-            "tick",
-            extra=f' transform="rotate(-90 {_n(px(x) + 4)} {_n(top + height - 6)})"',
-        )
-        for x in gaps
-    ]
+    for gap in gaps:
+        x = px(gap) + 4
+        y = top + height - 6
+        turned = f' transform="rotate(-90 {_n(x)} {_n(y)})"'
+        parts.append(_text(x, y, "missing", "tick", extra=turned))
     ends = []
     for i, line in enumerate(series):
         k = i % len(_LIGHT)
@@ -176,38 +170,29 @@ def lines(
         path = ""
         pen = "M"
         for p in points:
-            path, pen = (
-                (path, "M") if p.y is None else (f"{path}{pen}{_n(px(p.x))},{_n(py(p.y))}", "L")
-            )
-        parts.append(
-            f'<path class="curve s{k}" d="{path}"'
-            f' stroke-dasharray="{_DASHES[i // len(_LIGHT) % len(_DASHES)]}"/>'
-        )
+            if p.y is None:
+                pen = "M"
+            else:
+                path += f"{pen}{_n(px(p.x))},{_n(py(p.y))}"
+                pen = "L"
+        dashes = _DASHES[i // len(_LIGHT) % len(_DASHES)]
+        parts.append(f'<path class="curve s{k}" d="{path}" stroke-dasharray="{dashes}"/>')
         for p in points:
             if p.y is None:
                 continue
             if p.spread:
-                parts.append(
-                    f'<path class="whisker s{k}"'
-                    f' d="{_whisker(px(p.x), py(p.y - p.spread), py(p.y + p.spread))}"/>'
-                )
-            where = f"{line.label}, {x_label} {_tick(p.x, x_ticks)}: {p.y:.1f}" + (
-                f" ± {p.spread:.1f}" if p.spread is not None else ""
-            )
-            parts.append(_marker(k, px(p.x), py(p.y), where))
-        last = next((p for p in reversed(points) if p.y is not None), None)
-        ends.append(
-            (
-                py(last.y) if last and last.y is not None else top + height,
-                px(last.x) if last else left + width,
-                i,
-                line.label,
-            )
-        )
+                whisker = _whisker(px(p.x), py(p.y - p.spread), py(p.y + p.spread))
+                parts.append(f'<path class="whisker s{k}" d="{whisker}"/>')
+            spread = "" if p.spread is None else f" ± {p.spread:.1f}"
+            title_text = f"{line.label}, {x_label} {_tick(p.x, x_ticks)}: {p.y:.1f}{spread}"
+            parts.append(_marker(k, px(p.x), py(p.y), title_text))
+        drawn = [(px(p.x), py(p.y)) for p in points if p.y is not None]
+        x, y = drawn[-1] if drawn else (left + width, top + height)
+        ends.append((y, x, i, line.label))
+    ends.sort()
     labels_at = left + width + 22
-    for place, (y, x, i, label) in zip(
-        _apart([e[0] for e in sorted(ends)], 17, top, top + height), sorted(ends), strict=True
-    ):
+    places = _apart([y for y, *_ in ends], 17, top, top + height)
+    for place, (y, x, i, label) in zip(places, ends, strict=True):
         k = i % len(_LIGHT)
         parts.append(f'<path class="lead" d="M{_n(x + 6)},{_n(y)}L{labels_at - 12},{_n(place)}"/>')
         parts.append(_marker(k, labels_at - 4, place, line.label))
@@ -222,15 +207,14 @@ def lines(
 
 
 def bars(title: str, groups: Sequence[BarGroup], names: Sequence[str], axis: str) -> str:
-    """Horizontal bars from zero in groups, each below its label, with whiskers, single values as
-    dots, and the value as text.
+    """Groups of horizontal bars from zero, each with a whisker, dots for single values, and a text.
 
     Args:
         title: above the plot.
         groups: from the top; each has a bar for each series.
-        names: of the series; the first is filled, the second outlined, the others filled in other
-            colours; a legend if several.
-        axis: what is measured, with the unit.
+        names: of the series; a legend shows them if there are several. The first is filled, the
+            second outlined, the others filled in other colours.
+        axis: the measured quantity, with its unit.
 
     Returns:
         SVG.
@@ -314,7 +298,7 @@ def bars(title: str, groups: Sequence[BarGroup], names: Sequence[str], axis: str
 
 
 def file(svg: str) -> str:
-    """A plot with its colours, to be written as a file of its own."""
+    """A plot with its colours, as the content of a file."""
     head, rest = svg.split(">", 1)
     return f"{head}><style>{STYLE}</style>{rest}\n"
 
@@ -355,7 +339,7 @@ def _whisker(x: Number, y0: Number, y1: Number) -> str:
 
 
 def _fill(i: int) -> str:
-    """Filled, outlined, and then filled in the other colours."""
+    """The class of series i: filled, outlined, and then filled in the other colours."""
     return ("f0", "o0", *(f"f{k}" for k in range(1, len(_LIGHT))))[i % (len(_LIGHT) + 1)]
 
 
@@ -372,12 +356,12 @@ def _tick(x: Number, ticks: Sequence[tuple[Number, str]]) -> str:
 
 
 def _width(text: str, factor: Number = 1.0) -> float:
-    """Pixels of a text of 13 pixels: a little too many for most."""
+    """An upper estimate of the width of a text of 13 pixels."""
     return 8.5 * factor * len(text)
 
 
 def _span(low: Number, high: Number) -> tuple[Number, Number, Number]:
-    """Round ends of an axis around a range, and the step of its marks: 4 to 8 of them."""
+    """Round ends of an axis around a range, and the step of its 4 to 8 marks."""
     size = max(high - low, 1.0)
     step = next(m * 10.0**e for e in range(-2, 9) for m in (1, 2, 5) if size / (m * 10.0**e) <= 6)
     return (
@@ -388,9 +372,7 @@ def _span(low: Number, high: Number) -> tuple[Number, Number, Number]:
 
 
 def _apart(places: Sequence[Number], gap: Number, low: Number, high: Number) -> list[Number]:
-    """Sorted places moved as little as a simple sweep needs so that neighbours are `gap` apart,
-    from `low` on.
-    """
+    """Sorted places, moved by two sweeps so that neighbours are `gap` apart, from `low` on."""
     moved: list[Number] = []
     for y in places:
         moved.append(max(y, low if not moved else moved[-1] + gap))

@@ -59,12 +59,12 @@ def _facts(study: Study) -> Facts:
     j = study.json
     judged = []
     for name, entry in study.entries().items():
-        which = (
-            "" if study.name == "transfer" else results.mark(name, entry, j["source"]).strip(" ()")
-        )
         if entry["part_of"] is None:
-            count = f"{entry['images']} images"
-            judged.append(f"{name} ({', '.join(filter(None, (count, which)))})")
+            about = f"{entry['images']} images"
+            which = results.mark(name, entry, j["source"]).strip(" ()")
+            if which and study.name != "transfer":
+                about += f", {which}"
+            judged.append(f"{name} ({about})")
     limits = [f"at most {limit} images of a domain" for limit in study.limited()]
     facts = {
         "Task and score": f"{j['task']}, {study.score} in %",
@@ -140,14 +140,14 @@ def write(folders: Sequence[Path], out: Path) -> list[Path]:
 
     Args:
         folders: of studies.
-        out: where to write; an earlier report there is replaced, with its pictures.
+        out: folder; an earlier report there is replaced, with its pictures.
 
     Returns:
-        The files to look at.
+        The written texts.
 
     Raises:
         FileNotFoundError: a folder holds no study.
-        ValueError: a study.json is not to be understood.
+        ValueError: a study.json lacks fields or is not JSON.
     """
     report = make([load(folder) for folder in folders])
     text, files = markdown.text_and_pictures(report, PICTURES)
@@ -170,10 +170,7 @@ def write(folders: Sequence[Path], out: Path) -> list[Path]:
 def main(arguments: Sequence[str]) -> None:
     """Writes the report of the folders that the arguments name."""
     if len(arguments) < 2:
-        raise ValueError(
-            "name at least one folder of a study: python -m jaxdg.studies.report DIR... --out"
-            " FOLDER"
-        )
+        raise ValueError("name at least one folder of a study: jaxdg report DIR... --out FOLDER")
     folders = [Path(paths.given(argument, "the folder of a study")) for argument in arguments[1:]]
     for path in write(folders, Path(_OUT.value or folders[0] / "report")):
         print(f"written {path}")

@@ -1,4 +1,4 @@
-"""What study.json says, in the figures that a report needs."""
+"""Reads study.json and computes the figures of a report."""
 
 from collections.abc import Mapping, Sequence
 import dataclasses
@@ -13,14 +13,10 @@ from jaxdg.studies.summary import mean_and_spread
 
 Figure = Mapping[str, Any]  # mean, spread, n, as `mean_and_spread` makes them
 Group = Mapping[str, Any]
-STUDIES = (
-    "pretraining",
-    "freezing",
-    "corruptions",
-    "transfer",
-    "seeds",
-)  # in the order of a report
-MEANS = {"mean_unseen": "mean unseen", "rPD": "rPD"}  # columns that are no domains, and their heads
+# In the order of a report.
+STUDIES = ("pretraining", "freezing", "corruptions", "transfer", "seeds")
+# Columns that are no domains, and their heads.
+MEANS = {"mean_unseen": "mean unseen", "rPD": "rPD"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,35 +33,29 @@ class Study:
 
     @property
     def score(self) -> str:
-        """What a domain is judged by: mIoU or mAP50."""
+        """The name of the score: mIoU or mAP50."""
         return self.json["score"]
 
     @property
     def groups(self) -> Sequence[Group]:
-        """What runs of several seeds are averaged over, as planned."""
+        """The planned groups of runs that differ in their seed alone."""
         return self.json["groups"]
 
     def finished(self, group: Group | None = None) -> list[Mapping[str, Any]]:
-        """The runs that came to their end, of a group or of all."""
-
-        def mine(run):
-            return group is None or run["group"] == group["group"]
-
-        return [run for run in self.json["runs"] if run["status"] == "finished" and mine(run)]
+        """The finished runs of a group, or of all groups."""
+        runs = [run for run in self.json["runs"] if run["status"] == "finished"]
+        return [run for run in runs if group is None or run["group"] == group["group"]]
 
     def entries(self) -> dict[str, Mapping[str, Any]]:
-        """An entry of results.json for every domain, from the first run that has it."""
-        found: dict[str, Mapping[str, Any]] = {}
+        """The entry of each domain in results.json, from the first run that has it."""
+        entries: dict[str, Mapping[str, Any]] = {}
         for run in self.finished():
-            found |= {
-                name: entry
-                for name, entry in run["results"]["domains"].items()
-                if name not in found
-            }
-        return found
+            for name, entry in run["results"]["domains"].items():
+                entries.setdefault(name, entry)
+        return entries
 
     def domains(self, parts: bool = False) -> list[str]:
-        """Whole domains in the order of evaluation, or their parts, such as `acdc/fog`."""
+        """The domains in the order of evaluation, or the parts of others, such as `acdc/fog`."""
         return [
             name
             for name, entry in self.entries().items()
@@ -74,14 +64,11 @@ class Study:
 
     def sources(self, group: Group) -> list[str]:
         """The domains that the runs of a group are trained on."""
-        return next(
-            run["source"] for run in self.json["runs"] if run["group"] == group["group"]
-        ).split("+")
+        runs = (run for run in self.json["runs"] if run["group"] == group["group"])
+        return next(runs)["source"].split("+")
 
     def seen(self, group: Group, domain: str) -> bool:
-        """Whether the runs of a group were trained on a domain: on its images, or on others of its
-        dataset.
-        """
+        """Whether the runs of a group were trained on images of a domain or of its dataset."""
         judged = [
             run["results"]["domains"][domain]
             for run in self.finished(group)
@@ -90,18 +77,16 @@ class Study:
         return any(entry["seen"] for entry in judged) if judged else domain in self.sources(group)
 
     def trained_on(self, group: Group, domain: str) -> str:
-        """How many of the images that a group is judged on in a domain it was trained on, `100 of
-        171`; "" if none, or nobody knows.
-        """
+        """How many images of a domain the group was trained on, `100 of 171`; "" if none."""
         entries = [run["results"]["domains"].get(domain) for run in self.finished(group)]
-        return next((told for entry in entries if entry and (told := results.share(entry))), "")
+        return next((share for entry in entries if entry and (share := results.share(entry))), "")
 
     def without_truth(self) -> list[str]:
-        """Domains that have no score, as they have no truth."""
+        """Domains without a score, as they have no truth."""
         return [name for name, entry in self.entries().items() if entry[self.score] is None]
 
     def remarks(self) -> list[str]:
-        """What must be known to read the scores, a line each."""
+        """The lines that a reader of the scores needs."""
         return results.remarks_of(
             {
                 group["group"]: [run["results"] for run in self.finished(group)]
@@ -110,10 +95,13 @@ class Study:
         )
 
     def values(self, group: Group, column: str) -> list[float]:
-        """What each finished run of a group has on a domain, as `mean_unseen`, as `rPD`, or, as
-        `seen`, on the domains trained on.
+        """The values of the finished runs of a group.
+
+        Args:
+            group: of runs.
+            column: a domain, `mean_unseen`, `rPD`, or `seen` for the mean of the seen domains.
         """
-        found = []
+        values = []
         for run in self.finished(group):
             domains = run["results"]["domains"]
             if column == "seen":
@@ -121,31 +109,26 @@ class Study:
                     name: entry for name, entry in domains.items() if entry[self.score] is not None
                 }
                 own = [scored[name][self.score] for name in results.reference(scored)]
-                found.append(statistics.fmean(own) if own else None)
+                values.append(statistics.fmean(own) if own else None)
+            elif column in MEANS:
+                values.append(run["results"][column])
             else:
-                found.append(
-                    run["results"][column]
-                    if column in MEANS
-                    else domains.get(column, {}).get(self.score)
-                )
-        return [value for value in found if value is not None]
+                values.append(domains.get(column, {}).get(self.score))
+        return [value for value in values if value is not None]
 
     def figure(self, group: Group, column: str) -> Figure:
-        """Mean, spread and number of these values; those of study.json where it has them."""
+        """Mean, spread and number of these values, from study.json if it has them."""
         if column == "seen":
             return mean_and_spread(self.values(group, column))
-        return (
-            group[column] if column in MEANS else group["domains"].get(column)
-        ) or mean_and_spread([])
+        figure = group[column] if column in MEANS else group["domains"].get(column)
+        return figure or mean_and_spread([])
 
     def ranked(self, column: str = "mean_unseen") -> list[Group]:
         """The groups that have a figure in a column, the highest first."""
-        return sorted(
-            (g for g in self.groups if self.figure(g, column)["n"]),
-            key=lambda g: -self.figure(g, column)["mean"],
-        )
+        groups = [group for group in self.groups if self.figure(group, column)["n"]]
+        return sorted(groups, key=lambda group: -self.figure(group, column)["mean"])
 
-    # --- Corruptions: the scores of a run on a domain are {"clean": score, KIND: [score at severity
+    # Corruptions: a run's scores on a domain are {"clean": score, KIND: [score at severity 1, ..]}.
 
     def kinds(self) -> list[str]:
         """Kinds of corruption."""
@@ -157,7 +140,7 @@ class Study:
         return list(dict.fromkeys(kind for scores in cells for kind in scores if kind != "clean"))
 
     def severities(self) -> list[int]:
-        """Those that are judged."""
+        """The evaluated severities."""
         return sorted(
             {severity for run in self.json["runs"] for severity in run.get("severities", ())}
         )
@@ -170,53 +153,42 @@ class Study:
         kind: str | None = None,
         relative: bool = False,
     ) -> Figure:
-        """The score on corrupted images over the finished runs of a group; a run with a gap among
-        what is averaged does not count.
+        """The score of a group on corrupted images; runs without all scores of a mean are left out.
 
         Args:
             group: of runs.
-            domain: whose images.
-            severity: 0 is clean, from 1 on; None for the mean over all.
+            domain: of the images.
+            severity: 0 is clean, then from 1; None for the mean over all.
             kind: of corruption; None for the mean over all.
             relative: in % of the score on clean images.
         """
-        found = []
+        means = []
         for run in self.finished(group):
             scores = (run.get("corruptions") or {}).get(domain, {})
             clean = scores.get("clean")
             kinds = self.kinds() if kind is None else [kind]
-            which = self.severities() if severity is None else [severity]
-            values = (
-                [clean]
-                if severity == 0
-                else [_at(scores.get(k, ()), s) for k in kinds for s in which]
-            )
-            complete = [v for v in values if v is not None]
-            if complete and len(complete) == len(values) and not (relative and not clean):
-                found.append(
-                    statistics.fmean(complete) * (100 / clean if relative and clean else 1)
-                )
-        return mean_and_spread(found)
+            severities = self.severities() if severity is None else [severity]
+            values = [clean]
+            if severity != 0:
+                values = [_at(scores.get(k, ()), s) for k in kinds for s in severities]
+            known = [v for v in values if v is not None]
+            if known and len(known) == len(values) and (clean or not relative):
+                means.append(statistics.fmean(known) * (100 / clean if relative else 1))
+        return mean_and_spread(means)
 
     def limited(self) -> list[int]:
-        """How many images of a domain runs are judged on at most, where not on all."""
+        """The limits on the number of evaluated images; [] if all were."""
         return sorted({run["results"].get("max_images") or 0 for run in self.finished()} - {0})
 
-    # --- Published figures ------------------------------------------------------------------------
-
     def published(self) -> list[Published]:
-        """The tables that belong to the study: of its own source, if there are such, else of the
-        first one's.
-        """
+        """The published tables of the study: of its own source, else of the first table's."""
         tables = [t for t in TABLES if t.study == self.name and t.task == self.json["task"]]
         return [t for t in tables if t.source == self.json["source"]] or [
             t for t in tables if t.source == tables[0].source
         ]
 
     def comparable(self, table: Published) -> bool:
-        """Whether our figures may be compared with those of a published table: same task, protocol,
-        sources, and domains, judged whole.
-        """
+        """Whether a published table has our task, protocol, sources and (whole) domains."""
         ours = set(self.domains())
         sources = {source for group in self.groups for source in self.sources(group)}
         if (
@@ -254,22 +226,11 @@ def load(folder: Path) -> Study:
         content = json.loads(path.read_text())
     except ValueError as error:
         raise ValueError(
-            f"{path} is no JSON ({error}); write it again with --collect of the study's command"
+            f"{path} is not JSON ({error}); write it again with --collect of the study's command"
         ) from None
-    needed = {
-        "study",
-        "task",
-        "score",
-        "protocol",
-        "source",
-        "config",
-        "command",
-        "versions",
-        "runs",
-        "groups",
-    }
-    if not isinstance(content, dict) or not needed <= content.keys():
-        lacks = sorted(needed - (content.keys() if isinstance(content, dict) else set()))
+    fields = content.keys() if isinstance(content, dict) else set()
+    needed = "study task score protocol source config command versions runs groups"
+    if lacks := sorted(set(needed.split()) - fields):
         raise ValueError(
             f"{path} lacks {', '.join(lacks)}; write it again with --collect of the study's command"
         )
