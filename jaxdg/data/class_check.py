@@ -255,7 +255,7 @@ def _against(source: Sequence[Seen], name: str, shown: Sequence[Seen]) -> list[t
     seen = union(shown)
     learnt = union(source)
     if names != source[0].dataset.labels.names:
-        return []  # another check says so
+        return []  # `Task.check_labels` refuses the domain
     looked = _looked(shown)
     score = "AP50" if shown[0].boxes else "IoU"
     told = "; ".join(map(ids_seen, shown))

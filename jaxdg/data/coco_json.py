@@ -60,7 +60,7 @@ def load(path: str) -> dict[str, list[Entry]]:
     data = storage.read(path)
     try:
         content = json.loads(data, object_pairs_hook=_object)
-    except (ValueError, RecursionError) as error:  # no JSON, no text
+    except (ValueError, RecursionError) as error:  # not JSON, or not text
         lines = ""
         if str(error).startswith("Extra data"):
             lines = "; a file with one JSON value a line is not read"
@@ -308,7 +308,7 @@ class _Reader:
             if fault := fault or _values_fault(e):
                 self.add_to(e, images, fault)
                 continue
-            assert category is not None  # or there is a fault
+            assert category is not None  # else there is a fault
             corners = _corners(e["bbox"])
             difficult = bool(flag(e.get("difficult")) or flag(e.get("ignore")))
             crowd = bool(flag(e.get("iscrowd")))

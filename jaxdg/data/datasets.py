@@ -302,7 +302,7 @@ class Streets:
         scene = streets.render(self.seed, i, self.domain, size=self.image_size)
         sample = self._sample(scene)
         for array in sample.values():
-            array.flags.writeable = False  # it is handed out again
+            array.flags.writeable = False  # later calls return the same array
         if (len(self._drawn) + 1) * sum(a.nbytes for a in sample.values()) <= self.CACHE_BYTES:
             self._drawn[i] = sample
         return sample

@@ -141,7 +141,7 @@ def open_files(
     left_out = skip_list(skip, root, strict=train) if skip else ()
     if dataset := published.find(domain, mapillary_labels):
         return _published(domain, dataset, root, train, left_out, defects)
-    assert folder is not None  # or label_set had raised
+    assert folder is not None  # else label_set raises an error
     return _folder(domain, root, train, folder, labels, left_out, defects)
 
 
@@ -180,7 +180,7 @@ def label_table(
     if dataset := published.find(domain, mapillary_labels):
         return id_table(dataset.table())
     names = label_set(domain, folder).names
-    assert folder is not None  # or label_set had raised
+    assert folder is not None  # else label_set raises an error
     train_ids = set(folder.id_map.values()) - {IGNORE}
     if outside := sorted(i for i in train_ids if i >= len(names)):
         raise ValueError(
@@ -222,7 +222,7 @@ def _published(
 
 def _numbers(tree: Tree, part: published.Part) -> list[int]:
     """The image numbers of an official split in a MATLAB file, as `trainIds`."""
-    import scipy.io  # takes a third of a second, and only this needs it
+    import scipy.io  # the import takes a third of a second
 
     path = os.path.join(tree.base, part.listed)
     if not os.path.isfile(path):
@@ -232,7 +232,7 @@ def _numbers(tree: Tree, part: published.Part) -> list[int]:
         )
     try:
         return scipy.io.loadmat(path)[f"{part.split}Ids"].ravel().tolist()
-    except Exception as error:  # whatever a damaged file makes scipy raise
+    except Exception as error:  # scipy raises many types for damaged files
         raise ValueError(
             f"{path}: no {part.split}Ids in it ({type(error).__name__}: {error}); fetch the file"
             " again"
@@ -248,11 +248,13 @@ def _folder(
     skip: Collection[str],
     defects: list[index.Defect] | None,
 ) -> Files:
-    def fill(path):
-        return path.replace("{domain}", domain).replace("{split}", "train" if train else "val")
-
+    split = "train" if train else "val"
+    image_folder, label_folder = (
+        path.replace("{domain}", domain).replace("{split}", split)
+        for path in (options.images, options.labels)
+    )
     tree = Tree(root, exact=True)
-    folders = [(fill(options.images), (fill(options.labels),))]
+    folders = [(image_folder, (label_folder,))]
     suffixes = {"image_suffix": options.image_suffix, "label_suffix": options.label_suffix}
     pairs = pair_files(tree, folders, defects, skip=skip, **suffixes)
     return Files(domain, pairs, label_table(domain, options, ""), labels)

@@ -29,7 +29,7 @@ _items: grain.MapDataset  # the items that a worker process reads
 
 
 def read_ahead(items: grain.MapDataset, workers: int) -> Items:
-    """Reads everything once.
+    """Reads every item once, ahead of its use.
 
     Args:
         items: the items to read.

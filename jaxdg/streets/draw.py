@@ -338,11 +338,12 @@ def paint(raster: Raster, camera: Camera) -> Pixels:
     slab = params[paved, 0]
     joint = (_fraction(x[paved] / slab) < 0.07) | (_fraction(y[paved] / slab) < 0.07)
     near = np.clip(1.5 - depth[paved] * (10 / camera.focal), 0, 1)
-    color[paved] *= (1 - 0.2 * joint * near)[:, None]
+    color[paved] *= (1 - np.where(joint, 0.2, 0.0) * near)[:, None]
     brick = np.flatnonzero(material == BRICK)
     row = v[brick] / 0.25
     joint = (_fraction(row) < 0.16) | (_fraction(u[brick] / 0.5 + np.floor(row) * 0.5) < 0.08)
-    color[brick] *= (1 - 0.28 * (joint & (depth[brick] < 0.08 * camera.focal)))[:, None]
+    visible = joint & (depth[brick] < 0.08 * camera.focal)
+    color[brick] *= np.where(visible, 1 - 0.28, 1.0)[:, None]
     return Pixels(ids, depth, x, y, z, color, shine)
 
 
@@ -392,8 +393,8 @@ def _facades(at, u, v, params, depth, camera, color, shine):
     glass = (0.10 + 0.26 * pick**2 + 0.22 * fv * pick)[:, None] * blue
     blinds = np.array([0.62, 0.58, 0.5], np.float32)
     glass = np.where((pick > 0.86)[:, None], blinds, glass)
-    shade = 1 - 0.10 * (fv < 0.05) - 0.06 * (fv > 0.97) - 0.10 * (front & ~inside)
-    wall = color[at] * shade[:, None]
+    shade = 1 - np.where(fv < 0.05, 0.10, 0.0) - np.where(fv > 0.97, 0.06, 0.0)
+    wall = color[at] * (shade - np.where(front & ~inside, 0.10, 0.0))[:, None]
     light_frame = np.where(np.mod(seed, 3) == 0, 0.25, 0.8)[:, None] * np.ones(3, np.float32)
     board = front & (fv > 0.77) & (fv < 0.95)
     hue = _hash(np.floor(column / 3), seed)[:, None] * 6.28 + np.array([0, 2.1, 4.2], np.float32)

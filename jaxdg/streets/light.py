@@ -227,8 +227,9 @@ def _light(pixels, raster, mesh, camera, look, flat):
     if look.sun.any():
         cast = shadow_mask(mesh.shadows, camera, 0.004)
         facing = np.maximum(facing, 0).take(pixels.ids)
-        light += facing[:, None] * (1 - cast * flat)[:, None] * look.sun
-    light *= (1 - 0.6 * flat * shadow_mask(mesh.contacts, camera, 0.008))[:, None]
+        light += facing[:, None] * (1 - np.where(flat, cast, np.float32(0)))[:, None] * look.sun
+    contact = shadow_mask(mesh.contacts, camera, 0.008)
+    light *= (1 - np.where(flat, 0.6, 0.0) * contact)[:, None]
     if look.beam:
         rx, ry = camera.rays()
         cone = np.exp(-((rx / 0.5) ** 2) - ((ry - 0.12) / 0.22) ** 2)
