@@ -1,9 +1,9 @@
-"""Folders that know which of their files a command wrote, so that it replaces no others.
+"""Records which files of a folder a command wrote, so that it replaces no others.
 
-Beside the files lies `.jaxdg_predictions.json`: one JSON object a line, the path of a file below
-the folder and the SHA-256 of what was written. A line is added before its file appears, and a file
-appears whole, so that a run that is killed leaves nothing behind that the next one does not know. A
-file that was changed since, such as a label map corrected by hand, is its owner's.
+The folder holds `.jaxdg_predictions.json`: one JSON object a line, with the path of a file below
+the folder and the SHA-256 of its content. The line is added before the file appears, so that the
+next command knows every file of one that was killed. A file that was changed since,
+such as a label map corrected by hand, is not replaced.
 """
 
 import hashlib
@@ -21,11 +21,11 @@ class Outputs:
 
     Attributes:
         folder: it need not exist yet.
-        digests: of what was ever written, by path below the folder.
+        digests: of all contents ever written, by path below the folder.
     """
 
     def __init__(self, folder: Path):
-        """Reads what earlier runs noted.
+        """Reads the records of earlier commands.
 
         Args:
             folder: of the files.
@@ -41,10 +41,10 @@ class Outputs:
                 entry = json.loads(line)
                 self.digests.setdefault(entry["file"], set()).add(entry["sha256"])
             except (ValueError, KeyError, TypeError):
-                continue  # empty, or cut by a crash: of a file that did not appear
+                continue  # empty, or cut by a crash before its file appeared
 
     def may_write(self, file: Path) -> bool:
-        """Whether there is no such file, or it is as it was written here.
+        """Whether the file does not exist, or still has a content that was written here.
 
         Args:
             file: in the folder or below.
@@ -59,7 +59,7 @@ class Outputs:
         )
 
     def write(self, file: Path, content: bytes) -> None:
-        """Writes a file whole or not at all.
+        """Writes a file in one step and records it.
 
         Args:
             file: in the folder or below; folders are made.
@@ -81,22 +81,17 @@ class Outputs:
     def _note(self, key: str, digest: str) -> None:
         self.digests.setdefault(key, set()).add(digest)
         line = json.dumps({"file": key, "sha256": digest})
-        with open(
-            self.folder / NAME, "ab"
-        ) as noted:  # in one write, as several processes may add to it
-            noted.write(f"\n{line}\n".encode())  # of its own even behind one that a crash has cut
+        with open(self.folder / NAME, "ab") as records:
+            # One write, as several processes may add lines. It begins with a newline, as a crash
+            # may have cut the line before.
+            records.write(f"\n{line}\n".encode())
 
     def _key(self, file: Path) -> str:
         return file.relative_to(self.folder).as_posix()
 
 
 def written_above(folder: str) -> set[str]:
-    """The real paths of what was written into a folder and the folders that it is in, as far as
-    noted there.
-
-    Args:
-        folder: that exists.
-    """
+    """The real paths of the recorded files of an existing folder and of the folders above it."""
     place = os.path.realpath(folder)
     return {
         os.path.join(above, name)

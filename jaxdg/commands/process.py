@@ -1,6 +1,4 @@
-"""How the commands set up their process: compiled programs are kept from run to run and, on CPU,
-memory from step to step.
-"""
+"""Sets up the process of a command: it caches compiled programs and, on CPU, keeps freed memory."""
 
 import contextlib
 import ctypes
@@ -17,14 +15,12 @@ DAYS = 30
 
 
 def set_up() -> None:
-    """Called by a command before it computes anything, and after `jax.distributed` has started,
-    where it does.
+    """Sets up the process; to be called before any computation and after `jax.distributed` starts.
 
     Raises:
-        ValueError: the environment asks for devices that are not there.
+        ValueError: the environment asks for devices that do not exist.
     """
-    # Parameters, and what checkpoints hold, are float32; with JAX_ENABLE_X64 arrays made beside
-    # them would be wider.
+    # Parameters and checkpoints are float32; with JAX_ENABLE_X64 other arrays would be float64.
     jax.config.update("jax_enable_x64", False)
     keep_programs()
     if backend() == "cpu":
@@ -32,34 +28,27 @@ def set_up() -> None:
 
 
 def backend() -> str:
-    """What jax computes on: cpu, gpu, ..
+    """The platform of jax: cpu, gpu, ..
 
     Raises:
-        ValueError: there is nothing of what the environment asks for.
+        ValueError: the environment asks for devices that do not exist.
     """
     try:
         return jax.default_backend()
-    except (
-        RuntimeError,
-        AssertionError,
-    ) as error:  # jax has the latter where a platform was found and no device of it
-        platforms = os.environ.get("JAX_PLATFORMS")
-        asked = (
-            f"JAX_PLATFORMS is {platforms}; unset it or set it to cpu"
-            if platforms
-            else "see JAX_PLATFORMS"
-        )
-        told = str(error).strip().split("\n")[0] or "jax names none"
-        raise ValueError(f"jax finds no device to compute on ({told}); {asked}") from error
+    except (RuntimeError, AssertionError) as error:  # jax asserts that a platform has a device
+        advice = "see JAX_PLATFORMS"
+        if platforms := os.environ.get("JAX_PLATFORMS"):
+            advice = f"JAX_PLATFORMS is {platforms}; unset it or set it to cpu"
+        reason = str(error).strip().split("\n")[0] or "jax names none"
+        raise ValueError(f"jax finds no device to compute on ({reason}); {advice}") from error
 
 
 def keep_programs() -> None:
-    """Has jax look up compiled programs under `cache.folder()`, so that only the first run of its
-    kind compiles.
+    """Caches compiled programs under `cache.folder()`, so that only the first run compiles them.
 
-    What was not read for a month is deleted. `JAX_COMPILATION_CACHE_DIR` names another folder, in
-    which nothing is deleted, and `JAX_ENABLE_COMPILATION_CACHE=false` turns it off. A read-only
-    disk is no error.
+    Programs that were not read for a month are deleted. `JAX_COMPILATION_CACHE_DIR` names another
+    folder, in which nothing is deleted; `JAX_ENABLE_COMPILATION_CACHE=false` turns the cache off. A
+    read-only disk is no error.
     """
     if jax.config.values["jax_compilation_cache_dir"] is None:
         folder = cache.folder() / "programs"
@@ -72,19 +61,18 @@ def keep_programs() -> None:
             return
         jax.config.update("jax_compilation_cache_dir", str(folder))
     if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
-        # jax keeps what took a second; a start compiles a dozen programs of less.
+        # jax caches programs that took a second to compile; many take less.
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 
 
 def keep_memory() -> None:
-    """Has glibc keep what is freed for the next step, which asks for as much again; other C
-    libraries are left alone.
+    """Lets glibc keep freed memory for the next step, which needs as much again.
 
-    Left to itself, glibc gives every large block back to the system, which clears its pages when
-    they are touched anew: a sixth of the time of a step of `camvid_vit_tiny` on 2 CPU cores. The
-    process then stays as large as it was at its largest.
+    By default glibc returns every large block to the system, which clears its pages when they are
+    used again. That takes a sixth of a step of `camvid_vit_tiny` on 2 CPU cores. The process keeps
+    its largest size. Other C libraries are not changed.
     """
     library = ctypes.CDLL(None) if os.name == "posix" else None
     if hasattr(library, "gnu_get_libc_version"):
-        library.mallopt(M_MMAP_MAX, 0)  # large blocks come from the heap, too
-        library.mallopt(M_TRIM_THRESHOLD, -1)  # whose end is never given back
+        library.mallopt(M_MMAP_MAX, 0)  # takes large blocks from the heap, too
+        library.mallopt(M_TRIM_THRESHOLD, -1)  # never returns the end of the heap

@@ -57,26 +57,26 @@ class Corruptions(Study):
     """The study.
 
     Attributes:
-        max_images: of a domain so many are judged, 0 for all; None for `evaluation.max_images` of
-            each run.
+        max_images: evaluated images of a domain, 0 for all; None for each run's
+            `evaluation.max_images`.
     """
 
     max_images: int | None = None
 
     @property
     def kinds(self) -> Sequence[str]:
-        """Those that are judged."""
+        """The evaluated kinds."""
         return self.options.kinds or KINDS
 
     def cells(self) -> list[tuple[str, int]]:
-        """Kinds and severities that are judged; the images as they are come first."""
-        return [
-            ("clean", 0),
-            *((kind, severity) for kind in self.kinds for severity in self.options.severities),
+        """The evaluated kinds and severities; clean images come first."""
+        corrupted = [
+            (kind, severity) for kind in self.kinds for severity in self.options.severities
         ]
+        return [("clean", 0), *corrupted]
 
     def judged(self, run: Run) -> Config:
-        """The configuration that a run is judged by."""
+        """The configuration that a run is evaluated with."""
         config = self.config(run)
         images = config.evaluation.max_images if self.max_images is None else self.max_images
         return dataclasses.replace(
@@ -84,17 +84,13 @@ class Corruptions(Study):
         )
 
     def cell(self, run: Run, domain: str, kind: str, severity: int) -> Path:
-        """Where the outcome of a cell is written."""
+        """The file of a cell's outcome."""
         name = f"{kind}_{severity}" if severity else kind
-        return (
-            self.workdir(run)
-            / f"corruptions_{self.config(run).steps}"
-            / domain.replace("/", "_")
-            / f"{name}.json"
-        )
+        folder = self.workdir(run) / f"corruptions_{self.config(run).steps}"
+        return folder / domain.replace("/", "_") / f"{name}.json"
 
     def outcome(self, run: Run, domain: str, kind: str, severity: int) -> Mapping[str, Any] | None:
-        """What is known of a cell, None if it has not been judged on these images."""
+        """The outcome of a cell; None if it was not evaluated on these images."""
         outcome = files.recall(
             self.cell(run, domain, kind, severity),
             lambda cell: isinstance(cell, dict) and {"score", "max_images"} <= cell.keys(),
@@ -103,21 +99,17 @@ class Corruptions(Study):
         return outcome if outcome is not None and outcome["max_images"] == images else None
 
     def score(self, run: Run, domain: str, kind: str, severity: int) -> float | None:
-        """The score of a cell, None if it has not been judged on these images, or they have no
-        truth.
-        """
+        """The score of a cell; None if it was not evaluated on these images or has no truth."""
         outcome = self.outcome(run, domain, kind, severity)
         return None if outcome is None else outcome["score"]
 
     def scores(self, run: Run, domain: str) -> Scores:
-        """What is known of a run on a domain."""
+        """The scores of a run on a domain."""
 
         def at(kind, severity):
-            return (
-                self.score(run, domain, kind, severity)
-                if severity in self.options.severities
-                else None
-            )
+            if severity not in self.options.severities:
+                return None
+            return self.score(run, domain, kind, severity)
 
         by_kind = {
             kind: [at(kind, severity) for severity in range(1, max(self.options.severities) + 1)]
@@ -126,7 +118,7 @@ class Corruptions(Study):
         return {"clean": self.score(run, domain, "clean", 0), **by_kind}
 
     def check(self) -> None:
-        """ValueError where a kind or a severity does not exist."""
+        """Raises ValueError if a kind or a severity does not exist."""
         o = self.options
         if unknown := sorted(set(o.kinds) - set(KINDS)):
             raise ValueError(
@@ -140,22 +132,20 @@ class Corruptions(Study):
 
 
 class Trained(Corruptions):
-    """The same of runs that were trained before, wherever they lie; overrides of the command line
-    change how they are judged.
-    """
+    """The study of finished runs in any folders; overrides change how they are evaluated."""
 
     def __init__(self, checkpoints: Sequence[str], name: str, plan: Plan, **given: Any):
         """Args:
-        checkpoints: workdirs; runs that differ in the `seedN` at the end of their folder's name are
-            taken together.
+        checkpoints: workdirs; runs form a group if their folders' names differ only in a final
+            `seedN`.
         name: see `Study`.
-        plan: not followed.
+        plan: not used.
         given: see `Study`.
 
         Raises:
-            FileNotFoundError: no such workdir.
-            ValueError: a run that has not come to its end, runs of several tasks or protocols, or
-                several of one name.
+            FileNotFoundError: a workdir does not exist.
+            ValueError: a run is not finished, the runs have several tasks or protocols, or two have
+                one name.
         """
         self.name, self.file, self.given, self.options, self.folder = (
             name,
@@ -204,10 +194,10 @@ class Trained(Corruptions):
 
 
 def judge(study: Corruptions, runs: Sequence[Run], console: Console, interrupt: Interrupt) -> None:
-    """Judges what is missing of the runs' cells and prints them.
+    """Evaluates the missing cells of the runs and prints them.
 
     Raises:
-        Stop: asked to; cells that were judged are kept.
+        Stop: if asked to stop; evaluated cells are stored.
     """
     for run in runs:
         config = study.judged(run)
@@ -224,7 +214,7 @@ def judge(study: Corruptions, runs: Sequence[Run], console: Console, interrupt: 
         mesh = sharding.make_mesh(MeshConfig())
         domains = open_domains(task)
         model, state, _ = restore_model(study.workdir(run), config.steps, config, task, mesh)
-        evaluate = task.evaluator(model.graph, mesh)  # compiles for the first cell alone
+        evaluate = task.evaluator(model.graph, mesh)  # compiles once, for the first cell
         start = time.perf_counter()
         for i, (domain, kind, severity) in enumerate(missing, 1):
             dataset = Corrupted(domains[domain], kind, severity) if severity else domains[domain]
@@ -245,21 +235,21 @@ def judge(study: Corruptions, runs: Sequence[Run], console: Console, interrupt: 
 
 
 def _write(path: Path, content: Mapping[str, Any]) -> None:
-    """Writes JSON, whole or not at all."""
+    """Writes a JSON file in one step."""
     path.parent.mkdir(parents=True, exist_ok=True)
     files.write(path, json.dumps(content, indent=2) + "\n")
 
 
 def summary(scores: Scores, severities: Sequence[int]) -> dict[str, Any]:
-    """Means of a run on a domain; None where something of them is missing.
+    """Means of a run on a domain; None for a mean that lacks a score.
 
     Args:
         scores: of `Corruptions.scores`.
-        severities: that are judged.
+        severities: the evaluated ones.
 
     Returns:
-        `clean`; `severity`: the mean over kinds by severity; `mean` of these; `relative`: that in
-        percent of `clean`.
+        `clean`; `severity`, the mean over kinds for each severity; `mean`, the mean of these;
+        `relative`, this mean in percent of `clean`.
     """
     kinds = [values for kind, values in scores.items() if kind != "clean"]
     by_severity = {
@@ -277,7 +267,7 @@ def _mean(values: Sequence[float | None]) -> float | None:
 
 
 def show(study: Corruptions, runs: Sequence[Run], console: Console) -> None:
-    """A table for every domain, a run a row."""
+    """Prints a table for each domain, with a row for each run."""
     domains = dict.fromkeys(
         domain for run in runs for domain in study.config(run).evaluation.domains
     )
@@ -311,7 +301,7 @@ def show(study: Corruptions, runs: Sequence[Run], console: Console) -> None:
 
 
 def entry(study: Corruptions, run: Run) -> dict[str, Any]:
-    """What study.json says of a run besides what it says in all studies."""
+    """The fields of a run in study.json that only this study has."""
     domains = study.config(run).evaluation.domains
     return {
         "severities": list(study.options.severities),
@@ -321,11 +311,10 @@ def entry(study: Corruptions, run: Run) -> dict[str, Any]:
 
 def make(*arguments: Any, **given: Any) -> Corruptions:
     """The study that the flags describe."""
-    made = (
-        Trained(_CHECKPOINT.value, *arguments, **given)
-        if _CHECKPOINT.value
-        else Corruptions(*arguments, **given)
-    )
+    if _CHECKPOINT.value:
+        made = Trained(_CHECKPOINT.value, *arguments, **given)
+    else:
+        made = Corruptions(*arguments, **given)
     made.check()
     made.max_images = _MAX_IMAGES.value
     checkpoints = text_of([local(checkpoint) for checkpoint in _CHECKPOINT.value or ()])
@@ -339,12 +328,12 @@ def make(*arguments: Any, **given: Any) -> Corruptions:
 
 if __name__ == "__main__":
     _CHECKPOINT = cli.define_list(
-        "checkpoint", "Workdirs of finished runs, by comma, to judge instead of training any."
+        "checkpoint", "Workdirs of finished runs, by comma, to evaluate instead of training."
     )
     _MAX_IMAGES = flags.DEFINE_integer(
         "max_images",
         None,
-        "Judge so many images of a domain, evenly spread; 0 for all.",
+        "Evaluate so many images of a domain, evenly spaced; 0 for all.",
         lower_bound=0,
     )
     main("corruptions", plan, judge=judge, entry=entry, make=make)
