@@ -11,7 +11,7 @@ import typing
 from jaxdg.backbones import EncoderOptions
 from jaxdg.config.data import DataConfig
 from jaxdg.detection.fcos import FcosConfig
-from jaxdg.detection.head import HeadConfig
+from jaxdg.detection.interface import HeadConfig
 from jaxdg.detection.rcnn.detectors import C4Config, RcnnConfig, single_stage
 from jaxdg.evaluation import protocols
 from jaxdg.methods.tldr import TldrOptions

@@ -15,6 +15,7 @@ import numpy as np
 
 from jaxdg.conversion.mapping import CONV, Layout, Misfit, Row, Transform
 from jaxdg.conversion.mask2former import BIAS, DENSE
+from jaxdg.detection.interface import HeadContext
 from jaxdg.detection.pyramid import Fpn
 from jaxdg.detection.rcnn.detectors import RcnnConfig
 from jaxdg.detection.rcnn.roi_heads import CASCADE, RoiHeadsConfig
@@ -127,12 +128,12 @@ def heads(
         image_size: height and width in pixels.
         rngs: initialises the parameters.
     """
-    kw: Any = dict(dtype="float32", rngs=rngs)
     strides = [4 << level for level in (*config.levels, config.levels[-1] + 1)]
     shapes = [(-(-image_size[0] // stride), -(-image_size[1] // stride)) for stride in strides]
+    context = HeadContext(nnx.Module(), num_classes, shapes, strides, image_size, "float32")
     return nnx.Dict(
-        neck=Fpn(stages, config.levels, config.channels, **kw),
-        head=config.build(nnx.Module(), num_classes, shapes, strides, image_size=image_size, **kw),
+        neck=Fpn(stages, config.levels, config.channels, dtype="float32", rngs=rngs),
+        head=config.build(context, rngs=rngs),
     )
 
 

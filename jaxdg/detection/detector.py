@@ -12,21 +12,20 @@ import numpy as np
 
 from jaxdg import backbones
 from jaxdg.detection.arrays import Detected, Targets
-from jaxdg.detection.head import HeadConfig
+from jaxdg.detection.interface import HeadConfig, HeadContext
 from jaxdg.detection.pyramid import Fpn, SimplePyramid
 
 
 @dataclasses.dataclass(unsafe_hash=True, kw_only=True)
 class DetectorConfig(backbones.EncoderOptions):
-    """A detector; fields of `EncoderOptions`, whose `taps` it does not read, and those that follow.
+    """A detector: the fields of `EncoderOptions`, of which `taps` is not used, and these.
 
     Attributes:
         num_classes: k.
-        image_size: height and width in pixels of the images it is trained on and predicts; any, the
-            rest of a patch is padded.
-        head: its kind and sizes. A pyramid is ViTDet's on a plain encoder and an FPN on a
+        image_size: height and width in pixels of its images; any size, padded to whole patches.
+        head: its kind and sizes. Its pyramid is ViTDet's on a plain encoder and an FPN on a
             hierarchical one.
-        observed: blocks whose features `encode` returns beside those that are read.
+        observed: blocks whose features `encode` also returns, for a loss on them.
         boundaries: further blocks after which stacked segments end.
     """
 
@@ -38,11 +37,10 @@ class DetectorConfig(backbones.EncoderOptions):
 
 
 class Detector(nnx.Module):
-    """Images to the head's output; `losses` and `detect` make use of it."""
+    """Images to the head's output, which `losses` and `detect` use."""
 
     def __init__(self, config: DetectorConfig, *, rngs: nnx.Rngs):
-        """Builds the model with random parameters; encoder weights are loaded into `backbone`
-        afterwards.
+        """Builds the model with random parameters; weights are loaded into `backbone` afterwards.
 
         Raises:
             ValueError: a head that does not go with the encoder, or sizes that do not fit together.
@@ -51,14 +49,11 @@ class Detector(nnx.Module):
         encoder = backbones.entry(c.encoder).config
         staged = isinstance(encoder, backbones.StagedConfig)
         levels = c.head.levels
-        if (
-            not levels
-            or list(levels) != list(range(levels[0], levels[-1] + 1))
-            or levels[0] < 0
-            or levels[-1] > 3
-        ):
+        gapless = levels and levels == tuple(range(levels[0], levels[-1] + 1))
+        if not (gapless and set(levels) <= {0, 1, 2, 3}):
             raise ValueError(
-                f"levels of the pyramid are {levels}; allowed: neighbours of 0, 1, 2, 3, ascending"
+                f"levels of the pyramid are {levels}; allowed: consecutive ones of 0, 1, 2, 3,"
+                " ascending"
             )
         taps, self.read, self.observed = backbones.join_taps(c.head.taps(encoder), c.observed)
         patch = 16 if staged else c.patch_size or max(encoder.strides)
@@ -75,28 +70,19 @@ class Detector(nnx.Module):
             rows, columns = shapes[-1]
             shapes.append((-(-rows // 2), -(-columns // 2)))
             strides.append(2 * strides[-1])
-        self.head = c.head.build(
-            self.backbone,
-            c.num_classes,
-            shapes,
-            strides,
-            image_size=c.image_size,
-            dtype=c.dtype,
-            rngs=rngs,
-        )
+        context = HeadContext(self.backbone, c.num_classes, shapes, strides, c.image_size, c.dtype)
+        self.head = c.head.build(context, rngs=rngs)
 
     def _pyramid(self, staged: bool, rngs: nnx.Rngs) -> Fpn | SimplePyramid | None:
-        """The pyramid between encoder and head: an FPN on an encoder with stages, else ViTDet's;
-        None where the head needs none.
-        """
-        c = self.config
-        width = self.config.head.pyramid_channels
-        channels = tuple(self.backbone.channels[i] for i in self.read)
-        if width is None:
+        """An FPN on an encoder with stages, else ViTDet's; None where the head needs none."""
+        head = self.config.head
+        if head.pyramid_channels is None:
             return None
+        channels = tuple(self.backbone.channels[i] for i in self.read)
+        kw: Any = dict(width=head.pyramid_channels, dtype=self.config.dtype, rngs=rngs)
         if staged:
-            return Fpn(channels, c.head.levels, width, dtype=c.dtype, rngs=rngs)
-        return SimplePyramid(channels[0], c.head.levels, width, dtype=c.dtype, rngs=rngs)
+            return Fpn(channels, head.levels, **kw)
+        return SimplePyramid(channels[0], head.levels, **kw)
 
     def __call__(
         self,
@@ -124,14 +110,9 @@ class Detector(nnx.Module):
     def encode(
         self, images: Float[Array, "b h w 3"], key: Key[Array, ""] | None = None
     ) -> tuple[Float[Array, "b _ _ _"], ...]:
-        """Features of all taps: those that are read (`read` are their places) and observed
-        (`observed`); arguments as for the model.
-        """
-        missing = [
-            (0, whole - side)
-            for whole, side in zip(self.image_size, self.config.image_size, strict=True)
-        ]
-        return self.backbone(jnp.pad(images, ((0, 0), *missing, (0, 0))), key)
+        """Features of all taps, of which `read` and `observed` are indices."""
+        height, width = np.subtract(self.image_size, self.config.image_size).tolist()
+        return self.backbone(jnp.pad(images, ((0, 0), (0, height), (0, width), (0, 0))), key)
 
     def decode(
         self,
@@ -139,13 +120,13 @@ class Detector(nnx.Module):
         key: Key[Array, ""] | None = None,
         train: bool = False,
     ) -> Any:
-        """The head's output from features of all taps; other arguments as those of the model."""
+        """The head's output from the features of all taps."""
         features = tuple(features[i] for i in self.read)
         features = features[:1] if self.neck is None else self.neck(features)
         return self.head(features, None if key is None else jax.random.fold_in(key, 1), train)
 
     def loss_denominator(self, batch: Mapping[str, Array]) -> Float32[Array, ""]:
-        """What the losses of a global batch are divided by; see `Targets.of`."""
+        """What the losses of a global batch are divided by; `batch` as for `Targets.of`."""
         return self.head.loss_denominator(Targets.of(batch))
 
     def losses(
@@ -155,36 +136,34 @@ class Detector(nnx.Module):
         denominator: Float32[Array, ""],
         key: Key[Array, ""],
     ) -> dict[str, Float32[Array, ""]]:
-        """Named loss terms of a part of a batch; they add up to the loss, and those of all parts to
-        that of the batch.
+        """See `Head.losses`; the losses of all parts of a batch add up to that of the batch.
 
         Args:
             output: of the model.
             batch: `boxes`, `classes`, `valid` and maybe `crowd`; see `Targets.of`.
             denominator: of the global batch.
-            key: draws what losses are computed of.
+            key: for random draws.
         """
         return self.head.losses(output, Targets.of(batch), denominator, key)
 
     def detect(
         self, images: Float[Array, "b h w 3"], image_sizes: Float[Array, "b 2"] | None = None
     ) -> Detected:
-        """Finds things.
+        """Detects boxes.
 
         Args:
             images: [b, h, w, 3] normalised for the encoder, of `config.image_size`.
-            image_sizes: height and width in pixels of the image in the upper left corner of each,
-                the rest of which is padding: its content has no influence. None: they have no
-                padding.
+            image_sizes: height and width in pixels of each image, which lies in the upper left
+                corner. The rest is padding, whose content has no influence. None: no padding.
 
         Returns:
             Boxes in pixels of the input.
         """
         b, h, w, _ = images.shape
-        sizes = jnp.broadcast_to(
-            jnp.asarray((h, w) if image_sizes is None else image_sizes, jnp.float32), (b, 2)
-        )
-        rows, columns = (jnp.arange(side) < sizes[:, i, None] for i, side in enumerate((h, w)))
+        sizes = jnp.asarray((h, w) if image_sizes is None else image_sizes, jnp.float32)
+        sizes = jnp.broadcast_to(sizes, (b, 2))
+        rows = jnp.arange(h) < sizes[:, :1]
+        columns = jnp.arange(w) < sizes[:, 1:]
         images = jnp.where((rows[:, :, None] & columns[:, None])[..., None], images, 0.0)
         return self.head.detections(self(images), sizes)
 
@@ -192,8 +171,8 @@ class Detector(nnx.Module):
         """Fills the text classifier.
 
         Args:
-            embeddings: of the class names, of any length, as `jaxdg.backbones.text_embeddings`
-                gives them.
+            embeddings: of the class names, of any norm, as `jaxdg.backbones.text_embeddings`
+                returns them.
 
         Raises:
             ValueError: there is no text classifier, or it is for other sizes.
@@ -201,15 +180,11 @@ class Detector(nnx.Module):
         self.head.set_texts(embeddings)
 
     def adapt(self, name: str, tensor: np.ndarray) -> np.ndarray | None:
-        """Fits a tensor stored by a detector for another image size to this one, as the encoder
-        does.
-        """
+        """Resizes a tensor stored for another image size, as the encoder does."""
         part, _, rest = name.partition(".")
         return self.backbone.adapt(rest, tensor) if part == "backbone" else tensor
 
     def unused(self, name: str) -> bool:
-        """Whether training leaves this parameter alone: no feature depends on it, and the head does
-        not read it.
-        """
+        """Whether nothing depends on this parameter, neither a feature nor the head."""
         part, _, rest = name.partition(".")
         return part == "backbone" and self.backbone.unused(rest) and not self.config.head.uses(rest)

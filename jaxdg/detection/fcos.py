@@ -1,22 +1,22 @@
-"""A light detector in one stage, after FCOS (Tian et al. 2019) and ATSS (Zhang et al. 2020): each
-point of a pyramid tells what is there.
+"""A light single-stage detector, after FCOS (Tian et al. 2019) and ATSS (Zhang et al. 2020).
 
-Two towers of convolutions, shared by all levels, predict for every point the class, a box and how
-well that box fits. Different from FCOS:
+Two towers of convolutions, shared by all levels of a pyramid, predict for every point the class, a
+box and how well that box fits. Different from FCOS:
 
-- A box is told as offsets from a square around the point (as ATSS tells them) and not as distances
-  to its four sides. A box that no point lies in can be told as well, and the first prediction is a
-  box of about the right size.
-- A true box is looked for on one level, by its longer side alone. It has the points close to its
-  centre, and before those are given away every box has had a point of its own, so that none is left
-  out that shares its place with smaller ones, or lies between points.
+- A box is predicted as offsets from a square around the point, as in ATSS, and not as distances to
+  its four sides. So a point outside a box can predict it, and the untrained head predicts boxes of
+  about the right size.
+- The longer side of a true box chooses the one level that predicts it, by the points close to the
+  box's centre. Before that, each box is given a point of its own. So no box is left out because it
+  lies between points, or shares its place with smaller boxes.
 - Fit is the IoU of the predicted box with the true one, instead of how central the point is.
 """
 
 from collections.abc import Sequence
 import dataclasses
+from functools import partial
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from flax import nnx
 import jax
@@ -27,13 +27,15 @@ import numpy as np
 from jaxdg.detection import boxes as boxlib
 from jaxdg.detection.anchors import points
 from jaxdg.detection.arrays import Detected, Targets, take
-from jaxdg.detection.head import Head, HeadConfig
+from jaxdg.detection.interface import Head, HeadConfig, HeadContext
 from jaxdg.detection.losses import giou_loss, masked_sum, sigmoid_cross_entropy, sigmoid_focal_loss
 from jaxdg.detection.nms import nms
 
-SQUARE = 8  # features, the side of the square that a box is told from
-LARGEST = 16  # features, the longer side of the largest box of a level
-RADIUS = 1.5  # features from the centre of a box to the points that predict it, along either axis
+# In features of the level: the side of the square that box offsets refer to, the longer side of the
+# largest box, and how far along either axis a point that predicts a box may be from its centre.
+SQUARE = 8
+LARGEST = 16
+RADIUS = 1.5
 PRIOR = 0.01  # probability of every class before training
 
 normal = nnx.initializers.normal(0.01)
@@ -41,8 +43,9 @@ normal = nnx.initializers.normal(0.01)
 
 @dataclasses.dataclass(unsafe_hash=True)
 class FcosConfig(HeadConfig):
-    """Sizes of the light single-stage head; the defaults are those of a small machine, FCOS has 256
-    channels and 4 convolutions.
+    """Sizes of the light single-stage head.
+
+    The defaults suit a small machine; FCOS has 256 channels and 4 convolutions.
 
     Attributes:
         channels: of the pyramid and the towers; a multiple of `groups`. Default 128.
@@ -51,9 +54,9 @@ class FcosConfig(HeadConfig):
         levels: of the pyramid, 0 to 3 with 4 to 32 pixels a feature, beside one more that is
             coarser. Default 1, 2, 3.
         score_threshold: least score of a detection. Default 0.05.
-        candidates: best ones of an image that suppression chooses from. Default 1000.
+        candidates: most scores of an image that NMS chooses from, the best. Default 1000.
         nms: IoU above which the better of two boxes of a class suppresses the other. Default 0.6.
-        detections: most boxes found in an image. Default 100.
+        detections: most boxes detected in an image. Default 100.
     """
 
     channels: int = 128
@@ -70,26 +73,16 @@ class FcosConfig(HeadConfig):
         """See `HeadConfig.pyramid_channels`."""
         return self.channels
 
-    def build(
-        self,
-        backbone: nnx.Module,
-        num_classes: int,
-        shapes: Sequence[tuple[int, int]],
-        strides: Sequence[int | float],
-        *,
-        image_size: tuple[int, int],
-        dtype: str,
-        rngs: nnx.Rngs,
-    ) -> "Fcos":
+    def build(self, context: HeadContext, *, rngs: nnx.Rngs) -> "Fcos":
         """See `HeadConfig.build`."""
-        return Fcos(self, num_classes, shapes, strides, dtype=dtype, rngs=rngs)
+        return Fcos(self, context, rngs=rngs)
 
 
 class FcosOutput(NamedTuple):
     """Predictions of all points, finest level first.
 
     Attributes:
-        class_logits: of each class by itself.
+        class_logits: of each class, independent of the others.
         offsets: of the box from the point's square.
         fit_logits: of the IoU with the true box.
     """
@@ -100,27 +93,10 @@ class FcosOutput(NamedTuple):
 
 
 class Fcos(Head):
-    """Levels of a pyramid to the boxes of things."""
+    """Levels of a pyramid to boxes."""
 
-    def __init__(
-        self,
-        config: FcosConfig,
-        num_classes: int,
-        shapes: Sequence[tuple[int, int]],
-        strides: Sequence[int | float],
-        *,
-        dtype: str,
-        rngs: nnx.Rngs,
-    ):
-        """Builds the head with random parameters.
-
-        Args:
-            config: sizes.
-            num_classes: k.
-            shapes: rows and columns of each level, finest first.
-            strides: pixels a feature of each level.
-            dtype: compute dtype; predictions are float32.
-            rngs: initialises the parameters.
+    def __init__(self, config: FcosConfig, context: HeadContext, *, rngs: nnx.Rngs):
+        """See `HeadConfig.build`.
 
         Raises:
             ValueError: channels that the groups do not divide.
@@ -132,30 +108,25 @@ class Fcos(Head):
                 f" {config.groups}"
             )
         self.config = config
-        self.num_classes = num_classes
-        self.shapes = tuple(shapes)
-        self.strides = tuple(strides)
-        kw: Any = dict(kernel_size=(3, 3), kernel_init=normal, dtype=jnp.dtype(dtype), rngs=rngs)
+        self.num_classes = context.num_classes
+        self.shapes = tuple(context.shapes)
+        self.strides = tuple(context.strides)
+        dtype = jnp.dtype(context.dtype)
+        conv = partial(nnx.Conv, c, kernel_size=(3, 3), kernel_init=normal, dtype=dtype, rngs=rngs)
+        norm = partial(nnx.GroupNorm, c, config.groups, epsilon=1e-5, use_fast_variance=False)
 
         def tower():
-            def pair():
-                return (
-                    nnx.Conv(c, c, **kw),
-                    nnx.GroupNorm(
-                        c, config.groups, epsilon=1e-5, use_fast_variance=False, rngs=rngs
-                    ),
-                )
-
-            return nnx.List(
-                [layer for _ in range(config.convs) for layer in (*pair(), jax.nn.relu)]
-            )
+            layers = []
+            for _ in range(config.convs):
+                layers += [conv(c), norm(rngs=rngs), jax.nn.relu]
+            return nnx.List(layers)
 
         self.cls_tower = tower()
         self.bbox_tower = tower()
         rare = nnx.initializers.constant(-math.log((1 - PRIOR) / PRIOR))
-        self.cls_logits = nnx.Conv(c, num_classes, bias_init=rare, **kw)
-        self.bbox_pred = nnx.Conv(c, 4, **kw)
-        self.fit = nnx.Conv(c, 1, **kw)
+        self.cls_logits = conv(context.num_classes, bias_init=rare)
+        self.bbox_pred = conv(4)
+        self.fit = conv(1)
 
     def __call__(
         self,
@@ -163,7 +134,10 @@ class Fcos(Head):
         key: Key[Array, ""] | None = None,
         train: bool = False,
     ) -> FcosOutput:
-        """The maps of all levels, finest first, to predictions; the same in training."""
+        """Predictions from one map a level, finest first; the same in training."""
+
+        def flat(x):
+            return x.reshape(x.shape[0], -1, x.shape[-1]).astype(jnp.float32)
 
         def level(x):
             classes = boxes = x
@@ -171,19 +145,11 @@ class Fcos(Head):
                 classes = layer(classes)
             for layer in self.bbox_tower:
                 boxes = layer(boxes)
+            fit = flat(self.fit(boxes))[..., 0]
+            return flat(self.cls_logits(classes)), flat(self.bbox_pred(boxes)), fit
 
-            def flat(y):
-                return y.reshape(y.shape[0], -1, y.shape[-1]).astype(jnp.float32)
-
-            return (
-                flat(self.cls_logits(classes)),
-                flat(self.bbox_pred(boxes)),
-                flat(self.fit(boxes))[..., 0],
-            )
-
-        return FcosOutput(
-            *(jnp.concatenate(parts, axis=1) for parts in zip(*map(level, features), strict=True))
-        )
+        levels = zip(*map(level, features), strict=True)
+        return FcosOutput(*(jnp.concatenate(parts, axis=1) for parts in levels))
 
     @property
     def squares(self) -> Float32[Array, "n 4"]:
@@ -199,9 +165,7 @@ class Fcos(Head):
         return assign_points(targets, points(self.shapes, self.strides), self.strides)
 
     def loss_denominator(self, targets: Targets) -> Float32[Array, ""]:
-        """What losses are divided by: the points of the global batch that predict a box (at least
-        1).
-        """
+        """The number of points of the global batch that predict a box, at least 1."""
         return jnp.maximum(jnp.sum(self.assign(targets) >= 0), 1).astype(jnp.float32)
 
     def losses(
@@ -211,42 +175,34 @@ class Fcos(Head):
         denominator: Float32[Array, ""],
         key: Key[Array, ""] | None = None,
     ) -> dict[str, Float32[Array, ""]]:
-        """The terms "class" (focal), "box" (generalised IoU) and "fit" (cross entropy); nothing is
-        drawn, so `key` is not used.
+        """The terms "class" (focal), "box" (generalised IoU) and "fit" (cross entropy).
+
+        `key` is not used: nothing is random.
         """
         index = self.assign(targets)
         positive = index >= 0
         index = jnp.maximum(index, 0)
-        wanted = jax.nn.one_hot(
-            jnp.where(positive, take(targets.classes, index), -1), self.num_classes
-        )  # -1 is none of them
+        # Class -1, of points without a box, has a row of zeros.
+        classes = jnp.where(positive, take(targets.classes, index), -1)
+        true_classes = jax.nn.one_hot(classes, self.num_classes)
         truth = take(targets.boxes, index)
         predicted = boxlib.decode(output.offsets, self.squares)
         fit = jax.lax.stop_gradient(boxlib.iou(predicted, truth))
+        fit_loss = sigmoid_cross_entropy(output.fit_logits, fit)
         return {
-            "class": jnp.sum(sigmoid_focal_loss(output.class_logits, wanted)) / denominator,
+            "class": jnp.sum(sigmoid_focal_loss(output.class_logits, true_classes)) / denominator,
             "box": masked_sum(giou_loss(predicted, truth), positive) / denominator,
-            "fit": (
-                masked_sum(sigmoid_cross_entropy(output.fit_logits, fit), positive) / denominator
-            ),
+            "fit": masked_sum(fit_loss, positive) / denominator,
         }
 
     def detections(self, output: FcosOutput, image_sizes: Float32[Array, "b 2"]) -> Detected:
-        """What is found; a box's score is the geometric mean of the probabilities of its class and
-        of its fit.
-
-        Args:
-            output: of the head.
-            image_sizes: height and width of each image in pixels, without padding.
-        """
+        """See `Head.detections`; a score is the geometric mean of class and fit probabilities."""
         c = self.config
-        scores = jnp.sqrt(
-            jax.nn.sigmoid(output.class_logits) * jax.nn.sigmoid(output.fit_logits)[..., None]
-        )
+        fit = jax.nn.sigmoid(output.fit_logits)[..., None]
+        scores = jnp.sqrt(jax.nn.sigmoid(output.class_logits) * fit)
         inside = boxlib.clip(boxlib.decode(output.offsets, self.squares), image_sizes[:, None])
-        scores = jnp.where(boxlib.non_empty(inside)[..., None], scores, 0.0).reshape(
-            len(scores), -1
-        )
+        scores = jnp.where(boxlib.non_empty(inside)[..., None], scores, 0.0)
+        scores = scores.reshape(len(scores), -1)
         scores, place = jax.lax.top_k(scores, min(c.candidates, scores.shape[1]))
         boxes = take(inside, place // self.num_classes)
         classes = place % self.num_classes
@@ -259,10 +215,10 @@ def assign_points(
 ) -> Int32[Array, "b n"]:
     """Which true box each point predicts.
 
-    A box is looked for on the finest level whose features its longer side is not too many of. Boxes
-    choose, the smallest first: each takes the free point of its level that is nearest to its
-    centre, as long as there is one. What is left of the points inside a box and near its centre is
-    then given to it, where several want one again to the smallest.
+    A box belongs to the finest level on which its longer side is at most `LARGEST` features. Each
+    box, the smallest first, takes the free point of its level that is nearest to its centre, if
+    there is one. Each point left over then predicts the smallest box of its level that contains it
+    and has its centre within `RADIUS`.
 
     Args:
         targets: true boxes.
@@ -279,32 +235,24 @@ def assign_points(
     limits = LARGEST * np.asarray(strides[:-1], np.float32)
 
     def image(boxes, valid):
-        def choose(owners, box):
-            chosen, given = owners
+        def assign_box(assigned, box):
+            nearest, inside = assigned  # the box of each point by the first and by the second rule
             x0, y0, x1, y1 = boxes[box]
-            mine = valid[box] & (point_level == jnp.sum(jnp.maximum(x1 - x0, y1 - y0) > limits))
+            level = jnp.sum(jnp.maximum(x1 - x0, y1 - y0) > limits)
+            on_level = valid[box] & (point_level == level)
             across = jnp.abs(x - (x0 + x1) / 2)
             down = jnp.abs(y - (y0 + y1) / 2)
-            free = mine & (chosen < 0)
-            nearest = jnp.argmin(jnp.where(free, across**2 + down**2, jnp.inf)) == jnp.arange(
-                len(x)
-            )
-            near = (
-                mine
-                & (x > x0)
-                & (x < x1)
-                & (y > y0)
-                & (y < y1)
-                & (jnp.maximum(across, down) < reach)
-            )
-            return (
-                jnp.where(free & nearest, box, chosen),
-                jnp.where(near & (given < 0), box, given),
-            ), None
+            free = on_level & (nearest < 0)
+            best = jnp.argmin(jnp.where(free, across**2 + down**2, jnp.inf))
+            contained = (x > x0) & (x < x1) & (y > y0) & (y < y1)
+            near = on_level & contained & (jnp.maximum(across, down) < reach)
+            nearest = jnp.where(free & (jnp.arange(len(x)) == best), box, nearest)
+            inside = jnp.where(near & (inside < 0), box, inside)
+            return (nearest, inside), None
 
-        nobody = jnp.full(len(x), -1, jnp.int32)
+        none = jnp.full(len(x), -1, jnp.int32)
         order = jnp.argsort(boxlib.area(boxes), stable=True).astype(jnp.int32)
-        (chosen, given), _ = jax.lax.scan(choose, (nobody, nobody), order)
-        return jnp.where(chosen >= 0, chosen, given)
+        (nearest, inside), _ = jax.lax.scan(assign_box, (none, none), order)
+        return jnp.where(nearest >= 0, nearest, inside)
 
     return jax.vmap(image)(targets.boxes, targets.valid)

@@ -22,7 +22,7 @@ from jaxdg.data.boxes import box_labels, check_room, known_counts, open_boxes
 from jaxdg.data.datasets import Dataset
 from jaxdg.detection.arrays import Detected
 from jaxdg.detection.detector import Detector, DetectorConfig
-from jaxdg.detection.head import HeadConfig
+from jaxdg.detection.interface import HeadConfig
 from jaxdg.drawing.panels import box_panel
 from jaxdg.evaluation import protocols
 from jaxdg.evaluation.average_precision import AveragePrecision, Detections, Truth

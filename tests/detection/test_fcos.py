@@ -8,7 +8,8 @@ import pytest
 
 from jaxdg.detection.anchors import points
 from jaxdg.detection.arrays import Targets
-from jaxdg.detection.fcos import Fcos, FcosConfig, FcosOutput, assign_points
+from jaxdg.detection.fcos import FcosConfig, FcosOutput, assign_points
+from jaxdg.detection.interface import HeadContext
 from tests.detection import models
 from tests.detection.test_nms import slow as slow_nms
 
@@ -20,14 +21,8 @@ COUNT = 12 * 16 + 6 * 8 + 3 * 4
 
 def make(classes=3, **options):
     """A head for 48 x 64 images."""
-    return Fcos(
-        FcosConfig(channels=models.FCOS_CHANNELS, **options),
-        classes,
-        SHAPES,
-        STRIDES,
-        dtype="float32",
-        rngs=nnx.Rngs(0),
-    )
+    context = HeadContext(nnx.Module(), classes, SHAPES, STRIDES, IMAGE, "float32")
+    return FcosConfig(channels=models.FCOS_CHANNELS, **options).build(context, rngs=nnx.Rngs(0))
 
 
 def some_targets(boxes, classes=None, slots=None):
@@ -252,6 +247,7 @@ def test_before_training_nothing_is_likely():
 
 
 def test_groups_that_do_not_divide_are_refused():
-    """Both numbers are told."""
+    """The error names both numbers."""
+    context = HeadContext(nnx.Module(), 3, SHAPES, STRIDES, IMAGE, "float32")
     with pytest.raises(ValueError, match=r"40.*32"):
-        Fcos(FcosConfig(channels=40), 3, SHAPES, STRIDES, dtype="float32", rngs=nnx.Rngs(0))
+        FcosConfig(channels=40).build(context, rngs=nnx.Rngs(0))

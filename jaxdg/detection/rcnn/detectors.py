@@ -1,6 +1,6 @@
-"""Detectors in two stages (Ren et al. 2015): proposals, then heads that look at each.
+"""Two-stage detectors (Ren et al. 2015): proposals, then box heads that classify and refine them.
 
-On a pyramid, as ViTDet, or on one map (C4).
+They work on a pyramid, as in ViTDet, or on one map (C4).
 """
 
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ import numpy as np
 
 from jaxdg.backbones import ClipResnet, EncoderConfig
 from jaxdg.detection.arrays import Detected, Targets
-from jaxdg.detection.head import Head, HeadConfig
+from jaxdg.detection.interface import Head, HeadConfig, HeadContext
 from jaxdg.detection.rcnn.roi_heads import (
     CASCADE,
     BoxHead,
@@ -33,8 +33,8 @@ class RcnnConfig(HeadConfig):
     """Sizes of a two-stage head on a pyramid; the defaults are ViTDet's with a cascade.
 
     Attributes:
-        rpn: where things may be.
-        roi: what they are.
+        rpn: the region proposal network.
+        roi: the box heads.
         channels: of the pyramid. Default 256.
         levels: of the pyramid that boxes are pooled from, 0 to 3 with 4 to 32 pixels a feature;
             proposals read one more that is coarser. Default 0, 1, 2, 3.
@@ -58,35 +58,24 @@ class RcnnConfig(HeadConfig):
         """See `HeadConfig.pyramid_channels`."""
         return self.channels
 
-    def build(
-        self,
-        backbone: nnx.Module,
-        num_classes: int,
-        shapes: Sequence[tuple[int, int]],
-        strides: Sequence[int | float],
-        *,
-        image_size: tuple[int, int],
-        dtype: str,
-        rngs: nnx.Rngs,
-    ) -> "Rcnn":
+    def build(self, context: HeadContext, *, rngs: nnx.Rngs) -> "Rcnn":
         """See `HeadConfig.build`."""
-        heads = [BoxHead(self.roi, self.channels, dtype=dtype, rngs=rngs) for _ in self.roi.stages]
-        sizes: Any = dict(image_size=image_size, dtype=dtype, rngs=rngs)
-        return Rcnn(
-            self, heads, self.channels, len(self.levels), num_classes, shapes, strides, **sizes
-        )
+        channels = self.channels
+        heads = [
+            BoxHead(self.roi, channels, dtype=context.dtype, rngs=rngs) for _ in self.roi.stages
+        ]
+        return Rcnn(self, heads, channels, len(self.levels), context, rngs=rngs)
 
 
 @dataclasses.dataclass(unsafe_hash=True)
 class C4Config(HeadConfig):
-    """Sizes of a two-stage head on the third stage of a CLIP ResNet, whose last stage looks at each
-    proposal.
+    """Sizes of a two-stage head on the third stage of a CLIP ResNet; the last is its box head.
 
     Attributes:
-        rpn: where things may be.
-        roi: what they are; its convolutions and linear layers are not used.
-        attention_pool: the encoder's pool makes a vector of a proposal; otherwise the mean does.
-            Default True.
+        rpn: the region proposal network.
+        roi: the box head; its convolutions and linear layers are not used.
+        attention_pool: the encoder's attention pool turns the features of a proposal into a vector;
+            False: their mean does. Default True.
         text_classifier: scores are cosines to the embeddings of class names (`Detector.set_texts`),
             which needs the attention pool. A run with `model.text_weights` turns it on. Default
             False.
@@ -114,25 +103,16 @@ class C4Config(HeadConfig):
         return None
 
     def taps(self, encoder: EncoderConfig) -> tuple[int, ...]:
-        """See `HeadConfig.taps`; the last stage is built, and looks at proposals alone."""
+        """See `HeadConfig.taps`; the last stage is the box head, which sees only proposals."""
         return 2, 3
 
     def uses(self, name: str) -> bool:
         """See `HeadConfig.uses`: the attention pool."""
         return self.attention_pool and name.startswith("attnpool.")
 
-    def build(
-        self,
-        backbone: nnx.Module,
-        num_classes: int,
-        shapes: Sequence[tuple[int, int]],
-        strides: Sequence[int | float],
-        *,
-        image_size: tuple[int, int],
-        dtype: str,
-        rngs: nnx.Rngs,
-    ) -> "Rcnn":
+    def build(self, context: HeadContext, *, rngs: nnx.Rngs) -> "Rcnn":
         """See `HeadConfig.build`."""
+        backbone = context.backbone
         if not isinstance(backbone, ClipResnet):
             raise ValueError(
                 "a C4 head looks at proposals with the last stage of a CLIP ResNet; take clip_rn50,"
@@ -144,12 +124,11 @@ class C4Config(HeadConfig):
             )
         heads = [Res5Head(backbone, self.attention_pool)]
         channels = backbone.config.widths[2]
-        sizes: Any = dict(image_size=image_size, dtype=dtype, rngs=rngs, text=self.text_classifier)
-        return Rcnn(self, heads, channels, 1, num_classes, shapes, strides, **sizes)
+        return Rcnn(self, heads, channels, 1, context, text=self.text_classifier, rngs=rngs)
 
 
 class RcnnOutput(NamedTuple):
-    """What the heads start from.
+    """What `losses` and `detections` start from.
 
     Attributes:
         features: levels that boxes are pooled from.
@@ -161,7 +140,7 @@ class RcnnOutput(NamedTuple):
 
 
 class Rcnn(Head):
-    """Features to the boxes of things."""
+    """Features to boxes."""
 
     def __init__(
         self,
@@ -169,13 +148,9 @@ class Rcnn(Head):
         heads: Sequence[BoxHead | Res5Head],
         channels: int,
         pooled: int,
-        num_classes: int,
-        shapes: Sequence[tuple[int, int]],
-        strides: Sequence[int | float],
+        context: HeadContext,
         *,
         text: bool = False,
-        image_size: tuple[int, int],
-        dtype: str,
         rngs: nnx.Rngs,
     ):
         """Builds the head with random parameters.
@@ -184,33 +159,21 @@ class Rcnn(Head):
             config: sizes.
             heads: of each stage, pooled features to a vector.
             channels: of each level.
-            pooled: levels that boxes are pooled from, the finest ones.
-            num_classes: k.
-            shapes: rows and columns of each level, finest first.
-            strides: pixels a feature of each level.
-            text: classes are told by the embeddings of their names.
-            image_size: height and width of training images in pixels.
-            dtype: compute dtype; predictions are float32.
+            pooled: how many of the finest levels boxes are pooled from.
+            context: what the head is built for.
+            text: scores are cosines to the embeddings of class names.
             rngs: initialises the parameters.
 
         Raises:
             ValueError: settings that do not fit together.
         """
-        kw: Any = dict(dtype=dtype, rngs=rngs)
-        self.image_size = image_size
+        kw: Any = dict(dtype=context.dtype, rngs=rngs)
+        self.image_size = context.image_size
         self.pooled = pooled
-        self.proposal_generator = Rpn(config.rpn, channels, shapes, strides, **kw)
-        predictors = [
-            BoxPredictor(
-                head.channels,
-                num_classes,
-                class_agnostic=config.roi.class_agnostic,
-                text=text,
-                **kw,
-            )
-            for head in heads
-        ]
-        self.roi_heads = RoiHeads(config.roi, heads, predictors, strides[:pooled])
+        self.proposal_generator = Rpn(config.rpn, channels, context.shapes, context.strides, **kw)
+        kw |= dict(class_agnostic=config.roi.class_agnostic, text=text)
+        predictors = [BoxPredictor(head.channels, context.num_classes, **kw) for head in heads]
+        self.roi_heads = RoiHeads(config.roi, heads, predictors, context.strides[:pooled])
 
     def __call__(
         self,
@@ -218,11 +181,11 @@ class Rcnn(Head):
         key: Key[Array, ""] | None = None,
         train: bool = False,
     ) -> RcnnOutput:
-        """The maps of all levels, finest first; the same in training."""
+        """See `Head.__call__`; the same in training."""
         return RcnnOutput(features[: self.pooled], self.proposal_generator(features))
 
     def loss_denominator(self, targets: Targets) -> Float32[Array, ""]:
-        """What losses are divided by: the images of the global batch."""
+        """The number of images of the global batch."""
         return jnp.asarray(len(targets.valid), jnp.float32)
 
     def losses(
@@ -235,21 +198,16 @@ class Rcnn(Head):
         """The terms of `Rpn.losses` and `RoiHeads.losses`; `key` draws anchors and proposals."""
         anchor_key, box_key = jax.random.split(key)
         sizes = jnp.broadcast_to(jnp.asarray(self.image_size, jnp.float32), (len(targets.valid), 2))
-        proposals = self.proposal_generator.proposals(output.rpn, sizes, train=True)
-        return {
-            **self.proposal_generator.losses(output.rpn, targets, denominator, anchor_key),
-            **self.roi_heads.losses(
-                output.features, proposals, targets, sizes, denominator, box_key
-            ),
-        }
+        rpn = self.proposal_generator
+        proposals = rpn.proposals(output.rpn, sizes, train=True)
+        rpn_losses = rpn.losses(output.rpn, targets, denominator, anchor_key)
+        roi_losses = self.roi_heads.losses(
+            output.features, proposals, targets, sizes, denominator, box_key
+        )
+        return rpn_losses | roi_losses
 
     def detections(self, output: RcnnOutput, image_sizes: Float32[Array, "b 2"]) -> Detected:
-        """What is found.
-
-        Args:
-            output: of the head.
-            image_sizes: height and width of each image in pixels, without padding.
-        """
+        """See `Head.detections`."""
         proposals = self.proposal_generator.proposals(output.rpn, image_sizes, train=False)
         return self.roi_heads.detections(output.features, proposals, image_sizes)
 

@@ -1,12 +1,12 @@
-"""Box heads: the class and the exact box of a proposal; one after another in a cascade (Cai and
-Vasconcelos 2018).
+"""Box heads: the class and the refined box of a proposal, in a cascade (Cai and Vasconcelos 2018).
 
 Names, targets and results follow detectron2. Different: the losses of an image are divided by the
-number of proposals that are to be drawn, even where there are not so many.
+number of proposals to sample, even where fewer exist.
 """
 
 from collections.abc import Sequence
 import dataclasses
+from functools import partial
 
 from flax import nnx
 import jax
@@ -24,7 +24,7 @@ from jaxdg.detection.rcnn.roi_align import roi_align
 from jaxdg.detection.rcnn.rpn import Proposals
 from jaxdg.detection.rcnn.sampling import IGNORED, POSITIVE, assign, sample
 
-TEMPERATURE = 100.0  # of the cosines to texts, CLIP's at the end of its training
+TEMPERATURE = 100.0  # factor of the cosines to texts, CLIP's at the end of its training
 CASCADE = ((0.5, 10.0), (0.6, 20.0), (0.7, 30.0))
 
 
@@ -33,24 +33,23 @@ class RoiHeadsConfig:
     """Box heads.
 
     Attributes:
-        stages: of the cascade: the IoU from which a proposal holds the thing, and the weight of the
-            offsets of centres; that of sides is half of it. One stage is a head without a cascade.
+        stages: of the cascade: the least IoU of a positive proposal, and the weight of the centre's
+            offsets; the sides' offsets have half of it. One stage is a head without a cascade.
             Default: 0.5 10, 0.6 20, 0.7 30.
         size: rows and columns of features that a box is pooled to. Default 7.
-        samples: read along either side of such a feature; None: as many as it has features of the
-            map. Default None.
-        aligned: as in `roi_align`; torchvision's detectors are not. Default True.
+        samples: as in `roi_align`. Default None.
+        aligned: as in `roi_align`; False in torchvision's detectors. Default True.
         channels: of the convolutions. Default 256.
         convs: 3x3 ones with LayerNorm. Default 4.
         fcs: linear layers after them. Default 1.
         hidden: channels of those. Default 1024.
         class_agnostic: one box for all classes; otherwise one for each, which a cascade does not
             allow. Default True.
-        proposals: drawn for the losses of an image. Default 512.
-        positive: largest share of things among them. Default 0.25.
+        proposals: sampled for the losses of an image. Default 512.
+        positive: largest share of positive ones among them. Default 0.25.
         score_threshold: least score of a detection. Default 0.05.
         nms: IoU above which the better of two boxes of a class suppresses the other. Default 0.5.
-        detections: most boxes found in an image. Default 100.
+        detections: most boxes detected in an image. Default 100.
     """
 
     stages: tuple[tuple[float, float], ...] = CASCADE
@@ -70,30 +69,23 @@ class RoiHeadsConfig:
 
 
 class BoxHead(nnx.Module):
-    """Convolutions and linear layers; fc1 reads rows, then columns, then channels (torch: channels
-    first).
+    """Convolutions and linear layers.
+
+    The order of fc1's inputs is rows, columns, channels; torch's is channels, rows, columns.
     """
 
     def __init__(self, config: RoiHeadsConfig, channels: int, *, dtype: str, rngs: nnx.Rngs):
         c = config
+        conv = partial(ConvNorm, kernel_init=msra, dtype=dtype, rngs=rngs)
+        linear = partial(nnx.Linear, kernel_init=xavier, dtype=jnp.dtype(dtype), rngs=rngs)
         for i in range(c.convs):
-            setattr(
-                self,
-                f"conv{i + 1}",
-                ConvNorm(channels, c.channels, 3, kernel_init=msra, dtype=dtype, rngs=rngs),
-            )
+            setattr(self, f"conv{i + 1}", conv(channels, c.channels, 3))
             channels = c.channels
         self.convs = c.convs
         self.fcs = c.fcs
         self.channels = channels * c.size**2
         for i in range(c.fcs):
-            setattr(
-                self,
-                f"fc{i + 1}",
-                nnx.Linear(
-                    self.channels, c.hidden, kernel_init=xavier, dtype=jnp.dtype(dtype), rngs=rngs
-                ),
-            )
+            setattr(self, f"fc{i + 1}", linear(self.channels, c.hidden))
             self.channels = c.hidden
 
     def __call__(self, x: Float[Array, "r s s _"]) -> Float[Array, "r c"]:
@@ -106,9 +98,7 @@ class BoxHead(nnx.Module):
 
 
 class Res5Head(nnx.Module):
-    """The last stage of a CLIP ResNet, which it shares with the encoder, and its attention pool or
-    the mean.
-    """
+    """The encoder's own last stage, of a CLIP ResNet, then its attention pool or the mean."""
 
     def __init__(self, backbone: ClipResnet, attention_pool: bool):
         config = backbone.config
@@ -123,9 +113,7 @@ class Res5Head(nnx.Module):
 
 
 class TextScore(nnx.Module):
-    """Cosines to the embeddings of class names, times 100; 0 for background (as RegionCLIP's, Zhong
-    et al. 2022).
-    """
+    """Cosines to the class names' embeddings, times 100; background has 0 (Zhong et al. 2022)."""
 
     def __init__(self, channels: int, num_classes: int):
         self.texts = nnx.BatchStat(jnp.zeros((num_classes, channels)))
@@ -139,7 +127,7 @@ class TextScore(nnx.Module):
 
 
 class BoxPredictor(nnx.Module):
-    """Class scores, the last of background, and offsets of boxes."""
+    """Class scores, the last for background, and box offsets."""
 
     def __init__(
         self,
@@ -152,13 +140,8 @@ class BoxPredictor(nnx.Module):
         rngs: nnx.Rngs,
     ):
         def linear(out, deviation):
-            return nnx.Linear(
-                channels,
-                out,
-                kernel_init=nnx.initializers.normal(deviation),
-                dtype=jnp.dtype(dtype),
-                rngs=rngs,
-            )
+            init = nnx.initializers.normal(deviation)
+            return nnx.Linear(channels, out, kernel_init=init, dtype=jnp.dtype(dtype), rngs=rngs)
 
         self.cls_score = TextScore(channels, num_classes) if text else linear(num_classes + 1, 0.01)
         self.bbox_pred = linear(4 if class_agnostic else 4 * num_classes, 0.001)
@@ -166,9 +149,8 @@ class BoxPredictor(nnx.Module):
     def __call__(
         self, x: Float[Array, "r c"]
     ) -> tuple[Float32[Array, "r k1"], Float32[Array, "r o 4"]]:
-        return self.cls_score(x).astype(jnp.float32), self.bbox_pred(x).astype(jnp.float32).reshape(
-            len(x), -1, 4
-        )
+        offsets = self.bbox_pred(x).astype(jnp.float32).reshape(len(x), -1, 4)
+        return self.cls_score(x).astype(jnp.float32), offsets
 
 
 class RoiHeads(nnx.Module):
@@ -181,7 +163,7 @@ class RoiHeads(nnx.Module):
         predictors: Sequence[BoxPredictor],
         strides: Sequence[int | float],
     ):
-        """Puts the heads together.
+        """Joins the stages.
 
         Args:
             config: sizes.
@@ -207,8 +189,9 @@ class RoiHeads(nnx.Module):
         features: tuple[Float[Array, "b _ _ _"], ...],
         boxes: Float32[Array, "b r 4"],
     ) -> tuple[Float32[Array, "b r k1"], Float32[Array, "b r o 4"]]:
-        """Class scores and offsets of one stage for boxes; gradients to the features are shared out
-        among the stages.
+        """Class scores and box offsets of one stage.
+
+        With n stages, each contributes 1/n of its gradient to the features.
         """
         c = self.config
         pooled = roi_align(
@@ -216,13 +199,13 @@ class RoiHeads(nnx.Module):
         )
         share = 1 / len(c.stages)
         pooled = pooled * share + jax.lax.stop_gradient(pooled) * (1 - share)
-        logits, offsets = self.box_predictor[stage](
-            self.box_head[stage](pooled.reshape(-1, *pooled.shape[2:]))
-        )
-        return tuple(x.reshape(*boxes.shape[:2], *x.shape[1:]) for x in (logits, offsets))  # pyright: ignore[reportReturnType]
+        vectors = self.box_head[stage](pooled.reshape(-1, *pooled.shape[2:]))
+        logits, offsets = self.box_predictor[stage](vectors)
+        b, r, _ = boxes.shape
+        return logits.reshape(b, r, -1), offsets.reshape(b, r, -1, 4)
 
     def weights(self, stage: int) -> boxlib.Weights:
-        """Of the four offsets."""
+        """Weights of the four offsets."""
         weight = self.config.stages[stage][1]
         return weight, weight, weight / 2, weight / 2
 
@@ -243,12 +226,13 @@ class RoiHeads(nnx.Module):
             targets: of the same part.
             image_sizes: height and width of each image in pixels.
             images: of the global batch.
-            key: draws the proposals.
+            key: samples the proposals.
         """
         c = self.config
         total = {"class": jnp.zeros(()), "box": jnp.zeros(())}
         boxes = jnp.concatenate([proposals.boxes, targets.boxes], axis=1)
         exists = jnp.concatenate([proposals.valid, targets.valid], axis=1)
+        denominator = c.proposals * images
         threshold = c.stages[0][0]
         _, label = assign(boxes, targets.boxes, targets.valid, (threshold, threshold))
         chosen, counts = sample(key, jnp.where(exists, label, IGNORED), c.proposals, c.positive)
@@ -262,12 +246,9 @@ class RoiHeads(nnx.Module):
             wanted = boxlib.encode(take(targets.boxes, index), boxes, self.weights(stage))
             which = jnp.zeros_like(classes) if c.class_agnostic else jnp.where(positive, classes, 0)
             own = jnp.take_along_axis(offsets, which[..., None, None], axis=2)[:, :, 0]
-            total["class"] += masked_sum(cross_entropy(logits, classes), counts) / (
-                c.proposals * images
-            )
-            total["box"] += masked_sum(jnp.sum(smooth_l1(own, wanted), axis=-1), positive) / (
-                c.proposals * images
-            )
+            distance = jnp.sum(smooth_l1(own, wanted), axis=-1)
+            total["class"] += masked_sum(cross_entropy(logits, classes), counts) / denominator
+            total["box"] += masked_sum(distance, positive) / denominator
             if stage + 1 < len(c.stages):
                 boxes = self.move(stage, offsets, boxes, image_sizes)[:, :, 0]
                 counts &= boxlib.non_empty(boxes)
@@ -280,10 +261,9 @@ class RoiHeads(nnx.Module):
         boxes: Float32[Array, "b r 4"],
         image_sizes: Float32[Array, "b 2"],
     ) -> Float32[Array, "b r o 4"]:
-        """Boxes where a stage finds them, inside the image. No gradient."""
-        moved = boxlib.decode(
-            jax.lax.stop_gradient(offsets), boxes[:, :, None], self.weights(stage)
-        )
+        """Boxes moved by the offsets of a stage and clipped to the image. No gradient."""
+        offsets = jax.lax.stop_gradient(offsets)
+        moved = boxlib.decode(offsets, boxes[:, :, None], self.weights(stage))
         return boxlib.clip(moved, image_sizes[:, None, None])
 
     def detections(
@@ -292,11 +272,11 @@ class RoiHeads(nnx.Module):
         proposals: Proposals,
         image_sizes: Float32[Array, "b 2"],
     ) -> Detected:
-        """What is found: boxes of the last stage, with the mean of the probabilities of all.
+        """Boxes of the last stage; a score is the mean of the probabilities of all stages.
 
         Args:
             features: levels that boxes are pooled from.
-            proposals: where to look.
+            proposals: in which objects are detected.
             image_sizes: height and width of each image in pixels, without padding.
         """
         c = self.config
@@ -305,16 +285,16 @@ class RoiHeads(nnx.Module):
         for stage in range(len(c.stages)):
             logits, offsets = self.predict(stage, features, boxes)
             scores.append(jax.nn.softmax(logits)[..., :-1])
-            found = self.move(stage, offsets, boxes, image_sizes)
-            boxes = found[:, :, 0]
-        # Every class by itself: all its boxes compete, not only the best of all classes.
+            moved = self.move(stage, offsets, boxes, image_sizes)
+            boxes = moved[:, :, 0]
+        # NMS runs on each class with all boxes, not only with those whose best class it is.
         by_class = jnp.moveaxis(sum(scores) / len(scores), -1, 1)  # b k r
         b, k, r = by_class.shape
-        found = jnp.broadcast_to(jnp.moveaxis(found, 2, 1), (b, k, r, 4))
-        valid = proposals.valid[:, None] & (by_class > c.score_threshold) & boxlib.non_empty(found)
-        kept, valid = nms(found, by_class, valid, c.nms, c.detections)
+        moved = jnp.broadcast_to(jnp.moveaxis(moved, 2, 1), (b, k, r, 4))
+        valid = proposals.valid[:, None] & (by_class > c.score_threshold) & boxlib.non_empty(moved)
+        kept, valid = nms(moved, by_class, valid, c.nms, c.detections)
         by_class = jnp.where(valid, jnp.take_along_axis(by_class, kept, axis=2), -1.0)
         scores, best = jax.lax.top_k(by_class.reshape(b, -1), c.detections)
-        boxes = jnp.take_along_axis(found, kept[..., None], axis=2).reshape(b, -1, 4)
+        boxes = jnp.take_along_axis(moved, kept[..., None], axis=2).reshape(b, -1, 4)
         classes = jnp.broadcast_to(np.arange(k)[:, None], kept.shape).reshape(b, -1)
         return Detected.of(take(boxes, best), scores, take(classes, best), scores > 0)

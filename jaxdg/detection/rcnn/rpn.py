@@ -1,8 +1,7 @@
-"""The region proposal network (Ren et al. 2015) with the settings of ViTDet: where there is
-something, whatever it is.
+"""The region proposal network (Ren et al. 2015) with the settings of ViTDet.
 
 Names, targets and proposals follow detectron2. Different: the losses of an image are divided by the
-number of anchors that are to be drawn, even where there are not so many.
+number of anchors to sample, even where fewer exist.
 """
 
 from collections.abc import Sequence
@@ -34,13 +33,13 @@ class RpnConfig:
             512, one a level.
         ratios: height to width of the anchors of each size. Default 0.5, 1, 2.
         rounded: half the sides of anchors are whole pixels, as in torchvision. Default False.
-        thresholds: an anchor with less IoU than the first is background, with at least the second a
-            thing; between them it does not count. Default 0.3, 0.7.
-        samples: anchors drawn for the losses of an image. Default 256.
-        positive: largest share of things among them. Default 0.5.
-        before: best proposals of each level that suppression chooses from, in training and in
-            inference. Default 2000, 1000.
-        after: best proposals of an image that are left, in training and in inference. Default 1000,
+        thresholds: an anchor with less IoU than the first is negative, with at least the second
+            positive; between them it is ignored. Default 0.3, 0.7.
+        samples: anchors sampled for the losses of an image. Default 256.
+        positive: largest share of positive ones among them. Default 0.5.
+        before: most proposals of a level that NMS chooses from, in training and in inference.
+            Default 2000, 1000.
+        after: most proposals of an image after NMS, in training and in inference. Default 1000,
             1000.
         nms: IoU above which the better of two proposals of a level suppresses the other. Default
             0.7.
@@ -62,8 +61,8 @@ class RpnOutput(NamedTuple):
     """Predictions for all anchors, one array a level, in the order of `anchors`.
 
     Attributes:
-        logits: that it is a thing.
-        offsets: of the thing's box from the anchor.
+        logits: that it holds an object.
+        offsets: of the object's box from the anchor.
     """
 
     logits: tuple[Float32[Array, "b _"], ...]
@@ -71,11 +70,11 @@ class RpnOutput(NamedTuple):
 
 
 class Proposals(NamedTuple):
-    """Boxes that may hold a thing, best first.
+    """Boxes that may hold an object, best first.
 
     Attributes:
         boxes: in pixels, inside the image.
-        valid: slots that hold one.
+        valid: slots that hold a box.
     """
 
     boxes: Float32[Array, "b r 4"]
@@ -98,9 +97,8 @@ class RpnHead(nnx.Module):
     ) -> tuple[Float32[Array, "b n"], Float32[Array, "b n 4"]]:
         for conv in self.conv.values():
             x = jax.nn.relu(conv(x))
-        logits, offsets = (
-            layer(x).astype(jnp.float32) for layer in (self.objectness_logits, self.anchor_deltas)
-        )
+        logits = self.objectness_logits(x).astype(jnp.float32)
+        offsets = self.anchor_deltas(x).astype(jnp.float32)
         return logits.reshape(len(x), -1), offsets.reshape(len(x), -1, 4)
 
 
@@ -144,11 +142,11 @@ class Rpn(nnx.Module):
         )
 
     def __call__(self, features: tuple[Float[Array, "b _ _ c"], ...]) -> RpnOutput:
-        """The maps of all levels, finest first, to predictions."""
+        """Predictions from one map a level, finest first."""
         return RpnOutput(*zip(*map(self.rpn_head, features), strict=True))
 
     def anchors(self) -> tuple[Float32[Array, "_ 4"], ...]:
-        """Those of each level."""
+        """The anchors of each level."""
         c = self.config
         return anchors(self.shapes, self.strides, c.sizes, c.ratios, rounded=c.rounded)
 
@@ -161,36 +159,34 @@ class Rpn(nnx.Module):
             output: for a part of the batch.
             targets: of the same part.
             images: of the global batch.
-            key: draws the anchors.
+            key: samples the anchors.
         """
         c = self.config
         grid = jnp.concatenate(self.anchors())
         logits = jnp.concatenate(output.logits, 1)
         offsets = jnp.concatenate(output.offsets, 1)
-        everywhere = jnp.broadcast_to(grid, (len(logits), *grid.shape))
-        index, label = assign(
-            everywhere, targets.boxes, targets.valid, c.thresholds, low_quality=True
-        )
-        chosen, drawn = sample(key, label, c.samples, c.positive)
-        positive = drawn & (take(label, chosen) == POSITIVE)
+        boxes = jnp.broadcast_to(grid, (len(logits), *grid.shape))
+        index, label = assign(boxes, targets.boxes, targets.valid, c.thresholds, low_quality=True)
+        chosen, sampled = sample(key, label, c.samples, c.positive)
+        positive = sampled & (take(label, chosen) == POSITIVE)
         wanted = boxlib.encode(take(targets.boxes, take(index, chosen)), grid[chosen])
         entropy = sigmoid_cross_entropy(take(logits, chosen), positive.astype(jnp.float32))
         distance = jnp.sum(smooth_l1(take(offsets, chosen), wanted), axis=-1)
         total = c.samples * images
         return {
-            "rpn_class": masked_sum(entropy, drawn) / total,
+            "rpn_class": masked_sum(entropy, sampled) / total,
             "rpn_box": masked_sum(distance, positive) / total,
         }
 
     def proposals(
         self, output: RpnOutput, image_sizes: Float32[Array, "b 2"], train: bool
     ) -> Proposals:
-        """The best boxes that do not overlap others of their level too much. No gradient.
+        """The best boxes after NMS of each level. No gradient.
 
         Args:
             output: predictions.
             image_sizes: height and width of each image in pixels, without padding.
-            train: how many they are.
+            train: take the numbers of boxes for training.
         """
         c = self.config
         mode = 0 if train else 1
@@ -198,31 +194,19 @@ class Rpn(nnx.Module):
 
         def level(grid, logits, offsets):
             scores, best = jax.lax.top_k(logits, min(widest, logits.shape[1]))
-            boxes = boxlib.clip(
-                boxlib.decode(take(offsets, best), grid[best]), image_sizes[:, None]
-            )
-            missing = (0, 0), (0, widest - best.shape[1])
-            return (
-                jnp.pad(boxes, (*missing, (0, 0))),
-                jnp.pad(scores, missing),
-                jnp.pad(boxlib.non_empty(boxes), missing),
-            )
+            boxes = boxlib.decode(take(offsets, best), grid[best])
+            boxes = boxlib.clip(boxes, image_sizes[:, None])
+            pad = (0, 0), (0, widest - best.shape[1])
+            valid = boxlib.non_empty(boxes)
+            return jnp.pad(boxes, (*pad, (0, 0))), jnp.pad(scores, pad), jnp.pad(valid, pad)
 
-        found = map(level, self.anchors(), *jax.lax.stop_gradient(output))
-        boxes, scores, valid = (
-            jnp.stack(parts, axis=1) for parts in zip(*found, strict=True)
-        )  # b l widest
+        levels = map(level, self.anchors(), *jax.lax.stop_gradient(output))
+        # [b, l, widest]
+        boxes, scores, valid = (jnp.stack(x, axis=1) for x in zip(*levels, strict=True))
         kept, valid = nms(boxes, scores, valid, c.nms, min(c.after[mode], widest))
-        boxes, scores = (
-            jnp.take_along_axis(x, kept.reshape(*kept.shape, *[1] * (x.ndim - 3)), axis=2)
-            for x in (boxes, scores)
-        )
-
-        def flat(x):
-            return x.reshape(len(x), -1, *x.shape[3:])
-
-        scores, best = jax.lax.top_k(
-            flat(jnp.where(valid, scores, -jnp.inf)),
-            min(c.after[mode], kept.shape[1] * kept.shape[2]),
-        )
-        return Proposals(take(flat(boxes), best), scores > -jnp.inf)
+        b = len(kept)
+        boxes = jnp.take_along_axis(boxes, kept[..., None], axis=2).reshape(b, -1, 4)
+        scores = jnp.where(valid, jnp.take_along_axis(scores, kept, axis=2), -jnp.inf)
+        scores = scores.reshape(b, -1)
+        scores, best = jax.lax.top_k(scores, min(c.after[mode], scores.shape[1]))
+        return Proposals(take(boxes, best), scores > -jnp.inf)

@@ -1,9 +1,8 @@
-"""Which boxes a detector is trained on: anchors or proposals are assigned to the true boxes, then a
-fixed number is drawn at random.
+"""Which boxes a detector is trained on: anchors or proposals, assigned to true boxes and sampled.
 
-As detectron2's `Matcher` and `subsample_labels`, with a fixed number of slots in place of index
-lists. Different: a true box that overlaps nothing claims nothing, where detectron2 makes every box
-that does not overlap it positive.
+They follow detectron2's `Matcher` and `subsample_labels`, with a fixed number of slots in place of
+index lists. Different: a true box that no box overlaps has no positives, where detectron2 makes
+every box positive.
 """
 
 import jax
@@ -30,12 +29,12 @@ def assign(
     Args:
         boxes: anchors or proposals.
         truth: true boxes.
-        valid: true boxes that exist and are to be found; without any, all boxes are negative.
+        valid: slots of `truth` that hold a box; without any, all boxes are negative.
         thresholds: a box of less IoU than the first is negative, of at least the second positive;
             between them it is ignored.
-        low_quality: the boxes that overlap a true box most are positive however little that is, as
-            Faster R-CNN's proposals have it. Such a box may still belong to another true box, which
-            it overlaps more.
+        low_quality: the boxes with the highest IoU of a true box are positive at any IoU above 0,
+            as in Faster R-CNN's proposal network. The index of such a box may be another true box,
+            with which its IoU is higher.
 
     Returns:
         Index of the true box, the first of equal ones, and a label: 1 positive, 0 negative, -1
@@ -63,18 +62,17 @@ def assign(
 def sample(
     key: Key[Array, ""], label: Int32[Array, "*b n"], count: int, positive_share: float
 ) -> tuple[Int32[Array, "*b count"], Bool[Array, "*b count"]]:
-    """Draws boxes at random: as many positive ones as there are, up to a share, and negative ones
-    for the rest.
+    """Samples boxes: positive ones up to a share, negative ones for the rest.
 
     Args:
-        key: of the draw.
+        key: for the draw.
         label: 1 positive, 0 negative, -1 ignored.
         count: boxes to draw.
         positive_share: largest share of positive ones, rounded down.
 
     Returns:
-        Indices, first of positive, then of negative boxes, each in random order and none twice; and
-        which slots hold a box. The others, at the end, where boxes are too few, hold any index.
+        Distinct indices, first of positive, then of negative boxes, each in random order; and which
+        slots hold a box. Where boxes are too few, the slots at the end hold any index.
     """
     n = label.shape[-1]
     quota = int(count * positive_share)

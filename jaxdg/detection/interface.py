@@ -1,11 +1,11 @@
-"""What every detector's head offers, whatever it computes: features in, boxes and a loss out.
+"""What every detection head offers: its settings, and a module from features to boxes and a loss.
 
-A new head is one file: its settings that build it, and the module. `jaxdg/config/settings.py` lists
-the settings of all heads, and that list is all that knows them by name.
+A new head is one file with both. `jaxdg/config/settings.py` lists the settings of all heads; no
+other file knows them by name.
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from flax import nnx
 from jaxtyping import Array, Float, Float32, Key
@@ -15,28 +15,48 @@ from jaxdg import backbones
 from jaxdg.detection.arrays import Detected, Targets
 
 
-class HeadConfig:
-    """A head before it is built; each is a dataclass.
+class HeadContext(NamedTuple):
+    """What a head is built for.
 
     Attributes:
-        levels: of the pyramid that boxes are looked for on, from 0 to 3 with 4 to 32 pixels a
-            feature; neighbours, ascending.
+        backbone: the encoder, whose modules a head may share.
+        num_classes: k.
+        shapes: rows and columns of each level, finest first.
+        strides: pixels a feature of each level.
+        image_size: height and width of training images in pixels.
+        dtype: compute dtype; predictions are float32.
+    """
+
+    backbone: nnx.Module
+    num_classes: int
+    shapes: Sequence[tuple[int, int]]
+    strides: Sequence[int | float]
+    image_size: tuple[int, int]
+    dtype: str
+
+
+class HeadConfig:
+    """The settings of a head; each is a dataclass.
+
+    Attributes:
+        levels: of the pyramid on which boxes are predicted: consecutive and ascending, from 0 to 3,
+            with 4 to 32 pixels a feature.
     """
 
     levels: tuple[int, ...]
 
     def check(self, name: str) -> None:
-        """Refuses sizes that do not go together.
+        """Checks that the sizes go together.
 
         Args:
             name: of these settings in the configuration, for the message.
 
         Raises:
-            ValueError: which, and what is allowed.
+            ValueError: which do not, and what is allowed.
         """
 
     def with_texts(self) -> "HeadConfig":
-        """These settings with classes told by the embeddings of their names.
+        """These settings with a classifier made of the class names' embeddings.
 
         Raises:
             ValueError: this head has no such classifier.
@@ -48,36 +68,15 @@ class HeadConfig:
 
     @property
     def pyramid_channels(self) -> int | None:
-        """Channels of the pyramid between encoder and head; None: the head reads the encoder's own
-        maps.
-        """
+        """Channels of the pyramid before the head; None: it reads the encoder's own maps."""
         raise NotImplementedError
 
     def taps(self, encoder: backbones.EncoderConfig) -> tuple[int, ...]:
         """The blocks or stages of the encoder that the detector reads."""
         return self.levels if isinstance(encoder, backbones.StagedConfig) else (encoder.depth - 1,)
 
-    def build(
-        self,
-        backbone: backbones.Encoder,
-        num_classes: int,
-        shapes: Sequence[tuple[int, int]],
-        strides: Sequence[int | float],
-        *,
-        image_size: tuple[int, int],
-        dtype: str,
-        rngs: nnx.Rngs,
-    ) -> "Head":
-        """The head with random parameters.
-
-        Args:
-            backbone: the encoder, of which a head may share modules.
-            num_classes: k.
-            shapes: rows and columns of each level, finest first.
-            strides: pixels a feature of each level.
-            image_size: height and width of training images in pixels.
-            dtype: compute dtype; predictions are float32.
-            rngs: initialises the parameters.
+    def build(self, context: HeadContext, *, rngs: nnx.Rngs) -> "Head":
+        """The head with random parameters, drawn from `rngs`.
 
         Raises:
             ValueError: settings that do not fit together, or not with the encoder.
@@ -85,14 +84,12 @@ class HeadConfig:
         raise NotImplementedError
 
     def uses(self, name: str) -> bool:
-        """Whether the head reads a parameter of the encoder (by its name there) that no feature
-        depends on.
-        """
+        """Whether the head reads this parameter of the encoder, given that no feature does."""
         return False
 
 
 class Head(nnx.Module):
-    """Features to an output that `losses` and `detections` take."""
+    """Features to an output, which `losses` and `detections` take."""
 
     def __call__(
         self,
@@ -122,12 +119,12 @@ class Head(nnx.Module):
             output: of the head.
             targets: the true boxes.
             denominator: `loss_denominator` of the global batch.
-            key: draws what losses are computed of.
+            key: for random draws, as of the anchors that count.
         """
         raise NotImplementedError
 
     def detections(self, output: Any, image_sizes: Float32[Array, "b 2"]) -> Detected:
-        """What is found.
+        """The detected boxes.
 
         Args:
             output: of the head.
