@@ -1,6 +1,4 @@
-"""Features to boxes: detectors, their operators with fixed shapes and validity masks, and their
-evaluation.
-"""
+"""Features to boxes: detectors, and their operators with fixed shapes and validity masks."""
 
 from jaxdg.detection.anchors import anchors, points
 from jaxdg.detection.boxes import (

@@ -1,8 +1,8 @@
 """Anchors of a pyramid, and the points that anchor-free heads predict from.
 
 Anchors are laid as in detectron2's `DefaultAnchorGenerator`: their sides are not rounded, and by
-default the first is centred on the image's corner (its offset 0; ViTDet's and Mask R-CNN's configs
-leave it there). torchvision's detectors round the half sides.
+default the first is centred on the image's corner (offset 0, as in ViTDet and Mask R-CNN).
+torchvision's detectors round the half sides.
 """
 
 from collections.abc import Sequence
@@ -45,8 +45,7 @@ def anchors(
     offset: float = 0.0,
     rounded: bool = False,
 ) -> tuple[Float32[Array, "_ 4"], ...]:
-    """The anchors of every cell: cells row by row, in a cell all ratios of the first size, then of
-    the next.
+    """The anchors of every cell, row by row; in a cell, all ratios of a size, then the next size.
 
     Args:
         shapes: rows and columns of each level.
@@ -61,13 +60,10 @@ def anchors(
     """
 
     def level(centres, sizes):
-        half = np.array(
-            [[size / ratio**0.5 / 2, size * ratio**0.5 / 2] for size in sizes for ratio in ratios],
-            np.float32,
-        )
+        roots = [(size, ratio**0.5) for size in sizes for ratio in ratios]
+        half = np.array([[size / root / 2, size * root / 2] for size, root in roots], np.float32)
         half = np.round(half) if rounded else half
-        return (jnp.tile(centres, 2)[:, None] + np.concatenate([-half, half], axis=1)).reshape(
-            -1, 4
-        )
+        boxes = jnp.tile(centres, 2)[:, None] + np.concatenate([-half, half], axis=1)
+        return boxes.reshape(-1, 4)
 
     return tuple(level(*pair) for pair in zip(points(shapes, strides, offset), sizes, strict=True))

@@ -1,6 +1,4 @@
-"""The true boxes that detectors learn from and the boxes that they find, with a fixed number of
-slots an image.
-"""
+"""True and detected boxes of a batch, with a fixed number of slots an image."""
 
 from collections.abc import Mapping
 from typing import NamedTuple
@@ -12,7 +10,7 @@ from jaxdg.detection import boxes as boxlib
 
 
 class Targets(NamedTuple):
-    """The true boxes of a batch that are to be found; the content of the other slots is 0.
+    """The true boxes of a batch that a detector learns from; other slots hold 0.
 
     Attributes:
         boxes: x0 y0 x1 y1 in pixels.
@@ -29,8 +27,8 @@ class Targets(NamedTuple):
         """Reads a batch.
 
         Args:
-            batch: `boxes` [b, m, 4], `classes` and `valid` [b, m]; where `crowd` [b, m] is true, a
-                box covers a group and is not to be found.
+            batch: `boxes` [b, m, 4], `classes` and `valid` [b, m]. A box whose `crowd` [b, m] is
+                true covers a group and is left out.
         """
         valid = batch["valid"] & boxlib.non_empty(batch["boxes"])
         if "crowd" in batch:
@@ -40,7 +38,7 @@ class Targets(NamedTuple):
 
 
 class Detected(NamedTuple):
-    """Found boxes by descending score, the same number of slots for every image.
+    """Detected boxes by descending score, the same number of slots for every image.
 
     Attributes:
         boxes: x0 y0 x1 y1 in pixels, inside the image.
@@ -56,7 +54,7 @@ class Detected(NamedTuple):
 
     @classmethod
     def of(cls, boxes: Array, scores: Array, classes: Array, valid: Array) -> "Detected":
-        """Clears the slots without a box."""
+        """The detections, with 0 in the slots that are not valid."""
 
         def clear(x):
             return jnp.where(valid.reshape(*valid.shape, *[1] * (x.ndim - 2)), x, 0)
@@ -65,7 +63,6 @@ class Detected(NamedTuple):
 
 
 def take(x: Shaped[Array, "b n *c"], index: Int[Array, "b r"]) -> Shaped[Array, "b r *c"]:
-    """Rows of each image."""
-    return jnp.take_along_axis(
-        x, index.reshape(*index.shape, *[1] * (x.ndim - 2)), axis=1, mode="promise_in_bounds"
-    )
+    """Picks rows of each image."""
+    index = index.reshape(*index.shape, *[1] * (x.ndim - 2))
+    return jnp.take_along_axis(x, index, axis=1, mode="promise_in_bounds")

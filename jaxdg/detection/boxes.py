@@ -4,9 +4,9 @@ A box is (x0, y0, x1, y1) in pixels, continuous: it covers [x0, x1) x [y0, y1). 
 height is not positive is empty: its area and its overlap with anything are 0, where torchvision
 divides 0 by 0. All is float32 and broadcasts over leading axes.
 
-Areas stand in selects, not only as products: a compiler may not fuse those with the sums around
-them, so that an overlap has the same bits wherever it is computed. Ties between anchors and
-comparisons with a threshold depend on it.
+Areas go through `jnp.where` so that the compiler cannot fuse the products with the sums around
+them. An overlap then has the same bits wherever it is computed, on which ties between anchors and
+comparisons with a threshold depend.
 """
 
 import math
@@ -14,9 +14,8 @@ import math
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Float32
 
-SCALE_LIMIT = math.log(
-    1000 / 16
-)  # a decoded side is at most 62.5 times its anchor's, as in detectron2 and torchvision
+# A decoded side is at most 62.5 times its anchor's, as in detectron2 and torchvision.
+SCALE_LIMIT = math.log(1000 / 16)
 
 Weights = tuple[float, float, float, float]
 
@@ -49,9 +48,8 @@ def clip(
             [b, 1, 2] does for boxes [b, n, 4].
     """
     height, width = jnp.moveaxis(jnp.asarray(size, jnp.float32), -1, 0)
-    return jnp.clip(
-        boxes.astype(jnp.float32), 0.0, jnp.stack([width, height, width, height], axis=-1)
-    )
+    limits = jnp.stack([width, height, width, height], axis=-1)
+    return jnp.clip(boxes.astype(jnp.float32), 0.0, limits)
 
 
 def iou(a: Float[Array, "*#n 4"], b: Float[Array, "*#n 4"]) -> Float32[Array, "*n"]:
@@ -66,9 +64,9 @@ def pairwise_iou(a: Float[Array, "*b n 4"], b: Float[Array, "*b m 4"]) -> Float3
 
 
 def giou(a: Float[Array, "*#n 4"], b: Float[Array, "*#n 4"]) -> Float32[Array, "*n"]:
-    """Generalised IoU (Rezatofighi et al.
+    """Generalised IoU (Rezatofighi et al. 2019) of boxes in the same place, -1 to 1.
 
-    2019) of boxes in the same place, -1 to 1: IoU less the share of the hull that neither covers.
+    It is the IoU less the share of the hull that neither box covers.
     """
     intersection, union = _overlap(a, b)
     ax0, ay0, ax1, ay1 = _corners(a)
@@ -76,9 +74,8 @@ def giou(a: Float[Array, "*#n 4"], b: Float[Array, "*#n 4"]) -> Float32[Array, "
     hull = _product(
         jnp.maximum(ax1, bx1) - jnp.minimum(ax0, bx0), jnp.maximum(ay1, by1) - jnp.minimum(ay0, by0)
     )
-    return intersection / jnp.where(union > 0, union, 1.0) - (hull - union) / jnp.where(
-        hull > 0, hull, 1.0
-    )
+    uncovered = (hull - union) / jnp.where(hull > 0, hull, 1.0)
+    return intersection / jnp.where(union > 0, union, 1.0) - uncovered
 
 
 def pairwise_giou(a: Float[Array, "*b n 4"], b: Float[Array, "*b m 4"]) -> Float32[Array, "*b n m"]:
@@ -91,8 +88,7 @@ def encode(
     anchors: Float[Array, "*#n 4"],
     weights: Weights = (1.0, 1.0, 1.0, 1.0),
 ) -> Float32[Array, "*n 4"]:
-    """Offsets from anchors to boxes, as R-CNN (Girshick et al. 2014) and detectron2's
-    `Box2BoxTransform`.
+    """Offsets from anchors to boxes (Girshick et al. 2014), as detectron2's `Box2BoxTransform`.
 
     Args:
         boxes: targets.
@@ -103,20 +99,17 @@ def encode(
         Shift of the centre in sides of the anchor, and the logarithm of the ratio of sides, each
         times its weight. Finite, but without meaning, where a box or an anchor is empty.
     """
-    x, y, width, height = _centres(boxes)
-    anchor_x, anchor_y, anchor_width, anchor_height = _centres(anchors)
 
-    def positive(side):
-        return jnp.where(side > 0, side, 1.0)
+    def centre_and_positive_sides(boxes):
+        x, y, *sides = _centres(boxes)
+        return x, y, *(jnp.where(side > 0, side, 1.0) for side in sides)
 
-    width, height, anchor_width, anchor_height = (
-        positive(side) for side in (width, height, anchor_width, anchor_height)
-    )
+    x, y, width, height = centre_and_positive_sides(boxes)
+    anchor_x, anchor_y, anchor_width, anchor_height = centre_and_positive_sides(anchors)
     shifts = (x - anchor_x) / anchor_width, (y - anchor_y) / anchor_height
     scales = jnp.log(width / anchor_width), jnp.log(height / anchor_height)
-    return jnp.stack(
-        [w * offset for w, offset in zip(weights, (*shifts, *scales), strict=True)], axis=-1
-    )
+    offsets = zip(weights, (*shifts, *scales), strict=True)
+    return jnp.stack([weight * offset for weight, offset in offsets], axis=-1)
 
 
 def decode(
@@ -124,12 +117,11 @@ def decode(
     anchors: Float[Array, "*#n 4"],
     weights: Weights = (1.0, 1.0, 1.0, 1.0),
 ) -> Float32[Array, "*n 4"]:
-    """Boxes at offsets from anchors, the inverse of `encode`; a side grows by a factor of 62.5 at
-    most.
+    """Boxes at offsets from anchors, the inverse of `encode` up to `SCALE_LIMIT`.
 
     Args:
-        offsets: as `encode` returns them. Those of k classes, [.., n, k, 4], take anchors [.., n,
-            1, 4].
+        offsets: as `encode` returns them. For those of k classes, [.., n, k, 4], anchors are
+            [.., n, 1, 4].
         anchors: anchors or proposals.
         weights: as given to `encode`.
     """

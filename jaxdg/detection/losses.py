@@ -1,7 +1,7 @@
 """Losses of detectors, element by element: the caller masks, weighs, sums and divides.
 
-So that padding and parts of a batch need no rule of their own: a term is `masked_sum(values, mask)
-/ denominator`, the denominator being that of the global batch.
+A loss term is `masked_sum(values, mask) / denominator`, with the denominator of the global batch.
+So padding and parts of a batch need no rule of their own.
 """
 
 import jax
@@ -14,8 +14,9 @@ from jaxdg.detection.boxes import giou
 def smooth_l1(
     prediction: Float[Array, "*n"], target: Float[Array, "*n"], beta: float = 0.0
 ) -> Float32[Array, "*n"]:
-    """Smooth L1 (Girshick 2015): quadratic to an error of `beta`, linear beyond; with 0, as
-    detectron2's heads have it, plain L1.
+    """Smooth L1 (Girshick 2015): quadratic up to an error of `beta`, then linear.
+
+    With `beta` 0, as in detectron2's heads, it is plain L1.
     """
     error = jnp.abs(prediction.astype(jnp.float32) - target)
     if beta == 0:
@@ -41,34 +42,25 @@ def sigmoid_cross_entropy(
 def sigmoid_focal_loss(
     logits: Float[Array, "*n"], target: Float[Array, "*n"], alpha: float = 0.25, gamma: float = 2.0
 ) -> Float32[Array, "*n"]:
-    """Focal loss (Lin et al. 2017): binary cross entropy of which the sure and right answers count
-    little.
+    """Focal loss (Lin et al. 2017): binary cross entropy with low weight on sure, right answers.
 
     Args:
         logits: one a class and place.
         target: 1 where the class is, else 0.
-        alpha: weight of targets 1; others weigh 1 - alpha.
+        alpha: weight of targets 1; the weight of others is 1 - alpha.
         gamma: power of the probability of the wrong answer.
     """
     wrong = jax.nn.sigmoid(jnp.where(target > 0, -1, 1) * logits.astype(jnp.float32))
-    return (
-        jnp.where(target > 0, alpha, 1 - alpha)
-        * wrong**gamma
-        * sigmoid_cross_entropy(logits, target)
-    )
+    weight = jnp.where(target > 0, alpha, 1 - alpha) * wrong**gamma
+    return weight * sigmoid_cross_entropy(logits, target)
 
 
 def cross_entropy(logits: Float[Array, "*n k"], target: Int[Array, "*n"]) -> Float32[Array, "*n"]:
-    """Cross entropy of softmax scores with class ids, which must be in range, also where they will
-    be masked.
-    """
+    """Cross entropy of softmax scores; class ids must be in range, even where they are masked."""
     log_p = jax.nn.log_softmax(logits.astype(jnp.float32))
     return -jnp.take_along_axis(log_p, target[..., None], axis=-1)[..., 0]
 
 
 def masked_sum(values: Float[Array, "*n"], mask: Bool[Array, "*n"]) -> Float32[Array, ""]:
-    """Sum of the values under the mask.
-
-    What the others are, not a number included, reaches neither the sum nor its gradient to them.
-    """
+    """Sum of the values under the mask; the others, even nan, reach neither it nor its gradient."""
     return jnp.sum(jnp.where(mask, values, 0.0))

@@ -1,15 +1,15 @@
 """Exact greedy non-maximum suppression with fixed shapes.
 
-Boxes are taken in order of score; one is dropped if it overlaps a kept one by more than the
-threshold. As torchvision's `nms` and `batched_nms`, box by box: equal scores keep the order of the
-input, and the comparison with the threshold is the exact one. Different: the number of results is
-fixed, with a mask, and classes are kept apart by comparing them, not by moving boxes apart, which
-rounds.
+Boxes are visited in order of score; one is dropped if it overlaps a kept one by more than the
+threshold. The result is that of torchvision's `nms` and `batched_nms`, box by box: equal scores
+keep the order of the input, and the comparison with the threshold is exact. Different: the number
+of results is fixed, with a mask, and classes are compared; torchvision moves the boxes of each
+class apart, which rounds them.
 
-Boxes go in tiles. Which boxes of a tile stay, given those that earlier tiles have dropped, is the
-one fixed point of "a box stays unless a box before it stays and overlaps it"; iterating from any
-start settles the i-th box by the i-th round, and typically all in a few. For 2000 boxes of one
-image that took 2 to 3 ms on 2 busy CPU cores (2026-11-23).
+Boxes are processed in tiles. Given the boxes that earlier tiles dropped, those of a tile that stay
+are the one fixed point of "a box stays unless a box before it stays and overlaps it". Iterating
+from any start settles the i-th box by the i-th round, and typically all in a few. For 2000 boxes of
+one image it took 2 to 3 ms on 2 busy CPU cores (2026-11-23).
 """
 
 from functools import partial
@@ -43,16 +43,15 @@ def nms(
         classes: only boxes of the same class drop each other; None: all do.
 
     Returns:
-        Indices of the kept boxes by descending score, 0 after the last; and which of them hold a
-        box.
+        Indices of the kept boxes by descending score, 0 after the last; and which slots hold one.
 
     Raises:
         ValueError: `threshold` is not in 0 to 1.
     """
     if not 0 <= threshold <= 1:
         raise ValueError(f"the IoU threshold of NMS is {threshold}; it must be from 0 to 1")
-    # The largest float32 that is not above it: an IoU, itself a float32, exceeds one if and only if
-    # it exceeds the other.
+    # The largest float32 that is not above the threshold: an IoU, itself a float32, exceeds one if
+    # and only if it exceeds the other.
     limit = np.float32(threshold)
     limit = np.nextafter(limit, np.float32(-1)) if float(limit) > threshold else limit
     classes = jnp.zeros(scores.shape, jnp.int32) if classes is None else classes
@@ -62,7 +61,7 @@ def nms(
 
 @partial(jax.jit, static_argnums=0)
 def _nms(size, boxes, scores, valid, classes, limit):
-    """One problem; compiled on its own, so that thresholds and levels of equal size share it."""
+    """NMS of one image; compiled on its own, so that calls of equal size share the program."""
     n = scores.shape[0]
     order = jnp.argsort(jnp.where(valid, -scores, jnp.inf), stable=True).astype(jnp.int32)
     tiles = max(-(-n // TILE), 1)
@@ -76,7 +75,7 @@ def _nms(size, boxes, scores, valid, classes, limit):
     place = jnp.arange(tiles * TILE)
 
     def tile(stays, start):
-        """Drops what the boxes from `start` drop, among themselves and after them."""
+        """Drops the boxes that those of the tile at `start` suppress, in it and after it."""
 
         def cut(x):
             return jax.lax.dynamic_slice_in_dim(x, start, TILE)

@@ -1,8 +1,7 @@
-"""Feature pyramids: one deep map of a plain encoder, or the stages of a hierarchical one, to levels
-of equal channels.
+"""Feature pyramids of detectors: levels of equal channels, from one map or from stages.
 
-Level l has 4 * 2^l pixels a feature (3.5 * 2^l where patches have 14), and names its layers by l +
-2, as detectron2 does. Both pyramids end with one level more, every other feature of the coarsest.
+Level l has 4 * 2^l pixels a feature (3.5 * 2^l where patches have 14), and its layers are named by
+l + 2, as in detectron2. Both pyramids add one level: every other feature of the coarsest.
 """
 
 from collections.abc import Sequence
@@ -15,9 +14,8 @@ from jaxtyping import Array, Float
 
 from jaxdg.backbones.pyramid import Double
 
-uniform = nnx.initializers.variance_scaling(
-    1 / 3, "fan_in", "uniform"
-)  # within 1 / sqrt(fan_in), torch's default
+# Within 1 / sqrt(fan_in), torch's default.
+uniform = nnx.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 xavier = nnx.initializers.variance_scaling(1.0, "fan_in", "uniform")  # detectron2's c2_xavier_fill
 msra = nnx.initializers.variance_scaling(2.0, "fan_out", "normal")  # detectron2's c2_msra_fill
 
@@ -61,11 +59,10 @@ def halve(x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 c"]:
 
 
 class SimplePyramid(nnx.Module):
-    """ViTDet's (Li et al. 2022): every level from the same map, enlarged by transposed convolutions
-    or halved by max pooling.
+    """ViTDet's pyramid (Li et al. 2022): every level from the same map.
 
-    The numbers of the layers inside a level are detectron2's as well, which counts GELU and the
-    pooling.
+    Transposed convolutions enlarge it and max pooling halves it. The layers of a level have
+    detectron2's numbers, which count GELU and the pooling.
     """
 
     def __init__(
@@ -73,37 +70,28 @@ class SimplePyramid(nnx.Module):
     ):
         """Args:
         channels: of the map, which has 16 (or 14) pixels a feature.
-        levels: of 0 to 3, which are built.
+        levels: those to build, of 0 to 3.
         width: channels of each level.
         dtype: compute dtype.
         rngs: initialises the parameters.
         """
         self.levels = tuple(levels)
 
-        def double(c):
-            return Double(c, c // 2, dtype=dtype, rngs=rngs)
-
+        kw: Any = dict(dtype=dtype, rngs=rngs)
         for level in self.levels:
-            resize = []
+            layers = []
             c = channels
             if level == 0:
-                resize = [
-                    double(c),
-                    nnx.LayerNorm(c // 2, epsilon=1e-6, rngs=rngs),
-                    gelu,
-                    double(c // 2),
-                ]
+                norm = nnx.LayerNorm(c // 2, epsilon=1e-6, rngs=rngs)
+                layers = [Double(c, c // 2, **kw), norm, gelu, Double(c // 2, c // 4, **kw)]
                 c = c // 4
             elif level == 1:
-                resize = [double(c)]
+                layers = [Double(c, c // 2, **kw)]
                 c = c // 2
             elif level == 3:
-                resize = [halve]
-            convolutions = (
-                ConvNorm(c, width, 1, dtype=dtype, rngs=rngs),
-                ConvNorm(width, width, 3, dtype=dtype, rngs=rngs),
-            )
-            setattr(self, f"simfp_{level + 2}", nnx.List([*resize, *convolutions]))
+                layers = [halve]
+            layers += [ConvNorm(c, width, 1, **kw), ConvNorm(width, width, 3, **kw)]
+            setattr(self, f"simfp_{level + 2}", nnx.List(layers))
 
     def __call__(
         self, features: tuple[Float[Array, "b _ _ _"], ...]
@@ -119,10 +107,7 @@ class SimplePyramid(nnx.Module):
 
 
 class Fpn(nnx.Module):
-    """The feature pyramid network (Lin et al.
-
-    2017): each stage, joined by the enlarged coarser ones.
-    """
+    """The feature pyramid network (Lin et al. 2017): to each stage the coarser ones are added."""
 
     def __init__(
         self,
@@ -135,7 +120,7 @@ class Fpn(nnx.Module):
     ):
         """Args:
         channels: of each stage that is read.
-        levels: the number of each, from 0 to 3, without a gap.
+        levels: number of each stage, consecutive, from 0 to 3.
         width: channels of each level.
         dtype: compute dtype.
         rngs: initialises the parameters.

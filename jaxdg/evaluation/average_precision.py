@@ -2,24 +2,25 @@
 
 - `voc07`, the rule of Diverse Weather: AP at IoU 0.5 as VOC's development kit computes it, the mean
   of the best precision at recalls of at least 0, 0.1, .., 1. Each detection belongs to the true box
-  of its class that it overlaps most. If that IoU is above 0.5 (not equal) it is a hit, unless a
-  higher score has hit the box before: duplicates are false. On a `difficult` box it counts neither
-  way.
+  of its class with the highest IoU. If that is above 0.5 (not equal), it is a true positive, unless
+  one with a higher score belongs to the box: duplicates are false positives. On a `difficult` box
+  it counts neither way.
 - `voc12`: the same matches, but the area under the curve.
-- `coco`: as in pycocotools (Lin et al. 2014): ten IoU from 0.5 to 0.95 (reached, not passed), the
-  best box that is still free, the best 100 detections of a class in an image, precision at 101
-  recalls, and the twelve numbers of `COCO_NUMBERS`.
+- `coco`: as in pycocotools (Lin et al. 2014). There are ten thresholds of IoU from 0.5 to 0.95
+  (which a match may equal). A detection takes the best box that is still free; the best 100
+  detections of a class in an image count. Precision is read at 101 recalls, and `COCO_NUMBERS`
+  names the twelve results.
 
 VOC counts pixels: its boxes are 1-based and inclusive, and a width is xmax - xmin + 1. Here a box
-covers [x0, x1), so that VOC's file says (x0 + 1, y0 + 1, x1, y1), for truth and detections alike
-(what detectron2's `PascalVOCDetectionEvaluator` writes). Widths and intersections are then the same
-numbers in both forms, hence one IoU serves all rules. Other than that evaluator, nothing is rounded
+covers [x0, x1), which VOC's file states as (x0 + 1, y0 + 1, x1, y1), for truth and detections alike
+(as detectron2's `PascalVOCDetectionEvaluator` writes it). Widths and intersections are then the
+same numbers in both forms, so one IoU serves all rules. Unlike that evaluator, nothing is rounded
 (it keeps 3 digits of a score and 1 of a coordinate, which makes ties), and equal scores keep the
 order in which they were added. The code of CLIP the Gap trains on truth that ends one pixel earlier
-and is judged on detections that begin one pixel later: not followed here.
+and is evaluated on detections that begin one pixel later; this is not followed.
 
-What a rule does not know: VOC has no crowd regions, they are difficult boxes there; COCO knows no
-difficult boxes, they count as others.
+VOC has no crowd regions: they count as difficult boxes. COCO has no difficult boxes: they count as
+other boxes.
 """
 
 from collections.abc import Sequence
@@ -35,17 +36,12 @@ COCO_NUMBERS = (
     "AR1", "AR10", "AR100", "AR_small", "AR_medium", "AR_large",
 )  # fmt: skip
 
-VOC_RECALLS = np.arange(
-    0.0, 1.1, 0.1
-)  # with the rounding of this sum: 0.30000000000000004 is not reached by 3 of 10 boxes
+# VOC's code adds 0.1 too, with the same rounding: 3 of 10 boxes do not reach 0.30000000000000004.
+VOC_RECALLS = np.arange(0.0, 1.1, 0.1)
 COCO_RECALLS = np.linspace(0.0, 1.0, 101)
 COCO_IOU = np.linspace(0.5, 0.95, 10)
-COCO_AREAS = (
-    (0.0, 1e10),
-    (0.0, 32.0**2),
-    (32.0**2, 96.0**2),
-    (96.0**2, 1e10),
-)  # all, small, medium, large; ends included
+# All, small, medium, large; ends included.
+COCO_AREAS = ((0.0, 1e10), (0.0, 32.0**2), (32.0**2, 96.0**2), (96.0**2, 1e10))
 COCO_DETECTIONS = 100
 
 
@@ -56,10 +52,10 @@ class Truth:
     Attributes:
         boxes: x0 y0 x1 y1 in pixels; a box covers [x0, x1) x [y0, y1).
         classes: from 0.
-        difficult: boxes that a detector may miss or find at no cost under VOC's rules.
+        difficult: boxes that count neither when missed nor when detected under VOC's rules.
         crowd: regions of many objects, in which detections count neither way.
-        areas: square pixels, what COCO calls small, medium and large by: of the object's mask where
-            a dataset tells it. None: of the boxes.
+        areas: square pixels, by which COCO tells small, medium and large: of the object's mask
+            where a dataset has it. None: of the boxes.
     """
 
     boxes: Float[np.ndarray, "_ 4"]
@@ -71,11 +67,11 @@ class Truth:
 
 @dataclasses.dataclass(frozen=True)
 class Detections:
-    """What a detector found in one image.
+    """The detected boxes of one image.
 
     Attributes:
         boxes: x0 y0 x1 y1 in pixels, as in `Truth`.
-        scores: the higher the surer; in any order.
+        scores: higher is surer; in any order.
         classes: from 0.
     """
 
@@ -91,7 +87,7 @@ def box_areas(boxes: Float[np.ndarray, "n 4"]) -> Float64[np.ndarray, "n"]:
 
 
 class AveragePrecision:
-    """Gathers the boxes of one image after another; `results` judges them.
+    """Gathers the boxes of one image after another; `results` scores them.
 
     Attributes:
         names: of the classes.
@@ -109,11 +105,11 @@ class AveragePrecision:
         self._pairs: list[tuple[np.ndarray, ...]] = []
 
     def add(self, truth: Truth, detections: Detections) -> None:
-        """Takes one image, also one without boxes.
+        """Adds one image, which may have no boxes.
 
         Args:
             truth: its true boxes.
-            detections: those found.
+            detections: its detected boxes.
 
         Raises:
             ValueError: the arrays differ in length, a number is not finite, a box ends before it
@@ -122,21 +118,9 @@ class AveragePrecision:
         where = f"image {len(self.truths)} (counted from 0)"
         areas = {} if truth.areas is None else {"areas": truth.areas}
         flags = {"difficult": truth.difficult, "crowd": truth.crowd}
-        _check(
-            f"{where}: truth",
-            len(self.names),
-            boxes=truth.boxes,
-            classes=truth.classes,
-            **flags,
-            **areas,
-        )
-        _check(
-            f"{where}: detections",
-            len(self.names),
-            boxes=detections.boxes,
-            classes=detections.classes,
-            scores=detections.scores,
-        )
+        true = {"boxes": truth.boxes, "classes": truth.classes}
+        _check(f"{where}: truth", len(self.names), **true, **flags, **areas)
+        _check(f"{where}: detections", len(self.names), **vars(detections))
         self.truths.append(truth)
         self.detections.append(detections)
         self._pairs.append(_pairs(truth, detections))
@@ -148,45 +132,28 @@ class AveragePrecision:
             protocol: whose AP at IoU 0.5 is the main result.
 
         Returns:
-            `mAP50`: mean over the classes that occur; `AP50`: of each class by name; both by
-                `protocol`. `protocols`: the same two by each
-            of the three rules. `coco`: the numbers of `COCO_NUMBERS`. None where no true box
-            counts.
+            `mAP50`: mean over the classes that occur. `AP50`: of each class by name. `protocols`:
+            both by each of the three rules. `coco`: the numbers of `COCO_NUMBERS`. A value is None
+            where no true box counts.
         """
         boxes = self._flat()
         ap07, ap12 = _voc(boxes, len(self.names))
         coco = _coco(boxes, len(self.names))
-        half = 0
-        three_quarters = 5  # where 0.5 and 0.75 are in COCO_IOU
-        precision = coco.precision
-        recall = coco.recall
-        numbers = [
-            precision[:, 0],
-            precision[:, 0, half],
-            precision[:, 0, three_quarters],
-            *np.moveaxis(precision, 1, 0)[1:],
-        ]
-        numbers += [*np.moveaxis(recall, 1, 0)]
-        per_class = {"voc07": ap07, "voc12": ap12, "coco": precision[:, 0, half]}
-        protocols = {
-            rule: {
-                "mAP50": _mean(values),
-                "AP50": {
-                    name: _mean(value) for name, value in zip(self.names, values, strict=True)
-                },
-            }
-            for rule, values in per_class.items()
-        }
+        every, *sizes = np.moveaxis(coco.precision, 1, 0)
+        at50 = every[:, 0]  # COCO_IOU[0] is 0.5, COCO_IOU[5] is 0.75
+        numbers = [every, at50, every[:, 5], *sizes, *np.moveaxis(coco.recall, 1, 0)]
+        protocols = {}
+        for rule, values in {"voc07": ap07, "voc12": ap12, "coco": at50}.items():
+            classes = zip(self.names, map(_mean, values), strict=True)
+            protocols[rule] = {"mAP50": _mean(values), "AP50": dict(classes)}
         return {
             **protocols[protocol],
             "protocols": protocols,
-            "coco": {
-                name: _mean(values) for name, values in zip(COCO_NUMBERS, numbers, strict=True)
-            },
+            "coco": dict(zip(COCO_NUMBERS, map(_mean, numbers), strict=True)),
         }
 
     def _flat(self) -> "_Boxes":
-        """All images in one, the detections by falling score; equal ones as they were added."""
+        """The boxes of all images; detections by falling score, equal ones as they were added."""
 
         def join(arrays, dtype):
             return np.concatenate([np.zeros(0, dtype), *arrays]).astype(dtype)
@@ -226,15 +193,11 @@ class AveragePrecision:
 
 
 class _Boxes(NamedTuple):
-    """Detections `n` by falling score, true boxes `m`, and the pairs `p` of both that overlap
-    enough to matter.
-    """
+    """n detections by falling score, m true boxes, and the p pairs that some rule can match."""
 
     classes: Int64[np.ndarray, "n"]
     areas: Float64[np.ndarray, "n"]
-    ranks: Int64[
-        np.ndarray, "n"
-    ]  # among the detections of the same class and image, by falling score
+    ranks: Int64[np.ndarray, "n"]  # by falling score, within the same class and image
     true_classes: Int64[np.ndarray, "m"]
     true_areas: Float64[np.ndarray, "m"]
     difficult: Bool[np.ndarray, "m"]
@@ -242,18 +205,14 @@ class _Boxes(NamedTuple):
     pair_detection: Int64[np.ndarray, "p"]
     pair_truth: Int64[np.ndarray, "p"]
     iou: Float64[np.ndarray, "p"]
-    share: Float64[
-        np.ndarray, "p"
-    ]  # IoU; with a crowd region the share of the detection that lies in it
+    share: Float64[np.ndarray, "p"]  # IoU; with a crowd region the detection's share inside it
 
 
 class _CocoScores(NamedTuple):
     """Of each class, nan where no true box counts."""
 
     precision: Float64[np.ndarray, "k 4 10"]  # AP by area and IoU
-    recall: Float64[
-        np.ndarray, "k 6 10"
-    ]  # by IoU: best 1, 10, 100 detections, then small, medium, large
+    recall: Float64[np.ndarray, "k 6 10"]  # best 1, 10, 100; small, medium, large; by IoU
 
 
 def _check(what: str, num_classes: int, **arrays: np.ndarray) -> None:
@@ -287,9 +246,7 @@ def _check(what: str, num_classes: int, **arrays: np.ndarray) -> None:
 
 
 def _pairs(truth: Truth, detections: Detections) -> tuple[np.ndarray, ...]:
-    """Detection, true box, IoU and share (as in `_Boxes`) of the pairs of one class and image that
-    some rule can match.
-    """
+    """Detections, true boxes, IoU and share of the pairs of an image, as in `_Boxes`."""
     d, t = np.nonzero(detections.classes[:, None] == truth.classes)
     found = detections.boxes[d].astype(np.float64)
     true = truth.boxes[t].astype(np.float64)
@@ -366,34 +323,27 @@ def _coco(boxes: _Boxes, num_classes: int) -> _CocoScores:
         outside = (boxes.areas < least) | (boxes.areas > most)
         optional = boxes.crowd | (boxes.true_areas < least) | (boxes.true_areas > most)
         positives = np.bincount(boxes.true_classes[~optional], minlength=num_classes).tolist()
-        # What each detection wishes: first boxes that count, then the greater overlap, then the
-        # later box.
+        # Each detection prefers boxes that count, then the greater overlap, then the later box.
         order = np.lexsort(
             (-boxes.pair_truth, -boxes.share, optional[boxes.pair_truth], boxes.pair_detection)
         )
         order = order[allowed[boxes.pair_detection[order]]]
         for i, least_iou in enumerate(COCO_IOU):
-            wishes = order[boxes.share[order] >= least_iou]
-            match = _match(
-                boxes.pair_detection[wishes],
-                boxes.pair_truth[wishes],
-                boxes.crowd,
-                len(boxes.classes),
-            )
+            pairs = order[boxes.share[order] >= least_iou]
+            detections = boxes.pair_detection[pairs]
+            match = _match(detections, boxes.pair_truth[pairs], boxes.crowd, len(boxes.classes))
             counted = ~outside
             hits = match >= 0
             counted[hits] = ~optional[match[hits]]
             hits &= counted
             for k in np.flatnonzero(positives):
                 mine = of_class[k]
-                precision[k, a, i] = _mean_at(
-                    COCO_RECALLS, *_curve(hits[mine], counted[mine], positives[k])
-                )
+                curve = _curve(hits[mine], counted[mine], positives[k])
+                precision[k, a, i] = _mean_at(COCO_RECALLS, *curve)
                 if a == 0:
-                    recall[k, :3, i] = [
-                        np.count_nonzero(hits[mine] & (boxes.ranks[mine] < n)) / positives[k]
-                        for n in (1, 10, 100)
-                    ]
+                    for j, most_ranks in enumerate((1, 10, 100)):
+                        best = hits[mine] & (boxes.ranks[mine] < most_ranks)
+                        recall[k, j, i] = np.count_nonzero(best) / positives[k]
                 else:
                     recall[k, 2 + a, i] = np.count_nonzero(hits[mine]) / positives[k]
     return _CocoScores(precision, recall)
@@ -402,16 +352,15 @@ def _coco(boxes: _Boxes, num_classes: int) -> _CocoScores:
 def _match(
     d: Int64[np.ndarray, "p"], t: Int64[np.ndarray, "p"], shared: Bool[np.ndarray, "m"], n: int
 ) -> Int64[np.ndarray, "n"]:
-    """The true box that each of `n` detections gets if they choose one after another, the highest
-    score first; -1 for none.
+    """The true box of each of `n` detections, which choose by falling score; -1 for none.
 
-    All choose at once, every box keeps the highest score that wants it, and the others move on to
-    their next wish: with all boxes agreeing on the order of the detections, this ends with what
-    choosing in turn gives (deferred acceptance, Gale and Shapley 1962).
+    The result is computed by deferred acceptance (Gale and Shapley 1962). All detections choose at
+    once, every box keeps the one with the highest score, and the others move on to their next
+    preference. As all boxes rank the detections alike, this equals choosing one after another.
 
     Args:
         d: detections of the allowed pairs, ascending; a lower number is a higher score.
-        t: their true boxes, each detection's in the order of its wishes.
+        t: their true boxes, in the order of each detection's preference.
         shared: true boxes that any number of detections may have.
         n: number of detections.
     """

@@ -1,15 +1,18 @@
-"""Zero-shot segmentation without any training: CLIP's features of every patch against the
-embeddings of class names.
+"""Zero-shot segmentation by CLIP: the features of every patch against class name embeddings.
 
-MaskCLIP (Zhou et al. 2022, chongzhou96/MaskCLIP): in the last block of the image tower every token
-    attends to itself only, so that the
-attention's output is the projected value of the token itself; residual and MLP stay as they are.
-LayerNorm and projection then lead into the joint space, where the cosine to a class's embedding is
-its score. Of a ResNet it is the values of the attention pool that are projected. Different from
-theirs: activation and epsilons are those CLIP was trained with (their configuration has exact GELU
-and 1e-6), cosines are multiplied by CLIP's temperature, which makes them the logits it was trained
-with and changes no decision, and the class embeddings are those of one template. Their key
-smoothing and prompt denoising are refinements of their own, and not built.
+This is MaskCLIP (Zhou et al. 2022, chongzhou96/MaskCLIP). In the last block of the image tower
+every token attends only to itself, so the attention returns the token's own projected value;
+residual and MLP stay as they are. LayerNorm and projection then lead into the joint space, where
+the cosine to a class's embedding is its score. On a ResNet the values of the attention pool are
+projected.
+
+Different from theirs:
+
+- Activation and epsilons are those CLIP was trained with; their configuration has exact GELU and
+  1e-6.
+- Cosines are multiplied by CLIP's temperature. They are then the logits that CLIP was trained with,
+  and no decision changes.
+- The class embeddings are those of one template. Key smoothing and prompt denoising are left out.
 """
 
 from collections.abc import Sequence
@@ -57,7 +60,7 @@ class ClipTextHeadConfig(DecoderConfig):
 
 
 class ClipTextHead(PixelHead):
-    """Features of `values` to class scores. Nothing of it is trained: `load_text` fills it."""
+    """Features of `values` to class scores; `load_text` fills it, and nothing is trained."""
 
     trained = False
 
@@ -65,7 +68,7 @@ class ClipTextHead(PixelHead):
         """Builds the head with random parameters.
 
         Args:
-            config: what it tells apart.
+            config: the classes.
             encoder: name in the zoo.
             rngs: initialises the parameters.
 
@@ -94,7 +97,7 @@ class ClipTextHead(PixelHead):
         key: Key[Array, ""] | None = None,
         train: bool = False,
     ) -> Float[Array, "b h w k"]:
-        """Class scores (logits) of every feature of the one map of `adapt_features`, float32."""
+        """Class scores (logits), float32, from the one map of `adapt_features`."""
         (values,) = features
         x = values.astype(jnp.float32)
         x = x if self.image_projection is None else self.image_projection(x)
@@ -103,13 +106,12 @@ class ClipTextHead(PixelHead):
     def adapt_features(
         self, backbone: backbones.Encoder, features: tuple[Float[Array, "b _ _ _"], ...]
     ) -> tuple[Float[Array, "b _ _ _"], ...]:
-        """See `Decoder.adapt_features`: the last attention is undone, as `values` says."""
+        """See `Decoder.adapt_features`; computes `values`."""
         before, last = features
         return (values(backbone, before, last),)
 
     def load_text(self, path: str | Path) -> None:
-        """Fills the head from a converted text tower: the embeddings of its class names, and the
-        way into their space.
+        """Fills in the embeddings of the class names and the projection into their space.
 
         Args:
             path: made by `conversion/torch_to_flax.py --model ENCODER_text`.
@@ -136,8 +138,7 @@ class ClipTextHead(PixelHead):
 def values(
     backbone: backbones.Encoder, before: Float[Array, "b h w c"], last: Float[Array, "b _ _ _"]
 ) -> Float[Array, "b gh gw e"]:
-    """The last features of an image tower with its last attention undone, as MaskCLIP computes
-    them.
+    """The last features of an image tower whose last tokens attend only to themselves (MaskCLIP).
 
     Args:
         backbone: the tower, whose last two blocks or stages are tapped.
@@ -145,8 +146,8 @@ def values(
         last: features after it.
 
     Returns:
-        What its last norm and projection take of each patch; of a ResNet, each pixel's embedding,
-        not normalised.
+        Of each patch, the input of the tower's last norm and projection. Of a ResNet, the embedding
+        of each pixel, not normalised.
     """
     if isinstance(backbone, backbones.ClipResnet):
         return backbone.pool_dense(last)

@@ -1,8 +1,7 @@
 """What every decoder offers, whatever it computes: features in, class scores and a loss out.
 
 A new decoder is one file: its settings, its config that builds it, and the module.
-`jaxdg/config/settings.py` lists the settings of all decoders, and that list is all that knows them
-by name.
+`jaxdg/config/settings.py` lists the settings of all decoders; no other file knows them by name.
 """
 
 from collections.abc import Sequence
@@ -21,7 +20,7 @@ class DecoderOptions:
     """The settings of a decoder that a run may change; each decoder documents its own."""
 
     def config(self, classes: Sequence[str], dtype: str) -> "DecoderConfig":
-        """These settings with what the run says besides.
+        """These settings joined with those of the run.
 
         Args:
             classes: their names.
@@ -37,15 +36,15 @@ class DecoderConfig:
     """A decoder before it is built; each is a frozen or hashable dataclass.
 
     Attributes:
-        name: that `model.decoder` knows it by, for messages.
-        needs_levels: whether it reads four maps of different sizes, and not maps of any sizes.
+        name: its value of `model.decoder`, for messages.
+        needs_levels: whether it reads four maps of different sizes rather than maps of any sizes.
     """
 
     name = ""
     needs_levels = False
 
     def taps(self, encoder: backbones.EncoderConfig) -> tuple[int, ...]:
-        """The blocks or stages that it reads where the run names none."""
+        """The blocks or stages that it reads where `model.taps` names none."""
         return encoder.taps
 
     def build(self, channels: Sequence[int], *, encoder: str, rngs: nnx.Rngs) -> "Decoder":
@@ -91,9 +90,7 @@ class Decoder(nnx.Module):
         raise NotImplementedError
 
     def loss_denominator(self, label: UInt8[Array, "b H W"]) -> Any:
-        """What the loss terms are divided by: a tree of scalars, from the labels of the global
-        batch.
-        """
+        """A tree of scalars that the loss terms are divided by, from the global batch's labels."""
         raise NotImplementedError
 
     def loss(
@@ -105,7 +102,7 @@ class Decoder(nnx.Module):
             output: of the decoder.
             label: class ids, 255 where nothing is labelled.
             denominator: `loss_denominator` of the global batch.
-            key: draws what the loss is computed at.
+            key: for random draws, as of the points that the loss compares.
         """
         raise NotImplementedError
 

@@ -1,9 +1,7 @@
-"""The simplest decoder: every feature map normalised, read by a 1x1 linear layer, and the class
-scores of all maps added.
+"""The simplest decoder: a LayerNorm and a linear layer on each map, and the sum of their scores.
 
-Adding the readings is the same as one 1x1 layer on the concatenated maps, but each is computed at
-its own resolution and only the k class scores are enlarged. A probe of what the encoder knows
-rather than a model of its own.
+This equals one linear layer on the concatenated maps, but each map is read at its own resolution
+and only the k class scores are enlarged. It probes what the encoder knows.
 """
 
 from collections.abc import Sequence
@@ -21,9 +19,7 @@ IGNORE = 255
 
 
 class PixelHead(Decoder):
-    """What decoders share whose output is class scores of every pixel, at the finest map's
-    resolution.
-    """
+    """The base of decoders whose output is class scores at the finest map's resolution."""
 
     def scores(
         self, output: Float[Array, "b h w k"], size: tuple[int, int]
@@ -32,7 +28,7 @@ class PixelHead(Decoder):
         return resize_scores(output, size)
 
     def loss_denominator(self, label: UInt8[Array, "b H W"]) -> Float[Array, ""]:
-        """What the loss is divided by: the labelled pixels of the global batch (at least 1)."""
+        """The number of labelled pixels of the global batch, at least 1."""
         return jnp.maximum(jnp.sum(label != IGNORE), 1).astype(jnp.float32)
 
     def loss(
@@ -42,20 +38,18 @@ class PixelHead(Decoder):
         denominator: Float[Array, ""],
         key: Key[Array, ""] | None = None,
     ) -> dict[str, Float[Array, ""]]:
-        """Cross entropy at the label's resolution, summed over labelled pixels and divided by
-        `denominator`.
+        """Cross entropy at the label's resolution: its sum over labelled pixels / `denominator`.
 
-        A batch's loss is thus the sum of the losses of its parts, whatever their sizes. Nothing is
-        drawn, so `key` is not used.
+        So the loss of a batch is the sum of the losses of its parts, whatever their sizes. `key` is
+        not used: nothing is random.
         """
         _, h, w = label.shape
         logits = resize_scores(output, (h, w))
         valid = label != IGNORE
         log_p = jax.nn.log_softmax(logits)
         # A one-hot product instead of a gather: its gradient needs no scatter.
-        picked = jnp.sum(
-            log_p * jax.nn.one_hot(label, logits.shape[-1], dtype=log_p.dtype), axis=-1
-        )
+        one_hot = jax.nn.one_hot(label, logits.shape[-1], dtype=log_p.dtype)
+        picked = jnp.sum(log_p * one_hot, axis=-1)
         return {"cross_entropy": -jnp.sum(jnp.where(valid, picked, 0.0)) / denominator}
 
 
@@ -110,11 +104,7 @@ class LinearHead(PixelHead):
     ) -> Float[Array, "b h w k"]:
         """Class scores (logits) at the size of the finest map, float32; the same in training."""
         _, h, w, _ = features[0].shape
-        readings = [
-            read(norm(x))
-            for norm, read, x in zip(self.norms, self.classifiers, features, strict=True)
-        ]
-        return sum(
-            (resize_scores(r.astype(jnp.float32), (h, w)) for r in readings),
-            start=jnp.zeros((), jnp.float32),
-        )
+        scores = jnp.zeros((), jnp.float32)
+        for x, norm, classify in zip(features, self.norms, self.classifiers, strict=True):
+            scores = scores + resize_scores(classify(norm(x)).astype(jnp.float32), (h, w))
+        return scores

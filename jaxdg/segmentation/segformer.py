@@ -1,10 +1,9 @@
-"""SegFormer's decoder (Xie et al. 2021): every level to one width by a linear layer, all levels at
-the finest size, mixed, and classified.
+"""SegFormer's decoder (Xie et al. 2021): levels are projected, resized, mixed and classified.
 
 Parameters are named as in transformers and ordered as in NVlabs/SegFormer, where the coarsest level
 comes first. Different from both: levels are mixed before they are enlarged. Enlarging is linear, so
-the sum of the enlarged products is the product of the enlarged levels, and the wide concatenation,
-four times the size of anything else here, never exists.
+the result is the same, and the concatenation, four times as large as any other tensor here, is
+never made.
 """
 
 from collections.abc import Sequence
@@ -40,7 +39,7 @@ class SegformerOptions(DecoderOptions):
 
 @dataclasses.dataclass(unsafe_hash=True)
 class SegformerConfig(SegformerOptions, DecoderConfig):
-    """A SegFormer head; fields of `SegformerOptions` and what a run adds to them.
+    """A SegFormer head: the fields of `SegformerOptions`, and these of the run.
 
     Attributes:
         num_classes: k.
@@ -92,19 +91,18 @@ class SegformerHead(PixelHead):
         Args:
             features: one map a level, finest first.
             key: random key that turns dropout on: whole channels of a sample, as in mmsegmentation.
-            train: normalise with the statistics of the batch (over all devices) and let the running
-                ones follow. A batch that is computed in parts is normalised part by part.
+            train: normalise with the statistics of the batch (over all devices) and update the
+                running ones. A batch that is computed in parts is normalised part by part.
         """
         _, h, w, _ = features[0].shape
-        kernels = jnp.split(
-            self.linear_fuse.kernel[...].astype(self.dtype), len(features)
-        )  # the coarsest level's comes first
+        # The kernel of the coarsest level comes first.
+        kernels = jnp.split(self.linear_fuse.kernel[...].astype(self.dtype), len(features))
         x = jnp.zeros((), jnp.float32)
         for feature, linear, kernel in zip(features, self.linear_c, reversed(kernels), strict=True):
             mixed = jnp.matmul(linear(feature), kernel, preferred_element_type=jnp.float32)
             x = x + resize_scores(mixed, (h, w))
         x = jax.nn.relu(self.batch_norm(x, use_running_average=not train)).astype(self.dtype)
         if key is not None:
-            kept = jax.random.bernoulli(key, 1 - DROPOUT, (x.shape[0], 1, 1, x.shape[-1]))
-            x = jnp.where(kept, x / (1 - DROPOUT), 0)
+            keep = jax.random.bernoulli(key, 1 - DROPOUT, (x.shape[0], 1, 1, x.shape[-1]))
+            x = jnp.where(keep, x / (1 - DROPOUT), 0)
         return self.classifier(x).astype(jnp.float32)

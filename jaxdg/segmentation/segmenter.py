@@ -15,17 +15,16 @@ from jaxdg.segmentation.linear import LinearConfig
 
 @dataclasses.dataclass(unsafe_hash=True, kw_only=True)
 class SegmenterConfig(backbones.EncoderOptions):
-    """A semantic segmentation model; fields of `EncoderOptions` and those that follow.
+    """A semantic segmentation model: the fields of `EncoderOptions`, and these.
 
     Attributes:
         num_classes: k.
-        image_size: height and width in pixels of the crops it is trained on and the windows it
-            predicts.
-        decoder: its kind and sizes; None for the linear one.
+        image_size: height and width in pixels of training crops and of prediction windows.
+        decoder: its kind and sizes; None: the linear one.
         pyramid: "none" reads the taps as they are; "layer" or "batch" builds four levels of a plain
-            encoder with that normalisation. A hierarchical encoder has its own levels, which are
-            always read as they are.
-        observed: blocks whose features `encode` returns beside those that the decoder reads.
+            encoder with that normalisation. The levels of a hierarchical encoder are always read as
+            they are.
+        observed: blocks whose features `encode` also returns, for a loss on them.
         boundaries: further blocks after which stacked segments end.
     """
 
@@ -41,8 +40,7 @@ class Segmenter(nnx.Module):
     """Images to the decoder's output; `head` turns that into class scores or a loss."""
 
     def __init__(self, config: SegmenterConfig, *, rngs: nnx.Rngs):
-        """Builds the model with random parameters; encoder weights are loaded into `backbone`
-        afterwards.
+        """Builds the model with random parameters; weights are loaded into `backbone` afterwards.
 
         Raises:
             ValueError: a pyramid that the taps or the image size do not allow, or a decoder without
@@ -56,10 +54,8 @@ class Segmenter(nnx.Module):
         self.backbone = backbones.build(
             c, taps=taps, image_size=c.image_size, boundaries=c.boundaries, rngs=rngs
         )
-        channels, strides = (
-            tuple(x[i] for i in self.read)
-            for x in (self.backbone.channels, self.backbone.config.strides)
-        )
+        channels = tuple(self.backbone.channels[i] for i in self.read)
+        strides = tuple(self.backbone.config.strides[i] for i in self.read)
         hierarchical = isinstance(self.backbone.config, backbones.StagedConfig)
         builds_levels = c.pyramid != "none" and not hierarchical
         if builds_levels:
@@ -70,11 +66,9 @@ class Segmenter(nnx.Module):
                 f" {c.encoder} gives {len(channels)} with {', '.join(map(str, strides))} pixels a"
                 " feature; set model.pyramid to layer or batch, or model.taps to ()"
             )
-        self.pyramid = (
-            backbones.Pyramid(channels[0], c.pyramid, dtype=c.dtype, rngs=rngs)
-            if builds_levels
-            else None
-        )
+        self.pyramid = None
+        if builds_levels:
+            self.pyramid = backbones.Pyramid(channels[0], c.pyramid, dtype=c.dtype, rngs=rngs)
         self.head = decoder.build(channels, encoder=c.encoder, rngs=rngs)
 
     def __call__(
@@ -95,9 +89,7 @@ class Segmenter(nnx.Module):
     def encode(
         self, images: Float[Array, "b h w 3"], key: Key[Array, ""] | None = None
     ) -> tuple[Float[Array, "b _ _ _"], ...]:
-        """Features of all taps: those that are read (`read` are their places) and observed
-        (`observed`); arguments as for the model.
-        """
+        """Features of all taps, of which `read` and `observed` are indices."""
         return self.backbone(images, key)
 
     def decode(
@@ -106,7 +98,7 @@ class Segmenter(nnx.Module):
         key: Key[Array, ""] | None = None,
         train: bool = False,
     ) -> Any:
-        """The decoder's output from features of all taps; other arguments as those of the model."""
+        """The decoder's output from the features of all taps."""
         features = tuple(features[i] for i in self.read)
         if self.pyramid is not None:
             features = self.pyramid(features, train)
@@ -114,16 +106,12 @@ class Segmenter(nnx.Module):
         return self.head(features, None if key is None else jax.random.fold_in(key, 1), train)
 
     def adapt(self, name: str, tensor: np.ndarray) -> np.ndarray | None:
-        """Fits a tensor stored by a segmenter for another image size to this one, as the encoder
-        does.
-        """
+        """Resizes a tensor stored for another image size, as the encoder does."""
         part, _, rest = name.partition(".")
         return self.backbone.adapt(rest, tensor) if part == "backbone" else tensor
 
     def unused(self, name: str) -> bool:
-        """Whether training leaves this parameter alone: no feature depends on it, or the decoder is
-        not trained at all.
-        """
+        """Whether nothing trained depends on this parameter; all, if the head is not trained."""
         part, _, rest = name.partition(".")
         return not self.head.trained or (part == "backbone" and self.backbone.unused(rest))
 
@@ -134,7 +122,7 @@ class Segmenter(nnx.Module):
 
 
 def check_pyramid(config: SegmenterConfig, taps: int, stride: int) -> None:
-    """Refuses a pyramid that the taps or the image size do not allow.
+    """Checks that the taps and the image size allow the pyramid.
 
     Args:
         config: of the model.

@@ -1,10 +1,9 @@
-"""Mask2Former (Cheng et al. 2022, arXiv 2112.01527): queries that each look where they predicted a
-    mask, and refine it layer by layer.
+"""Mask2Former (Cheng et al. 2022, arXiv 2112.01527): queries refine masks layer by layer.
 
-Features to class scores and masks, with fixed shapes throughout. Parameter names and results follow
-facebookresearch/Mask2Former. Different from it: the attention masks, which need only coarse masks,
-are read from resized mask features. Resizing is linear, so they are the same up to rounding, and at
-inference the full masks of all layers but the last are never computed.
+In each layer a query attends only to where its last mask was. Parameter names and results follow
+facebookresearch/Mask2Former. Different from it: attention masks are coarse, so they are computed
+from resized mask features. Resizing is linear, so they are the same up to rounding, and inference
+computes full masks only for the last layer.
 """
 
 from collections.abc import Sequence
@@ -48,9 +47,9 @@ class Mask2FormerOptions(DecoderOptions):
         ffn: channels inside their MLPs. Default 2048.
         sampling_points: read by a head of the deformable attention on each level. Default 4.
         points: at which matching and losses compare masks. Default 12544.
-        published_init: start as the authors' code does: most kernels by Xavier, sampling points on
-            a compass. False: every kernel, and where sampling points lie, within 1 / sqrt(fan_in),
-            as transformers' modules start when they are built one by one. Default True.
+        published_init: initialise as the authors' code: most kernels by Xavier, sampling points in
+            the eight directions of a compass. False: all uniform within 1 / sqrt(fan_in), torch's
+            default. Default True.
     """
 
     hidden: int = 256
@@ -77,7 +76,7 @@ class Mask2FormerOptions(DecoderOptions):
 
 @dataclasses.dataclass(unsafe_hash=True)
 class Mask2FormerConfig(Mask2FormerOptions, DecoderConfig):
-    """A Mask2Former head; fields of `Mask2FormerOptions` and what a run adds to them.
+    """A Mask2Former head: the fields of `Mask2FormerOptions`, and these of the run.
 
     Attributes:
         num_classes: k.
@@ -135,9 +134,7 @@ class Attention(nnx.Module):
 
 
 class Layer(nnx.Module):
-    """Masked cross-attention, self-attention and MLP, each with a residual and a LayerNorm after
-    it.
-    """
+    """Masked cross-attention, self-attention and MLP, each with a residual and a LayerNorm."""
 
     def __init__(self, config: Mask2FormerConfig, *, rngs: nnx.Rngs):
         c = config.hidden
@@ -185,9 +182,7 @@ class MaskEmbed(nnx.Module):
 
 
 class Mask2Former(Decoder):
-    """Four feature maps to a class and a mask for every query, once before the first layer and once
-    after each.
-    """
+    """Four feature maps to a class and a mask for every query, at first and after each layer."""
 
     def __init__(self, config: Mask2FormerConfig, channels: Sequence[int], *, rngs: nnx.Rngs):
         """Builds the head with random parameters.
@@ -246,10 +241,9 @@ class Mask2Former(Decoder):
         key: Key[Array, ""] | None = None,
         train: bool = False,
     ) -> tuple[Float32[Array, "l b q k1"], Float32[Array, "l b q h w"]]:
-        """Four maps, finest first, to class logits (the last class is "no object") and mask logits
-        of the finest map's size.
+        """Class logits, the last of "no object", and mask logits of the finest map's size.
 
-        Nothing differs in training.
+        The features are four maps, finest first. Nothing differs in training.
         """
         return self.decode(*self.pixel_decoder(features))
 
@@ -262,10 +256,9 @@ class Mask2Former(Decoder):
         """The transformer decoder.
 
         Args:
-            mask_features: from which masks are read.
+            mask_features: their products with the queries are the masks.
             levels: three, coarsest first.
-            attention_masks: where the queries of each layer look, instead of where they predicted
-                their masks; for comparisons.
+            attention_masks: for each layer, to replace those of the predicted masks in comparisons.
         """
         b, _, _, c = mask_features.shape
         shapes = [(level.shape[1], level.shape[2]) for level in levels]
@@ -304,9 +297,7 @@ class Mask2Former(Decoder):
     def scores(
         self, output: tuple[Array, Array], size: tuple[int, int]
     ) -> Float32[Array, "b H W k"]:
-        """Class scores at an image size: the masks of the last layer, each voting for its query's
-        classes.
-        """
+        """Class scores at an image size: the last masks, weighted by their class probabilities."""
         class_logits = output[0][-1]
         mask_logits = output[1][-1]
         masks = jax.nn.sigmoid(resize_scores(jnp.moveaxis(mask_logits, 1, -1), size))

@@ -1,11 +1,10 @@
-"""Set matching of Mask2Former: the query that each target mask is trained on, found on the device
-for all layers and images at once.
+"""Set matching of Mask2Former (Cheng et al. 2022): which query each target mask is trained on.
 
-Follows Mask2Former (Cheng et al. 2022): a target is matched to the query of least cost, the cost
-weighing class probability, binary cross entropy and dice at points that an image's masks share. The
-assignment is optimal (Kuhn 1955), by shortest augmenting paths over dual potentials (Jonker &
-Volgenant 1987). Where it differs from transformers' `Mask2FormerHungarianMatcher`, which gives each
-image's matrix to SciPy on the host:
+The cost of a match weighs class probability, binary cross entropy and dice at points that the masks
+of an image share. The assignment of least total cost (Kuhn 1955) is found by shortest augmenting
+paths over dual potentials (Jonker & Volgenant 1987), on the device, for all layers and images at
+once. Different from transformers' `Mask2FormerHungarianMatcher`, which gives each image's matrix to
+SciPy on the host:
 
 - Shapes are fixed: slot j of the targets is class j, absent classes are invalid slots. Nothing
   recompiles as classes come and go.
@@ -13,10 +12,10 @@ image's matrix to SciPy on the host:
   others, so the loop is as long as the slowest problem: about as many rounds as it has targets
   where they prefer different queries, at most their number squared, each a few vector operations of
   length q.
-- A non-finite cost is taken only where nothing else is left, and then the finite costs are still
-  matched optimally. transformers puts the largest float in its place, next to which the potentials
-  of the finite costs would vanish. Here costs are pairs (number of non-finite entries, sum of the
-  finite ones) in lexicographic order: all that shortest paths need is an ordered group.
+- A non-finite cost is used only where no finite one is left, and the finite costs are still matched
+  optimally. transformers replaces it by the largest float, beside which the potentials of the
+  finite costs would vanish. Here costs are pairs (number of non-finite entries, sum of the finite
+  ones) in lexicographic order; shortest paths need no more than an ordered group.
 """
 
 from typing import NamedTuple
@@ -25,8 +24,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int32
 
-# Costs from here on, either sign, count as non-finite: sums of smaller ones stay far from float32's
-# largest number.
+# Costs of this magnitude count as non-finite. Sums of smaller ones stay far below float32's largest
+# number.
 NON_FINITE = 1e30
 WEIGHTS = (2.0, 5.0, 5.0)  # of the class, mask and dice terms, in the matching as in the loss
 
@@ -42,8 +41,8 @@ def matching_cost(
     Args:
         class_logits: scores of the k classes and, last, of no object: c = k + 1.
         mask_logits: at the p points that the masks of an image share.
-        targets: target masks at the same points, in [0, 1]; slot j is class j. What an absent class
-            costs is of no account.
+        targets: target masks at the same points, in [0, 1]; slot j is class j. The costs of absent
+            classes are not read.
         weights: of -(probability of the target's class), binary cross entropy (mean over the
             points) and dice loss (eps 1).
 
@@ -79,15 +78,14 @@ def matching_cost(
 
 
 def assign(cost: Float[Array, "*n k q"], valid: Bool[Array, "*n k"]) -> Int32[Array, "*n k"]:
-    """Query of each target in the assignment of least total cost: every valid target has one, no
-    two have the same.
+    """A query of its own for each valid target, in the assignment of least total cost.
 
-    Among the assignments with the fewest non-finite entries, the finite ones have the least sum, to
-    float32's rounding. No gradient.
+    Of the assignments with the fewest non-finite entries, it is the one whose finite entries have
+    the least sum, up to float32's rounding. No gradient.
 
     Args:
-        cost: of matching target with query; NaN, infinite or at least `NON_FINITE` in magnitude:
-            only where nothing else is left.
+        cost: of matching target with query; NaN, infinite and magnitudes from `NON_FINITE` on count
+            as non-finite.
         valid: targets that exist; the costs of the others are not read.
 
     Returns:
@@ -108,11 +106,10 @@ def assign(cost: Float[Array, "*n k q"], valid: Bool[Array, "*n k"]) -> Int32[Ar
 
 
 class _Search(NamedTuple):
-    """The assignment so far, the potentials, and a tree of alternating paths from the target now
-    being matched; -1 is none.
+    """The assignment, the potentials and the tree of alternating paths from the current target.
 
-    Lengths, potentials and costs are pairs along their first axis. Targets need no potential: a
-    matched one is tight with its query.
+    -1 is none. Lengths, potentials and costs are pairs along their first axis. Targets need no
+    potential: a matched one is tight with its query.
     """
 
     query_of: Int32[Array, "k"]
@@ -123,15 +120,11 @@ class _Search(NamedTuple):
     reached: Bool[Array, "q"]  # queries of the tree
     leaf: Int32[Array, ""]  # the target the tree grows from next; none: its root
     offset: Float[Array, "2 1"]  # length of the path to `leaf`, less the potential of `leaf`
-    end: Int32[
-        Array, ""
-    ]  # where the augmenting path is to be turned over next; none while the tree grows
+    end: Int32[Array, ""]  # query from which the path is flipped next; none while the tree grows
 
 
 def _assign(cost: Float[Array, "k q"], valid: Bool[Array, "k"]) -> Int32[Array, "k"]:
-    """One problem, as one flat loop, so that a batch of them takes as many rounds as its slowest
-    and no more.
-    """
+    """Solves one problem in one flat loop, so that a batch takes the rounds of its slowest."""
     k, q = cost.shape
     targets = jnp.arange(k, dtype=jnp.int32)
     queries = jnp.arange(q, dtype=jnp.int32)
@@ -157,23 +150,22 @@ def _assign(cost: Float[Array, "k q"], valid: Bool[Array, "k"]) -> Int32[Array, 
         found = growing & (owner < 0)
         potential = jnp.where(found & s.reached, s.potential + (length - distance), s.potential)
         offset = distance - (pairs[:, owner, nearest, None] - potential[:, nearest, None])
-        # Turn over one edge of the path: its query goes to the target before it, which gives up the
-        # query it had.
+        # Flip one edge of the path: its query goes to the target before it, which gives up its own.
         end = jnp.where(found, nearest, s.end)
-        turning = end >= 0
+        flipping = end >= 0
         taker = before[end]
         given_up = s.query_of[taker]
-        done = turning & (given_up < 0)  # the root had none: the next target's tree starts afresh
+        done = flipping & (given_up < 0)  # the root had none: the tree of the next target starts
         return _Search(
-            query_of=jnp.where(turning & (targets == taker), end, s.query_of),
-            target_of=jnp.where(turning & (queries == end), taker, s.target_of),
+            query_of=jnp.where(flipping & (targets == taker), end, s.query_of),
+            target_of=jnp.where(flipping & (queries == end), taker, s.target_of),
             potential=potential,
             length=jnp.where(done, jnp.inf, length),
             before=before,
             reached=(s.reached | (queries == nearest)) & ~done,
             leaf=jnp.where(done, none, owner),
             offset=jnp.where(done, 0.0, offset),
-            end=jnp.where(turning, given_up, none),
+            end=jnp.where(flipping, given_up, none),
         )
 
     start = _Search(

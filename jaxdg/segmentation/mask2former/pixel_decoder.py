@@ -1,6 +1,7 @@
-"""Mask2Former's pixel decoder (Cheng et al. 2022, arXiv 2112.01527): three coarse levels exchange
-what they see by deformable attention, then a fourth, fine one is joined to them from which masks
-are read.
+"""Mask2Former's pixel decoder (Cheng et al. 2022, arXiv 2112.01527).
+
+Deformable attention connects three coarse levels. The finest of them is then added to a fourth,
+fine level, which becomes the mask features.
 
 Attribute names follow facebookresearch/Mask2Former; every 1x1 convolution is a linear layer here.
 """
@@ -60,7 +61,7 @@ class ConvNorm(nnx.Module):
 
 
 class Layer(nnx.Module):
-    """Deformable attention and MLP, each with a residual and a LayerNorm after it."""
+    """Deformable attention and MLP, each with a residual and a LayerNorm."""
 
     def __init__(
         self,
@@ -92,9 +93,7 @@ class Layer(nnx.Module):
 
 
 class PixelDecoder(nnx.Module):
-    """Four feature maps to the map that masks are read from, and three levels for the queries to
-    look at.
-    """
+    """Four feature maps to mask features, and to three levels that the queries attend to."""
 
     def __init__(
         self,
@@ -144,8 +143,9 @@ class PixelDecoder(nnx.Module):
     def __call__(
         self, features: tuple[Float[Array, "b _ _ _"], ...]
     ) -> tuple[Float[Array, "b h w c"], tuple[Float[Array, "b _ _ c"], ...]]:
-        """Four maps, finest first, to (mask features of the finest's size, the three coarse levels,
-        coarsest first).
+        """Mask features of the finest map's size and three levels, coarsest first.
+
+        The features are four maps, finest first.
         """
         fine, *coarse = features
         levels = [project(x) for project, x in zip(self.input_proj, reversed(coarse), strict=True)]
@@ -154,10 +154,9 @@ class PixelDecoder(nnx.Module):
         def flat(xs):
             return jnp.concatenate([x.reshape(*x.shape[:-3], -1, x.shape[-1]) for x in xs], axis=-2)
 
-        positions = [sine_positions(*shape, self.level_embed.shape[-1]) for shape in shapes]
-        positions = flat(
-            [p + embed for p, embed in zip(positions, self.level_embed[...], strict=True)]
-        )
+        c = self.level_embed.shape[-1]
+        embeds = zip(shapes, self.level_embed[...], strict=True)
+        positions = flat([sine_positions(*shape, c) + embed for shape, embed in embeds])
         tokens = self.layers(flat(levels), None, positions, shapes)
         (tokens,) = tokens.values()
         ends = np.cumsum([h * w for h, w in shapes])[:-1]
