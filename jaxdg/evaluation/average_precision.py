@@ -120,7 +120,8 @@ class AveragePrecision:
         flags = {"difficult": truth.difficult, "crowd": truth.crowd}
         true = {"boxes": truth.boxes, "classes": truth.classes}
         _check(f"{where}: truth", len(self.names), **true, **flags, **areas)
-        _check(f"{where}: detections", len(self.names), **vars(detections))
+        detected = {"boxes": detections.boxes, "classes": detections.classes}
+        _check(f"{where}: detections", len(self.names), **detected, scores=detections.scores)
         self.truths.append(truth)
         self.detections.append(detections)
         self._pairs.append(_pairs(truth, detections))
