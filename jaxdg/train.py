@@ -2,25 +2,23 @@
 
     python -m jaxdg.train --config configs/streets_tiny.py --workdir runs/streets
 
-Run it again on the same workdir and it goes on where it stopped. Order of what a state comes from:
-the newest readable checkpoint of the workdir; else the whole model of another run (`model.start`);
-else random parameters with the encoder's converted weights put in.
+Run again on the same workdir, it goes on where it stopped. The state comes from the first of these
+that there is: the newest readable checkpoint of the workdir; the whole model of another run
+(`model.start`); random parameters, with the encoder's converted weights put in.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 import contextlib
 import dataclasses
-import functools
 import math
 from pathlib import Path
-import time
 from typing import Any
 
 from absl import flags
 import jax
 from jax.experimental import multihost_utils
+from jax.sharding import Mesh
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
 from jaxdg import backbones, methods, weights
@@ -33,7 +31,7 @@ from jaxdg.config import workdir as workdir_lib
 from jaxdg.data import class_check
 from jaxdg.data.augment.transforms import Augmentation
 from jaxdg.data.datasets import Dataset
-from jaxdg.data.pipeline import batch_files, train_batches
+from jaxdg.data.pipeline import Items, batch_files, train_batches
 from jaxdg.data.samplers import Sampler, class_totals, make_sampler
 from jaxdg.evaluate import (
     agree_on_images,
@@ -45,12 +43,14 @@ from jaxdg.evaluate import (
     trained_on,
     write_results,
 )
-from jaxdg.evaluation.overlap import TrainedOn
+from jaxdg.evaluation.overlap import Standing, TrainedOn
 from jaxdg.evaluation.results import NO_TRUTH, reference
 from jaxdg.tasks.run_state import Blueprint, abstract_state, initial_state, make_task
+from jaxdg.tasks.task import DomainResult, Evaluate, ModelState, Task
 from jaxdg.training import distributed, sharding
 from jaxdg.training import optimizer as optimizer_lib
 from jaxdg.training.checkpoint import Checkpoints, check_path
+from jaxdg.training.log import Log, due
 from jaxdg.training.metrics import read_metrics
 from jaxdg.training.profile import parse_steps, profiled
 from jaxdg.training.step import TrainState, make_step
@@ -64,28 +64,23 @@ def train(
     interrupt: Interrupt,
     profile_steps: str | None = None,
 ) -> None:
-    """Trains to the end, or until interrupted, in which case it returns after a checkpoint; see the
-    flags at the end.
-    """
+    """Trains to the last step; an interrupt saves a checkpoint and returns early."""
     traced = parse_steps(profile_steps, config.steps)
     check_path(workdir.resolve() / "checkpoints")
     if distributed.is_main():
         workdir_lib.check(config, workdir)
     if distributed.from_main(lambda: finished(config, workdir, console)):
         return
-    with (
-        workdir_lib.reserved(workdir, console.print)
-        if distributed.is_main()
-        else contextlib.nullcontext()
-    ):
+    with contextlib.ExitStack() as closing:
+        if distributed.is_main():
+            closing.enter_context(workdir_lib.reserved(workdir, console.print))
         multihost_utils.sync_global_devices("reserved")
         if not (workdir / "lock").is_file():
             raise ValueError(
                 f"{workdir} is not the folder that process 0 writes to; give a --workdir that all"
                 " hosts share"
             )
-        with contextlib.ExitStack() as closing:
-            run(config, workdir, console, interrupt, traced, closing)
+        run(config, workdir, console, interrupt, traced, closing)
 
 
 def run(
@@ -96,15 +91,135 @@ def run(
     traced: range,
     closing: contextlib.ExitStack,
 ) -> None:
-    """Trains in a reserved workdir, which is claimed when everything is open; `closing` closes what
-    was opened.
-    """
+    """Trains in a reserved workdir; `closing` closes what this opens."""
     # --- Data: everything is opened and checked before the first step -----------------------------
-    d = config.data
     task = make_task(config, methods.active(config))
+    data = open_data(task, workdir, console)
+
+    # --- Model and state --------------------------------------------------------------------------
+    mesh = sharding.make_mesh(config.mesh)
+    check_batch_size(config, mesh)
+    blueprint = Blueprint.of(task, config.model.freeze)
+    like, optimizer = abstract_state(blueprint, config, mesh, task.methods)
+    checkpoints = Checkpoints(workdir, config.keep_checkpoints, say=console.print)
+    closing.callback(checkpoints.close)
+    loop = Loop(checkpoints, like)
+    loop.state = checkpoints.restore(like, say=console.print)
+    if loop.state is None:
+        loop.state = initial_state(task, blueprint, like, optimizer)
+    else:
+        console.print(f"resuming from step {int(loop.state.step)}")
+    start = loop.step = int(loop.state.step)
+    if blueprint.finished:
+        loop.finish = jax.jit(lambda state: blueprint.finish(task, state))
+    describe(config, blueprint, data.source, mesh, console)
+
+    # --- What a step needs ------------------------------------------------------------------------
+    step_fn = make_step(
+        blueprint.graph,
+        optimizer,
+        task.loss_denominator,
+        task.losses,
+        jax.random.key(config.seed),
+        jax.tree.map(lambda leaf: leaf.sharding, like),
+        config.optimizer.accumulate,
+    )
+    step_fn = profiled(step_fn, traced, start, workdir / "profile")
+    prepare = task.preparation(mesh)
+    evaluator = task.evaluator((blueprint.finished or blueprint).graph, mesh)
+    batches = open_batches(task, data, start)
+    closing.callback(batches.close)
+    if start < config.steps:
+        checkpoints.check_room(loop.state, start + 1)
+
+    # --- All processes have opened everything: from here on the workdir is this run's -------------
+    multihost_utils.sync_global_devices("open")
+    if distributed.is_main():
+        workdir_lib.claim(config, workdir, start, console.print)
+        data.trained_on.save(workdir)
+    writer = Writer(workdir, start, distributed.is_main(), console.print)
+    closing.callback(writer.close)
+    rate: Any = optimizer_lib.learning_rate(config.optimizer, config.steps)
+    log = Log(
+        writer,
+        console,
+        start=start,
+        steps=config.steps,
+        every=config.log_every,
+        batch_size=config.batch_size,
+        rate=rate,
+        files=lambda step: batch_files(
+            data.source, data.sampler, batch_size=config.batch_size, step=step
+        ),
+    )
+    judge = Judge(task, evaluator, data, workdir, checkpoints, writer, log, interrupt)
+
+    # --- Loop -------------------------------------------------------------------------------------
+    try:
+        with log:
+            if not config.steps and not workdir_lib.saved(workdir):
+                loop.save()  # without training, what was loaded is the result
+                loop.reread()
+            # An earlier run may have died before the end of this evaluation, or had fewer domains.
+            evaluated = (start or not config.steps) and due(start, config.eval_every, config.steps)
+            expected = data.domains if evaluated else {}
+            if missing := distributed.from_main_list(
+                lambda: unjudged(workdir, start, expected, console)
+            ):
+                judge(start, loop.model(), missing)
+            for step, batch in enumerate(batches, start + 1):
+                batch = prepare(sharding.to_devices(batch, mesh), step - 1)
+                loop.state, metrics = step_fn(loop.state, batch)
+                loop.step = step
+                log.step(step, metrics)
+                evaluates = due(step, config.eval_every, config.steps)
+                saves = due(step, config.checkpoint_every, config.steps)
+                if interrupt.asked or evaluates or saves:
+                    log.flush()  # a non-finite loss must stop the run before it is saved
+                    with log.pause():
+                        model = loop.save()
+                        interrupt.check()
+                        if step == config.steps:
+                            del model  # memory need not hold the parameters twice
+                            model = loop.reread()
+                        if evaluates:
+                            judge(step, model, list(data.domains))
+                        del model  # the next step needs its memory
+        checkpoints.wait()
+    except Stop:
+        checkpoints.wait()
+        console.print(f"stopped at step {loop.step}; run the same command to go on")
+        return
+    if distributed.is_main():
+        finished(config, workdir, console)
+
+
+@dataclasses.dataclass
+class Data:
+    """The images of a run, opened and checked.
+
+    Attributes:
+        source: to train on.
+        sampler: the order in which steps draw them.
+        domains: to evaluate on, by name; none without evaluation.
+        standing: whether each domain is seen.
+        trained_on: what the workdir records about the images trained on.
+    """
+
+    source: Dataset
+    sampler: Sampler
+    domains: dict[str, Dataset]
+    standing: dict[str, Standing]
+    trained_on: TrainedOn
+
+
+def open_data(task: Task, workdir: Path, console: Console) -> Data:
+    """Opens the source and the domains, and checks that they and the weights fit together."""
+    config = task.config
+    d = config.data
     if config.model.start is None and not workdir_lib.saved(workdir):
         for file in filter(None, (config.model.weights, config.model.text_weights)):
-            weights.metadata(file)  # fails early where there is no such file
+            weights.metadata(file)  # fails early if there is no such file
         if config.model.weights:
             backbones.check_file(config.model.encoder, config.model.weights)
     source = task.open(d.source, train=True)
@@ -118,54 +233,50 @@ def run(
         console.print(
             f"rare-class sampling: counts the classes of {len(source)} labels, once for all runs"
         )
-    rare = {"temperature": d.rare_class_temperature, "min_pixels": d.rare_class_min_pixels}
     sampler = make_sampler(
-        source, seed=config.seed, weights=d.source_weights, **rare, workers=d.workers
+        source,
+        seed=config.seed,
+        weights=d.source_weights,
+        temperature=d.rare_class_temperature,
+        min_pixels=d.rare_class_min_pixels,
+        workers=d.workers,
     )
     if distributed.is_main():
         trained = dataclasses.replace(trained, pixels=class_totals(sampler))
         if workdir_lib.saved(workdir):
-            say_changes(trained, config.data.source, workdir, console)
+            warn_of_changes(trained, d.source, workdir, console)
+    return Data(source, sampler, domains, standing, trained)
 
-    # --- Model and state --------------------------------------------------------------------------
-    mesh = sharding.make_mesh(config.mesh)
-    if config.batch_size // config.optimizer.accumulate % mesh.size:
-        raise ValueError(
-            f"batch_size {config.batch_size} in {config.optimizer.accumulate} parts is not"
-            f" divisible by {mesh.size} devices; allowed: a multiple of"
-            f" {mesh.size * config.optimizer.accumulate}"
-        )
-    blueprint = Blueprint.of(task, config.model.freeze)
-    like, optimizer = abstract_state(blueprint, config, mesh, task.methods)
-    checkpoints = Checkpoints(workdir, config.keep_checkpoints, say=console.print)
-    closing.callback(checkpoints.close)
-    state = checkpoints.restore(like, say=console.print)
-    if state is None:
-        state = initial_state(task, blueprint, like, optimizer)
-    else:
-        console.print(f"resuming from step {int(state.step)}")
-    describe(config, blueprint, source, mesh, console)
 
-    # --- What a step needs ------------------------------------------------------------------------
-    start = int(state.step)
-    shardings = jax.tree.map(lambda leaf: leaf.sharding, like)
-    key = jax.random.key(config.seed)
+def warn_of_changes(trained: TrainedOn, source: str, workdir: Path, console: Console) -> None:
+    """Warns if the source of a resumed run has changed; an error if its classes have."""
+    try:
+        before = TrainedOn.load(workdir)
+    except ValueError:
+        return  # `trained_on` has reported it
+    if before is not None and (changed := trained.changes(before, source)):
+        console.print(Text.assemble(("warning: ", "bold yellow"), changed))
+
+
+def check_batch_size(config: Config, mesh: Mesh) -> None:
+    """ValueError unless the devices divide each part of a batch evenly."""
     parts = config.optimizer.accumulate
-    step_fn = make_step(
-        blueprint.graph, optimizer, task.loss_denominator, task.losses, key, shardings, parts
-    )
-    step_fn = profiled(step_fn, traced, start, workdir / "profile")
-    prepare = task.preparation(mesh)
-    evaluator = task.evaluator((blueprint.finished or blueprint).graph, mesh)
-    finished_model = (
-        jax.jit(lambda state: blueprint.finish(task, state)) if blueprint.finished else None
-    )
-    batches = train_batches(
-        source,
-        sampler,
-        Augmentation(
-            **{field.name: getattr(d, field.name) for field in dataclasses.fields(Augmentation)}
-        ),
+    if config.batch_size // parts % mesh.size:
+        raise ValueError(
+            f"batch_size {config.batch_size} in {parts} parts is not divisible by {mesh.size}"
+            f" devices; allowed: a multiple of {mesh.size * parts}"
+        )
+
+
+def open_batches(task: Task, data: Data, start: int) -> Items:
+    """Starts to read the batches of this host, from step `start` to the last."""
+    config = task.config
+    d = config.data
+    fields = (field.name for field in dataclasses.fields(Augmentation))
+    return train_batches(
+        data.source,
+        data.sampler,
+        Augmentation(**{name: getattr(d, name) for name in fields}),
         seed=config.seed,
         batch_size=config.batch_size,
         start=start,
@@ -175,139 +286,111 @@ def run(
         workers=d.workers,
         shard=(jax.process_index(), jax.process_count()),
     )
-    closing.callback(batches.close)
-    if start < config.steps:
-        checkpoints.check_room(state, start + 1)
 
-    # --- The workdir is this run's from here on: all processes have opened everything -------------
-    multihost_utils.sync_global_devices("open")
-    if distributed.is_main():
-        workdir_lib.claim(config, workdir, start, console.print)
-        trained.save(workdir)
-    writer = Writer(workdir, start, distributed.is_main(), console.print)
-    closing.callback(writer.close)
-    log = Log(config, source, sampler, writer, console, start)
 
-    def evaluate(state: TrainState, names: Sequence[str]) -> None:
-        """Judges the state on domains; its checkpoint is on its way to disk already, so stopping
-        here loses nothing.
-        """
-        step = int(state.step)
-        log.say(f"evaluating step {step} on {', '.join(names)}")
-        model_state = (
-            finished_model(state)
-            if finished_model
-            else (state.trained, state.frozen, state.statistics)
-        )
-        chosen = {name: domains[name] for name in names}
+@dataclasses.dataclass
+class Loop:
+    """What changes from step to step, and its checkpoints.
+
+    Attributes:
+        checkpoints: of the run.
+        like: the abstract state.
+        finish: state to the model without what the methods added to it; None if they add nothing.
+        state: the train state.
+        step: steps done.
+    """
+
+    checkpoints: Checkpoints
+    like: TrainState
+    finish: Callable[[TrainState], ModelState] | None = None
+    state: Any = None
+    step: int = 0
+
+    def model(self) -> ModelState:
+        """The model as it is judged."""
+        if self.finish:
+            return self.finish(self.state)
+        return self.state.trained, self.state.frozen, self.state.statistics
+
+    def save(self) -> ModelState:
+        """Starts to write a checkpoint; returns the model in it."""
+        model = self.model()
+        self.checkpoints.save(self.state, model if self.finish else None)
+        return model
+
+    def reread(self) -> ModelState:
+        """Replaces the state by its checkpoint, so that a finished run is one that can be read."""
+        self.state = None  # memory need not hold it twice
+        self.state = self.checkpoints.reread(self.like, self.step)
+        return self.model()
+
+
+@dataclasses.dataclass
+class Judge:
+    """Evaluates a model on domains and records the results.
+
+    The checkpoint of the step is being written by then, so an interrupt loses nothing.
+    """
+
+    task: Task
+    evaluator: Evaluate
+    data: Data
+    workdir: Path
+    checkpoints: Checkpoints
+    writer: Writer
+    log: Log
+    interrupt: Interrupt
+
+    def __call__(self, step: int, model: ModelState, names: Sequence[str]) -> None:
+        """Evaluates the model of `step` on the named domains."""
+        score_name = self.task.score_name
+        self.log.say(f"evaluating step {step} on {', '.join(names)}")
+        domains = {name: self.data.domains[name] for name in names}
         results = evaluate_domains(
-            evaluator, model_state, chosen, standing, lambda *_: interrupt.check()
+            self.evaluator, model, domains, self.data.standing, lambda *_: self.interrupt.check()
         )
-        everything = summary(task, config, step, results)
-        for name, result in results.items():
-            for i, picture in enumerate(result.pictures):
-                writer.picture(f"{name}/{i}", picture, step)
         # Choosing a checkpoint by unseen domains would be cheating: the best one is the best on the
         # source domain.
-        scored = {
-            name: result.metrics for name, result in results.items() if result.score is not None
-        }
+        scored = {name: r.metrics for name, r in results.items() if r.score is not None}
         seen = reference(scored)
-        if distributed.is_main():
-            write_results(everything, results, workdir)
-            known = {row.get("domain") for row in read_metrics(workdir) if row["step"] == step}
-
-            def row(name, r):
-                return {
-                    "step": step,
-                    "domain": name,
-                    task.score_name: r.score,
-                    "images": r.metrics["images"],
-                    "trained_on": r.metrics["trained_on"],
-                    "decides": name in seen,
-                }
-
-            writer.rows(
-                *(row(name, result) for name, result in results.items() if name not in known)
-            )
+        self.write(step, results, seen)
         if seen:
-            checkpoints.scored(
-                step, sum(scored[name][task.score_name] for name in seen) / len(seen)
-            )
-        shown = {
-            name: NO_TRUTH if result.score is None else f"{result.score:.1f}"
+            mean = sum(scored[name][score_name] for name in seen) / len(seen)
+            self.checkpoints.scored(step, mean)
+        scores = "  ".join(
+            f"{name} {NO_TRUTH if r.score is None else f'{r.score:.1f}'}"
+            for name, r in results.items()
+        )
+        protocol = self.task.config.evaluation.protocol
+        self.log.say(f"{scores}  {score_name} (protocol {protocol})")
+
+    def write(self, step: int, results: dict[str, DomainResult], seen: Sequence[str]) -> None:
+        """Writes results.json, pictures, and the rows that metrics.jsonl lacks."""
+        everything = summary(self.task, self.task.config, step, results)
+        for name, result in results.items():
+            for i, picture in enumerate(result.pictures):
+                self.writer.picture(f"{name}/{i}", picture, step)
+        if not distributed.is_main():
+            return
+        write_results(everything, results, self.workdir)
+        logged = {row.get("domain") for row in read_metrics(self.workdir) if row["step"] == step}
+        rows = [
+            {
+                "step": step,
+                "domain": name,
+                self.task.score_name: result.score,
+                "images": result.metrics["images"],
+                "trained_on": result.metrics["trained_on"],
+                "decides": name in seen,
+            }
             for name, result in results.items()
-        }
-        scores = "  ".join(f"{name} {text}" for name, text in shown.items())
-        log.say(f"{scores}  {task.score_name} (protocol {config.evaluation.protocol})")
-
-    # --- Loop -------------------------------------------------------------------------------------
-    at = start
-    try:
-        with log:
-            if not config.steps and not workdir_lib.saved(workdir):
-                checkpoints.save(
-                    state, finished_model and finished_model(state)
-                )  # nothing is trained: what was loaded is the result
-                state = checkpoints.reread(like, 0)
-            expected = (
-                domains
-                if (start or not config.steps) and due(start, config.eval_every, config.steps)
-                else {}
-            )
-            # The run died between this step's checkpoint and the end of its evaluation, or domains
-            # were added.
-            if missing := distributed.from_main_list(
-                lambda: unjudged(workdir, start, expected, console)
-            ):
-                evaluate(state, missing)
-            for step, batch in enumerate(batches, start + 1):
-                state, metrics = step_fn(state, prepare(sharding.to_devices(batch, mesh), step - 1))
-                at = step
-                log.step(step, metrics)
-                evaluates = due(step, config.eval_every, config.steps)
-                if interrupt.asked or evaluates or due(step, config.checkpoint_every, config.steps):
-                    log.flush()  # a non-finite loss must stop the run before it is saved
-                    with log.pause():
-                        checkpoints.save(state, finished_model and finished_model(state))
-                        interrupt.check()
-                        if step == config.steps:
-                            state = None  # it need not fit twice
-                            state = checkpoints.reread(
-                                like, step
-                            )  # what is judged and called finished is what is on the disk
-                        if evaluates:
-                            evaluate(state, list(domains))
-        checkpoints.wait()
-    except Stop:
-        checkpoints.wait()
-        console.print(f"stopped at step {at}; run the same command to go on")
-        return
-    if distributed.is_main():
-        finished(config, workdir, console)
-
-
-def say_changes(trained: TrainedOn, source: str, workdir: Path, console: Console) -> None:
-    """Says what changed in the source of a run that goes on; an error where its classes did."""
-    try:
-        before = TrainedOn.load(workdir)
-    except ValueError:
-        return  # `trained_on` has said so
-    if before is not None and (changed := trained.changes(before, source)):
-        console.print(Text.assemble(("warning: ", "bold yellow"), changed))
-
-
-def due(step: int, every: int, last: int) -> bool:
-    """Whether something done every so many steps, and at the last one, is done after `step`; 0
-    means never.
-    """
-    return every > 0 and (step % every == 0 or step == last)
+            if name not in logged
+        ]
+        self.writer.rows(*rows)
 
 
 def unjudged(workdir: Path, step: int, domains: Iterable[str], console: Console) -> list[str]:
-    """The domains whose results at `step` have not been written; a broken results.json is set
-    aside.
-    """
+    """The domains that lack results of `step`; sets a broken results.json aside."""
     results = workdir_lib.results(workdir / "results.json", console.print)
     written = results["domains"] if results is not None and results["step"] == step else ()
     rows = {row.get("domain") for row in read_metrics(workdir) if row["step"] == step}
@@ -315,9 +398,7 @@ def unjudged(workdir: Path, step: int, domains: Iterable[str], console: Console)
 
 
 def finished(config: Config, workdir: Path, console: Console) -> bool:
-    """Prints the results of a run that has come to its end; False if it has not, or domains were
-    added since.
-    """
+    """Prints the results of a finished run; False if steps or domains are left to do."""
     if not (workdir / "checkpoints" / str(config.steps)).is_dir():
         return False
     if not config.eval_every:
@@ -326,11 +407,9 @@ def finished(config: Config, workdir: Path, console: Console) -> bool:
         )
         return True
     results = workdir_lib.results(workdir / "results.json")
-    if (
-        results is None
-        or results["step"] != config.steps
-        or not set(config.evaluation.domains) <= results["domains"].keys()
-    ):
+    if results is None or results["step"] != config.steps:
+        return False
+    if not set(config.evaluation.domains) <= results["domains"].keys():
         return False
     print_results(results, console)
     console.print(f"finished: {workdir}/results.json")
@@ -338,160 +417,22 @@ def finished(config: Config, workdir: Path, console: Console) -> bool:
 
 
 def describe(
-    config: Config, blueprint: Blueprint, source: Dataset, mesh: Any, console: Console
+    config: Config, blueprint: Blueprint, source: Dataset, mesh: Mesh, console: Console
 ) -> None:
-    """One line on what is about to happen."""
+    """Prints one line about the run."""
 
-    def count(state):
+    def millions(state):
         return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(state)) / 1e6
 
     trained, frozen, _ = blueprint.abstract
-    kept = f", {count(frozen):.2f} M frozen" if blueprint.frozen else ""
-    encoder = (
-        f"{config.model.encoder} ({config.model.start or config.model.weights or 'from scratch'})"
-    )
+    rest = f", {millions(frozen):.2f} M frozen" if blueprint.frozen else ""
+    m = config.model
     console.print(
-        f"{encoder} + {config.model.decoder}: {count(trained):.2f} M parameters trained{kept};"
+        f"{m.encoder} ({m.start or m.weights or 'from scratch'}) + {m.decoder}:"
+        f" {millions(trained):.2f} M parameters trained{rest};"
         f" {len(source)} images of {config.data.source}; {mesh.size} x"
         f" {jax.devices()[0].device_kind}, mesh data={mesh.shape['data']} fsdp={mesh.shape['fsdp']}"
     )
-
-
-class Log:
-    """Rows of metrics.jsonl, the progress bar, and the watch for a non-finite loss, without making
-    the devices wait.
-
-    The numbers of a step are fetched after the next step has been handed to the devices, and the
-    host waits for it then: there are two batches on the devices, the one worked on and the next,
-    however fast data are read.
-    """
-
-    def __init__(
-        self,
-        config: Config,
-        source: Dataset,
-        sampler: Sampler,
-        writer: Writer,
-        console: Console,
-        start: int,
-    ):
-        self.config = config
-        self.writer = writer
-        self.console = console
-        self.files = functools.partial(batch_files, source, sampler, batch_size=config.batch_size)
-        self.rate: Any = optimizer_lib.learning_rate(config.optimizer, config.steps)
-        self.waiting: list[tuple[int, dict[str, jax.Array]]] = []
-        self.last = start
-        self.clock = time.perf_counter()
-        self.compiled = False
-        columns = (
-            TextColumn("{task.description}", markup=False),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[note]}", markup=False),
-            TimeRemainingColumn(),
-        )
-        self.bar = Progress(*columns, console=console, disable=not console.is_terminal)
-        self.task = self.bar.add_task("training", total=config.steps, completed=start, note="")
-
-    def __enter__(self) -> "Log":
-        self.bar.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.bar.stop()
-
-    def say(self, line: str) -> None:
-        """Prints a line above the bar."""
-        self.console.print(line, highlight=False)
-
-    def step(self, step: int, metrics: dict[str, jax.Array]) -> None:
-        """Takes the metrics of the step just handed to the devices."""
-        if not self.compiled:
-            jax.block_until_ready(metrics)
-            self.compiled = True
-            self.clock = time.perf_counter()
-            self.last = step
-        if self.waiting:
-            jax.block_until_ready(self.waiting[-1])
-            if due(self.waiting[-1][0], self.config.log_every, self.config.steps):
-                self.flush()
-        self.waiting.append((step, metrics))
-        self.bar.update(self.task, completed=step)
-
-    def flush(self) -> None:
-        """Fetches what is waiting: checks every loss and writes the rows that are due.
-
-        Raises:
-            ValueError: a loss is not finite; the message names the step and the files of its batch.
-        """
-        waiting = jax.device_get(self.waiting)
-        self.waiting = []
-        for step, metrics in waiting:
-            if not math.isfinite(metrics["loss"]):
-                raise ValueError(
-                    f"the loss of step {step} is {float(metrics['loss'])}; its batch:"
-                    f" {', '.join(self.files(step=step - 1))}; lower optimizer.learning_rate or"
-                    " look at these files; checkpoints before this step are untouched"
-                )
-            if due(step, self.config.log_every, self.config.steps):
-                self._row(step, {key: float(value) for key, value in metrics.items()})
-
-    def _row(self, step: int, metrics: dict[str, float]) -> None:
-        seconds = (
-            (time.perf_counter() - self.clock) / (step - self.last) if step > self.last else None
-        )
-        self.clock = time.perf_counter()
-        self.last = step
-        speed = (
-            {}
-            if seconds is None
-            else {
-                "seconds_per_step": seconds,
-                "images_per_second": self.config.batch_size / seconds,
-            }
-        )
-        loss = metrics.pop("loss")
-        # The rate that made this step: schedules count from 0.
-        self.writer.rows(
-            {
-                "step": step,
-                "loss": loss,
-                "learning_rate": float(self.rate(step - 1)),
-                **speed,
-                **metrics,
-            }
-        )
-        note = f"loss {loss:.3f}" + (
-            "" if seconds is None else f"  {self.config.batch_size / seconds:.1f} images/s"
-        )
-        self.bar.update(self.task, note=note)
-        if not self.console.is_terminal:
-            left = (
-                ""
-                if seconds is None
-                else f"  ETA {seconds * (self.config.steps - step) / 60:.1f} min"
-            )
-            self.say(f"step {step}/{self.config.steps}  {note}{left}")
-
-    def pause(self) -> "Pause":
-        """Time spent inside is no training time."""
-        return Pause(self)
-
-
-class Pause:
-    """Stops the log's clock while checkpoints and evaluations run; nothing may be waiting in the
-    log.
-    """
-
-    def __init__(self, log: Log):
-        self.log = log
-
-    def __enter__(self) -> None:
-        self.since = time.perf_counter()
-
-    def __exit__(self, *_: object) -> None:
-        self.log.clock += time.perf_counter() - self.since
 
 
 @distributed.joined()

@@ -181,27 +181,19 @@ class StagedConfig(EncoderConfig):
 
 def join_taps(
     read: Sequence[int], observed: Sequence[int]
-) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
-    """The taps of an encoder whose features a decoder reads and a training method observes.
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The taps of an encoder whose features a decoder reads and training methods observe.
 
     Args:
         read: blocks that the decoder reads, ascending.
-        observed: blocks that a method observes. Those past the last one that is read are left out,
+        observed: blocks that methods observe. Those past the last block that is read are left out,
             as they need not be built.
 
     Returns:
-        The taps, the places among them of the blocks that are read, and those of the blocks that
-        are observed.
+        The taps, and the places among them of the blocks that are read.
     """
-    taps = tuple(
-        sorted([*read, *(block for block in observed if block < read[-1] and block not in read)])
-    )
-    places = {block: place for place, block in enumerate(taps)}
-    return (
-        taps,
-        tuple(places[block] for block in read),
-        tuple(places[block] for block in observed if block in places),
-    )
+    taps = sorted({*read, *(block for block in observed if block < read[-1])})
+    return tuple(taps), tuple(taps.index(block) for block in read)
 
 
 class Encoder(nnx.Module):

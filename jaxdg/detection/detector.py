@@ -55,7 +55,7 @@ class Detector(nnx.Module):
                 f"levels of the pyramid are {levels}; allowed: consecutive ones of 0, 1, 2, 3,"
                 " ascending"
             )
-        taps, self.read, self.observed = backbones.join_taps(c.head.taps(encoder), c.observed)
+        taps, self.read = backbones.join_taps(c.head.taps(encoder), c.observed)
         patch = 16 if staged else c.patch_size or max(encoder.strides)
         strides = [patch * 2.0 ** (level - 2) for level in levels]
         unit = max(patch, int(strides[-1]))
@@ -110,7 +110,7 @@ class Detector(nnx.Module):
     def encode(
         self, images: Float[Array, "b h w 3"], key: Key[Array, ""] | None = None
     ) -> tuple[Float[Array, "b _ _ _"], ...]:
-        """Features of all taps, of which `read` and `observed` are indices."""
+        """Features of all taps, of which `read` gives the indices for `decode`."""
         height, width = np.subtract(self.image_size, self.config.image_size).tolist()
         return self.backbone(jnp.pad(images, ((0, 0), (0, height), (0, width), (0, 0))), key)
 

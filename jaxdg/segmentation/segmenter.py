@@ -50,7 +50,7 @@ class Segmenter(nnx.Module):
         self.config = config
         decoder = c.decoder or LinearConfig(c.num_classes, c.dtype)
         read = c.taps or decoder.taps(backbones.entry(c.encoder).config)
-        taps, self.read, self.observed = backbones.join_taps(sorted(read), c.observed)
+        taps, self.read = backbones.join_taps(sorted(read), c.observed)
         self.backbone = backbones.build(
             c, taps=taps, image_size=c.image_size, boundaries=c.boundaries, rngs=rngs
         )
@@ -89,7 +89,7 @@ class Segmenter(nnx.Module):
     def encode(
         self, images: Float[Array, "b h w 3"], key: Key[Array, ""] | None = None
     ) -> tuple[Float[Array, "b _ _ _"], ...]:
-        """Features of all taps, of which `read` and `observed` are indices."""
+        """Features of all taps, of which `read` gives the indices for `decode`."""
         return self.backbone(images, key)
 
     def decode(
