@@ -1,4 +1,4 @@
-"""Small files that outlive a crash of the machine, and what is done with those that did not."""
+"""Writes small files so that a crash of the machine cannot break them, and handles broken ones."""
 
 from collections.abc import Callable, Iterator
 import contextlib
@@ -12,16 +12,14 @@ FULL = (errno.ENOSPC, errno.EDQUOT)  # no room left on the disk, or for this use
 
 
 class Broken(ValueError):
-    """A file that does not hold what it should: a crash emptied or cut it, or something else wrote
-    it.
-    """
+    """A file has the wrong contents: a crash emptied or cut it, or another program wrote it."""
 
 
 def write(path: Path, content: str | bytes) -> None:
-    """Writes a file whole or not at all, also where the machine dies in between.
+    """Writes a file completely or not at all, even if the machine dies meanwhile.
 
     Args:
-        path: of the file, in a folder that exists; what it held is replaced.
+        path: of the file, in a folder that exists; old contents are replaced.
         content: text, which becomes UTF-8, or bytes.
 
     Raises:
@@ -34,20 +32,17 @@ def write(path: Path, content: str | bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, path)
-        _keep_name(path.parent)
+        _sync_folder(path.parent)
 
 
-def _keep_name(folder: Path) -> None:
-    """Brings the names in a folder to the disk."""
+def _sync_folder(folder: Path) -> None:
+    """Writes the list of files of a folder to the disk."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)
     except OSError as error:
-        if error.errno not in (
-            errno.EINVAL,
-            errno.ENOTSUP,
-            errno.EBADF,
-        ):  # some file systems have no such thing
+        # Some file systems cannot do this.
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EBADF):
             raise
     finally:
         os.close(handle)
@@ -55,23 +50,22 @@ def _keep_name(folder: Path) -> None:
 
 @contextlib.contextmanager
 def naming(path: str | os.PathLike[str]) -> Iterator[None]:
-    """Has the errors of writing say what could not be written, and a full disk what to do."""
+    """Makes errors of writing name the file, and that of a full disk say what to do."""
     try:
         yield
     except OSError as error:
         if error.errno in FULL:
-            told = (
+            raise OSError(
                 f"disk full: {path} cannot be written ({error.strerror}); what was saved before is"
-                " whole; "
-            )
-            raise OSError(told + "free some space on that disk and run the same command") from error
+                " whole; free some space on that disk and run the same command"
+            ) from error
         if error.errno is None or error.filename is not None:
             raise
         raise OSError(error.errno, error.strerror, os.fspath(path)) from error
 
 
 def read_json(path: Path) -> Any:
-    """The contents of a JSON file, None if there is none.
+    """The contents of a JSON file; None if there is no such file.
 
     Raises:
         Broken: it is empty, cut or no JSON; the message names it.
@@ -83,20 +77,15 @@ def read_json(path: Path) -> Any:
     try:
         return json.loads(content)
     except (ValueError, RecursionError) as error:
-        reason = (
-            f"no JSON: {error}"
-            if content.strip(b"\0 \n")
-            else "empty"
-            if not content
-            else "nothing but zeros or blanks"
-        )
+        if content.strip(b"\0 \n"):
+            reason = f"no JSON: {error}"
+        else:
+            reason = "nothing but zeros or blanks" if content else "empty"
         raise Broken(f"{path}: broken ({reason})") from None
 
 
 def set_aside(path: Path) -> Path:
-    """Renames a broken file to `NAME.broken`, so that nothing is lost and it can be made again;
-    returns the new path.
-    """
+    """Renames a broken file to `NAME.broken`, so that it can be made anew; returns the new path."""
     aside = path.with_name(path.name + ".broken")
     count = 1
     while aside.exists():
@@ -112,14 +101,14 @@ def recall(
     say: Callable[[str], None] | None = None,
     remedy: str = "it is made again",
 ) -> Any:
-    """The contents of a JSON file that can be made again, None if there is none or it is broken.
+    """The contents of a JSON file that can be made again; None if it is missing or broken.
 
     Args:
         path: of the file.
-        wanted: whether its contents are such as they should be.
-        say: receives a line where it is broken, which then is set aside; without it the file is
-            left as it is.
-        remedy: what happens then, in words.
+        wanted: whether its contents have the right form.
+        say: receives a line about a broken file, which is then set aside; without `say` the file
+            stays where it is.
+        remedy: says in that line what happens next.
     """
     try:
         content = read_json(path)

@@ -1,8 +1,8 @@
-"""What changes training and leaves the architecture alone; one file a method.
+"""Methods change the training and not the architecture; each has a file.
 
-A field of the configuration whose type is a `MethodOptions` is a method. An experiment file may add
-one of its own: a subclass of `Config` with such a field. Training asks the methods that are on,
-through `Method` alone; evaluation, prediction, export and conversion know nothing of them.
+A field of the configuration whose type is a `MethodOptions` is a method. An experiment file adds
+its own by a subclass of `Config` with such a field. Training calls the methods that are on through
+`Method` only; evaluation, prediction, export and conversion know nothing of them.
 """
 
 import dataclasses
@@ -15,8 +15,8 @@ __all__ = ["Method", "MethodOptions", "active", "settings"]
 
 def settings(config: Any) -> dict[str, MethodOptions]:
     """The settings of all methods of a configuration, by the names of their fields."""
-    found = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
-    return {name: value for name, value in found.items() if isinstance(value, MethodOptions)}
+    values = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
+    return {name: value for name, value in values.items() if isinstance(value, MethodOptions)}
 
 
 def active(config: Any) -> tuple[Method, ...]:

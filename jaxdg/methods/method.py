@@ -1,6 +1,6 @@
-"""The protocol between training and a method. Every hook has a default that does nothing.
+"""The protocol between training and a method. Every hook does nothing by default.
 
-In the order in which training asks:
+Training calls the hooks in this order:
 
     modules and parameters   observed, boundaries, extend, trains
     before a step            wants_pictures, preparation
@@ -8,7 +8,7 @@ In the order in which training asks:
     after the optimiser      transformation
     when training ends       finish
 
-Several methods may be on at once: each hook sees what the methods before it have made.
+Several methods may be on at once: each gets what the hooks of the methods before it returned.
 """
 
 from collections.abc import Callable, Sequence
@@ -22,7 +22,7 @@ import optax
 
 Batch = dict[str, Array]
 Features = tuple[Float[Array, "b _ _ _"], ...]
-Kept = tuple[Float[Array, "n _ _ _"], ...]  # features for some of the images, or for all
+Decoded = tuple[Float[Array, "n _ _ _"], ...]  # features of the images that the decoder gets
 
 
 @dataclasses.dataclass(unsafe_hash=True)
@@ -36,14 +36,14 @@ class MethodOptions:
     on: bool = False
 
     def check(self, config: Any, name: str) -> None:
-        """Refuses settings that do not fit together, or not with the run.
+        """Checks these settings, and that they fit the run.
 
         Args:
             config: of the run.
-            name: of these settings in it, for messages.
+            name: of the field that holds these settings, for messages.
 
         Raises:
-            ValueError: which, and what is allowed.
+            ValueError: the message names the setting and what is allowed.
         """
 
     def build(self, config: Any) -> "Method":
@@ -55,10 +55,9 @@ class Method:
     """One method in one run.
 
     Attributes:
-        wants_pictures: every image of a batch comes with a picture, `style` uint8 [b, h, w, 3],
-            drawn from `data.pictures`.
-        changes_model: what is left when training ends (`finish`) differs from the model that is
-            trained.
+        wants_pictures: batches have `style` uint8 [b, h, w, 3], a picture from `data.pictures` for
+            each image.
+        changes_model: `finish` turns the trained model into another one.
     """
 
     wants_pictures = False
@@ -69,36 +68,32 @@ class Method:
         return ()
 
     def boundaries(self, depth: int) -> tuple[int, ...]:
-        """Blocks after which a stacked segment must end, because `extend` changes the next block
-        otherwise than this one.
-        """
+        """Blocks that `extend` changes in another way than the next block: a segment ends there."""
         return ()
 
     def extend(self, model: Any, rngs: nnx.Rngs) -> None:
-        """Adds modules to a model. The names of parameters that are there already must stay.
+        """Adds modules to a model; its own parameters must keep their names.
 
         Args:
             model: with loaded weights, or abstract.
-            rngs: initialises what is added.
+            rngs: for the new parameters.
         """
 
     def trains(self, name: str, trained: bool) -> bool:
         """Whether a parameter is trained.
 
         Args:
-            name: of one block's parameter, such as `backbone.blocks.3.attn.qkv.kernel`.
-            trained: what `model.freeze` and the methods before say.
+            name: per block, such as `backbone.blocks.3.attn.qkv.kernel`.
+            trained: what `model.freeze` and the earlier methods decided.
         """
         return trained
 
     def preparation(
         self, task: Any, model: Any, mesh: Mesh
     ) -> Callable[[Batch, int], Batch] | None:
-        """What is done to a batch on the devices before its step: a function of (batch, step from
-        0); None for nothing.
+        """A function of (batch, step from 0) that prepares a batch on the devices, or None.
 
-        Images that are float32 afterwards have been augmented; uint8 ones are augmented in the
-        step.
+        If it returns float32 images, they count as augmented; uint8 ones are augmented in the step.
 
         Args:
             task: of the run.
@@ -108,52 +103,43 @@ class Method:
         return None
 
     def images(self, images: Float[Array, "b h w 3"], batch: Batch) -> Float[Array, "n h w 3"]:
-        """What the encoder sees in a step, RGB in 0..255: the augmented images, or several for
-        each.
-        """
+        """The input of the encoder, RGB in 0..255: the augmented images, or several for each."""
         return images
 
     def targets(self, batch: Batch) -> Batch:
-        """What the losses are computed of: a prepared batch, with a row for each row of features
-        that `observe` leaves.
-        """
+        """The batch for the losses, with a row for each row of features that `observe` returns."""
         return batch
 
     def observe(
         self, features: Features, places: Sequence[int], batch: Batch
-    ) -> tuple[Kept, dict[str, Float[Array, ""]]]:
-        """Looks at features and adds loss terms.
+    ) -> tuple[Decoded, dict[str, Float[Array, ""]]]:
+        """Computes loss terms from features.
 
         Args:
             features: at all taps of the encoder.
-            places: those of the observed blocks among them.
-            batch: as prepared, or a part of it.
+            places: of the observed blocks among the taps.
+            batch: prepared, or a part of it.
 
         Returns:
-            The features that the decoder goes on with, and named loss terms; those of a batch are
-            the sums of those of its parts.
+            The features for the decoder, and named loss terms; the terms of a batch are the sums
+            over its parts.
         """
         return features, {}
 
     def transformation(self) -> optax.GradientTransformation | None:
-        """What comes after the optimiser: it sees its updates and the parameters.
-
-        Its state is saved with the optimiser's.
-        """
+        """A transformation of the optimiser's updates; its state is saved with the optimiser's."""
         return None
 
     def finish(self, model: Any, state: Any) -> None:
-        """Turns a trained model into the plain one that is evaluated, saved and exported.
+        """Turns the trained model into the plain one that is evaluated, saved and exported.
 
         Args:
-            model: the trained one; what `extend` added must be gone afterwards.
+            model: is changed in place; what `extend` added must be gone afterwards.
             state: of `transformation`, if there is one.
         """
 
 
 def tap_places(model: Any, blocks: Sequence[int]) -> list[int]:
-    """Where the features of blocks are among those that a model's `encode` returns; blocks that are
-    not built are left out.
-    """
+    """The places of blocks among a model's taps; blocks that are not built are left out."""
     taps = model.backbone.config.taps
     return [taps.index(block) for block in blocks if block in taps]

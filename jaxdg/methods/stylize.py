@@ -1,13 +1,12 @@
-"""Style transfer on the devices, by AdaIN (Huang and Belongie 2017) on bands of an invertible
-transform instead of features of a VGG.
+"""Style transfer on the devices: AdaIN (Huang and Belongie 2017) on wavelet bands of colours.
 
-AdaIN gives every channel of an image's features the mean and the standard deviation that it has in
-another image, and a decoder, trained for it, turns features back into an image. Here features are
-linear: opponent colours (as in Reinhard et al. 2001), each cut by an à trous wavelet transform into
-horizontal, vertical and diagonal detail of sizes that double, and the rest. An image is the sum of
-its bands, so nothing needs to be trained, edges stay where the labels have them, and an image in
-its own style is the image. What is lost against a VGG is texture beyond contrast by colour, size
-and direction.
+AdaIN gives each channel of an image's features the mean and the standard deviation that it has in
+another image. The original takes features of a VGG and trains a decoder that turns them back into
+an image. Here the features are linear: opponent colours (as in Reinhard et al. 2001), which an à
+trous wavelet transform splits into horizontal, vertical and diagonal details of doubling sizes and
+a rest. An image is the sum of its bands, so nothing is trained, edges stay where the labels have
+them, and an image in its own style is unchanged. Unlike a VGG, the bands hold no texture but
+contrast by colour, size and direction.
 """
 
 import jax
@@ -15,9 +14,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 import numpy as np
 
-LEVELS = 5  # details of 1 to 16 pixels; the rest carries colour and light
-# at most: in flat or grey images nothing but noise and the blocks of JPEG could be made stronger
-GAIN = 4.0
+LEVELS = 5  # details of 1 to 16 pixels; the rest holds colour and light
+MAX_GAIN = 4.0  # more would amplify the noise and the JPEG blocks of flat or grey images
 TAPS = (1 / 16, 4 / 16, 6 / 16, 4 / 16, 1 / 16)
 OPPONENT = np.array([[1, 1, 1], [1, -1, 0], [1, 1, -2]], np.float32) / np.sqrt(
     np.array([[3], [2], [6]], np.float32)
@@ -42,17 +40,15 @@ def stylize(
 
 
 def adain(x: Float[Array, "b h w c"], style: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
-    """`x` with the mean and the standard deviation of every channel of `style`, contrast being
-    raised `GAIN` times at most.
-    """
+    """`x` with the channel means and standard deviations of `style`; `MAX_GAIN` bounds the gain."""
     mean = x.mean((1, 2), keepdims=True)
     deviation = x.std((1, 2), keepdims=True)
-    gain = jnp.minimum(style.std((1, 2), keepdims=True) / jnp.maximum(deviation, 1e-3), GAIN)
+    gain = jnp.minimum(style.std((1, 2), keepdims=True) / jnp.maximum(deviation, 1e-3), MAX_GAIN)
     return (x - mean) * gain + style.mean((1, 2), keepdims=True)
 
 
 def split(x: Float[Array, "b h w c"]) -> list[Float[Array, "b h w c"]]:
-    """Bands that add up to `x`: three directions of every level, finest first, and the rest."""
+    """Bands that add up to `x`: three directions a level, finest level first, then the rest."""
     bands = []
     for level in range(LEVELS):
         low = smooth(x, 2, 1 << level)
@@ -64,7 +60,7 @@ def split(x: Float[Array, "b h w c"]) -> list[Float[Array, "b h w c"]]:
 
 
 def smooth(x: Float[Array, "b h w c"], axis: int, step: int) -> Float[Array, "b h w c"]:
-    """Binomial weights along an axis, of pixels that lie `step` apart; the border is repeated."""
+    """Averages pixels `step` apart along an axis with binomial weights; repeats the border."""
     margin = [(2 * step, 2 * step) if i == axis else (0, 0) for i in range(4)]
     padded = jnp.pad(x, margin, mode="edge")
     n = x.shape[axis]
