@@ -1,9 +1,9 @@
-"""Checkpoints by Orbax: asynchronous, the newest few and the best, verified when read back.
+"""Checkpoints by Orbax: written asynchronously, the newest few and the best, verified when read.
 
-Each holds two items, so that evaluation need not read the optimiser: `model` (step, parameters,
-statistics) and `optimizer`. Where a method changes the model, `model` is what is left of it, and a
-third item, `training`, is what training goes on from. All carry a fingerprint of their bits, since
-the storage format itself does not notice a changed byte in an array.
+A checkpoint has two items, so that evaluation need not read the optimiser: `model` (step,
+parameters, statistics) and `optimizer`. If a method changes the model, `model` is the finished
+model, and a third item, `training`, is the one from which training resumes. Each item has a
+fingerprint of its bits, since the storage format does not notice a changed byte in an array.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -42,11 +42,13 @@ class Checkpoints:
         read_only: bool = False,
         say: Callable[[str], None] = logging.warning,
     ):
-        """Args:
-        workdir: of the run; the folder is made if needed.
-        keep: newest checkpoints kept, besides the one with the best score.
-        read_only: nothing is made, cleared up or mended, as beside a process that trains there.
-        say: receives a line for what is mended.
+        """Opens the folder.
+
+        Args:
+            workdir: of the run; the folder is made if needed.
+            keep: number of newest checkpoints to keep, besides the one with the best score.
+            read_only: changes nothing, as another process may train there.
+            say: receives a line for each repair.
 
         Raises:
             ValueError: the storage library cannot take the path.
@@ -63,15 +65,13 @@ class Checkpoints:
             options=ocp.CheckpointManagerOptions(
                 preservation_policy=kept,
                 create=not read_only,
-                # what a killed run had half written would lie there for ever
+                # Removes what a killed run has half written.
                 cleanup_tmp_directories=not read_only,
             ),
         )
 
     def _noted_best(self, say: Callable[[str], None] | None) -> tuple[int, float] | None:
-        """Step and score in best.json; if that is broken, what metrics.jsonl says, which is noted
-        anew.
-        """
+        """Step and score in best.json; if that is broken, they are restored from metrics.jsonl."""
         path = self.folder / "best.json"
         noted = files.recall(path, _is_best, say, "taken from metrics.jsonl instead")
         if noted is not None:
@@ -81,29 +81,26 @@ class Checkpoints:
         seen: dict[int, list[float]] = {}
         for row in read_metrics(self.folder.parent):
             if row.get("decides"):
-                seen.setdefault(row["step"], []).append(
-                    next(row[name] for name in ("mIoU", "mAP50") if name in row)
-                )
-        best = max(
-            ((sum(scores) / len(scores), step) for step, scores in seen.items()), default=None
-        )
-        if best is not None and distributed.is_main():
-            files.write(path, json.dumps({"step": best[1], "score": best[0]}))
-        return None if best is None else (best[1], best[0])
+                score = next(row[name] for name in ("mIoU", "mAP50") if name in row)
+                seen.setdefault(row["step"], []).append(score)
+        if not seen:
+            return None
+        score, step = max((sum(scores) / len(scores), step) for step, scores in seen.items())
+        if distributed.is_main():
+            files.write(path, json.dumps({"step": step, "score": score}))
+        return step, score
 
     def steps(self) -> list[int]:
         """Steps that have a finished checkpoint, oldest first."""
         return sorted(self._manager.all_steps())
 
     def shapes(self, step: int) -> dict[str, tuple[int, ...]]:
-        """The shape of every array of a checkpoint's model by dotted name, such as
-        `trained.head.norm.scale`; reads no array.
-        """
+        """The shapes of a checkpoint's model by dotted name, such as `trained.head.norm.scale`."""
         described = _described(self._manager.item_metadata(step)["model"].tree)
         return {name: shape for name, (shape, _) in described.items()}
 
     def best(self) -> tuple[int, float] | None:
-        """Step and score of the best checkpoint so far, None before the first evaluation."""
+        """Step and score of the best checkpoint; None before the first evaluation."""
         return self._best
 
     def scored(self, step: int, score: float) -> None:
@@ -115,14 +112,12 @@ class Checkpoints:
             files.write(self.folder / "best.json", json.dumps({"step": step, "score": score}))
 
     def save(self, state: TrainState, finished: tuple[Any, Any, Any] | None = None) -> None:
-        """Starts writing `state`; returns before it is on disk. A step that is stored already is
-        left as it is.
+        """Starts to write `state`; returns before it is on disk. Keeps a step that is stored.
 
         Args:
-            state: may be donated to the next step right after this returns.
-            finished: trained, frozen and statistics of the model that is left when training ends,
-                where that is another one. It is stored as the model then, and the state beside it,
-                from which training goes on.
+            state: may be donated to the next step once this returns.
+            finished: trained, frozen and statistics of the finished model, if methods change it.
+                It is stored as the model, and the state as `training`.
 
         Raises:
             OSError: the disk has no room for it.
@@ -140,13 +135,12 @@ class Checkpoints:
             self._manager.save(step, args=ocp.args.Composite(**stored))
 
     def check_room(self, state: TrainState, step: int) -> None:
-        """Looks whether the disk has room for a state, or for one of these shapes.
+        """Checks that the disk has room for a state, which may be abstract.
 
-        Done before it is written, because the storage library meets a full disk with hundreds of
-        lines and half a checkpoint.
+        On a full disk the storage library leaves hundreds of lines and half a checkpoint.
 
         Raises:
-            OSError: it has not.
+            OSError: there is no room.
         """
         needed = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
         free = shutil.disk_usage(self.folder).free
@@ -162,30 +156,21 @@ class Checkpoints:
 
     @contextlib.contextmanager
     def _explained(self) -> Iterator[None]:
-        """Says in one line why a checkpoint could not be written."""
+        """Turns errors of writing into one line."""
         try:
             yield
-        except (
-            Exception
-        ) as error:  # the storage library wraps what the system says in errors of its own
-            full = any(
-                sign in str(e)
-                for e in _chain(error)
-                for sign in ("No space left", "ENOSPC", "quota exceeded", "EDQUOT")
-            )
-            what = (
-                "disk full: a checkpoint did not fit into"
-                if full
-                else f"a checkpoint could not be written ({_short(error)}) into"
-            )
-            remedy = (
-                "free some space and run the same command"
-                if full
-                else "see to that folder and run the same command"
-            )
+        except Exception as error:  # the storage library wraps the system's errors in its own
+            texts = [str(e) for e in _chain(error)]
+            signs = ("No space left", "ENOSPC", "quota exceeded", "EDQUOT")
+            if any(sign in text for text in texts for sign in signs):
+                what = "disk full: a checkpoint did not fit into"
+                remedy = "free some space"
+            else:
+                what = f"a checkpoint could not be written ({_short(error)}) into"
+                remedy = "see to that folder"
             raise OSError(
                 f"{what} {self.folder}; the checkpoints before it are whole ({self._kept()});"
-                f" {remedy}"
+                f" {remedy} and run the same command"
             ) from error
 
     def wait(self) -> None:
@@ -202,8 +187,7 @@ class Checkpoints:
         self._manager.close()
 
     def reread(self, like: TrainState, step: int) -> TrainState:
-        """The state of `step` as it came to the disk: a run is not finished by a checkpoint that
-        nobody can read.
+        """Reads back the state of `step`: a run is finished only if its checkpoint can be read.
 
         Args:
             like: as for `restore`.
@@ -233,20 +217,19 @@ class Checkpoints:
         step: int | None = None,
         say: Callable[[str], None] = logging.warning,
     ) -> TrainState | None:
-        """The newest readable state, passing over corrupted ones; None if there is no checkpoint at
-        all.
+        """The newest readable state; None if there is no checkpoint at all.
 
-        Corrupted checkpoints newer than it are moved out of the folder, since training will write
-        their steps again. If none can be read, none is moved.
+        Newer, corrupted checkpoints are moved out of the folder, since training writes their steps
+        again. If none can be read, none is moved.
 
         Args:
-            like: abstract state with shardings, giving structure and placement.
-            step: this one only, with an error if it cannot be read.
-            say: receives a line for every checkpoint that was passed over or moved.
+            like: abstract state with shardings; gives structure and placement.
+            step: reads only this one; raises if it cannot be read.
+            say: receives a line for every checkpoint that was skipped or moved.
 
         Raises:
-            ValueError: every checkpoint is corrupted, or the one asked for, or it belongs to
-                another model.
+            ValueError: the checkpoint belongs to another model, or all (or the one asked for) are
+                corrupted.
         """
 
         def read(at: int) -> TrainState:
@@ -278,17 +261,13 @@ class Checkpoints:
         step: int | None = None,
         say: Callable[[str], None] = logging.warning,
     ) -> dict[str, Any] | None:
-        """As `restore`, without the optimiser and moving nothing: {"step", "trained", "frozen",
-        "statistics"}.
-        """
+        """As `restore`, but reads no optimiser and moves nothing; a dict of the state's fields."""
         return self._newest_readable(lambda at: self._read(at, "model", like), step, say)[0]
 
     def _newest_readable(
         self, read: Callable[[int], Any], step: int | None, say: Callable[[str], None]
     ) -> tuple[Any, list[int]]:
-        """What `read` makes of the newest checkpoint it can read, and the newer ones that it
-        cannot.
-        """
+        """The result of `read` for the newest checkpoint it can read, and the newer, bad steps."""
         if step is not None and step not in self.steps():
             raise ValueError(
                 f"{self.folder} has no checkpoint of step {step}; it has {self._kept()}"
@@ -296,13 +275,11 @@ class Checkpoints:
         failed: dict[int, Exception] = {}
         while (at := self._next(step, failed)) is not None:
             try:
-                found = read(at)
+                state = read(at)
             except Unshared:
                 raise
-            except (
-                Exception
-            ) as error:  # the storage library raises whatever a damaged file leads to
-                self._check_blame(at, error)
+            except Exception as error:  # the storage library raises anything on a damaged file
+                self._raise_unless_corrupted(at, error)
                 failed[at] = error
                 continue
             newer = {bad: error for bad, error in failed.items() if bad > at and self._exists(bad)}
@@ -311,7 +288,7 @@ class Checkpoints:
                     f"checkpoint {self.folder / str(bad)} is corrupted ({_short(error)}); falling"
                     f" back to step {at}"
                 )
-            return found, list(newer)
+            return state, list(newer)
         if not failed:
             return None, []
         at, error = next(iter(failed.items()))
@@ -327,21 +304,19 @@ class Checkpoints:
         ) from error
 
     def _next(self, step: int | None, failed: dict[int, Exception]) -> int | None:
-        """The newest checkpoint that has not failed yet, or `step`; None if there is no other."""
+        """The newest checkpoint that has not failed yet, or `step`; None if all have failed."""
         if step is not None:
             return None if failed else step
         if failed and jax.process_count() == 1:
-            # beside a run that trains: newer ones have come, and what failed was being removed
+            # A run that trains there may have removed what failed, and written newer ones.
             self._manager.reload()
         return max(set(self.steps()) - failed.keys(), default=None)
 
     def _exists(self, step: int) -> bool:
         return (self.folder / str(step)).is_dir()
 
-    def _check_blame(self, step: int, error: Exception) -> None:
-        """Raises an error that says so where a checkpoint was not read for another reason than its
-        bytes.
-        """
+    def _raise_unless_corrupted(self, step: int, error: Exception) -> None:
+        """Raises an error if something else than wrong bytes kept a checkpoint from being read."""
         folder = self.folder / str(step)
         if isinstance(error, Foreign):
             raise ValueError(
@@ -359,7 +334,7 @@ class Checkpoints:
             )
 
     def _read(self, step: int, item: str, like: TrainState) -> dict[str, Any]:
-        """An item of a checkpoint, placed as `like` says; an error unless it is what was saved."""
+        """An item of a checkpoint, placed as `like`; an error unless it is what was saved."""
         checksum = jax.ShapeDtypeStruct((), jnp.uint32, sharding=like.step.sharding)
         wanted = {"fingerprint": checksum, **_items(like)["model" if item == "training" else item]}
         # The storage library's own message would not name the parameter.
@@ -372,11 +347,8 @@ class Checkpoints:
                 kinds = (shape, own_shape) if shape != own_shape else (dtype, own_dtype)
                 raise Foreign(f"{name} is {kinds[0]} there and {kinds[1]} in this model")
         try:
-            stored = dict(
-                self._manager.restore(
-                    step, args=ocp.args.Composite(**{item: ocp.args.StandardRestore(wanted)})
-                )[item]
-            )
+            args = ocp.args.Composite(**{item: ocp.args.StandardRestore(wanted)})
+            stored = dict(self._manager.restore(step, args=args)[item])
         except Exception as error:
             if jax.process_count() == 1:
                 raise
@@ -386,28 +358,28 @@ class Checkpoints:
                 " fall back by itself; move this folder away and run again"
             ) from error
         expected = int(stored.pop("fingerprint"))
-        found = int(fingerprint(stored))
-        if found != expected:
+        actual = int(fingerprint(stored))
+        if actual != expected:
             raise ValueError(
-                f"its {item} arrays do not add up to their fingerprint: {found:08x}, not"
+                f"its {item} arrays do not add up to their fingerprint: {actual:08x}, not"
                 f" {expected:08x}"
             )
         return stored
 
 
 class Foreign(ValueError):
-    """A checkpoint holds other parameters than the model."""
+    """A checkpoint has other parameters than the model."""
 
 
 class Unshared(OSError):
-    """A process could not read its part of a checkpoint; the others, which may have read theirs,
-    wait for it.
-    """
+    """A process could not read its part of a checkpoint; the others may have read theirs."""
 
 
 class _Best(policies.PreservationPolicy):
-    """Keeps the best-scored checkpoint. Orbax's own policy wants the score when saving, but a run
-    that dies while it is evaluated should not have to train to that step again.
+    """Keeps the checkpoint with the best score.
+
+    Orbax's own policy needs the score when it saves. Here a checkpoint is saved before it is
+    evaluated, so a run that dies during evaluation need not train to that step again.
     """
 
     def __init__(self, checkpoints: Checkpoints):
@@ -419,9 +391,10 @@ class _Best(policies.PreservationPolicy):
 
 
 class LiteralPath(PosixGPath):
-    """A local path as it is written. The storage library would search below it with the path as a
-    part of the pattern, in which `[1]` and `*` mean something else, and would take `/gs/..` or
-    `/s3/..` for a bucket.
+    """A local path whose characters all stand for themselves.
+
+    The storage library globs with the path as a part of the pattern, where `[1]` and `*` mean
+    something else. It also takes `/gs/..` or `/s3/..` for a bucket.
     """
 
     @property
@@ -429,10 +402,8 @@ class LiteralPath(PosixGPath):
         return None
 
     def glob(self, pattern: str) -> Iterator["LiteralPath"]:
-        return (
-            self._new(found)
-            for found in glob.glob(os.path.join(glob.escape(os.fspath(self)), pattern))
-        )
+        full_pattern = os.path.join(glob.escape(os.fspath(self)), pattern)
+        return (self._new(path) for path in glob.glob(full_pattern))
 
 
 def check_path(path: Path) -> None:
@@ -457,16 +428,15 @@ def check_path(path: Path) -> None:
 
 @jax.jit
 def fingerprint(tree: Any) -> jax.Array:
-    """A checksum of the bits of all arrays in `tree` and of their order, uint32; independent of how
-    devices divide them.
+    """A uint32 checksum of the bits of all arrays in `tree` and of their order.
 
-    Every word counts an odd number of times, so one changed word always changes the sum.
+    It does not depend on how devices divide the arrays. Every word has an odd weight, so one
+    changed word always changes the sum.
     """
+    words = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}
     total = jnp.zeros((), jnp.uint32)
     for i, leaf in enumerate(jax.tree.leaves(tree)):
-        bits = jax.lax.bitcast_convert_type(
-            leaf, {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[leaf.dtype.itemsize]
-        )
+        bits = jax.lax.bitcast_convert_type(leaf, words[leaf.dtype.itemsize])
         place = jnp.zeros(leaf.shape, jnp.uint32)
         for axis, size in enumerate(leaf.shape):
             place = place * size + jax.lax.broadcasted_iota(jnp.uint32, leaf.shape, axis)
@@ -479,21 +449,19 @@ def fingerprint(tree: Any) -> jax.Array:
 def _items(
     state: TrainState, finished: tuple[Any, Any, Any] | None = None
 ) -> dict[str, dict[str, Any]]:
-    """What is stored apart, with the fields of a state that each holds; see `Checkpoints.save`."""
+    """The items of a checkpoint, each with the fields that it stores; see `Checkpoints.save`."""
     fields = dict(vars(state))
     optimizer = {"opt_state": fields.pop("opt_state")}
     if finished is None:
         return {"model": fields, "optimizer": optimizer}
-    left = dict(zip(("trained", "frozen", "statistics"), finished, strict=True))
-    return {"model": {"step": state.step, **left}, "training": fields, "optimizer": optimizer}
+    model = dict(zip(("trained", "frozen", "statistics"), finished, strict=True))
+    return {"model": {"step": state.step, **model}, "training": fields, "optimizer": optimizer}
 
 
 def _described(tree: Any) -> dict[str, tuple[tuple[int, ...], str]]:
-    """Shapes and types by dotted name, of an abstract state or of a checkpoint's metadata, which
-    spells attributes as keys.
-    """
+    """Shapes and types of an abstract state or of a checkpoint's metadata, by dotted name."""
 
-    def name(path):
+    def name(path):  # the metadata has keys in place of attributes
         return ".".join(str(getattr(key, "key", getattr(key, "name", key))) for key in path)
 
     leaves = jax.tree_util.tree_leaves_with_path(tree)
@@ -501,19 +469,15 @@ def _described(tree: Any) -> dict[str, tuple[tuple[int, ...], str]]:
 
 
 def _is_best(content: Any) -> bool:
-    """Whether this is what best.json should hold."""
-    good = (
-        isinstance(content, dict)
-        and type(content.get("step")) is int
-        and isinstance(content.get("score"), (int, float))
-    )
-    return good and math.isfinite(content["score"])
+    """Whether best.json may hold this."""
+    if not isinstance(content, dict) or type(content.get("step")) is not int:
+        return False
+    score = content.get("score")
+    return isinstance(score, (int, float)) and math.isfinite(score)
 
 
 def _unreadable(folder: Path) -> str | None:
-    """Why the system does not let a file of a folder be read, in words; None if it does, whatever
-    they hold.
-    """
+    """The system's reason why a file of a folder cannot be read; None if all can be read."""
     failures: list[OSError] = []
     for parent, _, names in os.walk(folder, onerror=failures.append):
         for name in names:
@@ -528,7 +492,7 @@ def _unreadable(folder: Path) -> str | None:
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:
-    """An error and those that led to it."""
+    """An error and its causes."""
     while error is not None:
         yield error
         error = error.__cause__ or error.__context__

@@ -1,17 +1,17 @@
 """Several processes as one run: how they meet, decide together, and end together.
-`docs/how-to/clusters.md` shows how they are started.
 
-`jax.distributed` finds the processes and watches over them. Around it there is here what a command
-needs: nothing is started for a single process, one process writes, all stop at the same step, and
-none waits for ever for another:
+`jax.distributed` finds the processes and watches them; `docs/how-to/clusters.md` shows how to start
+them. This module adds what a command needs: a single process starts nothing, one process writes,
+all stop at the same step, and none waits for ever for another:
 
 - A process that was killed, frozen or cut off sends no heartbeats. Jax notices within `HEARTBEAT`
   seconds, at once if the first process was killed, and aborts all others with a message.
-- A process that fails prints its error and ends without waiting for the others, which then miss it.
-- A process that was started otherwise than the first, by another configuration, code or data, or
-  that belongs to another run, is named, and all end.
-- A process that hangs, in a read from a dead file system for instance, still sends heartbeats. All
-  get stuck with it, and each ends when for `--patience` minutes no step and no batch has, printing
+- A process that fails prints its error and ends without waiting for the others. They then miss its
+  heartbeats.
+- If a process has another configuration, code or data than the first, or belongs to another run, an
+  error names it and all end.
+- A process that hangs, for instance in a read from a dead file system, still sends heartbeats, and
+  all wait for it. Each process ends after `--patience` minutes without a step or batch, and prints
   where it stands.
 """
 
@@ -35,24 +35,24 @@ from typing import Any
 
 from absl import flags
 import jax
-from jax._src.distributed import (
-    global_state as meeting,
-)  # nothing public reaches the service by which processes meet
+
+# Nothing public reaches the service by which processes meet.
+from jax._src.distributed import global_state as meeting
 from jax.experimental import multihost_utils
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 import numpy as np
 
 HEARTBEAT = 100  # seconds without a sign of life from another process
-LINGER = 3  # seconds that a failed process has for its last words
-DAY = 86_400_000  # milliseconds; whoever waits so long has been ended by `_watch` before
-# What launchers call a run. Under `mpirun` Slurm's names are those of the steps by which it has
-# started processes, one a host.
+LINGER = 3  # seconds that a failed process has to print its error
+DAY = 86_400_000  # milliseconds; `_watch` ends a process that waits so long
+# The variables that name a run, by the variable that tells the launcher. Under `mpirun` Slurm's
+# variables name the steps that started the processes, one a host, so Open MPI's come first.
 RUN_NAMES = {
     "OMPI_COMM_WORLD_SIZE": ("PMIX_NAMESPACE", "OMPI_MCA_ess_base_jobid"),
     "SLURM_STEP_NODELIST": ("SLURM_JOB_ID", "SLURM_STEP_ID"),
 }
-# Settings of jax by which equal programs compute different numbers.
+# Settings of jax that change the numbers that a program computes.
 JAX_SETTINGS = (
     "jax_default_prng_impl",
     "jax_threefry_partitionable",
@@ -60,7 +60,7 @@ JAX_SETTINGS = (
     "jax_disable_jit",
 )
 
-_progress = time.monotonic()  # when a step or a batch has ended last
+_progress = time.monotonic()  # when the last step or batch ended
 
 
 def define_flags() -> None:
@@ -69,28 +69,22 @@ def define_flags() -> None:
     flags.DEFINE_string(
         "coordinator",
         None,
-        "HOST:PORT that process 0 listens on; Slurm, Open MPI and Kubernetes say it.",
+        "HOST:PORT that process 0 listens on; not needed under Slurm, Open MPI and Kubernetes.",
         **of_command,
     )
-    flags.DEFINE_integer(
-        "processes", None, "How many there are; likewise.", lower_bound=1, **of_command
-    )
-    flags.DEFINE_integer(
-        "process_id", None, "Which of them this is, from 0; likewise.", lower_bound=0, **of_command
-    )
-    flags.DEFINE_float(
-        "patience",
-        30,
-        "Minutes without a step or batch after which all processes end.",
-        lower_bound=0,
-        **of_command,
-    )
+    help = "Number of processes; likewise."
+    flags.DEFINE_integer("processes", None, help, lower_bound=1, **of_command)
+    help = "Number of this process, from 0; likewise."
+    flags.DEFINE_integer("process_id", None, help, lower_bound=0, **of_command)
+    help = "Minutes without a step or batch after which all processes end."
+    flags.DEFINE_float("patience", 30, help, lower_bound=0, **of_command)
 
 
 @contextlib.contextmanager
 def joined() -> Iterator[None]:
-    """Joins the other processes of a run, if there are any, as the flags or the launcher say;
-    inside, they are one machine to jax.
+    """Joins the other processes of a run, if the flags or the launcher name any.
+
+    Inside, jax sees all their devices.
 
     Raises:
         ValueError: see `start`.
@@ -99,27 +93,22 @@ def joined() -> Iterator[None]:
     if not start(f.coordinator, f.processes, f.process_id):
         yield
         return
-    # What would ask jax itself would start the devices, which versions that differ may keep from
-    # finding each other.
+    # Asking jax itself would start the devices; if versions differ, they may not find each other.
     me = f"process {meeting.process_id} of {meeting.num_processes} on {socket.gethostname()}"
     threading.Thread(target=_watch, args=(me, 60 * f.patience), daemon=True).start()
     try:
         if f.coordinator is None:
-            launcher = next(
-                (names for variable, names in RUN_NAMES.items() if variable in os.environ), ()
-            )
+            launchers = (names for variable, names in RUN_NAMES.items() if variable in os.environ)
             agree(
-                {name: os.environ.get(name) for name in launcher},
+                {name: os.environ.get(name) for name in next(launchers, ())},
                 "two runs have met: give each a --coordinator HOST:PORT of its own",
             )
         agree(versions(), "install the same on all hosts and start all processes alike")
-        agree(
-            {"devices": ", ".join(sorted(device.device_kind for device in jax.local_devices()))},
-            "give each process the same devices",
-        )
+        devices = ", ".join(sorted(device.device_kind for device in jax.local_devices()))
+        agree({"devices": devices}, "give each process the same devices")
         yield
     except Disagreement:
-        jax.distributed.shutdown()  # in order, as all end by it
+        jax.distributed.shutdown()  # all processes raise this, so all can shut down in order
         raise
     except BaseException:
         print(
@@ -127,8 +116,7 @@ def joined() -> Iterator[None]:
             file=sys.stderr,
             flush=True,
         )
-        # Left to itself, the interpreter would wait at its exit for the others, who wait for this
-        # one.
+        # At its exit the interpreter would wait for the others, which wait for this process.
         end = threading.Timer(LINGER, os._exit, [1])
         end.daemon = True
         end.start()
@@ -137,19 +125,19 @@ def joined() -> Iterator[None]:
 
 
 def start(coordinator: str | None, processes: int | None, process_id: int | None) -> bool:
-    """Starts `jax.distributed`, before anything else is asked of jax.
+    """Starts `jax.distributed`, before any other use of jax.
 
     Args:
-        coordinator: HOST:PORT of process 0; None leaves it to the launcher, as the others.
-        processes: how many there are; 1 starts nothing, whatever the launcher says.
-        process_id: which this is.
+        coordinator: HOST:PORT of process 0; None leaves it to the launcher, as do the others.
+        processes: their number; 1 starts nothing, whatever the launcher says.
+        process_id: of this process.
 
     Returns:
         Whether there are several processes.
 
     Raises:
-        ValueError: something was not given and the launcher does not say it. Where the others do
-            not come, jax aborts after 5 minutes.
+        ValueError: an argument is missing and the launcher does not supply it. If the others do not
+            come, jax aborts after 5 minutes.
     """
     if processes == 1 or (coordinator is processes is process_id is None and not launched()):
         return False
@@ -159,16 +147,12 @@ def start(coordinator: str | None, processes: int | None, process_id: int | None
         and "SLURM_STEP_NODELIST" in os.environ
     ):
         os.environ.setdefault("JAX_COORDINATOR_PORT", str(slurm_port()))
-    # `cli.Interrupt` listens to SIGTERM, and in evaluation too, where this service has no steps to
-    # agree on.
+    # `cli.Interrupt` handles SIGTERM. It works in evaluation too, where this service has no steps.
     jax.config.update("jax_enable_preemption_service", False)
-    if process_id == 0 or (
-        process_id is None
-        and "0" in (os.environ.get("SLURM_PROCID"), os.environ.get("OMPI_COMM_WORLD_RANK"))
-    ):
-        _check_port(
-            (coordinator or "").rpartition(":")[2] or os.environ.get("JAX_COORDINATOR_PORT")
-        )
+    ranks = os.environ.get("SLURM_PROCID"), os.environ.get("OMPI_COMM_WORLD_RANK")
+    if process_id == 0 or (process_id is None and "0" in ranks):
+        port = (coordinator or "").rpartition(":")[2]
+        _check_port(port or os.environ.get("JAX_COORDINATOR_PORT"))
     try:
         jax.distributed.initialize(
             coordinator, processes, process_id, heartbeat_timeout_seconds=HEARTBEAT
@@ -182,15 +166,12 @@ def start(coordinator: str | None, processes: int | None, process_id: int | None
 
 
 def _check_port(port: str | None) -> None:
-    """Refuses a port that another program listens on: if that is another run, processes of both
-    would join either.
-    """
+    """Refuses a port that is in use: if another run uses it, processes of both would mix."""
     if port is None or not port.isdigit():
         return
     with socket.socket() as trial:
-        trial.setsockopt(
-            socket.SOL_SOCKET, socket.SO_REUSEADDR, 1
-        )  # a run that has just ended does not count
+        # The port of a run that has just ended is free.
+        trial.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             trial.bind(("", int(port)))
         except (OSError, OverflowError) as error:
@@ -204,7 +185,7 @@ def _check_port(port: str | None) -> None:
 def slurm_port() -> int:
     """The port of process 0 in a step of a Slurm job.
 
-    Jax would derive it from the job alone, and two steps on one node would meet.
+    Jax would derive it from the job only, and two steps on one node would meet.
     """
     environment = os.environ
     job = int(environment.get("SLURM_JOB_ID", 0))
@@ -215,28 +196,27 @@ def slurm_port() -> int:
 def launched() -> bool:
     """Whether a launcher that jax knows has started several processes.
 
-    Asked first, because jax would join a single one as well, and leave it one GPU of all that there
-    are.
+    Jax would join a single process as well, and would leave it only one GPU.
     """
     environment = os.environ
     if "OMPI_COMM_WORLD_SIZE" in environment:
         return int(environment["OMPI_COMM_WORLD_SIZE"]) > 1
     if "SLURM_STEP_NODELIST" in environment:
         return int(environment.get("SLURM_NTASKS", 1)) > 1
-    # Jax asks the cluster itself for everything else, through this package.
-    return (
-        "JOB_COMPLETION_INDEX" in environment and importlib.util.find_spec("kubernetes") is not None
-    )
+    # Under Kubernetes jax asks the cluster, through this package.
+    has_package = importlib.util.find_spec("kubernetes") is not None
+    return "JOB_COMPLETION_INDEX" in environment and has_package
 
 
 def is_main() -> bool:
-    """Whether this process writes and prints; a single one does."""
+    """Whether this process writes and prints; one of them does."""
     return jax.process_index() == 0
 
 
 def from_main(question: Callable[[], bool]) -> bool:
-    """The first process's answer, on all, for what must not be decided differently, such as by
-    files that are being written.
+    """The first process's answer, on all processes.
+
+    Files that are being written, for instance, could give each process another answer.
     """
     if jax.process_count() == 1:
         return question()
@@ -249,9 +229,7 @@ def from_main_list(question: Callable[[], list[str]]) -> list[str]:
 
 
 def gathered(mine: dict[Any, Any]) -> dict[Any, Any]:
-    """The entries of every process's dictionary, on all; what they hold is pickled and should be
-    small.
-    """
+    """The entries of all processes' dictionaries, on every process; pickled, so keep them small."""
     if jax.process_count() == 1:
         return mine
     data = np.frombuffer(pickle.dumps(mine), np.uint8)
@@ -265,54 +243,46 @@ def gathered(mine: dict[Any, Any]) -> dict[Any, Any]:
 
 
 class Disagreement(ValueError):
-    """A process is not like the first; raised by all processes at once."""
+    """A process differs from the first; all processes raise this at once."""
 
 
 def agree(mine: Mapping[str, Any], remedy: str) -> None:
-    """Holds what is known here against what process 0 knows; all processes must ask, in the same
-    order.
+    """Compares values with those of process 0; all processes must call this, in the same order.
 
     Args:
-        mine: values by what they are, such as fields of the configuration; they are compared as
-            `repr` shows them.
+        mine: values by name, such as fields of the configuration; their `repr` is compared.
         remedy: what to do about a difference.
 
     Raises:
-        Disagreement: some process has other values; names it, its host, and up to three values with
-            those of process 0.
+        Disagreement: a process has other values; the message names it, its host, and up to three
+            values with those of process 0.
     """
     client: Any = meeting.client
     if client is None:
         return
     here = socket.gethostname()
     known = {name: repr(value) for name, value in mine.items()}
-    place = f"jaxdg/agree/{next(_asked)}"
+    place = f"jaxdg/agree/{next(_calls)}"
     if meeting.process_id == 0:
         client.key_value_set(f"{place}/first", json.dumps([here, known]))
     there, wanted = json.loads(client.blocking_key_value_get(f"{place}/first", DAY))
     differing = [name for name in {**wanted, **known} if wanted.get(name) != known.get(name)]
     phrases = [f"{name} {known.get(name)} instead of {wanted.get(name)}" for name in differing[:3]]
     more = f" and {len(differing) - 3} more differences" if len(differing) > 3 else ""
-    found = (
-        f"process {meeting.process_id} on {here} has {', '.join(phrases)}{more}"
-        if differing
-        else ""
-    )
-    client.key_value_set(f"{place}/found/{meeting.process_id:06d}", found)
+    report = f"process {meeting.process_id} on {here} has {', '.join(phrases)}{more}"
+    client.key_value_set(f"{place}/reports/{meeting.process_id:06d}", report if differing else "")
     client.wait_at_barrier(place, DAY)
-    told = [text for _, text in sorted(client.key_value_dir_get(f"{place}/found/")) if text]
-    if told:
-        others = f" (and {len(told) - 1} other processes differ)" if len(told) > 1 else ""
-        raise Disagreement(f"{told[0]} as process 0 on {there}{others}; {remedy}")
+    reports = [text for _, text in sorted(client.key_value_dir_get(f"{place}/reports/")) if text]
+    if reports:
+        others = f" (and {len(reports) - 1} other processes differ)" if len(reports) > 1 else ""
+        raise Disagreement(f"{reports[0]} as process 0 on {there}{others}; {remedy}")
 
 
-_asked = itertools.count()  # how often `agree` has been called, the same in all processes
+_calls = itertools.count()  # counts the calls of `agree`, which are the same in all processes
 
 
 def versions() -> dict[str, str]:
-    """What a process runs: versions, the source of this package, and settings of jax that change
-    what is computed.
-    """
+    """Versions, a digest of this package's source, and settings of jax that change its numbers."""
     source = hashlib.sha256()
     for file in sorted(Path(__file__).parent.rglob("*.py")):
         source.update(file.read_bytes())
@@ -327,28 +297,27 @@ def versions() -> dict[str, str]:
 
 
 def progress() -> None:
-    """Notes that this process does not hang."""
+    """Records that this process does not hang."""
     global _progress
     _progress = time.monotonic()
 
 
 class Agreement:
-    """Whether any process wishes something; all must ask the same number of times. It is a sign of
-    progress, too.
+    """Whether any process wishes something; all processes must ask equally often.
 
-    Nobody waits: the answer is that to the question before, False at first. So whoever wishes
-    something keeps on wishing it.
+    No process waits: the answer is that of the call before, False at first. So a process must
+    repeat its wish. A call counts as progress.
     """
 
     def __init__(self):
-        """Asks for nothing yet."""
+        """Wishes nothing yet."""
         mesh = Mesh(np.asarray(jax.devices()), "all")
         self._at = NamedSharding(mesh, PartitionSpec("all"))
         self._before = False
         self._any = jax.jit(jnp.any, out_shardings=NamedSharding(mesh, PartitionSpec()))
 
     def __call__(self, wish: bool) -> bool:
-        """Whether any process wished when it asked before."""
+        """Whether any process wished at the call before."""
         progress()
         if jax.process_count() == 1:
             return wish
@@ -361,7 +330,7 @@ class Agreement:
 
 
 def _watch(me: str, patience: float) -> None:
-    """Ends this process when it has made no progress for `patience` seconds."""
+    """Ends this process after `patience` seconds without progress."""
     while (left := _progress + patience - time.monotonic()) > 0:
         time.sleep(min(left, 10))
     print(

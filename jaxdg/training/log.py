@@ -37,15 +37,17 @@ class Log:
         rate: Callable[[int], Any],
         files: Callable[[int], Sequence[str]],
     ):
-        """Args:
-        writer: receives the rows.
-        console: shows the progress bar, or a line for each row if it is no terminal.
-        start: steps done so far.
-        steps: of the run.
-        every: steps between two rows.
-        batch_size: images a step.
-        rate: number of a step, from 0, to its learning rate.
-        files: number of a step, from 0, to the files of its batch.
+        """Starts the clock.
+
+        Args:
+            writer: receives the rows.
+            console: shows the progress bar, or a line for each row if it is no terminal.
+            start: steps done so far.
+            steps: of the run.
+            every: steps between two rows.
+            batch_size: images a step.
+            rate: number of a step, from 0, to its learning rate.
+            files: number of a step, from 0, to the files of its batch.
         """
         self.writer = writer
         self.console = console

@@ -1,4 +1,4 @@
-"""The rows of a run's `metrics.jsonl`, read back whatever a crash left of them."""
+"""Reads the rows of a run's `metrics.jsonl`, even if a crash broke some lines."""
 
 import json
 from pathlib import Path
@@ -6,15 +6,14 @@ from typing import Any
 
 
 def read_metrics(workdir: str | Path) -> list[dict[str, Any]]:
-    """The rows of a run's `metrics.jsonl`, none if there is no such file; lines that are no rows
-    are left out.
-    """
+    """The rows of a run's `metrics.jsonl`; empty without such a file. Skips broken lines."""
     return read_rows(Path(workdir) / "metrics.jsonl")[0]
 
 
 def read_rows(path: Path) -> tuple[list[dict[str, Any]], list[int]]:
-    """The rows of a file, and the numbers of the lines that are none, but for a last one that was
-    being written when the run died.
+    """The rows of a file, and the numbers of its broken lines.
+
+    A last line without an end does not count as broken: the run died while writing it.
     """
     try:
         content = path.read_bytes()
@@ -33,7 +32,7 @@ def read_rows(path: Path) -> tuple[list[dict[str, Any]], list[int]]:
 
 
 def _row(line: bytes) -> dict[str, Any] | None:
-    """What a line says, None if it is no row."""
+    """The row in a line; None if there is none."""
     try:
         row = json.loads(line)
     except (ValueError, RecursionError):

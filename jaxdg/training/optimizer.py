@@ -1,8 +1,8 @@
-"""AdamW with a learning rate and a weight decay for every parameter, chosen by name, and what stays
-frozen.
+"""AdamW with rates and weight decays chosen by parameter name, and the choice of frozen parameters.
 
-The order is that of torch's AdamW: gradients clipped by their global norm, Adam's direction, decay
-added, then the step's and the parameter's own rate. Stacked blocks get one factor a layer.
+The order is that of torch's AdamW: clip gradients by their global norm, take Adam's direction, add
+the decay, multiply by the step's and the parameter's own rate. Stacked blocks get one factor a
+layer.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -25,20 +25,20 @@ class OptimizerConfig:
 
     Attributes:
         learning_rate: peak. Default 1e-4.
-        encoder_factor: of the encoder's learning rate when it starts from `model.weights`; from
-            scratch it is 1. Default 0.1.
+        encoder_factor: multiplies the encoder's learning rate if it starts from `model.weights`;
+            from scratch the factor is 1. Default 0.1.
         warmup_steps: steps of linear warm-up from 0. Default 0.
-        hold_steps: steps at the peak after that, before the decay begins. Default 0.
+        hold_steps: steps at the peak between warm-up and decay. Default 0.
         power: of the polynomial decay to 0 at the last step; 0 keeps the rate constant. Default
             0.9.
         betas: decay of AdamW's moments. Default 0.9, 0.999.
         epsilon: of AdamW. Default 1e-8.
         weight_decay: decoupled, multiplied by the learning rate. Default 0.05.
         clip: largest global L2 norm of the gradient; 0 turns clipping off. Default 0.01.
-        accumulate: parts a batch is computed in, one after another, for less memory; the result is
-            that of the whole. Default 1.
-        learning_rate_factors: (regex, factor) pairs; the first regex found in a parameter's name
-            counts. Default ().
+        accumulate: parts in which a batch is computed, one after another, to save memory; the
+            result is that of one part. Default 1.
+        learning_rate_factors: (regex, factor) pairs; the first regex that matches somewhere in a
+            parameter's name counts. Default ().
         weight_decay_factors: likewise. Default: no decay on norms, layer scales, class and register
             tokens, and embeddings of positions, queries and levels.
     """
@@ -69,14 +69,12 @@ class Counted(Protocol):
     config: Any
 
     def unit_of(self, name: str) -> int | None:
-        """From 0; None before and after them."""
+        """The block or stage, from 0; None if it belongs to none."""
         ...
 
 
 def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:
-    """Step to rate: linear warm-up, constant, then polynomial decay that reaches 0 after the last
-    step.
-    """
+    """Step to rate: linear warm-up, constant, then polynomial decay to 0 after the last step."""
     before = config.warmup_steps + config.hold_steps
     decay = optax.polynomial_schedule(
         config.learning_rate, 0.0, config.power, steps - before, config.hold_steps
@@ -107,23 +105,18 @@ def make_optimizer(
     """
 
     def rate(name: str) -> float:
-        return weights.first_match(name, config.learning_rate_factors, 1.0) * (
-            encoder_factor if name.startswith(ENCODER) else 1.0
-        )
+        factor = encoder_factor if name.startswith(ENCODER) else 1.0
+        return weights.first_match(name, config.learning_rate_factors, 1.0) * factor
+
+    def decay(name: str) -> float:
+        return config.weight_decay * weights.first_match(name, config.weight_decay_factors, 1.0)
 
     rates = weights.tree_by_name(params, rate)
-    decays = weights.tree_by_name(
-        params,
-        lambda name: (
-            config.weight_decay * weights.first_match(name, config.weight_decay_factors, 1.0)
-        ),
-    )
+    decays = weights.tree_by_name(params, decay)
 
     def decay_and_scale(updates, state, params):
-        return (
-            jax.tree.map(lambda u, p, d, r: r * (u + d * p), updates, params, decays, rates),
-            state,
-        )
+        scaled = jax.tree.map(lambda u, p, d, r: r * (u + d * p), updates, params, decays, rates)
+        return scaled, state
 
     return optax.chain(
         optax.clip_by_global_norm(config.clip) if config.clip else optax.identity(),
@@ -135,27 +128,25 @@ def make_optimizer(
 
 
 def method_states(opt_state: Any, methods: Sequence[Any]) -> list[Any]:
-    """The state of each method's transformation within that of the optimiser; None of a method that
-    has none.
-    """
-    has = [method.transformation() is not None for method in methods]
-    states = iter(opt_state[len(opt_state) - sum(has) :])
-    return [next(states) if there else None for there in has]
+    """The state of each method's transformation in the optimiser's; None for a method without."""
+    transforms = [method.transformation() is not None for method in methods]
+    states = iter(opt_state[len(opt_state) - transforms.count(True) :])
+    return [next(states) if has_state else None for has_state in transforms]
 
 
 def frozen_names(freeze: str, names: Iterable[str], encoder: Counted) -> set[str]:
-    """Which parameters stay as loaded.
+    """The parameters that stay as loaded.
 
     Args:
         freeze: "none", "all" (the encoder), "first N" (embeddings and first N blocks), "last N"
-            (last N blocks), or a regular expression searched in the names. Of hierarchical encoders
+            (last N blocks), or a regular expression searched in the names. In hierarchical encoders
             N counts stages.
-        names: all parameters, by per-block name.
+        names: of all parameters, per block.
         encoder: of the model.
 
     Raises:
-        ValueError: nothing or everything matches, more blocks than there are, or no regular
-            expression.
+        ValueError: nothing or everything matches, N is too large, or the regular expression is
+            wrong.
     """
     names = list(names)
     if freeze == "none":
@@ -197,18 +188,16 @@ def frozen_names(freeze: str, names: Iterable[str], encoder: Counted) -> set[str
 
 
 def freeze_boundaries(frozen: set[str], slots: Mapping[str, weights.Slot]) -> tuple[int, ...]:
-    """Encoder blocks after which a stacked segment must end, because the next block is frozen
-    otherwise than this one.
+    """Encoder blocks after which a segment ends, as other parameters are frozen in the next block.
 
     Blocks are counted through all stages of a hierarchical encoder.
 
     Args:
         frozen: names of the frozen parameters.
-        slots: where all parameters lie, by per-block name.
+        slots: of all parameters, by per-block name.
     """
-    stacks: dict[
-        str, dict[tuple[str, int], str]
-    ] = {}  # of each stack: (name in its block, block) -> whole name
+    # For each stack: (name in the block, block) to full name.
+    stacks: dict[str, dict[tuple[str, int], str]] = {}
     for name, slot in slots.items():
         if name.startswith(ENCODER) and slot.stack is not None:
             block, _, rest = name.removeprefix(f"{slot.stack}.").partition(".")

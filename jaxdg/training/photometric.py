@@ -1,6 +1,4 @@
-"""Photometric augmentation on device, inside the jitted step: it touches pixels only, so labels and
-boxes need not know.
-"""
+"""Photometric augmentation in the jitted step; it changes pixels only, not labels or boxes."""
 
 from typing import NamedTuple
 
@@ -18,39 +16,38 @@ def distort(
     hue: float = 0.0,
     probability: float = 1.0,
 ) -> Float[Array, "b h w 3"]:
-    """PhotoMetricDistortion of mmsegmentation; where all is changed always and colour never,
-    `brightness_contrast`.
+    """Mmsegmentation's PhotoMetricDistortion.
 
-    Brightness, saturation and hue change in this order, contrast for one half of the images behind
-    brightness, for the other at the end, each by its own coin. Other than in the original, pixels
-    are not rounded in between and the hue turns by no whole number.
+    Brightness, saturation and hue change in this order. Contrast changes after brightness for half
+    of the images and last for the others. Each change is drawn on its own. Unlike the original,
+    this rounds no pixels in between, and the hue turns by any real number. If every change is sure
+    and colour never changes, this is `brightness_contrast`.
 
     Args:
         images: RGB in 0..255.
         key: random key.
-        brightness: largest shift in units of 0..255; theirs is 32.
-        contrast: largest relative change; 0.5.
-        saturation: largest relative change; 0.5.
-        hue: largest turn in units of 2 degrees; 18.
-        probability: of each change; 0.5.
+        brightness: largest shift in units of 0..255; mmsegmentation's default is 32.
+        contrast: largest relative change; its default is 0.5.
+        saturation: largest relative change; its default is 0.5.
+        hue: largest turn in units of 2 degrees; its default is 18.
+        probability: of each change; its default is 0.5.
 
     Returns:
         RGB in 0..255.
     """
     if probability == 1.0 and not saturation and not hue:
         return brightness_contrast(images, key, brightness, contrast)
-    return change(
-        images, draw(key, images.shape[0], brightness, contrast, saturation, hue, probability)
-    )
+    strengths = brightness, contrast, saturation, hue
+    return change(images, draw(key, images.shape[0], *strengths, probability))
 
 
 class Changes(NamedTuple):
-    """What is done to each image.
+    """The changes of each image.
 
     Attributes:
         shift: of brightness, in units of 0..255.
         gain: of contrast.
-        early: whether contrast comes before colour, not after it.
+        early: whether contrast changes before colour, not after it.
         saturation: factor.
         hue: degrees.
     """
@@ -90,9 +87,7 @@ def draw(
 
 
 def change(images: Float[Array, "b h w 3"], changes: Changes) -> Float[Array, "b h w 3"]:
-    """Brightness, contrast, saturation and hue, contrast at the end where it is not early; RGB in
-    0..255.
-    """
+    """Images, RGB in 0..255, with these changes."""
     x = jnp.clip(images + changes.shift, 0.0, 255.0)
     x = jnp.clip(x * jnp.where(changes.early, changes.gain, 1.0), 0.0, 255.0)
     x = change_color(x, changes.saturation, changes.hue)
@@ -104,7 +99,7 @@ def change_color(
     saturation: Float[Array, "b 1 1 1"],
     hue: Float[Array, "b 1 1 1"],
 ) -> Float[Array, "b h w 3"]:
-    """Multiplies HSV's saturation, at most to 1, and turns its hue; value stays.
+    """Multiplies the saturation of HSV, up to 1, and turns the hue; the value stays.
 
     Args:
         images: RGB of 0 or more, of any range.
@@ -114,26 +109,23 @@ def change_color(
     value = images.max(-1)
     chroma = images.max(-1) - images.min(-1)
     r, g, b = jnp.moveaxis(images, -1, 0)
-    # The hue in sixths of a turn, from the sector of the largest channel; anything where there is
-    # no chroma.
-    sector = jnp.where(value == r, g - b, jnp.where(value == g, b - r, r - g)) / jnp.maximum(
-        chroma, 1e-12
-    )
-    sixth = (
-        sector + jnp.where(value == r, 0.0, jnp.where(value == g, 2.0, 4.0)) + hue[..., 0] / 60.0
-    )
+    # The hue in sixths of a turn, from the sector of the largest channel. Without chroma any hue
+    # will do.
+    difference = jnp.where(value == r, g - b, jnp.where(value == g, b - r, r - g))
+    offset = jnp.where(value == r, 0.0, jnp.where(value == g, 2.0, 4.0))
+    sixth = difference / jnp.maximum(chroma, 1e-12) + offset + hue[..., 0] / 60.0
     chroma = jnp.minimum(chroma * saturation[..., 0], value)
-    # Back without branches: a channel falls from the value by as much of the chroma as its colour
-    # is away on the circle.
-    away = (jnp.array([5.0, 3.0, 1.0]) + sixth[..., None]) % 6.0
-    return value[..., None] - chroma[..., None] * jnp.clip(jnp.minimum(away, 4.0 - away), 0.0, 1.0)
+    # Back to RGB without branches: a channel lies below the value by a share of the chroma, which
+    # grows with the distance of its colour on the circle.
+    distance = (jnp.array([5.0, 3.0, 1.0]) + sixth[..., None]) % 6.0
+    share = jnp.clip(jnp.minimum(distance, 4.0 - distance), 0.0, 1.0)
+    return value[..., None] - chroma[..., None] * share
 
 
 def brightness_contrast(
     images: Float[Array, "b h w 3"], key: Key[Array, ""], brightness: float, contrast: float
 ) -> Float[Array, "b h w 3"]:
-    """Multiplies by 1 +- contrast, then adds +- brightness, one draw of each an image, clipped to
-    the range of pixels.
+    """Multiplies each image by 1 +- contrast, then adds +- brightness; clips to 0..255.
 
     Args:
         images: RGB in 0..255.
@@ -153,5 +145,5 @@ def normalize(
     mean: tuple[float, float, float],
     std: tuple[float, float, float],
 ) -> Float[Array, "b h w 3"]:
-    """RGB in 0..255 to the encoder's range: `mean` and `std` are those of RGB in 0..1."""
+    """RGB in 0..255 to the encoder's range; `mean` and `std` are of RGB in 0..1."""
     return (images - 255.0 * jnp.asarray(mean)) / (255.0 * jnp.asarray(std))

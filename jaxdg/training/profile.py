@@ -1,4 +1,4 @@
-"""A few training steps written down for TensorBoard's profile page and for ui.perfetto.dev."""
+"""Traces a few training steps for TensorBoard's profile page and for ui.perfetto.dev."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -9,7 +9,7 @@ import jax
 
 
 def parse_steps(text: str | None, last: int) -> range:
-    """The steps that "FIRST:LAST" names, of a run of `last` steps; none if there is no text.
+    """The steps that "FIRST:LAST" names in a run of `last` steps; none if `text` is None.
 
     Raises:
         ValueError: the text names no steps of this run.
@@ -28,15 +28,13 @@ def parse_steps(text: str | None, last: int) -> range:
 def profiled(
     step_fn: Callable[..., tuple[Any, Any]], steps: range, start: int, folder: Path
 ) -> Callable[..., tuple[Any, Any]]:
-    """`step_fn` with a trace of what devices and host do from the first to the last of `steps`,
-    loading included.
+    """`step_fn`, which also traces devices and host during `steps`, loading included.
 
-    The first step compiles; a trace that begins behind it is smaller and shows what all steps are
-    like.
+    The first step compiles. A trace that begins after it is smaller and shows typical steps.
 
     Args:
         step_fn: (state, batch) -> (state, metrics).
-        steps: those to be traced; what a run has behind it when it goes on is left out.
+        steps: to be traced; a resumed run leaves out those already done.
         start: steps done so far.
         folder: `plugins/profile/TIME/` below it gets HOST.xplane.pb for `tensorboard --logdir
             FOLDER` (with tensorboard-plugin-profile) and HOST.trace.json.gz for ui.perfetto.dev.

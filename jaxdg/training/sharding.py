@@ -1,9 +1,8 @@
-"""One mesh with axes (data, fsdp): batches are divided over both, parameters over fsdp by an
-ordered list of rules.
+"""One mesh with axes (data, fsdp): batches are divided over both, parameters over fsdp by rules.
 
-A rule is (regex, spec): the first regex found in a parameter's name counts and its spec names the
-trailing axes. Where the devices do not divide such an axis evenly, they divide the last other one
-that they can, and if there is none, the parameter stays whole. The leading layer axis of stacked
+A rule is (regex, spec). The first regex found in a parameter's name counts; its spec names the
+trailing axes. If the devices do not divide such an axis evenly, they divide the last other axis
+that they can. If there is none, every device holds the parameter. The leading layer axis of stacked
 blocks is never divided.
 """
 
@@ -112,9 +111,7 @@ def parameter_shardings(mesh: Mesh, state: nnx.State, rules: Rules = RULES) -> A
 def optimizer_shardings(
     mesh: Mesh, optimizer: optax.GradientTransformation, params: nnx.State, shardings: Any
 ) -> Any:
-    """Shardings of the optimiser's state: its moments lie where their parameters lie, everything
-    else on all devices.
-    """
+    """Shardings of the optimiser's state: moments as their parameters, all else replicated."""
     state = jax.eval_shape(optimizer.init, params)
     return optax.tree_map_params(
         optimizer, lambda _, s: s, state, shardings, transform_non_params=lambda _: replicated(mesh)
@@ -122,32 +119,29 @@ def optimizer_shardings(
 
 
 def gather(state: Any, at: Any) -> Any:
-    """In a jitted function: makes parameters, or their gradients, whole on every device, but for
-    those of stacked blocks.
+    """In a jitted function: gathers parameters or gradients on every device, except stacked blocks.
 
-    `backbones.stacking.gathered` does that to each block when its turn comes, and says why.
+    `backbones.stacking.gathered` gathers each block when its turn comes, and says why.
 
     Args:
         state: a tree of parameters.
         at: their shardings, a tree like it.
     """
 
-    def whole(path: tuple[Any, ...], leaf: jax.Array, at: Any) -> jax.Array:
+    def gathered(path: tuple[Any, ...], leaf: jax.Array, at: Any) -> jax.Array:
         if weights.is_stacked(path) or not isinstance(at, NamedSharding):
             return leaf
         return jax.lax.with_sharding_constraint(leaf, NamedSharding(at.mesh, PartitionSpec()))
 
-    return jax.tree_util.tree_map_with_path(whole, state, at)
+    return jax.tree_util.tree_map_with_path(gathered, state, at)
 
 
 def mesh_of(shardings: Any) -> contextlib.AbstractContextManager:
     """In a jitted function: sets the mesh of a tree of shardings, if they have one."""
     at = jax.tree.leaves(shardings)[0]
-    return (
-        jax.sharding.use_abstract_mesh(at.mesh.abstract_mesh)
-        if isinstance(at, NamedSharding)
-        else contextlib.nullcontext()
-    )
+    if isinstance(at, NamedSharding):
+        return jax.sharding.use_abstract_mesh(at.mesh.abstract_mesh)
+    return contextlib.nullcontext()
 
 
 def to_devices(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:

@@ -1,6 +1,4 @@
-"""The state of a run and one optimiser step over it, as a plain jitted function that runs on any
-mesh.
-"""
+"""The state of a run, and one optimiser step over it: a jitted function that runs on any mesh."""
 
 from collections.abc import Callable
 import dataclasses
@@ -28,12 +26,12 @@ Losses = Callable[[Any, Batch, Any, Key[Array, ""]], dict[str, Float[Array, ""]]
 class TrainState:
     """All that a checkpoint holds. The data state is `step`: batch i depends on (seed, i) alone.
 
-    It may hold the shapes of arrays, or their shardings, in the arrays' place.
+    Instead of arrays it may hold their shapes or their shardings.
 
     Attributes:
         step: optimiser steps done, int32 [].
-        trained: parameters the optimiser moves.
-        frozen: parameters loaded and left alone; the optimiser holds nothing for them.
+        trained: parameters that the optimiser updates.
+        frozen: parameters that stay as loaded; the optimiser has no state for them.
         statistics: everything that is no parameter, such as BatchNorm's running means.
         opt_state: of the optimiser.
     """
@@ -57,16 +55,16 @@ def make_step(
     """Builds the jitted, donating training step.
 
     Args:
-        graph: of the model, as `nnx.split` gave it.
+        graph: of the model, from `nnx.split`.
         optimizer: over `TrainState.trained`.
-        loss_denominator: (model, batch) to what the losses of the whole batch are divided by.
-        losses: (model, part of the batch, loss_denominator, key) to named loss terms; those of a
+        loss_denominator: (model, batch) to the denominator of the losses of the whole batch.
+        losses: (model, part of the batch, denominator, key) to named loss terms; the terms of a
             batch are the sums over its parts.
         key: all randomness is `fold_in(key, step)`.
-        shardings: where the parts of the state lie, a tree like it. The next state lies there too;
-            left to itself, the compiler would divide some parameters otherwise after the first step
-            and compile the second one anew.
-        accumulate: parts of equal size that the batch is computed in, one after another.
+        shardings: of the state, a tree like it. The next state keeps them; otherwise the compiler
+            would divide some parameters in another way after the first step and compile the second
+            step anew.
+        accumulate: parts of equal size in which the batch is computed, one after another.
 
     Returns:
         (state, batch) -> (next state, {"loss", "gradient_norm", terms..}); the given state is
@@ -78,18 +76,17 @@ def make_step(
         trained, frozen = sharding.gather(
             (state.trained, state.frozen), (shardings.trained, shardings.frozen)
         )
-        whole = dataclasses.replace(state, trained=trained, frozen=frozen)
+        gathered = dataclasses.replace(state, trained=trained, frozen=frozen)
         step_key = jax.random.fold_in(key, state.step)
         with sharding.mesh_of(shardings):
             grads, statistics, terms = gradients(
-                graph, whole, batch, loss_denominator, losses, step_key, accumulate
+                graph, gathered, batch, loss_denominator, losses, step_key, accumulate
             )
         grads = sharding.gather(grads, shardings.trained)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.trained)
-        moved: Any = optax.apply_updates(state.trained, updates)
+        updated: Any = optax.apply_updates(state.trained, updates)
         metrics = {"loss": sum(terms.values()), "gradient_norm": optax.tree.norm(grads), **terms}
-        following = TrainState(state.step + 1, moved, state.frozen, statistics, opt_state)
-        return following, metrics
+        return TrainState(state.step + 1, updated, state.frozen, statistics, opt_state), metrics
 
     return step
 
@@ -103,36 +100,30 @@ def gradients(
     key: Key[Array, ""],
     accumulate: int,
 ) -> tuple[nnx.State, nnx.State, dict[str, Array]]:
-    """Gradient of the summed losses for `state.trained`, the statistics after the batch, and each
-    loss term.
-    """
-    total = loss_denominator(nnx.merge(graph, state.trained, state.frozen, state.statistics), batch)
+    """The gradient of the losses' sum, the statistics after the batch, and each loss term."""
+    model = nnx.merge(graph, state.trained, state.frozen, state.statistics)
+    denominator = loss_denominator(model, batch)
 
     def loss(trained, statistics, part, key):
-        model = nnx.merge(
-            graph, trained, state.frozen, statistics, copy=True
-        )  # or statistics could not be updated in here
-        terms = losses(model, part, total, key)
+        # Only a copy can update its statistics in here.
+        model = nnx.merge(graph, trained, state.frozen, statistics, copy=True)
+        terms = losses(model, part, denominator, key)
         return sum(terms.values()), (nnx.state(model, nnx.Not(nnx.Param)), terms)
 
-    def one(carry, inputs):
-        grads, statistics, terms = carry
-        part, key = inputs
-        (_, (statistics, new)), g = jax.value_and_grad(loss, has_aux=True)(
-            state.trained, statistics, part, key
-        )
-        return (
-            jax.tree.map(jnp.add, grads, g),
-            statistics,
-            jax.tree.map(jnp.add, terms, new),
-        ), None
-
+    value_and_grad = jax.value_and_grad(loss, has_aux=True)
     if accumulate == 1:
-        (_, (statistics, terms)), grads = jax.value_and_grad(loss, has_aux=True)(
+        (_, (statistics, terms)), grads = value_and_grad(
             state.trained, state.statistics, batch, key
         )
         return grads, statistics, terms
-    # Every part takes every `accumulate`-th row, so each device keeps working on the rows it holds.
+
+    def add(carry, inputs):
+        grads, statistics, terms = carry
+        (_, (statistics, new_terms)), new_grads = value_and_grad(state.trained, statistics, *inputs)
+        grads = jax.tree.map(jnp.add, grads, new_grads)
+        return (grads, statistics, jax.tree.map(jnp.add, terms, new_terms)), None
+
+    # Each part takes every `accumulate`-th row, so each device keeps the rows it holds.
     parts = jax.tree.map(
         lambda x: jnp.moveaxis(x.reshape(-1, accumulate, *x.shape[1:]), 1, 0), batch
     )
@@ -144,4 +135,4 @@ def gradients(
         state.statistics,
         jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes),
     )
-    return jax.lax.scan(one, zeros, (parts, keys))[0]
+    return jax.lax.scan(add, zeros, (parts, keys))[0]

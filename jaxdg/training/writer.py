@@ -1,5 +1,6 @@
-"""`metrics.jsonl` and TensorBoard events of a run, written so that a resumed run reads as if it had
-never stopped.
+"""Writes a run's `metrics.jsonl` and TensorBoard events.
+
+A resumed run drops the rows past its step, so its files read as if it had never stopped.
 """
 
 from collections.abc import Callable
@@ -14,7 +15,7 @@ from absl import logging
 import numpy as np
 from tensorboardX import summary
 
-# `Event` and `SessionLog` are made when their module is imported.
+# Importing their module creates `Event` and `SessionLog`, so pyright does not see them.
 from tensorboardX.proto.event_pb2 import (
     Event,  # pyright: ignore[reportAttributeAccessIssue]
     SessionLog,  # pyright: ignore[reportAttributeAccessIssue]
@@ -24,7 +25,7 @@ from tensorboardX.record_writer import masked_crc32c
 from jaxdg import files
 from jaxdg.training.metrics import read_rows
 
-FLUSH = 10  # seconds after which TensorBoard's events are on the disk
+FLUSH = 10  # seconds between two flushes of TensorBoard's events
 
 
 class Writer:
@@ -37,16 +38,16 @@ class Writer:
         on: bool = True,
         say: Callable[[str], None] = logging.warning,
     ):
-        """Args:
-        workdir: of the run.
-        resume_step: step the run goes on from; rows past it, and lines that are no rows, are
-            dropped.
-        on: False writes nothing at all, as in all processes of a run but one.
-        say: receives a line where lines of metrics.jsonl are broken; the file is then kept aside as
-            it was.
+        """Opens the files.
+
+        Args:
+            workdir: of the run.
+            resume_step: step from which the run resumes; later rows and broken lines are dropped.
+            on: False writes nothing, for all processes but one.
+            say: receives a line about broken lines of metrics.jsonl; the old file is kept aside.
 
         Raises:
-            OSError: the disk is full, or the folder cannot be written to; so do the methods.
+            OSError: the disk is full, or the folder is not writable. The methods raise this too.
         """
         self._on = on
         if not on:
@@ -67,9 +68,7 @@ class Writer:
         self._events = _Events(self.path.parent / "tensorboard", resume_step)
 
     def rows(self, *rows: dict[str, Any]) -> None:
-        """Writes rows, all or none of them; `row["step"]` places one, `row["domain"]`, where
-        present, groups it.
-        """
+        """Writes all rows or none; `row["domain"]`, if there is one, groups a row."""
         if not self._on:
             return
         with files.naming(self.path):
@@ -78,11 +77,8 @@ class Writer:
         for row in rows:
             group = f"evaluation/{row['domain']}" if "domain" in row else "training"
             for key, value in row.items():
-                if (
-                    key != "step"
-                    and isinstance(value, (int, float))
-                    and not isinstance(value, bool)
-                ):
+                number = isinstance(value, (int, float)) and not isinstance(value, bool)
+                if number and key != "step":
                     self._show(f"{group}/{key}", summary.scalar("", value), row["step"])
 
     def picture(self, name: str, image: np.ndarray, step: int) -> None:
@@ -91,14 +87,12 @@ class Writer:
             self._show(name, summary.image("", image, dataformats="HWC"), step)
 
     def _show(self, tag: str, event: Any, step: int) -> None:
-        """Adds an event under a name of any characters, which tensorboardX would replace by
-        underscores.
-        """
+        """Adds an event; sets its tag here, as tensorboardX would replace some characters."""
         event.value[0].tag = tag
         self._events.add(step, summary=event)
 
     def close(self) -> None:
-        """Flushes and closes both."""
+        """Flushes and closes both files."""
         if not self._on:
             return
         try:
@@ -109,8 +103,9 @@ class Writer:
 
 
 class _Events:
-    """TensorBoard's file of events, written by the thread that calls, so that a full disk ends the
-    run and not a thread of its own.
+    """TensorBoard's file of events.
+
+    The calling thread writes it, so a full disk ends the run and not just a writer thread.
     """
 
     def __init__(self, folder: Path, resume_step: int):
@@ -124,16 +119,12 @@ class _Events:
         self.add(resume_step + 1, session_log=SessionLog(status=SessionLog.START))
 
     def add(self, step: int, **what: Any) -> None:
-        """Appends an event, and every `FLUSH` seconds sees to it that all reach the disk."""
+        """Appends an event; flushes the file every `FLUSH` seconds."""
         data = Event(wall_time=time.time(), step=step, **what).SerializeToString()
         length = struct.pack("<Q", len(data))
         with files.naming(self.path):
-            self._file.write(
-                length
-                + struct.pack("<I", masked_crc32c(length))
-                + data
-                + struct.pack("<I", masked_crc32c(data))
-            )
+            for part in (length, data):
+                self._file.write(part + struct.pack("<I", masked_crc32c(part)))
             if time.monotonic() > self._flushed + FLUSH:
                 self._file.flush()
                 self._flushed = time.monotonic()
