@@ -318,7 +318,7 @@ def test_augmentation_equals_a_slow_version(sizes):
     dataset = Noise(sizes)
     protocol = dataclasses.replace(run.task.protocol("noise"), scales=(0.5, 1.25))
     assert protocol.flip
-    label_maps = run.task.labeller(run.plan.graph)
+    label_maps = run.task.labelling(run.plan.graph)
     for batch in eval_batches(dataset, batch_size=2, protocol=protocol):
         fields = {key: batch[key] for key in ("image", "size", "label", "label_size")}
         found = np.asarray(label_maps(run.state, sharding.to_devices(fields, run.mesh), protocol))

@@ -252,7 +252,7 @@ def predict(
         f"step {at}, protocol {config.evaluation.protocol}, {len(dataset)} images of"
         f" {benchmark.domain}"
     )
-    label_maps = task.labeller(plan.graph)
+    label_maps = task.labelling(plan.graph)
     protocol = task.protocol(benchmark.domain)
     done = 0
     batch_size = -(-config.evaluation.batch_size // mesh.size) * mesh.size

@@ -1,8 +1,8 @@
-"""Detection: a box around every thing, judged by AP50.
+"""Detection: a box around every object, judged by AP50.
 
-Images are predicted at the size the model was trained on, `data.crop`: each is resized to the
-largest size of its own ratio that fits, and its boxes are moved back to its own pixels, in which
-all is judged and written.
+The model sees images of the size it was trained on, `data.crop`: each image is resized to the
+largest size of its ratio that fits. Its boxes are scaled back to its own pixels before they are
+judged and written.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -24,7 +24,6 @@ from jaxdg.detection.arrays import Detected
 from jaxdg.detection.detector import Detector, DetectorConfig
 from jaxdg.detection.interface import HeadConfig
 from jaxdg.drawing.panels import box_panel
-from jaxdg.evaluation import protocols
 from jaxdg.evaluation.average_precision import AveragePrecision, Detections, Truth
 from jaxdg.evaluation.coco_format import write_coco
 from jaxdg.methods.method import Method
@@ -36,11 +35,12 @@ from jaxdg.tasks.task import (
     Predict,
     encoder_options,
     examples_of,
+    parts_of,
 )
 from jaxdg.training import distributed, sharding
 from jaxdg.training.step import Batch
 
-SHOWN = 0.3  # least score of a detection in a picture
+MIN_SCORE = 0.3  # of a detection in a picture
 
 
 class Detection(ImageTask):
@@ -85,11 +85,8 @@ class Detection(ImageTask):
         if m.weights:
             weights.load(model.backbone, m.weights)
         if m.text_weights:
-            model.set_texts(
-                text_embeddings(
-                    [name.replace("_", " ") for name in self.labels.names], m.text_weights
-                )
-            )
+            texts = [name.replace("_", " ") for name in self.labels.names]
+            model.set_texts(text_embeddings(texts, m.text_weights))
 
     def loss_denominator(self, model: Detector, batch: Batch) -> Any:
         """See `Task.loss_denominator`; batch: as for `losses`."""
@@ -98,19 +95,15 @@ class Detection(ImageTask):
     def losses(
         self, model: Detector, batch: Batch, denominator: Any, key: Key[Array, ""]
     ) -> dict[str, Float[Array, ""]]:
-        """See `Task.losses`; batch: `image` uint8 [b, h, w, 3], and the boxes of
-        `pipeline.train_batches`.
-        """
+        """See `Task.losses`; batch: `image` uint8 [b, h, w, 3] and boxes, see `train_batches`."""
         pixel_key, drop_key, sample_key = jax.random.split(key, 3)
-        output, texture = self.outputs(model, batch, pixel_key, drop_key)
-        return {**model.losses(output, self.targets(batch), denominator, sample_key), **texture}
+        output, terms = self.outputs(model, batch, pixel_key, drop_key)
+        return {**model.losses(output, self.targets(batch), denominator, sample_key), **terms}
 
     def detect(
         self, graph: nnx.GraphDef, state: ModelState, images: Array, sizes: Array
     ) -> Detected:
-        """What is in images uint8 [b, h, w, 3], of which `sizes` [b, 2] (height, width) are no
-        padding.
-        """
+        """The objects in padded images uint8 [b, h, w, 3]; `sizes` [b, 2] are without padding."""
         model: Any = nnx.merge(graph, *state)
         return model.detect(self.normalize(images), sizes)
 
@@ -122,26 +115,20 @@ class Detection(ImageTask):
             size = image.shape[:2]
             fitted = self.fit.prepare({"image": image})["image"]
             inside = np.array([self.fit.inside(size)], np.float32)
-            return self.in_own_pixels(
-                jax.tree.map(lambda x: x[0], jax.device_get(detect(state, fitted[None], inside))),
-                size,
-            )
+            detected = jax.device_get(detect(state, fitted[None], inside))
+            return self.in_own_pixels(jax.tree.map(lambda x: x[0], detected), size)
 
         return predict
 
-    def in_own_pixels(self, found: Detected, size: tuple[int, int]) -> Detections:
-        """What was found in a fitted image (without the axis of the batch), in pixels of the image
-        of `size` (height, width).
-        """
-        boxes, scores, classes = (np.asarray(x)[np.asarray(found.valid)] for x in found[:3])
+    def in_own_pixels(self, detected: Detected, size: tuple[int, int]) -> Detections:
+        """Detections of a fitted image, without batch axis, in pixels of the image of `size`."""
+        boxes, scores, classes = (np.asarray(x)[np.asarray(detected.valid)] for x in detected[:3])
         corner = np.tile(size[::-1], 2)
         scale = self.scale(size)
         return Detections(np.clip(boxes / scale, 0, corner).astype(np.float32), scores, classes)
 
     def scale(self, size: tuple[int, int]) -> np.ndarray:
-        """What the corners of a box in an image of `size` (height, width) are multiplied by as it
-        is fitted.
-        """
+        """The factors of the corners of a box when an image of `size` (height, width) is fitted."""
         h, w = size
         new_h, new_w = self.fit.inside(size)
         return np.tile([new_w / w, new_h / h], 2)
@@ -151,77 +138,68 @@ class Detection(ImageTask):
         data = self.config.data
         batch_size = self.batch_size(mesh)
 
-        # Every host gets what all have found, and the truth beside it.
+        # Every host gets the detections of all hosts, and the truth beside them.
         @jax.jit(out_shardings=sharding.replicated(mesh))
         def detect(state: ModelState, batch: Batch) -> tuple[Detected, Batch]:
             truth = {key: batch[key] for key in ("index", "valid", *BOX_FIELDS)}
             return self.detect(graph, state, batch["image"], batch["inside"]), truth
 
         def evaluate(state: ModelState, dataset: Dataset, tick: Callable[[], None]) -> DomainResult:
-            from jaxdg.data.pipeline import (
-                eval_batches,
-            )  # brings in grain, without which a model can be built, timed and planned
+            # Needs grain, which models that are only built, timed or planned do without.
+            from jaxdg.data.pipeline import eval_batches
 
             self.check_labels(dataset)
             judged: dict[int, tuple[Truth, Detections]] = {}
-            wanted = examples_of(len(dataset))
-            shown = {}
-            shard = (jax.process_index(), jax.process_count())
-            waiting = []
+            chosen = examples_of(len(dataset))
+            images = {}
+            pending = []
 
             def collect() -> None:
-                for found, truth in jax.device_get(waiting):
+                for detected, truth in jax.device_get(pending):
                     for row, i in enumerate(truth["index"].tolist()):
-                        if i >= 0:
-                            mine = self.in_own_pixels(
-                                jax.tree.map(lambda x, row=row: x[row], found), dataset.size(i)
-                            )
-                            judged[i] = (
-                                _truth({key: value[row] for key, value in truth.items()}),
-                                mine,
-                            )
-                waiting.clear()
+                        if i < 0:
+                            continue
+                        one = jax.tree.map(lambda x, row=row: x[row], detected)
+                        true = _truth({key: value[row] for key, value in truth.items()})
+                        judged[i] = true, self.in_own_pixels(one, dataset.size(i))
+                pending.clear()
 
-            # A domain may hold fuller images than the source: padding the truth changes no score.
+            # A domain may have more boxes an image than the source. Padding changes no score.
             max_boxes = max(data.max_boxes, int(known_counts(dataset).max(initial=0)))
-            options = {
-                "protocol": self.fit,
-                "max_boxes": max_boxes,
-                "workers": data.workers,
-                "shard": shard,
-            }
-            for batch in eval_batches(dataset, batch_size=batch_size, **options):
+            for batch in eval_batches(
+                dataset,
+                batch_size=batch_size,
+                protocol=self.fit,
+                max_boxes=max_boxes,
+                workers=data.workers,
+                shard=(jax.process_index(), jax.process_count()),
+            ):
                 inside = [
                     self.fit.inside(dataset.size(int(i))) if i >= 0 else (1, 1)
                     for i in batch["index"]
                 ]
-                fields = {key: batch[key] for key in ("image", "index", "valid", *BOX_FIELDS)} | {
-                    "inside": np.array(inside, np.float32)
-                }
+                fields = {key: batch[key] for key in ("image", "index", "valid", *BOX_FIELDS)}
+                fields["inside"] = np.array(inside, np.float32)
                 result = detect(state, sharding.to_devices(fields, mesh))
-                collect()  # of the batch before, while the devices work on this one
-                waiting.append(result)
-                for row in np.flatnonzero(np.isin(batch["index"], list(wanted))):
-                    shown[int(batch["index"][row])] = batch["image"][
-                        row, : inside[row][0], : inside[row][1]
-                    ]
+                collect()  # the last batch, while the devices work on this one
+                pending.append(result)
+                for row in np.flatnonzero(np.isin(batch["index"], list(chosen))):
+                    h, w = inside[row]
+                    images[int(batch["index"][row])] = batch["image"][row, :h, :w]
                 tick()
             collect()
-            shown = distributed.gathered(shown)
-            whole = self._result(dataset, range(len(dataset)), judged)
-            whole.examples = [
-                self._example(shown[i], self.scale(dataset.size(i)), *judged[i])
-                for i in sorted(shown)
+            images = distributed.gathered(images)
+            result = self._result(dataset, range(len(dataset)), judged)
+            result.examples = [
+                self._example(images[i], self.scale(dataset.size(i)), *judged[i])
+                for i in sorted(images)
             ]
-            whole.pictures = [self._picture(example) for example in whole.examples]
-            part_of = [
-                protocols.part_of(dataset.domain, dataset.name(i)) for i in range(len(dataset))
-            ]
+            result.pictures = [self._picture(example) for example in result.examples]
+            part_of = parts_of(dataset)
             for name in sorted({part for part in part_of if part}):
-                whole.parts[name] = self._result(
-                    dataset, [i for i, part in enumerate(part_of) if part == name], judged
-                )
-            return whole
+                rows = [i for i, part in enumerate(part_of) if part == name]
+                result.parts[name] = self._result(dataset, rows, judged)
+            return result
 
         return evaluate
 
@@ -231,47 +209,44 @@ class Detection(ImageTask):
         images: Sequence[int],
         judged: Mapping[int, tuple[Truth, Detections]],
     ) -> DomainResult:
-        """The scores of some of the images, in this order, and what writes their boxes."""
+        """The scores of these images, and the function that writes their boxes."""
         precision = AveragePrecision(self.labels.names)
         for i in images:
             precision.add(*judged[i])
+        scores: dict[str, Any] = precision.results(self.config.evaluation.protocol)  # pyright: ignore[reportArgumentType]
+        without_truth = [name for name, value in scores["AP50"].items() if value is None]
         metrics = {
-            **precision.results(self.config.evaluation.protocol),  # pyright: ignore[reportArgumentType]
+            **scores,
             "images": len(images),
+            "without_truth": without_truth,
+            "classes": len(self.labels.names) - len(without_truth),
         }
-        metrics["without_truth"] = [
-            name for name, value in metrics["AP50"].items() if value is None
-        ]
-        metrics["classes"] = len(self.labels.names) - len(metrics["without_truth"])
         files = [dataset.name(i) for i in images]
         sizes = [dataset.size(i) for i in images]
-        found = precision.truths, precision.detections
+        boxes = precision.truths, precision.detections
 
         def write(folder, name):
-            return write_coco(folder / "detections", name, self.labels.names, files, sizes, *found)
+            write_coco(folder / "detections", name, self.labels.names, files, sizes, *boxes)
 
         return DomainResult(metrics, metrics["mAP50"], [], write=write)
 
     def _example(
-        self, image: np.ndarray, scale: np.ndarray, truth: Truth, found: Detections
+        self, image: np.ndarray, scale: np.ndarray, truth: Truth, detections: Detections
     ) -> dict[str, np.ndarray]:
-        """See `DomainResult.examples`; the image is `scale` times as large as its boxes say."""
-        true = {
-            "truth_boxes": (truth.boxes * scale).astype(np.float32),
-            "truth_classes": truth.classes,
-        }
+        """See `DomainResult.examples`; `scale` is that of the fitted image to its own pixels."""
         return {
             "image": image,
-            **true,
-            "boxes": (found.boxes * scale).astype(np.float32),
-            "scores": found.scores,
-            "classes": found.classes,
+            "truth_boxes": (truth.boxes * scale).astype(np.float32),
+            "truth_classes": truth.classes,
+            "boxes": (detections.boxes * scale).astype(np.float32),
+            "scores": detections.scores,
+            "classes": detections.classes,
         }
 
     def _picture(self, example: dict[str, np.ndarray]) -> np.ndarray:
         """A panel of an example."""
-        sure = example["scores"] >= SHOWN
-        detections = example["boxes"][sure], example["classes"][sure], example["scores"][sure]
+        shown = example["scores"] >= MIN_SCORE
+        detections = example["boxes"][shown], example["classes"][shown], example["scores"][shown]
         true = example["truth_boxes"], example["truth_classes"]
         labels = self.labels
         return box_panel(example["image"], true, detections, labels.colors, labels.names)
@@ -279,12 +254,11 @@ class Detection(ImageTask):
 
 def _truth(row: Mapping[str, np.ndarray]) -> Truth:
     """The true boxes of one image of a batch."""
-    return Truth(
-        *(row[key][row["valid"]] for key in ("boxes", "classes", "difficult", "crowd", "areas"))
-    )
+    names = ("boxes", "classes", "difficult", "crowd", "areas")
+    return Truth(*(row[name][row["valid"]] for name in names))
 
 
 def head_config(model: ModelConfig) -> HeadConfig:
-    """The head that a configuration describes."""
+    """The detection head of a configuration."""
     head: HeadConfig = getattr(model, model.decoder)
     return head.with_texts() if model.text_weights else head

@@ -1,4 +1,4 @@
-"""`jaxdg.load`: a trained model from its workdir, ready to look at images."""
+"""`jaxdg.load`: loads a trained model from its workdir for prediction."""
 
 from pathlib import Path
 
@@ -16,7 +16,7 @@ from jaxdg.training import sharding
 
 
 class Model:
-    """A trained model: `predict` says what it sees in an image of any size."""
+    """A trained model, which predicts images of any size."""
 
     def __init__(self, task: Task, graph: nnx.GraphDef, state: ModelState, step: int):
         """See `load`."""
@@ -28,17 +28,17 @@ class Model:
         self._predict = task.predictor(graph)
 
     def predict(self, image: np.ndarray | Array) -> UInt8[np.ndarray, "h w"] | Detections:
-        """What is seen in an image.
+        """Predicts an image.
 
         Args:
-            image: RGB, uint8 [h, w, 3], of any size; segmentation compiles once for many alike.
+            image: RGB, uint8 [h, w, 3], of any size; segmentation compiles once for similar sizes.
 
         Returns:
-            Of segmentation, ids into `labels.names` of every pixel. Of detection, the boxes of the
-            things found, their scores and classes; the best first, in pixels of the image.
+            For segmentation, an id into `labels.names` for every pixel. For detection, boxes in
+            pixels of the image, scores and classes, by falling score.
 
         Raises:
-            ValueError: no such image.
+            ValueError: the array is no such image.
         """
         image = np.asarray(image)
         if image.ndim != 3 or image.shape[-1] != 3 or image.dtype != np.uint8 or not image.size:
@@ -65,9 +65,7 @@ def load(checkpoint: str | Path) -> Model:
     """
     workdir, step = locate(checkpoint)
     config = config_lib.load(workdir)
-    with jax.enable_x64(
-        False
-    ):  # a program of one's own may want it; a checkpoint holds what was made without
+    with jax.enable_x64(False):  # the caller may have turned it on; checkpoints are made without
         task = make_task(config)
         mesh = sharding.make_mesh(MeshConfig(data=1, fsdp=1), jax.local_devices()[:1])
         blueprint, state, at = restore_model(workdir, step, config, task, mesh)

@@ -1,8 +1,4 @@
-"""The two tasks by name, what a run is built of, and `jaxdg.load`.
-
-A task (see `task.py`) knows how its data are opened, how its model is made, what its losses are and
-how one domain is judged; `train`, `evaluate` and `predict` know nothing else of it.
-"""
+"""Builds a run's task, model and train state, and restores them from checkpoints."""
 
 from collections.abc import Callable, Sequence
 import dataclasses
@@ -36,9 +32,8 @@ def make_task(config: Config, methods: tuple[Method, ...] = ()) -> Task:
         config: of the run.
         methods: that training uses (`jaxdg.methods.active`); none for evaluation and prediction.
     """
-    return (
-        Detection(config, methods) if config.task == "detection" else Segmentation(config, methods)
-    )
+    task = Detection if config.task == "detection" else Segmentation
+    return task(config, methods)
 
 
 @dataclasses.dataclass
@@ -47,13 +42,12 @@ class Blueprint:
 
     Attributes:
         make: key to the model.
-        extend: adds to a model with loaded weights what the methods add.
+        extend: adds the methods' modules to a model with loaded weights.
         graph: of `nnx.split`.
         split: model to (trained, frozen, statistics).
-        abstract: that of an abstract model.
+        abstract: the split of an abstract model.
         frozen: names of the frozen parameters.
-        finished: the model that is left when training ends; itself, where no method changes the
-            model.
+        finished: the model at the end of training; None if no method changes the model.
     """
 
     make: Callable[[Key[Array, ""]], nnx.Module]
@@ -66,69 +60,46 @@ class Blueprint:
 
     @classmethod
     def of(cls, task: Task, freeze: str) -> "Blueprint":
-        """Decides by name what is frozen, and ends stacked segments where that changes.
-
-        What the model calls unused stays as loaded too: its gradient is 0, but weight decay would
-        move it.
-        """
+        """Decides by name what is frozen, and ends segments where that changes."""
         key = jax.random.key(0)
-        wanted = {block for method in task.methods for block in method.boundaries(task.depth)}
-        first: Any = nnx.eval_shape(lambda: extended(task, key, tuple(sorted(wanted))))
+        ends = {block for method in task.methods for block in method.boundaries(task.depth)}
+        first: Any = nnx.eval_shape(lambda: extended(task, key, tuple(sorted(ends))))
         slots = weights.slots(nnx.state(first, nnx.Param))
         frozen = frozen_parameters(task, freeze, first, list(slots))
-        boundaries = tuple(sorted(wanted.union(optimizer_lib.freeze_boundaries(frozen, slots))))
+        boundaries = tuple(sorted(ends.union(optimizer_lib.freeze_boundaries(frozen, slots))))
         blueprint = cls.stored(task, boundaries, frozen)
         if any(method.changes_model for method in task.methods):
             plain = make_task(task.config)
             taps = tuple(sorted({*boundaries, *first.backbone.config.taps}))
             model: Any = nnx.eval_shape(lambda: plain.model(nnx.Rngs(key)))
             names = list(weights.slots(nnx.state(model, nnx.Param)))
-            blueprint.finished = cls.stored(
-                plain, taps, frozen_parameters(plain, freeze, model, names)
-            )
+            frozen = frozen_parameters(plain, freeze, model, names)
+            blueprint.finished = cls.stored(plain, taps, frozen)
         return blueprint
 
     @classmethod
     def stored(cls, task: Task, boundaries: Sequence[int], frozen: set[str]) -> "Blueprint":
-        """The model whose stacked segments also end after `boundaries`, with the named parameters
-        frozen.
-        """
+        """The model with these parameters frozen; segments also end after `boundaries`."""
         model = nnx.eval_shape(lambda: extended(task, jax.random.key(0), boundaries))
-        paths = {
-            slot.path
-            for name, slot in weights.slots(nnx.state(model, nnx.Param)).items()
-            if name in frozen
-        }
-
-        def is_frozen(path, _):
-            return path in paths
+        slots = weights.slots(nnx.state(model, nnx.Param))
+        paths = {slot.path for name, slot in slots.items() if name in frozen}
+        is_frozen = nnx.All(nnx.Param, lambda path, _: path in paths)
+        is_trained = nnx.All(nnx.Param, lambda path, _: path not in paths)
 
         def split(model: nnx.Module) -> ModelState:
-            return tuple(  # pyright: ignore
-                nnx.split(
-                    model,
-                    nnx.All(nnx.Param, nnx.Not(is_frozen)),
-                    nnx.All(nnx.Param, is_frozen),
-                    ...,
-                )[1:]
-            )
-
-        def make(key):
-            return task.model(nnx.Rngs(key), boundaries)
+            return tuple(nnx.split(model, is_trained, is_frozen, ...)[1:])  # pyright: ignore
 
         return cls(
-            make,
-            lambda model, key: extend(task, model, key),
-            nnx.split(model, nnx.Param, ...)[0],
-            split,
-            split(model),
-            frozen,
+            make=lambda key: task.model(nnx.Rngs(key), boundaries),
+            extend=lambda model, key: extend(task, model, key),
+            graph=nnx.split(model, nnx.Param, ...)[0],
+            split=split,
+            abstract=split(model),
+            frozen=frozen,
         )
 
     def finish(self, task: Task, state: TrainState) -> ModelState:
-        """What is left of a training state when training ends: (trained, frozen, statistics) of
-        `finished`, which must be there.
-        """
+        """The state of `finished`, which must be there, from a train state."""
         assert self.finished is not None
         model = nnx.merge(self.graph, state.trained, state.frozen, state.statistics, copy=True)
         states = optimizer_lib.method_states(state.opt_state, task.methods)
@@ -138,21 +109,22 @@ class Blueprint:
 
 
 def extended(task: Task, key: Key[Array, ""], boundaries: Sequence[int]) -> nnx.Module:
-    """The model with what the methods add to it."""
+    """The model with the methods' modules."""
     model = task.model(nnx.Rngs(key), boundaries)
     extend(task, model, key)
     return model
 
 
 def extend(task: Task, model: Any, key: Key[Array, ""]) -> None:
-    """Adds what the methods add to a model; each draws from a stream of its own."""
+    """Adds the methods' modules to a model; each method has its own random stream."""
     for i, method in enumerate(task.methods):
         method.extend(model, nnx.Rngs(jax.random.fold_in(key, i)))
 
 
 def frozen_parameters(task: Task, freeze: str, model: Any, names: Sequence[str]) -> set[str]:
-    """Which parameters of a model stay as they are: as `model.freeze` and the methods say, and
-    those that nothing uses.
+    """The parameters that stay as loaded: by `model.freeze`, by the methods, and unused ones.
+
+    The gradient of an unused parameter is 0, but weight decay would change it.
     """
     frozen = optimizer_lib.frozen_names(freeze, names, model.backbone) | {
         name for name in names if model.unused(name)
@@ -165,42 +137,36 @@ def frozen_parameters(task: Task, freeze: str, model: Any, names: Sequence[str])
 def abstract_state(
     blueprint: Blueprint, config: Config, mesh: Mesh, methods: tuple[Method, ...] = ()
 ) -> tuple[TrainState, Any]:
-    """The run's train state as shapes with shardings, and its optimiser with what the methods put
-    behind it.
-    """
+    """The train state as shapes with shardings, and the optimiser with the methods' part."""
     trained, frozen, statistics = blueprint.abstract
     scratch = config.model.weights is None and config.model.start is None
     factor = 1.0 if scratch else config.optimizer.encoder_factor
     optimizer = optimizer_lib.make_optimizer(
         config.optimizer, config.steps, trained, factor, methods
     )
-    whole = sharding.replicated(mesh)
+    replicated = sharding.replicated(mesh)
     trained_at = sharding.parameter_shardings(mesh, trained)
     zero: Any = jax.ShapeDtypeStruct((), jnp.int32)
     shapes = TrainState(zero, trained, frozen, statistics, jax.eval_shape(optimizer.init, trained))
     places = TrainState(
-        whole,  # pyright: ignore[reportArgumentType]
+        replicated,  # pyright: ignore[reportArgumentType]
         trained_at,
         sharding.parameter_shardings(mesh, frozen),
-        jax.tree.map(lambda _: whole, statistics),
+        jax.tree.map(lambda _: replicated, statistics),
         sharding.optimizer_shardings(mesh, optimizer, trained, trained_at),
     )
-    return (
-        jax.tree.map(
-            lambda s, at: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=at), shapes, places
-        ),
-        optimizer,
+    like = jax.tree.map(
+        lambda s, at: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=at), shapes, places
     )
+    return like, optimizer
 
 
 def initial_state(task: Task, blueprint: Blueprint, like: TrainState, optimizer: Any) -> TrainState:
-    """Random parameters, made where they belong, with another run's model or converted weights put
-    in.
-    """
+    """The state at step 0: random parameters, then another run's model or converted weights."""
     # Stream 1 of the seed; stream 0 is the steps'.
     key = jax.random.fold_in(jax.random.key(task.config.seed), 2**31)
     places = jax.tree.map(lambda leaf: leaf.sharding, like)
-    if task.methods:  # they add to a model whose weights are there
+    if task.methods:  # they extend a model with loaded weights
         model: Any = blueprint.make(key)
         load_start(task, model)
         blueprint.extend(model, key)
@@ -208,19 +174,13 @@ def initial_state(task: Task, blueprint: Blueprint, like: TrainState, optimizer:
             blueprint.split(model), (places.trained, places.frozen, places.statistics)
         )
         opt_state = jax.jit(optimizer.init, out_shardings=places.opt_state)(trained)
-        return TrainState(
-            jax.device_put(jnp.zeros((), jnp.int32), places.step),
-            trained,
-            frozen,
-            statistics,
-            opt_state,
-        )
+        zero = jax.device_put(jnp.zeros((), jnp.int32), places.step)
+        return TrainState(zero, trained, frozen, statistics, opt_state)
 
     def init(key):
         trained, frozen, statistics = blueprint.split(blueprint.make(key))
-        return TrainState(
-            jnp.zeros((), jnp.int32), trained, frozen, statistics, optimizer.init(trained)
-        )
+        zero = jnp.zeros((), jnp.int32)
+        return TrainState(zero, trained, frozen, statistics, optimizer.init(trained))
 
     state = jax.jit(init, out_shardings=places)(key)
     model = nnx.merge(blueprint.graph, state.trained, state.frozen, state.statistics)
@@ -230,7 +190,7 @@ def initial_state(task: Task, blueprint: Blueprint, like: TrainState, optimizer:
 
 
 def load_start(task: Task, model: Any) -> None:
-    """Puts another run's whole model, or converted weights, into a model."""
+    """Fills a model with another run's model or with converted weights."""
     if start := task.config.model.start:
         weights.fill(model, stored_tensors(start), start)
     else:
@@ -249,13 +209,8 @@ def stored_tensors(checkpoint: str | Path) -> dict[str, np.ndarray]:
     """The parameters and running statistics of a trained model; raises what `load` raises."""
     workdir, step = locate(checkpoint)
     config = config_lib.load(workdir)
-    blueprint, state, _ = restore_model(
-        workdir,
-        step,
-        config,
-        make_task(config),
-        sharding.make_mesh(MeshConfig(1, 1), jax.local_devices()[:1]),
-    )
+    mesh = sharding.make_mesh(MeshConfig(1, 1), jax.local_devices()[:1])
+    blueprint, state, _ = restore_model(workdir, step, config, make_task(config), mesh)
     return weights.tensors(nnx.merge(blueprint.graph, *state))
 
 
@@ -276,39 +231,29 @@ def restore_model(
         raise FileNotFoundError(
             f"{workdir}/checkpoints is empty; train first, or give another workdir"
         )
-    return (
-        blueprint,
-        (stored["trained"], stored["frozen"], stored["statistics"]),
-        int(stored["step"]),
-    )
+    state = stored["trained"], stored["frozen"], stored["statistics"]
+    return blueprint, state, int(stored["step"])
 
 
 def stored_blueprint(
     checkpoints: Checkpoints, step: int | None, task: Task, freeze: str
 ) -> Blueprint:
-    """The model as its newest checkpoint holds it, or as that of `step` does.
+    """The model in the newest checkpoint, or in that of `step`.
 
-    How it was trained decides where its stacked segments end and what was frozen, so both are read
-    from the checkpoint.
+    The training decided where segments end and what was frozen, so the checkpoint tells both.
     """
     for at in checkpoints.steps()[::-1] if step is None else [step]:
         try:
             shapes = checkpoints.shapes(at)
-        except (
-            Exception
-        ):  # whatever a damaged file leads to; whoever reads its arrays says what is wrong
+        except Exception:  # a damaged file can raise anything; reading its arrays reports it
             continue
-        paths = {
-            tuple(name.removesuffix(".value").split(".")): shape for name, shape in shapes.items()
-        }
-        frozen = {
-            name
-            for path, shape in paths.items()
-            if path[0] == "frozen"
-            for name in weights.named(path[1:], shape)
-        }
-        inner = {
-            path[1:]: shape for path, shape in paths.items() if path[0] in ("trained", "frozen")
-        }
-        return Blueprint.stored(task, weights.segment_ends(inner, "backbone"), frozen)
+        parameters = {}
+        frozen = set()
+        for name, shape in shapes.items():
+            part, *path = name.removesuffix(".value").split(".")
+            if part in ("trained", "frozen"):
+                parameters[tuple(path)] = shape
+            if part == "frozen":
+                frozen |= weights.named(tuple(path), shape).keys()
+        return Blueprint.stored(task, weights.segment_ends(parameters, "backbone"), frozen)
     return Blueprint.of(task, freeze)

@@ -30,6 +30,7 @@ from jaxdg.tasks.task import (
     Predict,
     encoder_options,
     examples_of,
+    parts_of,
 )
 from jaxdg.training import distributed, sharding
 from jaxdg.training.step import Batch
@@ -45,14 +46,11 @@ class Segmentation(ImageTask):
         super().__init__(config, label_set(config.data.source, config.data.folder), methods)
 
     def open(self, domain: str, train: bool) -> Dataset:
-        """See `Task.open`; some protocols come with a label map of Mapillary of their own, in
-        evaluation.
-        """
+        """See `Task.open`; in evaluation some protocols have their own label map of Mapillary."""
         d = self.config.data
-        protocol = self.config.evaluation.protocol
-        mapillary_labels = (
-            protocol if not train and protocol in protocols.MAPILLARY_LABELS else d.mapillary_labels
-        )
+        mapillary_labels = d.mapillary_labels
+        if not train and self.config.evaluation.protocol in protocols.MAPILLARY_LABELS:
+            mapillary_labels = self.config.evaluation.protocol
         options: dict[str, Any] = dict(root=d.root, streets=d.streets, folder=d.folder, skip=d.skip)
         dataset = open_domain(domain, train=train, mapillary_labels=mapillary_labels, **options)
         self.check_labels(dataset)
@@ -92,15 +90,14 @@ class Segmentation(ImageTask):
     ) -> dict[str, Float[Array, ""]]:
         """See `Task.losses`; batch: `image` uint8 [b, h, w, 3], `label` uint8 [b, h, w]."""
         pixel_key, drop_key, point_key = jax.random.split(key, 3)
-        output, texture = self.outputs(model, batch, pixel_key, drop_key)
-        return {
-            **model.head.loss(output, self.targets(batch)["label"], denominator, point_key),
-            **texture,
-        }
+        output, terms = self.outputs(model, batch, pixel_key, drop_key)
+        label = self.targets(batch)["label"]
+        return {**model.head.loss(output, label, denominator, point_key), **terms}
 
     def predictor(self, graph: nnx.GraphDef) -> Predict:
-        """See `Task.predictor`: to label maps uint8 [h, w], by sliding windows; compiles once for
-        many sizes, see `shared_side`.
+        """See `Task.predictor`: sliding windows give label maps uint8 [h, w].
+
+        It compiles once for many sizes, see `shared_side`.
         """
         c = self.config
         window = c.data.crop
@@ -125,24 +122,21 @@ class Segmentation(ImageTask):
                 segmentation.shared_side(*side) for side in zip((h, w), window, stride, strict=True)
             ]
             padded = np.pad(image, ((0, shared[0] - h), (0, shared[1] - w), (0, 0)))
-            return np.ascontiguousarray(
-                np.asarray(label_map(state, jnp.asarray(padded), jnp.array((h, w), jnp.int32)))[
-                    :h, :w
-                ]
-            )
+            label = label_map(state, jnp.asarray(padded), jnp.array((h, w), jnp.int32))
+            return np.ascontiguousarray(np.asarray(label)[:h, :w])
 
         return predict
 
-    def labeller(
+    def labelling(
         self, graph: nnx.GraphDef
     ) -> Callable[[ModelState, Batch, protocols.Protocol], UInt8[Array, "b h w"]]:
-        """A function of (model state, batch of `eval_batches`, its protocol) to label maps of the
-        labels' size.
+        """A function of (model state, batch, protocol) to label maps of the labels' size.
 
-        The model compiles once for every shape and scale of images, whatever sizes they have inside
-        it. With test-time augmentation images are resized on the device and rounded to whole grey
-        values, and the softmax of every view's scores at the labels' size is added up, as
-        mmsegmentation's SegTTAModel does (also where the decoder's scores are no logits).
+        The batch is one of `eval_batches`. The model compiles once for every shape and scale of
+        images, whatever the sizes of the images inside it. Test-time augmentation follows
+        mmsegmentation's SegTTAModel: it resizes images on the device, rounds them to whole grey
+        values and sums the softmax of every view's scores at the labels' size. It does so even if
+        the decoder's scores are no logits.
         """
 
         @functools.partial(jax.jit, static_argnames=("windows", "scale"))
@@ -150,11 +144,10 @@ class Segmentation(ImageTask):
             state: ModelState, images: Array, sizes: Array, flip: Any, windows: Any, scale: float
         ) -> tuple[Array, Array]:
             model = nnx.merge(graph, *state)
-            mirrored = (
-                (lambda x, own: x)
-                if flip is None
-                else lambda x, own: jnp.where(flip, segmentation.mirror(x, own), x)
-            )
+
+            def mirrored(x, own):
+                return x if flip is None else jnp.where(flip, segmentation.mirror(x, own), x)
+
             images = images.astype(jnp.float32)
             own = sizes
             if scale != 1:
@@ -163,15 +156,10 @@ class Segmentation(ImageTask):
                 images = jnp.round(segmentation.resize_scores(images, (h, w), (sizes, own)))
             images = self.normalize(mirrored(images, own))
             per_call = self.config.evaluation.windows_per_call
-            return (
-                mirrored(
-                    segmentation.sliding_window(
-                        model.scores, images, windows[0], windows[1], per_call, own
-                    ),
-                    own,
-                ),
-                own,
+            found = segmentation.sliding_window(
+                model.scores, images, windows[0], windows[1], per_call, own
             )
+            return mirrored(found, own), own
 
         resized = jax.jit(segmentation.label_map, static_argnums=1)
         highest = jax.jit(lambda scores: jnp.argmax(scores, axis=-1).astype(jnp.uint8))
@@ -189,21 +177,20 @@ class Segmentation(ImageTask):
             size = batch["label"].shape[1:]
             total = None
             windows = (protocol.window, protocol.stride)
-            for scale, flip in itertools.product(
-                protocol.scales, (False, True) if protocol.flip else (None,)
-            ):
-                found, own = scores(state, batch["image"], batch["size"], flip, windows, scale)
+            flips = (False, True) if protocol.flip else (None,)
+            for scale, flip in itertools.product(protocol.scales, flips):
+                view, own = scores(state, batch["image"], batch["size"], flip, windows, scale)
                 if not protocol.resizes:
-                    return highest(found)
+                    return highest(view)
                 if protocol.scales == (1.0,):
-                    return resized(found, size, (own, batch["label_size"]))
-                total = vote(total, found, size, (own, batch["label_size"]))
+                    return resized(view, size, (own, batch["label_size"]))
+                total = vote(total, view, size, (own, batch["label_size"]))
             return highest(total)
 
         return label_maps
 
     def protocol(self, domain: str) -> protocols.Protocol:
-        """How the run judges a domain."""
+        """The protocol by which the run judges a domain."""
         c = self.config
         return protocols.protocol(
             c.evaluation.protocol, domain, c.data.source, c.data.crop, c.evaluation.stride
@@ -211,63 +198,56 @@ class Segmentation(ImageTask):
 
     def evaluator(self, graph: nnx.GraphDef, mesh: Mesh) -> Evaluate:
         """See `Task.evaluator`."""
-        label_maps = self.labeller(graph)
+        label_maps = self.labelling(graph)
         k = len(self.labels.names)
         batch_size = self.batch_size(mesh)
 
         @functools.partial(jax.jit, static_argnums=2, out_shardings=sharding.replicated(mesh))
         def count(prediction: Array, batch: Batch, parts: int) -> Array:
             label = jnp.where(batch["mask"][:, None, None], batch["label"], 255)
-            counts = jax.vmap(lambda p, t: segmentation.confusion_matrix(p, t, k))(
-                prediction, label
-            )
+            confusion = functools.partial(segmentation.confusion_matrix, num_classes=k)
+            counts = jax.vmap(confusion)(prediction, label)
             return jnp.zeros((parts, k, k), jnp.int32).at[batch["part"]].add(counts)
 
         def evaluate(state: ModelState, dataset: Dataset, tick: Callable[[], None]) -> DomainResult:
-            from jaxdg.data.pipeline import (
-                eval_batches,
-            )  # brings in grain, without which a model can be built, timed and planned
+            # Needs grain, which models that are only built, timed or planned do without.
+            from jaxdg.data.pipeline import eval_batches
 
             self.check_labels(dataset)
             protocol = self.protocol(dataset.domain)
-            part_of = [
-                protocols.part_of(dataset.domain, dataset.name(i)) or ""
-                for i in range(len(dataset))
-            ]
+            part_of = [part or "" for part in parts_of(dataset)]
             names = sorted(set(part_of))
             part = np.array([names.index(name) for name in part_of], np.int32)
             total = np.zeros((len(names), k, k), np.int64)
-            waiting = None
-            wanted = examples_of(len(dataset))
+            pending = None
+            chosen = examples_of(len(dataset))
             examples = {}
             shard = (jax.process_index(), jax.process_count())
             workers = self.config.data.workers
             for batch in eval_batches(
                 dataset, batch_size=batch_size, protocol=protocol, workers=workers, shard=shard
             ):
-                mine = {
-                    key: batch[key] for key in ("image", "size", "label", "label_size", "mask")
-                } | {"part": part[batch["index"]]}
-                fields = sharding.to_devices(mine, mesh)
+                names_of_fields = ("image", "size", "label", "label_size", "mask")
+                fields = {name: batch[name] for name in names_of_fields}
+                fields["part"] = part[batch["index"]]
+                fields = sharding.to_devices(fields, mesh)
                 prediction = label_maps(state, fields, protocol)
                 counts = count(prediction, fields, len(names))
-                if (
-                    waiting is not None
-                ):  # the sum goes to the host while the devices work on the next batch
-                    total += np.asarray(waiting, np.int64)
-                waiting = counts
-                for row in np.flatnonzero(np.isin(batch["index"], list(wanted))):
+                if pending is not None:  # fetched while the devices work on the next batch
+                    total += np.asarray(pending, np.int64)
+                pending = counts
+                for row in np.flatnonzero(np.isin(batch["index"], list(chosen))):
                     h, w = batch["label_size"][row].tolist()
                     image_h, image_w = batch["size"][row]
+                    label = _row(prediction, shard[0] * len(batch["index"]) + int(row))
                     examples[int(batch["index"][row])] = {
                         "image": cv2.resize(batch["image"][row, :image_h, :image_w], (w, h)),
                         "truth": batch["label"][row, :h, :w],
-                        "prediction": _row(prediction, shard[0] * len(batch["index"]) + int(row))[
-                            :h, :w
-                        ],
+                        "prediction": label[:h, :w],
                     }
                 tick()
-            total += 0 if waiting is None else np.asarray(waiting, np.int64)
+            if pending is not None:
+                total += np.asarray(pending, np.int64)
             result = self._result(total.sum(axis=0), len(dataset), protocol)
             examples = distributed.gathered(examples)
             result.examples = [examples[i] for i in sorted(examples)]
@@ -294,6 +274,7 @@ class Segmentation(ImageTask):
             for name, v in zip(self.labels.names, iou, strict=True)
         }
         known = {name: v for name, v in per_class.items() if v is not None}
+        pixels = zip(self.labels.names, confusion.sum(axis=1), strict=True)
 
         def mean(without: tuple[str, ...]) -> float | None:
             values = [v for name, v in known.items() if name not in without]
@@ -305,17 +286,13 @@ class Segmentation(ImageTask):
             "images": images,
             "subsets": {name: mean(without) for name, without in protocol.without},
             "classes": len(known),
-            "without_truth": [
-                name
-                for name, pixels in zip(self.labels.names, confusion.sum(axis=1), strict=True)
-                if not pixels
-            ],
+            "without_truth": [name for name, count in pixels if not count],
         }
         return DomainResult(metrics, mean(()), [])
 
 
 def _row(array: Array, row: int) -> np.ndarray:
-    """A row of an array that is divided over devices, one of those this host has."""
+    """A row of an array that is divided over devices; this host must have it."""
     for shard in array.addressable_shards:
         start, stop, _ = shard.index[0].indices(array.shape[0])
         if start <= row < stop:

@@ -1,8 +1,7 @@
-"""What training and evaluation know of a task, and what all tasks do to images."""
+"""The protocol of a task, and the part that both tasks share."""
 
 from collections.abc import Callable, Sequence
 import dataclasses
-import functools
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -16,6 +15,7 @@ from jaxdg.backbones import EncoderOptions, zoo
 from jaxdg.config import Config
 from jaxdg.data.datasets import Dataset
 from jaxdg.data.labels import LabelSet, join_names
+from jaxdg.evaluation import protocols
 from jaxdg.methods import method as method_lib
 from jaxdg.methods.method import Method
 from jaxdg.training import photometric
@@ -27,18 +27,17 @@ Predict = Callable[[ModelState, UInt8[np.ndarray, "h w 3"]], Any]
 
 @dataclasses.dataclass
 class DomainResult:
-    """How a model did on one domain.
+    """The results of a model on one domain.
 
     Attributes:
         metrics: the domain's entry of results.json.
-        score: the one number it is compared by; None where the domain has no truth.
+        score: the number that compares models; None if the domain has no truth.
         pictures: uint8 RGB panels of the examples.
-        parts: the same of parts of the domain, such as `acdc/fog`, by name.
-        write: given the folder of results.json and the domain's name, writes what belongs beside
-            it.
-        examples: a few images with what was seen in them: `image` uint8 [h, w, 3] and, as label
-            maps uint8 [h, w], `truth` and `prediction`, or `truth_boxes`, `truth_classes`, `boxes`,
-            `scores` and `classes`, in pixels of the image.
+        parts: the results on parts of the domain, such as `acdc/fog`, by name.
+        write: writes the files beside results.json, given its folder and the domain's name.
+        examples: a few images with their predictions: `image` uint8 [h, w, 3], and either label
+            maps uint8 [h, w] as `truth` and `prediction`, or `truth_boxes`, `truth_classes`,
+            `boxes`, `scores` and `classes`, in pixels of the image.
     """
 
     metrics: dict[str, Any]
@@ -50,8 +49,13 @@ class DomainResult:
 
 
 def examples_of(images: int) -> set[int]:
-    """Which of a domain's images are its examples: two, evenly spread."""
+    """The images of a domain that are its examples: two, evenly spread."""
     return {images // 4, 3 * images // 4}
+
+
+def parts_of(dataset: Dataset) -> list[str | None]:
+    """The part of the domain that each image belongs to; None for those that belong to none."""
+    return [protocols.part_of(dataset.domain, dataset.name(i)) for i in range(len(dataset))]
 
 
 Evaluate = Callable[[ModelState, Dataset, Callable[[], None]], DomainResult]
@@ -59,7 +63,7 @@ Evaluate = Callable[[ModelState, Dataset, Callable[[], None]], DomainResult]
 
 @runtime_checkable
 class Task(Protocol):
-    """What training, evaluation and prediction need of a task."""
+    """What training, evaluation and prediction call."""
 
     config: Config
     labels: LabelSet
@@ -68,25 +72,23 @@ class Task(Protocol):
     score_name: str
 
     def open(self, domain: str, train: bool) -> Dataset:
-        """The images of a domain to train on, or those to judge on, checked."""
+        """The images of a domain for training or for evaluation, checked."""
         ...
 
     def model(self, rngs: nnx.Rngs, boundaries: Sequence[int] = ()) -> nnx.Module:
-        """The model with random parameters; segments also end after the encoder blocks in
-        `boundaries`.
-        """
+        """The model with random parameters; segments also end after the blocks in `boundaries`."""
         ...
 
     def load_weights(self, model: Any) -> None:
-        """Puts the converted weights that the configuration names into a model."""
+        """Fills a model with the converted weights that the configuration names."""
         ...
 
     def loss_denominator(self, model: Any, batch: Batch) -> Any:
-        """What the losses of a global batch are divided by: a tree of scalars."""
+        """The denominator of the losses of a global batch: a tree of scalars."""
         ...
 
     def preparation(self, mesh: Mesh) -> Callable[[Batch, int], Batch]:
-        """A function of (batch on the devices, step from 0) to what the training step takes."""
+        """A function of (batch on the devices, step from 0) to the input of the training step."""
         ...
 
     def losses(
@@ -96,31 +98,33 @@ class Task(Protocol):
         ...
 
     def evaluator(self, graph: nnx.GraphDef, mesh: Mesh) -> Evaluate:
-        """A function that judges a model on a dataset, calling back after every batch; what it
-        compiles is kept between calls.
+        """A function that judges a model on a dataset; it calls back after every batch.
+
+        Later calls reuse what it has compiled.
         """
         ...
 
     def predictor(self, graph: nnx.GraphDef) -> Predict:
-        """A function of (model state, image of any size) to what the model sees in it, in NumPy."""
+        """A function of (model state, image of any size) to the prediction, in NumPy."""
         ...
 
 
 def encoder_options(options: EncoderOptions) -> dict[str, Any]:
-    """The fields that a run shares with its model's settings, by name."""
-    return {
-        field.name: getattr(options, field.name) for field in dataclasses.fields(EncoderOptions)
-    }
+    """The fields of `EncoderOptions` of a run's settings, by name."""
+    names = (field.name for field in dataclasses.fields(EncoderOptions))
+    return {name: getattr(options, name) for name in names}
 
 
 class ImageTask:
-    """The part of a task that does not depend on what is looked for."""
+    """The part that both tasks share."""
 
     def __init__(self, config: Config, labels: LabelSet, methods: tuple[Method, ...] = ()):
-        """Args:
-        config: of the run.
-        labels: of the source domain.
-        methods: that training uses; evaluation and prediction know of none.
+        """Needs no data.
+
+        Args:
+            config: of the run.
+            labels: of the source domain.
+            methods: that training uses; none in evaluation and prediction.
         """
         self.config = config
         self.labels = labels
@@ -134,10 +138,9 @@ class ImageTask:
     def normalize(
         self, images: UInt8[Array, "b h w 3"] | Float[Array, "b h w 3"]
     ) -> Float[Array, "b h w 3"]:
-        """RGB in 0..255 as the encoder takes it."""
-        return photometric.normalize(
-            images.astype(jnp.float32), self._encoder.mean, self._encoder.std
-        )
+        """RGB in 0..255 to the encoder's input."""
+        c = self._encoder
+        return photometric.normalize(images.astype(jnp.float32), c.mean, c.std)
 
     def distort(
         self, images: UInt8[Array, "b h w 3"], key: Key[Array, ""]
@@ -148,19 +151,21 @@ class ImageTask:
         return photometric.distort(images.astype(jnp.float32), key, *strengths)
 
     def preparation(self, mesh: Mesh) -> Callable[[Batch, int], Batch]:
-        """See `Task.preparation`: what the methods do to a batch, one after another."""
+        """See `Task.preparation`: the methods prepare a batch one after another."""
         if not self.methods:
             return lambda batch, step: batch
         model = nnx.eval_shape(lambda: self.model(nnx.Rngs(0)))  # pyright: ignore[reportAttributeAccessIssue]  tasks have one
-        steps = [
-            prepare for method in self.methods if (prepare := method.preparation(self, model, mesh))
-        ]
-        return lambda batch, step: functools.reduce(
-            lambda batch, prepare: prepare(batch, step), steps, batch
-        )
+        preparations = [method.preparation(self, model, mesh) for method in self.methods]
+
+        def prepare(batch: Batch, step: int) -> Batch:
+            for preparation in filter(None, preparations):
+                batch = preparation(batch, step)
+            return batch
+
+        return prepare
 
     def targets(self, batch: Batch) -> Batch:
-        """What losses are computed of: a prepared batch, as the methods want it."""
+        """The batch for the losses: a prepared batch that the methods have changed."""
         for method in self.methods:
             batch = method.targets(batch)
         return batch
@@ -168,9 +173,7 @@ class ImageTask:
     def outputs(
         self, model: Any, batch: Batch, pixel_key: Key[Array, ""], drop_key: Key[Array, ""]
     ) -> tuple[Any, dict[str, Array]]:
-        """What a model gives in training for a prepared batch, a row for each of its `targets`, and
-        the methods' loss terms.
-        """
+        """The model's output for a prepared batch, with the rows of `targets`, and loss terms."""
         images = batch["image"]
         terms = {}
         if images.dtype == jnp.uint8:  # else a method has augmented them before the step
@@ -185,7 +188,7 @@ class ImageTask:
         return model.decode(features, drop_key, train=True), terms
 
     def check_labels(self, dataset: Dataset) -> None:
-        """ValueError where a domain has other classes than the model."""
+        """ValueError if a domain has other classes than the model."""
         if dataset.labels.names != self.labels.names:
             theirs = join_names(dataset.labels.names)
             ours = join_names(self.labels.names)
@@ -195,5 +198,5 @@ class ImageTask:
             )
 
     def batch_size(self, mesh: Mesh) -> int:
-        """Images in a global batch of evaluation: every device gets whole ones."""
+        """Images in a global batch of evaluation, rounded up to a multiple of the devices."""
         return -(-self.config.evaluation.batch_size // mesh.size) * mesh.size
