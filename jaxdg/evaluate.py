@@ -29,11 +29,11 @@ from jaxdg.config import PROTOCOLS, Config, EvaluationConfig, locks
 from jaxdg.config import workdir as workdir_lib
 from jaxdg.data.augment.fractals import Pictures
 from jaxdg.data.datasets import Dataset, Subset
-from jaxdg.evaluation import overlap, protocols
+from jaxdg.evaluation import overlap
 from jaxdg.evaluation import results as results_lib
 from jaxdg.evaluation.overlap import Standing, TrainedOn
 from jaxdg.tasks.run_state import locate, make_task, restore_model
-from jaxdg.tasks.task import DomainResult, Task
+from jaxdg.tasks.task import DomainResult, Task, parts_of
 from jaxdg.training import distributed, sharding
 from jaxdg.training.checkpoint import fingerprint
 
@@ -41,27 +41,26 @@ EXAMPLE_SIDE = 512  # pixels on the longer side of examples beside results.json
 
 
 def open_domains(task: Task) -> dict[str, Dataset]:
-    """The images that every domain in `evaluation.domains` is judged on, checked.
+    """The images of every domain in `evaluation.domains`, checked.
 
     Raises:
-        ValueError: a domain is named twice; and as `Task.open` says.
+        ValueError: a domain is named twice, or as `Task.open`.
     """
     e = task.config.evaluation
-    if twice := sorted({name for name in e.domains if e.domains.count(name) > 1}):
+    if repeated := sorted({name for name in e.domains if e.domains.count(name) > 1}):
         raise ValueError(
-            f"evaluation.domains names {', '.join(twice)} more than once; name every domain once"
+            f"evaluation.domains names {', '.join(repeated)} more than once; name every domain once"
         )
     domains = {name: task.open(name, train=False) for name in e.domains}
-    return (
-        {name: Subset(dataset, e.max_images) for name, dataset in domains.items()}
-        if e.max_images
-        else domains
-    )
+    if not e.max_images:
+        return domains
+    return {name: Subset(dataset, e.max_images) for name, dataset in domains.items()}
 
 
 def agree_on_images(datasets: Mapping[str, Dataset], config: Config) -> None:
-    """Ends all processes of a run unless each sees the same images and converted weights, wherever
-    they lie on its host.
+    """Ends all processes of a run unless each sees the same images and converted weights.
+
+    They may lie in another folder on each host.
     """
     if jax.process_count() == 1:
         return
@@ -82,9 +81,7 @@ def agree_on_images(datasets: Mapping[str, Dataset], config: Config) -> None:
 
 
 def trained_on(task: Task, source: Dataset, workdir: Path, say: Callable[[str], None]) -> TrainedOn:
-    """What a run that starts, or goes on, is trained on, by its earlier starts too; to be saved in
-    its workdir.
-    """
+    """The images that a run is trained on, including its earlier starts; to be saved."""
     noted = None
     try:
         noted = TrainedOn.load(workdir) if workdir_lib.saved(workdir) else None
@@ -94,9 +91,7 @@ def trained_on(task: Task, source: Dataset, workdir: Path, say: Callable[[str], 
 
 
 def own_source(task: Task, source: Dataset) -> TrainedOn:
-    """What a run takes images from: its source, and the folder of its pictures if it uses one; from
-    nothing if it makes no step.
-    """
+    """The images that a run itself uses: its source and its pictures; none without steps."""
     c = task.config
     trained = TrainedOn.of(source, c.data.root)
     if not c.steps:
@@ -109,7 +104,7 @@ def own_source(task: Task, source: Dataset) -> TrainedOn:
 
 
 def started_from(config: Config) -> TrainedOn | None:
-    """What the whole model was trained on that a run starts from; None if it starts from less."""
+    """The images of the run whose model this run starts from; None without `model.start`."""
     if config.model.start is None:
         return None
     workdir, _ = locate(config.model.start)
@@ -119,9 +114,7 @@ def started_from(config: Config) -> TrainedOn | None:
 
 
 def known_source(task: Task, workdir: Path, say: Callable[[str], None]) -> TrainedOn:
-    """What a run was trained on, as its workdir says; if it says nothing, as the images tell that
-    are here; else by name alone.
-    """
+    """The images that a run was trained on: by its workdir, else by its data, else by name only."""
     try:
         if (noted := TrainedOn.load(workdir)) is not None:
             return noted
@@ -129,9 +122,7 @@ def known_source(task: Task, workdir: Path, say: Callable[[str], None]) -> Train
         say(str(error))
     data = task.config.data
     before = None
-    with contextlib.suppress(
-        OSError, ValueError
-    ):  # the run whose model it started from may be gone
+    with contextlib.suppress(OSError, ValueError):  # the run that it started from may be gone
         before = started_from(task.config)
     try:
         return own_source(task, task.open(data.source, train=True)).also(before)
@@ -146,13 +137,10 @@ def known_source(task: Task, workdir: Path, say: Callable[[str], None]) -> Train
 def standings(
     task: Task, datasets: Mapping[str, Dataset], trained: TrainedOn, say: Callable[[str], None]
 ) -> dict[str, Standing]:
-    """How each domain stands to what was trained on; says what the names do not, and which domains
-    will get no score.
-    """
+    """Whether each domain is seen; says what its name does not tell, and if it gets no score."""
     for name, dataset in datasets.items():
-        if getattr(
-            dataset.dataset if isinstance(dataset, Subset) else dataset, "unlabelled", False
-        ):
+        labelled = dataset.dataset if isinstance(dataset, Subset) else dataset
+        if getattr(labelled, "unlabelled", False):
             say(f"{name} has no labels, so it gets no score")
     return overlap.standings(trained, datasets, task.config.data.root, say)
 
@@ -164,26 +152,29 @@ def evaluate_domains(
     standing: Mapping[str, Standing],
     tick: Callable[[str, int], None],
 ) -> dict[str, DomainResult]:
-    """Judges a model on each domain, and in the same pass on its parts; `tick(domain, batch)` is
-    called after every batch and may raise.
+    """Judges a model on each domain and its parts.
+
+    Args:
+        evaluator: from `Task.evaluator`.
+        state: of the model.
+        datasets: the images of each domain.
+        standing: whether each domain is seen.
+        tick: is called as `tick(domain, batch)` after every batch; it may raise.
     """
     results: dict[str, DomainResult] = {}
     for name, dataset in datasets.items():
         if name in results:  # as a part
             continue
-        done = itertools.count(1)
-        whole = evaluator(state, dataset, lambda name=name, done=done: tick(name, next(done)))
+        batches = itertools.count(1)
+        domain = evaluator(state, dataset, lambda name=name, n=batches: tick(name, next(n)))
         seen = standing[name].seen
         trained = standing[name].trained_on
-        for key, result in {name: whole, **whole.parts}.items():
-            mine = range(len(dataset))
-            if key != name:
-                mine = [
-                    i for i in mine if protocols.part_of(dataset.domain, dataset.name(i)) == key
-                ]
+        part_of = parts_of(dataset)
+        for key, result in {name: domain, **domain.parts}.items():
+            images = [i for i, part in enumerate(part_of) if key in (name, part)]
             result.metrics |= {
                 "seen": seen,
-                "trained_on": None if trained is None else int(trained[list(mine)].sum()),
+                "trained_on": None if trained is None else int(trained[images].sum()),
                 "part_of": standing[name].part_of if key == name else name,
             }
             results[key] = result
@@ -193,13 +184,12 @@ def evaluate_domains(
 def summary(
     task: Task, config: Config, step: int, results: Mapping[str, DomainResult]
 ) -> dict[str, Any]:
-    """The contents of results.json: every domain, the mean of those never seen, and rPD.
+    """The contents of results.json: every domain, the mean over unseen domains, and rPD.
 
-    rPD is that mean in percent of the score on the seen domain, or the mean of several: of those
-    judged on no image trained on, if there are such (`results.reference`). A domain without truth
-    has no score and is in no mean. `seen_by` says whether the images or only the names told what is
-    seen, `classes_differ` which classes some of the domains lack that enter these figures: {class:
-    [domain, ..]}.
+    rPD is that mean in percent of the score on the seen domain, or of the mean over several of them
+    (`results.reference` chooses them). A domain without truth has no score and is in no mean.
+    `seen_by` says whether images or only names decided what is seen. `classes_differ` lists the
+    classes that some domains of these figures lack: {class: [domain, ..]}.
     """
     return {
         "task": config.task,
@@ -214,10 +204,9 @@ def summary(
 def write_results(
     everything: dict[str, Any], results: Mapping[str, DomainResult], folder: Path
 ) -> dict[str, Any]:
-    """Writes results.json, whole or not at all, and before it what belongs beside it.
+    """Writes the files beside results.json, then results.json itself, completely or not at all.
 
-    Domains that were judged there before stay, if their results are of the same step, protocol and
-    so on.
+    Domains of an earlier evaluation stay, if it had the same step, protocol and so on.
 
     Returns:
         The contents of results.json.
@@ -239,9 +228,7 @@ def write_results(
 
 
 def own_folder(workdir: Path, step: int, run: EvaluationConfig, asked: EvaluationConfig) -> Path:
-    """Where results belong if no folder is given: those that are judged otherwise than the run
-    judges itself have one of their own.
-    """
+    """The folder of results if none is given; other settings than the run's get another folder."""
     name = f"evaluation_{step}"
     if asked.protocol != run.protocol:
         name += f"_{asked.protocol}"
@@ -268,9 +255,7 @@ def shrunk(example: Mapping[str, np.ndarray], side: int) -> dict[str, np.ndarray
 
 
 def print_results(results: dict[str, Any], console: Console) -> None:
-    """A table of every class on every domain, then the means, and what must be known to read them;
-    of an older version's results too.
-    """
+    """Prints a table of classes and domains, the means, and remarks; reads older results too."""
     domains = results["domains"]
     score = results_lib.score_name(results)
     of_class = score.removeprefix("m")
@@ -375,10 +360,9 @@ def main(arguments: Sequence[str]) -> None:
     # A fingerprint of the parameters keeps results of another model apart.
     parts = dict(zip(("trained", "frozen", "statistics"), state, strict=True))
     model = {"model": f"{int(fingerprint(parts)):08x}"}
-    there = workdir_lib.results(out / "results.json", console.print)
-    if there is not None and (
-        differ := results_lib.foreign(there, {**summary(task, config, at, {}), **model})
-    ):
+    old = workdir_lib.results(out / "results.json", console.print)
+    new = {**summary(task, config, at, {}), **model}
+    if old is not None and (differ := results_lib.foreign(old, new)):
         raise ValueError(
             f"{out}/results.json holds other results ({'; '.join(differ)}); give another --out"
         )
@@ -392,9 +376,8 @@ def main(arguments: Sequence[str]) -> None:
     everything = {**summary(task, config, at, results), **model}
     if distributed.is_main():
         out.mkdir(parents=True, exist_ok=True)
-        with locks.held(
-            out / "results.lock", f"{out}/results.json", console.print, wait=600
-        ):  # of two at once none is lost
+        # Two evaluations at once must not lose each other's domains.
+        with locks.held(out / "results.lock", f"{out}/results.json", console.print, wait=600):
             everything = write_results(everything, results, out)
         save_pictures(results, out)
     print_results(everything, console)

@@ -7,10 +7,10 @@ Segmentation writes `NAME.png` (class ids, uint8, of the image's size). Detectio
 number from 1, "bbox": [x, y, width, height] in pixels of the image, "score"}, the best first. Both
 write `NAME_overlay.jpg`.
 
-NAME is the image's path below the folder that was given, without extension. Where two images would
-have one name, both get their extension behind it (`a_png`, `a_jpg`) or the folders that they are in
-before it (`x/a`, `y/a`). Nothing is replaced but what an earlier run wrote there (see
-`outputs.py`), and what a run wrote is no image to predict.
+NAME is the image's path below the given folder, without extension. If two images would have the
+same name, both get their extension after it (`a_png`, `a_jpg`) or their folders before it (`x/a`,
+`y/a`). A run replaces only what an earlier run wrote there (see `outputs.py`), and does not predict
+what a run wrote.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -41,18 +41,17 @@ from jaxdg.evaluation.average_precision import Detections
 from jaxdg.tasks.loading import load
 from jaxdg.tasks.run_state import locate
 
-NAMED = 5  # files that a line about files names
+NAMED = 5  # a line about files names at most so many
 Say = Callable[[str], None]
 Write = Callable[[Path, bytes], None]
 
 
 def find_images(paths: Iterable[str], say: Say = lambda line: None) -> list[tuple[Path, Path]]:
-    """(image file, its name below --out without suffix) of every image given or found in the
-    folders given, in order; each once.
+    """The images of these paths, each once and in order: (file, name below --out without suffix).
 
     Args:
         paths: of images and folders.
-        say: receives a line about each kind of file that is passed over.
+        say: receives a line about each kind of file that is skipped.
 
     Raises:
         FileNotFoundError: a path does not exist.
@@ -82,7 +81,7 @@ def find_images(paths: Iterable[str], say: Say = lambda line: None) -> list[tupl
 
 
 def _in_folder(path: Path, written: list[str], say: Say) -> list[tuple[Path, Path]]:
-    """The images below a folder and their names; adds to what predict itself wrote."""
+    """The images below a folder and their names; adds files that predict wrote to `written`."""
     skipped = storage.SkippedEntries()
     files = []
     others = []
@@ -112,7 +111,7 @@ def _some(names: Sequence[str]) -> str:
 
 
 def _distinct(found: Sequence[tuple[Path, Path]]) -> list[Path]:
-    """A name for each image: its own where no other image has it."""
+    """A distinct name for each image: its own if no other image has it."""
     groups: dict[Path, list[int]] = {}
     for i, (_, name) in enumerate(found):
         groups.setdefault(name, []).append(i)
@@ -131,9 +130,7 @@ def _distinct(found: Sequence[tuple[Path, Path]]) -> list[Path]:
 
 
 def _proposals(group: Sequence[tuple[Path, Path]]) -> Iterator[list[Path]]:
-    """Names for images that have the same one, the shortest first: with extensions, with the
-    folders above, with both.
-    """
+    """Proposes names for images of one name: with extensions, with folders above, with both."""
     above = [Path(os.path.abspath(file)).parts[1 : -len(name.parts)] for file, name in group]
     for depth in range(max(map(len, above)) + 1):
         names = [
@@ -153,16 +150,16 @@ def _proposals(group: Sequence[tuple[Path, Path]]) -> Iterator[list[Path]]:
 
 
 def check_outputs(out: outputs.Outputs, images: Sequence[tuple[Path, Path]], suffix: str) -> None:
-    """Makes sure that predicting these images replaces nothing that predict did not write.
+    """Checks that predicting these images replaces no file that predict did not write.
 
     Args:
         out: the folder to write to.
         images: from `find_images`.
-        suffix: of what is written beside the overlays.
+        suffix: of the files beside the overlays.
 
     Raises:
-        ValueError: a file would be replaced, or images and predictions would lie in one folder;
-            names the first.
+        ValueError: names a file that would be replaced, or a folder that would mix images and
+            predictions.
     """
     real = functools.cache(os.path.realpath)
     folders = {real(file.parent): file for file, _ in images}
@@ -188,9 +185,7 @@ def check_outputs(out: outputs.Outputs, images: Sequence[tuple[Path, Path]], suf
 def write_label(
     target: Path, image: np.ndarray, label: np.ndarray, labels: LabelSet, write: Write | None = None
 ) -> str:
-    """Writes `TARGET.png` and `TARGET_overlay.jpg` of a label map uint8 [h, w]; returns a line
-    about it.
-    """
+    """Writes a label map uint8 [h, w] as `TARGET.png` and `TARGET_overlay.jpg`; returns a line."""
     write = write or outputs.Outputs(target.parent).write
     write(Path(f"{target}.png"), _encoded(label, "PNG"))
     write(
@@ -212,9 +207,7 @@ def write_boxes(
     score_threshold: float,
     write: Write | None = None,
 ) -> str:
-    """Writes `TARGET.json` and `TARGET_overlay.jpg` of the boxes of at least this score; returns a
-    line about them.
-    """
+    """Writes boxes with at least this score as `TARGET.json` and `TARGET_overlay.jpg`."""
     write = write or outputs.Outputs(target.parent).write
     sure = found.scores >= score_threshold
     boxes = found.boxes[sure]
@@ -274,24 +267,20 @@ def main(arguments: Sequence[str]) -> None:
     for file, name in images:
         try:
             image = read_image(str(file), upright=True)
-            seen = model.predict(image)
-        except (
-            ValueError,
-            cv2.error,
-            jax.errors.JaxRuntimeError,
-        ) as error:  # the last: an image too large for the memory
+            prediction = model.predict(image)
+        # JaxRuntimeError: the image is too large for the memory.
+        except (ValueError, cv2.error, jax.errors.JaxRuntimeError) as error:
             failed += 1
-            told = str(error).split("; fetch the file again")[0].removeprefix(f"{file}: ")
-            _say(f"failed: {file}: {' '.join(told.split())}")
+            reason = str(error).split("; fetch the file again")[0].removeprefix(f"{file}: ")
+            _say(f"failed: {file}: {' '.join(reason.split())}")
             continue
         target = out.folder / name
-        if isinstance(seen, Detections):
-            print(
-                write_boxes(target, image, seen, model.labels, _SCORE_THRESHOLD.value, out.write),
-                flush=True,
-            )
+        if isinstance(prediction, Detections):
+            threshold = _SCORE_THRESHOLD.value
+            line = write_boxes(target, image, prediction, model.labels, threshold, out.write)
         else:
-            print(write_label(target, image, seen, model.labels, out.write), flush=True)
+            line = write_label(target, image, prediction, model.labels, out.write)
+        print(line, flush=True)
     if failed:
         raise ValueError(
             f"{failed} of {len(images)} images could not be predicted and are named above; the"

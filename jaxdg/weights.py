@@ -1,13 +1,14 @@
-"""Converted `.safetensors` files to parameter trees and back, strictly, and the names by which
-everything speaks of parameters.
+"""Reads and writes converted `.safetensors` files, and names parameters per block.
 
-A module holds equal blocks as stacked segments (`blocks.segments.6.norm1.scale`: the segment that
-starts at block 6, leading axis = its blocks). Files and all regular expressions (freezing, weight
-decay, learning rates, sharding) see one name a block (`blocks.7.norm1.scale`), so they do not
-depend on where segments end. This module knows no model: a module with a method `adapt(name,
-tensor) -> tensor or None` says how its own stored tensors are fitted to it (positions resized) or
-that it has no use for one; a method `check(metadata)` raises ValueError where a file was made for
-another module of the same shapes.
+A module holds equal blocks as stacked segments: `blocks.segments.6.norm1.scale` is the segment that
+starts at block 6, with its blocks along the leading axis. Files and all regular expressions
+(freezing, weight decay, learning rates, sharding) see one name a block (`blocks.7.norm1.scale`), so
+they do not depend on where segments end.
+
+This file knows no model. A module's optional method `adapt(name, tensor)` fits a stored tensor to
+the module (it resizes positions), or returns None for one that the module does not need. An
+optional method `check(metadata)` raises ValueError if a file was made for another module of the
+same shapes.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -35,11 +36,11 @@ CODES = {
     "bool": "BOOL",
 }
 SEGMENTS = "segments"  # the attribute that holds stacked blocks, see `backbones.stacking`
-FEW = 6  # names that are told one by one
-LONGEST = 700  # characters of what does not fit: an error is at most ten lines of a terminal
+FEW = 6  # an error names at most so many tensors one by one
+LONGEST = 700  # characters of an error's list of tensors, about ten lines of a terminal
 NUMBER = re.compile(r"(?<=[./])\d+(?=[./])|(?<=encoderblock_)\d+")  # of a block
 COMMAND = "jaxdg convert"
-# Kinds of file that are no converted one.
+# Suffixes of published files, which are not converted.
 PUBLISHED = (
     ".pth",
     ".pt",
@@ -57,12 +58,12 @@ STORED = (nnx.Param, nnx.BatchStat)  # what a weights file holds: parameters and
 
 
 class Slot(NamedTuple):
-    """Where a named tensor lives.
+    """The place of a named tensor in a state.
 
     Attributes:
-        path: of the leaf in the state.
-        layer: of a stacked block, its place in the leading axis of the leaf.
-        stack: of a stacked block, the name of the stack, such as `backbone.blocks`.
+        path: of the leaf.
+        layer: index of a stacked block in the leaf's leading axis; else None.
+        stack: name of a stacked block's stack, such as `backbone.blocks`; else None.
     """
 
     path: tuple[Any, ...]
@@ -88,9 +89,7 @@ def slots(state: nnx.State) -> dict[str, Slot]:
 
 
 def named(path: tuple[Any, ...], shape: Sequence[int]) -> dict[str, Slot]:
-    """The tensors of a leaf of a state by per-block name: one, or those of all blocks that it
-    stacks.
-    """
+    """The tensors of a leaf by per-block name: one, or one for each block that it stacks."""
     if SEGMENTS not in path:
         return {".".join(map(str, path)): Slot(path)}
     at = path.index(SEGMENTS)  # a segment is called by its first block
@@ -110,9 +109,8 @@ def segment_ends(shapes: Mapping[tuple[Any, ...], Sequence[int]], within: str) -
         shapes: of the leaves of its state, by path.
         within: the first word of the paths that count, such as "backbone".
     """
-    stacks: dict[
-        str, dict[int, int]
-    ] = {}  # of each stack: first block of a segment -> blocks in it
+    # For each stack: first block of a segment to the number of its blocks.
+    stacks: dict[str, dict[int, int]] = {}
     for path, shape in shapes.items():
         if path[0] == within and SEGMENTS in path:
             at = path.index(SEGMENTS)
@@ -138,8 +136,8 @@ def tree_by_name(state: nnx.State, value: Callable[[str], float]) -> Any:
         value: name to number.
 
     Returns:
-        The structure of `state`; leaves are scalars, or [layers, 1, ...] for stacked blocks, ready
-        to be multiplied with it.
+        A tree like `state`; its leaves are scalars, or [layers, 1, ...] for stacked blocks, which
+        multiply those of `state`.
     """
     flat = dict(nnx.to_flat_state(state))
     factors: dict[tuple, np.ndarray] = {}
@@ -153,16 +151,14 @@ def tree_by_name(state: nnx.State, value: Callable[[str], float]) -> Any:
 
 
 def unflatten_like(state: nnx.State, leaves: Mapping[tuple[Any, ...], Any]) -> Any:
-    """A tree of the structure of `state` with the given leaf at every path."""
+    """A tree like `state` with these leaves, given by path."""
     return jax.tree.unflatten(
         jax.tree.structure(state), [leaves[path] for path, _ in nnx.to_flat_state(state)]
     )
 
 
 def tensors(module: nnx.Module) -> dict[str, np.ndarray]:
-    """All parameters and running statistics of `module` as float32 (or their own type) host arrays
-    by per-block name.
-    """
+    """All parameters and running statistics of `module` as host arrays, by per-block name."""
     state = nnx.state(module, nnx.Any(*STORED))
     flat = {path: np.asarray(leaf[...]) for path, leaf in nnx.to_flat_state(state)}
     return {
@@ -172,9 +168,7 @@ def tensors(module: nnx.Module) -> dict[str, np.ndarray]:
 
 
 def shapes(module: nnx.Module) -> dict[str, tuple[int, ...]]:
-    """The shape of every tensor a weights file of `module` must hold, by per-block name; works on
-    abstract modules as well.
-    """
+    """The shapes of a weights file of `module`, which may be abstract, by per-block name."""
     state = nnx.state(module, nnx.Any(*STORED))
     flat = {path: tuple(leaf.shape) for path, leaf in nnx.to_flat_state(state)}
     return {
@@ -184,24 +178,24 @@ def shapes(module: nnx.Module) -> dict[str, tuple[int, ...]]:
 
 
 def load(module: nnx.Module, path: str | Path) -> None:
-    """Fills every parameter and running statistic of `module` from a converted file, keeping each
-    array's placement.
+    """Fills every parameter and running statistic of `module` from a converted file.
 
     Args:
-        module: to be filled in place; its optional `adapt` method fits stored tensors to it.
+        module: is filled in place; arrays keep their sharding. Its optional `adapt` method fits
+            stored tensors to it.
         path: a `.safetensors` file written by `save` or `jaxdg convert`.
 
     Raises:
         FileNotFoundError: no such file.
         ValueError: not a converted file, values that are no numbers, or tensors that are missing,
-            left over or of another shape; they are named by kind.
+            left over or of another shape; the message names them.
     """
     stored = read(path)
     about = metadata(path)
-    odd = [f"{name}: {what}" for name, tensor in stored.items() if (what := not_finite(tensor))]
-    if odd:
+    broken = [f"{name}: {what}" for name, tensor in stored.items() if (what := not_finite(tensor))]
+    if broken:
         raise ValueError(
-            f"{path} holds {joined(told('tensors with values that are no numbers', odd))}; take"
+            f"{path} holds {joined(told('tensors with values that are no numbers', broken))}; take"
             " another file of these weights"
         )
     check = getattr(module, "check", None)
@@ -228,23 +222,21 @@ def load(module: nnx.Module, path: str | Path) -> None:
 
 
 def fill(module: nnx.Module, stored: Mapping[str, np.ndarray], source: str | Path) -> None:
-    """Fills every parameter and running statistic of `module`, keeping each array's placement.
+    """Fills every parameter and running statistic of `module`.
 
     Args:
-        module: to be filled in place; its optional `adapt` method fits stored tensors to it.
+        module: is filled in place; arrays keep their sharding. Its optional `adapt` method fits
+            stored tensors to it.
         stored: tensors by per-block name.
-        source: where they come from, for the error.
+        source: of the tensors, for the error.
 
     Raises:
-        ValueError: tensors that are missing, left over or of another shape; they are named by kind.
+        ValueError: tensors are missing, left over or of another shape; the message names them.
     """
     adapt = getattr(module, "adapt", None)
     if adapt is not None:
-        stored = {
-            name: fitted
-            for name, tensor in stored.items()
-            if (fitted := adapt(name, tensor)) is not None
-        }
+        fitted = {name: adapt(name, tensor) for name, tensor in stored.items()}
+        stored = {name: tensor for name, tensor in fitted.items() if tensor is not None}
     state = nnx.state(module, nnx.Any(*STORED))
     wanted = shapes(module)
     problems = mismatches(wanted, {name: tensor.shape for name, tensor in stored.items()})
@@ -254,30 +246,23 @@ def fill(module: nnx.Module, stored: Mapping[str, np.ndarray], source: str | Pat
     for name, (at, layer, _) in slots(state).items():
         filled[at] = stored[name] if layer is None else [*filled.get(at, []), stored[name]]
     for at, variable in nnx.to_flat_state(state):
-        old = variable.get_value()  # of an abstract module a shape alone, without a placement
-        # Copied in either case: no parameter may live in the mapped file.
+        old = variable.get_value()  # abstract modules have only shapes, without a sharding
+        # Both copy, because no parameter may live in the mapped file.
         value = np.stack(filled[at]) if isinstance(filled[at], list) else np.array(filled[at])
         value = value.astype(old.dtype, copy=False)
-
-        # Every process hands its devices their parts; `device_put` would first compare all values
-        # with those of the others.
-        def put(at, value=value):
-            return value[at]
-
-        variable.set_value(
-            jax.make_array_from_callback(value.shape, old.sharding, put)
-            if old.sharding
-            else jax.device_put(value)
-        )
+        if old.sharding:
+            # Unlike `device_put`, this does not compare the values of all processes.
+            array = jax.make_array_from_callback(value.shape, old.sharding, value.__getitem__)
+        else:
+            array = jax.device_put(value)
+        variable.set_value(array)
     nnx.update(module, state)
 
 
 def mismatches(
     wanted: Mapping[str, tuple[int, ...]], given: Mapping[str, tuple[int, ...]]
 ) -> list[str]:
-    """What keeps `given` tensors from filling `wanted` ones exactly, one phrase for each kind of
-    offence; empty if nothing.
-    """
+    """A phrase for each kind of difference between `given` and `wanted` tensors; may be empty."""
     missing = wanted.keys() - given.keys()
     extra = given.keys() - wanted.keys()
     misshapen = [
@@ -291,18 +276,18 @@ def mismatches(
 
 
 def told(wrong: str, offenders: Iterable[str]) -> list[str]:
-    """One phrase naming some offenders, those of all blocks as one; none if there are none.
+    """A phrase that names some tensors, with equal names of all blocks as one; [] without tensors.
 
     Args:
-        wrong: what is wrong with them.
-        offenders: their names, what is to be said of each after a space or a colon.
+        wrong: the kind of their fault.
+        offenders: their names, each perhaps followed by a space or a colon and details.
     """
-    ordered = sorted(
-        offenders,
-        key=lambda name: [
-            (int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)
-        ],
-    )
+
+    def numbers_by_value(name: str) -> list[tuple[int, str]]:
+        parts = re.split(r"(\d+)", name)
+        return [(int(part), "") if part.isdigit() else (-1, part) for part in parts]
+
+    ordered = sorted(offenders, key=numbers_by_value)
     if len(ordered) <= FEW:
         kinds = ordered
     else:
@@ -317,20 +302,21 @@ def told(wrong: str, offenders: Iterable[str]) -> list[str]:
 
 
 def joined(problems: Sequence[str]) -> str:
-    """Phrases of `told` in a line that can be read: the long ones are cut between two names."""
+    """Phrases of `told` in one line; long ones are cut between two names."""
     room = LONGEST
     cut = dict.fromkeys(problems, "")
-    for done, problem in enumerate(sorted(cut, key=len)):  # what short ones leave is for the others
+    for done, problem in enumerate(sorted(cut, key=len)):  # short ones leave room
         share = room // (len(cut) - done)
-        cut[problem] = (
-            problem if len(problem) <= share else problem[: problem.rfind(", ", 0, share)] + ", ..)"
-        )
+        if len(problem) > share:
+            cut[problem] = problem[: problem.rfind(", ", 0, share)] + ", ..)"
+        else:
+            cut[problem] = problem
         room -= len(cut[problem])
     return "; ".join(cut.values())
 
 
 def not_finite(tensor: np.ndarray) -> str:
-    """How many values of a tensor are NaN, or infinite as float32, in words; empty if none is."""
+    """Counts NaN and values infinite in float32, in words; empty if there are none."""
     with np.errstate(over="ignore"):
         numbers = tensor if tensor.dtype.kind in "iub" else tensor.astype(np.float32, copy=False)
     if np.isfinite(numbers).all():
@@ -339,9 +325,7 @@ def not_finite(tensor: np.ndarray) -> str:
 
 
 def read(path: str | Path) -> dict[str, np.ndarray]:
-    """All tensors of a `.safetensors` file by name: views of the file, which stays mapped while one
-    of them lives; writing copies.
-    """
+    """All tensors of a `.safetensors` file by name: copy-on-write views of the mapped file."""
     with _open(path):  # the library checks the file, but would copy every tensor
         raw = np.asarray(np.memmap(path, np.uint8, "c"))
     start = 8 + int.from_bytes(raw[:8].tobytes(), "little")
@@ -362,7 +346,7 @@ def read(path: str | Path) -> dict[str, np.ndarray]:
 
 
 def metadata(path: str | Path) -> dict[str, str]:
-    """What a converted file says of itself: model, source file, its sha256, what was left out."""
+    """The metadata of a converted file: model, source file, its sha256, what was left out."""
     with _open(path) as file:
         return dict(file.metadata() or {})
 
