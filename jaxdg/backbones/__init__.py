@@ -87,9 +87,7 @@ _OF_TEXT = (
 
 
 def __getattr__(name: str) -> Any:
-    """Imports what belongs to `jaxdg.text` on first use: text towers are built of encoders' blocks,
-    so that room stands on this one.
-    """
+    """Imports the names of `jaxdg.text` on first use, as that package imports this one."""
     if name in _OF_TEXT:
         return getattr(importlib.import_module("jaxdg.text.clip_text"), name)
     raise AttributeError(f"module 'jaxdg.backbones' has no attribute {name!r}")

@@ -1,6 +1,4 @@
-"""What every encoder offers and is built from, whatever its architecture: images in, one feature
-map for each tap out.
-"""
+"""The interface of all encoders: images to one feature map for each tap."""
 
 from collections.abc import Sequence
 import dataclasses
@@ -12,22 +10,22 @@ import numpy as np
 
 @dataclasses.dataclass(unsafe_hash=True, kw_only=True)
 class EncoderOptions:
-    """What a run says of its encoder. A run may change it until it builds a model, which keeps a
-    copy.
+    """The settings of a run's encoder. A model keeps a copy, so later changes have no effect.
 
     Attributes:
         encoder: a name of the zoo (`jaxdg.backbones.ZOO`). Default scratch_ti8.
-        taps: blocks whose features are read, from 0, or stages of a hierarchical encoder; () for
-            the zoo's choice: the last block of each quarter, or what VLTSeg reads; all stages.
-            Default ().
+        taps: blocks whose features are read, from 0, or stages of a hierarchical encoder. () takes
+            the zoo's choice: the last block of each quarter, or VLTSeg's taps; all stages. Default
+            ().
         patch_size: side of the encoder's patches in pixels; None for that of its pre-training.
             Default None.
-        patch_resize: how the kernel of stored patches of another size is resized: flexi (FlexiViT's
-            pseudo-inverse) or bicubic. Default flexi.
-        window: rows and columns of tokens in the windows that most blocks of EVA-02 attend in, for
-            large images (ViTDet: 16); 0: every block attends to the whole image. Default 0.
-        drop_path: probability of skipping the branches of the encoder's last block in training;
-            grows linearly from 0. Default 0.
+        patch_resize: method that resizes the stored kernel of patches of another size: flexi
+            (FlexiViT's pseudo-inverse) or bicubic. Default flexi.
+        window: rows and columns of tokens in a window, for large images (ViTDet: 16). Most blocks
+            of EVA-02 then attend within windows; with 0 every block attends to the whole image.
+            Default 0.
+        drop_path: probability of skipping the branches of the encoder's last block in training; it
+            grows linearly from 0 at the first block. Default 0.
         remat: recompute encoder blocks in the backward pass: less memory, a third more time.
             Default False.
         dtype: compute type, float32 or bfloat16; parameters stay float32. Default float32.
@@ -45,19 +43,18 @@ class EncoderOptions:
 
 @dataclasses.dataclass(frozen=True)
 class EncoderConfig:
-    """Fields that all encoders have. Each family says what it is built as, and how it takes the
-    options of a run.
+    """The fields of all encoders.
 
     Attributes:
         image_size: height and width in pixels.
-        depth: what taps count: blocks, or the stages of a hierarchical encoder.
-        taps: of these, the ones whose outputs are returned, from 0, ascending.
+        depth: number of blocks, or of stages of a hierarchical encoder.
+        taps: blocks or stages whose outputs are returned, from 0, ascending.
         boundaries: further blocks after which a stacked segment must end (where freezing changes).
         drop_path: probability of skipping the last block's branches; grows linearly from 0.
         remat: recompute blocks in the backward pass (less memory, a third more time).
         dtype: compute dtype; parameters, norms and softmax stay float32.
-        mean: of the RGB input in 0..1, that the weights were trained with.
-        std: of the RGB input in 0..1, likewise.
+        mean: of RGB in 0..1, by which the pre-training normalised images.
+        std: of RGB in 0..1, likewise.
     """
 
     image_size: tuple[int, int] = (224, 224)
@@ -81,7 +78,7 @@ class EncoderConfig:
     def configured(
         self, options: EncoderOptions, image_size: tuple[int, int], boundaries: tuple[int, ...]
     ) -> "EncoderConfig":
-        """This encoder as a run wants it.
+        """This encoder with the options of a run.
 
         Args:
             options: of the run.
@@ -119,12 +116,12 @@ class EncoderConfig:
 
     @property
     def unit(self) -> str:
-        """What `depth` and taps count, for people."""
+        """The word for what `depth` and taps count."""
         return "block"
 
     @property
     def strides(self) -> tuple[int, ...]:
-        """Pixels from one feature to the next, of each tap."""
+        """Pixels from one feature to the next, for each tap."""
         raise NotImplementedError
 
     @property
@@ -135,11 +132,9 @@ class EncoderConfig:
 
 @dataclasses.dataclass(frozen=True)
 class StagedConfig(EncoderConfig):
-    """A hierarchical encoder: up to four stages of several blocks each, whose maps have 4, 8, 16
-    and 32 pixels a feature.
+    """A hierarchical encoder: up to four stages of blocks, with strides of 4, 8, 16 and 32 pixels.
 
-    Fields of `EncoderConfig`, of which `depth` and `taps` count stages and `boundaries` blocks
-    through all stages, and its sizes.
+    `depth` and `taps` count stages; `boundaries` count blocks through all stages.
 
     Attributes:
         blocks: of each stage.
@@ -168,7 +163,7 @@ class StagedConfig(EncoderConfig):
 
     @property
     def used(self) -> int:
-        """Stages that are built; those past the last tap feed nothing."""
+        """Number of stages that are built; the taps need no later ones."""
         return self.taps[-1] + 1
 
     def ends(self, stage: int) -> tuple[int, ...]:
@@ -222,15 +217,13 @@ class Encoder(nnx.Module):
         raise NotImplementedError
 
     def adapt(self, name: str, tensor: np.ndarray) -> np.ndarray | None:
-        """Fits a stored tensor to this encoder (positions resized); None where it has no use for
-        one.
-        """
+        """Fits a stored tensor to this encoder, for example resizes positions; None drops it."""
         return tensor
 
     def unit_of(self, name: str) -> int | None:
         """The block, or stage of a hierarchical encoder, that a parameter belongs to, from 0.
 
-        None: it comes before or after all of them, as embeddings do.
+        None: it belongs to none of them, as embeddings do.
         """
         raise NotImplementedError
 

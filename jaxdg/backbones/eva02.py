@@ -1,15 +1,14 @@
-"""EVA-02 (Fang et al. 2023) and its CLIP-trained form EVA-02-CLIP (Sun et al. 2023), the encoder of
-VLTSeg.
+"""EVA-02 (Fang et al. 2023) and EVA-02-CLIP (Sun et al. 2023), the encoder of VLTSeg.
 
 A plain vision transformer with rotary positions beside the learned ones, a gated MLP (SwiGLU) and
 extra LayerNorms ("sub-LN") before the attention's output projection and inside the MLP. Attribute
-names are those of baaivision/EVA. Rotary tables are computed for any grid of tokens, never loaded;
-learned positions are resized as EVA's own code does it, by plain bicubic interpolation.
+names are those of baaivision/EVA. Rotary tables are computed for any grid of tokens and never
+loaded. Learned positions are resized as in EVA's code, by plain bicubic interpolation.
 
 For large images most blocks may attend within windows, as in ViTDet (Li et al. 2022) and EVA-02's
-detectors: the last block of each quarter still attends to everything. Parameters are the same.
-EVA-02's detectors have no class token; here every window sees it, and what the windows make of it
-is averaged.
+detectors: only the last block of each quarter attends to the whole image. Parameters are the same.
+EVA-02's detectors have no class token. Here every window gets a copy of it, and their outputs for
+it are averaged.
 """
 
 import dataclasses
@@ -25,24 +24,23 @@ from jaxdg.backbones import attention, stacking
 from jaxdg.backbones.encoder import EncoderConfig, EncoderOptions
 from jaxdg.backbones.vit import PatchEmbed, Vit, VitConfig
 
-# rows and columns on which rotary positions count in whole steps, whatever the grid of the run
-PRETRAINED_GRID = 16
+PRETRAINED_GRID = 16  # side of the pre-training's grid; rotary positions are scaled to it
 THETA = 10_000.0
 
 
 @dataclasses.dataclass(frozen=True)
 class Eva02Config(VitConfig):
-    """An EVA-02 encoder; fields of `VitConfig`, and what its published variants differ in.
+    """An EVA-02 encoder: `VitConfig`, and the differences of its published variants.
 
     Attributes:
-        subln: separate projections and a LayerNorm in the MLP (MIM-L, CLIP), or fused ones without
-            (MIM-Ti, MIM-S).
+        subln: separate projections and a LayerNorm in the MLP (MIM-L, CLIP); else fused projections
+            and no LayerNorm (MIM-Ti, MIM-S).
         inner_attn_ln: LayerNorm on the joined heads before the output projection (CLIP).
-        random_positions: as the public VLTSeg re-implementation loads weights, kept to reproduce
-            its results: learned positions of another grid than the run's are drawn anew instead of
-            being resized, and a stored `inner_attn_ln` is left unused.
-        window: rows and columns of tokens in the windows of attention (EVA-02's detectors: 16); 0:
-            all blocks attend to everything.
+        random_positions: loads weights as the public VLTSeg re-implementation, to reproduce its
+            results: learned positions of another grid are drawn at random instead of resized, and
+            a stored `inner_attn_ln` is ignored.
+        window: rows and columns of tokens in a window of attention (EVA-02's detectors: 16); 0: all
+            blocks attend to the whole image.
     """
 
     subln: bool = True
@@ -57,7 +55,7 @@ class Eva02Config(VitConfig):
     def configured(
         self, options: EncoderOptions, image_size: tuple[int, int], boundaries: tuple[int, ...]
     ) -> EncoderConfig:
-        """See `EncoderConfig.configured`; these may attend in windows."""
+        """See `EncoderConfig.configured`; takes a window."""
         config = super().configured(dataclasses.replace(options, window=0), image_size, boundaries)
         return dataclasses.replace(config, window=options.window)
 
@@ -69,32 +67,30 @@ class Eva02Config(VitConfig):
     @property
     def ends(self) -> tuple[int, ...]:
         """Blocks after which segments end: taps, boundaries, and each change of the window."""
-        changes = (
-            (end for block in self.global_blocks for end in (block - 1, block))
-            if self.window
-            else ()
-        )
+        if not self.window:
+            return super().ends
+        changes = (end for block in self.global_blocks for end in (block - 1, block))
         return (*super().ends, *(end for end in changes if 0 <= end < self.used))
 
     @property
     def hidden(self) -> int:
         """Channels inside the MLP."""
-        return 8 * self.width // 3  # theirs is int(2.6667 * width)
+        return 8 * self.width // 3  # EVA's code computes int(2.6667 * width)
 
 
 def rotary_tables(
     grid: tuple[int, int], dim: int
 ) -> tuple[Float[Array, "n d"], Float[Array, "n d"]]:
-    """Cosines and sines by which pairs of a head's channels are turned.
+    """Cosines and sines of the angles that rotate pairs of a head's channels.
 
     Args:
-        grid: rows and columns of tokens; mapped on the pre-training's 16x16, so that positions are
+        grid: rows and columns of tokens, scaled to the pre-training's 16x16: positions are
             `arange(rows) / rows * 16`.
-        dim: channels of a head; a quarter of them are frequencies for y, a quarter for x, and each
-            turns one pair.
+        dim: channels of a head. There are `dim / 4` frequencies for y and as many for x; each
+            rotates one pair.
 
     Returns:
-        Two of [rows * columns, dim / 2], y before x.
+        Two arrays [rows * columns, dim / 2], y before x.
     """
     frequencies = THETA ** -(jnp.arange(dim // 4, dtype=jnp.float32) / (dim // 4))
     angles = [
@@ -110,10 +106,7 @@ def rotary_tables(
 def rotate(
     x: Float[Array, "b n heads c"], cos: Float[Array, "p d"], sin: Float[Array, "p d"]
 ) -> Float[Array, "b n heads c"]:
-    """Turns channels (0, 1), (2, 3), ..
-
-    of the patch tokens, which follow the class token, by their positions' angles.
-    """
+    """Rotates channels (0, 1), (2, 3), .. of the patch tokens; the class token stays as it is."""
     pairs = x[:, 1:].astype(jnp.float32).reshape(x.shape[0], -1, x.shape[2], cos.shape[1], 2)
     even = pairs[..., 0]
     odd = pairs[..., 1]
@@ -124,9 +117,7 @@ def rotate(
 
 
 class Attention(nnx.Module):
-    """Multi-head self-attention with rotary positions and a bias on queries and values, none on
-    keys.
-    """
+    """Self-attention with rotary positions; queries and values have a bias, keys do not."""
 
     def __init__(self, config: Eva02Config, *, rngs: nnx.Rngs):
         c = config.width
@@ -158,17 +149,15 @@ class Attention(nnx.Module):
         y = attention.attention(rotate(q, cos, sin), rotate(k, cos, sin), v).reshape(x.shape)
         return self.proj(y if self.inner_attn_ln is None else self.inner_attn_ln(y))
 
-    def alone(self, x: Float[Array, "b n c"]) -> Float[Array, "b n c"]:
-        """The output were every token to attend to itself only."""
+    def values(self, x: Float[Array, "b n c"]) -> Float[Array, "b n c"]:
+        """The output if each token attended only to itself: its projected value."""
         v = self.v_proj(x) if self.subln else jnp.split(self.qkv(x), 3, axis=-1)[2]
         v = v + self.v_bias[...].astype(v.dtype)
         return self.proj(v if self.inner_attn_ln is None else self.inner_attn_ln(v))
 
 
 class WindowAttention(Attention):
-    """The same within windows, which turn by tables of their own; those that stick out at the
-    bottom and right are filled with zeros.
-    """
+    """Attention within windows, with their own rotary tables; zeros fill windows at the edges."""
 
     def __init__(self, config: Eva02Config, *, rngs: nnx.Rngs):
         super().__init__(config, rngs=rngs)
@@ -184,9 +173,8 @@ class WindowAttention(Attention):
         tables = rotary_tables((self.window, self.window), 2 * cos.shape[1])
         y = super().__call__(jnp.concatenate([token, windows], axis=1), *tables)
         patches = attention.from_windows(y[:, 1:], self.grid, self.window).reshape(b, -1, c)
-        return jnp.concatenate(
-            [y[:, :1].reshape(b, -1, c).mean(axis=1, keepdims=True), patches], axis=1
-        )
+        token = y[:, :1].reshape(b, -1, c).mean(axis=1, keepdims=True)
+        return jnp.concatenate([token, patches], axis=1)
 
 
 class SwiGlu(nnx.Module):
@@ -212,11 +200,11 @@ class SwiGlu(nnx.Module):
 
 
 class Block(nnx.Module):
-    """Attention, to everything or in windows, and MLP, each behind a LayerNorm and a residual."""
+    """Attention, global or in windows, and MLP, each with a LayerNorm before and a residual."""
 
-    def __init__(self, config: Eva02Config, everywhere: bool = True, *, rngs: nnx.Rngs):
+    def __init__(self, config: Eva02Config, is_global: bool = True, *, rngs: nnx.Rngs):
         self.norm1 = nnx.LayerNorm(config.width, epsilon=1e-6, rngs=rngs)
-        self.attn = (Attention if everywhere else WindowAttention)(config, rngs=rngs)
+        self.attn = (Attention if is_global else WindowAttention)(config, rngs=rngs)
         self.norm2 = nnx.LayerNorm(config.width, epsilon=1e-6, rngs=rngs)
         self.mlp = SwiGlu(config, rngs=rngs)
 
@@ -233,14 +221,12 @@ class Block(nnx.Module):
 
 
 class Blocks(stacking.Stack):
-    """The stacked blocks, every one of which gets the rotary tables of the encoder's grid."""
+    """The stacked blocks; each gets the rotary tables of the encoder's grid."""
 
     def __init__(self, config: Eva02Config, *, rngs: nnx.Rngs):
-        def everywhere(first):
-            return not config.window or first in config.global_blocks
-
         def make(rngs, first):
-            return Block(config, everywhere(first), rngs=rngs)
+            is_global = not config.window or first in config.global_blocks
+            return Block(config, is_global, rngs=rngs)
 
         super().__init__(make, config.used, config.ends, remat=config.remat, rngs=rngs)
         self.grid = config.grid
@@ -258,9 +244,7 @@ class Eva02(Vit):
     config: Eva02Config
 
     def __init__(self, config: Eva02Config, *, rngs: nnx.Rngs):
-        """Builds the encoder with random parameters; see `jaxdg.backbones.create` for named
-        variants with weights.
-        """
+        """Builds the encoder with random parameters; `jaxdg.backbones.create` loads weights."""
         self.config = config
         init = nnx.initializers.truncated_normal(0.02)
         self.cls_token = nnx.Param(init(rngs.params(), (1, 1, config.width)))
@@ -271,16 +255,14 @@ class Eva02(Vit):
         self.blocks = Blocks(config, rngs=rngs)
 
     def adapt(self, name: str, tensor: np.ndarray) -> np.ndarray | None:
-        """Fits a stored tensor to this encoder as `Vit.adapt` does, but for the two deviations of
-        `random_positions`.
-        """
+        """See `Vit.adapt`, and `Eva02Config.random_positions` for its two deviations."""
         fitted = super().adapt(name, tensor)
         if not self.config.random_positions or fitted is None:
             return fitted
         if ".inner_attn_ln." in name:
             return None
         if name == "pos_embed" and fitted.shape != tensor.shape:
-            # As after mmengine's load, which warns of another shape and goes on. One fixed draw:
-            # the same file, the same encoder.
+            # mmengine's load warns of another shape and leaves random positions. The seed is fixed,
+            # so that a file always gives the same encoder.
             return np.random.default_rng(0).normal(0.0, 0.02, fitted.shape).astype(np.float32)
         return fitted

@@ -1,9 +1,8 @@
-"""Four levels from four taps of a plain encoder, as the public VLTSeg re-implementation builds them
-inside its backbone.
+"""Four pyramid levels from four taps of a plain encoder, as in the public VLTSeg re-implementation.
 
-The shallowest tap is enlarged four times, the next twice, the third stays, the deepest is halved by
-max pooling. Theirs normalises with BatchNorm over the global batch; LayerNorm is the default for
-new runs, being free of batch statistics.
+The shallowest tap is enlarged four times and the next one twice. The third stays, and max pooling
+halves the deepest. The re-implementation normalises with BatchNorm over the global batch. LayerNorm
+is the default for new runs, as it needs no batch statistics.
 """
 
 from flax import nnx
@@ -13,8 +12,7 @@ from jaxtyping import Array, Float
 
 
 class Double(nnx.Module):
-    """Transposed convolution with kernel 2 and stride 2, that is, one linear layer whose outputs
-    are laid out as 2x2 pixels.
+    """Transposed convolution with kernel 2 and stride 2: a linear layer whose output is 2x2 pixels.
 
     `kernel[i, j]` makes the pixel in row i, column j: torch's ConvTranspose2d weight with the axes
     (in, out, i, j) moved to (i, j, in, out). As a matrix product instead of XLA's dilated
@@ -45,12 +43,14 @@ class Pyramid(nnx.Module):
     def __init__(
         self, channels: int, norm: str = "layer", *, dtype: str = "float32", rngs: nnx.Rngs
     ):
-        """Args:
-        channels: of each tap and each level.
-        norm: "layer", or "batch" for statistics over the global batch (checkpoints of the
-            re-implementation).
-        dtype: compute dtype.
-        rngs: initialises the parameters.
+        """Builds the pyramid with random parameters.
+
+        Args:
+            channels: of each tap and each level.
+            norm: "layer", or "batch" for statistics over the global batch (checkpoints of the
+                re-implementation).
+            dtype: compute dtype.
+            rngs: initialises the parameters.
         """
         self.fpn1_up1 = Double(channels, dtype=dtype, rngs=rngs)
         self.fpn1_norm = (
@@ -64,15 +64,12 @@ class Pyramid(nnx.Module):
     def __call__(
         self, features: tuple[Float[Array, "b _ _ c"], ...], train: bool = False
     ) -> tuple[Float[Array, "b _ _ c"], ...]:
-        """Four maps [b, h, w, c] of one size, shallow to deep, to [b, 4h, 4w, c], [b, 2h, 2w, c],
-        [b, h, w, c], [b, h // 2, w // 2, c].
-        """
+        """Four taps [b, h, w, c] to [b, 4h, 4w, c], [b, 2h, 2w, c], the third, [b, h/2, w/2, c]."""
         x1, x2, x3, x4 = features
         x1 = self.fpn1_up1(x1)
-        x1 = (
-            self.fpn1_norm(x1, use_running_average=not train)
-            if isinstance(self.fpn1_norm, nnx.BatchNorm)
-            else self.fpn1_norm(x1)
-        )
+        if isinstance(self.fpn1_norm, nnx.BatchNorm):
+            x1 = self.fpn1_norm(x1, use_running_average=not train)
+        else:
+            x1 = self.fpn1_norm(x1)
         x1 = self.fpn1_up2(jax.nn.gelu(x1, approximate=False))
         return x1, self.fpn2(x2), x3, nnx.max_pool(x4, (2, 2), strides=(2, 2))

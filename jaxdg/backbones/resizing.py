@@ -9,11 +9,10 @@ import numpy as np
 
 
 def cubic_matrix(source: int, target: int, offset: float = 0.0) -> np.ndarray:
-    """Rows of weights [target, source] of plain bicubic interpolation along one axis (Keys 1981, a
-    = -0.75, edges repeated).
+    """Weights [target, source] of plain bicubic interpolation along one axis.
 
-    With an `offset` the scale is that of a target so much larger, as where torch is given a scale
-    factor instead of a size.
+    The kernel is that of Keys (1981) with a = -0.75; edges are repeated. With an `offset` the scale
+    is that of a target larger by it, as if torch got a scale factor instead of a size.
     """
     a = -0.75
     centre = (np.arange(target) + 0.5) * source / (target + offset) - 0.5
@@ -39,11 +38,10 @@ def linear_matrix(source: int, target: int, corners: bool = False) -> np.ndarray
             samples are centres of equal parts of one length, edges repeated.
     """
     steps = np.arange(target)
-    at = (
-        steps * (source - 1) / max(target - 1, 1)
-        if corners
-        else ((steps + 0.5) * source / target - 0.5).clip(0, source - 1)
-    )
+    if corners:
+        at = steps * (source - 1) / max(target - 1, 1)
+    else:
+        at = ((steps + 0.5) * source / target - 0.5).clip(0, source - 1)
     return np.maximum(1 - np.abs(at[:, None] - np.arange(source)), 0.0)
 
 
@@ -53,11 +51,10 @@ def resize_positions(
     prefix: int,
     matrix: Callable[[int, int], np.ndarray] = cubic_matrix,
 ) -> np.ndarray:
-    """Resizes learned position embeddings to another token grid: plain bicubic, half-pixel centres,
-    a = -0.75, no antialiasing.
+    """Resizes learned position embeddings to another token grid, by plain bicubic interpolation.
 
-    Equal to torch's `F.interpolate(mode="bicubic", align_corners=False)`, which EVA, CLIP, DeiT and
-    MoCo code use; `jax.image.resize` is another operation (a = -0.5, antialiased when shrinking).
+    Half-pixel centres, a = -0.75, no antialiasing: equal to torch's `F.interpolate(mode="bicubic",
+    align_corners=False)`, which EVA, CLIP, DeiT and MoCo code use.
 
     Args:
         positions: [1, prefix + n, c]. A square number n is taken for a square grid, as all
@@ -117,11 +114,10 @@ def resize_patch(kernel: np.ndarray, size: int, method: str) -> np.ndarray:
         [size, size, 3, c], float32.
     """
     source = kernel.shape[0]
-    axis = (
-        np.linalg.pinv(linear_matrix(source, size).T)
-        if method == "flexi"
-        else cubic_matrix(source, size)
-    )
+    if method == "flexi":
+        axis = np.linalg.pinv(linear_matrix(source, size).T)
+    else:
+        axis = cubic_matrix(source, size)
     return np.einsum(
         "iy,jx,yxco->ijco", axis, axis, kernel.astype(np.float64), optimize=True
     ).astype(np.float32)

@@ -20,16 +20,12 @@ STORED = ("dot_general", "conv_general_dilated", "dot_product_attention_fwd_wrap
 
 
 def stores_product(primitive: Any, *_: Any, **__: Any) -> bool:
-    """The rule of `jax.checkpoint` that stores products of matrices. All that lies between them is
-    computed anew.
-    """
+    """A policy of `jax.checkpoint`: stores matrix products, and computes all else anew."""
     return primitive.name in STORED
 
 
 class Stack(nnx.Module):
-    """`depth` blocks in segments of equal ones that end at `ends`, each segment run by one
-    `jax.lax.scan`.
-    """
+    """`depth` blocks in segments of equal blocks; each segment is one `jax.lax.scan`."""
 
     def __init__(
         self,
@@ -40,13 +36,14 @@ class Stack(nnx.Module):
         remat: bool,
         rngs: nnx.Rngs,
     ):
-        """Args:
-        make_block: builds one block from its rngs and the first block (from 0) of its segment, all
-            of whose blocks are equal.
-        depth: number of blocks.
-        ends: last block (from 0) of each segment; `depth - 1` is added where it is missing.
-        remat: recompute the blocks in the backward pass instead of storing their activations.
-        rngs: initialises the parameters.
+        """Builds the blocks with random parameters.
+
+        Args:
+            make_block: builds one block from its rngs and the first block (from 0) of its segment.
+            depth: number of blocks.
+            ends: last block (from 0) of each segment; `depth - 1` is added if it is missing.
+            remat: recompute the blocks in the backward pass instead of storing their activations.
+            rngs: initialises the parameters.
         """
         self.ends = tuple(sorted({*ends, depth - 1}))
         self.remat = remat
@@ -57,8 +54,7 @@ class Stack(nnx.Module):
                 nnx.vmap(lambda rngs: make_block(rngs, start), axis_size=count)
             )(rngs)
 
-        # A segment is called by its first block, so that any part of the parameters tells which
-        # blocks it holds.
+        # A segment is named after its first block, so each parameter's path tells its blocks.
         self.segments = nnx.Dict(
             {
                 str(start): segment(start, end + 1 - start)
@@ -72,10 +68,10 @@ class Stack(nnx.Module):
         return nnx.merge(graph, jax.tree.map(lambda leaf: leaf[0], state))
 
     def __call__(self, x: Array, scales: Array | None, *shared) -> dict[int, Array]:
-        """Runs all blocks as `block(x, scale, *shared)`, one row of `scales` each; returns each
-        segment's output by its last block.
+        """Runs all blocks; returns each segment's output by its last block.
 
-        Without `scales`, as `block(x, *shared)`.
+        A block is called as `block(x, scale, *shared)` with its row of `scales`, or as `block(x,
+        *shared)` without `scales`.
         """
         outputs = {}
         start = 0
@@ -120,8 +116,9 @@ def gathered(state: nnx.State) -> nnx.State:
 def drop_path_scales(
     key: Key[Array, ""] | None, rate: float, depth: int, batch: int
 ) -> Float[Array, "depth 2 b 1 1"]:
-    """Branch scales of stochastic depth (Huang et al. 2016): 1 in inference, else 0 or 1/(1-p), p
-    growing linearly from 0 to `rate`.
+    """Branch scales of stochastic depth (Huang et al. 2016).
+
+    A scale is 1 in inference, else 0 or 1/(1-p); p grows linearly from 0 to `rate`.
 
     Args:
         key: random key; None turns drop path off.

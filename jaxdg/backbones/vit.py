@@ -1,9 +1,8 @@
-"""The plain vision transformer (Dosovitskiy et al. 2021) as AugReg trained it (Steiner et al. 2022)
-and timm names it.
+"""The plain vision transformer (Dosovitskiy et al. 2021) as AugReg trained it (Steiner et al. 2022).
 
-Pre-norm blocks, a class token, learned positions, GELU by its exact formula. Dense perception reads
-the patch tokens after some blocks (`taps`) without the final norm, so neither that norm nor the
-classifier exists here. Attribute names are timm's.
+It has pre-norm blocks, a class token, learned positions and exact GELU. Dense perception reads the
+patch tokens after some blocks (`taps`) without the final norm, so this module has neither that norm
+nor the classifier. Attribute names are timm's.
 """
 
 import dataclasses
@@ -21,15 +20,16 @@ from jaxdg.backbones.encoder import Encoder, EncoderConfig, EncoderOptions
 
 @dataclasses.dataclass(frozen=True)
 class VitConfig(EncoderConfig):
-    """A plain vision transformer; fields of `EncoderConfig`, whose remainder of an image the patch
-    does not divide is dropped at the bottom and right, and its sizes.
+    """A plain vision transformer: `EncoderConfig` and its sizes.
+
+    Rows and columns of an image that do not fill a patch are dropped at the bottom and right.
 
     Attributes:
         patch_size: side of a square patch in pixels.
         width: channels of a token.
         heads: attention heads; `width` must divide by it.
-        patch_resize: how a stored kernel for patches of another size is resized, one of
-            `resizing.PATCH_RESIZES`; None refuses it.
+        patch_resize: one of `resizing.PATCH_RESIZES`, the method that resizes a stored kernel for
+            patches of another size; None refuses such a kernel.
     """
 
     patch_size: int = 16
@@ -44,12 +44,11 @@ class VitConfig(EncoderConfig):
     def configured(
         self, options: EncoderOptions, image_size: tuple[int, int], boundaries: tuple[int, ...]
     ) -> EncoderConfig:
-        """See `EncoderConfig.configured`; these have patches of one size."""
+        """See `EncoderConfig.configured`; takes a patch size."""
         size = options.patch_size
         resize = options.patch_resize
-        config = super().configured(
-            dataclasses.replace(options, patch_size=None), image_size, boundaries
-        )
+        options = dataclasses.replace(options, patch_size=None)
+        config = super().configured(options, image_size, boundaries)
         if size is None:
             return config
         if size < 1 or resize not in resizing.PATCH_RESIZES:
@@ -106,8 +105,8 @@ class Attention(nnx.Module):
         q, k, v = jnp.moveaxis(self.qkv(x).reshape(b, n, 3, self.heads, -1), 2, 0)
         return self.proj(attention.attention(q, k, v).reshape(b, n, c))
 
-    def alone(self, x: Float[Array, "b n c"]) -> Float[Array, "b n c"]:
-        """The output were every token to attend to itself only."""
+    def values(self, x: Float[Array, "b n c"]) -> Float[Array, "b n c"]:
+        """The output if each token attended only to itself: its projected value."""
         return self.proj(jnp.split(self.qkv(x), 3, axis=-1)[2])
 
 
@@ -167,9 +166,7 @@ class Vit(Encoder):
     config: VitConfig
 
     def __init__(self, config: VitConfig, *, rngs: nnx.Rngs):
-        """Builds the encoder with random parameters; see `jaxdg.backbones.create` for named
-        variants with weights.
-        """
+        """Builds the encoder with random parameters; `jaxdg.backbones.create` loads weights."""
         self.config = config
         rows, columns = config.grid
         init = nnx.initializers.normal(0.02)
@@ -198,17 +195,14 @@ class Vit(Encoder):
             One [b, h / p, w / p, c] for each tap, shallow to deep.
         """
         rows, columns = self.config.grid
-        return tuple(
-            t[:, self.config.prefix :].reshape(t.shape[0], rows, columns, -1)
-            for t in self.tokens(images, key)
-        )
+        prefix = self.config.prefix
+        tokens = self.tokens(images, key)
+        return tuple(t[:, prefix:].reshape(t.shape[0], rows, columns, -1) for t in tokens)
 
     def tokens(
         self, images: Float[Array | np.ndarray, "b h w 3"], key: Key[Array, ""] | None = None
     ) -> tuple[Float[Array, "b n c"], ...]:
-        """All tokens at the taps, those before the patches first: [b, prefix + rows * columns, c]
-        each.
-        """
+        """All tokens at the taps, [b, prefix + rows * columns, c] each; the prefix comes first."""
         c = self.config
         self.check_size(images)
         x = self.embed(images)
@@ -220,23 +214,16 @@ class Vit(Encoder):
         """The tokens that enter the first block: class token and patches, with their positions."""
         x = self.patch_embed(jnp.asarray(images))
         cls = jnp.broadcast_to(self.cls_token[...], (x.shape[0], 1, self.config.width))
-        return jnp.concatenate([cls.astype(x.dtype), x], axis=1) + self.pos_embed[...].astype(
-            x.dtype
-        )
+        tokens = jnp.concatenate([cls.astype(x.dtype), x], axis=1)
+        return tokens + self.pos_embed[...].astype(x.dtype)
 
     def adapt(self, name: str, tensor: np.ndarray) -> np.ndarray | None:
-        """Fits a stored tensor to this encoder: positions and patch kernel are resized, blocks past
-        the last tap not needed (None).
-        """
+        """See `Encoder.adapt`: resizes positions and patches, drops blocks past the last tap."""
         c = self.config
         if name == "pos_embed":
             return resizing.resize_positions(tensor, c.grid, prefix=c.prefix)
-        if (
-            name == "patch_embed.proj.kernel"
-            and c.patch_resize is not None
-            and tensor.ndim == 4
-            and tensor.shape[0] != c.patch_size
-        ):
+        other_size = tensor.ndim == 4 and tensor.shape[0] != c.patch_size
+        if name == "patch_embed.proj.kernel" and other_size and c.patch_resize is not None:
             return resizing.resize_patch(tensor, c.patch_size, c.patch_resize)
         block = self.unit_of(name)
         return None if block is not None and block > c.taps[-1] else tensor

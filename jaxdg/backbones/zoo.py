@@ -1,6 +1,4 @@
-"""Every encoder by name: its architecture, the normalisation its weights expect, and where the
-weights come from.
-"""
+"""All encoders by name: architecture, the normalisation of images, and the source of weights."""
 
 from collections.abc import Sequence
 import dataclasses
@@ -40,7 +38,7 @@ class Entry:
 
     Attributes:
         config: its architecture at the image size of its pre-training.
-        source: the public checkpoint, in words a person can search for; empty for encoders that are
+        source: the public checkpoint, in words that a search finds; empty for encoders that are
             trained from scratch.
         licence: of that checkpoint.
         megabytes: size of that checkpoint.
@@ -100,13 +98,13 @@ _TINY: dict[str, Any] = dict(patch_size=14, width=192, depth=12, heads=3)
 _SMALL: dict[str, Any] = dict(patch_size=14, width=384, depth=12, heads=6)
 _BASE: dict[str, Any] = dict(patch_size=16, width=768, depth=12, heads=12)
 _LARGE: dict[str, Any] = dict(patch_size=14, width=1024, depth=24, heads=16, taps=LARGE_TAPS)
-# Sizes of those that are read at the end of each quarter.
+# Sizes of encoders whose taps end the quarters.
 _S: dict[str, Any] = dict(width=384, depth=12, heads=6, taps=(2, 5, 8, 11))
 _B: dict[str, Any] = dict(width=768, depth=12, heads=12, taps=(2, 5, 8, 11))
 _L: dict[str, Any] = dict(width=1024, depth=24, heads=16, taps=(5, 11, 17, 23))
 _FUSED: dict[str, Any] = dict(subln=False, inner_attn_ln=False)
-# The CLIP-trained ones with ImageNet's statistics, as VLTSeg feeds them, though their pre-training
-# used CLIP's.
+# As in VLTSeg, images for EVA-02-CLIP are normalised with ImageNet's statistics, though its
+# pre-training used CLIP's.
 _EVA02_CLIP_L = Eva02Config(**_LARGE, **IMAGENET)
 
 ZOO: dict[str, Entry] = {
@@ -353,19 +351,16 @@ def entry(name: str) -> Entry:
     """
     if name in ZOO:
         return ZOO[name]
-    towers = importlib.import_module(
-        "jaxdg.text.clip_text"
-    ).TEXT_TOWERS  # a room above this one, asked for the message alone
+    # Only this message needs the text towers, which import this package.
+    towers = importlib.import_module("jaxdg.text.clip_text").TEXT_TOWERS
     if name in towers:
         raise ValueError(
             f"{name} is no encoder but a text tower, which jaxdg.backbones.text_embeddings reads;"
             " it converts under this name"
         )
     close = difflib.get_close_matches(name, [*ZOO, *towers], n=1)
-    hint = f"did you mean {close[0]}?" if close else "choose one of"
-    raise ValueError(
-        f"unknown encoder {name!r}; {hint} {' '.join(ZOO) if not close else ''}".rstrip()
-    )
+    hint = f"did you mean {close[0]}?" if close else f"choose one of {' '.join(ZOO)}"
+    raise ValueError(f"unknown encoder {name!r}; {hint}")
 
 
 def create(
@@ -430,7 +425,7 @@ def build(
     """The encoder of a model, with random parameters.
 
     Args:
-        options: what the run says of it; its `taps` are not read.
+        options: of the run; `taps` replaces theirs.
         taps: blocks or stages whose features the model needs.
         image_size: height and width in pixels.
         boundaries: further blocks after which a stacked segment ends.
@@ -439,18 +434,16 @@ def build(
     Raises:
         ValueError: as `create`.
     """
-    chosen = {
-        field.name: getattr(options, field.name) for field in dataclasses.fields(EncoderOptions)
-    }
-    return configured(
-        EncoderOptions(**{**chosen, "taps": tuple(taps)}), image_size, boundaries
-    ).build(rngs=rngs)
+    names = (field.name for field in dataclasses.fields(EncoderOptions))
+    chosen = EncoderOptions(**{name: getattr(options, name) for name in names})
+    chosen.taps = tuple(taps)
+    return configured(chosen, image_size, boundaries).build(rngs=rngs)
 
 
 def configured(
     options: EncoderOptions, image_size: tuple[int, int] | None, boundaries: Sequence[int]
 ) -> EncoderConfig:
-    """The zoo's encoder as a run wants it; arguments and errors are those of `create`."""
+    """The zoo's encoder with the options of a run; arguments and errors as for `create`."""
     config = entry(options.encoder).config
     config = config.configured(options, image_size or config.image_size, tuple(boundaries))
     if min(config.image_size) < max(config.strides):
@@ -462,18 +455,18 @@ def configured(
 
 
 def check_file(name: str, path: str | Path) -> None:
-    """Refuses a converted file of another encoder, also where its tensors fit.
+    """Refuses a converted file of another encoder, even if its tensors fit.
 
-    MoCo-v3's encoder has all tensors of a plain vision transformer, but reads images by other
-    statistics. Encoders that differ in the size of their images alone take each other's files.
+    MoCo-v3's encoder has all tensors of a plain vision transformer, but normalises images with
+    other statistics. Encoders that differ only in the size of their images take each other's files.
 
     Args:
-        name: of the encoder, of the zoo.
+        name: of the encoder in the zoo.
         path: a converted file.
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: it is of an encoder that computes something else.
+        ValueError: it belongs to an encoder that computes something else.
     """
     theirs = weights_io.metadata(path).get("model", name)
     if theirs == name or theirs not in ZOO:

@@ -155,5 +155,5 @@ def values(
     # The last block lies between two taps, so it is a segment of its own.
     block: Any = backbone.blocks.single(backbone.config.depth - 1)
     x = before.reshape(before.shape[0], -1, before.shape[-1])
-    x = x + block.attn.alone(block.norm1(x))
+    x = x + block.attn.values(block.norm1(x))
     return (x + block.mlp(block.norm2(x))).reshape(before.shape)

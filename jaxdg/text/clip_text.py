@@ -1,12 +1,11 @@
-"""CLIP's text towers (Radford et al. 2021; EVA-02-CLIP: Sun et al. 2023): class names to embeddings
-in the joint space with images.
+"""CLIP's text towers: class names to embeddings in the joint space with images.
 
-A transformer like the image tower's, but that a token attends only to itself and those before it;
-the embedding is that of the end token. A file holds beside it what leads from the image tower's
-tokens into the joint space, which encoders of dense features have no use for (of ResNets that is
-the attention pool, which the encoder keeps), and CLIP's temperature. OpenAI's towers compute
-QuickGELU, EVA-02-CLIP's and most of open_clip's GELU. Attribute names are OpenAI's, those of the
-blocks the image tower's.
+Follows Radford et al. 2021, and Sun et al. 2023 for EVA-02-CLIP. The transformer is like the image
+tower's, but a token attends only to itself and earlier tokens; the end token gives the embedding. A
+file also holds CLIP's temperature and the projection of the image tower's tokens into the joint
+space, which encoders of dense features do not need. (In ResNets this is the attention pool, which
+the encoder keeps.) OpenAI's towers compute QuickGELU; EVA-02-CLIP's and most of open_clip's compute
+GELU. Attribute names are OpenAI's, in blocks the image tower's.
 """
 
 from collections.abc import Sequence
@@ -30,7 +29,7 @@ TEMPLATES = ("a photo of a {}.",)
 
 @dataclasses.dataclass(frozen=True)
 class ProjectionConfig:
-    """From an image tower's tokens into the joint space.
+    """The projection of an image tower's tokens into the joint space.
 
     Attributes:
         width: channels of a token.
@@ -78,7 +77,7 @@ def _large(
     return ClipTextConfig(768, 12, 768, activation, ProjectionConfig(1024, 768, epsilon, bias))
 
 
-# Each is called by its image tower in the zoo, and converts from the same file.
+# Each is named after its image tower in the zoo and is converted from the same file.
 TEXT_TOWERS: dict[str, ClipTextConfig] = {
     "clip_l14_text": _large("quick_gelu"),
     "clip_b16_text": _base("quick_gelu"),
@@ -124,7 +123,7 @@ class Projection(nnx.Module):
 
 
 class ClipText(nnx.Module):
-    """Token ids to embeddings, and what its file holds of the image tower. All in float32."""
+    """Token ids to embeddings, with the image tower's projection; all in float32."""
 
     def __init__(self, config: ClipTextConfig, *, rngs: nnx.Rngs):
         """Builds the tower with random parameters; see `load_text_tower` for one with weights."""
@@ -181,7 +180,7 @@ def normalize(x: Float[Array, "*b c"]) -> Float[Array, "*b c"]:
 
 
 def load_text_tower(weights: str | Path) -> ClipText:
-    """The text tower of a converted file, which says which one it is.
+    """The text tower of a converted file; its metadata names the tower.
 
     Args:
         weights: made by `conversion/torch_to_flax.py` with a `--model` of `TEXT_TOWERS`.
@@ -204,14 +203,13 @@ def load_text_tower(weights: str | Path) -> ClipText:
 def text_embeddings(
     names: Sequence[str], weights: str | Path, templates: Sequence[str] = TEMPLATES
 ) -> Float32[np.ndarray, "k e"]:
-    """Embeddings of class names in the joint space of a CLIP model, as its zero-shot classifier
-    makes them.
+    """Embeddings of class names, as in CLIP's zero-shot classifier.
 
     Args:
-        names: one a class, such as "traffic light".
+        names: one for each class, such as "traffic light".
         weights: a converted text tower, such as that of `--model clip_l14_text`.
-        templates: sentences with {} in the name's place. Their embeddings, of length 1 each, are
-            averaged.
+        templates: sentences with {} in place of the name. Their embeddings, normalised to length 1,
+            are averaged.
 
     Returns:
         [k, e], every row of length 1.

@@ -1,12 +1,11 @@
-"""CLIP's byte-pair tokenizer (Radford et al. 2021): texts to 77 token ids, as OpenAI, open_clip and
-EVA-CLIP compute them.
+"""CLIP's byte-pair tokenizer (Radford et al. 2021): texts to 77 token ids.
 
-Texts are repaired by ftfy, freed of HTML entities, lower-cased, and cut into words; the UTF-8 bytes
-of a word are joined pair by pair in the order of the merges that training learned.
-`clip_merges.txt.gz` beside this file holds them: the 48 894 lines that CLIP uses of
-`bpe_simple_vocab_16e6.txt.gz` in openai/CLIP (MIT licence, Copyright (c) 2021 OpenAI). Like
-open_clip this cuts texts that are too long, where OpenAI's code raises, and calls the two special
-tokens `<start_of_text>` and `<end_of_text>` where they are written out.
+The ids equal those of OpenAI, open_clip and EVA-CLIP. ftfy repairs a text; HTML entities are
+replaced, letters are lower-cased, and the text is split into words. The UTF-8 bytes of a word are
+joined pair by pair in the order of learned merges. `clip_merges.txt.gz` beside this file holds the
+merges: the 48 894 lines that CLIP uses of `bpe_simple_vocab_16e6.txt.gz` in openai/CLIP (MIT
+licence, Copyright (c) 2021 OpenAI). Like open_clip, this cuts texts that are too long, where
+OpenAI's code raises, and names the two special tokens `<start_of_text>` and `<end_of_text>`.
 """
 
 from collections.abc import Sequence
@@ -34,8 +33,8 @@ def tokenize(texts: Sequence[str]) -> Int32[np.ndarray, "n 77"]:
         texts: any Unicode.
 
     Returns:
-        One row a text: the start token, the text's, the end token, zeros. A longer text is cut, and
-        still ends with the end token.
+        A row for each text: start token, tokens of the text, end token, zeros. A text that is too
+        long is cut before the end token.
     """
     ids = token_ids()
     rows = np.zeros((len(texts), LENGTH), np.int32)
@@ -46,7 +45,7 @@ def tokenize(texts: Sequence[str]) -> Int32[np.ndarray, "n 77"]:
 
 
 def words(text: str) -> list[str]:
-    """A text cleaned, lower-cased, and cut into words, single digits, and runs of other signs."""
+    """Cleans and lower-cases a text; splits it into words, digits and runs of other signs."""
     import ftfy
 
     cleaned = html.unescape(html.unescape(ftfy.fix_text(text)))
@@ -55,9 +54,7 @@ def words(text: str) -> list[str]:
 
 @functools.cache
 def pattern() -> Any:
-    """What a word is; the standard library's expressions know neither letters nor numbers of all
-    scripts.
-    """
+    """The pattern of a word; `re` lacks the classes of letters and numbers of all scripts."""
     import regex
 
     return regex.compile(WORD, regex.IGNORECASE)
@@ -78,19 +75,20 @@ def word_tokens(word: str) -> tuple[int, ...]:
             break
         joined = []
         i = 0
-        while i < len(parts):  # every place of this pair, from the left
-            both = tuple(parts[i : i + 2]) == first
-            joined.append("".join(first) if both else parts[i])
-            i += 1 + both
+        while i < len(parts):  # joins every occurrence of the pair, from the left
+            if tuple(parts[i : i + 2]) == first:
+                joined.append("".join(first))
+                i += 2
+            else:
+                joined.append(parts[i])
+                i += 1
         parts = joined
     return tuple(ids[part] for part in parts)
 
 
 @functools.cache
 def byte_signs() -> tuple[str, ...]:
-    """The printable sign that stands for each byte: itself where it is printable in Latin-1, else
-    one of those from 256 on.
-    """
+    """The printable sign for each byte: its Latin-1 sign if printable, else one from 256 on."""
     printable = {
         *range(ord("!"), ord("~") + 1),
         *range(ord("¡"), ord("¬") + 1),
@@ -102,7 +100,7 @@ def byte_signs() -> tuple[str, ...]:
 
 @functools.cache
 def merge_order() -> dict[tuple[str, str], int]:
-    """Pairs of parts by the order in which they are joined."""
+    """The rank of each pair of parts; lower ranks are joined first."""
     packed = importlib.resources.files("jaxdg.text").joinpath("clip_merges.txt.gz").read_bytes()
     pairs = (line.split() for line in gzip.decompress(packed).decode().splitlines())
     return {(left, right): i for i, (left, right) in enumerate(pairs)}
@@ -110,7 +108,7 @@ def merge_order() -> dict[tuple[str, str], int]:
 
 @functools.cache
 def token_ids() -> dict[str, int]:
-    """The id of every token: bytes, bytes that end a word, joined parts, the two special ones."""
+    """The id of every token: bytes, bytes that end a word, joined parts, the special tokens."""
     signs = sorted(byte_signs())  # bytes that stand for themselves come first
     tokens = [*signs, *(sign + "</w>" for sign in signs), *map("".join, merge_order()), START, END]
     return {token: i for i, token in enumerate(tokens)}
