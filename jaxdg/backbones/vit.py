@@ -1,4 +1,4 @@
-"""The plain vision transformer (Dosovitskiy et al. 2021) as AugReg trained it (Steiner et al. 2022).
+"""The plain vision transformer (Dosovitskiy et al. 2021), trained by AugReg (Steiner et al. 2022).
 
 It has pre-norm blocks, a class token, learned positions and exact GELU. Dense perception reads the
 patch tokens after some blocks (`taps`) without the final norm, so this module has neither that norm
