@@ -41,9 +41,7 @@ class ClipResnetConfig(StagedConfig):
 
 
 class FrozenBatchNorm(nnx.Module):
-    """Batch normalisation with given statistics; all four tensors are loaded and saved, and none is
-    trained.
-    """
+    """Batch normalisation with fixed statistics; stores four tensors and trains none."""
 
     def __init__(self, channels: int):
         self.scale = nnx.BatchStat(jnp.ones(channels))
@@ -83,8 +81,9 @@ def halve(x: Float[Array, "b _ _ c"]) -> Float[Array, "b h w c"]:
 
 
 class Bottleneck(nnx.Module):
-    """Three convolutions and a residual; the first block of a stage changes the channels and, but
-    for the first stage, halves the map.
+    """Three convolutions and a residual.
+
+    The first block of a stage changes the channels. It also halves the map, except in stage 0.
     """
 
     def __init__(self, config: ClipResnetConfig, stage: int, first: bool, *, rngs: nnx.Rngs):
@@ -140,9 +139,7 @@ class AttentionPool(nnx.Module):
         return self.c_proj(jax.nn.dot_product_attention(q, k, v).reshape(b, c))
 
     def positions(self, rows: int, columns: int) -> Float[Array, "n c"]:
-        """Learned positions, first that of the mean, at the size of a map: as
-        `resizing.resize_positions` resizes them.
-        """
+        """Learned positions, resized by `resizing.resize_positions`; the mean's is first."""
         positions = self.positional_embedding[...]
         side = round((len(positions) - 1) ** 0.5)
         if (rows, columns) == (side, side):
@@ -161,8 +158,7 @@ class ClipResnet(Encoder):
     config: ClipResnetConfig
 
     def __init__(self, config: ClipResnetConfig, *, rngs: nnx.Rngs):
-        """Builds the encoder with random parameters; see `jaxdg.backbones.create` for named
-        variants with weights.
+        """Builds the encoder with random parameters; `jaxdg.backbones.create` loads weights.
 
         Raises:
             ValueError: drop path, of which these networks have none.
@@ -218,8 +214,7 @@ class ClipResnet(Encoder):
         return tuple(outputs[tap] for tap in c.taps)
 
     def pool(self, features: Float[Array, "b h w c"]) -> Float[Array, "b e"]:
-        """The embedding of a whole map of the last stage (or of regions cut from it), in the joint
-        space of images and texts.
+        """The embedding of a map of the last stage, or of regions of it, in the joint space.
 
         Args:
             features: [b, h, w, c] of any size; the pool's positions are resized to it.
@@ -230,8 +225,9 @@ class ClipResnet(Encoder):
         return self._pool()(features)
 
     def pool_dense(self, features: Float[Array, "b h w c"]) -> Float[Array, "b h w e"]:
-        """An embedding for every pixel: each answers for itself, as in MaskCLIP (Zhou et al. 2022);
-        positions do not count.
+        """An embedding for every pixel, which attends only to itself, as in MaskCLIP.
+
+        Follows Zhou et al. 2022; positions are not used.
 
         Args:
             features: [b, h, w, c] of the last stage.
@@ -251,9 +247,7 @@ class ClipResnet(Encoder):
         return self.attnpool
 
     def adapt(self, name: str, tensor: np.ndarray) -> np.ndarray | None:
-        """Fits a stored tensor to this encoder: stages past the last tap, and then the pool, are
-        not needed (None).
-        """
+        """See `Encoder.adapt`: drops stages past the last tap, and then the pool too."""
         stage = self.unit_of(name)
         if stage is None:
             return None if self.unused(name) and self.attnpool is None else tensor

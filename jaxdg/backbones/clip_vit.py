@@ -102,9 +102,7 @@ class ClipVit(Vit):
     config: ClipVitConfig
 
     def __init__(self, config: ClipVitConfig, *, rngs: nnx.Rngs):
-        """Builds the encoder with random parameters; see `jaxdg.backbones.create` for named
-        variants with weights.
-        """
+        """Builds the encoder with random parameters; `jaxdg.backbones.create` loads weights."""
         self.config = config
         rows, columns = config.grid
         init = nnx.initializers.normal(config.width**-0.5)

@@ -1,9 +1,8 @@
-"""DeiT-III (Touvron et al. 2022): the plain vision transformer whose branches are scaled channel by
-channel (LayerScale).
+"""DeiT-III (Touvron et al. 2022): the plain vision transformer with LayerScale.
 
-Differs from `jaxdg.backbones.vit` in those scales and in positions for patches alone: the class
-token joins after they are added. Attribute names are timm's. Positions of another grid are resized
-as DeiT's fine-tuning does it, by plain bicubic interpolation.
+Unlike in `jaxdg.backbones.vit`, each channel of a branch has a scale, and only patches have
+positions: the class token is added after them. Attribute names are timm's. Positions of another
+grid are resized as in DeiT's fine-tuning, by plain bicubic interpolation.
 """
 
 import dataclasses
@@ -63,9 +62,7 @@ class Deit3(Vit):
     config: Deit3Config
 
     def __init__(self, config: Deit3Config, *, rngs: nnx.Rngs):
-        """Builds the encoder with random parameters; see `jaxdg.backbones.create` for named
-        variants with weights.
-        """
+        """Builds the encoder with random parameters; `jaxdg.backbones.create` loads weights."""
         self.config = config
         rows, columns = config.grid
         init = nnx.initializers.truncated_normal(0.02)

@@ -1,16 +1,15 @@
-"""DINOv2 (Oquab et al. 2024), also with registers (Darcet et al. 2024): tokens beside the class
-token that no loss reads.
+"""DINOv2 (Oquab et al. 2024), also with registers (Darcet et al. 2024).
 
-A plain vision transformer with LayerScale, as DeiT-III's, and positions for the class token and the
-patches, not for registers. Attribute names are those of facebookresearch/dinov2.
+A plain vision transformer with LayerScale as in DeiT-III. Registers are tokens beside the class
+token that no loss reads. The class token and the patches have positions, registers have none.
+Attribute names are those of facebookresearch/dinov2.
 
-Its positions, trained for 37x37 patches, are resized as its own code does it for the published
-files, in two ways: without registers by bicubic interpolation whose scale is that of 0.1 patches
-more than there are (meant against rounding, it reads the positions a little up and to the left);
-with registers by antialiased bicubic interpolation to the size wanted. Features depend on it, so
-both are kept.
+The positions were trained for 37x37 patches. The original code resizes them in two ways, on which
+features depend, so this module has both. Without registers it interpolates bicubically with the
+scale of 0.1 patches more than there are; this was meant against rounding and reads the positions a
+little up and to the left. With registers it interpolates bicubically with antialiasing.
 
-The largest, ViT-g, has a gated MLP; it is here for planning, and its checkpoint is not converted.
+The largest model, ViT-g, has a gated MLP. It is here for planning; its checkpoint is not converted.
 """
 
 import dataclasses
@@ -55,8 +54,9 @@ class Dinov2GiantConfig(Dinov2Config):
 
 
 class SwiGlu(nnx.Module):
-    """The gated MLP `w3(silu(a) * b)` with a and b the halves of `w12 x`, two thirds as wide as a
-    plain one, in multiples of 8.
+    """The gated MLP `w3(silu(a) * b)`, where a and b are the halves of `w12 x`.
+
+    It is two thirds as wide as a plain MLP, rounded to a multiple of 8.
     """
 
     def __init__(self, config: Dinov2Config, *, rngs: nnx.Rngs):
@@ -85,9 +85,7 @@ class Dinov2(Vit):
     config: Dinov2Config
 
     def __init__(self, config: Dinov2Config, *, rngs: nnx.Rngs):
-        """Builds the encoder with random parameters; see `jaxdg.backbones.create` for named
-        variants with weights.
-        """
+        """Builds the encoder with random parameters; `jaxdg.backbones.create` loads weights."""
         self.config = config
         rows, columns = config.grid
         small = nnx.initializers.truncated_normal(0.02)
@@ -110,9 +108,7 @@ class Dinov2(Vit):
         )
 
     def embed(self, images: Float[Array | np.ndarray, "b h w 3"]) -> Float[Array, "b n c"]:
-        """The tokens that enter the first block: the class token, registers, which have no
-        position, and patches.
-        """
+        """The input of the first block: class token, registers (without positions), patches."""
         x = super().embed(images)
         if self.register_tokens is None:
             return x
@@ -134,11 +130,10 @@ class Dinov2(Vit):
 
 
 def antialiased_matrix(source: int, target: int) -> np.ndarray:
-    """Rows of weights [target, source] of torch's antialiased bicubic interpolation along one axis
-    (a = -0.5).
+    """Weights [target, source] of torch's antialiased bicubic interpolation (a = -0.5).
 
-    Where an axis shrinks, the kernel widens by as much; what it would read beyond the edges is left
-    out, and rows still sum to 1.
+    If the axis shrinks, the kernel widens by the same factor. Weights beyond the edges are dropped,
+    and rows still sum to 1.
     """
     a = -0.5
     scale = source / target

@@ -1,10 +1,9 @@
-"""DINOv3's vision transformer (Siméoni et al. 2025): LayerScale, registers and rotary positions, no
-learned ones.
+"""DINOv3's vision transformer (Siméoni et al. 2025): LayerScale, registers and rotary positions.
 
 Attribute names are those of facebookresearch/dinov3. Rotary tables are computed for any grid of
-tokens, never loaded: patch centres in -1..1 along each side, periods from 1 to 100 in float32, as
-timm and transformers compute them (the authors' files hold the periods rounded to bfloat16). Keys
-have no bias: the authors keep one and mask it, here queries and values alone have theirs.
+tokens and never loaded: patch centres lie in -1..1 along each side, and periods run from 1 to 100
+in float32, as in timm and transformers. (The authors' files hold periods rounded to bfloat16.) Only
+queries and values have a bias; the authors' code has one for keys too, and masks it.
 """
 
 import dataclasses
@@ -152,9 +151,7 @@ class Dinov3(Vit):
     config: Dinov3Config
 
     def __init__(self, config: Dinov3Config, *, rngs: nnx.Rngs):
-        """Builds the encoder with random parameters; see `jaxdg.backbones.create` for named
-        variants with weights.
-        """
+        """Builds the encoder with random parameters; `jaxdg.backbones.create` loads weights."""
         self.config = config
         init = nnx.initializers.normal(0.02)
         self.cls_token = nnx.Param(init(rngs.params(), (1, 1, config.width)))
@@ -163,9 +160,7 @@ class Dinov3(Vit):
         self.blocks = Blocks(config, rngs=rngs)
 
     def embed(self, images: Float[Array | np.ndarray, "b h w 3"]) -> Float[Array, "b n c"]:
-        """The tokens that enter the first block: the class token, registers and patches, none with
-        a position yet.
-        """
+        """The input of the first block: class token, registers and patches, without positions."""
         x = self.patch_embed(jnp.asarray(images))
         first = jnp.concatenate([self.cls_token[...], self.storage_tokens[...]], axis=1).astype(
             x.dtype

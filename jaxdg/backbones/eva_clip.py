@@ -1,10 +1,9 @@
-"""The image towers of EVA-CLIP-8B and EVA-CLIP-18B (Sun et al. 2024), for planning: how large a run
-with them would be.
+"""The image towers of EVA-CLIP-8B and EVA-CLIP-18B (Sun et al. 2024), to plan the size of a run.
 
 A plain vision transformer with RMSNorm in place of LayerNorm, a projection to queries, keys and
-values without bias, and an MLP of five times the width; the larger one normalises after attention
-and MLP instead of before. No rotary positions. Attribute names are those of baaivision/EVA
-(EVA-CLIP-18B/shinji). Published checkpoints (33 and 37 GB) are not converted.
+values without bias, and an MLP of five times the width. The larger one normalises after attention
+and MLP instead of before. There are no rotary positions. Attribute names are those of
+baaivision/EVA (EVA-CLIP-18B/shinji). Published checkpoints (33 and 37 GB) are not converted.
 """
 
 import dataclasses
@@ -21,8 +20,7 @@ RATIO = 5  # of the MLP's inner width to the encoder's
 
 @dataclasses.dataclass(frozen=True)
 class EvaClipConfig(VitConfig):
-    """An EVA-CLIP image tower of 8 or 18 billion parameters; fields of `VitConfig`, and what the
-    two differ in.
+    """An EVA-CLIP image tower of 8 or 18 billion parameters: `VitConfig`, and their difference.
 
     Attributes:
         postnorm: the norms follow attention and MLP (18B) instead of preceding them (8B).
@@ -83,9 +81,7 @@ class EvaClip(Vit):
     config: EvaClipConfig
 
     def __init__(self, config: EvaClipConfig, *, rngs: nnx.Rngs):
-        """Builds the encoder with random parameters; under `nnx.eval_shape` with their shapes
-        alone.
-        """
+        """Builds the encoder with random parameters; use `nnx.eval_shape` for shapes only."""
         self.config = config
         init = nnx.initializers.truncated_normal(0.02)
         self.cls_token = nnx.Param(init(rngs.params(), (1, 1, config.width)))

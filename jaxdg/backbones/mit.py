@@ -1,10 +1,9 @@
-"""The Mix Transformer of SegFormer (Xie et al. 2021, arXiv 2105.15203): four stages of attention to
-reduced keys and MLPs that look around.
+"""The Mix Transformer of SegFormer (Xie et al. 2021, arXiv 2105.15203), with four stages.
 
-No learned positions: the depthwise convolution inside each MLP tells where a pixel is, so images
-may have any size. Attribute names and numbers are those of NVlabs/SegFormer: norms of blocks and
-stages have epsilon 1e-6, those of patches and of reduced keys 1e-5 (transformers computes all of
-them with 1e-5).
+Attention has reduced keys, and each MLP contains a depthwise convolution. The convolution replaces
+learned positions, so images may have any size. Attribute names and numbers are those of
+NVlabs/SegFormer: norms of blocks and stages have epsilon 1e-6, those of patches and of reduced keys
+1e-5 (transformers computes all of them with 1e-5).
 """
 
 import dataclasses
@@ -131,9 +130,7 @@ class Block(nnx.Module):
 
 
 class PatchEmbed(nnx.Module):
-    """Overlapping patches, each projected to a token and normalised: 7x7 every 4 pixels at first,
-    then 3x3 every 2.
-    """
+    """Overlapping patches to normalised tokens: 7x7 every 4 pixels at first, then 3x3 every 2."""
 
     def __init__(self, config: MitConfig, stage: int, *, rngs: nnx.Rngs):
         side, stride = (7, 4) if stage == 0 else (3, 2)
@@ -163,8 +160,7 @@ class Mit(Encoder):
     config: MitConfig
 
     def __init__(self, config: MitConfig, *, rngs: nnx.Rngs):
-        """Builds the encoder with random parameters; see `jaxdg.backbones.create` for named
-        variants with weights.
+        """Builds the encoder with random parameters; `jaxdg.backbones.create` loads weights.
 
         Raises:
             ValueError: an image too small for the keys of a stage.

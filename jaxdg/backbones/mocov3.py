@@ -1,9 +1,8 @@
-"""MoCo-v3 (Chen et al. 2021): the plain vision transformer of `jaxdg.backbones.vit`, whose
-checkpoints have names of their own.
+"""MoCo-v3 (Chen et al. 2021): the plain vision transformer of `jaxdg.backbones.vit`.
 
-Its positions are sines and cosines that pre-training kept fixed. The files hold them, with a row of
-zeros for the class token, so they load, are resized (plain bicubic, as fine-tuning code does it)
-and are fine-tuned like learned ones.
+Its checkpoints have other names. Its positions are sines and cosines that pre-training kept fixed.
+The files hold them, with a row of zeros for the class token. They are loaded, resized (plain
+bicubic, as in the fine-tuning code) and fine-tuned like learned positions.
 """
 
 import dataclasses

@@ -1,14 +1,13 @@
-"""The image encoder of Segment Anything (Kirillov et al. 2023): a ViTDet (Li et al. 2022) whose
-blocks mostly attend within windows.
+"""The image encoder of Segment Anything (Kirillov et al. 2023), a ViTDet (Li et al. 2022).
 
-Most blocks cut the map of tokens into windows of 14x14, a few attend over the whole of it; both add
-relative positions to the attention, a row's and a column's apart. There is no class token.
-Attribute names are those of facebookresearch/segment-anything.
+Most blocks attend within windows of 14x14 tokens, a few over the whole map. Both add relative
+positions to the attention, separate for rows and columns. There is no class token. Attribute names
+are those of facebookresearch/segment-anything.
 
-Features are read from the blocks: the neck (two convolutions to 256 channels for SAM's own mask
-decoder) is left out. The original runs at 1024x1024 alone and never resizes its absolute positions,
-so here they are resized by plain bicubic interpolation, as other families'; its relative positions
-are interpolated linearly to another grid, as its own code does it.
+Features are read from the blocks. The neck (two convolutions to 256 channels for SAM's own mask
+decoder) is left out. The original always runs at 1024x1024 and never resizes its absolute
+positions; here plain bicubic interpolation resizes them, as in other families. Relative positions
+are interpolated linearly, as in the original code.
 """
 
 import dataclasses
@@ -47,17 +46,13 @@ class SamConfig(VitConfig):
 
     @property
     def ends(self) -> tuple[int, ...]:
-        """Blocks after which stacked segments end: also where windows give way to the whole image,
-        and back.
-        """
+        """Blocks after which segments end: taps, boundaries, and each change of the window."""
         changes = (end for block in self.global_blocks for end in (block - 1, block))
         return (*super().ends, *(end for end in changes if 0 <= end < self.used))
 
 
 class Attention(vit.Attention):
-    """Multi-head self-attention over a map of tokens, with relative positions that add up from rows
-    and columns (MViTv2).
-    """
+    """Self-attention over a map of tokens, with relative positions of rows and columns (MViTv2)."""
 
     def __init__(self, config: SamConfig, grid: tuple[int, int], *, rngs: nnx.Rngs):
         super().__init__(config, rngs=rngs)
@@ -71,9 +66,7 @@ class Attention(vit.Attention):
         return self.proj(jax.nn.dot_product_attention(q, k, v, self.bias(q)).reshape(b, n, c))
 
     def bias(self, q: Float[Array, "b n heads d"]) -> Float[Array, "b heads n n"]:
-        """What relative positions add to the logits: each query times the vector of every row's and
-        every column's distance to it.
-        """
+        """The logits of relative positions: each query times the vectors of its distances."""
         b, n, heads, d = q.shape
         q = q.astype(jnp.float32).reshape(b, *self.grid, heads, d)
         rows, columns = (
@@ -104,16 +97,12 @@ class WindowAttention(Attention):
 
 
 def distances(side: int) -> np.ndarray:
-    """The row of a table of relative positions for each query and key of a row of `side` tokens:
-    [side, side] in 0..2 side - 2.
-    """
+    """Indices [side, side] into a table of relative positions, for each query and key."""
     return np.arange(side)[:, None] - np.arange(side) + side - 1
 
 
 class Block(vit.Block):
-    """Attention, in windows or over the whole image, and MLP, each behind a LayerNorm and a
-    residual.
-    """
+    """Attention, global or in windows, and MLP, each with a LayerNorm before and a residual."""
 
     def __init__(self, config: SamConfig, everywhere: bool, *, rngs: nnx.Rngs):
         self.norm1 = nnx.LayerNorm(config.width, epsilon=1e-6, rngs=rngs)
@@ -132,9 +121,7 @@ class Sam(Vit):
     config: SamConfig
 
     def __init__(self, config: SamConfig, *, rngs: nnx.Rngs):
-        """Builds the encoder with random parameters; see `jaxdg.backbones.create` for named
-        variants with weights.
-        """
+        """Builds the encoder with random parameters; `jaxdg.backbones.create` loads weights."""
         self.config = config
         self.pos_embed = nnx.Param(
             nnx.initializers.normal(0.02)(rngs.params(), (1, *config.grid, config.width))
@@ -152,9 +139,7 @@ class Sam(Vit):
         return x + self.pos_embed[...].reshape(1, *x.shape[1:]).astype(x.dtype)
 
     def adapt(self, name: str, tensor: np.ndarray) -> np.ndarray | None:
-        """Fits a stored tensor to this encoder as `Vit.adapt` does; relative positions of blocks
-        without windows are resized as well.
-        """
+        """See `Vit.adapt`; also resizes relative positions of global blocks."""
         rows, columns = self.config.grid
         if name == "pos_embed":
             if tensor.ndim != 4 or not tensor.size:
@@ -179,8 +164,7 @@ class Sam(Vit):
 
 
 def resize_distances(table: np.ndarray, length: int) -> np.ndarray:
-    """Resizes a table of relative positions: linear, half-pixel centres, ends repeated, as torch's
-    `F.interpolate(mode="linear")`.
+    """Resizes a table of relative positions as torch's `F.interpolate(mode="linear")`.
 
     Args:
         table: [2 n - 1, d], from the farthest key below a query to the farthest above it.

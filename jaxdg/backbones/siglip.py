@@ -1,10 +1,10 @@
-"""The image tower of SigLIP (Zhai et al. 2023) and SigLIP 2 (Tschannen et al. 2025), as
-google-research/big_vision trains it.
+"""The image tower of SigLIP (Zhai et al. 2023) and SigLIP 2 (Tschannen et al. 2025).
 
-A plain vision transformer without a class token, whose MLPs compute GELU by its tanh formula. The
-final norm and the attention-pool head ("MAPHead", timm's `attn_pool`) are left out: dense features
-are read before them. Attribute names are timm's. Some of timm's own definitions, those of the first
-SigLIP at up to patch 16, compute GELU by its exact formula; the authors' is followed for all.
+It follows google-research/big_vision: a plain vision transformer without a class token, whose MLPs
+compute GELU by the tanh formula. Dense features are read before the final norm and the
+attention-pool head ("MAPHead", timm's `attn_pool`), so both are left out. Attribute names are
+timm's. timm computes exact GELU in some models of the first SigLIP (up to patch 16); here all
+follow the authors.
 """
 
 import dataclasses
@@ -57,9 +57,7 @@ class Siglip(Vit):
     config: SiglipConfig
 
     def __init__(self, config: SiglipConfig, *, rngs: nnx.Rngs):
-        """Builds the encoder with random parameters; see `jaxdg.backbones.create` for named
-        variants with weights.
-        """
+        """Builds the encoder with random parameters; `jaxdg.backbones.create` loads weights."""
         self.config = config
         rows, columns = config.grid
         init = nnx.initializers.normal(config.width**-0.5)
@@ -79,12 +77,11 @@ class Siglip(Vit):
         return x + self.pos_embed[...].astype(x.dtype)
 
     def adapt(self, name: str, tensor: np.ndarray) -> np.ndarray | None:
-        """Fits a stored tensor to this encoder as `Vit.adapt` does, but resizes positions as
-        big_vision's `resample_posemb`.
+        """See `Vit.adapt`, but resizes positions as big_vision's `resample_posemb`.
 
-        That is bilinear with the corners fixed (`scipy.ndimage.zoom` of order 1). At some pairs of
+        That is bilinear with fixed corners (`scipy.ndimage.zoom` of order 1). At some pairs of
         sizes, such as 32 to 16, scipy's zoom rounds the last row and column to just outside the
-        grid and fills them with zeros; this fault is not followed.
+        grid and fills them with zeros. This code avoids that fault.
         """
         if name == "pos_embed":
             matrix = partial(resizing.linear_matrix, corners=True)
