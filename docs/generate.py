@@ -7,9 +7,7 @@ docs/generate.py` prints every command's flags as JSON, which `tests/test_docs.p
 """
 
 import contextlib
-import dataclasses
 import importlib.util
-import inspect
 import io
 import json
 import logging
@@ -19,7 +17,6 @@ import re
 import runpy
 import subprocess
 import sys
-import typing
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -30,23 +27,6 @@ log = logging.getLogger("mkdocs.generate")
 # Configuration
 
 
-def attributes(kind: type) -> dict[str, str]:
-    """What the docstrings of a dataclass and its parents say of its fields.
-
-    Args:
-        kind: the dataclass.
-    """
-    said: dict[str, str] = {}
-    for parent in reversed(kind.__mro__):
-        text = inspect.cleandoc(parent.__dict__.get("__doc__") or "")
-        _, _, section = text.partition("Attributes:\n")
-        for entry in re.split(r"\n    (?=\w+:)", "\n" + section.split("\n\n")[0]):
-            name, colon, words = entry.strip().partition(":")
-            if colon:
-                said[name] = " ".join(words.split())
-    return said
-
-
 def _shown(value: Any) -> str:
     """A default; of a long tuple each entry by itself, so that lines break between them."""
     whole = repr(value)
@@ -54,49 +34,28 @@ def _shown(value: Any) -> str:
     return ", ".join(f"`{entry}`" for entry in entries).replace("|", "\\|")
 
 
-def _rows(kind: type, value: Any, prefix: str) -> list[str]:
-    """The sections of a part of the configuration and of the parts in it."""
-    from jaxdg import config
-
-    said = attributes(kind)
-    hints = typing.get_type_hints(kind)
-    table = []
-    below = []
-    for field in dataclasses.fields(kind):
-        name = field.name
-        part = config.part_type(hints[name])
-        if name not in said:
-            raise ValueError(f"{kind.__module__}.{kind.__name__}.{name} has no documentation")
+def _section(part: Any) -> list[str]:
+    """The heading and the table of a part of the configuration."""
+    rows = []
+    for field in part.fields:
+        shown = _shown(field.value)
+        if field.part is not None:
+            link = f"[fields](#{field.name.replace('.', '')})"
+            shown = f"`None`, or {link}" if field.value is None else link
         # The default has a column of its own.
-        words = re.sub(r"\s*Default (?:[^.]|\.\d)*\.$", "", said[name]).replace("|", "\\|")
-        default = getattr(value, name)
-        if dataclasses.is_dataclass(part):
-            path = f"{prefix}{name}"
-            shown = f"[fields](#{path.replace('.', '')})"
-            shown = f"`None`, or {shown}" if default is None else shown
-            below += ["", f"## {path}", ""]
-            below += [
-                summary(part),
-                "",
-                *_rows(part, part() if default is None else default, f"{path}."),
-            ]
-        else:
-            shown = _shown(default)
-        table.append(f"| `{prefix}{name}` | {shown} | {words} |")
-    return ["| field | default | what |", "|---|---|---|", *table, *below]
-
-
-def summary(thing: Any) -> str:
-    """The first paragraph of a docstring."""
-    return " ".join(inspect.getdoc(thing).split("\n\n")[0].split())
+        words = field.words.replace("|", "\\|")
+        rows.append(f"| `{field.name}` | {shown} | {words} |")
+    heading = ["", f"## {part.name}", "", part.summary, ""] if part.name else []
+    return [*heading, "| field | default | what |", "|---|---|---|", *rows]
 
 
 def fields() -> str:
     """Every field of the configuration, in Markdown."""
     from jaxdg.config import Config
+    from jaxdg.config.listing import parts
 
     os.environ.pop("JAXDG_DATA", None)  # the default that is shown is that of everybody
-    return _wide_first(_rows(Config, Config(), ""))
+    return _wide_first([line for part in parts(Config, Config()) for line in _section(part)])
 
 
 def _wide_first(lines: list[str]) -> str:

@@ -461,8 +461,7 @@ def main(arguments: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    _CONFIG = cli.define_config()
-    flags.declare_key_flag("config")
+    _CONFIG = cli.define_config(fields_in_help=True)
     _WORKDIR = cli.define_path(
         "workdir", "Folder of the run: made if needed, gone on with if it holds a run."
     )

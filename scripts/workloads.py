@@ -1,7 +1,7 @@
 """What scripts/benchmark.py measures: a configuration's model with random parameters, made-up
 batches and files, and functions that run it.
 
-Needs neither data nor weights, nor what only reading them needs (grain, ml_collections).
+Needs neither data nor weights, nor what only reading them needs (grain, tensorboardX).
 """
 
 from collections.abc import Callable, Iterator

@@ -436,7 +436,7 @@ def test_misspelt_and_wrong_fields_on_the_command_line(runs):
     done = runs.run("never", "--config.model.dtype=int8")
     assert (done.returncode, done.stderr) == (
         1,
-        "error: model.dtype is int8; allowed: float32 or bfloat16\n",
+        "error: model.dtype is 'int8'; allowed: 'float32' or 'bfloat16'\n",
     )
     done = runs.run("never", "--workdir=az://bucket/run")
     assert done.returncode == 1

@@ -2,10 +2,13 @@
 
 from collections.abc import Sequence
 import dataclasses
+from typing import Literal
 
 from flax import nnx
 from jaxtyping import Array, Float, Key
 import numpy as np
+
+from jaxdg.ranges import Count, CountOrZero, ShareBelowOne
 
 
 @dataclasses.dataclass(unsafe_hash=True, kw_only=True)
@@ -33,12 +36,12 @@ class EncoderOptions:
 
     encoder: str = "scratch_ti8"
     taps: tuple[int, ...] = ()
-    patch_size: int | None = None
-    patch_resize: str = "flexi"
-    window: int = 0
-    drop_path: float = 0.0
+    patch_size: Count | None = None
+    patch_resize: Literal["flexi", "bicubic"] = "flexi"
+    window: CountOrZero = 0
+    drop_path: ShareBelowOne = 0.0
     remat: bool = False
-    dtype: str = "float32"
+    dtype: Literal["float32", "bfloat16"] = "float32"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -3,15 +3,17 @@ a run in order.
 """
 
 from collections.abc import Callable
+import functools
 import io
+import itertools
 import os
 import re
+import shutil
 import signal
 import sys
 from typing import Any
 
 from absl import app, flags, logging
-from ml_collections import config_flags
 from rich.console import Console
 
 from jaxdg import config as config_lib
@@ -20,43 +22,92 @@ from jaxdg.config import overrides, paths
 
 
 class Experiment:
-    """What --config FILE and --config.FIELD=VALUE say, after the flags have been parsed."""
+    """What --config FILE and --config.FIELD=VALUE say, after `run` has read the arguments.
 
-    def __init__(self, flag: flags.FlagHolder):
+    Attributes:
+        file: the experiment file, perhaps with `:ARGUMENT` behind it; empty if none was given.
+        given: what is changed in the file's configuration, by dotted field.
+    """
+
+    def __init__(self, fields_in_help: bool):
         """See `define_config`."""
-        self._flag = flag
+        self.file = ""
+        self.given: dict[str, Any] = {}
+        self._config: Any = None
+        self._fields_in_help = fields_in_help
 
-    @property
+    @functools.cached_property
     def value(self) -> Any:
         """The checked configuration; None if no file was given."""
-        if self._flag.value is None:
-            return None
-        return config_lib.validated(
-            overrides.applied(
-                config_lib.coerce(self._flag.value, config_lib.Config, ""), self.given
+        return None if self._config is None else config_lib.validated(self._config)
+
+    def read(self, arguments: list[str]) -> list[str]:
+        """Reads the file and what is changed in it, and returns the arguments without the changes."""
+        name = _value_of("config", arguments)
+        if name is not None:
+            path, colon, argument = name.partition(":")
+            self.file = f"{config_lib.experiment_file(path)}{colon}{argument}"
+            get_config = config_lib.experiment(path).get_config
+            self._config = get_config(argument) if colon else get_config()
+        kind = None if self._config is None else type(self._config)
+        arguments, given = overrides.take(arguments, kind)
+        if self._config is not None:
+            self._config = overrides.applied(self._config, given)
+            self.given = {field: config_lib.get(self._config, field) for field in given}
+        elif given:
+            raise ValueError(
+                f"--config.{next(iter(given))} changes a configuration, but there is none; give"
+                " --config FILE"
             )
+        return arguments
+
+    def print_fields(self) -> None:
+        """Prints every field with its documentation, where the command's help shows them."""
+        if not self._fields_in_help:
+            return
+        from jaxdg.config import listing  # needs all model code
+
+        print(
+            "\nFields of the configuration and their"
+            f" {f'values in {self.file}' if self.file else 'defaults'}:"
         )
-
-    @property
-    def file(self) -> str:
-        """The file as given, perhaps with `:ARGUMENT` behind it."""
-        return config_flags.get_config_filename(flags.FLAGS["config"])
-
-    @property
-    def given(self) -> dict[str, Any]:
-        """What is changed in the file's configuration, by dotted field."""
-        return dict(_given)
+        config = config_lib.Config() if self._config is None else self._config
+        print(listing.help_text(config, shutil.get_terminal_size((100, 24)).columns))
 
 
-_given: dict[str, Any] = {}  # filled by `run`
+def _value_of(flag: str, arguments: list[str]) -> str | None:
+    """The last value given to a flag."""
+    value = None
+    for argument, following in itertools.zip_longest(arguments, arguments[1:]):
+        if argument == "--":
+            break
+        if argument in (f"--{flag}", f"-{flag}"):
+            value = following
+        elif argument.startswith((f"--{flag}=", f"-{flag}=")):
+            value = argument.partition("=")[2]
+    return value
 
 
-def define_config() -> Experiment:
-    """The flag --config FILE, with --config.FIELD=VALUE overrides."""
-    words = "Experiment file below configs/; override any field with --config.FIELD=VALUE."
-    # The library reads the file alone (it is shown no arguments): its overrides would split texts
-    # at commas and know no None.
-    return Experiment(config_flags.DEFINE_config_file("config", None, words, sys_argv=[]))
+_experiment: Experiment | None = None  # of the command that runs
+
+
+def define_config(fields_in_help: bool = False) -> Experiment:
+    """The flag --config FILE, with --config.FIELD=VALUE overrides.
+
+    Args:
+        fields_in_help: --help lists all fields.
+    """
+    global _experiment
+    _experiment = Experiment(fields_in_help)
+    where = "listed below" if fields_in_help else "see python -m jaxdg.train --help"
+    flags.DEFINE_string(
+        "config",
+        None,
+        "Experiment file below configs/, or the name of a recipe; override any field with"
+        f" --config.FIELD=VALUE ({where}).",
+        module_name=sys.argv[0],
+    )
+    return _experiment
 
 
 class _PathParser(flags.ArgumentParser):
@@ -107,7 +158,7 @@ class _ListParser(flags.ArgumentParser):
 
     def parse(self, argument: str) -> tuple[str, ...]:
         try:
-            found = overrides.parse(argument, tuple[str, ...], self._what)
+            found = tuple(map(str, overrides.parse(argument, tuple[str, ...], self._what)))
             if not found or not all(text.strip() for text in found):
                 raise ValueError(
                     f"{self._what} is {argument!r}; allowed: names parted by commas, none of them"
@@ -150,36 +201,14 @@ def run(main: Callable[[list[str]], None]) -> None:
 
     def parse(arguments: list[str]) -> list[str]:
         arguments = flags.FLAGS.read_flags_from_files(arguments, force_gnu=False)
-        if "config" in flags.FLAGS:
-            arguments, found = overrides.take(arguments)
-            _given.update(found)
-        for flag in ("--config", "-config"):
-            for i, argument in enumerate(arguments):
-                path = (
-                    argument.removeprefix(flag + "=") if argument.startswith(flag + "=") else None
-                )
-                path = arguments[i + 1] if argument == flag and i + 1 < len(arguments) else path
-                if path is None:
-                    continue
-                given, colon, variant = path.partition(
-                    ":"
-                )  # what stands behind the colon is handed to its get_config
-                file = str(config_lib.experiment_file(given))
-                if file != given:
-                    at = (
-                        i
-                        if argument.startswith("--config=") or argument.startswith("-config=")
-                        else i + 1
-                    )
-                    arguments[at] = arguments[at].removesuffix(path) + file + colon + variant
-                config_lib.let_import(file)
-        positional = flags.FLAGS(arguments)
-        if _given and flags.FLAGS["config"].value is None:
-            raise ValueError(
-                f"--config.{next(iter(_given))} changes a configuration, but there is none; give"
-                " --config FILE"
-            )
-        return positional
+        if _experiment is None:
+            return flags.FLAGS(arguments)
+        arguments = _experiment.read(arguments)
+        try:
+            return flags.FLAGS(arguments)
+        except SystemExit:  # after --help
+            _experiment.print_fields()
+            raise
 
     def guarded(arguments: list[str]) -> None:
         try:

@@ -487,7 +487,6 @@ def main(arguments: Sequence[str]) -> None:
 
 if __name__ == "__main__":
     _CONFIG = cli.define_config()
-    flags.declare_key_flag("config")
     _DEVICES = flags.DEFINE_integer(
         "devices", 1, "Devices of the machine that is planned for.", lower_bound=1
     )

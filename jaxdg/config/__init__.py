@@ -8,12 +8,11 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from jaxdg.config.checking import (
         annotation,
-        coerce,
         common,
         flat,
         get,
-        part_type,
-        unknown_field,
+        tree_of,
+        typed,
         validated,
     )
     from jaxdg.config.neighbours import let_import
@@ -41,7 +40,6 @@ __all__ = [
     "ModelConfig",
     "OptimizerConfig",
     "annotation",
-    "coerce",
     "common",
     "experiment",
     "experiment_file",
@@ -50,9 +48,9 @@ __all__ = [
     "get",
     "let_import",
     "load",
-    "part_type",
     "save",
-    "unknown_field",
+    "tree_of",
+    "typed",
     "validated",
 ]
 

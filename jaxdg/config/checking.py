@@ -1,149 +1,38 @@
-"""Checks a configuration: types by the annotations of its fields, ranges by a table, and what does
-not go together.
+"""Checks a configuration: pydantic compares each value with the annotation of its field, and what
+follows here looks at several values together.
 """
 
 from collections.abc import Iterator
 import dataclasses
 import difflib
-import math
+import functools
 import re
-import types
 import typing
 from typing import Any
+
+import pydantic
 
 from jaxdg import methods
 from jaxdg.config import paths
 from jaxdg.config.settings import DECODERS, PROTOCOLS, Config
 from jaxdg.data.labels import check_names
-from jaxdg.segmentation.mask2former.head import Mask2FormerOptions
 
 
-def _are_factors(pairs: tuple[tuple[str, float], ...]) -> bool:
+def _are_regexes(pairs: tuple[tuple[str, float], ...]) -> bool:
     try:
-        return all(re.compile(pattern) and factor >= 0 for pattern, factor in pairs)
+        return all(re.compile(pattern) for pattern, _ in pairs)
     except re.error:
         return False
 
 
-# (field, what is allowed, test); types are checked from the annotations. Choices stand here because
-# flags cannot parse Literal.
+# What annotations cannot say: (field, what is allowed, test).
 _RULES: tuple[tuple[str, str, Any], ...] = (
-    ("steps", "0 (with model.decoder clip_text) or more", lambda v: v >= 0),
-    ("batch_size", "at least 1", lambda v: v >= 1),
-    ("seed", "0 to 2^31 - 1", lambda v: 0 <= v < 2**31),
-    ("log_every", "at least 1", lambda v: v >= 1),
-    ("eval_every", "0 (never) or more", lambda v: v >= 0),
-    ("checkpoint_every", "at least 1", lambda v: v >= 1),
-    ("keep_checkpoints", "at least 1", lambda v: v >= 1),
-    ("task", " or ".join(DECODERS), lambda v: v in DECODERS),
-    ("model.patch_size", "None or at least 1 pixel", lambda v: v is None or v >= 1),
-    ("model.patch_resize", "flexi or bicubic", lambda v: v in ("flexi", "bicubic")),
-    ("model.window", "0 (off) or more", lambda v: v >= 0),
-    ("model.pyramid", "none, layer or batch", lambda v: v in ("none", "layer", "batch")),
-    ("model.segformer.hidden", "at least 1", lambda v: v >= 1),
-    *(
-        (f"model.mask2former.{field.name}", "at least 1", lambda v: v >= 1)
-        for field in dataclasses.fields(Mask2FormerOptions)
-        if field.type is int
-    ),
-    *(
-        (f"model.fcos.{name}", "at least 1", lambda v: v >= 1)
-        for name in ("channels", "convs", "groups", "candidates", "detections")
-    ),
-    *(
-        rule
-        for head in ("faster_rcnn", "cascade_rcnn", "faster_rcnn_c4")
-        for rule in (
-            *(
-                (f"model.{head}.{name}", "at least 1", lambda v: v >= 1)
-                for name in ("rpn.samples", "roi.proposals", "roi.detections")
-            ),
-            *(
-                (f"model.{head}.roi.{name}", "at least 1", lambda v: v >= 1)
-                for name in ("channels", "hidden", "size")
-            ),
-            *(
-                (f"model.{head}.{name}", "0 or more", lambda v: v >= 0)
-                for name in ("rpn.convs", "roi.convs", "roi.fcs")
-            ),
-            *(
-                (f"model.{head}.rpn.{name}", "two numbers of at least 1", lambda v: min(v) >= 1)
-                for name in ("before", "after")
-            ),
-            *(
-                (f"model.{head}.{name}", "0 to 1", lambda v: 0 <= v <= 1)
-                for name in ("rpn.nms", "roi.score_threshold", "roi.nms")
-            ),
-            (
-                f"model.{head}.rpn.sizes",
-                "sides of more than 0 pixels",
-                lambda v: min((min(sides, default=0) for sides in v), default=0) > 0,
-            ),
-        )
-    ),
-    *(
-        (f"model.fcos.{name}", "0 to 1", lambda v: 0 <= v <= 1)
-        for name in ("score_threshold", "nms")
-    ),
-    ("model.dtype", "float32 or bfloat16", lambda v: v in ("float32", "bfloat16")),
     ("mesh.data", "-1 (the rest) or at least 1", lambda v: v == -1 or v >= 1),
     ("mesh.fsdp", "-1 (the rest) or at least 1", lambda v: v == -1 or v >= 1),
-    ("data.source_weights", "positive numbers", lambda v: all(w > 0 for w in v)),
-    ("data.mapillary_labels", "vltseg or rein", lambda v: v in ("vltseg", "rein")),
-    ("data.workers", "0 or more", lambda v: v >= 0),
-    ("data.crop", "two sides of at least 1 pixel", lambda v: min(v) >= 1),
-    ("data.scale", "two positive factors, smallest first", lambda v: 0 < v[0] <= v[1]),
-    ("data.flip", "0 to 1", lambda v: 0 <= v <= 1),
-    ("data.resize", "None or two sides of at least 1 pixel", lambda v: v is None or min(v) >= 1),
-    ("data.max_class_share", "above 0 up to 1", lambda v: 0 < v <= 1),
-    ("data.rare_class_temperature", "0 (off) or more", lambda v: v >= 0),
-    ("data.rare_class_min_pixels", "at least 1", lambda v: v >= 1),
-    (
-        "data.randaugment",
-        "0 or more operations, a magnitude of 0 to 10",
-        lambda v: v[0] >= 0 and 0 <= v[1] <= 10,
-    ),
-    (
-        "data.pixmix",
-        "0 rounds (off), or more and a beta above 0",
-        lambda v: v[0] == 0 or (v[0] > 0 and v[1] > 0),
-    ),
-    ("data.distortion_probability", "0 to 1", lambda v: 0 <= v <= 1),
-    ("data.brightness", "0 to 255", lambda v: 0 <= v <= 255),
-    ("data.contrast", "0 to 1", lambda v: 0 <= v <= 1),
-    ("data.saturation", "0 to 1", lambda v: 0 <= v <= 1),
-    ("data.hue", "0 to 90, half a turn", lambda v: 0 <= v <= 90),
-    ("data.max_boxes", "at least 1", lambda v: v >= 1),
-    ("data.streets.size", "two sides of at least 32 pixels", lambda v: min(v) >= 32),
-    ("data.streets.images", "at least 1", lambda v: v >= 1),
-    ("data.streets.val_images", "at least 1", lambda v: v >= 1),
-    ("data.streets.seed", "0 or more", lambda v: v >= 0),
-    ("model.drop_path", "0 to below 1", lambda v: 0 <= v < 1),
-    ("optimizer.learning_rate", "above 0", lambda v: v > 0),
-    ("optimizer.encoder_factor", "0 or more", lambda v: v >= 0),
-    ("optimizer.warmup_steps", "0 or more", lambda v: v >= 0),
-    ("optimizer.hold_steps", "0 or more", lambda v: v >= 0),
-    ("optimizer.power", "0 or more", lambda v: v >= 0),
-    ("optimizer.betas", "two numbers of 0 to below 1", lambda v: all(0 <= x < 1 for x in v)),
-    ("optimizer.epsilon", "above 0", lambda v: v > 0),
-    ("optimizer.weight_decay", "0 or more", lambda v: v >= 0),
-    ("optimizer.clip", "0 (off) or more", lambda v: v >= 0),
-    ("optimizer.accumulate", "at least 1", lambda v: v >= 1),
-    (
-        "optimizer.learning_rate_factors",
-        "(regular expression, factor of 0 or more) pairs",
-        _are_factors,
-    ),
-    (
-        "optimizer.weight_decay_factors",
-        "(regular expression, factor of 0 or more) pairs",
-        _are_factors,
-    ),
-    ("evaluation.domains", "at least one", lambda v: len(v) >= 1),
-    ("evaluation.stride", "two steps of at least 1 pixel", lambda v: min(v) >= 1),
-    ("evaluation.batch_size", "at least 1", lambda v: v >= 1),
-    ("evaluation.windows_per_call", "at least 1", lambda v: v >= 1),
-    ("evaluation.max_images", "0 (all) or more", lambda v: v >= 0),
+    ("data.scale", "two factors, smallest first", lambda v: v[0] <= v[1]),
+    ("data.pixmix", "0 rounds (off), or more and a beta above 0", lambda v: v[0] == 0 or v[1] > 0),
+    ("optimizer.learning_rate_factors", "(regular expression, factor) pairs", _are_regexes),
+    ("optimizer.weight_decay_factors", "(regular expression, factor) pairs", _are_regexes),
 )
 
 
@@ -217,7 +106,8 @@ def validated(config: Config) -> Config:
     Raises:
         ValueError: a wrong value or combination; the message says which field and what is allowed.
     """
-    config = coerce(config, type(config), "")  # an experiment may add methods in a class of its own
+    # An experiment may add methods in a class of its own.
+    config = typed(tree_of(config), type(config))
     _check_texts(config)
     for field, allowed, test in _RULES:
         value = get(config, field)
@@ -346,88 +236,42 @@ def common(config: Any) -> dict[str, Any]:
     }
 
 
-def coerce(value: Any, annotation: Any, where: str) -> Any:
-    """`value` as `annotation` says, from dataclasses or JSON; ValueError names the field `where`
-    and what is allowed.
-    """
-    origin = typing.get_origin(annotation)
-    args = typing.get_args(annotation)
-    fail = ValueError(
-        f"{where or 'the configuration'} is {value!r}; allowed: {_describe(annotation)}"
-    )
-    if origin in (typing.Union, types.UnionType):
-        if value is None or value == "None":
-            return None
-        return coerce(value, next(a for a in args if a is not types.NoneType), where)
-    if dataclasses.is_dataclass(annotation):
-        if dataclasses.is_dataclass(value) and not isinstance(value, type):
-            value = {f.name: getattr(value, f.name) for f in dataclasses.fields(value)} | vars(
-                value
-            )
-        if not isinstance(value, dict):
-            raise fail
-        hints = typing.get_type_hints(annotation)
-        prefix = where + "." if where else ""
-        for key in value:
-            if key not in hints:
-                raise ValueError(unknown_field(prefix + key, key, hints))
-        make: Any = annotation
-        return make(**{key: coerce(v, hints[key], prefix + key) for key, v in value.items()})
-    if origin is tuple:
-        if not isinstance(value, (list, tuple)):
-            raise fail
-        if len(args) == 2 and args[1] is Ellipsis:
-            return tuple(coerce(v, args[0], f"{where}[{i}]") for i, v in enumerate(value))
-        if len(value) != len(args):
-            raise fail
-        return tuple(
-            coerce(v, a, f"{where}[{i}]") for i, (v, a) in enumerate(zip(value, args, strict=True))
-        )
-    if origin is dict:
-        if not isinstance(value, dict):
-            raise fail
-        return {
-            coerce(k, args[0], where): coerce(v, args[1], f"{where}[{k!r}]")
-            for k, v in value.items()
-        }
-    try:
-        if annotation is bool:
-            if not isinstance(value, bool):
-                raise fail
-            return value
-        if annotation is int:
-            if isinstance(value, bool) or (isinstance(value, float) and value != int(value)):
-                raise fail
-            return int(value)
-        if annotation is float:
-            if isinstance(value, bool):
-                raise fail
-            number = float(value)
-            if not math.isfinite(number):
-                raise fail
-            return number
-    except (TypeError, ValueError, OverflowError):
-        raise fail from None
-    if annotation is str and not isinstance(value, str):
-        raise fail
+def tree_of(value: Any) -> Any:
+    """A configuration as dicts, with the attributes that an experiment file has made up."""
+    if dataclasses.is_dataclass(value):
+        return {name: tree_of(part) for name, part in vars(value).items()}
     return value
 
 
-def _describe(annotation: Any) -> str:
-    origin = typing.get_origin(annotation)
-    args = typing.get_args(annotation)
-    if origin in (typing.Union, types.UnionType):
-        return " or ".join("None" if a is types.NoneType else _describe(a) for a in args)
-    if origin is tuple:
-        return (
-            f"any number of {_describe(args[0])}"
-            if args[-1] is Ellipsis
-            else f"{len(args)} of {_describe(args[0])}"
-        )
-    if origin is dict:
-        return f"a dict from {_describe(args[0])} to {_describe(args[1])}"
-    names = {int: "an integer", float: "a number", bool: "True or False", str: "text"}
-    return names.get(annotation, getattr(annotation, "__name__", str(annotation)))
+_adapter = functools.cache(pydantic.TypeAdapter)
+
+
+def typed(tree: Any, kind: type[Config] = Config) -> Config:
+    """A configuration whose values have the types of their fields and lie in their ranges.
+
+    Args:
+        tree: of dicts, as from `tree_of` or JSON. Texts of numbers are read as numbers.
+        kind: the class of the configuration.
+
+    Raises:
+        ValueError: an unknown field or a wrong value; the message says which and what is allowed.
+    """
+    try:
+        return _adapter(kind).validate_python(tree)
+    except pydantic.ValidationError as error:
+        first = error.errors(include_url=False)[0]
+    place = [part for part in first["loc"] if part != "[key]"]
+    if first["type"] == "unexpected_keyword_argument":
+        annotation(".".join(map(str, place)), kind)  # raises
+    allowed = re.sub(
+        r"^(Input should be|Tuple should have) | after validation, not \d+$", "", first["msg"]
+    )
+    if first["type"] == "missing":  # no field is required, so it is an entry of a tuple
+        allowed = f"at least {int(place.pop()) + 1} items"
+    field = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in place)
+    raise ValueError(
+        f"{field[1:] or 'the configuration'} is {first['input']!r}; allowed: {allowed}"
+    )
 
 
 def unknown_field(field: str, key: str, known: Any) -> str:
@@ -449,14 +293,14 @@ def unknown_field(field: str, key: str, known: Any) -> str:
     )
 
 
-def annotation(field: str) -> Any:
-    """The type of a dotted `field` of the configuration.
+def annotation(field: str, kind: type[Config] = Config) -> Any:
+    """The type of a dotted `field` of a configuration.
 
     Raises:
         ValueError: an unknown field, with the closest known one.
     """
     parts = field.split(".")
-    found = Config
+    found = kind
     for i, part in enumerate(parts):
         holder = part_type(found)
         if not dataclasses.is_dataclass(holder):

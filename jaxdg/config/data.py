@@ -4,9 +4,13 @@ need no model code.
 
 import dataclasses
 import os
+from typing import Annotated, Literal
+
+from annotated_types import Interval
 
 from jaxdg.data.boxes import BoxOptions
 from jaxdg.data.datasets import FolderOptions, StreetsOptions
+from jaxdg.ranges import Count, CountOrZero, Positive, PositiveOrZero, Share, Size
 
 
 @dataclasses.dataclass
@@ -61,28 +65,28 @@ class DataConfig:
     """
 
     source: str = "clear"
-    source_weights: tuple[float, ...] = ()
+    source_weights: tuple[Positive, ...] = ()
     skip: str | None = None
-    mapillary_labels: str = "vltseg"
+    mapillary_labels: Literal["vltseg", "rein"] = "vltseg"
     root: str = dataclasses.field(default_factory=lambda: os.environ.get("JAXDG_DATA") or "data")
-    workers: int = 0
-    crop: tuple[int, int] = (128, 128)
-    resize: tuple[int, int] | None = None
+    workers: CountOrZero = 0
+    crop: Size = (128, 128)
+    resize: Size | None = None
     keep_ratio: bool = False
-    scale: tuple[float, float] = (0.75, 1.5)
-    flip: float = 0.5
-    max_class_share: float = 1.0
-    rare_class_temperature: float = 0.0
-    rare_class_min_pixels: int = 3000
-    randaugment: tuple[int, float] = (0, 0.0)
-    pixmix: tuple[int, float] = (0, 0.0)
+    scale: tuple[Positive, Positive] = (0.75, 1.5)
+    flip: Share = 0.5
+    max_class_share: Annotated[float, Interval(gt=0, le=1)] = 1.0
+    rare_class_temperature: PositiveOrZero = 0.0
+    rare_class_min_pixels: Count = 3000
+    randaugment: tuple[CountOrZero, Annotated[float, Interval(ge=0, le=10)]] = (0, 0.0)
+    pixmix: tuple[CountOrZero, float] = (0, 0.0)
     pictures: str | None = None
-    distortion_probability: float = 1.0
-    brightness: float = 24.0
-    contrast: float = 0.25
-    saturation: float = 0.0
-    hue: float = 0.0
-    max_boxes: int = 100
+    distortion_probability: Share = 1.0
+    brightness: Annotated[float, Interval(ge=0, le=255)] = 24.0
+    contrast: Share = 0.25
+    saturation: Share = 0.0
+    hue: Annotated[float, Interval(ge=0, le=90)] = 0.0
+    max_boxes: Count = 100
     streets: StreetsOptions = dataclasses.field(default_factory=StreetsOptions)
     folder: FolderOptions | None = None
     boxes: BoxOptions | None = None

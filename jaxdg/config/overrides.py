@@ -1,5 +1,4 @@
-"""`--config.FIELD=VALUE`: texts of the command line read as the types of their fields, and values
-written as texts that are read back.
+"""`--config.FIELD=VALUE`: texts of the command line as values, and values as texts that are read back.
 
 - Several texts or numbers are parted by commas, `night,fog`. A text that holds commas stands in
   quotes as in a CSV file, `'"road, route",sky'`, or all of them in a JSON list, `'["road, route",
@@ -14,38 +13,35 @@ Only here is a text ever split: configuration files and config.json hold lists.
 
 import ast
 from collections.abc import Mapping, Sequence
-import copy
 import csv
 import dataclasses
 import json
 import re
 import types
 import typing
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from jaxdg import config as config_lib
 
-_BOOLEANS = {
-    "true": True,
-    "t": True,
-    "1": True,
-    "false": False,
-    "f": False,
-    "0": False,
-}  # in any case, as of other flags
+if TYPE_CHECKING:
+    from jaxdg.config import Config
 
 
-def take(arguments: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
+def take(
+    arguments: Sequence[str], kind: "type[Config] | None" = None
+) -> tuple[list[str], dict[str, Any]]:
     """Parts the arguments of a command from what they change in its configuration.
 
     Args:
         arguments: all of them; after `--` nothing is a flag.
+        kind: the class of the configuration; `Config` if None.
 
     Returns:
-        The other arguments, and values by dotted field; of a field that is given twice the last.
+        The other arguments, and values by dotted field, which `applied` checks; of a field that is
+        given twice the last.
 
     Raises:
-        ValueError: an unknown field, or a value that is not of its type.
+        ValueError: an unknown field, a field without a value, or quotes that do not close.
     """
     rest: list[str] = []
     given: dict[str, Any] = {}
@@ -59,7 +55,7 @@ def take(arguments: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
             rest.append(argument)
             continue
         negated, field, text = found.groups()
-        annotation = config_lib.annotation(field)
+        annotation = config_lib.annotation(field, kind or config_lib.Config)
         if annotation is bool:
             if negated and text is not None:
                 raise ValueError(
@@ -80,7 +76,7 @@ def take(arguments: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
 
 
 def parse(text: str, annotation: Any, field: str) -> Any:
-    """A value as the command line writes it.
+    """A value as the command line writes it; numbers stay texts, which pydantic reads.
 
     Args:
         text: see the module's first lines.
@@ -88,20 +84,17 @@ def parse(text: str, annotation: Any, field: str) -> Any:
         field: whose, for the error message.
 
     Raises:
-        ValueError: it is no such value.
+        ValueError: quotes that do not close.
     """
     if typing.get_origin(annotation) in (typing.Union, types.UnionType):
         if text == "None":
             return None
         annotation = next(a for a in typing.get_args(annotation) if a is not types.NoneType)
-    value: Any = text
-    if annotation is bool:
-        value = _BOOLEANS.get(text.lower(), text)
-    elif typing.get_origin(annotation) is tuple:
-        value = _items(text, field)
-    elif typing.get_origin(annotation) is dict or dataclasses.is_dataclass(annotation):
-        value = _literal(text)
-    return config_lib.coerce(value, annotation, field)
+    if typing.get_origin(annotation) is tuple:
+        return _items(text, field)
+    if typing.get_origin(annotation) is dict or dataclasses.is_dataclass(annotation):
+        return _literal(text)
+    return text
 
 
 def text_of(value: Any) -> str:
@@ -123,26 +116,23 @@ def text_of(value: Any) -> str:
     return joined if plain else json.dumps(value, ensure_ascii=False)
 
 
-def applied(config: Any, given: Mapping[str, Any]) -> Any:
+def applied(config: "Config", given: Mapping[str, Any]) -> "Config":
     """A copy of a configuration with other values; a part that was None is made of its defaults
     where a field of it is given.
 
     Raises:
-        ValueError: an unknown field.
+        ValueError: an unknown field, or a value that is not of its type.
     """
-    config = copy.deepcopy(config)
+    tree = config_lib.tree_of(config)
     for field, value in given.items():
-        config_lib.annotation(field)
-        *path, last = field.split(".")
-        holder = config
-        holder_type = config_lib.Config
-        for part in path:
-            holder_type = config_lib.part_type(typing.get_type_hints(holder_type)[part])
-            if getattr(holder, part) is None:
-                setattr(holder, part, holder_type())
-            holder = getattr(holder, part)
-        setattr(holder, last, value)
-    return config
+        config_lib.annotation(field, type(config))
+        *parts, last = field.split(".")
+        holder = tree
+        for part in parts:
+            holder[part] = holder.get(part) or {}
+            holder = holder[part]
+        holder[last] = value
+    return config_lib.typed(tree, type(config))
 
 
 def _items(text: str, field: str) -> Any:

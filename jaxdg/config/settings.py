@@ -7,6 +7,9 @@ defined, with its unit and default.
 
 import dataclasses
 import typing
+from typing import Annotated, Literal
+
+from annotated_types import Interval, MinLen
 
 from jaxdg.backbones import EncoderOptions
 from jaxdg.config.data import DataConfig
@@ -15,6 +18,7 @@ from jaxdg.detection.interface import HeadConfig
 from jaxdg.detection.rcnn.detectors import C4Config, RcnnConfig, single_stage
 from jaxdg.evaluation import protocols
 from jaxdg.methods.tldr import TldrOptions
+from jaxdg.ranges import Count, CountOrZero, Size
 from jaxdg.segmentation.clip_text import ClipTextOptions
 from jaxdg.segmentation.decoder import DecoderOptions
 from jaxdg.segmentation.linear import LinearOptions
@@ -59,7 +63,7 @@ class ModelConfig(EncoderOptions):
     weights: str | None = None
     text_weights: str | None = None
     start: str | None = None
-    pyramid: str = "layer"
+    pyramid: Literal["none", "layer", "batch"] = "layer"
     decoder: str = "linear"
     freeze: str = "none"
     # Every decoder and detector by the name that `decoder` knows it by.
@@ -92,12 +96,12 @@ class EvaluationConfig:
             say so. 0 for all. Default 0.
     """
 
-    domains: tuple[str, ...] = ("clear", "night", "rain", "fog", "dusk_rain")
+    domains: Annotated[tuple[str, ...], MinLen(1)] = ("clear", "night", "rain", "fog", "dusk_rain")
     protocol: str = ""
-    stride: tuple[int, int] = (64, 64)
-    batch_size: int = 4
-    windows_per_call: int = 8
-    max_images: int = 0
+    stride: Size = (64, 64)
+    batch_size: Count = 4
+    windows_per_call: Count = 8
+    max_images: CountOrZero = 0
 
 
 @dataclasses.dataclass
@@ -123,20 +127,23 @@ class Config:
         evaluation: on what it is judged.
     """
 
-    steps: int = 1000
-    batch_size: int = 8
-    seed: int = 0
-    log_every: int = 10
-    eval_every: int = 500
-    checkpoint_every: int = 100
-    keep_checkpoints: int = 2
-    task: str = "segmentation"
+    steps: CountOrZero = 1000
+    batch_size: Count = 8
+    seed: Annotated[int, Interval(ge=0, lt=2**31)] = 0
+    log_every: Count = 10
+    eval_every: CountOrZero = 500
+    checkpoint_every: Count = 100
+    keep_checkpoints: Count = 2
+    task: Literal["segmentation", "detection"] = "segmentation"
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
     tldr: TldrOptions = dataclasses.field(default_factory=TldrOptions)
     evaluation: EvaluationConfig = dataclasses.field(default_factory=EvaluationConfig)
+
+    # How pydantic checks a configuration and the parts in it (`checking.typed`).
+    __pydantic_config__ = {"extra": "forbid", "allow_inf_nan": False}  # noqa: RUF012
 
 
 # What a task allows for model.decoder, and for evaluation.protocol, of which the first is the

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxdg import files
-from jaxdg.config.checking import PATHS, coerce, validated
+from jaxdg.config.checking import PATHS, typed, validated
 from jaxdg.config.neighbours import RECIPES, let_import
 from jaxdg.config.settings import Config
 
@@ -152,6 +152,6 @@ def load(workdir: str | Path, kind: type[Config] = Config) -> Config:
             " checkpoints"
         ) from None
     try:
-        return validated(coerce(_once_empty(_renamed(content, kind)), kind, ""))
+        return validated(typed(_once_empty(_renamed(content, kind)), kind))
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None

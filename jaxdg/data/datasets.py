@@ -9,8 +9,9 @@ from collections.abc import Sequence
 import dataclasses
 import itertools
 import math
-from typing import Any, Protocol, runtime_checkable
+from typing import Annotated, Any, Protocol, runtime_checkable
 
+from annotated_types import Ge
 from jaxtyping import Integer, UInt8
 import numpy as np
 
@@ -23,6 +24,7 @@ from jaxdg.data.labels import (
     apply_table,
     class_ids,
 )
+from jaxdg.ranges import Count, CountOrZero
 
 STREETS = ("clear", "night", "rain", "fog", "dusk_rain")  # as in streets/render.py
 
@@ -38,10 +40,10 @@ class StreetsOptions:
         seed: which world; other seeds share no scene.
     """
 
-    size: tuple[int, int] = (128, 256)
-    images: int = 1000
-    val_images: int = 100
-    seed: int = 0
+    size: tuple[Annotated[int, Ge(32)], Annotated[int, Ge(32)]] = (128, 256)
+    images: Count = 1000
+    val_images: Count = 100
+    seed: CountOrZero = 0
 
 
 @dataclasses.dataclass

@@ -30,6 +30,7 @@ from jaxdg.detection.arrays import Detected, Targets, take
 from jaxdg.detection.interface import Head, HeadConfig, HeadContext
 from jaxdg.detection.losses import giou_loss, masked_sum, sigmoid_cross_entropy, sigmoid_focal_loss
 from jaxdg.detection.nms import nms
+from jaxdg.ranges import Count, Share
 
 # In features of the level: the side of the square that box offsets refer to, the longer side of the
 # largest box, and how far along either axis a point that predicts a box may be from its centre.
@@ -59,14 +60,14 @@ class FcosConfig(HeadConfig):
         detections: most boxes detected in an image. Default 100.
     """
 
-    channels: int = 128
-    convs: int = 2
-    groups: int = 32
+    channels: Count = 128
+    convs: Count = 2
+    groups: Count = 32
     levels: tuple[int, ...] = (1, 2, 3)
-    score_threshold: float = 0.05
-    candidates: int = 1000
-    nms: float = 0.6
-    detections: int = 100
+    score_threshold: Share = 0.05
+    candidates: Count = 1000
+    nms: Share = 0.6
+    detections: Count = 100
 
     @property
     def pyramid_channels(self) -> int:

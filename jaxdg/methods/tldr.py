@@ -24,8 +24,9 @@ before the step, so checkpoints and their readers know nothing of it.
 
 from collections.abc import Callable, Mapping, Sequence
 import dataclasses
-from typing import Any
+from typing import Annotated, Any
 
+from annotated_types import MaxLen
 from flax import nnx
 import jax
 import jax.numpy as jnp
@@ -35,6 +36,7 @@ from jaxtyping import Array, Bool, Float, Key, Shaped
 from jaxdg import weights
 from jaxdg.methods.method import Batch, Decoded, Features, Method, MethodOptions, tap_places
 from jaxdg.methods.stylize import stylize
+from jaxdg.ranges import PositiveOrZero
 from jaxdg.training import sharding
 
 VIEWS = ("image", "stylized", "style")
@@ -56,20 +58,17 @@ class TldrOptions(MethodOptions):
             more than this. Default 0.1.
     """
 
-    regularization: tuple[float, ...] = (0.005, 0.0005, 0.00005, 0.000005)
-    generalization: tuple[float, ...] = (0.005, 0.0005)
-    threshold: float = 0.1
+    regularization: Annotated[tuple[PositiveOrZero, ...], MaxLen(4)] = (
+        0.005,
+        0.0005,
+        0.00005,
+        0.000005,
+    )
+    generalization: Annotated[tuple[PositiveOrZero, ...], MaxLen(4)] = (0.005, 0.0005)
+    threshold: PositiveOrZero = 0.1
 
     def check(self, config: Any, name: str) -> None:
         """See `MethodOptions.check`."""
-        for field in ("regularization", "generalization"):
-            given = getattr(self, field)
-            if len(given) > 4 or min(given, default=0) < 0:
-                raise ValueError(
-                    f"{name}.{field} is {given}; allowed: at most 4 weights of 0 or more"
-                )
-        if self.threshold < 0:
-            raise ValueError(f"{name}.threshold is {self.threshold}; allowed: 0 or more")
         if self.on and config.model.weights is None:
             raise ValueError(
                 f"{name}.on is True; allowed: False without model.weights, the encoder whose"

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
 from jaxdg.evaluation.sliding_window import resize_scores
+from jaxdg.ranges import Count
 from jaxdg.segmentation.decoder import DecoderConfig, DecoderOptions
 from jaxdg.segmentation.linear import PixelHead
 
@@ -30,7 +31,7 @@ class SegformerOptions(DecoderOptions):
             ones. Default 256.
     """
 
-    hidden: int = 256
+    hidden: Count = 256
 
     def config(self, classes: Sequence[str], dtype: str) -> "SegformerConfig":
         """See `DecoderOptions.config`."""

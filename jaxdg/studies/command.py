@@ -35,7 +35,6 @@ def main(
         make: returns the study; takes the arguments of `Study`.
     """
     experiment = cli.define_config()
-    flags.FLAGS.register_key_flag_for_module(sys.argv[0], flags.FLAGS["config"])
     key: dict[str, Any] = {"module_name": sys.argv[0]}  # --help shows these
     workdir = cli.define_path(
         "workdir", "Folder of the study: created if needed, continued if it holds the study."

@@ -15,6 +15,7 @@ import jax
 import optax
 
 from jaxdg import weights
+from jaxdg.ranges import Count, CountOrZero, Positive, PositiveOrZero, ShareBelowOne
 
 ENCODER = "backbone."
 
@@ -43,18 +44,18 @@ class OptimizerConfig:
             tokens, and embeddings of positions, queries and levels.
     """
 
-    learning_rate: float = 1e-4
-    encoder_factor: float = 0.1
-    warmup_steps: int = 0
-    hold_steps: int = 0
-    power: float = 0.9
-    betas: tuple[float, float] = (0.9, 0.999)
-    epsilon: float = 1e-8
-    weight_decay: float = 0.05
-    clip: float = 0.01
-    accumulate: int = 1
-    learning_rate_factors: tuple[tuple[str, float], ...] = ()
-    weight_decay_factors: tuple[tuple[str, float], ...] = (
+    learning_rate: Positive = 1e-4
+    encoder_factor: PositiveOrZero = 0.1
+    warmup_steps: CountOrZero = 0
+    hold_steps: CountOrZero = 0
+    power: PositiveOrZero = 0.9
+    betas: tuple[ShareBelowOne, ShareBelowOne] = (0.9, 0.999)
+    epsilon: Positive = 1e-8
+    weight_decay: PositiveOrZero = 0.05
+    clip: PositiveOrZero = 0.01
+    accumulate: Count = 1
+    learning_rate_factors: tuple[tuple[str, PositiveOrZero], ...] = ()
+    weight_decay_factors: tuple[tuple[str, PositiveOrZero], ...] = (
         (
             r"norm|_ln\.|gamma$|(cls_token|(register|storage)_tokens|(pos|query|level)_embed|query_feat)$",
             0.0,

@@ -186,7 +186,7 @@ def test_rounds_take_turns():
 
 
 def test_measures_where_nothing_that_reads_data_is_installed(tmp_path):
-    """A training step is measured without grain, ml_collections, TFDS and tensorboardX, and the
+    """A training step is measured without grain, TFDS and tensorboardX, and the
     line says what came out.
     """
     config = tmp_path / "configs" / "tiny.py"
@@ -211,7 +211,7 @@ def test_measures_where_nothing_that_reads_data_is_installed(tmp_path):
     ]
     code = f"""if True:
         import sys
-        absent = "grain ml_collections tensorflow_datasets tensorboardX array_record ftfy"
+        absent = "grain tensorflow_datasets tensorboardX array_record ftfy"
         sys.modules |= dict.fromkeys(absent.split())
         sys.argv = ["benchmark.py", *{arguments!r}]
         from scripts import benchmark

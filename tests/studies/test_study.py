@@ -424,7 +424,7 @@ def test_other_runs_and_wrong_plans_are_refused(tmp_path):
         ValueError, match=r"unknown field model\.freez; did you mean model\.freeze\?"
     ):
         made("corruptions", StudyOptions(models={"a": {"model.freez": "all"}}))
-    with pytest.raises(ValueError, match=r"batch_size is 0; allowed: at least 1"):
+    with pytest.raises(ValueError, match=r"batch_size is 0; allowed: greater than or equal to 1"):
         made("corruptions", StudyOptions(models={"a": {"batch_size": 0}}))
     with pytest.raises(ValueError, match=r"eval_every is 0; allowed: at least 1 in a study"):
         made("seeds", StudyOptions(), eval_every=0)

@@ -475,7 +475,7 @@ def test_heads_of_the_configuration():
             {"model__decoder": "cascade_rcnn", "model__cascade_rcnn__levels": (1, 2)},
             r"model\.cascade_rcnn\.rpn\.sizes is .* one for each of model\.cascade_rcnn\.levels",
         ),
-        ({"model__fcos__nms": 1.5}, r"model\.fcos\.nms is 1\.5; allowed: 0 to 1"),
+        ({"model__fcos__nms": 1.5}, r"model\.fcos\.nms is 1\.5; allowed: less than or equal to 1"),
         (
             {"model__fcos__groups": 3},
             r"channels of the single-stage head are 8; they must divide by groups, 3",

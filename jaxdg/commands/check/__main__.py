@@ -39,7 +39,6 @@ _SKIP = cli.define_path(
     "File to write the broken files to, as the configuration's data.skip reads it.",
 )
 _CONFIG = cli.define_config()  # for data.folder, data.boxes and data.mapillary_labels
-flags.declare_key_flag("config")
 
 
 def _main(arguments: list[str]) -> None:

@@ -43,7 +43,6 @@ _VERIFY = flags.DEFINE_bool(
     "verify", False, "Compare the records in --out with the digests taken when they were written."
 )
 _CONFIG = cli.define_config()  # for data.folder, data.boxes, data.skip and data.mapillary_labels
-flags.declare_key_flag("config")
 
 
 def _main(arguments: list[str]) -> None:

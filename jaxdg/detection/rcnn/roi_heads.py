@@ -23,6 +23,7 @@ from jaxdg.detection.pyramid import ConvNorm, msra, xavier
 from jaxdg.detection.rcnn.roi_align import roi_align
 from jaxdg.detection.rcnn.rpn import Proposals
 from jaxdg.detection.rcnn.sampling import IGNORED, POSITIVE, assign, sample
+from jaxdg.ranges import Count, CountOrZero, Share
 
 TEMPERATURE = 100.0  # factor of the cosines to texts, CLIP's at the end of its training
 CASCADE = ((0.5, 10.0), (0.6, 20.0), (0.7, 30.0))
@@ -53,19 +54,19 @@ class RoiHeadsConfig:
     """
 
     stages: tuple[tuple[float, float], ...] = CASCADE
-    size: int = 7
+    size: Count = 7
     samples: int | None = None
     aligned: bool = True
-    channels: int = 256
-    convs: int = 4
-    fcs: int = 1
-    hidden: int = 1024
+    channels: Count = 256
+    convs: CountOrZero = 4
+    fcs: CountOrZero = 1
+    hidden: Count = 1024
     class_agnostic: bool = True
-    proposals: int = 512
+    proposals: Count = 512
     positive: float = 0.25
-    score_threshold: float = 0.05
-    nms: float = 0.5
-    detections: int = 100
+    score_threshold: Share = 0.05
+    nms: Share = 0.5
+    detections: Count = 100
 
 
 class BoxHead(nnx.Module):

@@ -6,8 +6,9 @@ number of anchors to sample, even where fewer exist.
 
 from collections.abc import Sequence
 import dataclasses
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
+from annotated_types import MinLen
 from flax import nnx
 import jax
 import jax.numpy as jnp
@@ -19,6 +20,7 @@ from jaxdg.detection.arrays import Targets, take
 from jaxdg.detection.losses import masked_sum, sigmoid_cross_entropy, smooth_l1
 from jaxdg.detection.nms import nms
 from jaxdg.detection.rcnn.sampling import POSITIVE, assign, sample
+from jaxdg.ranges import Count, CountOrZero, Positive, Share
 
 normal = nnx.initializers.normal(0.01)
 
@@ -45,16 +47,22 @@ class RpnConfig:
             0.7.
     """
 
-    convs: int = 2
-    sizes: tuple[tuple[float, ...], ...] = ((32.0,), (64.0,), (128.0,), (256.0,), (512.0,))
+    convs: CountOrZero = 2
+    sizes: tuple[Annotated[tuple[Positive, ...], MinLen(1)], ...] = (
+        (32.0,),
+        (64.0,),
+        (128.0,),
+        (256.0,),
+        (512.0,),
+    )
     ratios: tuple[float, ...] = RATIOS
     rounded: bool = False
     thresholds: tuple[float, float] = (0.3, 0.7)
-    samples: int = 256
+    samples: Count = 256
     positive: float = 0.5
-    before: tuple[int, int] = (2000, 1000)
-    after: tuple[int, int] = (1000, 1000)
-    nms: float = 0.7
+    before: tuple[Count, Count] = (2000, 1000)
+    after: tuple[Count, Count] = (1000, 1000)
+    nms: Share = 0.7
 
 
 class RpnOutput(NamedTuple):

@@ -18,6 +18,7 @@ import numpy as np
 
 from jaxdg.backbones.attention import attention
 from jaxdg.evaluation.sliding_window import resize_scores
+from jaxdg.ranges import Count
 from jaxdg.segmentation.decoder import Decoder, DecoderConfig, DecoderOptions
 from jaxdg.segmentation.mask2former.deformable_attention import kernel_init
 from jaxdg.segmentation.mask2former.losses import (
@@ -52,15 +53,15 @@ class Mask2FormerOptions(DecoderOptions):
             default. Default True.
     """
 
-    hidden: int = 256
-    queries: int = 100
-    heads: int = 8
-    pixel_layers: int = 6
-    pixel_ffn: int = 1024
-    layers: int = 9
-    ffn: int = 2048
-    sampling_points: int = 4
-    points: int = 12544
+    hidden: Count = 256
+    queries: Count = 100
+    heads: Count = 8
+    pixel_layers: Count = 6
+    pixel_ffn: Count = 1024
+    layers: Count = 9
+    ffn: Count = 2048
+    sampling_points: Count = 4
+    points: Count = 12544
     published_init: bool = True
 
     def config(self, classes: Sequence[str], dtype: str) -> "Mask2FormerConfig":
