@@ -6,15 +6,8 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from jaxdg.config.checking import (
-        annotation,
-        common,
-        flat,
-        get,
-        tree_of,
-        typed,
-        validated,
-    )
+    from jaxdg.config.checking import typed, validated
+    from jaxdg.config.fields import annotation, common, flat, get, tree_of
     from jaxdg.config.neighbours import let_import
     from jaxdg.config.settings import (
         DECODERS,
@@ -54,7 +47,7 @@ __all__ = [
     "validated",
 ]
 
-_PLACES = ("settings", "checking", "stored")
+_PLACES = ("settings", "fields", "checking", "stored")
 
 
 def __getattr__(name: str) -> Any:

@@ -9,7 +9,7 @@ import textwrap
 import typing
 from typing import Any, NamedTuple
 
-from jaxdg.config.checking import part_type
+from jaxdg.config.fields import part_type
 from jaxdg.config.overrides import text_of
 from jaxdg.config.settings import Config
 

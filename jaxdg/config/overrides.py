@@ -56,16 +56,10 @@ def take(
             continue
         negated, field, text = found.groups()
         annotation = config_lib.annotation(field, kind or config_lib.Config)
-        if annotation is bool:
-            if negated and text is not None:
-                raise ValueError(
-                    f"{argument}; allowed: --noconfig.{field}, or --config.{field}=VALUE"
-                )
-            text = "false" if negated else "true" if text is None else text
-        elif negated:
-            raise ValueError(
-                f"{argument}; allowed: --config.{field}=VALUE, as {field} is not True or False"
-            )
+        if negated and text is not None:
+            raise ValueError(f"{argument}; allowed: --noconfig.{field}, or --config.{field}=VALUE")
+        if negated or (annotation is bool and text is None):
+            text = "false" if negated else "true"
         elif text is None:
             text = next(waiting, None)
             if text is None:

@@ -472,7 +472,7 @@ def test_the_command_line_is_read_as_the_fields_type(arguments, field, expected)
     ("argument", "message"),
     [
         ("--config.steps", r"--config\.steps has no value"),
-        ("--noconfig.steps", r"--noconfig\.steps; allowed: --config\.steps=VALUE"),
+        ("--noconfig.steps", r"steps is 'false'; allowed: a valid integer"),
         ("--noconfig.tldr.on=1", r"--noconfig\.tldr\.on=1; allowed: --noconfig\.tldr\.on"),
         ("--config.tldr.on=maybe", r"tldr\.on is 'maybe'; allowed: a valid boolean"),
         ("--config.steps=None", r"steps is 'None'; allowed: a valid integer"),
