@@ -232,6 +232,6 @@ def typed(tree: Any, kind: type[Config] = Config) -> Config:
     if first["type"] == "missing":  # no field is required, so it is an entry of a tuple
         allowed = f"at least {int(place.pop()) + 1} items"
     field = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in place)
-    raise ValueError(
-        f"{field[1:] or 'the configuration'} is {first['input']!r}; allowed: {allowed}"
-    )
+    # The command line gives numbers as texts: those that are read as numbers need no quotes.
+    value = first["input"] if "_than" in first["type"] else repr(first["input"])
+    raise ValueError(f"{field[1:] or 'the configuration'} is {value}; allowed: {allowed}")
