@@ -37,7 +37,7 @@ class EncoderOptions:
     encoder: str = "scratch_ti8"
     taps: tuple[int, ...] = ()
     patch_size: Count | None = None
-    patch_resize: Literal["flexi", "bicubic"] = "flexi"
+    patch_resize: str = "flexi"
     window: CountOrZero = 0
     drop_path: ShareBelowOne = 0.0
     remat: bool = False

@@ -26,6 +26,7 @@ def _are_regexes(pairs: tuple[tuple[str, float], ...]) -> bool:
 
 # What annotations cannot say: (field, what is allowed, test).
 _RULES: tuple[tuple[str, str, Any], ...] = (
+    ("model.patch_resize", "flexi or bicubic", lambda v: v in ("flexi", "bicubic")),
     ("mesh.data", "-1 (the rest) or at least 1", lambda v: v == -1 or v >= 1),
     ("mesh.fsdp", "-1 (the rest) or at least 1", lambda v: v == -1 or v >= 1),
     ("data.scale", "two factors, smallest first", lambda v: v[0] <= v[1]),
