@@ -453,7 +453,7 @@ def test_heads_of_the_configuration():
             {"task": "segmentation"},
             r"model\.decoder is fcos; allowed: linear, .*, with task segmentation",
         ),
-        ({"task": "boxes"}, r"task is boxes; allowed: segmentation or detection"),
+        ({"task": "boxes"}, r"task is 'boxes'; allowed: 'segmentation' or 'detection'"),
         (
             {"evaluation__protocol": "vltseg"},
             r"evaluation\.protocol is vltseg; allowed: voc07, voc12, coco, with task detection",
