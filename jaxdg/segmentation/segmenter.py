@@ -66,9 +66,11 @@ class Segmenter(nnx.Module):
                 f" {c.encoder} gives {len(channels)} with {', '.join(map(str, strides))} pixels a"
                 " feature; set model.pyramid to layer or batch, or model.taps to ()"
             )
-        self.pyramid = None
+        pyramid = None
         if builds_levels:
-            self.pyramid = backbones.Pyramid(channels[0], c.pyramid, dtype=c.dtype, rngs=rngs)
+            pyramid = backbones.Pyramid(channels[0], c.pyramid, dtype=c.dtype, rngs=rngs)
+        # Assigned once: the first value says whether an attribute holds parameters.
+        self.pyramid = pyramid
         self.head = decoder.build(channels, encoder=c.encoder, rngs=rngs)
 
     def __call__(
