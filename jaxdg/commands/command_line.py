@@ -42,7 +42,7 @@ class Experiment:
         return None if self._config is None else config_lib.validated(self._config)
 
     def read(self, arguments: list[str]) -> list[str]:
-        """Reads the file and what is changed in it, and returns the arguments without the changes."""
+        """Reads the file and its changes; returns the arguments without the changes."""
         name = _value_of("config", arguments)
         if name is not None:
             path, colon, argument = name.partition(":")

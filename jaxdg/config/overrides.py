@@ -1,4 +1,4 @@
-"""`--config.FIELD=VALUE`: texts of the command line as values, and values as texts that are read back.
+"""`--config.FIELD=VALUE`: values from texts of the command line, and texts from values.
 
 - Several texts or numbers are parted by commas, `night,fog`. A text that holds commas stands in
   quotes as in a CSV file, `'"road, route",sky'`, or all of them in a JSON list, `'["road, route",

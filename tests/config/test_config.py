@@ -115,7 +115,7 @@ def test_values_take_their_declared_type(field, given, expected, tmp_path):
 
 
 def test_a_dataclass_is_coerced_like_json():
-    """A config file may assign lists and integers as flags do; the caller's object stays as it was."""
+    """A config file may assign lists and integers; the caller's object stays as it was."""
     mutable = Config()
     mutable.data.crop = [64, 96]  # pyright: ignore[reportAttributeAccessIssue]
     mutable.optimizer.clip = 1
@@ -811,14 +811,14 @@ def test_no_or_damaged_config_says_where(tmp_path):
 
 @pytest.mark.parametrize("path", CONFIGS, ids=[path.stem for path in CONFIGS])
 def test_shipped_experiments_are_valid(path):
-    """Every file of configs/ loads, and validates to itself, so what is written there is what runs."""
+    """Every file of configs/ loads and validates to itself: what it says is what runs."""
     config = config_lib.from_file(path)
     assert isinstance(config, Config)
     assert config_lib.validated(config) == config
 
 
 def test_experiments_are_found():
-    """The parametrisation above is not empty, and a missing file says where those that exist are."""
+    """The parametrisation above is not empty, and a missing file names those that exist."""
     assert {"streets_tiny", "camvid_vit_tiny"} <= {path.stem for path in CONFIGS}
     with pytest.raises(
         FileNotFoundError,

@@ -68,7 +68,7 @@ def test_death_frees_it(other, tmp_path):
 
 
 def test_waiting_for_the_end_of_the_other(other, tmp_path):
-    """With patience the lock is taken as soon as the other lets go, though that removes the file."""
+    """With patience the lock is taken once the other lets go, though that removes the file."""
     assert other.stdin is not None
     other.stdin.write("\n")
     other.stdin.flush()

@@ -173,7 +173,7 @@ def test_what_may_change_is_recorded(tmp_path):
     ids=str,
 )
 def test_what_results_mean_may_not_change(tmp_path, change):
-    """A domain taken away, another protocol, fewer images, another stride, more steps: another run."""
+    """A lost domain, another protocol or stride, fewer images, more steps: another run."""
     run = with_checkpoint(tmp_path)
     workdir.claim(config(evaluation__domains=("clear", "fog")), run)
     with pytest.raises(

@@ -183,7 +183,7 @@ def deformable_attention(
 
 
 class DeformableAttention(nnx.Module):
-    """Tokens of all levels reading all levels, at places and with weights that each token chooses."""
+    """Tokens of all levels read all levels, at places and with weights that each chooses."""
 
     def __init__(
         self,
