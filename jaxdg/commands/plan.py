@@ -1,8 +1,7 @@
 """What a run needs and how fast a step would be on machines that are not here: no device, no data,
 no weights.
 
-    jaxdg plan --config gta5_eva02 --devices 64 --mesh data=8,fsdp=8 --accelerator h100 \\
-        --config.model.dtype=bfloat16
+    jaxdg plan --config gta5_eva02 --devices 64 --mesh data=8,fsdp=8 --accelerator h100
 
 The real training step of the configuration is compiled by XLA for as many emulated CPU devices,
 from shapes alone: no parameter is allocated. Printed are bytes a device, the collectives of the
