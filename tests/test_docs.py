@@ -19,6 +19,7 @@ import pytest
 
 from jaxdg import config, methods
 from jaxdg.commands import COMMANDS
+from tests import forked
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md"]
@@ -172,8 +173,7 @@ def test_readme_begins_with_the_two_commands():
 def test_the_command_of_readme_reads_its_experiment(tmp_path):
     """`--config FILE` with other flags behind it: a wrong value is what stops the run."""
     words = ["--config", "configs/streets_tiny.py", "--workdir", str(tmp_path / "run")]
-    words = [sys.executable, "-m", "jaxdg.train", *words, "--config.steps=-1"]
-    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
+    done = forked.run("jaxdg.train", *words, "--config.steps=-1", folder=ROOT)
     assert done.returncode == 1
     assert "steps is -1" in done.stderr, done.stderr
 

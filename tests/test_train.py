@@ -42,6 +42,7 @@ from jaxdg.tasks import run_state as tasks
 from jaxdg.training import sharding
 from jaxdg.training.checkpoint import Checkpoints
 from jaxdg.training.metrics import read_metrics
+from tests import forked
 
 pytestmark = pytest.mark.usefixtures("compiled_quickly")
 
@@ -63,7 +64,7 @@ def get_config():
 
 
 class Runs:
-    """Starts `python -m jaxdg.*` as a user does, on one device."""
+    """Starts `python -m jaxdg.*` as a user does, on one device; see `forked`."""
 
     def __init__(self, folder: Path):
         self.folder = folder
@@ -78,44 +79,36 @@ class Runs:
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         }
 
-    def start(self, workdir: str, *overrides: str, terminal: int | None = None) -> subprocess.Popen:
-        """Starts training; on a terminal of its own if one is given."""
-        command = [
-            sys.executable,
-            "-m",
-            "jaxdg.train",
-            "--config",
-            str(self.config),
-            "--workdir",
-            str(self.folder / workdir),
-            *overrides,
-        ]
+    def arguments(self, workdir: str, *overrides: str) -> list[str]:
+        return ["--config", str(self.config), "--workdir", str(self.folder / workdir), *overrides]
+
+    def start(self, workdir: str, *overrides: str) -> forked.Command:
+        """Starts training."""
+        arguments = self.arguments(workdir, *overrides)
+        return forked.Command("jaxdg.train", *arguments, environment=self.environment)
+
+    def start_program(
+        self, workdir: str, *overrides: str, terminal: int | None = None
+    ) -> subprocess.Popen:
+        """Starts training with a command line of its own; on a terminal of its own if one is given."""
+        command = [sys.executable, "-m", "jaxdg.train", *self.arguments(workdir, *overrides)]
         if terminal is None:
-            return subprocess.Popen(
-                command,
-                env=self.environment,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                text=True,
-            )
+            return subprocess.Popen(command, env=self.environment)
         # A new session takes the first terminal it opens for its own, whose closing ends in SIGHUP.
         name = os.ttyname(terminal)
         shell = ["sh", "-c", f'exec "$@" <{name} >{name} 2>{name}', "sh", *command]
         return subprocess.Popen(shell, env=self.environment, start_new_session=True)
 
-    def module(self, name: str, *arguments: str) -> subprocess.CompletedProcess:
+    def module(self, name: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess:
         """Runs another command to its end."""
-        command = [sys.executable, "-m", f"jaxdg.{name}", *arguments]
-        return subprocess.run(
-            command, env=self.environment, capture_output=True, text=True, timeout=300
-        )
+        own = self.environment | environment
+        return forked.run(f"jaxdg.{name}", *arguments, environment=own)
 
     def run(self, workdir: str, *overrides: str) -> subprocess.CompletedProcess:
-        process = self.start(workdir, *overrides)
-        out, err = process.communicate(timeout=300)
-        return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+        """Trains to the end."""
+        return self.module("train", *self.arguments(workdir, *overrides))
 
-    def wait_for(self, workdir: str, process: subprocess.Popen, ready) -> None:
+    def wait_for(self, workdir: str, process: subprocess.Popen | forked.Command, ready) -> None:
         """Returns once `ready(rows)` holds for the run's metrics, or the process has ended."""
         path = self.folder / workdir / "metrics.jsonl"
         while process.poll() is None and not (path.exists() and ready(read_metrics(path.parent))):
@@ -241,7 +234,7 @@ def test_a_closed_terminal_and_a_schedulers_warning_save_too(runs):
     SIGTERM is.
     """
     ours, terminal = pty.openpty()
-    process = runs.start("hung_up", terminal=terminal)
+    process = runs.start_program("hung_up", terminal=terminal)
     os.close(terminal)
     threading.Thread(target=drain, args=(ours,), daemon=True).start()
     runs.wait_for("hung_up", process, lambda rows: any(row["step"] >= 3 for row in rows))
@@ -285,7 +278,7 @@ def test_two_processes_in_one_workdir(runs):
     """The second is told who works there; judging beside it is fine; the lock of a process that was
     killed stops nobody.
     """
-    first = runs.start("shared", "--config.steps=4000", "--config.eval_every=0")
+    first = runs.start_program("shared", "--config.steps=4000", "--config.eval_every=0")
     runs.wait_for("shared", first, lambda rows: any(row["step"] >= 4 for row in rows))
     other = runs.run("shared", "--config.steps=4000", "--config.eval_every=0")
     assert other.returncode == 1
@@ -303,7 +296,7 @@ def test_two_processes_in_one_workdir(runs):
     assert "corrupted" not in judged.stdout + judged.stderr
     assert first.poll() is None
     first.kill()
-    first.communicate()
+    first.wait()
     assert (runs.folder / "shared" / "lock").is_file()
     assert (
         locks.holder(runs.folder / "shared" / "lock") is None
@@ -513,20 +506,9 @@ def test_evaluate_and_predict_commands(runs):
     """
 
     def module(name, *rest):
-        return subprocess.run(
-            [
-                sys.executable,
-                "-m",
-                f"jaxdg.{name}",
-                "--checkpoint",
-                str(runs.folder / "whole" / "checkpoints" / "16"),
-                *rest,
-            ],
-            env={**runs.environment, "JAX_ENABLE_X64": "1"},  # which changes nothing
-            capture_output=True,
-            text=True,
-            timeout=300,
-        )
+        """With an environment that changes nothing."""
+        step = str(runs.folder / "whole" / "checkpoints" / "16")
+        return runs.module(name, "--checkpoint", step, *rest, JAX_ENABLE_X64="1")
 
     out = runs.folder / "evaluated"
     done = module("evaluate", "--domains", "fog", "--out", str(out), "--batch_size", "2")

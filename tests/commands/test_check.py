@@ -10,7 +10,6 @@ from pathlib import Path
 import re
 import shutil
 import subprocess
-import sys
 import zipfile
 
 import cv2
@@ -25,6 +24,7 @@ from jaxdg.data.boxes import BoxOptions, open_boxes
 from jaxdg.data.datasets import FolderOptions, StreetsOptions
 from jaxdg.data.domains import open_domain, open_files
 from jaxdg.data.labels import CITYSCAPES
+from tests import forked
 from tests.data import trees
 
 
@@ -35,8 +35,7 @@ def cache(tmp_path, monkeypatch):
 
 
 def command(*arguments: object) -> subprocess.CompletedProcess[str]:
-    line = [sys.executable, "-m", "jaxdg.data.check", *map(str, arguments)]
-    return subprocess.run(line, capture_output=True, text=True, check=False)
+    return forked.run("jaxdg.data.check", *map(str, arguments))
 
 
 def run(root: Path, *names: str, **options) -> tuple[bool, str]:

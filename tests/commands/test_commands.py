@@ -3,7 +3,6 @@ any folder.
 """
 
 import importlib.util
-import os
 from pathlib import Path
 import subprocess
 import sys
@@ -12,6 +11,7 @@ import pytest
 
 from jaxdg import commands
 from jaxdg import config as config_lib
+from tests import forked
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -21,11 +21,7 @@ def jaxdg(tmp_path):
     """Runs `jaxdg ARGUMENTS` in a folder away from the checkout."""
 
     def run(*arguments: str) -> subprocess.CompletedProcess:
-        program = [sys.executable, "-c", "from jaxdg.commands import main; main()", *arguments]
-        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-        return subprocess.run(
-            program, cwd=tmp_path, env=environment, capture_output=True, text=True
-        )
+        return forked.run("jaxdg", *arguments, folder=tmp_path)
 
     return run
 

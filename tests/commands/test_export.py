@@ -18,6 +18,7 @@ from jaxdg.tasks.loading import Model
 from jaxdg.tasks.run_state import Blueprint, abstract_state, make_task
 from jaxdg.training import sharding
 from jaxdg.training.checkpoint import Checkpoints
+from tests import forked
 
 # A loop that takes the queries of 4 heads, 33 tokens of an image and a width of 32 one by one.
 HEAD_LOOP = re.compile(r"stablehlo\.while.*tensor<4x1x33x32xbf16>")
@@ -175,16 +176,10 @@ def test_the_command(tmp_path):
     checkpoints = Checkpoints(run)
     checkpoints.save(drawn(abstract_state(Blueprint.of(make_task(c), "none"), c, mesh)[0]))
     checkpoints.close()
-    command = [
-        sys.executable,
-        "-m",
-        "jaxdg.export",
-        "--checkpoint",
-        str(run),
-        "--out",
-        str(tmp_path / "m.stablehlo"),
-    ]
-    done = subprocess.run([*command, "--platform", "cpu"], capture_output=True, text=True)
+    out = tmp_path / "m.stablehlo"
+    done = forked.run(
+        "jaxdg.export", "--checkpoint", str(run), "--out", str(out), "--platform", "cpu"
+    )
     assert done.returncode == 0, done.stderr
     assert "images uint8 [32, 64, 3], for cpu" in done.stdout
     assert (tmp_path / "m.json").is_file()

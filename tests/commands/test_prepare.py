@@ -26,6 +26,7 @@ from jaxdg.data.datasets import FolderOptions
 from jaxdg.data.domains import open_files
 from jaxdg.data.labels import CITYSCAPES, LabelSet
 from jaxdg.data.records import open_records
+from tests import forked
 from tests.data import trees
 
 SHARD_PIXELS = 2 * 12 * 16  # two images a shard
@@ -83,13 +84,7 @@ def write(out: Path, dataset: Counted | None = None, **options) -> dict[str, byt
 
 def command(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
     """Runs `python -m jaxdg.data.prepare`."""
-    return subprocess.run(
-        [sys.executable, "-m", "jaxdg.data.prepare", *arguments],
-        env={**os.environ, **environment},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    return forked.run("jaxdg.data.prepare", *arguments, environment={**os.environ, **environment})
 
 
 def test_worker_processes_write_the_same_bytes_as_threads(tmp_path):

@@ -4,8 +4,6 @@ fault of a folder named.
 
 import dataclasses
 import os
-import subprocess
-import sys
 import zipfile
 
 import jax
@@ -21,6 +19,7 @@ from jaxdg.config import Config, validated
 from jaxdg.data.datasets import FolderOptions, StreetsOptions
 from jaxdg.data.domains import open_domain
 from jaxdg.data.labels import CITYSCAPES_IDS
+from tests import forked
 from tests.data import trees
 
 SIZE = (32, 48)
@@ -203,13 +202,7 @@ def test_commands_write_the_models_label_maps(tmp_path, monkeypatch, compiled_qu
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
 
     def command(*arguments):
-        return subprocess.run(
-            [sys.executable, "-m", "jaxdg.submit", *arguments, *shared],
-            env=environment,
-            capture_output=True,
-            text=True,
-            timeout=300,
-        )
+        return forked.run("jaxdg.submit", *arguments, *shared, environment=environment)
 
     shared = (
         "--benchmark",

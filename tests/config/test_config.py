@@ -28,6 +28,7 @@ from jaxdg.detection.rcnn.rpn import RpnConfig
 from jaxdg.methods.tldr import TldrOptions
 from jaxdg.segmentation.mask2former.head import Mask2FormerOptions
 from jaxdg.segmentation.segformer import SegformerOptions
+from tests import forked
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = sorted((ROOT / "configs").glob("*.py"))
@@ -643,14 +644,9 @@ def test_flags_of_a_command(tmp_path):
     (tmp_path / "command.py").write_text(script)
 
     def run(*arguments, code=0):
-        command = [sys.executable, str(tmp_path / "command.py"), *arguments]
-        own = {
-            **os.environ,
-            "HOME": "/home/me",
-            "PYTHONPATH": str(ROOT),
-            "PYTHONWARNINGS": "ignore",
-        }
-        done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=own)
+        own = {**os.environ, "HOME": "/home/me"}
+        program = str(tmp_path / "command.py")
+        done = forked.run(program, *arguments, folder=tmp_path, environment=own)
         assert done.returncode == code, done.stderr
         return done.stdout if code == 0 else done.stderr
 

@@ -1,11 +1,34 @@
 """What the tests of the conversion command assert of its results."""
 
+import functools
 import os
 import re
 
 import numpy as np
+import pytest
+
+from jaxdg.conversion import mapping, models
 
 LONGEST = 1000  # characters: ten lines of a terminal
+
+
+def find_shapes_once(patch: pytest.MonkeyPatch) -> None:
+    """Finds the shapes of a name and of a layout once; for tests between which no name changes its
+    meaning.
+    """
+    source_shapes = mapping.source_shapes
+    found = {}
+
+    def remembered(module, layout):
+        key = (id(module), id(layout))
+        if key not in found:
+            # Both are kept, so that no other object gets their ids.
+            found[key] = (module, layout, source_shapes(module, layout))
+        return dict(found[key][-1])
+
+    patch.setattr(models, "abstract", functools.cache(models.abstract))
+    patch.setattr(models, "layouts", functools.cache(models.layouts))
+    patch.setattr(mapping, "source_shapes", remembered)
 
 
 def converted(result):

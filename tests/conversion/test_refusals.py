@@ -15,7 +15,7 @@ from safetensors.numpy import load_file, save_file
 
 from jaxdg import backbones
 from jaxdg.conversion import mapping, models
-from tests.conversion.checks import assert_identical, converted, kinds, refused
+from tests.conversion.checks import assert_identical, converted, find_shapes_once, kinds, refused
 from tests.small_zoo import DEPTH, reduced
 
 
@@ -57,7 +57,7 @@ def small():
                     key,
                     backbones.zoo.Entry(reduced(config, depth), "made by a test", "none", 1),
                 )
-        patch.setattr(models, "abstract", functools.cache(models.abstract))
+        find_shapes_once(patch)
         patch.setattr(models, "converted_encoders", lambda: list(LAYOUTS))
         yield
 

@@ -25,13 +25,20 @@ from jaxdg import backbones, weights
 from jaxdg.backbones import zoo
 from jaxdg.conversion import checkpoint, mapping, models
 from jaxdg.conversion import convert as torch_to_flax
-from tests.conversion.checks import Evil, assert_identical, converted, refused
+from tests.conversion.checks import Evil, assert_identical, converted, find_shapes_once, refused
 from tests.conversion.torch_files import torch_file
 
 WIDTH = 32
 DEPTH = 2
 GRID = 3
 PATCH = 4
+
+
+@pytest.fixture(autouse=True, scope="module")
+def shapes_found_once():
+    with pytest.MonkeyPatch.context() as patch:
+        find_shapes_once(patch)
+        yield
 
 
 @pytest.fixture(autouse=True)

@@ -30,10 +30,15 @@ def sizes():
     return jnp.asarray([models.IMAGE] * 2, jnp.float32)
 
 
+def proposals_of(rpn, output, sizes, train):
+    """`rpn.proposals` in one compiled program."""
+    return jax.jit(lambda output, sizes: rpn.proposals(output, sizes, train=train))(output, sizes)
+
+
 @pytest.mark.parametrize("train", [True, False])
 def test_proposals_equal_torchvision(faster_rcnn, output, sizes, golden, train):
     """The same boxes in the same order, with the numbers of training and of inference."""
-    proposals = faster_rcnn.proposal_generator.proposals(output, sizes, train=train)
+    proposals = proposals_of(faster_rcnn.proposal_generator, output, sizes, train)
     name = "train" if train else "test"
     with np.load(golden / "detectors.npz") as file:
         assert np.sum(proposals.valid, axis=1).tolist() == file[f"proposed_{name}"].tolist()
@@ -45,7 +50,8 @@ def test_proposals_equal_torchvision(faster_rcnn, output, sizes, golden, train):
 def test_losses_equal_torchvision(faster_rcnn, output, golden):
     """Cross entropy and L1 of all anchors, but for what they are divided by."""
     rpn = faster_rcnn.proposal_generator
-    terms = rpn.losses(output, Targets.of(models.targets()), jnp.asarray(2.0), jax.random.key(0))
+    targets = Targets.of(models.targets())
+    terms = jax.jit(rpn.losses)(output, targets, jnp.asarray(2.0), jax.random.key(0))
     with np.load(golden / "detectors.npz") as file:
         factor = file["counted"][0] / (models.ANCHORS * 2)
         np.testing.assert_allclose(
@@ -91,12 +97,14 @@ def test_as_many_anchors_are_drawn_as_are_to_be():
     targets = Targets(boxes, jnp.zeros((1, 4), jnp.int32), jnp.ones((1, 4), bool))
     output = random_output(rpn, 1)
 
-    def loss(output, key):
+    @jax.jit
+    @jax.grad
+    def gradient_of(output, key):
         return sum(rpn.losses(output, targets, jnp.asarray(1.0), key).values())
 
     seen = np.zeros(sum(x.shape[1] for x in output.logits))
     for seed in range(3):
-        gradient = jax.grad(loss)(output, jax.random.key(seed))
+        gradient = gradient_of(output, jax.random.key(seed))
         logits, offsets = (np.concatenate([x[0] for x in part]) for part in gradient)
         drawn = logits != 0
         positive = logits < 0
@@ -128,10 +136,12 @@ def test_every_true_box_has_an_anchor():
         jnp.ones((1, len(boxes)), bool),
     )
 
-    def loss(output):
+    @jax.jit
+    @jax.grad
+    def gradient_of(output):
         return rpn.losses(output, targets, jnp.asarray(1.0), jax.random.key(0))["rpn_box"]
 
-    gradient = jax.grad(loss)(random_output(rpn, 1))
+    gradient = gradient_of(random_output(rpn, 1))
     learnt = (np.concatenate([x[0] for x in gradient.offsets]) != 0).any(axis=1)
     overlaps = np.asarray(iou(jnp.asarray(boxes)[:, None], jnp.concatenate(rpn.anchors())))
     assert len(boxes) > 200
@@ -144,7 +154,7 @@ def test_padding_holds_no_proposal():
     """
     rpn = plain(before=(200, 200), after=(150, 150))
     sizes = jnp.asarray([[48, 64], [20, 30], [0, 0]], jnp.float32)
-    proposals = rpn.proposals(random_output(rpn, 3), sizes, train=False)
+    proposals = proposals_of(rpn, random_output(rpn, 3), sizes, train=False)
     boxes = np.asarray(proposals.boxes)
     valid = np.asarray(proposals.valid)
     assert valid[0].sum() > valid[1].sum() > 0 == valid[2].sum()
@@ -161,7 +171,7 @@ def test_not_a_number_is_no_proposal():
     sizes = jnp.asarray([[48, 64]], jnp.float32)
     output = random_output(rpn, 1)
     offsets = (output.offsets[0].at[0, 5].set(jnp.nan), output.offsets[1])
-    proposals = rpn.proposals(RpnOutput(output.logits, offsets), sizes, train=True)
+    proposals = proposals_of(rpn, RpnOutput(output.logits, offsets), sizes, train=True)
     assert np.isfinite(proposals.boxes[proposals.valid]).all()
     assert proposals.valid.sum() > 10
 
