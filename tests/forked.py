@@ -1,7 +1,7 @@
 """Commands as processes of their own that need not import anything.
 
-`python -m jaxdg.train` imports for seconds before it reads its flags. A server has imported it all;
-a command is a fork of that server. It is a process with a pid, an environment and an exit code; only
+`python -m jaxdg.train` imports for seconds before it reads its flags. A server has imported it all,
+and a command is a fork of that server: a process with a pid, an environment and an exit code. Only
 the command line that `ps` shows is the server's. No JAX backend exists before the fork.
 """
 
@@ -103,7 +103,7 @@ def run(
 
 @functools.cache
 def _server() -> subprocess.Popen[str]:
-    # What JAX reads from the environment when it is imported is set for each command, see `_become`.
+    # What JAX reads from the environment on import is set for each command, see `_become`.
     environment = {name: value for name, value in os.environ.items() if not _of_jax(name)}
     environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), environment.get("PYTHONPATH", "")])
     server = subprocess.Popen(

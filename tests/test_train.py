@@ -90,7 +90,7 @@ class Runs:
     def start_program(
         self, workdir: str, *overrides: str, terminal: int | None = None
     ) -> subprocess.Popen:
-        """Starts training with a command line of its own; on a terminal of its own if one is given."""
+        """Starts training by a command line of its own, on a terminal of its own if given."""
         command = [sys.executable, "-m", "jaxdg.train", *self.arguments(workdir, *overrides)]
         if terminal is None:
             return subprocess.Popen(command, env=self.environment)
