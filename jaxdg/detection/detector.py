@@ -112,7 +112,9 @@ class Detector(nnx.Module):
     ) -> tuple[Float[Array, "b _ _ _"], ...]:
         """Features of all taps, of which `read` gives the indices for `decode`."""
         height, width = np.subtract(self.image_size, self.config.image_size).tolist()
-        return self.backbone(jnp.pad(images, ((0, 0), (0, height), (0, width), (0, 0))), key)
+        images = jnp.pad(images, ((0, 0), (0, height), (0, width), (0, 0)))
+        with jax.named_scope("encoder"):
+            return self.backbone(images, key)
 
     def decode(
         self,
@@ -122,8 +124,10 @@ class Detector(nnx.Module):
     ) -> Any:
         """The head's output from the features of all taps."""
         features = tuple(features[i] for i in self.read)
-        features = features[:1] if self.neck is None else self.neck(features)
-        return self.head(features, None if key is None else jax.random.fold_in(key, 1), train)
+        with jax.named_scope("pyramid"):
+            features = features[:1] if self.neck is None else self.neck(features)
+        with jax.named_scope("decoder"):
+            return self.head(features, None if key is None else jax.random.fold_in(key, 1), train)
 
     def loss_denominator(self, batch: Mapping[str, Array]) -> Float32[Array, ""]:
         """What the losses of a global batch are divided by; `batch` as for `Targets.of`."""

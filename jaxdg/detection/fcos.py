@@ -211,6 +211,7 @@ class Fcos(Head):
         return Detected.of(take(boxes, kept), take(scores, kept), take(classes, kept), valid)
 
 
+@jax.named_scope("matching")
 def assign_points(
     targets: Targets, grid: Sequence[Float[Array, "_ 2"]], strides: Sequence[float]
 ) -> Int32[Array, "b n"]:

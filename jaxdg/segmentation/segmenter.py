@@ -92,7 +92,8 @@ class Segmenter(nnx.Module):
         self, images: Float[Array, "b h w 3"], key: Key[Array, ""] | None = None
     ) -> tuple[Float[Array, "b _ _ _"], ...]:
         """Features of all taps, of which `read` gives the indices for `decode`."""
-        return self.backbone(images, key)
+        with jax.named_scope("encoder"):
+            return self.backbone(images, key)
 
     def decode(
         self,
@@ -103,9 +104,11 @@ class Segmenter(nnx.Module):
         """The decoder's output from the features of all taps."""
         features = tuple(features[i] for i in self.read)
         if self.pyramid is not None:
-            features = self.pyramid(features, train)
-        features = self.head.adapt_features(self.backbone, features)
-        return self.head(features, None if key is None else jax.random.fold_in(key, 1), train)
+            with jax.named_scope("pyramid"):
+                features = self.pyramid(features, train)
+        with jax.named_scope("decoder"):
+            features = self.head.adapt_features(self.backbone, features)
+            return self.head(features, None if key is None else jax.random.fold_in(key, 1), train)
 
     def adapt(self, name: str, tensor: np.ndarray) -> np.ndarray | None:
         """Resizes a tensor stored for another image size, as the encoder does."""

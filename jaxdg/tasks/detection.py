@@ -98,7 +98,8 @@ class Detection(ImageTask):
         """See `Task.losses`; batch: `image` uint8 [b, h, w, 3] and boxes, see `train_batches`."""
         pixel_key, drop_key, sample_key = jax.random.split(key, 3)
         output, terms = self.outputs(model, batch, pixel_key, drop_key)
-        return {**model.losses(output, self.targets(batch), denominator, sample_key), **terms}
+        with jax.named_scope("losses"):
+            return {**model.losses(output, self.targets(batch), denominator, sample_key), **terms}
 
     def detect(
         self, graph: nnx.GraphDef, state: ModelState, images: Array, sizes: Array

@@ -91,8 +91,9 @@ class Segmentation(ImageTask):
         """See `Task.losses`; batch: `image` uint8 [b, h, w, 3], `label` uint8 [b, h, w]."""
         pixel_key, drop_key, point_key = jax.random.split(key, 3)
         output, terms = self.outputs(model, batch, pixel_key, drop_key)
-        label = self.targets(batch)["label"]
-        return {**model.head.loss(output, label, denominator, point_key), **terms}
+        with jax.named_scope("losses"):
+            label = self.targets(batch)["label"]
+            return {**model.head.loss(output, label, denominator, point_key), **terms}
 
     def predictor(self, graph: nnx.GraphDef) -> Predict:
         """See `Task.predictor`: sliding windows give label maps uint8 [h, w].

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 from flax import nnx
+import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Key, UInt8
@@ -176,11 +177,13 @@ class ImageTask:
         """The model's output for a prepared batch, with the rows of `targets`, and loss terms."""
         images = batch["image"]
         terms = {}
-        if images.dtype == jnp.uint8:  # else a method has augmented them before the step
-            images = self.distort(images, pixel_key)
-        for method in self.methods:
-            images = method.images(images, batch)
-        features = model.encode(self.normalize(images), drop_key)
+        with jax.named_scope("input"):
+            if images.dtype == jnp.uint8:  # else a method has augmented them before the step
+                images = self.distort(images, pixel_key)
+            for method in self.methods:
+                images = method.images(images, batch)
+            images = self.normalize(images)
+        features = model.encode(images, drop_key)
         for method in self.methods:
             places = method_lib.tap_places(model, method.observed(self.depth))
             features, new = method.observe(features, places, batch)

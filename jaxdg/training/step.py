@@ -83,9 +83,11 @@ def make_step(
                 graph, gathered, batch, loss_denominator, losses, step_key, accumulate
             )
         grads = sharding.gather(grads, shardings.trained)
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.trained)
-        updated: Any = optax.apply_updates(state.trained, updates)
-        metrics = {"loss": sum(terms.values()), "gradient_norm": optax.tree.norm(grads), **terms}
+        with jax.named_scope("optimizer"):
+            updates, opt_state = optimizer.update(grads, state.opt_state, state.trained)
+            updated: Any = optax.apply_updates(state.trained, updates)
+            norm = optax.tree.norm(grads)
+        metrics = {"loss": sum(terms.values()), "gradient_norm": norm, **terms}
         return TrainState(state.step + 1, updated, state.frozen, statistics, opt_state), metrics
 
     return step
@@ -102,7 +104,8 @@ def gradients(
 ) -> tuple[nnx.State, nnx.State, dict[str, Array]]:
     """The gradient of the losses' sum, the statistics after the batch, and each loss term."""
     model = nnx.merge(graph, state.trained, state.frozen, state.statistics)
-    denominator = loss_denominator(model, batch)
+    with jax.named_scope("losses"):
+        denominator = loss_denominator(model, batch)
 
     def loss(trained, statistics, part, key):
         # Only a copy can update its statistics in here.

@@ -16,6 +16,7 @@ NEGATIVE = 0
 POSITIVE = 1
 
 
+@jax.named_scope("matching")
 def assign(
     boxes: Float[Array, "*b n 4"],
     truth: Float[Array, "*b m 4"],

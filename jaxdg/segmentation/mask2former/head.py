@@ -246,7 +246,9 @@ class Mask2Former(Decoder):
 
         The features are four maps, finest first. Nothing differs in training.
         """
-        return self.decode(*self.pixel_decoder(features))
+        with jax.named_scope("pixel_decoder"):
+            maps = self.pixel_decoder(features)
+        return self.decode(*maps)
 
     def decode(
         self,

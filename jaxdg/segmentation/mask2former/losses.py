@@ -105,9 +105,10 @@ def mask2former_loss(
         class_logits, mask_logits, key = inputs
         return prediction_costs(class_logits, mask_logits, label, draw_points(key, (b, 1, points)))
 
-    logits = jax.lax.stop_gradient((class_logits, mask_logits))
-    cost = jax.lax.map(costs, (*logits, matching_keys))
-    query = assign(cost, jnp.broadcast_to(valid, (layers, *valid.shape)))
+    with jax.named_scope("matching"):
+        logits = jax.lax.stop_gradient((class_logits, mask_logits))
+        cost = jax.lax.map(costs, (*logits, matching_keys))
+        query = assign(cost, jnp.broadcast_to(valid, (layers, *valid.shape)))
 
     def terms(inputs):
         class_logits, mask_logits, query, key = inputs
