@@ -23,6 +23,7 @@ import numpy as np
 # Dense bfloat16 peak of one device in TFLOP/s, as its maker states it. The first key that
 # `device_kind` contains counts.
 PEAK_TFLOPS = {
+    "B200": 2250.0,
     "H200": 989.0,
     "H100 PCIe": 756.0,
     "H100": 989.0,

@@ -17,118 +17,33 @@ What to believe of it:
   optimiser's pass over its state at the memory's, bytes sent around rings at 0.8 of the
   interconnect's. Between "overlapped", where products hide what is sent, and "in turn". Nothing is
   added for launching kernels and reading data: models as small as the tests' are far slower.
+
+    jaxdg plan --config gta5_eva02 --compile_for h100 --json plan.json --config.model.dtype=bfloat16
+
+has the step compiled by the GPU's own compiler instead, which needs no GPU (extra `plan-cuda`), and
+predicts every kernel: see `compiling` and `roofline`.
 """
 
-from collections import defaultdict
 from collections.abc import Sequence
 import dataclasses
+import json
 import math
+from pathlib import Path
 import re
 import time
-from typing import Any
 
 from absl import flags
 import jax
-import numpy as np
 
-from jaxdg import methods
 from jaxdg.backbones import zoo
 from jaxdg.commands import command_line as cli
-from jaxdg.commands.flops import PEAK_TFLOPS, count
+from jaxdg.commands import compiling
+from jaxdg.commands.abstract_step import abstract_step, device_bytes
+from jaxdg.commands.accelerators import ACCELERATORS, LINK_SHARE, USABLE, Accelerator
+from jaxdg.commands.collectives import Collective, collectives
+from jaxdg.commands.flops import count
 from jaxdg.config import Config, MeshConfig
-from jaxdg.data.augment.transforms import BOX_FIELDS
-from jaxdg.tasks import run_state as tasks
-from jaxdg.tasks.task import Task
 from jaxdg.training import sharding
-from jaxdg.training.step import make_step
-
-LINK_SHARE = 0.8  # of the interconnect's peak that collectives reach
-USABLE = (
-    0.9  # of the memory; the rest is for the runtime, the compiler's own buffers and fragmentation
-)
-
-
-@dataclasses.dataclass(frozen=True)
-class Accelerator:
-    """Peak rates of one chip.
-
-    Attributes:
-        flops: dense bfloat16 operations a second.
-        float32: share of that rate at which float32 products run by default: TF32 on GPUs, one
-            bfloat16 pass on TPUs.
-        memory: bytes.
-        bandwidth: of the memory, bytes a second.
-        link: bytes a second a chip can send to the chips of its domain around a ring.
-        domain: chips that are joined by such links: of a node, or of a pod.
-        network: bytes a second a chip can send out of its domain.
-    """
-
-    flops: float
-    float32: float
-    memory: float
-    bandwidth: float
-    link: float
-    domain: int
-    network: float
-
-
-# GPUs: NVIDIA's data sheets of H100 SXM, H200 SXM and A100 80GB SXM (NVLink: half of the sum of
-# both directions), nodes of eight and one network card a GPU as in DGX H100, DGX H200 (400 Gb/s)
-# and DGX A100 (200 Gb/s). TPUs: docs.cloud.google.com/tpu/docs, and for a ring along one axis of
-# the torus and for the data centre's network the tables of jax-ml.github.io/scaling-book/tpus.
-ACCELERATORS = {
-    "h100": Accelerator(PEAK_TFLOPS["H100"] * 1e12, 0.5, 80e9, 3.35e12, 450e9, 8, 50e9),
-    "h200": Accelerator(PEAK_TFLOPS["H200"] * 1e12, 0.5, 141e9, 4.8e12, 450e9, 8, 50e9),
-    "a100": Accelerator(PEAK_TFLOPS["A100"] * 1e12, 0.5, 80e9, 2.039e12, 300e9, 8, 25e9),
-    "tpu_v4": Accelerator(
-        PEAK_TFLOPS["TPU v4"] * 1e12, 1.0, 32.0 * 2**30, 1.2e12, 90e9, 4096, 6.25e9
-    ),
-    "tpu_v5e": Accelerator(PEAK_TFLOPS["TPU v5 lite"] * 1e12, 1.0, 16e9, 819e9, 90e9, 256, 3.125e9),
-    "tpu_v5p": Accelerator(PEAK_TFLOPS["TPU v5"] * 1e12, 1.0, 95e9, 2.765e12, 180e9, 8960, 6.25e9),
-    "tpu_v6e": Accelerator(
-        PEAK_TFLOPS["TPU v6 lite"] * 1e12, 1.0, 32e9, 1.638e12, 180e9, 256, 12.5e9
-    ),
-}
-
-
-@dataclasses.dataclass(frozen=True)
-class Collective:
-    """One collective instruction of the compiled program.
-
-    Attributes:
-        kind: such as all-gather.
-        times: it runs a step.
-        size: bytes of the whole that a device gives or gets each time, the larger of the two.
-        groups: devices that exchange with each other, [groups, members].
-    """
-
-    kind: str
-    times: int
-    size: int
-    groups: np.ndarray
-
-    @property
-    def sent(self) -> float:
-        """Bytes a device sends each time, around a ring."""
-        n = self.groups.shape[1]
-        return self.size * {"all-reduce": 2 * (n - 1) / n, "collective-permute": 1.0}.get(
-            self.kind, (n - 1) / n
-        )
-
-    def seconds(self, chip: Accelerator) -> float:
-        """Of one step.
-
-        A group that leaves its domain is as fast as the network cards of its members in each domain
-        together.
-        """
-        domains = self.groups // chip.domain
-        within = (domains == domains[:, :1]).all()
-        inside = max(np.unique(row, return_counts=True)[1].max() for row in domains)
-        return (
-            self.times
-            * self.sent
-            / (LINK_SHARE * (chip.link if within else min(chip.link, inside * chip.network)))
-        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -165,201 +80,33 @@ class Plan:
         return self.parameters + self.optimizer + self.rest + self.temporaries
 
 
-def abstract_batch(task: Task, mesh: Any) -> dict[str, Any]:
-    """The shapes of a global training batch, divided over the mesh."""
-    c = task.config
-
-    def of(dtype, *shape):
-        return jax.ShapeDtypeStruct(
-            (c.batch_size, *shape), dtype, sharding=sharding.batch_sharding(mesh)
-        )
-
-    if c.task == "segmentation":
-        return {"image": of(np.uint8, *c.data.crop, 3), "label": of(np.uint8, *c.data.crop)}
-    n = c.data.max_boxes
-    boxes = {key: of(dtype, n, *shape) for key, (shape, dtype) in BOX_FIELDS.items()}
-    return {"image": of(np.uint8, *c.data.crop, 3), "valid": of(np.bool_, n), **boxes}
-
-
-def device_bytes(tree: Any) -> int:
-    """Bytes that one device holds of a tree of shapes with shardings."""
-    return sum(
-        math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree)
-    )
-
-
 def plan(config: Config) -> Plan:
     """Compiles the step of a run for the devices of this process, which `config.mesh` arranges.
 
     Raises:
         ValueError: TLDR is on, whose batches are made with weights that are not here.
     """
-    for name, options in methods.settings(config).items():
-        if options.on:
-            raise ValueError(
-                f"{name}.on is True; allowed: False, for a method may need weights, which are not"
-                " read here"
-            )
     start = time.perf_counter()
-    task = tasks.make_task(config)
-    mesh = sharding.make_mesh(config.mesh)
-    model = tasks.Blueprint.of(task, config.model.freeze)
-    state, optimizer = tasks.abstract_state(model, config, mesh)
-    places = jax.tree.map(lambda leaf: leaf.sharding, state)
-    step = make_step(
-        model.graph,
-        optimizer,
-        task.loss_denominator,
-        task.losses,
-        jax.random.key(0),
-        places,
-        config.optimizer.accumulate,
-    )
-    batch = abstract_batch(task, mesh)
+    step = abstract_step(config, sharding.make_mesh(config.mesh))
+    state = step.state
     # Machine code that never runs need not be good.
     quick = {"xla_backend_optimization_level": "0", "xla_llvm_disable_expensive_passes": "True"}
-    compiled = step.lower(state, batch).compile(compiler_options=quick)  # pyright: ignore[reportFunctionMemberAccess]
+    compiled = step.compile(quick)
     found, unknown = collectives(compiled.as_text())
     return Plan(
         parameters=device_bytes((state.trained, state.frozen)),
         gradients=device_bytes(state.trained),
         optimizer=device_bytes(state.opt_state),
-        rest=device_bytes((state.step, state.statistics, batch)),
+        rest=device_bytes((state.step, state.statistics, step.batch)),
         temporaries=compiled.memory_analysis().temp_size_in_bytes,
         parameter_count=sum(
             math.prod(x.shape) for x in jax.tree.leaves((state.trained, state.frozen))
         ),
-        flops=count(step, state, batch),
+        flops=count(step.function, state, step.batch),
         collectives=found,
         unknown=unknown,
         seconds=time.perf_counter() - start,
     )
-
-
-KINDS = "all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute"
-COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) .*\{$")
-CALLED = re.compile(
-    r"(?:calls|to_apply|body|condition|true_computation|false_computation)=%?([\w.\-]+)"
-)
-BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
-TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
-COLLECTIVE = re.compile(rf"= (.*?) ({KINDS})\(")
-SHAPE = re.compile(r"\b([a-z]+)(\d*)\w*\[([\d,]*)\]")
-
-
-def collectives(program: str) -> tuple[list[Collective], int]:
-    """The collectives of an optimised program in XLA's text form, each with how often it runs.
-
-    Returns:
-        The collectives, and the number of loops around any whose rounds are unknown and which count
-        once.
-    """
-    bodies: dict[str, list[str]] = {}
-    entry = ""
-    lines = []
-    for line in program.splitlines():
-        if not line.startswith(" ") and (header := COMPUTATION.match(line)):
-            lines = bodies.setdefault(header[2], [])
-            entry = header[2] if header[1] else entry
-        else:
-            lines.append(line)
-
-    # Callees stand before their callers in the text, so going backwards every caller is known when
-    # its callees are reached.
-    times: dict[str, int] = defaultdict(int, {entry: 1})
-    blind: dict[str, set[str]] = defaultdict(set)  # loops of unknown rounds around a computation
-    found = []
-    unknown = set()
-    for name in reversed(bodies):
-        for line in bodies[name]:
-            called = CALLED.findall(line) + [
-                n.strip(" %") for group in BRANCHES.findall(line) for n in group.split(",")
-            ]
-            rounds = 1
-            loop = set()
-            if " while(" in line:
-                trips = TRIPS.search(line)
-                rounds = (
-                    int(trips[1])
-                    if trips
-                    else _compared(bodies[re.search(r"condition=%?([\w.\-]+)", line)[1]])  # pyright: ignore[reportOptionalSubscript]
-                )
-                loop = set() if rounds else {line}
-            for callee in called:
-                times[callee] += times[name] * (rounds or 1)
-                blind[callee] |= blind[name] | loop
-            if match := COLLECTIVE.search(line):
-                groups = replica_groups(line)
-                if groups.shape[1] == 1:  # nothing is sent
-                    continue
-                whole = groups.shape[1] if match[2] == "reduce-scatter" else 1
-                found.append(Collective(match[2], times[name], whole * _bytes(match[1]), groups))
-                unknown |= blind[name]
-    return found, len(unknown)
-
-
-def _compared(condition: list[str]) -> int | None:
-    """The constant a loop's counter is held against, where its condition is nothing else; None
-    where that cannot be told.
-    """
-    constants = [
-        int(match[1])
-        for line in condition
-        if (match := re.search(r"= s32\[\]\S* constant\((\d+)\)", line))
-    ]
-    return (
-        constants[0]
-        if len(constants) == 1 and any("ROOT" in line and "compare" in line for line in condition)
-        else None
-    )
-
-
-def _bytes(shapes: str) -> int:
-    """Bytes of a shape or a tuple of shapes, such as `(f32[2,3]{1,0}, pred[])`."""
-
-    def size(kind, bits):
-        return 1 if kind == "pred" else int(bits) // 8
-
-    return sum(
-        math.prod(map(int, filter(None, dims.split(",")))) * size(kind, bits)
-        for kind, bits, dims in SHAPE.findall(shapes)
-    )
-
-
-def replica_groups(line: str) -> np.ndarray:
-    """The devices that a collective joins, [groups, members], from any of the forms in which XLA
-    writes them.
-
-    Raises:
-        ValueError: yet another form.
-    """
-
-    def numbers(text):
-        return [int(n) for n in re.findall(r"\d+", text)]
-
-    def devices(text: str) -> np.ndarray:  # [8] or [4,2]T(1,0)
-        shape, _, order = text.partition("T")
-        ids = np.arange(math.prod(numbers(shape))).reshape(numbers(shape))
-        return ids.transpose(numbers(order)) if order else ids
-
-    if match := re.search(r"source_target_pairs=\{(.*?)\}\}", line):
-        return np.array(numbers(match[1])).reshape(-1, 2)
-    if match := re.search(r"replica_groups=\{\{(.*?)\}\}", line):
-        return np.array([numbers(group) for group in match[1].split("},{")])
-    if match := re.search(r"replica_groups=(\[[\d,]+\])<=(\[[\d,]+\](?:T\([\d,]+\))?)", line):
-        return devices(match[2]).reshape(numbers(match[1]))
-    # Axes of a mesh: mesh['a'=1,'b'=2,'c'=4], device_ids=([4,2]T(1,0)) {'b'}
-    if match := re.search(
-        r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\((.*?)\))? \{((?:'\w+',?)+)\}", line
-    ):
-        axes = dict(re.findall(r"'(\w+)'=(\d+)", match[1]))
-        shape = [int(n) for n in axes.values()]
-        over = [list(axes).index(axis) for axis in re.findall(r"'(\w+)'", match[3])]
-        ids = (devices(match[2]) if match[2] else np.arange(math.prod(shape))).reshape(shape)
-        return np.moveaxis(ids, over, range(-len(over), 0)).reshape(
-            -1, math.prod(shape[i] for i in over)
-        )
-    raise ValueError(f"cannot read which devices this instruction joins: {line.strip()[:200]}")
 
 
 def predict(
@@ -461,10 +208,18 @@ def main(arguments: Sequence[str]) -> None:
         raise ValueError(f"unexpected argument {arguments[1]!r}; see --help")
     if _CONFIG.value is None:
         raise ValueError("--config FILE is needed, such as --config configs/gta5_eva02.py")
+    if _JSON.value and not _COMPILE_FOR.value:
+        raise ValueError("--json writes what --compile_for reports; give --compile_for too")
     jax.config.update("jax_platforms", "cpu")
-    jax.config.update("jax_num_cpu_devices", _DEVICES.value)
     config = _CONFIG.value
-    mesh = sharding.make_mesh(parse_mesh(_MESH.value) if _MESH.value else config.mesh)
+    card = compiling.Card.named(_COMPILE_FOR.value) if _COMPILE_FOR.value else None
+    if card is None:
+        jax.config.update("jax_num_cpu_devices", _DEVICES.value)
+        devices = jax.devices()
+    else:
+        devices = compiling.absent_devices(card, _DEVICES.value)
+    arrangement = parse_mesh(_MESH.value) if _MESH.value else config.mesh
+    mesh = sharding.make_mesh(arrangement, devices)
     config.mesh = MeshConfig(**mesh.shape)
     unit = mesh.size * config.optimizer.accumulate
     if config.batch_size % unit:
@@ -481,6 +236,12 @@ def main(arguments: Sequence[str]) -> None:
             f"model.taps ends at block {max(taps) + 1} of {blocks}, so the rest is left out;"
             " --config.model.taps='()' reads the last too"
         )
+    if card is not None:
+        predicted = compiling.compiled_plan(config, card, mesh)
+        print(compiling.report(config, card, predicted))
+        if _JSON.value:
+            Path(_JSON.value).write_text(json.dumps(predicted.as_json(), indent=2) + "\n")
+        return
     names = [_ACCELERATOR.value] if _ACCELERATOR.value else list(ACCELERATORS)
     print(report(config, plan(config), mesh.size, names, _ATTAINABLE.value))
 
@@ -508,4 +269,11 @@ if __name__ == "__main__":
         0.01,
         1.0,
     )
+    _COMPILE_FOR = flags.DEFINE_enum(
+        "compile_for",
+        None,
+        compiling.CARDS,
+        "GPU whose compiler compiles the step and whose kernels are predicted; none is needed.",
+    )
+    _JSON = cli.define_path("json", "File for what --compile_for reports, as JSON.")
     cli.run(main)

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from jaxdg import config as config_lib
-from jaxdg.commands import plan
+from jaxdg.commands import abstract_step, accelerators, collectives, plan
 from jaxdg.config import Config, MeshConfig
 from jaxdg.tasks.run_state import Blueprint, abstract_state, make_task
 from jaxdg.training import sharding
@@ -46,7 +46,7 @@ def test_collectives_are_counted_through_loops():
         jax.shard_map(part, mesh=mesh, in_specs=spec, out_specs=PartitionSpec(), check_vma=False)
     )
     text = program.lower(jax.ShapeDtypeStruct((8 * 16, 25), np.float32)).compile().as_text()
-    found, unknown = plan.collectives(text)
+    found, unknown = collectives.collectives(text)
     assert unknown == 0
     rows = {(c.kind, c.groups.shape[1]): (c.times, c.size) for c in found}
     last = rows.pop(("all-reduce", 8))
@@ -73,7 +73,7 @@ def test_a_loop_of_unknown_length_counts_once():
             part, mesh=mesh, in_specs=PartitionSpec(), out_specs=PartitionSpec(), check_vma=False
         )
     )
-    (found,), unknown = plan.collectives(
+    (found,), unknown = collectives.collectives(
         program.lower(jax.ShapeDtypeStruct((4,), np.float32)).compile().as_text()
     )
     assert (found.times, found.size, unknown) == (1, 16, 1)
@@ -88,23 +88,26 @@ def test_groups_in_every_form():
         "replica_groups=mesh['a'=2,'b'=4] {'a'}, use_global_device_ids=true",
         "replica_groups=mesh['a'=1,'b'=4,'c'=2], device_ids=([2,4]T(1,0)) {'c'}",
     ):
-        assert plan.replica_groups(text).tolist() == columns, text
-    assert plan.replica_groups("replica_groups=[2,4]<=[8]").tolist() == [[0, 1, 2, 3], [4, 5, 6, 7]]
+        assert collectives.replica_groups(text).tolist() == columns, text
+    assert collectives.replica_groups("replica_groups=[2,4]<=[8]").tolist() == [
+        [0, 1, 2, 3],
+        [4, 5, 6, 7],
+    ]
     with pytest.raises(ValueError, match="cannot read which devices"):
-        plan.replica_groups("replica_groups=all")
+        collectives.replica_groups("replica_groups=all")
 
 
 def test_seconds_of_an_exchange_are_those_of_rings():
     """All-reduce sends twice what gathering does; a group that leaves its node is as fast as the
     network cards it has in each.
     """
-    chip = plan.ACCELERATORS["h100"]
+    chip = accelerators.ACCELERATORS["h100"]
     within = np.arange(64).reshape(8, 8)
     across = np.arange(64).reshape(8, 8).T
     both = np.arange(64).reshape(1, 64)
 
     def seconds(kind, groups):
-        return plan.Collective(kind, 10, 8 * 10**9, groups).seconds(chip)
+        return collectives.Collective(kind, 10, 8 * 10**9, groups).seconds(chip)
 
     np.testing.assert_allclose(seconds("all-gather", within), 10 * 7e9 / (0.8 * 450e9))
     np.testing.assert_allclose(seconds("reduce-scatter", within), 10 * 7e9 / (0.8 * 450e9))
@@ -163,7 +166,9 @@ def test_detectors_take_the_planned_batch():
         model = task.model(nnx.Rngs(0))
         return task.losses(model, batch, task.loss_denominator(model, batch), jax.random.key(0))
 
-    terms = jax.eval_shape(losses, plan.abstract_batch(task, sharding.make_mesh(task.config.mesh)))
+    terms = jax.eval_shape(
+        losses, abstract_step.abstract_batch(task, sharding.make_mesh(task.config.mesh))
+    )
     assert terms
     assert all(term.shape == () for term in terms.values())
 

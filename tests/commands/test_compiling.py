@@ -1,0 +1,91 @@
+"""Steps compiled for GPUs that are not here."""
+
+import importlib.util
+import json
+from pathlib import Path
+import subprocess
+import sys
+
+import pytest
+
+from jaxdg.commands import compiling
+from jaxdg.commands.accelerators import ACCELERATORS
+
+ROOT = Path(__file__).resolve().parents[2]
+INSTALLED = importlib.util.find_spec("jax_plugins") is not None and any(
+    importlib.util.find_spec(name) for name in compiling.PLUGINS
+)
+
+
+def test_cards_agree_with_the_rates_of_the_planner():
+    """Every card has rates, and the memory's rate is that of its description."""
+    assert compiling.CARDS == ["a100", "b200", "h100", "h200"]
+    for name in compiling.CARDS:
+        card = compiling.Card.named(name)
+        assert card.chip == ACCELERATORS[name]
+        assert f"{name.upper()}" in card.target
+        assert "#" not in card.target
+        assert card.memory == pytest.approx(card.chip.memory, rel=0.08)
+        bandwidth = next(
+            int(line.split(":")[1]) for line in card.target.splitlines() if "bandwidth" in line
+        )
+        assert bandwidth == pytest.approx(card.chip.bandwidth, rel=0.001)
+
+
+def plan(*arguments):
+    """What `jaxdg plan` prints, and its error."""
+    command = [sys.executable, "-m", "jaxdg", "plan", "--config", "configs/streets_tiny.py"]
+    return subprocess.run([*command, *arguments], cwd=ROOT, capture_output=True, text=True)
+
+
+def test_a_missing_compiler_is_one_line_that_says_what_to_install(monkeypatch):
+    """Before anything is traced."""
+    monkeypatch.setattr(compiling, "PLUGINS", ("jax_plugins.none",))
+    with pytest.raises(
+        ValueError, match=r"^--compile_for h200 needs XLA's compiler .*\[plan-cuda\]'$"
+    ):
+        compiling.absent_devices(compiling.Card.named("h200"), 1)
+
+
+def test_flags_that_do_not_go_together():
+    """GPUs that do not fill their hosts, and JSON of a plan for CPUs."""
+    with pytest.raises(ValueError, match="--devices is 12; allowed with --compile_for: up to 8"):
+        compiling.absent_devices(compiling.Card.named("h100"), 12)
+    done = plan("--json=plan.json")
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: --json writes what --compile_for reports")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not INSTALLED, reason="XLA's compiler for CUDA is not installed")
+@pytest.mark.parametrize(
+    ("card", "devices", "mesh", "overrides"),
+    [
+        ("h100", 1, "data=1,fsdp=1", ["--config.model.dtype=bfloat16"]),
+        ("a100", 8, "data=2,fsdp=4", ["--config.model.decoder=linear", "--config.batch_size=8"]),
+    ],
+)
+def test_small_steps_are_compiled(tmp_path, card, devices, mesh, overrides):
+    """In half precision with cuDNN's attention on one GPU; on eight with NCCL's collectives."""
+    file = tmp_path / "plan.json"
+    flags = [f"--compile_for={card}", f"--devices={devices}", f"--mesh={mesh}", f"--json={file}"]
+    done = plan(*flags, *overrides)
+    assert done.returncode == 0, done.stderr
+    assert f"compiled for {devices} {card}" in done.stdout
+    assert "predicted by part" in done.stdout
+    found = json.loads(file.read_text())
+    assert found["fits"]
+    size = found["bytes"]
+    held = size["parameters"] + size["optimizer"] + size["batch"]
+    # The compiler aligns every array.
+    assert held <= size["arguments"] < 1.2 * held
+    predicted = found["predicted"]
+    parts = predicted["seconds_by_part"]
+    assert {"encoder", "decoder", "losses", "optimiser", "input preparation"} <= set(parts)
+    assert parts.get("other", 0) < 0.2 * predicted["seconds"]
+    assert sum(parts.values()) == pytest.approx(predicted["seconds"])
+    assert ("fmhaSoftmax" in predicted["seconds_by_kind"]) == (devices == 1)
+    assert bool(found["collectives"]) == (devices > 1)
+    assert any(
+        k["source"].startswith("backbones/") for k in predicted["kernels_by_time"] if k["source"]
+    )

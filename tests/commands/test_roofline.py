@@ -1,0 +1,166 @@
+"""The predicted time of a program written by hand, whose bytes and operations are known."""
+
+import numpy as np
+import pytest
+
+from jaxdg.commands import hlo, roofline
+from jaxdg.commands.accelerators import ACCELERATORS
+from jaxdg.commands.collectives import read_collective
+
+CHIP = ACCELERATORS["h100"]
+MEMORY = roofline.MEMORY_SHARE * CHIP.bandwidth
+PRODUCTS = roofline.PRODUCT_SHARE * CHIP.flops
+PROGRAM = r"""HloModule jit_step, is_scheduled=true
+
+FileNames
+1 "/home/me/jaxdg/training/step.py"
+2 "/site-packages/flax/linear.py"
+3 "/home/me/jaxdg/backbones/vit.py"
+
+FunctionNames
+1 "step"
+2 "call"
+
+FileLocations
+1 {file_name_id=1 function_name_id=1 line=84}
+2 {file_name_id=3 function_name_id=2 line=107}
+3 {file_name_id=2 function_name_id=2 line=431}
+
+StackFrames
+1 {file_location_id=1 parent_frame_id=1}
+2 {file_location_id=2 parent_frame_id=2}
+3 {file_location_id=3 parent_frame_id=3}
+
+%added (a: f32[1000,1000], b: f32[1000,1000]) -> f32[1000,1000] {
+  %a = f32[1000,1000]{1,0} parameter(0)
+  %b = f32[1000,1000]{1,0} parameter(1)
+  ROOT %sum = f32[1000,1000]{1,0} add(%a, %b), metadata={op_name="jit(step)/optimizer/add" stack_frame_id=1}
+}
+
+%taken (table: f32[1000000,8], rows: s32[10]) -> f32[10,8] {
+  %table = f32[1000000,8]{1,0} parameter(0)
+  %rows = s32[10]{0} parameter(1)
+  ROOT %gather.1 = f32[10,8]{1,0} gather(%table, %rows), offset_dims={1}
+}
+
+%body (state: (s32[], f32[1000,1000])) -> (s32[], f32[1000,1000]) {
+  %state = (s32[], f32[1000,1000]{1,0}) parameter(0)
+  %x = f32[1000,1000]{1,0} get-tuple-element(%state), index=1
+  %i = s32[] get-tuple-element(%state), index=0
+  %copy.1 = f32[1000,1000]{1,0} copy(%x)
+  %half = bf16[4096,4096]{1,0} constant({...})
+  %product = (bf16[4096,4096]{1,0}, s8[1024]{0}) custom-call(%half, %half), custom_call_target="__cublas$lt$matmul", metadata={op_name="jit(step)/transpose(jvp(encoder))/while/body/dot_general" stack_frame_id=3}, backend_config={"gemm_backend_config":{"dot_dimension_numbers":{"lhs_contracting_dimensions":["1"],"rhs_contracting_dimensions":["0"]}}}
+  ROOT %next = (s32[], f32[1000,1000]{1,0}) tuple(%i, %copy.1)
+}
+
+%condition (state.1: (s32[], f32[1000,1000])) -> pred[] {
+  %state.1 = (s32[], f32[1000,1000]{1,0}) parameter(0)
+  ROOT %go = pred[] constant(true)
+}
+
+ENTRY %main (p: f32[1000,1000], q: f32[1000000,8], r: s32[10]) -> f32[1000,1000] {
+  %p = f32[1000,1000]{1,0} parameter(0)
+  %q = f32[1000000,8]{1,0} parameter(1)
+  %r = s32[10]{0} parameter(2)
+  %zero = s32[] constant(0)
+  %start = (s32[], f32[1000,1000]{1,0}) tuple(%zero, %p)
+  %loop = (s32[], f32[1000,1000]{1,0}) while(%start), condition=%condition, body=%body, metadata={op_name="jit(step)/jvp(encoder)/while" stack_frame_id=2}, backend_config={"known_trip_count":{"n":"5"}}
+  %y = f32[1000,1000]{1,0} get-tuple-element(%loop), index=1
+  %fusion.1 = f32[10,8]{1,0} fusion(%q, %r), kind=kLoop, calls=%taken, metadata={op_name="jit(step)/jvp(losses)/matching/gather"}
+  %all-reduce-start = f32[1000,1000]{1,0} all-reduce-start(%y), replica_groups=[1,8]<=[8], to_apply=%add
+  %all-reduce-done = f32[1000,1000]{1,0} all-reduce-done(%all-reduce-start)
+  ROOT %fusion.2 = f32[1000,1000]{1,0} fusion(%y, %all-reduce-done), kind=kLoop, calls=%added
+}
+"""
+
+
+def test_kernels_of_a_program_written_by_hand():
+    """Each kernel's time follows from its bytes or its product, its loop's rounds and its launch;
+    its part and line from its own names, its fusion's or its loop's.
+    """
+    prediction = roofline.predict(PROGRAM, CHIP, "/home/me/jaxdg/")
+    found = {kernel.name: kernel for kernel in prediction.kernels}
+    megabyte = 4e6  # of an array f32[1000,1000]
+    product = 2 * 4096**3
+    expected = {
+        # name: kind, part, source, times, seconds without launch
+        "copy.1": ("copy", "encoder", "backbones/vit.py:107", 5, 2 * megabyte / MEMORY),
+        "product": ("matmul bf16", "encoder", "backbones/vit.py:107", 5, product / PRODUCTS),
+        "fusion.1": ("gather", "matching", None, 1, (8 * 320 + 40 + 320) / MEMORY),
+        "fusion.2": ("fusion", "optimiser", "training/step.py:84", 1, 3 * megabyte / MEMORY),
+    }
+    assert set(found) == {*expected, "all-reduce-start"}
+    for name, (kind, part, source, times, seconds) in expected.items():
+        kernel = found[name]
+        assert (kernel.kind, kernel.part, kernel.source) == (kind, part, source)
+        assert kernel.times == times
+        np.testing.assert_allclose(kernel.seconds, times * (seconds + roofline.LAUNCH))
+    exchange = found["all-reduce-start"]
+    assert (exchange.part, exchange.kind) == ("exchange", "all-reduce")
+    np.testing.assert_allclose(exchange.seconds, 2 * 7 / 8 * megabyte / (0.8 * CHIP.link))
+    np.testing.assert_allclose(prediction.seconds, sum(k.seconds for k in found.values()))
+    assert next(iter(dict(prediction.by(lambda kernel: kernel.part)))) == "encoder"
+    assert prediction.longest(1) == [found["product"]]
+    assert prediction.unknown_loops == 0
+
+
+def test_a_loop_of_unknown_length_counts_once():
+    """And is told."""
+    text = PROGRAM.replace(', backend_config={"known_trip_count":{"n":"5"}}', "")
+    prediction = roofline.predict(text, CHIP, "/home/me/jaxdg/")
+    assert {kernel.times for kernel in prediction.kernels} == {1}
+    assert prediction.unknown_loops == 1
+
+
+@pytest.mark.parametrize(
+    ("target", "result", "operands"),
+    [
+        ("Forward", "bf16[2,8,8,64]", ("bf16[2,8,8,32]", "bf16[64,3,3,32]")),
+        ("BackwardInput", "bf16[2,8,8,32]", ("bf16[2,8,8,64]", "bf16[64,3,3,32]")),
+        ("BackwardFilter", "bf16[64,3,3,32]", ("bf16[2,8,8,32]", "bf16[2,8,8,64]")),
+    ],
+)
+def test_a_convolution_and_its_gradients_are_as_many_operations(target, result, operands):
+    """64 filters of 3x3x32 at 2x8x8 places."""
+    row = hlo.Instruction.read(
+        f"  %c = ({result}{{3,2,1,0}}, u8[0]{{0}}) custom-call(%a, %b), window={{size=3x3 pad=1_1x1_1}},"
+        f' dim_labels=b01f_o01i->b01f, custom_call_target="__cudnn$conv{target}"'
+    )
+    assert row is not None
+    assert row.operands == ("a", "b")
+    assert roofline._convolution(row, list(operands)) == 2 * (2 * 8 * 8) * 64 * (3 * 3 * 32)
+
+
+def test_attention_is_two_products_forward_and_five_backward():
+    """Of 3 heads of width 64, 10 queries and 20 keys in 2 images."""
+    operands = ["bf16[2,10,3,64]", "bf16[2,20,3,64]", "bf16[2,20,3,64]"]
+    product = 2 * 2 * 3 * 10 * 20 * 64
+    forward = roofline._attention("__cudnn$fmhaSoftmax", operands, 1000)
+    assert forward.flops == 2 * product
+    assert forward.bytes == 1000 + 2 * 2 * 10 * 3 * 64
+    backward = roofline._attention("__cudnn$fmhaSoftmaxBackward", operands, 1000)
+    assert backward.flops == 5 * product
+    assert backward.bytes == 1000 + 2 * 2 * (10 + 20 + 20) * 3 * 64
+
+
+def test_what_a_started_collective_sends():
+    """GPUs start collectives and go on; what a start gives back holds more than the result."""
+    groups = "replica_groups=[1,4]<=[4]"
+    for shapes, kind, expected in (
+        ("(f32[10]{0}, f32[40]{0})", "all-gather-start", 3 / 4 * 160),
+        ("((f32[10]{0}, f32[1]{0}), (f32[40]{0}, f32[4]{0}))", "all-gather-start", 3 / 4 * 176),
+        ("(f32[40]{0}, f32[4]{0})", "all-reduce-start", 2 * 3 / 4 * 176),
+        ("f32[10]{0}", "reduce-scatter", 3 / 4 * 160),
+    ):
+        collective = read_collective(f"  %c = {shapes} {kind}(%x), {groups}", 1)
+        assert collective is not None
+        assert collective.sent == expected
+    pairs = "source_target_pairs={{0,1},{1,0}}"
+    line = (
+        f"  %c = (f32[10]{{0}}, f32[10]{{0}}, u32[], u32[]) collective-permute-start(%x), {pairs}"
+    )
+    collective = read_collective(line, 1)
+    assert collective is not None
+    assert collective.sent == 40
+    assert read_collective("  %d = f32[40]{0} all-gather-done(%c)", 1) is None
+    assert read_collective("  %c = f32[4]{0} all-reduce(%x), replica_groups={{0},{1}}", 1) is None
