@@ -1,4 +1,4 @@
-"""The training step of a configuration as shapes: what is compiled for devices that are not here."""
+"""The training step of a configuration as shapes, to be compiled for devices that are not here."""
 
 import dataclasses
 import math

@@ -2,8 +2,8 @@
 
 XLA compiles for the description of a GPU, a text, and gives a program that cannot run here. It is
 the real one: calls of cuBLAS and cuDNN, fused kernels, NCCL's collectives, and the compiler's count
-of memory. Two things differ from a run: kernels cannot be timed here, so none is chosen by its time,
-and matrix products are all cuBLAS', none Triton's.
+of memory. Two things differ from a run: kernels cannot be timed here, so none is chosen by its
+time, and matrix products are all cuBLAS', none Triton's.
 """
 
 from collections.abc import Sequence

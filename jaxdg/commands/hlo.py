@@ -52,7 +52,7 @@ class Instruction:
 
     @property
     def op_name(self) -> str:
-        """The path of scopes and transformations it was traced in; empty if the compiler made it."""
+        """The scopes and transformations it was traced in; empty if the compiler made it."""
         return self.field(r'op_name="([^"]*)"') or ""
 
     @property

@@ -1,5 +1,7 @@
 """The predicted time of a program written by hand, whose bytes and operations are known."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 
@@ -10,68 +12,7 @@ from jaxdg.commands.collectives import read_collective
 CHIP = ACCELERATORS["h100"]
 MEMORY = roofline.MEMORY_SHARE * CHIP.bandwidth
 PRODUCTS = roofline.PRODUCT_SHARE * CHIP.flops
-PROGRAM = r"""HloModule jit_step, is_scheduled=true
-
-FileNames
-1 "/home/me/jaxdg/training/step.py"
-2 "/site-packages/flax/linear.py"
-3 "/home/me/jaxdg/backbones/vit.py"
-
-FunctionNames
-1 "step"
-2 "call"
-
-FileLocations
-1 {file_name_id=1 function_name_id=1 line=84}
-2 {file_name_id=3 function_name_id=2 line=107}
-3 {file_name_id=2 function_name_id=2 line=431}
-
-StackFrames
-1 {file_location_id=1 parent_frame_id=1}
-2 {file_location_id=2 parent_frame_id=2}
-3 {file_location_id=3 parent_frame_id=3}
-
-%added (a: f32[1000,1000], b: f32[1000,1000]) -> f32[1000,1000] {
-  %a = f32[1000,1000]{1,0} parameter(0)
-  %b = f32[1000,1000]{1,0} parameter(1)
-  ROOT %sum = f32[1000,1000]{1,0} add(%a, %b), metadata={op_name="jit(step)/optimizer/add" stack_frame_id=1}
-}
-
-%taken (table: f32[1000000,8], rows: s32[10]) -> f32[10,8] {
-  %table = f32[1000000,8]{1,0} parameter(0)
-  %rows = s32[10]{0} parameter(1)
-  ROOT %gather.1 = f32[10,8]{1,0} gather(%table, %rows), offset_dims={1}
-}
-
-%body (state: (s32[], f32[1000,1000])) -> (s32[], f32[1000,1000]) {
-  %state = (s32[], f32[1000,1000]{1,0}) parameter(0)
-  %x = f32[1000,1000]{1,0} get-tuple-element(%state), index=1
-  %i = s32[] get-tuple-element(%state), index=0
-  %copy.1 = f32[1000,1000]{1,0} copy(%x)
-  %half = bf16[4096,4096]{1,0} constant({...})
-  %product = (bf16[4096,4096]{1,0}, s8[1024]{0}) custom-call(%half, %half), custom_call_target="__cublas$lt$matmul", metadata={op_name="jit(step)/transpose(jvp(encoder))/while/body/dot_general" stack_frame_id=3}, backend_config={"gemm_backend_config":{"dot_dimension_numbers":{"lhs_contracting_dimensions":["1"],"rhs_contracting_dimensions":["0"]}}}
-  ROOT %next = (s32[], f32[1000,1000]{1,0}) tuple(%i, %copy.1)
-}
-
-%condition (state.1: (s32[], f32[1000,1000])) -> pred[] {
-  %state.1 = (s32[], f32[1000,1000]{1,0}) parameter(0)
-  ROOT %go = pred[] constant(true)
-}
-
-ENTRY %main (p: f32[1000,1000], q: f32[1000000,8], r: s32[10]) -> f32[1000,1000] {
-  %p = f32[1000,1000]{1,0} parameter(0)
-  %q = f32[1000000,8]{1,0} parameter(1)
-  %r = s32[10]{0} parameter(2)
-  %zero = s32[] constant(0)
-  %start = (s32[], f32[1000,1000]{1,0}) tuple(%zero, %p)
-  %loop = (s32[], f32[1000,1000]{1,0}) while(%start), condition=%condition, body=%body, metadata={op_name="jit(step)/jvp(encoder)/while" stack_frame_id=2}, backend_config={"known_trip_count":{"n":"5"}}
-  %y = f32[1000,1000]{1,0} get-tuple-element(%loop), index=1
-  %fusion.1 = f32[10,8]{1,0} fusion(%q, %r), kind=kLoop, calls=%taken, metadata={op_name="jit(step)/jvp(losses)/matching/gather"}
-  %all-reduce-start = f32[1000,1000]{1,0} all-reduce-start(%y), replica_groups=[1,8]<=[8], to_apply=%add
-  %all-reduce-done = f32[1000,1000]{1,0} all-reduce-done(%all-reduce-start)
-  ROOT %fusion.2 = f32[1000,1000]{1,0} fusion(%y, %all-reduce-done), kind=kLoop, calls=%added
-}
-"""
+PROGRAM = (Path(__file__).parent / "hand_written.hlo").read_text()
 
 
 def test_kernels_of_a_program_written_by_hand():
@@ -123,8 +64,9 @@ def test_a_loop_of_unknown_length_counts_once():
 def test_a_convolution_and_its_gradients_are_as_many_operations(target, result, operands):
     """64 filters of 3x3x32 at 2x8x8 places."""
     row = hlo.Instruction.read(
-        f"  %c = ({result}{{3,2,1,0}}, u8[0]{{0}}) custom-call(%a, %b), window={{size=3x3 pad=1_1x1_1}},"
-        f' dim_labels=b01f_o01i->b01f, custom_call_target="__cudnn$conv{target}"'
+        f"  %c = ({result}{{3,2,1,0}}, u8[0]{{0}}) custom-call(%a, %b),"
+        f" window={{size=3x3 pad=1_1x1_1}}, dim_labels=b01f_o01i->b01f,"
+        f' custom_call_target="__cudnn$conv{target}"'
     )
     assert row is not None
     assert row.operands == ("a", "b")
