@@ -125,10 +125,10 @@ def read_collective(line: str, times: int) -> Collective | None:
     if groups.shape[1] == 1:
         return None
     arrays = SHAPE.findall(shapes)
-    if starts and kind == "all-gather":  # gives its operands back, then the results
-        arrays = arrays[len(arrays) // 2 :]
-    if starts and kind == "collective-permute":  # its operand, the result, two counters
+    if starts and kind == "collective-permute":  # gives its operand, the result and two counters
         arrays = arrays[1:2]
+    elif starts and kind != "all-reduce":  # gives its operands, then the results
+        arrays = arrays[len(arrays) // 2 :]
     parts = groups.shape[1] if kind == "reduce-scatter" else 1
     return Collective(kind, times, parts * sum(map(_bytes, arrays)), groups)
 

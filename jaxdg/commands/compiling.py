@@ -227,9 +227,7 @@ def report(config: Config, card: Card, plan: CompiledPlan) -> str:
         f"  {kind:<22} {times:6.0f} {mb(size)}   {members} devices"
         for (kind, members), (times, size) in exchanged(p).items()
     ]
-    loops = [
-        f"{p.unknown_loops} loops have no known number of rounds; their kernels count once"
-    ] * min(p.unknown_loops, 1)
+    loops = [f"loops of unknown length, whose kernels count once: {p.unknown_loops}"]
     longest = p.longest(LONGEST)
     return "\n".join(
         [
@@ -262,13 +260,13 @@ def report(config: Config, card: Card, plan: CompiledPlan) -> str:
                 f" {p.total(lambda kernel: kernel.bytes) / 1e9:,.0f} GB moved,"
                 f" {p.total(lambda kernel: kernel.flops) / 1e12:.1f} TFLOP of products"
             ),
-            *loops,
+            *(loops if p.unknown_loops else []),
             *table("predicted by part", p.by(lambda kernel: kernel.part)),
             *table("predicted by kind", p.by(lambda kernel: kernel.kind)),
             "",
             "predicted longest kernels, all their runs together",
             *(
-                f"  {1e3 * kernel.seconds:9.2f} ms  x{kernel.times:<5} {kernel.kind:<14}"
+                f"  {1e3 * kernel.seconds:9.2f} ms  x{kernel.times:<5} {kernel.kind:<19}"
                 f" {kernel.part:<17} {kernel.source or '?':<52} {kernel.name}"
                 for kernel in longest
             ),

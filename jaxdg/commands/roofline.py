@@ -46,8 +46,7 @@ OTHER = "other"
 
 # These start no kernel.
 FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "iota"}
-FREE |= {"partition-id", "replica-id", "async-done", "async-update", "opt-barrier", "domain"}
-FREE |= {"all-gather-done", "all-reduce-done", "collective-permute-done", "copy-done"}
+FREE |= {"partition-id", "replica-id", "opt-barrier", "domain"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,7 +124,7 @@ def predict(text: str, chip: Accelerator, package: str) -> Prediction:
     def visit(body: str, times: int, caller: tuple[str, str | None]) -> list[Kernel]:
         kernels: list[Kernel] = []
         for row in program.bodies[body]:
-            if row.kind in FREE:
+            if row.kind in FREE or row.kind.endswith(("-done", "-update")):
                 continue
             # What the compiler added, such as a copy, belongs to the loop that it is in.
             place = (

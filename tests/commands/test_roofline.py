@@ -93,6 +93,7 @@ def test_what_a_started_collective_sends():
         ("((f32[10]{0}, f32[1]{0}), (f32[40]{0}, f32[4]{0}))", "all-gather-start", 3 / 4 * 176),
         ("(f32[40]{0}, f32[4]{0})", "all-reduce-start", 2 * 3 / 4 * 176),
         ("f32[10]{0}", "reduce-scatter", 3 / 4 * 160),
+        ("(f32[40]{0}, f32[10]{0})", "reduce-scatter-start", 3 / 4 * 160),
     ):
         collective = read_collective(f"  %c = {shapes} {kind}(%x), {groups}", 1)
         assert collective is not None
