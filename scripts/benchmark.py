@@ -277,7 +277,7 @@ def inference(args: argparse.Namespace) -> Iterator[Record]:
         needed = encoder_flops(setup, False, n * len(starts))
     else:
         protocol = protocols.Protocol("native", crop, stride)
-        label_maps = setup.task.labeller(setup.plan.graph)
+        label_maps = setup.task.labelling(setup.plan.graph)
         sizes = np.full((n, 2), image, np.int32)
         pixels = np.random.default_rng(0).integers(0, 256, (n, *image, 3)).astype(np.uint8)
         fields = {

@@ -3,13 +3,19 @@
 import importlib.util
 import json
 from pathlib import Path
+import re
 import subprocess
 import sys
 
+import jax
 import pytest
 
-from jaxdg.commands import compiling
+from jaxdg import config as config_lib
+from jaxdg.commands import compiling, roofline
+from jaxdg.commands.abstract_step import abstract_step
 from jaxdg.commands.accelerators import ACCELERATORS
+from jaxdg.config import Config, MeshConfig
+from jaxdg.training import sharding
 
 ROOT = Path(__file__).resolve().parents[2]
 INSTALLED = importlib.util.find_spec("jax_plugins") is not None and any(
@@ -30,6 +36,26 @@ def test_cards_agree_with_the_rates_of_the_planner():
             int(line.split(":")[1]) for line in card.target.splitlines() if "bandwidth" in line
         )
         assert bandwidth == pytest.approx(card.chip.bandwidth, rel=0.001)
+
+
+@pytest.mark.parametrize(
+    ("decoder", "absent"),
+    [("mask2former", set()), ("fcos", {"pixel_decoder"})],
+)
+def test_a_step_names_all_its_parts(decoder, absent):
+    """Each scope that the prediction knows is in the program of a step."""
+    config = Config(batch_size=1, mesh=MeshConfig(1, 1))
+    config.task = "detection" if decoder == "fcos" else "segmentation"
+    config.data.crop = (64, 64)
+    config.evaluation.stride = (64, 64)
+    config.model.decoder = decoder
+    config.model.mask2former.points = 64
+    mesh = sharding.make_mesh(config.mesh, jax.devices()[:1])
+    step = abstract_step(config_lib.validated(config), mesh)
+    text = step.function.lower(step.state, step.batch).as_text(debug_info=True)
+    paths = re.findall(r'loc\("(jit[^"]*)"', text)
+    found = {word for path in paths for word in re.findall(r"\w+", path)}
+    assert set(roofline.PARTS) - found == absent
 
 
 def plan(*arguments):
