@@ -34,6 +34,7 @@ import time
 
 from absl import flags
 import jax
+from jax.sharding import Mesh
 
 from jaxdg.backbones import zoo
 from jaxdg.commands import command_line as cli
@@ -202,24 +203,8 @@ def report(config: Config, p: Plan, devices: int, names: Sequence[str], attainab
     return "\n".join(lines)
 
 
-def main(arguments: Sequence[str]) -> None:
-    """Plans as the flags say."""
-    if len(arguments) > 1:
-        raise ValueError(f"unexpected argument {arguments[1]!r}; see --help")
-    if _CONFIG.value is None:
-        raise ValueError("--config FILE is needed, such as --config configs/gta5_eva02.py")
-    if _JSON.value and not _COMPILE_FOR.value:
-        raise ValueError("--json writes what --compile_for reports; give --compile_for too")
-    jax.config.update("jax_platforms", "cpu")
-    config = _CONFIG.value
-    card = compiling.Card.named(_COMPILE_FOR.value) if _COMPILE_FOR.value else None
-    if card is None:
-        jax.config.update("jax_num_cpu_devices", _DEVICES.value)
-        devices = jax.devices()
-    else:
-        devices = compiling.absent_devices(card, _DEVICES.value)
-    arrangement = parse_mesh(_MESH.value) if _MESH.value else config.mesh
-    mesh = sharding.make_mesh(arrangement, devices)
+def arrange(config: Config, mesh: Mesh) -> None:
+    """Sets the mesh, and a batch size that it divides; prints what differs from the run."""
     config.mesh = MeshConfig(**mesh.shape)
     unit = mesh.size * config.optimizer.accumulate
     if config.batch_size % unit:
@@ -236,12 +221,33 @@ def main(arguments: Sequence[str]) -> None:
             f"model.taps ends at block {max(taps) + 1} of {blocks}, so the rest is left out;"
             " --config.model.taps='()' reads the last too"
         )
-    if card is not None:
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Plans as the flags say."""
+    if len(arguments) > 1:
+        raise ValueError(f"unexpected argument {arguments[1]!r}; see --help")
+    if _CONFIG.value is None:
+        raise ValueError("--config FILE is needed, such as --config configs/gta5_eva02.py")
+    if _JSON.value and not _COMPILE_FOR.value:
+        raise ValueError("--json writes what --compile_for reports; give --compile_for too")
+    if _ACCELERATOR.value and _COMPILE_FOR.value:
+        raise ValueError("--accelerator does not go with --compile_for, which names the GPU")
+    jax.config.update("jax_platforms", "cpu")
+    config = _CONFIG.value
+    arrangement = parse_mesh(_MESH.value) if _MESH.value else config.mesh
+    if _COMPILE_FOR.value:
+        card = compiling.Card.named(_COMPILE_FOR.value)
+        mesh = sharding.make_mesh(arrangement, compiling.absent_devices(card, _DEVICES.value))
+        arrange(config, mesh)
         predicted = compiling.compiled_plan(config, card, mesh)
         print(compiling.report(config, card, predicted))
         if _JSON.value:
             Path(_JSON.value).write_text(json.dumps(predicted.as_json(), indent=2) + "\n")
         return
+    jax.config.update("jax_num_cpu_devices", _DEVICES.value)
+    mesh = sharding.make_mesh(arrangement)
+    arrange(config, mesh)
     names = [_ACCELERATOR.value] if _ACCELERATOR.value else list(ACCELERATORS)
     print(report(config, plan(config), mesh.size, names, _ATTAINABLE.value))
 

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable
 import dataclasses
 import math
 import re
+from typing import NamedTuple
 
 from jaxdg.commands.accelerators import Accelerator
 from jaxdg.commands.collectives import Collective, read_collective
@@ -117,48 +118,68 @@ def predict(text: str, chip: Accelerator, package: str) -> Prediction:
         chip: whose rates count.
         package: folder whose lines are told, ending in a slash.
     """
-    program = Program(text)
-    prediction = Prediction([], [], 0)
-    unknown: set[str] = set()
+    walk = _Walk(Program(text), chip, package)
+    kernels = walk.body(walk.program.entry, 1, Place(OTHER, None))
+    return Prediction(kernels, walk.collectives, len(walk.unknown_loops))
 
-    def visit(body: str, times: int, caller: tuple[str, str | None]) -> list[Kernel]:
-        kernels: list[Kernel] = []
-        for row in program.bodies[body]:
-            if row.kind in FREE or row.kind.endswith(("-done", "-update")):
-                continue
-            # What the compiler added, such as a copy, belongs to the loop that it is in.
-            place = (
-                part_of([row.op_name, *(r.op_name for r in reversed(program.inside(row)))])
-                or caller[0],
-                program.source(row, package) or caller[1],
-            )
-            if row.kind == "while":
-                if row.rounds is None:
-                    unknown.add(row.name)
-                kernels += visit(row.called[0], times * (row.rounds or 1), place)
-            elif row.kind == "conditional":
-                branches = [visit(name, times, place) for name in row.called]
-                kernels += max(branches, key=lambda b: sum(k.seconds for k in b))
-            elif row.kind in ("call", "async-start") and row.called:
-                kernels += visit(row.called[0], times, place)
-            elif collective := read_collective(row.line, times):
-                prediction.collectives.append(collective)
-                seconds = float(collective.seconds(chip))
-                sent = float(collective.sent)
-                kernels.append(
-                    Kernel(row.name, collective.kind, EXCHANGE, place[1], times, sent, 0.0, seconds)
-                )
-            else:
-                done = work(program, body, row)
-                seconds = times * done.seconds(chip)
-                moved = float(done.bytes)
-                kernels.append(
-                    Kernel(row.name, done.kind, *place, times, moved, done.flops, seconds)
-                )
+
+class Place(NamedTuple):
+    """Where a kernel comes from: the part of the step, and the line of jaxdg."""
+
+    part: str
+    source: str | None
+
+
+class _Walk:
+    """Visits a program's instructions as often as they run, and keeps what it meets.
+
+    Attributes:
+        program: that is visited.
+        collectives: met so far.
+        unknown_loops: names of the loops met so far whose rounds the program does not tell.
+    """
+
+    def __init__(self, program: Program, chip: Accelerator, package: str):
+        self.program = program
+        self.chip = chip
+        self.package = package
+        self.collectives: list[Collective] = []
+        self.unknown_loops: set[str] = set()
+
+    def body(self, name: str, times: int, caller: Place) -> list[Kernel]:
+        """The kernels of a computation that runs so often."""
+        kernels = []
+        for row in self.program.bodies[name]:
+            if row.kind not in FREE and not row.kind.endswith(("-done", "-update")):
+                kernels += self.instruction(name, row, times, self.place(row, caller))
         return kernels
 
-    kernels = visit(program.entry, 1, (OTHER, None))
-    return Prediction(kernels, prediction.collectives, len(unknown))
+    def place(self, row: Instruction, caller: Place) -> Place:
+        """Where an instruction comes from; what the compiler added belongs to its caller."""
+        paths = [row.op_name, *(inner.op_name for inner in reversed(self.program.inside(row)))]
+        source = self.program.source(row, self.package)
+        return Place(part_of(paths) or caller.part, source or caller.source)
+
+    def instruction(self, body: str, row: Instruction, times: int, place: Place) -> list[Kernel]:
+        """The kernels of an instruction: one, or those of what it calls."""
+        if row.kind == "while":
+            if row.rounds is None:
+                self.unknown_loops.add(row.name)
+            return self.body(row.called[0], times * (row.rounds or 1), place)
+        if row.kind == "conditional":
+            branches = [self.body(name, times, place) for name in row.called]
+            return max(branches, key=lambda kernels: sum(k.seconds for k in kernels))
+        if row.kind in ("call", "async-start") and row.called:
+            return self.body(row.called[0], times, place)
+        if collective := read_collective(row.line, times):
+            self.collectives.append(collective)
+            seconds = float(collective.seconds(self.chip))
+            sent = float(collective.sent)
+            place = Place(EXCHANGE, place.source)
+            return [Kernel(row.name, collective.kind, *place, times, sent, 0.0, seconds)]
+        done = work(self.program, body, row)
+        seconds = times * done.seconds(self.chip)
+        return [Kernel(row.name, done.kind, *place, times, float(done.bytes), done.flops, seconds)]
 
 
 def part_of(paths: Iterable[str]) -> str | None:
