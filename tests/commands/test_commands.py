@@ -3,6 +3,7 @@ any folder.
 """
 
 import importlib.util
+import os
 from pathlib import Path
 import subprocess
 import sys
