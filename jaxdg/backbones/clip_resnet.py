@@ -182,7 +182,12 @@ class ClipResnet(Encoder):
 
             # The first block of a stage is of another shape than the others.
             stack = stacking.Stack(
-                block, c.blocks[stage], (0, *c.ends(stage)), remat=c.remat, rngs=rngs
+                block,
+                c.blocks[stage],
+                (0, *c.ends(stage)),
+                remat=c.remat,
+                unroll=c.unroll,
+                rngs=rngs,
             )
             setattr(self, f"layer{stage + 1}", stack)
         self.attnpool = AttentionPool(c, rngs=rngs) if c.used == c.depth else None

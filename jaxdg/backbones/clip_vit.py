@@ -115,6 +115,7 @@ class ClipVit(Vit):
             config.used,
             config.ends,
             remat=config.remat,
+            unroll=config.unroll,
             rngs=rngs,
         )
 

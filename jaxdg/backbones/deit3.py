@@ -74,7 +74,12 @@ class Deit3(Vit):
             return Block(config, INITIAL_SCALE, rngs=rngs)
 
         self.blocks = stacking.Stack(
-            make_block, config.used, config.ends, remat=config.remat, rngs=rngs
+            make_block,
+            config.used,
+            config.ends,
+            remat=config.remat,
+            unroll=config.unroll,
+            rngs=rngs,
         )
 
     def embed(self, images: Float[Array | np.ndarray, "b h w 3"]) -> Float[Array, "b n c"]:

@@ -134,6 +134,7 @@ class Blocks(stacking.Stack):
             config.used,
             config.ends,
             remat=config.remat,
+            unroll=config.unroll,
             rngs=rngs,
         )
         self.grid = config.grid

@@ -31,6 +31,8 @@ class EncoderOptions:
             grows linearly from 0 at the first block. Default 0.
         remat: recompute encoder blocks in the backward pass: less memory, a third more time.
             Default False.
+        unroll: compile each block by itself instead of one for all neighbours. It takes longer to
+            compile; a GPU then moves less memory in a step. Default False.
         dtype: compute type, float32 or bfloat16; parameters stay float32. Default float32.
     """
 
@@ -41,6 +43,7 @@ class EncoderOptions:
     window: CountOrZero = 0
     drop_path: ShareBelowOne = 0.0
     remat: bool = False
+    unroll: bool = False
     dtype: Literal["float32", "bfloat16"] = "float32"
 
 
@@ -55,6 +58,7 @@ class EncoderConfig:
         boundaries: further blocks after which a stacked segment must end (where freezing changes).
         drop_path: probability of skipping the last block's branches; grows linearly from 0.
         remat: recompute blocks in the backward pass (less memory, a third more time).
+        unroll: compile each block by itself instead of one for all neighbours.
         dtype: compute dtype; parameters, norms and softmax stay float32.
         mean: of RGB in 0..1, by which the pre-training normalised images.
         std: of RGB in 0..1, likewise.
@@ -66,6 +70,7 @@ class EncoderConfig:
     boundaries: tuple[int, ...] = ()
     drop_path: float = 0.0
     remat: bool = False
+    unroll: bool = False
     dtype: str = "float32"
     mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
     std: tuple[float, float, float] = (0.5, 0.5, 0.5)
@@ -114,6 +119,7 @@ class EncoderConfig:
             boundaries=boundaries,
             drop_path=options.drop_path,
             remat=options.remat,
+            unroll=options.unroll,
             dtype=options.dtype,
         )
 

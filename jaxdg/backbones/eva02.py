@@ -185,6 +185,10 @@ class SwiGlu(nnx.Module):
         hidden = config.hidden
         linear = partial(nnx.Linear, dtype=jnp.dtype(config.dtype), rngs=rngs)
         self.subln = config.subln
+        self.dtype = jnp.dtype(config.dtype)
+        # A GPU multiplies matrices of half precision whose sides are multiples of 8, and would pad
+        # the hidden channels (2730 in the large model) for each of the products.
+        self.added = -hidden % 8 if self.dtype.itemsize == 2 else 0
         if config.subln:
             self.w1 = linear(c, hidden)
             self.w2 = linear(c, hidden)
@@ -194,9 +198,32 @@ class SwiGlu(nnx.Module):
         self.w3 = linear(hidden, c)
 
     def __call__(self, x: Float[Array, "b n c"]) -> Float[Array, "b n c"]:
-        gate, value = (self.w1(x), self.w2(x)) if self.subln else jnp.split(self.w12(x), 2, axis=-1)
-        y = jax.nn.silu(gate) * value
-        return self.w3(self.ffn_ln(y) if self.subln else y)
+        if not self.subln:
+            gate, value = jnp.split(self.w12(x), 2, axis=-1)
+            return self.w3(jax.nn.silu(gate) * value)
+        if self.added:
+            return self._padded(x)
+        return self.w3(self.ffn_ln(jax.nn.silu(self.w1(x)) * self.w2(x)))
+
+    def _padded(self, x: Float[Array, "b n c"]) -> Float[Array, "b n c"]:
+        """The same with hidden channels of zeros added, which the norm does not count."""
+
+        def pad(param, axis, dtype=jnp.float32):
+            widths = [(0, self.added if i == axis else 0) for i in range(param.ndim)]
+            return jnp.pad(param[...].astype(dtype), widths)
+
+        dtype = self.dtype
+        gate, value = (
+            x.astype(dtype) @ pad(linear.kernel, 1, dtype) + pad(linear.bias, 0, dtype)
+            for linear in (self.w1, self.w2)
+        )
+        y = (jax.nn.silu(gate) * value).astype(jnp.float32)
+        hidden = self.w3.in_features
+        mean = jnp.sum(y, axis=-1, keepdims=True) / hidden
+        variance = jnp.sum(y * y, axis=-1, keepdims=True) / hidden - mean * mean
+        scale = jax.lax.rsqrt(jnp.maximum(variance, 0) + self.ffn_ln.epsilon)
+        y = (y - mean) * scale * pad(self.ffn_ln.scale, 0) + pad(self.ffn_ln.bias, 0)
+        return y.astype(dtype) @ pad(self.w3.kernel, 0, dtype) + self.w3.bias[...].astype(dtype)
 
 
 class Block(nnx.Module):
@@ -228,7 +255,9 @@ class Blocks(stacking.Stack):
             is_global = not config.window or first in config.global_blocks
             return Block(config, is_global, rngs=rngs)
 
-        super().__init__(make, config.used, config.ends, remat=config.remat, rngs=rngs)
+        super().__init__(
+            make, config.used, config.ends, remat=config.remat, unroll=config.unroll, rngs=rngs
+        )
         self.grid = config.grid
         self.head_dim = config.width // config.heads
 

@@ -94,5 +94,6 @@ class EvaClip(Vit):
             config.used,
             config.ends,
             remat=config.remat,
+            unroll=config.unroll,
             rngs=rngs,
         )

@@ -182,7 +182,9 @@ class Mit(Encoder):
             setattr(
                 self,
                 f"block{stage + 1}",
-                stacking.Stack(block, c.blocks[stage], c.ends(stage), remat=c.remat, rngs=rngs),
+                stacking.Stack(
+                    block, c.blocks[stage], c.ends(stage), remat=c.remat, unroll=c.unroll, rngs=rngs
+                ),
             )
             setattr(self, f"norm{stage + 1}", layer_norm(c.widths[stage], 1e-6, rngs))
 

@@ -131,7 +131,9 @@ class Sam(Vit):
         def make(rngs, first):
             return Block(config, first in config.global_blocks, rngs=rngs)
 
-        self.blocks = stacking.Stack(make, config.used, config.ends, remat=config.remat, rngs=rngs)
+        self.blocks = stacking.Stack(
+            make, config.used, config.ends, remat=config.remat, unroll=config.unroll, rngs=rngs
+        )
 
     def embed(self, images: Float[Array | np.ndarray, "b h w 3"]) -> Float[Array, "b n c"]:
         """The tokens that enter the first block: patches with their positions."""

@@ -68,6 +68,7 @@ class Siglip(Vit):
             config.used,
             config.ends,
             remat=config.remat,
+            unroll=config.unroll,
             rngs=rngs,
         )
 

@@ -34,6 +34,7 @@ class Stack(nnx.Module):
         ends: Sequence[int],
         *,
         remat: bool,
+        unroll: bool = False,
         rngs: nnx.Rngs,
     ):
         """Builds the blocks with random parameters.
@@ -43,8 +44,11 @@ class Stack(nnx.Module):
             depth: number of blocks.
             ends: last block (from 0) of each segment; `depth - 1` is added if it is missing.
             remat: recompute the blocks in the backward pass instead of storing their activations.
+            unroll: compile each block of a segment by itself. That takes longer to compile, and a
+                GPU moves less memory: a scan copies what it stores into one array for all blocks.
             rngs: initialises the parameters.
         """
+        self.unroll = unroll
         self.ends = tuple(sorted({*ends, depth - 1}))
         self.remat = remat
         starts = (0, *(end + 1 for end in self.ends[:-1]))
@@ -83,18 +87,17 @@ class Stack(nnx.Module):
                 return nnx.merge(graph, gathered(state))(x, *scale, *shared), None
 
             # A scan stacks whatever the backward pass reads of its blocks. The products alone are
-            # less than half of that, and with them it takes 14 % less time on CPU. Inside a scan
-            # the usual guard against common-subexpression elimination only costs time.
-            body = jax.checkpoint(
-                layer,
-                prevent_cse=self.remat and end == start,
-                policy=None if self.remat else stores_product,
-            )
+            # less than half of that, and with them it takes 14 % less time on CPU. Outside a scan
+            # common-subexpression elimination would store what is to be computed anew; inside one
+            # the usual guard against it only costs time.
+            guarded = self.unroll or (self.remat and end == start)
+            policy = None if self.remat else stores_product
+            body = jax.checkpoint(layer, prevent_cse=guarded, policy=policy)
             inputs = (layers,) if scales is None else (layers, scales[start : end + 1])
             if end == start:  # a block alone may change the size of x, which a scan may not
                 x, _ = body(x, jax.tree.map(lambda leaf: leaf[0], inputs))
             else:
-                x, _ = jax.lax.scan(body, x, inputs)
+                x, _ = jax.lax.scan(body, x, inputs, unroll=self.unroll)
             outputs[end] = x
             start = end + 1
         return outputs

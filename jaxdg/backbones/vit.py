@@ -178,6 +178,7 @@ class Vit(Encoder):
             config.used,
             config.ends,
             remat=config.remat,
+            unroll=config.unroll,
             rngs=rngs,
         )
 

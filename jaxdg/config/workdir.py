@@ -25,6 +25,8 @@ FREE_FIELDS = ("mesh.", "data.workers", "data.root", "log_every", "eval_every", 
 RECORDED_FIELDS = (
     "keep_checkpoints",
     "model.remat",
+    "model.unroll",
+    "model.mask2former.unroll",
     "optimizer.accumulate",
     "evaluation.batch_size",
     "evaluation.windows_per_call",

@@ -9,6 +9,7 @@ computes full masks only for the last layer.
 from collections.abc import Sequence
 import dataclasses
 from functools import partial
+from typing import NamedTuple
 
 from flax import nnx
 import jax
@@ -25,6 +26,7 @@ from jaxdg.segmentation.mask2former.losses import (
     LossDenominator,
     mask2former_loss,
     mask2former_loss_denominator,
+    mask_logits,
 )
 from jaxdg.segmentation.mask2former.pixel_decoder import (
     GROUPS,
@@ -51,6 +53,8 @@ class Mask2FormerOptions(DecoderOptions):
         published_init: initialise as the authors' code: most kernels by Xavier, sampling points in
             the eight directions of a compass. False: all uniform within 1 / sqrt(fan_in), torch's
             default. Default True.
+        unroll: compile each layer of the pixel decoder by itself. It takes longer to compile; a GPU
+            then moves less memory in a step. Default False.
     """
 
     hidden: Count = 256
@@ -63,6 +67,7 @@ class Mask2FormerOptions(DecoderOptions):
     sampling_points: Count = 4
     points: Count = 12544
     published_init: bool = True
+    unroll: bool = False
 
     def config(self, classes: Sequence[str], dtype: str) -> "Mask2FormerConfig":
         """See `DecoderOptions.config`."""
@@ -182,6 +187,20 @@ class MaskEmbed(nnx.Module):
         return last(jax.nn.relu(second(jax.nn.relu(first(x)))))
 
 
+class Predictions(NamedTuple):
+    """What the queries predict, once before the first layer and once after each.
+
+    Attributes:
+        class_logits: of each prediction l; the last class is "no object".
+        mask_embeds: their products with `mask_features` are the mask logits.
+        mask_features: of the finest feature map's size.
+    """
+
+    class_logits: Float32[Array, "l b q k1"]
+    mask_embeds: Float[Array, "l b q c"]
+    mask_features: Float[Array, "b h w c"]
+
+
 class Mask2Former(Decoder):
     """Four feature maps to a class and a mask for every query, at first and after each layer."""
 
@@ -215,6 +234,7 @@ class Mask2Former(Decoder):
             c.pixel_ffn,
             c.sampling_points,
             published_init=c.published_init,
+            unroll=c.unroll,
             dtype=c.dtype,
             rngs=rngs,
         )
@@ -241,8 +261,8 @@ class Mask2Former(Decoder):
         features: tuple[Float[Array, "b _ _ _"], ...],
         key: Key[Array, ""] | None = None,
         train: bool = False,
-    ) -> tuple[Float32[Array, "l b q k1"], Float32[Array, "l b q h w"]]:
-        """Class logits, the last of "no object", and mask logits of the finest map's size.
+    ) -> Predictions:
+        """Predicts classes, and masks of the finest map's size.
 
         The features are four maps, finest first. Nothing differs in training.
         """
@@ -255,7 +275,7 @@ class Mask2Former(Decoder):
         mask_features: Float[Array, "b h w c"],
         levels: tuple[Float[Array, "b _ _ c"], ...],
         attention_masks: Sequence[Bool[Array, "b q _"]] | None = None,
-    ) -> tuple[Float32[Array, "l b q k1"], Float32[Array, "l b q h w"]]:
+    ) -> Predictions:
         """The transformer decoder.
 
         Args:
@@ -291,20 +311,14 @@ class Mask2Former(Decoder):
             queries.append(normed)
             embeds.append(self.mask_embed(normed))
         class_logits = self.class_embed(jnp.stack(queries)).astype(jnp.float32)
-        masks = [
-            jnp.einsum("bqc,bhwc->bqhw", e, mask_features, preferred_element_type=jnp.float32)
-            for e in embeds
-        ]
-        return class_logits, jnp.stack(masks)
+        return Predictions(class_logits, jnp.stack(embeds), mask_features)
 
-    def scores(
-        self, output: tuple[Array, Array], size: tuple[int, int]
-    ) -> Float32[Array, "b H W k"]:
+    def scores(self, output: Predictions, size: tuple[int, int]) -> Float32[Array, "b H W k"]:
         """Class scores at an image size: the last masks, weighted by their class probabilities."""
-        class_logits = output[0][-1]
-        mask_logits = output[1][-1]
-        masks = jax.nn.sigmoid(resize_scores(jnp.moveaxis(mask_logits, 1, -1), size))
-        return jnp.einsum("bqk,bhwq->bhwk", jax.nn.softmax(class_logits)[..., :-1], masks)
+        masks = mask_logits(output.mask_embeds[-1], output.mask_features)
+        masks = jax.nn.sigmoid(resize_scores(jnp.moveaxis(masks, 1, -1), size))
+        classes = jax.nn.softmax(output.class_logits[-1])[..., :-1]
+        return jnp.einsum("bqk,bhwq->bhwk", classes, masks)
 
     def loss_denominator(self, label: UInt8[Array, "b H W"]) -> LossDenominator:
         """What the loss terms are divided by, from the labels of the global batch."""
@@ -312,7 +326,7 @@ class Mask2Former(Decoder):
 
     def loss(
         self,
-        output: tuple[Array, Array],
+        output: Predictions,
         label: UInt8[Array, "b H W"],
         denominator: LossDenominator,
         key: Key[Array, ""],

@@ -21,9 +21,10 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Float32, Int32, Key, UInt8
+from jaxtyping import Array, Bool, Float, Float32, Int32, Key, UInt8, UInt32
 
 from jaxdg.segmentation.mask2former.matching import WEIGHTS, assign, matching_cost
+from jaxdg.segmentation.mask2former.scatter_sum import scatter_sum
 
 IGNORE = 255
 NO_OBJECT = 0.1  # weight of an unmatched query in the class term; a matched one weighs 1
@@ -69,8 +70,9 @@ def mask2former_loss_denominator(
 
 
 def mask2former_loss(
-    class_logits: Float[Array, "l b q c"],
-    mask_logits: Float[Array, "l b q h w"],
+    class_logits: Float[Array, "l b q k1"],
+    mask_embeds: Float[Array, "l b q c"],
+    mask_features: Float[Array, "b h w c"],
     label: UInt8[Array, "b H W"],
     denominator: LossDenominator,
     key: Key[Array, ""],
@@ -80,8 +82,9 @@ def mask2former_loss(
     """The loss of all predictions of a batch, or of a part of it.
 
     Args:
-        class_logits: of each prediction l; the k classes and, last, "no object": c = k + 1.
-        mask_logits: of each prediction, at any resolution.
+        class_logits: of each prediction l; the k classes and, last, "no object": k1 = k + 1.
+        mask_embeds: of each prediction; their products with `mask_features` are the mask logits.
+        mask_features: at any resolution.
         label: class ids; 255, like any id from k on, belongs to no mask.
         denominator: `mask2former_loss_denominator` of the global batch. The losses of its parts
             then add up to the loss of the whole.
@@ -99,20 +102,22 @@ def mask2former_loss(
     valid = classes_present(label, classes - 1)
     matching_keys, points_keys = jax.random.split(key, (2, layers))
 
-    # One prediction after another: samples of all of them would be gigabytes at the paper's size.
+    # One prediction after another: masks of all of them would be gigabytes at the paper's size.
     # Only the assignment, a sequence of many small operations, runs for all at once.
     def costs(inputs):
-        class_logits, mask_logits, key = inputs
-        return prediction_costs(class_logits, mask_logits, label, draw_points(key, (b, 1, points)))
+        class_logits, embeds, key = inputs
+        masks = mask_logits(embeds, jax.lax.stop_gradient(mask_features))
+        return prediction_costs(class_logits, masks, label, draw_points(key, (b, 1, points)))
 
     with jax.named_scope("matching"):
-        logits = jax.lax.stop_gradient((class_logits, mask_logits))
-        cost = jax.lax.map(costs, (*logits, matching_keys))
+        predictions = jax.lax.stop_gradient((class_logits, mask_embeds))
+        cost = jax.lax.map(costs, (*predictions, matching_keys))
         query = assign(cost, jnp.broadcast_to(valid, (layers, *valid.shape)))
 
+    matched = jax.vmap(matched_embeds, (0, 0, None))(mask_embeds, query, valid)
+
     def terms(inputs):
-        class_logits, mask_logits, query, key = inputs
-        masks = matched_masks(mask_logits, query, valid)
+        class_logits, masks, query, key = inputs
         drawn = draw_points(
             key, (*valid.shape, OVERSAMPLE * points + points - int(IMPORTANCE * points))
         )
@@ -121,7 +126,10 @@ def mask2former_loss(
         return class_term(class_logits, query, valid), *mask_terms(masks, label, valid, compared)
 
     entropy, mask, dice = (
-        jnp.sum(x) for x in jax.lax.map(terms, (class_logits, mask_logits, query, points_keys))
+        jnp.sum(x)
+        for x in jax.lax.map(
+            terms, (class_logits, mask_logits(matched, mask_features), query, points_keys)
+        )
     )
     return {
         "class": WEIGHTS[0] * entropy / denominator.class_weight,
@@ -141,17 +149,22 @@ def prediction_costs(
     return matching_cost(class_logits, sample_masks(mask_logits, points), targets)
 
 
-def matched_masks(
-    mask_logits: Float[Array, "b q h w"], query: Int32[Array, "b k"], valid: Bool[Array, "b k"]
-) -> Float32[Array, "b k h w"]:
-    """Mask logits of the query matched with each target slot; 0, without gradient, where a slot is
-    empty.
+def mask_logits(
+    embeds: Float[Array, "*l b n c"], features: Float[Array, "b h w c"]
+) -> Float32[Array, "*l b n h w"]:
+    """Masks of queries: the product of each query's embedding with each pixel's features."""
+    return jnp.einsum("...bnc,bhwc->...bnhw", embeds, features, preferred_element_type=jnp.float32)
+
+
+def matched_embeds(
+    embeds: Float[Array, "b q c"], query: Int32[Array, "b k"], valid: Bool[Array, "b k"]
+) -> Float[Array, "b k c"]:
+    """Mask embedding of the query matched with each target slot; 0, without gradient, where a slot
+    is empty.
     """
     query = jnp.where(valid, query, 0)
-    masks = jnp.take_along_axis(
-        mask_logits, query[..., None, None], axis=1, mode="promise_in_bounds"
-    )
-    return jnp.where(valid[..., None, None], masks.astype(jnp.float32), 0.0)
+    matched = jnp.take_along_axis(embeds, query[..., None], axis=1, mode="promise_in_bounds")
+    return jnp.where(valid[..., None], matched, 0)
 
 
 def class_term(
@@ -220,45 +233,51 @@ def uncertain_points(
 def smallest(x: Float32[Array, "*n c"], count: int) -> Int32[Array, "*n count"]:
     """Indices of the `count` smallest of non-negative numbers, ascending; of equal ones at the
     limit the first. NaN is the largest.
-
-    Non-negative floats are ordered as the integers of the same bits, so the limit is found bit by
-    bit, by counting.
     """
+    limit, below = jax.lax.platform_dependent(
+        x, cpu=lambda x: _limit(x, count, 1), default=lambda x: _limit(x, count, 4)
+    )
+    bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
+    equal = bits == limit
+    taken = (bits < limit) | (equal & (jnp.cumsum(equal, axis=-1) <= count - below))
+    # `count` is out of bounds and dropped.
+    place = jnp.where(taken, jnp.cumsum(taken, axis=-1) - 1, count)
 
-    # For 3072 of 12288 numbers of 88 masks: 24 ms, against 59 with `jax.lax.top_k` (2 cores of an
-    # AMD EPYC 9005, busy, November 2026).
+    def scatter(place):
+        indices = jnp.arange(place.shape[0], dtype=jnp.int32)
+        return jnp.zeros(count, jnp.int32).at[place].set(indices, mode="drop")
+
+    return jnp.vectorize(scatter, signature="(c)->(p)")(place)
+
+
+def _limit(
+    x: Float32[Array, "*n c"], count: int, digit: int
+) -> tuple[UInt32[Array, "*n 1"], Int32[Array, "*n 1"]]:
+    """The bits of the `count`-th smallest of non-negative numbers, and how many are smaller.
+
+    Non-negative floats are ordered as the integers of the same bits, so these are found by
+    counting, `digit` bits a round. For 3072 of 12288 numbers of 88 masks single bits took 8 ms of
+    CPU time and four 70 (`jax.lax.top_k` 59 ms; November 2026); a GPU reads the numbers as often as
+    there are rounds.
+    """
+    rounds = -(-31 // digit)  # the sign is 0
+
     def settle(i, state):
         """The largest limit that fewer than `count` numbers lie below, and how many do."""
         bits, limit, below = state
-        trial = limit | (1 << (30 - i))
-        now = jnp.sum(bits < trial, axis=-1, keepdims=True)
-        fewer = now < count
+        shift = (digit * (rounds - 1 - i)).astype(jnp.uint32)
+        trials = limit + (jnp.arange(1, 2**digit, dtype=jnp.uint32) << shift)
+        counts = jnp.sum(bits[..., None, :] < trials[..., None], axis=-1)
+        fewer = counts < count
+        limit += jnp.sum(fewer, axis=-1, keepdims=True, dtype=jnp.uint32) << shift
+        most = jnp.max(jnp.where(fewer, counts, 0), axis=-1, keepdims=True)
         # The numbers ride along, behind a barrier, or XLA would compute `x` anew wherever they are
         # read after the loop: choosing the points then took 62 ms instead of 40.
-        return (
-            jax.lax.optimization_barrier(bits),
-            jnp.where(fewer, trial, limit),
-            jnp.where(fewer, now, below),
-        )
+        return jax.lax.optimization_barrier(bits), limit, jnp.maximum(below, most)
 
-    zero = jnp.zeros((*x.shape[:-1], 1), jnp.int32)
-    bits, limit, below = jax.lax.fori_loop(
-        0, 31, settle, (jax.lax.bitcast_convert_type(x, jnp.int32), zero, zero)
-    )
-    equal = bits == limit
-    taken = (bits < limit) | (equal & (jnp.cumsum(equal, axis=-1) <= count - below))
-    place = jnp.where(
-        taken, jnp.cumsum(taken, axis=-1) - 1, count
-    )  # `count` is out of bounds and dropped
-
-    def scatter(place):
-        return (
-            jnp.zeros(count, jnp.int32)
-            .at[place]
-            .set(jnp.arange(place.shape[0], dtype=jnp.int32), mode="drop")
-        )
-
-    return jnp.vectorize(scatter, signature="(c)->(p)")(place)
+    bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
+    zero = jnp.zeros((*x.shape[:-1], 1), jnp.uint32)
+    return jax.lax.fori_loop(0, rounds, settle, (bits, zero, zero.astype(jnp.int32)))[1:]
 
 
 @jax.custom_vjp
@@ -347,42 +366,31 @@ def _sample_masks_forward(masks, points):
 
 def _sample_masks_backward(saved, g):
     masks, points = saved
-    return (
-        jax.lax.platform_dependent(masks, points, g, cpu=_scatter_masks, default=_multiply_masks),
-        None,
+    to_masks = jax.lax.platform_dependent(
+        masks, points, g, cpu=_scatter_to_masks, default=_sum_to_masks
     )
+    return to_masks, None
 
 
-def _scatter_masks(masks, points, g):
+def _scatter_to_masks(masks, points, g):
     return jax.vjp(lambda masks: _gather_masks(masks, points), masks)[1](g)[0]
 
 
-def _multiply_masks(masks, points, g):
-    """The same as a product of matrices Y^T diag(g) X, the rows of Y and X holding a point's
-    weights on rows and columns of pixels.
-
-    On accelerators, where scattering adds in any order, so that no run would be like another. On
-    CPU it takes ten times as long (56 ms against 5 for 88 masks of 64 x 64 with 4096 points). Masks
-    go one after another along their last leading axis: the matrices of all of them would be
-    gigabytes.
-    """
+def _sum_to_masks(masks, points, g):
+    """The same by a sum that has one result on a GPU, where a scatter adds in any order."""
     *n, h, w = masks.shape
     points = jnp.broadcast_to(points, (*n, *points.shape[-2:]))
 
-    def weigh(position, size):
-        return jnp.maximum(0, 1 - jnp.abs(position[..., None] * size - 0.5 - jnp.arange(size)))
+    def one(points, g):
+        first, right, low = _corners(points, h, w)
+        rows = jnp.stack([first, first + 1, first + w + 2, first + w + 3])
+        shares = jnp.stack(
+            [(1 - low) * (1 - right), (1 - low) * right, low * (1 - right), low * right]
+        )
+        framed = scatter_sum((h + 2) * (w + 2), rows, shares, g[:, None])
+        return framed.reshape(h + 2, w + 2)[1:-1, 1:-1]
 
-    def one(inputs):
-        points, g = inputs
-        rows = weigh(points[..., 1], h) * g[..., None]
-        columns = weigh(points[..., 0], w)
-        return jnp.einsum("...ph,...pw->...hw", rows, columns, precision=jax.lax.Precision.HIGHEST)
-
-    if not n:
-        return one((points, g)).astype(masks.dtype)
-    last = len(n) - 1
-    gradient = jax.lax.map(one, (jnp.moveaxis(points, last, 0), jnp.moveaxis(g, last, 0)))
-    return jnp.moveaxis(gradient, 0, last).astype(masks.dtype)
+    return jnp.vectorize(one, signature="(p,i),(p)->(h,w)")(points, g).astype(masks.dtype)
 
 
 sample_masks.defvjp(_sample_masks_forward, _sample_masks_backward)

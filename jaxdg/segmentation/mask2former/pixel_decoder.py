@@ -105,6 +105,7 @@ class PixelDecoder(nnx.Module):
         points: int,
         *,
         published_init: bool = True,
+        unroll: bool = False,
         dtype: str,
         rngs: nnx.Rngs,
     ):
@@ -116,6 +117,7 @@ class PixelDecoder(nnx.Module):
         ffn: channels inside a layer's MLP.
         points: read by each head on each level.
         published_init: as in `Mask2FormerConfig`.
+        unroll: compile each layer by itself; see `stacking.Stack`.
         dtype: compute dtype.
         rngs: initialises the parameters.
         """
@@ -129,7 +131,7 @@ class PixelDecoder(nnx.Module):
                 hidden, heads, ffn, points, published_init=published_init, dtype=dtype, rngs=rngs
             )
 
-        self.layers = Stack(make, layers, (), remat=False, rngs=rngs)
+        self.layers = Stack(make, layers, (), remat=False, unroll=unroll, rngs=rngs)
         self.adapter_1 = norm(fine, hidden, 1, use_bias=False)
         self.layer_1 = norm(hidden, hidden, 3, use_bias=False)
         self.mask_features = nnx.Linear(

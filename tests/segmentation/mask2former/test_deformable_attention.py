@@ -14,6 +14,8 @@ from jaxdg.segmentation.mask2former.deformable_attention import DeformableAttent
 LEVELS = ((5, 7), (3, 4), (2, 2))
 TINY = ((3, 2), (1, 4))
 
+pytestmark = pytest.mark.usefixtures("platform")
+
 
 def deformable_attention(values, shapes, locations, weights):
     """The function that is tested, given NumPy arrays."""
