@@ -223,6 +223,7 @@ class SwiGlu(nnx.Module):
         variance = jnp.sum(y * y, axis=-1, keepdims=True) / hidden - mean * mean
         scale = jax.lax.rsqrt(jnp.maximum(variance, 0) + self.ffn_ln.epsilon)
         y = (y - mean) * scale * pad(self.ffn_ln.scale, 0) + pad(self.ffn_ln.bias, 0)
+        assert self.w3.bias is not None
         return y.astype(dtype) @ pad(self.w3.kernel, 0, dtype) + self.w3.bias[...].astype(dtype)
 
 

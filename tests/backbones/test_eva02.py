@@ -15,7 +15,7 @@ import pytest
 
 from jaxdg import backbones, weights
 from jaxdg.backbones import Eva02, Eva02Config
-from jaxdg.backbones.eva02 import Attention, WindowAttention, rotary_tables, rotate
+from jaxdg.backbones.eva02 import Attention, SwiGlu, WindowAttention, rotary_tables, rotate
 from jaxdg.conversion import eva02, mapping
 
 SIZES = (
@@ -381,3 +381,26 @@ def test_the_zoo_states_the_papers_encoder():
         match="unknown encoder 'eva02_clip_l14_vltseg'; did you mean eva02_clip_l14_vltseg_repro",
     ):
         backbones.create("eva02_clip_l14", variant="vltseg")
+
+
+def test_padded_hidden_channels_change_nothing():
+    """In half precision the MLP's 170 hidden channels become 176: same output, same gradients."""
+    config = Eva02Config(width=64, dtype="bfloat16")
+    mlp = SwiGlu(config, rngs=nnx.Rngs(0))
+    assert (config.hidden, mlp.added) == (170, 6)
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 5, 64)), jnp.float32)
+
+    def loss(mlp, x):
+        y = mlp(x)
+        return jnp.sum(jnp.sin(y.astype(jnp.float32))), y
+
+    run = nnx.value_and_grad(loss, has_aux=True)
+    (_, padded), gradients = run(mlp, x)
+    mlp.added = 0
+    (_, plain), expected = run(mlp, x)
+    np.testing.assert_allclose(
+        padded.astype(jnp.float32), plain.astype(jnp.float32), rtol=2**-7, atol=1e-2
+    )
+    for got, want in zip(jax.tree.leaves(gradients), jax.tree.leaves(expected), strict=True):
+        assert got.shape == want.shape
+        np.testing.assert_allclose(got, want, rtol=0, atol=0.02 * np.abs(want).max())

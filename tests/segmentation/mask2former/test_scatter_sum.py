@@ -63,7 +63,7 @@ def test_integers_do_not_depend_on_the_order():
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 @BOTH
 def test_what_is_not_finite_stays_visible(scatter_sum, value):
-    """One such number in a channel leaves no sum of its row finite; other channels are as before."""
+    """Such a number leaves no sum of its row and channel finite; other channels are as before."""
     rows, weights, vectors = drawn()
     vectors[3, 1, 0] = value
     got = np.asarray(scatter_sum(9, *(jnp.asarray(x) for x in (rows, weights, vectors))))
