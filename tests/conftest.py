@@ -16,6 +16,9 @@ os.environ["XLA_FLAGS"] = (
     " --xla_cpu_collective_call_terminate_timeout_seconds=600"
 )
 os.environ["JAX_PLATFORMS"] = "cpu"
+# Compiling is most of what the tests do. XLA optimises a program as always, LLVM does not. Slow
+# tests compute more than they compile: for them the variable is set to 0.
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 # What commands keep for their next run, compiled programs above all, is kept for this session's
 # tests alone.
 if "JAXDG_CACHE" not in os.environ:
@@ -53,6 +56,15 @@ def weights_path():
     return lambda relative="": shared("JAXDG_WEIGHTS", "weights", relative)
 
 
+@pytest.fixture
+def optimized():
+    """A test's programs are compiled as a user's are, for what rounds too differently otherwise."""
+    before = jax.config.values["jax_disable_most_optimizations"]
+    jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
+
+
 @pytest.fixture(scope="module")
 def compiled_quickly(tmp_path_factory):
     """What a module compiles, here and in processes it starts, takes a third of the time, serves
@@ -63,7 +75,7 @@ def compiled_quickly(tmp_path_factory):
     """
     settings = {
         "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")),
-        "jax_persistent_cache_min_compile_time_secs": 0.5,
+        "jax_persistent_cache_min_compile_time_secs": 0.1,
         "jax_disable_most_optimizations": True,
     }
     with pytest.MonkeyPatch.context() as patch:

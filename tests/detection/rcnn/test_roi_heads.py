@@ -251,7 +251,7 @@ def test_cascade_losses_equal_a_loop(cascade, scene):
         np.testing.assert_allclose(terms[name], value, rtol=1e-4)
 
 
-def test_stages_share_the_gradient_to_features(cascade, scene):
+def test_stages_share_the_gradient_to_features(cascade, scene, optimized):
     """Of three stages each sends a third of its gradient to the features, and the whole to its own
     layers.
     """
