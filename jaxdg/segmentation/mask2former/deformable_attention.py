@@ -294,11 +294,17 @@ class DeformableAttention(nnx.Module):
         are those of the levels.
         """
         b, n, _ = tokens.shape
-        queries = (tokens + positions).astype(jnp.float32)
-        offsets = self.sampling_offsets(queries).reshape(
-            b, n, self.heads, self.levels, self.points, 2
-        )
-        weights = jax.nn.softmax(self.attention_weights(queries).reshape(b, n, self.heads, -1))
+        queries = (tokens + positions).astype(self.value_proj.dtype)
+
+        def choose(linear: nnx.Linear) -> Float32[Array, "b n _"]:
+            """The product in the compute dtype, its sums and what follows in float32."""
+            kernel = linear.kernel[...].astype(queries.dtype)
+            assert linear.bias is not None
+            return jnp.dot(queries, kernel, preferred_element_type=jnp.float32) + linear.bias[...]
+
+        offsets = choose(self.sampling_offsets)
+        offsets = offsets.reshape(b, n, self.heads, self.levels, self.points, 2)
+        weights = jax.nn.softmax(choose(self.attention_weights).reshape(b, n, self.heads, -1))
         sizes = np.asarray(shapes, np.float32)[:, None, ::-1]
         locations = (
             pixel_centres(shapes)[:, None, None, None] + offsets / sizes

@@ -57,7 +57,7 @@ class ConvNorm(nnx.Module):
         self.norm = nnx.GroupNorm(width, GROUPS, epsilon=1e-5, use_fast_variance=False, rngs=rngs)
 
     def __call__(self, x: Float[Array, "b h w _"]) -> Float[Array, "b h w c"]:
-        return self.norm(self.conv(x))
+        return self.norm(self.conv(x)).astype(self.conv.dtype)
 
 
 class Layer(nnx.Module):
@@ -88,8 +88,9 @@ class Layer(nnx.Module):
     def __call__(
         self, x: Float[Array, "b n c"], positions: Float[Array, "n c"], shapes: Shapes
     ) -> Float[Array, "b n c"]:
-        x = self.norm1(x + self.self_attn(x, positions, shapes))
-        return self.norm2(x + self.linear2(jax.nn.relu(self.linear1(x))))
+        dtype = x.dtype
+        x = self.norm1(x + self.self_attn(x, positions, shapes)).astype(dtype)
+        return self.norm2(x + self.linear2(jax.nn.relu(self.linear1(x)))).astype(dtype)
 
 
 class PixelDecoder(nnx.Module):
@@ -166,7 +167,8 @@ class PixelDecoder(nnx.Module):
             x.reshape(-1, *shape, x.shape[-1])
             for x, shape in zip(jnp.split(tokens, ends, axis=1), shapes, strict=True)
         ]
-        joined = self.adapter_1(fine) + resize_scores(levels[-1], (fine.shape[1], fine.shape[2]))
+        finest = self.adapter_1(fine)
+        joined = finest + resize_scores(levels[-1], (finest.shape[1], finest.shape[2])).astype(finest.dtype)
         return self.mask_features(jax.nn.relu(self.layer_1(joined))), tuple(levels)
 
 
