@@ -115,6 +115,7 @@ def mask2former_loss(
         query = assign(cost, jnp.broadcast_to(valid, (layers, *valid.shape)))
 
     matched = jax.vmap(matched_embeds, (0, 0, None))(mask_embeds, query, valid)
+    matched_masks = mask_logits(matched, mask_features)
 
     def terms(inputs):
         class_logits, masks, query, key = inputs
@@ -126,10 +127,7 @@ def mask2former_loss(
         return class_term(class_logits, query, valid), *mask_terms(masks, label, valid, compared)
 
     entropy, mask, dice = (
-        jnp.sum(x)
-        for x in jax.lax.map(
-            terms, (class_logits, mask_logits(matched, mask_features), query, points_keys)
-        )
+        jnp.sum(x) for x in jax.lax.map(terms, (class_logits, matched_masks, query, points_keys))
     )
     return {
         "class": WEIGHTS[0] * entropy / denominator.class_weight,

@@ -168,7 +168,8 @@ class PixelDecoder(nnx.Module):
             for x, shape in zip(jnp.split(tokens, ends, axis=1), shapes, strict=True)
         ]
         finest = self.adapter_1(fine)
-        joined = finest + resize_scores(levels[-1], (finest.shape[1], finest.shape[2])).astype(finest.dtype)
+        level = resize_scores(levels[-1], (finest.shape[1], finest.shape[2]))
+        joined = finest + level.astype(finest.dtype)
         return self.mask_features(jax.nn.relu(self.layer_1(joined))), tuple(levels)
 
 
