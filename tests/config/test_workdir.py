@@ -70,6 +70,8 @@ def test_exactly_the_free_fields_may_change():
     recorded = {
         "keep_checkpoints",
         "model.remat",
+        "model.unroll",
+        "model.mask2former.unroll",
         "optimizer.accumulate",
         "evaluation.batch_size",
         "evaluation.windows_per_call",

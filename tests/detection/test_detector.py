@@ -362,7 +362,7 @@ def test_what_does_not_fit_is_refused(small_resnet):
     with pytest.raises(ValueError, match="attention_pool"):
         make(C4Config(attention_pool=False, text_classifier=True), small_resnet)
     for levels in ((), (0, 2), (3, 4)):
-        with pytest.raises(ValueError, match="neighbours"):
+        with pytest.raises(ValueError, match="consecutive"):
             make(FcosConfig(levels=levels))
     model = make(LIGHT)
     with pytest.raises(ValueError, match=r"\(64, 64\).*\(64, 72\)"):

@@ -14,6 +14,7 @@ import pytest
 from jaxdg import weights
 from jaxdg.conversion import mapping
 from jaxdg.segmentation import Mask2Former, Mask2FormerConfig
+from jaxdg.segmentation.mask2former.head import Predictions
 from jaxdg.segmentation.mask2former.losses import mask_logits
 
 
@@ -186,10 +187,13 @@ def test_scores_are_the_votes_of_the_last_layer(head):
     object" has no vote.
     """
     rng = np.random.default_rng(0)
-    classes, masks = (
-        rng.standard_normal(shape).astype(np.float32) for shape in ((5, 2, 12, 6), (5, 2, 12, 3, 4))
+    classes, embeds, features = (
+        rng.standard_normal(shape).astype(np.float32)
+        for shape in ((5, 2, 12, 6), (5, 2, 12, 8), (2, 3, 4, 8))
     )
-    got = head.scores((jnp.asarray(classes), jnp.asarray(masks)), (3, 4))
+    masks = np.einsum("lbqc,bhwc->lbqhw", embeds, features)
+    output = Predictions(*(jnp.asarray(x) for x in (classes, embeds, features)))
+    got = head.scores(output, (3, 4))
     chances = np.exp(classes[-1]) / np.exp(classes[-1]).sum(-1, keepdims=True)
     for b, y, x, k in np.ndindex(2, 3, 4, 5):
         votes = sum(chances[b, q, k] / (1 + np.exp(-masks[-1, b, q, y, x])) for q in range(12))
@@ -205,7 +209,7 @@ def test_inference_computes_one_prediction(head, features):
     def operations(function):
         return jax.jit(function).lower(maps).compile().cost_analysis()["flops"]
 
-    every = operations(lambda maps: head(maps))
+    every = operations(lambda maps: logits_of(head(maps)))
     last = operations(lambda maps: head.scores(head(maps), (16, 24)))
     queries = 12
     channels = 64
