@@ -22,7 +22,6 @@ from jaxdg import backbones, weights
 from jaxdg import config as config_lib
 from jaxdg.conversion import checkpoint, mapping, vltseg
 from jaxdg.conversion import convert as torch_to_flax
-from jaxdg.segmentation.mask2former import losses
 from jaxdg.tasks.run_state import make_task, stored_tensors
 from jaxdg.training.optimizer import make_optimizer
 from tests.conversion.torch_files import torch_file
@@ -150,8 +149,7 @@ def test_every_part_computes_what_theirs_does(theirs, imported):
         )
         pixels = model.head.pixel_decoder(features)
         output = model.head.decode(*pixels)
-        masks = losses.mask_logits(output.mask_embeds, output.mask_features)
-        return pixels, (output.class_logits, masks), model.head.scores(output, (WINDOW, WINDOW))
+        return pixels, output, model.head.scores(output, (WINDOW, WINDOW))
 
     (mask_features, levels), (class_logits, mask_logits), scores = run(
         state, theirs["window/image"][None].astype(np.float32)

@@ -15,7 +15,6 @@ from jaxdg.backbones import VitConfig, resizing, zoo
 from jaxdg.config import Config, MeshConfig, validated
 from jaxdg.data.labels import CAMVID, CITYSCAPES, LabelSet
 from jaxdg.segmentation import LinearHead, Mask2FormerConfig, Segmenter, SegmenterConfig
-from jaxdg.segmentation.mask2former.losses import mask_logits
 from jaxdg.tasks import run_state as tasks
 from jaxdg.tasks.loading import Model
 from jaxdg.training import sharding
@@ -146,9 +145,7 @@ def test_mask2former_scores_are_votes_of_the_last_masks():
         model = nnx.merge(graph, state)
         return model(images), model.scores(images)
 
-    output, scores = run(state, images)
-    classes = output.class_logits
-    masks = mask_logits(output.mask_embeds, output.mask_features)
+    (classes, masks), scores = run(state, images)
     assert classes.shape == (3, 2, 9, 8)
     assert masks.shape == (3, 2, 9, 16, 24)
     large = bilinear(np.moveaxis(np.asarray(masks[-1], np.float64), 1, -1), (32, 48))

@@ -6,10 +6,9 @@ from resized mask features. Resizing is linear, so they are the same up to round
 computes full masks only for the last layer.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 import dataclasses
 from functools import partial
-from typing import NamedTuple
 
 from flax import nnx
 import jax
@@ -187,8 +186,13 @@ class MaskEmbed(nnx.Module):
         return last(jax.nn.relu(second(jax.nn.relu(first(x)))))
 
 
-class Predictions(NamedTuple):
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Predictions:
     """What the queries predict, once before the first layer and once after each.
+
+    `class_logits, mask_logits = predictions` computes the masks. Training and inference need few of
+    them, so the head itself leaves them as factors.
 
     Attributes:
         class_logits: of each prediction l; the last class is "no object".
@@ -199,6 +203,11 @@ class Predictions(NamedTuple):
     class_logits: Float32[Array, "l b q k1"]
     mask_embeds: Float[Array, "l b q c"]
     mask_features: Float[Array, "b h w c"]
+
+    def __iter__(self) -> Iterator[Array]:
+        """Yields the class logits, then the mask logits [l, b, q, h, w]; both are float32."""
+        yield self.class_logits
+        yield mask_logits(self.mask_embeds, self.mask_features)
 
 
 class Mask2Former(Decoder):
@@ -332,7 +341,15 @@ class Mask2Former(Decoder):
         key: Key[Array, ""],
     ) -> dict[str, Float[Array, ""]]:
         """Class, mask and dice loss of all predictions; see `mask2former_loss`."""
-        return mask2former_loss(*output, label, denominator, key, points=self.config.points)
+        return mask2former_loss(
+            output.class_logits,
+            output.mask_embeds,
+            output.mask_features,
+            label,
+            denominator,
+            key,
+            points=self.config.points,
+        )
 
 
 def attended_pixels(

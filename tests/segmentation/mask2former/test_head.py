@@ -15,12 +15,6 @@ from jaxdg import weights
 from jaxdg.conversion import mapping
 from jaxdg.segmentation import Mask2Former, Mask2FormerConfig
 from jaxdg.segmentation.mask2former.head import Predictions
-from jaxdg.segmentation.mask2former.losses import mask_logits
-
-
-def logits_of(output):
-    """Class logits and mask logits of all predictions."""
-    return output.class_logits, mask_logits(output.mask_embeds, output.mask_features)
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +59,7 @@ def test_every_layer_equals_the_oracle_where_it_looks_the_same(head, features, w
     output = jax.jit(lambda x, looked: head.decode(*head.pixel_decoder(x), looked))(
         features(case), looked
     )
-    classes, masks = logits_of(output)
+    classes, masks = output
     np.testing.assert_allclose(classes, want[f"{case}/classes"], rtol=0, atol=1e-4)
     np.testing.assert_allclose(masks, want[f"{case}/masks"], rtol=0, atol=1e-4)
 
@@ -75,7 +69,7 @@ def test_free_running_equals_the_oracle(run, features, want, case):
     """With its own attention masks every prediction is within 1e-3 of the oracle's norm: one pixel
     seen otherwise would show.
     """
-    classes, masks = logits_of(run(features(case)))
+    classes, masks = run(features(case))
     assert classes.shape == (5, 1, 12, 6)
     for i in range(5):
         assert relative(classes[i], want[f"{case}/classes"][i]) < 1e-3
@@ -92,9 +86,7 @@ def test_gradients_equal_the_oracle(head, features, want, layout, normal):
     def loss(params, maps):
         return sum(
             jnp.sum(logits * direction)
-            for logits, direction in zip(
-                logits_of(nnx.merge(graph, params)(maps)), towards, strict=True
-            )
+            for logits, direction in zip(nnx.merge(graph, params)(maps), towards, strict=True)
         )
 
     to_params, to_maps = jax.jit(jax.grad(loss, (0, 1)))(params, features("even"))
@@ -113,7 +105,7 @@ def test_two_images_in_a_batch_equal_each_alone(run, features, normal):
     other = tuple(jnp.asarray(normal(f"other {i}", x.shape)) for i, x in enumerate(one))
     together = run(tuple(jnp.concatenate(pair) for pair in zip(one, other, strict=True)))
     for i, alone in enumerate((run(one), run(other))):
-        for got, single in zip(logits_of(together), logits_of(alone), strict=True):
+        for got, single in zip(together, alone, strict=True):
             np.testing.assert_allclose(got[:, i], single[:, 0], rtol=1e-4, atol=1e-4)
 
 
@@ -132,7 +124,7 @@ def test_compute_in_bfloat16_stays_near(head, features, want, config):
     output = jax.jit(lambda x, looked: half.decode(*half.pixel_decoder(x), looked))(
         features("even"), looked
     )
-    for logits, name in zip(logits_of(output), ("classes", "masks"), strict=True):
+    for logits, name in zip(output, ("classes", "masks"), strict=True):
         assert logits.dtype == jnp.float32
         assert relative(logits, want[f"even/{name}"]) < 0.05
 
@@ -147,7 +139,7 @@ def test_the_papers_defaults_have_the_papers_shapes():
     maps = tuple(
         jax.ShapeDtypeStruct((2, side, side, 1024), jnp.float32) for side in (144, 72, 36, 18)
     )
-    classes, masks = nnx.eval_shape(lambda head, maps: logits_of(head(maps)), head, maps)
+    classes, masks = nnx.eval_shape(lambda head, maps: tuple(head(maps)), head, maps)
     assert (classes.shape, masks.shape) == ((10, 2, 100, 20), (10, 2, 100, 144, 144))
     assert (classes.dtype, masks.dtype) == (jnp.float32, jnp.float32)
 
@@ -209,7 +201,7 @@ def test_inference_computes_one_prediction(head, features):
     def operations(function):
         return jax.jit(function).lower(maps).compile().cost_analysis()["flops"]
 
-    every = operations(lambda maps: logits_of(head(maps)))
+    every = operations(lambda maps: tuple(head(maps)))
     last = operations(lambda maps: head.scores(head(maps), (16, 24)))
     queries = 12
     channels = 64
