@@ -15,8 +15,9 @@ Expected, mIoU % on Cityscapes val, BDD100K val, Mapillary val, ACDC val, mean:
 Data: gta5 (24 966 images) or synthia (9 400), cityscapes, bdd100k, mapillary (v1.2) and acdc as
 downloaded, below the data root.
 Hardware: two GPUs and float32, as the public re-implementation; not yet run here. Less memory is
-needed with --config.model.remat=True and --config.model.dtype=bfloat16. A GPU moves less memory with
---config.model.unroll=True and --config.model.mask2former.unroll=True, which take longer to compile.
+needed with --config.model.remat=True and --config.model.dtype=bfloat16. A GPU moves less memory
+with --config.model.unroll=True and --config.model.mask2former.unroll=True, which take longer to
+compile.
 
 `:synthia` trains on SYNTHIA; --config.model.freeze=all freezes the encoder.
 
