@@ -5,6 +5,7 @@ it asks the cuDNN of this machine for its version, so a program for GPUs could n
 compiled where there is none. The function below it takes the version as an argument.
 """
 
+import inspect
 import math
 from typing import Any
 
@@ -49,23 +50,30 @@ def cudnn_attention(
 
 def _fused(q: Array, k: Array, v: Array, lengths: tuple[Array, Array] | None) -> Array:
     unused = jnp.zeros(0, q.dtype)
-    return fused._dot_product_attention(
-        q,
-        k,
-        v,
-        unused,  # bias
-        *(lengths or (unused, unused)),
-        unused,  # offsets of packed queries
-        unused,  # offsets of packed keys
-        unused,  # page table of the keys
-        unused,  # page table of the values
-        1.0 / math.sqrt(q.shape[-1]),
-        42,  # seed of the dropout
-        0.0,  # dropout rate
-        (False, False),  # no bias, no gradient of one
-        fused.MaskType.PADDING if lengths else fused.MaskType.NO_MASK,
-        fused.AttentionLayout.BTNH.value,
-        None,  # local window
-        VERSION,
-        False,  # do not return the log-sum-exp
-    )
+    q_lengths, kv_lengths = lengths or (unused, unused)
+    values = {
+        "query": q,
+        "key": k,
+        "value": v,
+        "bias": unused,
+        "q_seqlen": q_lengths,
+        "kv_seqlen": kv_lengths,
+        "q_offsets": unused,
+        "kv_offsets": unused,
+        "page_table_k": unused,
+        "page_table_v": unused,
+        "score_mod_args": (),
+        "scale": 1.0 / math.sqrt(q.shape[-1]),
+        "seed": 42,
+        "dropout_rate": 0.0,
+        "variadic_args": (False, False),  # no bias, no gradient of one
+        "mask_type": fused.MaskType.PADDING if lengths else fused.MaskType.NO_MASK,
+        "layout": fused.AttentionLayout.BTNH.value,
+        "sliding_window_length": None,
+        "score_mod": None,
+        "cudnn_version": VERSION,
+        "return_residual": False,
+    }
+    # Versions of jax differ in what it takes, and it takes everything by position.
+    names = inspect.signature(fused._dot_product_attention).parameters
+    return fused._dot_product_attention(*(values[name] for name in names))
