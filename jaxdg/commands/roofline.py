@@ -266,11 +266,14 @@ def _convolution(row: Instruction, operands: list[str]) -> float:
         return 0.0
     first, second, result = (arrays(t)[0][1] for t in (*operands[:2], row.result))
     if "BackwardInput" in row.target:
-        output, kernel = first, second
+        output = first
+        kernel = second
     elif "BackwardFilter" in row.target:
-        output, kernel = second, result
+        output = second
+        kernel = result
     else:
-        output, kernel = result, second
+        output = result
+        kernel = second
     return 2.0 * math.prod(output) * math.prod(kernel) / kernel[labels[2].index("o")]
 
 

@@ -147,10 +147,11 @@ class Trained(Corruptions):
             ValueError: a run is not finished, the runs have several tasks or protocols, or two have
                 one name.
         """
-        self.name, self.file, self.given, self.options, self.folder = (
-            name,
-            *(given[key] for key in ("file", "given", "options", "folder")),
-        )
+        self.name = name
+        self.file = given["file"]
+        self.given = given["given"]
+        self.options = given["options"]
+        self.folder = given["folder"]
         self.runs = []
         self._found = {}
         self._check_folder()

@@ -59,7 +59,8 @@ def show(study: Mapping[str, Any], console: Console) -> None:
         figures = [group["domains"].get(name) for name in domains]
         figures += [group["mean_unseen"], group["rPD"]]
         cells = [_cell(figure) if group["n"] else "missing" for figure in figures]
-        n, planned = group["n"], group["of"]
+        n = group["n"]
+        planned = group["of"]
         table.add_row(group["group"], *cells, str(n) if n == planned else f"{n} of {planned}")
     console.print(table)
     finished: dict[str, list[Any]] = {group["group"]: [] for group in groups}
