@@ -87,7 +87,7 @@ def _read_at_once(shapes, table, x, y, weights):
         inputs = (total, x[group], y[group], weights[group])
         total, left, top, weight = jax.lax.optimization_barrier(inputs)
         rows, right, low = _corners(left, top, *(each[group] for each in level))
-        for row, share in zip(rows, _shares(right, low), strict=True):
+        for row, share in zip(rows, corner_shares(right, low), strict=True):
             for i in range(points):
                 total += _read(table, row[i]) * (weight[i] * share[i])[..., None]
     return total
@@ -97,7 +97,7 @@ def _differentiate_at_once(shapes, table, x, y, weights, gradient):
     level = _levels(shapes, x)
     rows, right, low = _corners(x, y, *level)
     rows = jnp.stack(rows)
-    shares = jnp.stack(_shares(right, low)) * weights
+    shares = jnp.stack(corner_shares(right, low)) * weights
     to_table = scatter_sum(len(table), rows, shares, gradient)
     to_corners = jnp.sum(_read(table, rows) * gradient, axis=-1)
     to_rest = _to_points(x, y, weights, to_corners, right, low, *level[:2])
@@ -126,7 +126,7 @@ def _differentiate_one_by_one(shapes, table, x, y, weights, gradient):
         x, y, weight, *level = inputs
         rows, right, low = _corners(x, y, *level)
         to_corners = []
-        for row, share in zip(rows, _shares(right, low), strict=True):
+        for row, share in zip(rows, corner_shares(right, low), strict=True):
             to_corners.append(jnp.sum(_read(table, row) * gradient, axis=-1))
             total = total.at[row].add((weight * share)[..., None] * gradient, mode=IN_BOUNDS)
         return total, _to_points(x, y, weight, to_corners, right, low, *level[:2])
@@ -136,8 +136,8 @@ def _differentiate_one_by_one(shapes, table, x, y, weights, gradient):
     return to_table.astype(table.dtype), *to_rest
 
 
-def _shares(right: Array, low: Array) -> tuple[Array, ...]:
-    """Shares of a point's four pixels, in the order of `_corners`."""
+def corner_shares(right: Array, low: Array) -> tuple[Array, ...]:
+    """Shares of a point's four pixels: upper left, upper right, lower left, lower right."""
     return (1 - low) * (1 - right), (1 - low) * right, low * (1 - right), low * right
 
 

@@ -23,6 +23,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Float32, Int32, Key, UInt8, UInt32
 
+from jaxdg.segmentation.mask2former.deformable_attention import corner_shares
 from jaxdg.segmentation.mask2former.matching import WEIGHTS, assign, matching_cost
 from jaxdg.segmentation.mask2former.scatter_sum import scatter_sum
 
@@ -382,9 +383,7 @@ def _sum_to_masks(masks, points, g):
     def one(points, g):
         first, right, low = _corners(points, h, w)
         rows = jnp.stack([first, first + 1, first + w + 2, first + w + 3])
-        shares = jnp.stack(
-            [(1 - low) * (1 - right), (1 - low) * right, low * (1 - right), low * right]
-        )
+        shares = jnp.stack(corner_shares(right, low))
         framed = scatter_sum((h + 2) * (w + 2), rows, shares, g[:, None])
         return framed.reshape(h + 2, w + 2)[1:-1, 1:-1]
 

@@ -1,12 +1,11 @@
-"""Sums of vectors by row, the same in every run on every platform.
+"""Sums of vectors by row, the same in every run on a GPU.
 
 A GPU adds the numbers of a scatter in any order, and float sums depend on the order. Integer sums
-do not: there, the vectors are rounded to multiples of a step first, as small as an int32 allows.
+do not. So the vectors are rounded to multiples of a step first, as small as an int32 allows.
 """
 
 import math
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float32, Int32
 
@@ -19,31 +18,16 @@ def scatter_sum(
 ) -> Float32[Array, "size d"]:
     """Adds up `weights * vectors` by row.
 
-    On CPU these are float sums in the order of n. Elsewhere each term is rounded to a multiple of a
-    step, which is about 2^-30 of the largest sum of absolute values that a row may have in this
-    channel. With NaN or infinity the whole channel is not finite.
+    Each term is rounded to a multiple of a step, which is about 2^-30 of the largest sum of
+    absolute values that a row may have in this channel. With NaN or infinity the whole channel is
+    not finite.
 
     Args:
         size: number of rows.
-        rows: where each vector is added, from 0; none may lie outside.
+        rows: where each vector is added, from 0; none may lie outside. At most 2^30.
         weights: of the vectors.
         vectors: [.., d]; broadcast to the shape of `rows`.
     """
-    return jax.lax.platform_dependent(
-        rows,
-        weights,
-        vectors,
-        cpu=lambda *args: _in_order(size, *args),
-        default=lambda *args: _in_integers(size, *args),
-    )
-
-
-def _in_order(size, rows, weights, vectors):
-    total = jnp.zeros((size, vectors.shape[-1]), jnp.float32)
-    return total.at[rows].add(weights[..., None] * vectors, mode="promise_in_bounds")
-
-
-def _in_integers(size, rows, weights, vectors):
     # Counted in parts of the heaviest weight, rounded up, the weights of a row are an integer too.
     parts = 2**30 // math.prod(rows.shape)
     part = jnp.maximum(jnp.max(jnp.abs(weights)), 1e-30) / parts

@@ -1,13 +1,15 @@
-"""Sums by row: in order, and in integers, against float64."""
+"""Sums by row in integers, against float64."""
+
+import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxdg.segmentation.mask2former import scatter_sum as module
-
-BOTH = pytest.mark.parametrize("scatter_sum", [module._in_order, module._in_integers])
+from jaxdg.segmentation.mask2former import losses
+from jaxdg.segmentation.mask2former.deformable_attention import deformable_attention
+from jaxdg.segmentation.mask2former.scatter_sum import scatter_sum
 
 
 def drawn(size=9, shape=(4, 50, 3), d=5, seed=0):
@@ -26,8 +28,7 @@ def slow(size, rows, weights, vectors):
     return total
 
 
-@BOTH
-def test_equals_the_definition(scatter_sum):
+def test_equals_the_definition():
     """Within float32's rounding of the largest sum of a channel, whatever the channel's size."""
     inputs = drawn()
     want = slow(9, *inputs)
@@ -37,8 +38,7 @@ def test_equals_the_definition(scatter_sum):
     np.testing.assert_array_equal(got[:, 4], 0)
 
 
-@BOTH
-def test_all_in_one_row_do_not_overflow(scatter_sum):
+def test_all_in_one_row_do_not_overflow():
     """Equal terms that all fall on one row are the largest sum that there can be."""
     rows = jnp.full(100_000, 2, jnp.int32)
     got = scatter_sum(4, rows, jnp.ones(100_000), jnp.full((100_000, 1), -3.0))
@@ -52,17 +52,19 @@ def test_integers_do_not_depend_on_the_order():
     weights = jnp.asarray(rng.normal(size=5000), jnp.float32)
     vectors = jnp.asarray(rng.normal(size=(5000, 5)), jnp.float32)
     order = np.random.default_rng(1).permutation(len(rows))
-    once = module._in_integers(9, rows, weights, vectors)
-    again = module._in_integers(9, rows[order], weights[order], vectors[order])
+    once = scatter_sum(9, rows, weights, vectors)
+    again = scatter_sum(9, rows[order], weights[order], vectors[order])
     np.testing.assert_array_equal(once, again)
-    floats = module._in_order(9, rows, weights, vectors)
-    shuffled = module._in_order(9, rows[order], weights[order], vectors[order])
-    assert np.any(floats != shuffled)
+
+    def floats(rows, weights, vectors):
+        return jnp.zeros((9, 5)).at[rows].add(weights[:, None] * vectors)
+
+    shuffled = floats(rows[order], weights[order], vectors[order])
+    assert np.any(floats(rows, weights, vectors) != shuffled)
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
-@BOTH
-def test_what_is_not_finite_stays_visible(scatter_sum, value):
+def test_what_is_not_finite_stays_visible(value):
     """Such a number leaves no sum of its row and channel finite; other channels are as before."""
     rows, weights, vectors = drawn()
     vectors[3, 1, 0] = value
@@ -71,14 +73,36 @@ def test_what_is_not_finite_stays_visible(scatter_sum, value):
     assert np.isfinite(got[:, 1:]).all()
 
 
-def test_integers_are_summed_for_gpus():
-    """The program of a GPU has no scatter of floats, that of a CPU no other."""
-    args = (jnp.zeros((2, 3), jnp.int32), jnp.zeros((2, 3)), jnp.zeros((2, 3, 4)))
+def to_values(values, locations, weights):
+    """The gradient of deformable attention with respect to the values."""
+    shapes = ((3, 4), (2, 2))
 
-    def text(platform):
-        traced = jax.jit(lambda *args: module.scatter_sum(5, *args)).trace(*args)
-        return traced.lower(lowering_platforms=(platform,)).as_text()
+    def total(values):
+        return jnp.sum(deformable_attention(values, shapes, locations, weights))
 
-    assert "scatter" in text("cpu")
-    assert "tensor<5x4xi32>" not in text("cpu")
-    assert "tensor<5x4xi32>" in text("cuda")
+    return jax.grad(total)(values)
+
+
+def to_masks(masks, points):
+    """The gradient of sampled masks."""
+    return jax.grad(lambda masks: jnp.sum(losses.sample_masks(masks, points)))(masks)
+
+
+@pytest.mark.parametrize(
+    ("gradient", "shapes"),
+    [
+        (to_values, [(1, 16, 2, 3), (1, 5, 2, 2, 1, 2), (1, 5, 2, 2, 1)]),
+        (to_masks, [(2, 6, 5), (2, 9, 2)]),
+    ],
+)
+def test_gradients_are_summed_in_integers_for_gpus(gradient, shapes):
+    """The program of a GPU adds integers where that of a CPU adds floats, and nothing else."""
+    traced = jax.jit(gradient).trace(*(jnp.zeros(shape) for shape in shapes))
+
+    def added(platform):
+        text = traced.lower(lowering_platforms=(platform,)).as_text()
+        scatters = re.findall(r'"stablehlo.scatter".*?-> tensor<[\dx]*(\w+)>', text, re.DOTALL)
+        return set(scatters)
+
+    assert added("cpu") == {"f32"}
+    assert added("cuda") == {"i32"}
