@@ -233,18 +233,50 @@ def _interpolate(
     low = (centre // (2 * after)).clip(None, before - 1)
     share = (centre % (2 * after)).astype(np.float32) / (2 * after).astype(np.float32)
     high = (low + 1).clip(None, before - 1)
-    if len(low) == 1:  # the same for every image
-
-        def take(i):
-            return jnp.take(x, i[0], axis=axis, mode="clip")
-
-    else:
+    share = share.reshape(len(share), *[1] * (axis - 1), -1, *[1] * (3 - axis))
+    if len(low) > 1:
 
         def take(i):
             return jax.vmap(lambda image, i: jnp.take(image, i, axis=axis - 1, mode="clip"))(x, i)
 
-    share = share.reshape(len(share), *[1] * (axis - 1), -1, *[1] * (3 - axis))
-    return take(low) * (1 - share) + take(high) * share
+        return take(low) * (1 - share) + take(high) * share
+
+    def read(x):
+        """The same for every image."""
+        below, above = (jnp.take(x, i[0], axis=axis, mode="clip") for i in (low, high))
+        return below * (1 - share) + above * share
+
+    return _with_ordered_gradient(read, x, axis)(x)
+
+
+def _with_ordered_gradient(
+    read: Callable[[Array], Array], like: Float32[Array, "b _ _ k"], axis: int
+) -> Callable[[Array], Array]:
+    """`read`, linear along an axis of arrays as `like`, with a gradient that no GPU scatters.
+
+    A scatter there adds in any order, so that no run would be like another. The gradient is a
+    product with the matrix of `read` instead.
+    """
+    n = like.shape[axis]
+
+    def scatter(gradient):
+        return jax.linear_transpose(read, jax.ShapeDtypeStruct(like.shape, like.dtype))(gradient)[0]
+
+    def multiply(gradient):
+        shape = [n, *(n if i == axis else 1 for i in range(1, 4))]
+        matrix = read(jnp.eye(n).reshape(shape)).reshape(n, -1)
+        exact = jax.lax.Precision.HIGHEST
+        return jnp.moveaxis(jnp.tensordot(gradient, matrix, (axis, 1), precision=exact), -1, axis)
+
+    def forward(x):
+        return read(x), None
+
+    def backward(_, gradient):
+        return (jax.lax.platform_dependent(gradient, cpu=scatter, default=multiply),)
+
+    resized = jax.custom_vjp(read)
+    resized.defvjp(forward, backward)
+    return resized
 
 
 STRIP = 64  # label rows resized at once

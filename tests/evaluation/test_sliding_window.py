@@ -339,6 +339,36 @@ def test_resize_equals_jax_image_resize_without_antialiasing(size):
 
 
 @pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("platform", ["cpu", "default"])
+def test_the_gradient_of_resizing_is_its_transpose(size, platform, monkeypatch):
+    """On every platform, what reaches a score is the sum over pixels of its weight in them."""
+
+    def chosen(*args, **ways):
+        return ways[platform](*args)
+
+    monkeypatch.setattr(jax.lax, "platform_dependent", chosen)
+    rng = np.random.default_rng(5)
+    scores = jnp.asarray(rng.normal(size=(2, 13, 17, 3)), jnp.float32)
+    towards = rng.normal(size=(2, *size, 3)).astype(np.float32)
+
+    def gradient(resize):
+        return jax.grad(lambda scores: jnp.sum(resize(scores) * towards))(scores)
+
+    expected = gradient(lambda x: jax.image.resize(x, (2, *size, 3), "bilinear", antialias=False))
+    got = gradient(lambda x: resize_scores(x, size))
+    np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-4)
+
+
+def test_gpus_scatter_no_gradient_of_resizing():
+    """A scatter of floats has no fixed order there."""
+    traced = jax.jit(jax.grad(lambda x: jnp.sum(resize_scores(x, (8, 10)) ** 2))).trace(
+        jnp.zeros((1, 4, 5, 2))
+    )
+    assert "stablehlo.scatter" in traced.lower(lowering_platforms=("cpu",)).as_text()
+    assert "stablehlo.scatter" not in traced.lower(lowering_platforms=("cuda",)).as_text()
+
+
+@pytest.mark.parametrize("size", SIZES)
 def test_resize_equals_torch(size):
     """The same scores through torch's `interpolate`, where torch is installed."""
     torch = pytest.importorskip("torch")
