@@ -21,7 +21,7 @@ from jaxdg.data.annotations import CocoBoxes, VocPart, index_coco, index_voc, re
 from jaxdg.data.box_fields import Boxes, areas_of
 from jaxdg.data.coco_json import CocoPart
 from jaxdg.data.datasets import STREETS, Dataset, Files, Mixture, Streets, StreetsOptions, Subset
-from jaxdg.data.domains import domain_names, pair_files
+from jaxdg.data.domains import domain_names, folder_of_files, pair_files
 from jaxdg.data.images import read_image
 from jaxdg.data.labels import CITYSCAPES, LabelSet, palette
 from jaxdg.data.skip import skip_list, without
@@ -324,17 +324,7 @@ def open_box_files(
         FileNotFoundError: as for `open_boxes`.
         ValueError: as for `open_boxes`.
     """
-    if "://" in root:
-        raise FileNotFoundError(
-            f"{root} has no records of {domain}; only they are read from there: run `python -m"
-            " jaxdg.data.prepare`"
-        )
-    root = os.path.normpath(root)
-    if not os.path.isdir(root):
-        raise FileNotFoundError(
-            f"data root {os.path.abspath(root)} does not exist; set JAXDG_DATA or"
-            " --config.data.root"
-        )
+    root = folder_of_files(root, domain)
     domain_names(domain)  # raises an error for names such as `..`
     left_out = skip_list(skip, root, strict=train) if skip else ()
     split = "train" if train else "val"

@@ -104,6 +104,26 @@ def domain_names(domain: str) -> list[str]:
     return names
 
 
+def folder_of_files(root: str, domain: str) -> str:
+    """The data root as a folder that files are read from.
+
+    Raises:
+        FileNotFoundError: it is a URL, where only records are read, or no folder.
+    """
+    if "://" in root:
+        raise FileNotFoundError(
+            f"{root} has no records of {domain}; only they are read from there: run `python -m"
+            " jaxdg.data.prepare`"
+        )
+    root = os.path.normpath(root)
+    if not os.path.isdir(root):
+        raise FileNotFoundError(
+            f"data root {os.path.abspath(root)} does not exist; set JAXDG_DATA or"
+            " --config.data.root"
+        )
+    return root
+
+
 def open_files(
     domain: str,
     *,
@@ -127,17 +147,7 @@ def open_files(
             check is not used.
     """
     labels = label_set(domain, folder)
-    if "://" in root:
-        raise FileNotFoundError(
-            f"{root} has no records of {domain}; only they are read from there: run `python -m"
-            " jaxdg.data.prepare`"
-        )
-    root = os.path.normpath(root)
-    if not os.path.isdir(root):
-        raise FileNotFoundError(
-            f"data root {os.path.abspath(root)} does not exist; set JAXDG_DATA or"
-            " --config.data.root"
-        )
+    root = folder_of_files(root, domain)
     left_out = skip_list(skip, root, strict=train) if skip else ()
     if dataset := published.find(domain, mapillary_labels):
         return _published(domain, dataset, root, train, left_out, defects)

@@ -246,37 +246,32 @@ def _interpolate(
         below, above = (jnp.take(x, i[0], axis=axis, mode="clip") for i in (low, high))
         return below * (1 - share) + above * share
 
-    return _with_ordered_gradient(read, x, axis)(x)
+    ordered = _with_ordered_gradient(read, x.shape[axis], axis)
+    return jax.lax.platform_dependent(x, cpu=read, default=ordered)
 
 
 def _with_ordered_gradient(
-    read: Callable[[Array], Array], like: Float32[Array, "b _ _ k"], axis: int
+    read: Callable[[Array], Array], n: int, axis: int
 ) -> Callable[[Array], Array]:
-    """`read`, linear along an axis of arrays as `like`, with a gradient that no GPU scatters.
+    """`read`, linear along an axis of n, with a gradient that a GPU does not scatter.
 
     A scatter there adds in any order, so that no run would be like another. The gradient is a
     product with the matrix of `read` instead.
     """
-    n = like.shape[axis]
-
-    def scatter(gradient):
-        return jax.linear_transpose(read, jax.ShapeDtypeStruct(like.shape, like.dtype))(gradient)[0]
-
-    def multiply(gradient):
-        shape = [n, *(n if i == axis else 1 for i in range(1, 4))]
-        matrix = read(jnp.eye(n).reshape(shape)).reshape(n, -1)
-        exact = jax.lax.Precision.HIGHEST
-        return jnp.moveaxis(jnp.tensordot(gradient, matrix, (axis, 1), precision=exact), -1, axis)
 
     def forward(x):
         return read(x), None
 
     def backward(_, gradient):
-        return (jax.lax.platform_dependent(gradient, cpu=scatter, default=multiply),)
+        shape = [n, *(n if i == axis else 1 for i in range(1, 4))]
+        matrix = read(jnp.eye(n).reshape(shape)).reshape(n, -1)
+        exact = jax.lax.Precision.HIGHEST
+        product = jnp.tensordot(gradient, matrix, (axis, 1), precision=exact)
+        return (jnp.moveaxis(product, -1, axis),)
 
-    resized = jax.custom_vjp(read)
-    resized.defvjp(forward, backward)
-    return resized
+    ordered = jax.custom_vjp(read)
+    ordered.defvjp(forward, backward)
+    return ordered
 
 
 STRIP = 64  # label rows resized at once
