@@ -403,4 +403,4 @@ def test_padded_hidden_channels_change_nothing():
     )
     for got, want in zip(jax.tree.leaves(gradients), jax.tree.leaves(expected), strict=True):
         assert got.shape == want.shape
-        np.testing.assert_allclose(got, want, rtol=0, atol=2**-7 * np.abs(want).max())
+        np.testing.assert_allclose(got, want, rtol=0, atol=0.02 * np.abs(want).max())
