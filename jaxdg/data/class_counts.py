@@ -16,7 +16,6 @@ import time
 from typing import Any
 
 import cv2
-import grain
 from jaxtyping import Int32, Int64, Integer
 import numpy as np
 
@@ -98,8 +97,8 @@ def count(dataset: Dataset, workers: int = 0) -> Counts:
         classes = np.zeros((n, k), np.int32)
         total = np.zeros(KINDS, np.int64)
         table = id_classes(dataset)
-        items = grain.MapDataset.range(n).map(_Read(dataset, strict=True))
-        for i, (ids, found, _) in enumerate(read_ahead(items, workers)):
+        read = _Read(dataset, range(n), strict=True)
+        for i, (ids, found, _) in enumerate(read_ahead(read, n, workers)):
             total[ids] += found
             trained = table[ids]
             np.add.at(classes[i], trained[trained < k], found[trained < k])
@@ -201,7 +200,7 @@ def _progressive(
         if np.isin(wanted, table[np.flatnonzero(total)]).all():
             break
         fresh = order[len(looked) : max(FIRST, 2 * len(looked))]
-        reading = read_ahead(grain.MapDataset.source(fresh).map(_Read(dataset, strict=False)), 0)
+        reading = read_ahead(_Read(dataset, fresh, strict=False), len(fresh), 0)
         for i, (ids, found, wrong) in zip(fresh, reading, strict=True):
             looked.append(i)
             total[ids] += found
@@ -231,22 +230,25 @@ def spread(items: int, most: int) -> list[int]:
 
 @dataclasses.dataclass
 class _Read:
-    """The ids in the label of image i, and pixels or boxes of each.
+    """The ids in the label of the i-th of some images, and pixels or boxes of each.
 
     It is a class and not a closure, so that it reaches worker processes by name.
 
     Attributes:
-        dataset: its images.
+        dataset: holds the images.
+        images: which of them, in order.
         strict: damage and ids that have no class raise errors; else damage is returned beside an
             empty result.
     """
 
     dataset: Dataset
+    images: Sequence[int]
     strict: bool
 
     def __call__(
         self, i: int
     ) -> tuple[Integer[np.ndarray, " m"], Integer[np.ndarray, " m"], Defect | None]:
+        i = self.images[i]
         try:
             ids, counts = truth_ids(self.dataset, i)
         except (ValueError, cv2.error) as error:

@@ -2,15 +2,13 @@
 
 Position p = step * batch size + row of the endless sequence of examples gets an image from a
 sampler, and its augmentation is drawn from (seed, p). So the data state of a checkpoint is the
-step, and a run sees the same batches with 0 or 8 worker processes and on 1 or 4 hosts. Built on
-`grain.MapDataset`. The import brings in no flax and touches no device, because worker processes are
-spawned and import it again.
+step, and a run sees the same batches with 0 or 8 worker processes and on 1 or 4 hosts. The import
+brings in no flax and touches no device, because worker processes are spawned and import it again.
 """
 
 import dataclasses
 from typing import Any, Protocol, runtime_checkable
 
-import grain
 from jaxtyping import Int32, Int64, UInt8
 import numpy as np
 
@@ -85,8 +83,7 @@ def train_batches(
     example = _TrainExample(
         dataset, sampler, augmentation, pictures, seed, max_boxes, styles, first, rows, batch_size
     )
-    examples = grain.MapDataset.range((stop - start) * rows).map(example)
-    return read_ahead(examples.batch(rows), workers)
+    return read_ahead(example, (stop - start) * rows, workers, rows=rows)
 
 
 def batch_files(dataset: Dataset, sampler: Sampler, *, batch_size: int, step: int) -> list[str]:
@@ -149,7 +146,7 @@ def eval_batches(
     order, shapes = _eval_order(sizes, batch_size)
     mine = order.reshape(-1, batch_size)[:, shard[0] * rows : (shard[0] + 1) * rows].ravel()
     example = _EvalExample(dataset, protocol, mine, shapes, rows, max_boxes)
-    return read_ahead(grain.MapDataset.range(len(mine)).map(example).batch(rows), workers)
+    return read_ahead(example, len(mine), workers, rows=rows)
 
 
 @dataclasses.dataclass

@@ -1,4 +1,4 @@
-"""The items of a `grain.MapDataset` in order, read ahead by threads or worker processes.
+"""Items in order, read ahead of their use by threads or worker processes.
 
 The import brings in no flax and touches no device, because worker processes are spawned and import
 it again.
@@ -6,7 +6,7 @@ it again.
 
 import atexit
 import collections
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 import contextlib
@@ -16,29 +16,41 @@ import signal
 import sys
 import threading
 import types
-from typing import Any
+from typing import TYPE_CHECKING, Any
 import weakref
 
 import cloudpickle
 import cv2
-import grain
+
+if TYPE_CHECKING:
+    import grain
 
 Items = Generator[Any, None, None]
 _open: weakref.WeakSet[Items] = weakref.WeakSet()  # iterators not yet closed
-_items: grain.MapDataset  # the items that a worker process reads
+_items: "grain.MapDataset"  # the items that a worker process reads
 
 
-def read_ahead(items: grain.MapDataset, workers: int) -> Items:
-    """Reads every item once, ahead of its use.
+def read_ahead(
+    read: Callable[[int], Any], n: int, workers: int, *, rows: int | None = None
+) -> Items:
+    """Reads the items 0 to n - 1 once each, ahead of their use.
 
     Args:
-        items: the items to read.
+        read: reads item i; with worker processes it is pickled.
+        n: number of items.
         workers: worker processes; 0 reads with threads of this process.
+        rows: so many items in a row are stacked to a batch; None yields the items themselves.
 
     Returns:
-        An iterator over the items in order; what reading raises, it raises. Its `close()`, or
-        dropping it, ends the workers.
+        An iterator over the items or batches in order; what reading raises, it raises. Its
+        `close()`, or dropping it, ends the workers.
     """
+    # Importing grain takes a quarter of a second, which commands that read nothing do not wait for.
+    import grain
+
+    items = grain.MapDataset.range(n).map(read)
+    if rows is not None:
+        items = items.batch(rows)
     if workers:
         iterator = _from_processes(items, workers)
     else:
@@ -57,7 +69,7 @@ def _close_all() -> None:
             iterator.close()
 
 
-def _from_threads(items: grain.IterDataset) -> Items:
+def _from_threads(items: "grain.IterDataset") -> Items:
     iterator = iter(items)
     try:
         yield from iterator
@@ -65,7 +77,7 @@ def _from_threads(items: grain.IterDataset) -> Items:
         iterator.close()
 
 
-def _from_processes(items: grain.MapDataset, workers: int) -> Items:
+def _from_processes(items: "grain.MapDataset", workers: int) -> Items:
     """Items in order from a pool of processes, two a process ahead.
 
     A pool replaces grain's `mp_prefetch`. In grain 0.2.18 that waits 25 seconds for its processes

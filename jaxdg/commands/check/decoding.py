@@ -5,7 +5,6 @@ import dataclasses
 import math
 
 import cv2
-import grain
 from jaxtyping import Int64
 import numpy as np
 from rich.console import Console
@@ -110,7 +109,7 @@ def decode(
     if not items:
         return
     decoder = _Decoder([o.dataset for o in opened], items)
-    results = read_ahead(grain.MapDataset.range(len(items)).map(decoder), workers)
+    results = read_ahead(decoder, len(items), workers)
     results = track(
         results, name, len(items), console=console, transient=True, disable=not console.is_terminal
     )

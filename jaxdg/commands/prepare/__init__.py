@@ -9,7 +9,6 @@ import hashlib
 import json
 from typing import Any
 
-import grain
 import numpy as np
 
 from jaxdg.commands import command_line as cli
@@ -131,9 +130,8 @@ def prepare(
         return directory
     if beam is None:
         for split, writer in writers.items():
-            shards = grain.MapDataset.range(len(writer.bounds) - 1).map(writer)
             try:
-                for name in read_ahead(shards, processes):
+                for name in read_ahead(writer, len(writer.bounds) - 1, processes):
                     report(f"{domain} {split}: {name}")
             except ChildProcessError as error:
                 raise ChildProcessError(
