@@ -3,6 +3,7 @@ files are.
 """
 
 import atexit
+import gc
 import os
 from pathlib import Path
 import shutil
@@ -24,13 +25,20 @@ os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 if "JAXDG_CACHE" not in os.environ:
     os.environ["JAXDG_CACHE"] = tempfile.mkdtemp(prefix="jaxdg_tests_")
     atexit.register(shutil.rmtree, os.environ["JAXDG_CACHE"], ignore_errors=True)
+# What one test compiles serves the next, also in processes that tests start.
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", os.environ["JAXDG_CACHE"] + "/tests")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
 
 import jax
-from jax.experimental.compilation_cache import compilation_cache
 from jaxtyping import install_import_hook
 import pytest
 
 install_import_hook("jaxdg", "beartype.beartype")
+
+# Tracing makes many objects that live on; looking for garbage among them took a seventh of the
+# time.
+gc.freeze()
+gc.set_threshold(200_000, 50, 100)
 
 ROOT = Path(__file__).resolve().parent.parent
 GOLDEN = ROOT / "tests" / "golden"
@@ -63,31 +71,6 @@ def optimized():
     jax.config.update("jax_disable_most_optimizations", False)
     yield
     jax.config.update("jax_disable_most_optimizations", before)
-
-
-@pytest.fixture(scope="module")
-def compiled_quickly(tmp_path_factory):
-    """What a module compiles, here and in processes it starts, takes a third of the time, serves
-    the next test, and runs slowly.
-
-    For tests of what a run does and leaves behind, not of how closely it computes; how arrays are
-    divided over devices stays as it is.
-    """
-    settings = {
-        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")),
-        "jax_persistent_cache_min_compile_time_secs": 0.1,
-        "jax_disable_most_optimizations": True,
-    }
-    with pytest.MonkeyPatch.context() as patch:
-        before = {name: jax.config.values[name] for name in settings}
-        for name, value in settings.items():
-            jax.config.update(name, value)
-            patch.setenv(name.upper(), str(value))
-        compilation_cache.reset_cache()
-        yield
-        for name, value in before.items():
-            jax.config.update(name, value)
-        compilation_cache.reset_cache()
 
 
 @pytest.fixture(scope="session")

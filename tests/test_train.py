@@ -44,8 +44,6 @@ from jaxdg.training.checkpoint import Checkpoints
 from jaxdg.training.metrics import read_metrics
 from tests import forked
 
-pytestmark = pytest.mark.usefixtures("compiled_quickly")
-
 CONFIG = """
 from jaxdg.config import Config
 def get_config():

@@ -187,7 +187,7 @@ def test_every_fault_is_listed(tmp_path):
     assert len(wrong) == 9
 
 
-def test_commands_write_the_models_label_maps(tmp_path, monkeypatch, compiled_quickly):
+def test_commands_write_the_models_label_maps(tmp_path, monkeypatch):
     """A trained checkpoint predicts a tree's test images at their sizes; too few for the server,
     they are not packed.
     """

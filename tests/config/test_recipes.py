@@ -114,7 +114,7 @@ def environment(folder: Path, devices: int) -> dict[str, str]:
 
 
 @pytest.fixture(scope="module")
-def gta5(folder, compiled_quickly):
+def gta5(folder):
     """A finished `python -m jaxdg.train --config configs/gta5_eva02.py` with a small encoder and
     Mask2Former, and what it printed.
     """
@@ -156,7 +156,7 @@ def gta5(folder, compiled_quickly):
 
 
 @pytest.fixture
-def here(folder, monkeypatch, compiled_quickly):
+def here(folder, monkeypatch):
     """Runs in this process: on one device, quickly compiled, with `folder` as the working
     directory.
     """
@@ -409,7 +409,7 @@ if __name__ == "__main__":
 
 
 @pytest.mark.slow
-def test_two_processes_of_four_workers_are_one(folder, compiled_quickly):
+def test_two_processes_of_four_workers_are_one(folder):
     """Real processes that share a batch and an odd number of images give the losses and IoUs of one
     process with two devices.
     """

@@ -102,7 +102,7 @@ class Experiment(Config):
 
 
 @pytest.fixture(autouse=True)
-def small(compiled_quickly, monkeypatch):
+def small(monkeypatch):
     """A small encoder in the zoo, one device."""
     monkeypatch.setitem(
         zoo.ZOO,

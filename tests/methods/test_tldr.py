@@ -112,7 +112,7 @@ def test_layers_are_quarters_and_stages():
 
 
 @pytest.fixture(scope="module", autouse=True)
-def small(compiled_quickly):
+def small():
     """A small encoder in the zoo; what one run compiles serves the next."""
     zoo.ZOO["tiny8"] = zoo.Entry(VitConfig(width=16, depth=2, heads=2, patch_size=8, taps=(0, 1)))
     yield

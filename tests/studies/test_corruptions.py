@@ -86,7 +86,7 @@ def finish(c: Config, workdir: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory, compiled_quickly):
+def trained(tmp_path_factory):
     """The folder of a run of each task; what one compiles serves the next."""
     zoo.ZOO["tiny8"] = zoo.Entry(VitConfig(width=16, depth=2, heads=2, patch_size=8, taps=(1,)))
     folder = tmp_path_factory.mktemp("runs")

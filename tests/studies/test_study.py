@@ -509,7 +509,7 @@ def get_study():
 """
 
 
-def test_a_real_run_stops_with_its_study_and_goes_on(tmp_path, compiled_quickly):
+def test_a_real_run_stops_with_its_study_and_goes_on(tmp_path):
     """The command as users give it: SIGTERM reaches the training, which saves; the next call
     resumes; the pictures are the model's.
     """

@@ -17,8 +17,6 @@ from jaxdg.tasks import run_state as tasks
 from jaxdg.training.metrics import read_metrics
 from tests import clip_models
 
-pytestmark = pytest.mark.usefixtures("compiled_quickly")
-
 
 @pytest.fixture(autouse=True)
 def zoo(monkeypatch):

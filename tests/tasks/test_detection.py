@@ -77,7 +77,7 @@ def start(c: Config, workdir: Path, steps: int = 10**6) -> None:
 
 
 @pytest.fixture(scope="module", autouse=True)
-def small(compiled_quickly):
+def small():
     """A small encoder in the zoo; what one run compiles serves the next."""
     zoo.ZOO["tiny8"] = zoo.Entry(VitConfig(width=16, depth=2, heads=2, patch_size=8, taps=(1,)))
     yield

@@ -449,7 +449,7 @@ def get_config():
 
 
 @pytest.mark.slow
-def test_two_processes_are_one(tmp_path, monkeypatch, compiled_quickly):
+def test_two_processes_are_one(tmp_path, monkeypatch):
     """Two processes, stopped by SIGTERM to one and started again, train, normalise and judge as one
     process with two devices does.
 

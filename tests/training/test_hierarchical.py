@@ -15,8 +15,6 @@ from jaxdg import weights
 from jaxdg.backbones import ClipResnetConfig, MitConfig, zoo
 from jaxdg.segmentation.segformer import SegformerOptions
 
-pytestmark = pytest.mark.usefixtures("compiled_quickly")
-
 MIT = MitConfig(blocks=(1, 2, 3, 1), widths=(8, 16, 20, 32))
 RESNET = ClipResnetConfig(blocks=(1, 2, 3, 1), widths=(16, 32, 64, 128), pool_grid=2, embedding=6)
 QUERIES = {

@@ -18,8 +18,6 @@ from jaxdg.tasks import run_state as tasks
 from jaxdg.training import sharding
 from jaxdg.training.checkpoint import Checkpoints
 
-pytestmark = pytest.mark.usefixtures("compiled_quickly")
-
 MESHES = {
     "1": MeshConfig(1, 1),
     "data=8": MeshConfig(8, 1),
