@@ -2,7 +2,6 @@
 stages, BatchNorm that stays as it was.
 """
 
-import dataclasses
 import re
 
 from flax import nnx
@@ -13,20 +12,14 @@ import pytest
 
 from jaxdg import weights
 from jaxdg.backbones import ClipResnetConfig, MitConfig, zoo
+from jaxdg.config import Mask2FormerOptions
 from jaxdg.segmentation.segformer import SegformerOptions
 
 MIT = MitConfig(blocks=(1, 2, 3, 1), widths=(8, 16, 20, 32))
 RESNET = ClipResnetConfig(blocks=(1, 2, 3, 1), widths=(16, 32, 64, 128), pool_grid=2, embedding=6)
-QUERIES = {
-    "hidden": 32,
-    "queries": 20,
-    "heads": 4,
-    "pixel_layers": 1,
-    "pixel_ffn": 16,
-    "layers": 1,
-    "ffn": 16,
-    "points": 32,
-}
+QUERIES = Mask2FormerOptions(
+    hidden=32, queries=20, heads=4, pixel_layers=1, pixel_ffn=16, layers=1, ffn=16, points=32
+)
 
 
 @pytest.fixture(autouse=True)
@@ -38,19 +31,16 @@ def small(monkeypatch):
 
 def configured(make_run, encoder, decoder, crop=(64, 64), freeze="none"):
     """A run at a crop size."""
-    mask2former = {
-        "mask2former": dataclasses.replace(make_run().config.model.mask2former, **QUERIES)
-    }
-    model = {
-        "encoder": encoder,
-        "decoder": decoder,
-        "pyramid": "layer",
-        "taps": (),
-        "freeze": freeze,
-    }
-    model["segformer"] = SegformerOptions(hidden=16)
     return make_run(
-        model=model | mask2former,
+        model={
+            "encoder": encoder,
+            "decoder": decoder,
+            "pyramid": "layer",
+            "taps": (),
+            "freeze": freeze,
+            "segformer": SegformerOptions(hidden=16),
+            "mask2former": QUERIES,
+        },
         data={"crop": crop},
         optimizer={"clip": 1.0, "learning_rate": 1e-2, "weight_decay": 0.5},
         steps=60,
@@ -199,7 +189,7 @@ def test_what_is_frozen_and_where_stacks_end(make_run, encoder, freeze, expected
     run = configured(make_run, encoder, "linear", freeze=freeze)
     trained, frozen, _ = (set(weights.slots(part)) for part in run.plan.abstract)
     assert frozen == {name for name in trained | frozen if expected(name)}
-    backbone = nnx.eval_shape(lambda: run.plan.make(jax.random.key(0))).backbone
+    backbone = nnx.merge(run.plan.graph, *run.plan.abstract).backbone
     stacks = [
         getattr(backbone, f"{'block' if encoder == 'small_mit' else 'layer'}{i}")
         for i in (1, 2, 3, 4)

@@ -42,8 +42,8 @@ def first_gradients(state):
 
 @pytest.fixture(scope="module")
 def runs(make_run, tmp_path_factory):
-    """Per mesh: the losses of six steps, the gradients of the first, the last state, and how often
-    the step was compiled.
+    """Per mesh: the losses of six steps, the gradients of the first, the last state, how often the
+    step was compiled, and the run with its step.
 
     The state after three steps with fsdp=8 is saved in `saved`.
     """
@@ -68,6 +68,7 @@ def runs(make_run, tmp_path_factory):
             "gradients": gradients,
             "state": state,
             "compiled": step._cache_size(),
+            "run": (run, step),
         }
     return results
 
@@ -103,11 +104,14 @@ def test_saved_on_eight_resumed_on_fewer(runs, make_run, mesh):
     """A run saved on eight devices goes on with two and with one: the losses of its next steps are
     those it had on eight, to 1e-4.
     """
-    run = make_run(mesh, optimizer={"clip": 0.0, "learning_rate": 1e-2})
+    if mesh == MESHES["1"]:
+        run, step = runs["1"]["run"]
+    else:
+        run = make_run(mesh, optimizer={"clip": 0.0, "learning_rate": 1e-2})
+        step = run.step()
     checkpoints = Checkpoints(runs["saved"])
     state = checkpoints.restore(run.like)
     losses = []
-    step = run.step()
     checkpoints.close()
     assert int(state.step) == 3
     assert all(leaf.sharding.mesh.size == mesh.fsdp for leaf in jax.tree.leaves(state))
@@ -169,13 +173,13 @@ def test_mask2former_agrees_on_eight_devices(make_run):
     all that the deformable attention reads were wrong on this mesh.
     """
     sizes = Mask2FormerOptions(
-        hidden=32, queries=20, heads=4, pixel_layers=1, pixel_ffn=16, layers=2, ffn=16, points=64
+        hidden=32, queries=20, heads=4, pixel_layers=1, pixel_ffn=16, layers=1, ffn=16, points=64
     )
     model = {
         "decoder": "mask2former",
         "mask2former": sizes,
         "pyramid": "batch",
-        "taps": (1, 3, 5, 7),
+        "taps": (1, 2, 3, 4),
     }
     side = (32, 32)  # the norm of a coarsest level of one pixel would give 0
     losses = {}
@@ -273,7 +277,7 @@ def test_first_rule_counts_and_names_trailing_axes():
     there are.
     """
     mesh = sharding.make_mesh(MeshConfig(4, 2))
-    state = nnx.state(nnx.Linear(4, 6, rngs=nnx.Rngs(0)), nnx.Param)
+    state = nnx.state(nnx.eval_shape(lambda: nnx.Linear(4, 6, rngs=nnx.Rngs(0))), nnx.Param)
 
     def spec(rules):
         return {
