@@ -195,6 +195,7 @@ def test_a_run_with_another_patch_trains_and_loads_again(stored, tmp_path):
     c.evaluation.stride = (32, 32)
     c.data.streets.size = (48, 96)
     c.data.streets.images = 8
+    c.data.streets.val_images = 2
     c.model.encoder = "small"
     c.model.weights = str(path)
     c.model.patch_size = 8

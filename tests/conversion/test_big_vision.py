@@ -14,11 +14,19 @@ from jaxdg import backbones, weights
 from jaxdg.backbones import VitConfig
 from jaxdg.conversion import mapping, models, vit
 from tests.backbones.drawn import drawn
-from tests.conversion.checks import assert_identical, converted, refused
+from tests.conversion.checks import assert_identical, converted, find_shapes_once, refused
 
 TINY = VitConfig(image_size=(20, 20), patch_size=4, width=24, depth=4, heads=2, taps=(0, 1, 2, 3))
 LAYOUTS = {layout.name: layout for layout in vit.layouts(TINY)}
 NORM = "Transformer/encoder_norm/"
+
+
+@pytest.fixture(autouse=True, scope="module")
+def shapes_found_once():
+    """No name changes its meaning between these tests."""
+    with pytest.MonkeyPatch.context() as patch:
+        find_shapes_once(patch)
+        yield
 
 
 @pytest.fixture(autouse=True)

@@ -12,7 +12,7 @@ from safetensors.numpy import load_file
 from jaxdg import backbones, weights
 from jaxdg.backbones import MitConfig
 from jaxdg.conversion import mapping, mit, models
-from tests.conversion.checks import assert_identical, converted, refused
+from tests.conversion.checks import assert_identical, converted, find_shapes_once, refused
 
 TINY = MitConfig(image_size=(32, 32), blocks=(1, 2, 1, 1), widths=(8, 16, 20, 32))
 NAMES = [f"mit_b{i}" for i in range(6)]
@@ -86,6 +86,14 @@ def tensors(layout="SegFormer encoder"):
 
 def encoders(source, layout="SegFormer encoder"):
     return {name: tensor for name, tensor in source.items() if name not in AROUND[layout]}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def shapes_found_once():
+    """No name changes its meaning between these tests."""
+    with pytest.MonkeyPatch.context() as patch:
+        find_shapes_once(patch)
+        yield
 
 
 @pytest.fixture(autouse=True)

@@ -11,7 +11,7 @@ from safetensors.numpy import load_file
 from jaxdg import backbones, weights
 from jaxdg.backbones import SiglipConfig
 from jaxdg.conversion import mapping, models, siglip
-from tests.conversion.checks import assert_identical, converted, refused
+from tests.conversion.checks import assert_identical, converted, find_shapes_once, refused
 
 WIDTH = 16
 HEADS = 2
@@ -151,6 +151,14 @@ def tensors(layout="timm"):
 
 def mapped(source, layout="timm"):
     return {name: tensor for name, tensor in source.items() if name not in AROUND[layout]}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def shapes_found_once():
+    """No name changes its meaning between these tests."""
+    with pytest.MonkeyPatch.context() as patch:
+        find_shapes_once(patch)
+        yield
 
 
 @pytest.fixture(autouse=True)

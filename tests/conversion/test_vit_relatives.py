@@ -13,7 +13,7 @@ from jaxdg import backbones, weights
 from jaxdg.backbones import Deit3Config, Dinov2Config, Dinov3Config, MocoV3Config
 from jaxdg.conversion import mapping, models
 from tests.backbones.drawn import run, wave
-from tests.conversion.checks import assert_identical, converted, refused
+from tests.conversion.checks import assert_identical, converted, find_shapes_once, refused
 
 SMALL = dict(image_size=(12, 12), patch_size=4, width=16, depth=4, heads=2, taps=(1, 3))
 CONFIGS = {
@@ -216,6 +216,14 @@ def tensors(family, layout):
     return needed, needed | dict.fromkeys(beside, np.ones(3, np.float32)) | dict.fromkeys(
         counts, np.ones((), np.int64)
     )
+
+
+@pytest.fixture(autouse=True, scope="module")
+def shapes_found_once():
+    """No name changes its meaning between these tests."""
+    with pytest.MonkeyPatch.context() as patch:
+        find_shapes_once(patch)
+        yield
 
 
 @pytest.fixture(autouse=True)

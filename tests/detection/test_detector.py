@@ -13,7 +13,7 @@ import optax
 import pytest
 
 from jaxdg import weights
-from jaxdg.backbones import ClipResnetConfig, zoo
+from jaxdg.backbones import ClipResnetConfig, VitConfig, zoo
 from jaxdg.detection.detector import Detector, DetectorConfig
 from jaxdg.detection.fcos import FcosConfig
 from jaxdg.detection.rcnn.detectors import C4Config, RcnnConfig
@@ -46,8 +46,18 @@ SIZE = (60, 90)  # no multiple of the patch
 jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 
+@pytest.fixture(autouse=True, scope="module")
+def small_vit():
+    """An encoder of the zoo, small."""
+    zoo.ZOO["small_vit"] = zoo.Entry(
+        VitConfig(width=64, depth=4, heads=2, patch_size=8, taps=(0, 1, 2, 3))
+    )
+    yield
+    del zoo.ZOO["small_vit"]
+
+
 @functools.cache
-def build(head, encoder="scratch_ti8", size=SIZE, classes=3):
+def build(head, encoder="small_vit", size=SIZE, classes=3):
     """A detector as (graph, state)."""
 
     def make():
@@ -349,7 +359,7 @@ def test_every_kind_of_encoder_and_head(encoder, head, strides):
 def test_what_does_not_fit_is_refused(small_resnet):
     """Each with what is allowed."""
 
-    def make(head, encoder="scratch_ti8"):
+    def make(head, encoder="small_vit"):
         return nnx.eval_shape(
             lambda: Detector(
                 DetectorConfig(num_classes=3, encoder=encoder, image_size=(64, 64), head=head),

@@ -118,6 +118,7 @@ def experiment(folder) -> Experiment:
     c = Experiment(steps=4, batch_size=8, log_every=1, eval_every=0, checkpoint_every=2)
     c.data.crop = c.data.streets.size = c.evaluation.stride = (32, 64)
     c.data.streets.images = 8
+    c.data.streets.val_images = 2
     c.adapter.on = c.calm.on = True
     c.model.encoder = "tiny8"
     c.model.weights = str(folder / "before.safetensors")

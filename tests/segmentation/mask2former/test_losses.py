@@ -81,7 +81,7 @@ def matched_masks(masks, query, valid):
     return losses.mask_logits(losses.matched_embeds(embeds[0], query, valid), features)
 
 
-def test_given_points_equal_transformers(data):
+def test_given_points_equal_transformers(data, optimized):
     """With the oracle's random points, the matching is its own and each term of each prediction is
     its term to 1e-5.
     """
@@ -182,7 +182,7 @@ def test_random_draws_have_the_mean_and_spread_of_transformers(data):
     predictions = jnp.asarray(data["class_logits"]), *factored(jnp.asarray(data["mask_logits"]))
     loss = partial(losses.mask2former_loss, *predictions, label, denominator, points=POINTS)
     keys = jax.random.split(jax.random.key(1), 400)
-    draws = jax.jit(lambda keys: jax.lax.map(loss, keys))(keys)
+    draws = jax.device_get(jax.jit(lambda keys: jax.lax.map(loss, keys))(keys))
     for i, name in enumerate(TERMS):
         mean = data["redrawn_mean"][i]
         std = data["redrawn_std"][i]
@@ -225,11 +225,11 @@ def test_masks_are_read_as_one_point_at_a_time(dtype):
             ]
             for i in range(2)
         ]
-        got = losses.sample_masks(jnp.asarray(masks, dtype), jnp.asarray(points))
+        got = jax.jit(losses.sample_masks)(jnp.asarray(masks, dtype), points)
         assert got.dtype == jnp.float32
         np.testing.assert_allclose(got, expected, atol=1e-5)
     np.testing.assert_allclose(
-        losses.sample_masks(jnp.asarray(masks[1, 2]), jnp.asarray(shared[1, 0])),
+        jax.jit(losses.sample_masks)(masks[1, 2], shared[1, 0]),
         got[1, 2],
         atol=1e-6,
     )
@@ -252,7 +252,7 @@ def test_gradient_of_reading_masks_is_the_transposed_matrix():
     def through_vjp(m, p, g):
         return jax.vjp(losses.sample_masks, m, p)[1](g)[0]
 
-    for backward in (losses._scatter_to_masks, losses._sum_to_masks, through_vjp):
+    for backward in map(jax.jit, (losses._scatter_to_masks, losses._sum_to_masks, through_vjp)):
         np.testing.assert_allclose(
             backward(jnp.asarray(masks), jnp.asarray(points), jnp.asarray(g)), expected, atol=1e-5
         )
@@ -269,7 +269,7 @@ def test_labels_are_read_as_masks_laid_out():
     own = awkward_points(rng, (2, 2, 4))
     shared = awkward_points(rng, (2, 1))
     for points in (own, shared):
-        got = losses.sample_labels(jnp.asarray(label), jnp.asarray(points), 4)
+        got = jax.jit(losses.sample_labels, static_argnums=2)(label, points, 4)
         full = np.broadcast_to(points, (*points.shape[:-3], 4, *points.shape[-2:]))
         expected = np.zeros(full.shape[:-1])
         for index in np.ndindex(expected.shape):
@@ -347,7 +347,7 @@ def test_gradients_equal_finite_differences(data):
         np.testing.assert_allclose(np.vdot(uphill, along), slope, rtol=2e-3)
 
 
-def test_parts_on_several_devices_add_up_to_the_whole(data, monkeypatch):
+def test_parts_on_several_devices_add_up_to_the_whole(data, monkeypatch, optimized):
     """Halves of the batch, each spread over two devices and divided by the whole's denominator, add
     up to transformers' loss of it.
     """
