@@ -279,6 +279,7 @@ def test_hosts_count_every_pixel_once(native, hosts):
     """
     dataset = Noise(SIZES)
     protocol = native.task.protocol("noise")
+    count = jax.jit(segmentation.confusion_matrix, static_argnums=2)
     total = np.zeros((19, 19), np.int64)
     batches = []
     for host in range(hosts):
@@ -290,7 +291,7 @@ def test_hosts_count_every_pixel_once(native, hosts):
             # counts what.
             prediction = batch["image"][..., 0] % 19
             label = np.where(batch["mask"][:, None, None], batch["label"], 255)
-            total += np.asarray(segmentation.confusion_matrix(prediction, label, 19))
+            total += np.asarray(count(prediction, label, 19))
             seen += 1
         batches.append(seen)
     assert len(set(batches)) == 1  # hosts run in step
@@ -366,7 +367,8 @@ def test_named_protocol_resizes_images_and_scores():
                 np.float32
             )
         )
-        resized = segmentation.resize_scores(jax.numpy.asarray(scores[None], np.float32), (h, w))
+        resize = jax.jit(segmentation.resize_scores, static_argnums=1)
+        resized = resize(scores[None].astype(np.float32), (h, w))
         maps.append(np.asarray(resized)[0].argmax(-1))
     result = run.evaluator(run.state, dataset, lambda: None)
     assert_iou(result.metrics, matrix([dataset[i]["label"] for i in range(3)], maps))

@@ -152,7 +152,10 @@ def test_calls_are_no_larger_than_asked(windows_per_call, expected):
         seen.add(windows.shape)
         return windows
 
-    sliding_window(predict, jnp.zeros((2, 20, 30, 3)), (10, 10), (10, 10), windows_per_call)
+    images = jax.ShapeDtypeStruct((2, 20, 30, 3), jnp.float32)
+    jax.eval_shape(
+        lambda images: sliding_window(predict, images, (10, 10), (10, 10), windows_per_call), images
+    )
     assert seen == {(expected, 10, 10, 3)}
 
 
@@ -160,12 +163,14 @@ def test_nan_stays_in_its_window():
     """Scores are finite where windows are finite, and a NaN in one window stays in the pixels it
     covers.
     """
-    images = jnp.zeros((1, 10, 30, 1)).at[0, 5, 25, 0].set(jnp.nan)
-    scores = np.asarray(
-        sliding_window(
+    images = np.zeros((1, 10, 30, 1), np.float32)
+    images[0, 5, 25, 0] = np.nan
+    run = jax.jit(
+        lambda images: sliding_window(
             lambda x: x + x.mean((1, 2, 3), keepdims=True), images, (10, 10), (10, 10), 2
         )
     )
+    scores = np.asarray(run(images))
     assert np.isfinite(scores[:, :, :20]).all()
     assert np.isnan(scores[:, :, 20:]).all()
 
@@ -303,9 +308,10 @@ def test_mirror_keeps_images_in_their_corner():
     images = drawn(OWN)
     array = padded(images, (30, 41))
     sizes = jnp.asarray(OWN, jnp.int32)
-    found = mirror(jnp.asarray(array), sizes)
+    mirrored = jax.jit(mirror)
+    found = mirrored(array, sizes)
     np.testing.assert_array_equal(found, padded([image[:, ::-1] for image in images], (30, 41)))
-    np.testing.assert_array_equal(mirror(found, sizes), array)
+    np.testing.assert_array_equal(mirrored(found, sizes), array)
 
 
 def test_mistakes_are_said():
@@ -332,9 +338,11 @@ def test_resize_equals_jax_image_resize_without_antialiasing(size):
     shrinking and mixing both.
     """
     scores = np.random.default_rng(3).normal(size=(2, 13, 17, 5)).astype(np.float32)
-    expected = jax.image.resize(scores, (2, *size, 5), "bilinear", antialias=False)
+    expected = jax.jit(lambda x: jax.image.resize(x, (2, *size, 5), "bilinear", antialias=False))(
+        scores
+    )
     np.testing.assert_allclose(
-        resize_scores(jnp.asarray(scores), size), expected, rtol=1e-5, atol=1e-5
+        jax.jit(resize_scores, static_argnums=1)(scores, size), expected, rtol=1e-5, atol=1e-5
     )
 
 
@@ -348,11 +356,11 @@ def test_the_gradient_of_resizing_is_its_transpose(size, platform, monkeypatch):
 
     monkeypatch.setattr(jax.lax, "platform_dependent", chosen)
     rng = np.random.default_rng(5)
-    scores = jnp.asarray(rng.normal(size=(2, 13, 17, 3)), jnp.float32)
+    scores = rng.normal(size=(2, 13, 17, 3)).astype(np.float32)
     towards = rng.normal(size=(2, *size, 3)).astype(np.float32)
 
     def gradient(resize):
-        return jax.grad(lambda scores: jnp.sum(resize(scores) * towards))(scores)
+        return jax.jit(jax.grad(lambda scores: jnp.sum(resize(scores) * towards)))(scores)
 
     expected = gradient(lambda x: jax.image.resize(x, (2, *size, 3), "bilinear", antialias=False))
     got = gradient(lambda x: resize_scores(x, size))
@@ -380,7 +388,7 @@ def test_resize_equals_torch(size):
         .transpose(0, 2, 3, 1)
     )
     np.testing.assert_allclose(
-        resize_scores(jnp.asarray(scores), size), expected, rtol=1e-5, atol=1e-5
+        jax.jit(resize_scores, static_argnums=1)(scores, size), expected, rtol=1e-5, atol=1e-5
     )
 
 
@@ -397,6 +405,7 @@ def test_resizing_many_sizes_in_one_program():
     found = jax.jit(resize_scores, static_argnums=1)(array, (130, 90), sizes)
     labels = jax.jit(label_map, static_argnums=1)(array, (130, 90), sizes)
     assert labels.dtype == np.uint8
+    found, labels = jax.device_get((found, labels))
     for image, size, scores, label in zip(images, TO, found, labels, strict=True):
         expected = np.asarray(jax.jit(resize_scores, static_argnums=1)(image[None], size))[0]
         np.testing.assert_allclose(scores[: size[0], : size[1]], expected, rtol=1e-6, atol=1e-6)
@@ -407,9 +416,10 @@ def test_large_sizes_do_not_overflow():
     """Sides of 20 000 pixels, more than float32 could place to a millionth, are placed by integers:
     a ramp stays a ramp.
     """
-    ramp = jnp.arange(10_000, dtype=jnp.float32).reshape(1, 1, -1, 1)
-    sizes = (jnp.array([[1, 10_000]], jnp.int32), jnp.array([[1, 20_000]], jnp.int32))
-    found = np.asarray(resize_scores(ramp, (1, 20_000), sizes))[0, 0, :, 0]
+    ramp = np.arange(10_000, dtype=np.float32).reshape(1, 1, -1, 1)
+    sizes = (np.array([[1, 10_000]], np.int32), np.array([[1, 20_000]], np.int32))
+    resize = jax.jit(resize_scores, static_argnums=1)
+    found = np.asarray(resize(ramp, (1, 20_000), sizes))[0, 0, :, 0]
     np.testing.assert_array_equal(found[1:-1], (np.arange(20_000) + 0.5)[1:-1] / 2 - 0.5)
 
 

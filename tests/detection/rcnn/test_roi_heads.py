@@ -18,8 +18,6 @@ from jaxdg.detection.rcnn.rpn import Proposals
 from tests.detection import models
 from tests.detection.test_nms import slow as slow_nms
 
-KW = dict(dtype="float32", rngs=nnx.Rngs(0))
-
 
 @pytest.fixture(scope="module")
 def faster_rcnn():
@@ -65,7 +63,8 @@ def test_losses_equal_torchvision(faster_rcnn, output, golden):
 
 def test_box_head_equals_torch(golden):
     """Convolutions with LayerNorm, and linear layers that read rows, columns, channels."""
-    head = BoxHead(RoiHeadsConfig(size=3, channels=8, convs=2, fcs=2, hidden=12), 5, **KW)
+    config = RoiHeadsConfig(size=3, channels=8, convs=2, fcs=2, hidden=12)
+    head = nnx.jit(lambda: BoxHead(config, 5, dtype="float32", rngs=nnx.Rngs(0)))()
     models.fill(head.conv1, "box_head.conv1")
     models.fill(head.conv2, "box_head.conv2")
     models.fill(
@@ -96,8 +95,14 @@ SIZES = np.float32([[48, 64], [40, 50]])
 @pytest.fixture(scope="module")
 def cascade():
     """Three stages whose boxes move by much."""
-    heads = [BoxHead(CONFIG, 5, **KW) for _ in range(3)]
-    predictors = [BoxPredictor(8, 3, class_agnostic=True, **KW) for _ in range(3)]
+
+    @nnx.jit
+    def make():
+        kw = dict(dtype="float32", rngs=nnx.Rngs(2))
+        heads = [BoxHead(CONFIG, 5, **kw) for _ in range(3)]
+        return heads, [BoxPredictor(8, 3, class_agnostic=True, **kw) for _ in range(3)]
+
+    heads, predictors = make()
     for i, predictor in enumerate(predictors):
         predictor.cls_score.kernel[...] = jnp.asarray(0.6 * models.normal(f"score {i}", (8, 4)))
         predictor.bbox_pred.kernel[...] = jnp.asarray(
@@ -316,7 +321,7 @@ def test_text_scores_are_cosines():
     def unit(t):
         return t / np.linalg.norm(t, axis=1, keepdims=True)
 
-    got = score(jnp.asarray(x))
+    got = jax.jit(lambda x: score(x))(x)
     np.testing.assert_allclose(got[:, :3], 100 * unit(x) @ unit(texts).T, rtol=1e-4, atol=1e-4)
     assert not np.asarray(got[:, 3]).any()
 
