@@ -61,12 +61,15 @@ def trained_steps(encoder, images, steps=20):
         features = nnx.merge(graph, state)(images)
         return sum(jnp.mean((f.astype(jnp.float32) - 1) ** 2) for f in features)
 
-    step = jax.jit(jax.value_and_grad(loss))
+    @jax.jit
+    def step(state):
+        value, gradients = jax.value_and_grad(loss)(state)
+        return value, gradients, jax.tree.map(lambda p, g: p - 0.02 * g, state, gradients)
+
     losses = []
     first = None
     for _ in range(steps):
-        value, gradients = step(state)
+        value, gradients, state = step(state)
         first = gradients if first is None else first
         losses.append(float(value))
-        state = jax.tree.map(lambda p, g: p - 0.02 * g, state, gradients)
     return losses, first

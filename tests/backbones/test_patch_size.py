@@ -5,6 +5,7 @@
 import dataclasses
 
 from flax import nnx
+import jax
 import numpy as np
 import pytest
 
@@ -13,6 +14,7 @@ from jaxdg import backbones, config, train, weights
 from jaxdg.backbones import resizing
 from jaxdg.commands import command_line as cli
 from jaxdg.tasks import run_state as tasks
+from jaxdg.training import sharding
 from tests.backbones.drawn import drawn, run
 
 
@@ -185,12 +187,14 @@ def test_the_configuration_is_validated(field, value):
         config.validated(c)
 
 
-def test_a_run_with_another_patch_trains_and_loads_again(stored, tmp_path):
+def test_a_run_with_another_patch_trains_and_loads_again(stored, tmp_path, monkeypatch):
     """Weights of 14-pixel patches in a run of 8-pixel ones: what it starts from is resized, and its
     workdir loads as it was written.
     """
+    one = sharding.make_mesh(config.MeshConfig(1, 1), jax.devices()[:1])
+    monkeypatch.setattr(sharding, "make_mesh", lambda *_: one)
     path = stored(small("augreg_l16"))
-    c = config.Config(steps=2, batch_size=8, log_every=1, eval_every=0, checkpoint_every=2)
+    c = config.Config(steps=2, batch_size=2, log_every=1, eval_every=0, checkpoint_every=2)
     c.data.crop = (32, 32)
     c.evaluation.stride = (32, 32)
     c.data.streets.size = (48, 96)

@@ -3,6 +3,8 @@
 The golden files are made by golden_siglip.py and golden_big_vision.py in tests/oracles.
 """
 
+import functools
+
 from flax import nnx
 import jax
 import jax.numpy as jnp
@@ -24,6 +26,7 @@ SIZES = (
 )  # as trained, enlarged, shrunk, not square, not divided by the patch
 SMALL = dict(image_size=(20, 20), patch_size=4, width=24, depth=4, heads=2, taps=(0, 1, 2, 3))
 TRAINED = SiglipConfig(**SMALL)
+LAYOUTS = {"siglip": siglip.layouts(TRAINED)[0], "vit": vit.timm()}
 
 
 class ExactSiglip(Siglip):
@@ -54,26 +57,32 @@ class TanhVit(Vit):
         )
 
 
-def filled(family, layout, trained, config=None):
-    """The golden random encoder of timm's names, made for `trained`, in an encoder of `config`."""
+def made(family, config):
+    """An encoder without numbers."""
+    return nnx.eval_shape(lambda: family(config, rngs=nnx.Rngs(0)))
 
-    def make(config):
-        return nnx.eval_shape(lambda: family(config, rngs=nnx.Rngs(0)))
 
-    shapes = mapping.source_shapes(make(trained), layout)
-    tensors = mapping.to_flax(
-        make(trained), [layout], list(shapes), lambda name: drawn(name, shapes[name])
+@functools.cache
+def tensors(family, layout_name, trained):
+    """The golden random encoder of timm's names, made for `trained`."""
+    layout = LAYOUTS[layout_name]
+    module = made(family, trained)
+    shapes = mapping.source_shapes(module, layout)
+    return mapping.to_flax(
+        module, [layout], list(shapes), lambda name: drawn(name, shapes[name])
     ).tensors
-    encoder = make(config or trained)
-    weights.fill(encoder, dict(tensors), "golden")
+
+
+def filled(family, layout, trained, config=None):
+    """Those tensors in an encoder of `config`."""
+    encoder = made(family, config or trained)
+    weights.fill(encoder, dict(tensors(family, layout, trained)), "golden")
     return encoder
 
 
 def build(family=Siglip, **fields):
     """An encoder that differs from the trained one in these fields, with the golden weights."""
-    return filled(
-        family, siglip.layouts(TRAINED)[0], TRAINED, SiglipConfig(**{**vars(TRAINED), **fields})
-    )
+    return filled(family, "siglip", TRAINED, SiglipConfig(**{**vars(TRAINED), **fields}))
 
 
 @pytest.fixture(scope="module")
@@ -149,9 +158,7 @@ def test_tokens_equal_big_visions_own_model(golden, size):
     with np.load(golden / "big_vision.npz") as archive:
         expected = archive["siglip/{}x{}".format(*size)]
     trained = SiglipConfig(**{**SMALL, "image_size": (20, 20) if size == (36, 36) else size})
-    encoder = filled(
-        Siglip, siglip.layouts(trained)[0], trained, SiglipConfig(**{**SMALL, "image_size": size})
-    )
+    encoder = filled(Siglip, "siglip", trained, SiglipConfig(**{**SMALL, "image_size": size}))
     np.testing.assert_allclose(np.stack(run(encoder, wave(*size))), expected, rtol=0, atol=1e-4)
 
 
@@ -164,9 +171,9 @@ def test_the_plain_vit_equals_big_visions_own_model_but_for_gelu(golden, size):
         expected = archive["vit/{}x{}".format(*size)]
     config = VitConfig(**{**SMALL, "image_size": size})
     np.testing.assert_allclose(
-        np.stack(run(filled(TanhVit, vit.timm(), config), wave(*size))), expected, rtol=0, atol=1e-4
+        np.stack(run(filled(TanhVit, "vit", config), wave(*size))), expected, rtol=0, atol=1e-4
     )
-    difference = np.stack(run(filled(Vit, vit.timm(), config), wave(*size))) - expected
+    difference = np.stack(run(filled(Vit, "vit", config), wave(*size))) - expected
     assert 1e-6 < np.linalg.norm(difference) / np.linalg.norm(expected) < 1e-3
 
 

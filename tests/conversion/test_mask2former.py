@@ -19,7 +19,7 @@ from jaxdg import weights
 from jaxdg.conversion import checkpoint, mapping, mask2former
 from jaxdg.conversion import convert as torch_to_flax
 from jaxdg.segmentation import Mask2Former, Mask2FormerConfig
-from tests.conversion.checks import Evil, assert_identical, converted, refused
+from tests.conversion.checks import Evil, assert_identical, converted, find_shapes_once, refused
 
 SMALL = dict(
     classes=5,
@@ -172,6 +172,14 @@ RENAMED = {
 
 
 abstract = functools.cache(mask2former.abstract)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def shapes_found_once():
+    """No name changes its meaning between these tests."""
+    with pytest.MonkeyPatch.context() as patch:
+        find_shapes_once(patch)
+        yield
 
 
 @pytest.fixture(autouse=True)

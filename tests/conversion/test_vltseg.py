@@ -181,7 +181,7 @@ def test_the_recipe_gives_every_tensor_their_rate_and_decay(theirs, imported):
     optimizer = make_optimizer(
         config.optimizer, config.steps, trained, config.optimizer.encoder_factor
     )
-    ones = jax.tree.map(jnp.ones_like, trained)
+    ones = jax.tree.map(lambda leaf: np.ones(leaf.shape, leaf.dtype), trained)
     updates = jax.jit(lambda ones: optimizer.update(ones, optimizer.init(ones), ones)[0])(ones)
     steps = mapping.from_flax(
         model, vltseg.layout(), weights.tensors(nnx.merge(graph, updates, statistics))

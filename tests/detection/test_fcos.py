@@ -22,7 +22,8 @@ COUNT = 12 * 16 + 6 * 8 + 3 * 4
 def make(classes=3, **options):
     """A head for 48 x 64 images."""
     context = HeadContext(nnx.Module(), classes, SHAPES, STRIDES, IMAGE, "float32")
-    return FcosConfig(channels=models.FCOS_CHANNELS, **options).build(context, rngs=nnx.Rngs(0))
+    config = FcosConfig(channels=models.FCOS_CHANNELS, **options)
+    return nnx.jit(lambda: config.build(context, rngs=nnx.Rngs(0)))()
 
 
 def some_targets(boxes, classes=None, slots=None):
@@ -131,7 +132,10 @@ def test_no_box_is_lost():
         [[0, 0, 64, 48], [1, 1, 63, 47], [0, 0, 64, 48], [40, 30, 64, 48], [0, 0, 200, 300]]
     )
     boxes = np.concatenate([tiny[::2], whole]).astype(np.float32)
-    got = np.asarray(make().assign(some_targets(boxes, slots=300)))[0]
+    head = make()
+    got = np.asarray(jax.jit(lambda targets: head.assign(targets))(some_targets(boxes, slots=300)))[
+        0
+    ]
     assert set(got) >= set(range(len(boxes)))
 
 
@@ -185,7 +189,7 @@ def test_losses_equal_slow_ones_and_parts_add_up():
     targets = Targets(*(jnp.concatenate(parts) for parts in zip(*alone, strict=True)))
     outputs = [random_output(f"image {i}") for i in range(2)]
     whole = FcosOutput(*(jnp.concatenate(parts) for parts in zip(*outputs, strict=True)))
-    denominator = head.loss_denominator(targets)
+    denominator = jax.jit(lambda targets: head.loss_denominator(targets))(targets)
     losses = jax.jit(lambda *args: head.losses(*args))
     index = [slow_assign(np.asarray(t.boxes[0])[np.asarray(t.valid[0])]) for t in alone]
     assert float(denominator) == sum((i >= 0).sum() for i in index) > 6

@@ -21,7 +21,7 @@ def faster_rcnn():
 @pytest.fixture(scope="module")
 def output(faster_rcnn, golden):
     """Its predictions for the stored levels."""
-    return faster_rcnn.proposal_generator(models.levels(golden))
+    return jax.jit(lambda levels: faster_rcnn.proposal_generator(levels))(models.levels(golden))
 
 
 @pytest.fixture(scope="module")
@@ -61,14 +61,8 @@ def test_losses_equal_torchvision(faster_rcnn, output, golden):
 
 def plain(shapes=((6, 8), (3, 4)), **options):
     """A network of two levels with 8 and 16 pixels a feature for 48 x 64 images."""
-    return Rpn(
-        RpnConfig(sizes=((16.0,), (32.0,)), **options),
-        4,
-        shapes,
-        (8.0, 16.0),
-        dtype="float32",
-        rngs=nnx.Rngs(0),
-    )
+    config = RpnConfig(sizes=((16.0,), (32.0,)), **options)
+    return nnx.jit(lambda: Rpn(config, 4, shapes, (8.0, 16.0), dtype="float32", rngs=nnx.Rngs(0)))()
 
 
 def random_output(rpn, images, spread=1.0):
@@ -143,7 +137,7 @@ def test_every_true_box_has_an_anchor():
 
     gradient = gradient_of(random_output(rpn, 1))
     learnt = (np.concatenate([x[0] for x in gradient.offsets]) != 0).any(axis=1)
-    overlaps = np.asarray(iou(jnp.asarray(boxes)[:, None], jnp.concatenate(rpn.anchors())))
+    overlaps = np.asarray(jax.jit(iou)(boxes[:, None], np.concatenate(rpn.anchors())))
     assert len(boxes) > 200
     assert learnt[overlaps.argmax(axis=1)].all()
 
