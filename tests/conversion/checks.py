@@ -1,13 +1,15 @@
 """What the tests of the conversion command assert of its results."""
 
+import copy
 import functools
 import os
 import re
 
+from flax import nnx
 import numpy as np
 import pytest
 
-from jaxdg.conversion import mapping, models
+from jaxdg.conversion import mapping, models, vltseg
 
 LONGEST = 1000  # characters: ten lines of a terminal
 
@@ -29,6 +31,22 @@ def find_shapes_once(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(models, "abstract", functools.cache(models.abstract))
     patch.setattr(models, "layouts", functools.cache(models.layouts))
     patch.setattr(mapping, "source_shapes", remembered)
+
+
+def make_models_once(patch: pytest.MonkeyPatch) -> None:
+    """Makes the model of a configuration once, and gives a copy each time; for tests between which
+    no encoder's name changes its meaning.
+    """
+    abstract = vltseg.abstract
+    made = {}
+
+    def remembered(config):
+        key = repr(config)
+        if key not in made:
+            made[key] = nnx.split(abstract(config))
+        return nnx.merge(*copy.deepcopy(made[key]))
+
+    patch.setattr(vltseg, "abstract", remembered)
 
 
 def converted(result):

@@ -21,8 +21,17 @@ from jaxdg.config import ModelConfig
 from jaxdg.conversion import checkpoint, faster_rcnn, mapping, models, vitdet, vltseg
 from jaxdg.conversion import convert as torch_to_flax
 from jaxdg.detection.rcnn.rpn import RpnConfig
-from tests.conversion.checks import assert_identical, converted, refused
+from tests.conversion.checks import assert_identical, converted, make_models_once, refused
 from tests.detection import models as golden_models
+
+
+@pytest.fixture(autouse=True, scope="module")
+def models_made_once():
+    """No encoder's name changes its meaning between these tests."""
+    with pytest.MonkeyPatch.context() as patch:
+        make_models_once(patch)
+        yield
+
 
 CASCADE = pytest.mark.parametrize("cascade", [True, False], ids=["cascade", "one stage"])
 

@@ -24,6 +24,7 @@ from jaxdg.conversion import checkpoint, mapping, vltseg
 from jaxdg.conversion import convert as torch_to_flax
 from jaxdg.tasks.run_state import make_task, stored_tensors
 from jaxdg.training.optimizer import make_optimizer
+from tests.conversion.checks import make_models_once
 from tests.conversion.torch_files import torch_file
 
 WINDOW = 75
@@ -98,6 +99,7 @@ def tiny():
         patch.setattr(
             vltseg, "recipe", lambda name: recipe() if name == "tiny" else published(name)
         )
+        make_models_once(patch)
         yield
 
 
