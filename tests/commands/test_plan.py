@@ -123,6 +123,7 @@ def tiny(task):
     c.model.pyramid = "none"
     c.model.freeze = "first 2"
     c.model.decoder = "linear" if task == "segmentation" else "fcos"
+    c.model.taps = (3,) if task == "segmentation" else ()
     return config_lib.validated(c)
 
 
@@ -184,6 +185,8 @@ def test_the_command():
         "--config",
         "configs/streets_tiny.py",
         "--config.model.decoder=linear",
+        "--config.model.pyramid=none",
+        "--config.model.taps=3",
     ]
     arguments = [
         "--devices=16",

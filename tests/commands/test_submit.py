@@ -198,6 +198,7 @@ def test_commands_write_the_models_label_maps(tmp_path, monkeypatch):
     c.data.crop = c.evaluation.stride = (32, 32)
     c.data.streets.size = (32, 32)
     c.model.pyramid = "none"
+    c.model.taps = (3,)
     train.train(validated(c), tmp_path / "run", cli.console(), cli.Interrupt())
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
 

@@ -18,7 +18,7 @@ import jaxdg
 from jaxdg import backbones, weights
 from jaxdg.conversion import checkpoint, mapping, models, vit
 from jaxdg.conversion import convert as torch_to_flax
-from tests.conversion.checks import Evil, assert_identical, refused
+from tests.conversion.checks import Evil, assert_identical, find_shapes_once, refused
 
 REAL_SHA256 = "3f1f07da5e1337265ac1eb0234d13841467caf730b3c4240bd3f98c49bc16a92"
 WIDTH = 32
@@ -59,15 +59,18 @@ def timm_tensors(depth: int, seed: int = 0) -> dict[str, np.ndarray]:
     return {name: rng.standard_normal(shape, dtype=np.float32) for name, shape in shapes.items()}
 
 
-@pytest.fixture(autouse=True)
-def tiny(monkeypatch):
-    """An encoder `tiny` of four blocks, so that a conversion takes no time."""
+@pytest.fixture(autouse=True, scope="module")
+def tiny():
+    """An encoder `tiny` of four blocks, whose shapes are found once: a conversion takes no time."""
     config = backbones.VitConfig(
         image_size=(12, 12), patch_size=4, width=WIDTH, depth=4, heads=HEADS, taps=(1, 3)
     )
-    monkeypatch.setitem(
-        backbones.ZOO, "tiny", backbones.zoo.Entry(config, "made by a test", "none", 1)
-    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(
+            backbones.ZOO, "tiny", backbones.zoo.Entry(config, "made by a test", "none", 1)
+        )
+        find_shapes_once(patch)
+        yield
 
 
 def without_left_out(tensors):

@@ -497,6 +497,7 @@ from jaxdg.config import Config
 from jaxdg.studies.study import StudyOptions
 def get_config():
     c = Config(steps=60, batch_size=2, log_every=1, eval_every=60, checkpoint_every=30)
+    c.model.taps = (3,)
     c.data.crop = (32, 32)
     c.data.streets.size, c.data.streets.images, c.data.streets.val_images = (48, 96), 12, 6
     c.model.pyramid = "none"
