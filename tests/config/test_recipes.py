@@ -146,8 +146,7 @@ def gta5(folder):
     ]
     done = subprocess.run(
         [*command, *overrides],
-        # Windows of 512 pixels are computed for longer than they are compiled.
-        env=environment(folder, 1) | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "0"},
+        env=environment(folder, 1),
         capture_output=True,
         text=True,
         timeout=600,

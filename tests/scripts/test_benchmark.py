@@ -32,7 +32,7 @@ def xla(fn, *args) -> float:
 
 
 def encoder(taps: tuple[int, ...]):
-    """Four blocks of ViT-Ti/16 of 64x64 images as (function of (parameters, images), parameters)."""
+    """Four blocks of ViT-Ti/16, on 64x64 images: function of (parameters, images), parameters."""
     config = dataclasses.replace(
         backbones.ZOO["augreg_ti16"].config, image_size=(64, 64), depth=4, taps=taps
     )

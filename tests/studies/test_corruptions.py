@@ -85,8 +85,17 @@ def finish(c: Config, workdir: Path) -> None:
     evaluate.write_results(evaluate.summary(task, c, c.steps, results), results, workdir)
 
 
+@pytest.fixture(autouse=True, scope="module")
+def one_device():
+    """A checkpoint of arrays on eight devices compiles the cutting of each array eight times."""
+    first = jax.devices()[:1]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jax, "devices", lambda: first)
+        yield
+
+
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory):
+def trained(tmp_path_factory, one_device):
     """The folder of a run of each task; what one compiles serves the next."""
     zoo.ZOO["tiny8"] = zoo.Entry(VitConfig(width=16, depth=2, heads=2, patch_size=8, taps=(1,)))
     folder = tmp_path_factory.mktemp("runs")

@@ -4,6 +4,7 @@ step of training.
 
 import json
 
+import jax
 import numpy as np
 import pytest
 
@@ -22,6 +23,13 @@ from tests import clip_models
 def zoo(monkeypatch):
     """The small models by name."""
     clip_models.register(monkeypatch)
+
+
+@pytest.fixture(autouse=True)
+def one_device(monkeypatch):
+    """A checkpoint of arrays on eight devices compiles the cutting of each array eight times."""
+    first = jax.devices()[:1]
+    monkeypatch.setattr(jax, "devices", lambda: first)
 
 
 @pytest.fixture
