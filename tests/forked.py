@@ -42,6 +42,7 @@ class Command:
         *arguments: str,
         folder: Path | None = None,
         environment: dict[str, str] | None = None,
+        printed: Path | None = None,
     ):
         """Starts `python -m program`, or `python program` if that is a file.
 
@@ -50,10 +51,14 @@ class Command:
             *arguments: its own.
             folder: it runs in; this process's if None.
             environment: all of it; this process's if None.
+            printed: a file for both outputs, to be read while it runs; None keeps them for
+                `communicate`.
         """
         self.args = (program, *arguments)
         self.returncode: int | None = None
-        self._printed = [Path(tempfile.mkstemp()[1]) for _ in range(2)]
+        self._printed = (
+            [Path(tempfile.mkstemp()[1]) for _ in range(2)] if printed is None else 2 * [printed]
+        )
         self.pid = _ask(
             program=program,
             arguments=arguments,
@@ -76,16 +81,22 @@ class Command:
 
     def communicate(self, timeout: float = 300) -> tuple[str, str]:
         """What it printed, once it has ended."""
+        self.wait(timeout)
+        out, err = (path.read_text() for path in self._printed)
+        for path in self._printed:
+            path.unlink()
+        return out, err
+
+    def wait(self, timeout: float = 300) -> int:
+        """Its exit code, once it has ended."""
         end = time.monotonic() + timeout
         while self.poll() is None:
             if time.monotonic() > end:
                 self.kill()
                 raise TimeoutError(f"{' '.join(self.args)} takes more than {timeout} s")
             time.sleep(0.01)
-        out, err = (path.read_text() for path in self._printed)
-        for path in self._printed:
-            path.unlink()
-        return out, err
+        assert self.returncode is not None
+        return self.returncode
 
 
 def run(
@@ -132,7 +143,7 @@ def _of_jax(name: str) -> bool:
 def _become(request: dict) -> None:
     """Makes this fork the command."""
     for descriptor, path in enumerate((os.devnull, *request["printed"])):
-        opened = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC)
+        opened = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND)
         os.dup2(opened, descriptor)
         os.close(opened)
     os.chdir(request["folder"])

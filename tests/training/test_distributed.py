@@ -10,7 +10,6 @@ import shutil
 import signal
 import socket
 import subprocess
-import sys
 import tempfile
 import time
 
@@ -24,6 +23,7 @@ from jaxdg import train
 from jaxdg.commands import command_line as cli
 from jaxdg.training import distributed
 from jaxdg.training.metrics import read_metrics
+from tests import forked
 
 ROOT = Path(__file__).resolve().parents[2]
 HEARTBEAT = 10  # seconds here
@@ -92,7 +92,7 @@ def by_open_mpi(port: int, i: int) -> tuple[list[str], dict[str, str]]:
 
 
 class Two:
-    """Two processes of a run of `command`, one device each; leaves none behind."""
+    """Two processes of a run of `command`, one device each; leaves none behind. See `forked`."""
 
     def __init__(self, command: list[str], folder: Path, launcher=by_flags, **environment: str):
         with socket.socket() as free:
@@ -108,16 +108,17 @@ class Two:
         self.processes = []
         for i, path in enumerate(self.outputs):
             flags, own = launcher(port, i)
-            with path.open("w") as out:
-                arguments = [sys.executable, *command, *flags]
-                self.processes.append(
-                    subprocess.Popen(
-                        arguments,
-                        env=os.environ | common | environment | own,
-                        stdout=out,
-                        stderr=out,
-                    )
+            path.touch()
+            program, *arguments = command[command[0] == "-m" :]
+            self.processes.append(
+                forked.Command(
+                    program,
+                    *arguments,
+                    *flags,
+                    environment=os.environ | common | environment | own,
+                    printed=path,
                 )
+            )
 
     def __enter__(self) -> "Two":
         return self
