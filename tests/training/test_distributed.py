@@ -2,6 +2,7 @@
 time by whatever happens to one.
 """
 
+import contextlib
 import json
 import os
 from pathlib import Path
@@ -12,6 +13,7 @@ import socket
 import subprocess
 import tempfile
 import time
+from typing import NamedTuple
 
 import jax
 from PIL import Image
@@ -149,6 +151,50 @@ def host(tmp_path):
     )
 
 
+class End(NamedTuple):
+    """How two processes ended: codes of those that were not stopped, seconds since the trouble."""
+
+    codes: list[int]
+    seconds: float
+    printed: list[str]
+
+
+def ends(folder: Path, *cases: tuple[str, int]) -> list[End]:
+    """What became of the processes of each case, a trouble and whose it is; all run at once."""
+    (folder / "host.py").write_text(HOST)
+    met: dict[int, float] = {}
+    found: dict[int, End] = {}
+    with contextlib.ExitStack() as stack:
+        pairs = []
+        for trouble, _ in cases:
+            patience = ["--patience=0.1"] if trouble == "hangs" else []
+            command = [str(folder / "host.py"), trouble, *patience]
+            pairs.append(stack.enter_context(Two(command, folder)))
+        until = time.monotonic() + 180
+        while len(found) < len(cases):
+            assert time.monotonic() < until, [two.printed() for two in pairs]
+            time.sleep(0.02)
+            for i, ((trouble, who), two) in enumerate(zip(cases, pairs, strict=True)):
+                lost = trouble in ("killed", "frozen")
+                waited = [p for k, p in enumerate(two.processes) if k != who or not lost]
+                codes = [code for p in waited if (code := p.poll()) is not None]
+                if i not in met and ("5\n" in two.printed()[1] or codes):
+                    met[i] = time.monotonic()
+                    if lost:
+                        number = signal.SIGKILL if trouble == "killed" else signal.SIGSTOP
+                        two.processes[who].send_signal(number)
+                if i in met and i not in found and len(codes) == len(waited):
+                    found[i] = End(codes, time.monotonic() - met[i], two.printed())
+    return [found[i] for i in range(len(cases))]
+
+
+@pytest.fixture(scope="module")
+def at_once(tmp_path_factory):
+    """The ends of the quicker cases, which mostly wait."""
+    cases = [(trouble, 1) for trouble in ("killed", "frozen", "fails", "hangs")]
+    return dict(zip(cases, ends(tmp_path_factory.mktemp("ends"), *cases), strict=True))
+
+
 @pytest.mark.parametrize(
     ("trouble", "who", "said"),
     [
@@ -170,26 +216,14 @@ def host(tmp_path):
         ),
     ],
 )
-def test_no_process_waits_for_ever(host, trouble, who, said):
+def test_no_process_waits_for_ever(at_once, tmp_path, trouble, who, said):
     """Whatever becomes of one of two processes: within the bound the other has ended with an error
     and has said why.
     """
-    with host(trouble, *(["--patience=0.1"] if trouble == "hangs" else [])) as two:
-        two.wait_until(lambda: "5\n" in two.printed()[1])
-        began = time.monotonic()
-        lost = trouble in ("killed", "frozen")
-        if lost:
-            two.processes[who].send_signal(
-                signal.SIGKILL if trouble == "killed" else signal.SIGSTOP
-            )
-        codes = [
-            process.wait(timeout=60)
-            for i, process in enumerate(two.processes)
-            if i != who or not lost
-        ]
-        assert time.monotonic() - began < HEARTBEAT + distributed.LINGER + 5
-    assert 0 not in codes
-    assert re.search(said, "".join(two.printed()), re.DOTALL), two.printed()
+    end = at_once.get((trouble, who)) or ends(tmp_path, (trouble, who))[0]
+    assert end.seconds < HEARTBEAT + distributed.LINGER + 5
+    assert 0 not in end.codes
+    assert re.search(said, "".join(end.printed), re.DOTALL), end.printed
 
 
 def test_asked_one_all_stop_together(host):
