@@ -48,6 +48,9 @@ def config(decoder, dtype="float32"):
     c.evaluation.stride = (24, 48)
     c.model.decoder = decoder
     c.model.dtype = dtype
+    if decoder == "linear":
+        c.model.pyramid = "none"
+        c.model.taps = (3,)
     head = c.model.mask2former
     head.hidden = 32
     head.heads = 2
