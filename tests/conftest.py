@@ -17,14 +17,15 @@ os.environ["XLA_FLAGS"] = (
     " --xla_cpu_collective_call_warn_stuck_timeout_seconds=300"
     " --xla_cpu_collective_call_terminate_timeout_seconds=600"
 )
-# XLA's older emitter compiles a program in little more than half the time. An unknown flag ends the
-# process, so it is given to the version alone that is known to have it.
-if importlib.metadata.version("jaxlib").startswith("0.10."):
-    os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false"
 os.environ["JAX_PLATFORMS"] = "cpu"
 # Compiling is most of what the tests do. XLA optimises a program as always, LLVM does not. Slow
 # tests compute more than they compile: for them the variable is set to 0.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+# XLA's older emitter compiles in little more than half the time. An unknown flag ends the process,
+# so it is given to the version alone that is known to have it.
+if os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] == "1":
+    if importlib.metadata.version("jaxlib").startswith("0.10."):
+        os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false"
 # What commands keep for their next run, compiled programs above all, is kept for this session's
 # tests alone.
 if "JAXDG_CACHE" not in os.environ:

@@ -1,6 +1,9 @@
 """Multi-head attention by the fastest way of each platform, and windows of maps."""
 
+from functools import partial
+
 import jax
+from jax.ad_checkpoint import checkpoint_name
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
@@ -12,6 +15,8 @@ def attention(
     k: Float[Array, "b n heads d"],
     v: Float[Array, "b n heads d"],
     mask: Bool[Array, "b q n"] | None = None,
+    *,
+    padding: int = 0,
 ) -> Float[Array, "b q heads d"]:
     """Multi-head attention, `softmax(q k^T / sqrt(d)) v`; logits and softmax are float32.
 
@@ -22,13 +27,32 @@ def attention(
         k: keys.
         v: values.
         mask: where a query may look, in all heads; at one key at least.
+        padding: so many keys at the end fill up their number, and no query looks at them; 0 with a
+            mask.
     """
-    half = q.dtype.itemsize == 2
-    if half and mask is None and q.shape[-1] % 8 == 0 and q.shape[-1] <= 128:
-        return jax.lax.platform_dependent(
-            q, k, v, cpu=_head_by_head, cuda=cudnn_attention, default=_all_heads
-        )
-    return jax.lax.platform_dependent(q, k, v, mask, cpu=_head_by_head, default=_all_heads)
+    n = k.shape[1] - padding
+    if padding:
+        # cuDNN need not define the gradients of keys that it masks, and a NaN there would spread.
+        real = jnp.arange(k.shape[1])[:, None, None] < n
+        k = jnp.where(real, k, 0)
+        v = jnp.where(real, v, 0)
+    q, k, v = (checkpoint_name(x, "attention input") for x in (q, k, v))
+    cuda = {}
+    if q.dtype.itemsize == 2 and q.shape[-1] % 8 == 0 and q.shape[-1] <= 128:
+        cuda["cuda"] = partial(cudnn_attention, padding=padding)
+
+    def without_padding(way):
+        return lambda q, k, v, mask: way(q, k[:, :n], v[:, :n], mask)
+
+    return jax.lax.platform_dependent(
+        q,
+        k,
+        v,
+        mask,
+        cpu=without_padding(_head_by_head),
+        default=without_padding(_all_heads),
+        **cuda,
+    )
 
 
 def _all_heads(

@@ -66,18 +66,18 @@ def rotary_tables(
 
 
 def rotate(
-    x: Float[Array, "b n heads c"], cos: Float[Array, "p d"], sin: Float[Array, "p d"]
+    x: Float[Array, "b n heads c"], cos: Float[Array, "p d"], sin: Float[Array, "p d"], prefix: int
 ) -> Float[Array, "b n heads c"]:
-    """Turns channels (0, d), (1, d + 1), ..
+    """Rotates channels (0, d), (1, d + 1), .. of the patch tokens.
 
-    of the last p tokens, the patches, by their positions' angles.
+    The `prefix` tokens before them, and padding behind them, are rotated by no angle.
     """
-    prefix = x.shape[1] - cos.shape[0]
-    first, second = jnp.split(x[:, prefix:].astype(jnp.float32), 2, axis=-1)
-    cos = cos[:, None]
-    sin = sin[:, None]
-    turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
-    return jnp.concatenate([x[:, :prefix], turned.astype(x.dtype)], axis=1)
+    others = ((prefix, x.shape[1] - prefix - cos.shape[0]), (0, 0))
+    cos = jnp.pad(cos, others, constant_values=1)[:, None]
+    sin = jnp.pad(sin, others)[:, None]
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    return rotated.astype(x.dtype)
 
 
 class Attention(nnx.Module):
@@ -87,6 +87,8 @@ class Attention(nnx.Module):
         c = config.width
         linear = partial(nnx.Linear, dtype=jnp.dtype(config.dtype), rngs=rngs)
         self.heads = config.heads
+        self.prefix = config.prefix
+        self.padding = config.padding
         self.qkv = linear(c, 3 * c, use_bias=False)
         self.qv_bias = nnx.Param(jnp.zeros((2, c)))
         self.proj = linear(c, c)
@@ -97,9 +99,9 @@ class Attention(nnx.Module):
         q, k, v = jnp.split(self.qkv(x), 3, axis=-1)
         q_bias, v_bias = self.qv_bias[...].astype(q.dtype)
         q, k, v = (t.reshape(*t.shape[:2], self.heads, -1) for t in (q + q_bias, k, v + v_bias))
-        return self.proj(
-            attention.attention(rotate(q, cos, sin), rotate(k, cos, sin), v).reshape(x.shape)
-        )
+        q = rotate(q, cos, sin, self.prefix)
+        k = rotate(k, cos, sin, self.prefix)
+        return self.proj(attention.attention(q, k, v, padding=self.padding).reshape(x.shape))
 
 
 class Block(nnx.Module):

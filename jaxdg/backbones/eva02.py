@@ -16,6 +16,7 @@ from functools import partial
 
 from flax import nnx
 import jax
+from jax.ad_checkpoint import checkpoint_name
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 import numpy as np
@@ -26,6 +27,7 @@ from jaxdg.backbones.vit import PatchEmbed, Vit, VitConfig
 
 PRETRAINED_GRID = 16  # side of the pre-training's grid; rotary positions are scaled to it
 THETA = 10_000.0
+ALIGNED = 8  # a GPU multiplies matrices of half precision whose sides are multiples of this
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,6 +75,11 @@ class Eva02Config(VitConfig):
         return (*super().ends, *(end for end in changes if 0 <= end < self.used))
 
     @property
+    def padding(self) -> int:
+        """See `VitConfig.padding`; windows cut the tokens otherwise."""
+        return 0 if self.window else super().padding
+
+    @property
     def hidden(self) -> int:
         """Channels inside the MLP."""
         return 8 * self.width // 3  # EVA's code computes int(2.6667 * width)
@@ -106,14 +113,57 @@ def rotary_tables(
 def rotate(
     x: Float[Array, "b n heads c"], cos: Float[Array, "p d"], sin: Float[Array, "p d"]
 ) -> Float[Array, "b n heads c"]:
-    """Rotates channels (0, 1), (2, 3), .. of the patch tokens; the class token stays as it is."""
-    pairs = x[:, 1:].astype(jnp.float32).reshape(x.shape[0], -1, x.shape[2], cos.shape[1], 2)
-    even = pairs[..., 0]
-    odd = pairs[..., 1]
-    cos = cos[:, None]
-    sin = sin[:, None]
-    turned = jnp.stack([even * cos - odd * sin, odd * cos + even * sin], axis=-1)
-    return jnp.concatenate([x[:, :1], turned.reshape(x[:, 1:].shape).astype(x.dtype)], axis=1)
+    """Rotates channels (0, 1), (2, 3), .. of the patch tokens.
+
+    The class token, which is the first, and padding, which is last, are rotated by no angle.
+    """
+    others = ((1, x.shape[1] - 1 - cos.shape[0]), (0, 0))
+    cos = jnp.pad(cos, others, constant_values=1)[:, None, :, None]
+    sin = jnp.pad(sin, others)[:, None, :, None]
+    pairs = x.astype(jnp.float32).reshape(*x.shape[:3], -1, 2)
+    rotated = pairs * cos + pairs[..., ::-1] * (sin * jnp.array([-1.0, 1.0]))
+    return rotated.reshape(x.shape).astype(x.dtype)
+
+
+def product(
+    x: Float[Array, "b n c"], kernel: Float[Array, "c d"], bias: Float[Array, " d"]
+) -> Float[Array, "b n d"]:
+    """`x @ kernel + bias` in the kernel's half precision.
+
+    The bias is one more row of the kernel. So a GPU gets its gradient from the product, and need
+    not read the gradient of the results once more to sum it.
+    """
+    ones = jax.nn.one_hot(0, ALIGNED, dtype=kernel.dtype)
+    rows = jnp.concatenate([kernel, ones[:, None] * bias.astype(kernel.dtype)])
+    ones = jnp.broadcast_to(ones, (*x.shape[:2], ALIGNED))
+    return jnp.concatenate([x.astype(kernel.dtype), ones], axis=-1) @ rows
+
+
+def normalized_product(
+    x: Float[Array, "b n c"], norm: nnx.LayerNorm, linear: nnx.Linear
+) -> Float[Array, "b n d"]:
+    """`linear(norm(x))` in half precision; channels of `x` beyond the norm's are zeros.
+
+    The product comes first and is divided by the standard deviation, so normalised features are
+    never written. The norm's scale and the mean are taken out of the kernel: with columns of mean 0
+    it gives the same for `x` as for `x` less its mean.
+    """
+    assert norm.scale is not None
+    assert norm.bias is not None
+    assert linear.bias is not None
+    n = norm.num_features
+    x = x.astype(jnp.float32)
+    mean = checkpoint_name(jnp.sum(x, axis=-1, keepdims=True) / n, "mean")
+    square = checkpoint_name(jnp.sum(x * x, axis=-1, keepdims=True) / n, "mean square")
+    scale = jax.lax.rsqrt(jnp.maximum(square - mean * mean, 0) + norm.epsilon)
+    kernel = linear.kernel[...].astype(jnp.float32)
+    bias = norm.bias[...] @ kernel + linear.bias[...]
+    kernel = norm.scale[...][:, None] * kernel
+    kernel = (kernel - jnp.mean(kernel, axis=0)).astype(linear.dtype)
+    kernel = jnp.pad(kernel, ((0, x.shape[-1] - n), (0, 0)))
+    kernel = checkpoint_name(kernel, "kernel")
+    bias = checkpoint_name(bias, "bias")
+    return (scale * (x.astype(linear.dtype) @ kernel) + bias).astype(linear.dtype)
 
 
 class Attention(nnx.Module):
@@ -122,7 +172,9 @@ class Attention(nnx.Module):
     def __init__(self, config: Eva02Config, *, rngs: nnx.Rngs):
         c = config.width
         linear = partial(nnx.Linear, dtype=jnp.dtype(config.dtype), rngs=rngs)
+        self.half = jnp.dtype(config.dtype).itemsize == 2
         self.heads = config.heads
+        self.padding = config.padding
         self.subln = config.subln
         if config.subln:
             self.q_proj, self.k_proj, self.v_proj = (linear(c, c, use_bias=False) for _ in range(3))
@@ -138,16 +190,28 @@ class Attention(nnx.Module):
     def __call__(
         self, x: Float[Array, "b n c"], cos: Float[Array, "p d"], sin: Float[Array, "p d"]
     ) -> Float[Array, "b n c"]:
-        q, k, v = (
-            (self.q_proj(x), self.k_proj(x), self.v_proj(x))
-            if self.subln
-            else jnp.split(self.qkv(x), 3, axis=-1)
-        )
-        q = q + self.q_bias[...].astype(q.dtype)
-        v = v + self.v_bias[...].astype(v.dtype)
+        if self.half:
+            bias = jnp.concatenate([self.q_bias[...], jnp.zeros(x.shape[-1]), self.v_bias[...]])
+            q, k, v = jnp.split(product(x, self._kernel(), bias), 3, axis=-1)
+        else:
+            q, k, v = (
+                (self.q_proj(x), self.k_proj(x), self.v_proj(x))
+                if self.subln
+                else jnp.split(self.qkv(x), 3, axis=-1)
+            )
+            q = q + self.q_bias[...]
+            v = v + self.v_bias[...]
         q, k, v = (t.reshape(*t.shape[:2], self.heads, -1) for t in (q, k, v))
-        y = attention.attention(rotate(q, cos, sin), rotate(k, cos, sin), v).reshape(x.shape)
+        q = rotate(q, cos, sin)
+        k = rotate(k, cos, sin)
+        y = attention.attention(q, k, v, padding=self.padding).reshape(x.shape)
         return self.proj(y if self.inner_attn_ln is None else self.inner_attn_ln(y))
+
+    def _kernel(self) -> Float[Array, "c d"]:
+        """The three projections as one."""
+        linears = (self.q_proj, self.k_proj, self.v_proj) if self.subln else (self.qkv,)
+        kernels = [linear.kernel[...].astype(linear.dtype) for linear in linears]
+        return jnp.concatenate(kernels, axis=1)
 
     def values(self, x: Float[Array, "b n c"]) -> Float[Array, "b n c"]:
         """The output if each token attended only to itself: its projected value."""
@@ -186,9 +250,6 @@ class SwiGlu(nnx.Module):
         linear = partial(nnx.Linear, dtype=jnp.dtype(config.dtype), rngs=rngs)
         self.subln = config.subln
         self.dtype = jnp.dtype(config.dtype)
-        # A GPU multiplies matrices of half precision whose sides are multiples of 8, and would pad
-        # the hidden channels (2730 in the large model) for each of the products.
-        self.added = -hidden % 8 if self.dtype.itemsize == 2 else 0
         if config.subln:
             self.w1 = linear(c, hidden)
             self.w2 = linear(c, hidden)
@@ -201,30 +262,24 @@ class SwiGlu(nnx.Module):
         if not self.subln:
             gate, value = jnp.split(self.w12(x), 2, axis=-1)
             return self.w3(jax.nn.silu(gate) * value)
-        if self.added:
-            return self._padded(x)
+        if self.dtype.itemsize == 2:
+            return self._in_half_precision(x)
         return self.w3(self.ffn_ln(jax.nn.silu(self.w1(x)) * self.w2(x)))
 
-    def _padded(self, x: Float[Array, "b n c"]) -> Float[Array, "b n c"]:
-        """The same with hidden channels of zeros added, which the norm does not count."""
+    def _in_half_precision(self, x: Float[Array, "b n c"]) -> Float[Array, "b n c"]:
+        """The same in two products, with hidden channels of zeros up to a multiple of 8.
 
-        def pad(param, axis, dtype=jnp.float32):
-            widths = [(0, self.added if i == axis else 0) for i in range(param.ndim)]
-            return jnp.pad(param[...].astype(dtype), widths)
+        A GPU would add them (to the large model's 2730) for each product.
+        """
+        added = -self.w3.in_features % ALIGNED
 
-        dtype = self.dtype
-        gate, value = (
-            x.astype(dtype) @ pad(linear.kernel, 1, dtype) + pad(linear.bias, 0, dtype)
-            for linear in (self.w1, self.w2)
-        )
-        y = (jax.nn.silu(gate) * value).astype(jnp.float32)
-        hidden = self.w3.in_features
-        mean = jnp.sum(y, axis=-1, keepdims=True) / hidden
-        variance = jnp.sum(y * y, axis=-1, keepdims=True) / hidden - mean * mean
-        scale = jax.lax.rsqrt(jnp.maximum(variance, 0) + self.ffn_ln.epsilon)
-        y = (y - mean) * scale * pad(self.ffn_ln.scale, 0) + pad(self.ffn_ln.bias, 0)
-        assert self.w3.bias is not None
-        return y.astype(dtype) @ pad(self.w3.kernel, 0, dtype) + self.w3.bias[...].astype(dtype)
+        def joined(name: str) -> Array:
+            parts = [getattr(linear, name)[...] for linear in (self.w1, self.w2)]
+            widths = [(0, 0)] * (parts[0].ndim - 1) + [(0, added)]
+            return jnp.concatenate([jnp.pad(p.astype(self.dtype), widths) for p in parts], axis=-1)
+
+        gate, value = jnp.split(product(x, joined("kernel"), joined("bias")), 2, axis=-1)
+        return normalized_product(jax.nn.silu(gate) * value, self.ffn_ln, self.w3)
 
 
 class Block(nnx.Module):

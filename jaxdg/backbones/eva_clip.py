@@ -40,6 +40,7 @@ class Attention(vit.Attention):
         c = config.width
         dtype = jnp.dtype(config.dtype)
         self.heads = config.heads
+        self.padding = config.padding
         self.qkv = nnx.Linear(c, 3 * c, use_bias=False, dtype=dtype, rngs=rngs)
         self.proj = nnx.Linear(c, c, dtype=dtype, rngs=rngs)
 

@@ -67,9 +67,23 @@ class Pyramid(nnx.Module):
         """Four taps [b, h, w, c] to [b, 4h, 4w, c], [b, 2h, 2w, c], the third, [b, h/2, w/2, c]."""
         x1, x2, x3, x4 = features
         x1 = self.fpn1_up1(x1)
-        if isinstance(self.fpn1_norm, nnx.BatchNorm):
-            x1 = self.fpn1_norm(x1, use_running_average=not train)
-        else:
-            x1 = self.fpn1_norm(x1)
-        x1 = self.fpn1_up2(jax.nn.gelu(x1, approximate=False))
+        x1 = self._activated(x1, train)
+        x1 = self.fpn1_up2(x1)
         return x1, self.fpn2(x2), x3, nnx.max_pool(x4, (2, 2), strides=(2, 2))
+
+    def _activated(self, x: Float[Array, "b h w c"], train: bool) -> Float[Array, "b h w c"]:
+        """Norm and GELU are float32 and large, so the backward pass computes them anew."""
+        graph, state = nnx.split(self.fpn1_norm)
+
+        @jax.checkpoint
+        def run(state, x):
+            norm = nnx.merge(graph, state)
+            options = {}
+            if isinstance(norm, nnx.BatchNorm):
+                options["use_running_average"] = not train
+            return jax.nn.gelu(norm(x, **options), approximate=False), nnx.state(norm)
+
+        y, state = run(state, x)
+        if train:
+            nnx.update(self.fpn1_norm, nnx.filter_state(state, nnx.BatchStat))
+        return y

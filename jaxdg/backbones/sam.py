@@ -45,6 +45,11 @@ class SamConfig(VitConfig):
         return 0
 
     @property
+    def padding(self) -> int:
+        """See `VitConfig.padding`; windows cut the tokens otherwise."""
+        return 0
+
+    @property
     def ends(self) -> tuple[int, ...]:
         """Blocks after which segments end: taps, boundaries, and each change of the window."""
         changes = (end for block in self.global_blocks for end in (block - 1, block))

@@ -19,8 +19,15 @@ from jaxtyping import Array, Float, Key
 STORED = ("dot_general", "conv_general_dilated", "dot_product_attention_fwd_wrapper", "name")
 
 
-def stores_product(primitive: Any, *_: Any, **__: Any) -> bool:
-    """A policy of `jax.checkpoint`: stores matrix products, and computes all else anew."""
+def stores_product(primitive: Any, *inputs: Any, **parameters: Any) -> bool:
+    """A policy of `jax.checkpoint`: stores matrix products, and computes all else anew.
+
+    Products of half-precision matrices whose result is float32 are computed anew as well: they are
+    large, and cheap beside others.
+    """
+    result = parameters.get("preferred_element_type")
+    if result is not None and jnp.dtype(result).itemsize > inputs[0].dtype.itemsize:
+        return False
     return primitive.name in STORED
 
 
@@ -81,6 +88,7 @@ class Stack(nnx.Module):
         start = 0
         for end in self.ends:
             graph, layers = nnx.split(self.segments[str(start)])
+            layers = multiplied_in(layers, x.dtype)
 
             def layer(x, inputs, graph=graph):
                 state, *scale = inputs
@@ -101,6 +109,21 @@ class Stack(nnx.Module):
             outputs[end] = x
             start = end + 1
         return outputs
+
+
+def multiplied_in(state: nnx.State, dtype: jnp.dtype) -> nnx.State:
+    """The kernels in half precision if that is the features'; the other parameters as they are.
+
+    Blocks cast their kernels themselves, in the forward and again in the backward pass. Cast once
+    and before, they are half as much to slice, to gather from other devices and to read again.
+    """
+    if dtype.itemsize != 2:
+        return state
+
+    def cast(path, leaf):
+        return leaf.astype(dtype) if jax.tree_util.DictKey("kernel") in path else leaf
+
+    return jax.tree.map_with_path(cast, state)
 
 
 def gathered(state: nnx.State) -> nnx.State:

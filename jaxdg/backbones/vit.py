@@ -65,6 +65,16 @@ class VitConfig(EncoderConfig):
         return 1
 
     @property
+    def padding(self) -> int:
+        """Tokens behind those of the patches that only fill up their number.
+
+        In half precision a GPU would pad them for every attention and many products.
+        """
+        if jnp.dtype(self.dtype).itemsize != 2:
+            return 0
+        return -(self.prefix + self.grid[0] * self.grid[1]) % 8
+
+    @property
     def strides(self) -> tuple[int, ...]:
         """See `EncoderConfig.strides`."""
         return (self.patch_size,) * len(self.taps)
@@ -97,13 +107,14 @@ class Attention(nnx.Module):
         c = config.width
         dtype = jnp.dtype(config.dtype)
         self.heads = config.heads
+        self.padding = config.padding
         self.qkv = nnx.Linear(c, 3 * c, dtype=dtype, rngs=rngs)
         self.proj = nnx.Linear(c, c, dtype=dtype, rngs=rngs)
 
     def __call__(self, x: Float[Array, "b n c"]) -> Float[Array, "b n c"]:
         b, n, c = x.shape
         q, k, v = jnp.moveaxis(self.qkv(x).reshape(b, n, 3, self.heads, -1), 2, 0)
-        return self.proj(attention.attention(q, k, v).reshape(b, n, c))
+        return self.proj(attention.attention(q, k, v, padding=self.padding).reshape(b, n, c))
 
     def values(self, x: Float[Array, "b n c"]) -> Float[Array, "b n c"]:
         """The output if each token attended only to itself: its projected value."""
@@ -207,9 +218,11 @@ class Vit(Encoder):
         c = self.config
         self.check_size(images)
         x = self.embed(images)
+        n = x.shape[1]
+        x = jnp.pad(x, ((0, 0), (0, c.padding), (0, 0)))
         keep = stacking.drop_path_scales(key, c.drop_path, c.depth, x.shape[0])[: c.used]
         outputs = self.blocks(x, keep)
-        return tuple(outputs[tap] for tap in c.taps)
+        return tuple(outputs[tap][:, :n] for tap in c.taps)
 
     def embed(self, images: Float[Array | np.ndarray, "b h w 3"]) -> Float[Array, "b n c"]:
         """The tokens that enter the first block: class token and patches, with their positions."""

@@ -105,7 +105,8 @@ def export(
     # cuDNN's attention has no symbolic sizes, so the images of a batch run one after another.
     function = images_in_turn if batch else single
     shape = jax.export.symbolic_shape(f"n, {h}, {w}, 3") if batch else (h, w, 3)
-    allowed = [jax.export.DisabledSafetyCheck.custom_call(name) for name in CALLS]
+    calls = (*CALLS, "LayoutConstraint")  # the latter in Mask2Former, for GPUs alone
+    allowed = [jax.export.DisabledSafetyCheck.custom_call(name) for name in calls]
     exporter = jax.export.export(jax.jit(function), platforms=platforms, disabled_checks=allowed)
     return exporter(jax.ShapeDtypeStruct(shape, jnp.uint8))
 

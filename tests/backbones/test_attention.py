@@ -1,13 +1,17 @@
 """Attention on every kind of device against its definition."""
 
+import dataclasses
+from functools import partial
 import re
 
+from flax import nnx
 import jax
+from jax.ad_checkpoint import checkpoint_name
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxdg.backbones import attention, cudnn
+from jaxdg.backbones import Dinov3Config, Eva02Config, VitConfig, attention, cudnn
 from jaxdg.backbones.stacking import stores_product
 
 
@@ -86,13 +90,13 @@ def test_a_program_holds_the_way_of_its_platform_alone(platform):
 
 
 def test_what_cudnn_does_not_take_is_left_to_jax():
-    """Float32, masks, and heads of a width that is no multiple of 8 or above 128."""
-    *half, mask = drawn(4, 4, "bfloat16")
+    """Float32, with a mask too, and heads of a width that is no multiple of 8 or above 128."""
+    *single, mask = drawn(4, 4)
     for *qkv, allowed in (
-        (*drawn(4, 4)[:3], None),
+        (*single, None),
+        (*single, mask),
         (*drawn(4, 4, "bfloat16", 12)[:3], None),
         (*drawn(4, 4, "bfloat16", 136)[:3], None),
-        (*half, mask),
     ):
         text = lowered("cuda", *qkv, mask=allowed)
         assert "fmha" not in text
@@ -124,26 +128,44 @@ def test_the_call_of_the_kernel_is_that_of_jax(monkeypatch):
     ]
 
 
+def test_cudnn_takes_masks_in_half_precision():
+    """A mask reaches the kernel as a bias of the logits, which has no gradient."""
+    *qkv, mask = drawn(4, 9, "bfloat16")
+    text = lowered("cuda", *qkv, mask=mask, gradient=True)
+    assert "fmhaScaleBiasSoftmax(" in text
+    assert "fmhaScaleBiasSoftmaxBackward(" in text
+
+
+@pytest.mark.parametrize("way", ["alone", "masked", "padded"])
 @pytest.mark.parametrize(("queries", "keys"), [(7, 7), (8, 8), (4, 9)])
-def test_cudnn_gets_even_numbers_of_tokens(monkeypatch, queries, keys):
+def test_cudnn_gets_even_numbers_of_tokens(monkeypatch, queries, keys, way):
     """What fills up an odd number is masked: with the same arguments jax's plain attention gives
-    the definition's results, and gradients as without filling up.
+    the definition's results, and gradients as without filling up. So do masks and padded keys.
     """
     plain = jax.nn.dot_product_attention
     asked = []
 
-    def kernel(q, k, v, lengths):
+    def kernel(q, k, v, lengths=None, bias=None):
         asked.append((q.shape[1], k.shape[1]))
-        masked = dict(
-            zip(("query_seq_lengths", "key_value_seq_lengths"), lengths or (), strict=False)
-        )
-        return plain(q, k, v, **masked)
+        names = ("query_seq_lengths", "key_value_seq_lengths")
+        return plain(q, k, v, bias=bias, **dict(zip(names, lengths or (), strict=False)))
 
     monkeypatch.setattr(cudnn, "_fused", kernel)
-    q, k, v, _ = drawn(queries, keys, "bfloat16")
-    got = cudnn.cudnn_attention(q, k, v)
+    q, k, v, mask = drawn(queries, keys, "bfloat16")
+    mask = mask if way == "masked" else None
+    padding = 2 if way == "padded" else 0
+    seen = slice(keys - padding)
+
+    def ours(q, k, v):
+        return cudnn.cudnn_attention(q, k, v, mask, padding)
+
+    def theirs(q, k, v):
+        return plain(q, k[:, seen], v[:, seen], mask=None if mask is None else mask[:, None])
+
+    got = ours(q, k, v)
     assert got.shape == q.shape
-    np.testing.assert_allclose(np.asarray(got, np.float64), slow(q, k, v), atol=0.02)
+    want = slow(q, k[:, seen], v[:, seen], mask)
+    np.testing.assert_allclose(np.asarray(got, np.float64), want, atol=0.02)
 
     def gradient(f):
         def loss(*x):
@@ -151,9 +173,29 @@ def test_cudnn_gets_even_numbers_of_tokens(monkeypatch, queries, keys):
 
         return jax.jit(jax.grad(loss, (0, 1, 2)))(q, k, v)
 
-    for a, b in zip(gradient(cudnn.cudnn_attention), gradient(plain), strict=True):
+    for a, b in zip(gradient(ours), gradient(theirs), strict=True):
         np.testing.assert_allclose(a.astype(jnp.float32), b.astype(jnp.float32), atol=0.02)
     assert all(m % 2 == n % 2 == 0 for m, n in asked)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_nobody_looks_at_padding(dtype):
+    """Nor does it get a gradient, whatever it holds."""
+    q, k, v, _ = drawn(9, 9, dtype)
+    padded = [x.at[:, 7:].set(jnp.nan) for x in (k, v)]
+
+    def loss(q, k, v, padding=0):
+        y = attention.attention(q, k, v, padding=padding)
+        return jnp.sum(jnp.sin(y.astype(jnp.float32))), y
+
+    run = jax.grad(loss, (0, 1, 2), has_aux=True)
+    (dq, dk, dv), got = jax.jit(partial(run, padding=2))(q, *padded)
+    expected, want = jax.jit(run)(q, k[:, :7], v[:, :7])
+    np.testing.assert_array_equal(got, want)
+    for a, b in zip((dq, dk[:, :7], dv[:, :7]), expected, strict=True):
+        np.testing.assert_array_equal(a, b)
+    assert not dk[:, 7:].any()
+    assert not dv[:, 7:].any()
 
 
 def test_a_compiled_step_keeps_nothing_for_other_platforms():
@@ -171,6 +213,33 @@ def test_a_compiled_step_keeps_nothing_for_other_platforms():
         *qkv, _ = drawn(32, 32, "bfloat16")
         return jax.jit(jax.grad(loss, (0, 1, 2))).lower(*qkv).compile()
 
-    both, cpu = compiled(attention.attention), compiled(attention._head_by_head)
+    def of_cpus(*qkv):
+        return attention._head_by_head(*(checkpoint_name(x, "input") for x in qkv))
+
+    both = compiled(attention.attention)
+    cpu = compiled(of_cpus)
     assert both.memory_analysis().temp_size_in_bytes == cpu.memory_analysis().temp_size_in_bytes
     assert both.cost_analysis()["flops"] == cpu.cost_analysis()["flops"]
+
+
+@pytest.mark.parametrize("config", [VitConfig, Dinov3Config, Eva02Config])
+def test_padding_changes_no_feature(config, monkeypatch):
+    """An encoder in half precision pads its tokens once. In float32 the same padding shows that
+    features and gradients stay as without.
+    """
+    c = config(image_size=(24, 48), patch_size=8, width=32, heads=2, depth=2, taps=(0, 1))
+    half = dataclasses.replace(c, dtype="bfloat16")
+    assert half.padding == -(c.prefix + 18) % 8 > 0
+    assert c.padding == 0
+    images = jnp.asarray(np.random.default_rng(0).normal(size=(2, 24, 48, 3)), jnp.float32)
+
+    def loss(encoder):
+        features = encoder(images)
+        return sum(jnp.sum(jnp.sin(f)) for f in features), features
+
+    def run(padding):
+        monkeypatch.setattr(config, "padding", padding)
+        return nnx.jit(nnx.grad(loss, has_aux=True))(c.build(rngs=nnx.Rngs(0)))
+
+    for a, b in zip(*map(jax.tree.leaves, (run(half.padding), run(0))), strict=True):
+        assert np.linalg.norm(a - b) <= 1e-5 * np.linalg.norm(b)

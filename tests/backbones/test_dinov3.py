@@ -77,11 +77,11 @@ def test_rotary_tables_equal_transformers(golden, size):
 
 def test_rotation_is_a_complex_product():
     """Channels j and j + d/2 turn as complex numbers by 2 pi centre / 100**(j / (d/4)), y before x;
-    the first tokens stay.
+    the first tokens and padding stay.
     """
     grid = (3, 5)
     dim = 12
-    x = np.random.default_rng(0).standard_normal((2, 5 + 15, 3, dim)).astype(np.float32)
+    x = np.random.default_rng(0).standard_normal((2, 5 + 15 + 4, 3, dim)).astype(np.float32)
     expected = x.copy()
     for row in range(grid[0]):
         for column in range(grid[1]):
@@ -92,9 +92,10 @@ def test_rotation_is_a_complex_product():
                 turned = (token[..., j] + 1j * token[..., j + dim // 2]) * np.exp(1j * angle)
                 expected[:, 5 + row * grid[1] + column, :, j] = turned.real
                 expected[:, 5 + row * grid[1] + column, :, j + dim // 2] = turned.imag
-    got = np.asarray(jax.jit(lambda x: rotate(x, *rotary_tables(grid, dim)))(x))
+    got = np.asarray(jax.jit(lambda x: rotate(x, *rotary_tables(grid, dim), 5))(x))
     np.testing.assert_allclose(got, expected, atol=1e-5)
     np.testing.assert_array_equal(got[:, :5], x[:, :5])
+    np.testing.assert_array_equal(got[:, 20:], x[:, 20:])
 
 
 def test_features_are_the_patch_tokens_as_a_map(build, golden):

@@ -197,7 +197,7 @@ def _read(
 def deformable_attention(
     values: Float[Array, "b n heads d"],
     shapes: Shapes,
-    locations: Float32[Array | np.ndarray, "b m heads l p 2"],
+    places: Float32[Array, "b m heads l p 2"],
     weights: Float32[Array, "b m heads l p"],
 ) -> Float32[Array, "b m c"]:
     """Values read bilinearly at points of every level and added up by weight, the heads side by
@@ -206,8 +206,8 @@ def deformable_attention(
     Args:
         values: all levels after one another, each row by row.
         shapes: rows and columns of each level; n is the sum of their products.
-        locations: (x, y) of the points, 0 and 1 being the outer edges of the map (torch's
-            grid_sample with align_corners=False); pixels outside the map count as 0.
+        places: (x, y) of the points in pixels of their level; the centre of the first pixel is
+            (0, 0). Pixels outside the map count as 0.
         weights: of the points.
 
     Returns:
@@ -217,7 +217,7 @@ def deformable_attention(
         ValueError: `shapes` do not add up to n.
     """
     b, n, heads, d = values.shape
-    m = locations.shape[1]
+    m = places.shape[1]
     if sum(h * w for h, w in shapes) != n:
         raise ValueError(
             f"levels of {' '.join(f'{h}x{w}' for h, w in shapes)} have"
@@ -230,8 +230,7 @@ def deformable_attention(
         jnp.pad(level.reshape(b, h, w, -1), ((0, 0), (1, 1), (1, 1), (0, 0))).reshape(b, -1, d)
         for level, (h, w) in zip(levels, shapes, strict=True)
     ]
-    sizes = np.asarray(shapes, np.float32)[:, None, ::-1]
-    x, y = jnp.moveaxis(locations * sizes - 0.5, (5, 3, 4), (0, 1, 2)).reshape(2, -1, b, m, heads)
+    x, y = jnp.moveaxis(places, (5, 3, 4), (0, 1, 2)).reshape(2, -1, b, m, heads)
     weights = jnp.moveaxis(weights, (3, 4), (0, 1)).reshape(-1, b, m, heads)
     read = jax.vmap(partial(read_points, tuple(shapes)), (0, 1, 1, 1))(
         jnp.concatenate(framed, axis=1), x, y, weights
@@ -296,26 +295,29 @@ class DeformableAttention(nnx.Module):
         b, n, _ = tokens.shape
         queries = (tokens + positions).astype(self.value_proj.dtype)
 
-        def choose(linear: nnx.Linear) -> Float32[Array, "b n _"]:
-            """The product in the compute dtype, its sums and what follows in float32."""
-            kernel = linear.kernel[...].astype(queries.dtype)
-            assert linear.bias is not None
-            return jnp.dot(queries, kernel, preferred_element_type=jnp.float32) + linear.bias[...]
-
-        offsets = choose(self.sampling_offsets)
+        # One product chooses places and weights. It is of the compute dtype; its sums and what
+        # follows are float32.
+        both = (self.sampling_offsets, self.attention_weights)
+        kernel = jnp.concatenate([linear.kernel[...] for linear in both], axis=1)
+        biases = [linear.bias for linear in both]
+        bias = jnp.concatenate([bias[...] for bias in biases if bias is not None])
+        kernel = kernel.astype(queries.dtype)
+        chosen = jnp.dot(queries, kernel, preferred_element_type=jnp.float32) + bias
+        offsets, weights = jnp.split(chosen, [self.sampling_offsets.out_features], axis=-1)
         offsets = offsets.reshape(b, n, self.heads, self.levels, self.points, 2)
-        weights = jax.nn.softmax(choose(self.attention_weights).reshape(b, n, self.heads, -1))
-        sizes = np.asarray(shapes, np.float32)[:, None, ::-1]
-        locations = (
-            pixel_centres(shapes)[:, None, None, None] + offsets / sizes
-        )  # offsets count in pixels of the level read
+        weights = jax.nn.softmax(weights.reshape(b, n, self.heads, -1))
+        sizes = np.asarray(shapes, np.float32)[:, ::-1]
+        centres = pixel_centres(shapes)[:, None] * sizes - 0.5
         values = self.value_proj(tokens).reshape(b, n, self.heads, -1)
         read = deformable_attention(
-            values, shapes, locations, weights.reshape(b, n, self.heads, self.levels, self.points)
+            values,
+            shapes,
+            offsets + centres[:, None, :, None],
+            weights.reshape(b, n, self.heads, self.levels, self.points),
         )
-        return self.output_proj(
-            checkpoint_name(read, "read")
-        )  # as good as a product to `stacking.stores_product`
+        # As good as a product to `stacking.stores_product`.
+        read = checkpoint_name(read.astype(self.output_proj.dtype), "read")
+        return self.output_proj(read)
 
 
 def pixel_centres(shapes: Shapes) -> np.ndarray:

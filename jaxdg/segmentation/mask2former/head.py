@@ -21,6 +21,7 @@ from jaxdg.evaluation.sliding_window import resize_scores
 from jaxdg.ranges import Count
 from jaxdg.segmentation.decoder import Decoder, DecoderConfig, DecoderOptions
 from jaxdg.segmentation.mask2former.deformable_attention import kernel_init
+from jaxdg.segmentation.mask2former.layers import layer_norm, relu
 from jaxdg.segmentation.mask2former.losses import (
     LossDenominator,
     mask2former_loss,
@@ -99,11 +100,6 @@ class Mask2FormerConfig(Mask2FormerOptions, DecoderConfig):
         return Mask2Former(self, channels, rngs=rngs)
 
 
-def layer_norm(channels: int, rngs: nnx.Rngs) -> nnx.LayerNorm:
-    """As torch computes it."""
-    return nnx.LayerNorm(channels, epsilon=1e-5, use_fast_variance=False, rngs=rngs)
-
-
 class Attention(nnx.Module):
     """Multi-head attention whose three input projections are one parameter, as torch's."""
 
@@ -146,12 +142,12 @@ class Layer(nnx.Module):
         init = kernel_init(config.published_init)
         linear = partial(nnx.Linear, kernel_init=init, dtype=jnp.dtype(config.dtype), rngs=rngs)
         self.cross_attn = Attention(config, rngs=rngs)
-        self.cross_norm = layer_norm(c, rngs)
+        self.cross_norm = layer_norm(c, config.dtype, rngs)
         self.self_attn = Attention(config, rngs=rngs)
-        self.self_norm = layer_norm(c, rngs)
+        self.self_norm = layer_norm(c, config.dtype, rngs)
         self.linear1 = linear(c, config.ffn)
         self.linear2 = linear(config.ffn, c)
-        self.ffn_norm = layer_norm(c, rngs)
+        self.ffn_norm = layer_norm(c, config.dtype, rngs)
 
     def __call__(
         self,
@@ -165,7 +161,7 @@ class Layer(nnx.Module):
             x + self.cross_attn(x + query_positions, memory + positions, memory, mask)
         )
         x = self.self_norm(x + self.self_attn(x + query_positions, x + query_positions, x))
-        return self.ffn_norm(x + self.linear2(jax.nn.relu(self.linear1(x))))
+        return self.ffn_norm(x + self.linear2(relu(self.linear1(x))))
 
 
 class MaskEmbed(nnx.Module):
@@ -183,7 +179,7 @@ class MaskEmbed(nnx.Module):
 
     def __call__(self, x: Float[Array, "b q c"]) -> Float[Array, "b q c"]:
         first, second, last = self.layers
-        return last(jax.nn.relu(second(jax.nn.relu(first(x)))))
+        return last(relu(second(relu(first(x)))))
 
 
 @jax.tree_util.register_dataclass
@@ -255,7 +251,7 @@ class Mask2Former(Decoder):
         self.query_embed = normal(c.queries)
         self.level_embed = normal(LEVELS)
         self.layers = nnx.List([Layer(c, rngs=rngs) for _ in range(c.layers)])
-        self.decoder_norm = layer_norm(c.hidden, rngs)
+        self.decoder_norm = layer_norm(c.hidden, c.dtype, rngs)
         self.class_embed = nnx.Linear(
             c.hidden,
             c.num_classes + 1,

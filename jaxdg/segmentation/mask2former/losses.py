@@ -127,9 +127,9 @@ def mask2former_loss(
         compared = uncertain_points(jax.lax.stop_gradient(masks), candidates, uniform, points)
         return class_term(class_logits, query, valid), *mask_terms(masks, label, valid, compared)
 
-    entropy, mask, dice = (
-        jnp.sum(x) for x in jax.lax.map(terms, (class_logits, matched_masks, query, points_keys))
-    )
+    # Two at a time are half as many kernels for a GPU, in 0.4 GB more at the paper's size.
+    each = (class_logits, matched_masks, query, points_keys)
+    entropy, mask, dice = (jnp.sum(x) for x in jax.lax.map(terms, each, batch_size=2))
     return {
         "class": WEIGHTS[0] * entropy / denominator.class_weight,
         "mask": WEIGHTS[1] * mask / denominator.masks,

@@ -24,6 +24,7 @@ from jaxdg.segmentation.mask2former.deformable_attention import (
     Shapes,
     kernel_init,
 )
+from jaxdg.segmentation.mask2former.layers import layer_norm, relu, row_major
 
 GROUPS = 32  # of every GroupNorm
 LEVELS = 3  # coarse ones, at strides 32, 16 and 8
@@ -54,10 +55,12 @@ class ConvNorm(nnx.Module):
             if kernel == 1
             else nnx.Conv(channels, width, (kernel, kernel), **options)
         )
-        self.norm = nnx.GroupNorm(width, GROUPS, epsilon=1e-5, use_fast_variance=False, rngs=rngs)
+        fast = jnp.dtype(dtype).itemsize == 2  # see `layer_norm`
+        self.norm = nnx.GroupNorm(width, GROUPS, epsilon=1e-5, use_fast_variance=fast, rngs=rngs)
 
     def __call__(self, x: Float[Array, "b h w _"]) -> Float[Array, "b h w c"]:
-        return self.norm(self.conv(x)).astype(self.conv.dtype)
+        # The norm is float32 and large: the backward pass computes it anew.
+        return jax.checkpoint(lambda x: self.norm(x).astype(self.conv.dtype))(self.conv(x))
 
 
 class Layer(nnx.Module):
@@ -80,17 +83,18 @@ class Layer(nnx.Module):
         self.self_attn = DeformableAttention(
             channels, heads, LEVELS, points, published_init=published_init, dtype=dtype, rngs=rngs
         )
-        self.norm1 = nnx.LayerNorm(channels, epsilon=1e-5, use_fast_variance=False, rngs=rngs)
+        self.norm1 = layer_norm(channels, dtype, rngs)
         self.linear1 = linear(channels, ffn)
         self.linear2 = linear(ffn, channels)
-        self.norm2 = nnx.LayerNorm(channels, epsilon=1e-5, use_fast_variance=False, rngs=rngs)
+        self.norm2 = layer_norm(channels, dtype, rngs)
 
     def __call__(
         self, x: Float[Array, "b n c"], positions: Float[Array, "n c"], shapes: Shapes
     ) -> Float[Array, "b n c"]:
         dtype = x.dtype
+        x = row_major(x)
         x = self.norm1(x + self.self_attn(x, positions, shapes)).astype(dtype)
-        return self.norm2(x + self.linear2(jax.nn.relu(self.linear1(x)))).astype(dtype)
+        return self.norm2(x + self.linear2(relu(self.linear1(x)))).astype(dtype)
 
 
 class PixelDecoder(nnx.Module):
@@ -170,7 +174,7 @@ class PixelDecoder(nnx.Module):
         finest = self.adapter_1(fine)
         level = resize_scores(levels[-1], (finest.shape[1], finest.shape[2]))
         joined = finest + level.astype(finest.dtype)
-        return self.mask_features(jax.nn.relu(self.layer_1(joined))), tuple(levels)
+        return self.mask_features(relu(self.layer_1(joined))), tuple(levels)
 
 
 def sine_positions(height: int, width: int, channels: int) -> np.ndarray:

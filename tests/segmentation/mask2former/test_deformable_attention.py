@@ -18,10 +18,13 @@ pytestmark = pytest.mark.usefixtures("platform")
 
 
 def deformable_attention(values, shapes, locations, weights):
-    """The function that is tested, given NumPy arrays."""
-    return module.deformable_attention(
-        jnp.asarray(values), shapes, jnp.asarray(locations), jnp.asarray(weights)
-    )
+    """The function that is tested, given NumPy arrays and torch's locations.
+
+    0 and 1 are the outer edges of a map, as in `grid_sample(align_corners=False)`.
+    """
+    sizes = np.asarray(shapes, np.float32)[:, None, ::-1]
+    places = jnp.asarray(locations) * sizes - 0.5
+    return module.deformable_attention(jnp.asarray(values), shapes, places, jnp.asarray(weights))
 
 
 def slow(values, shapes, locations, weights):
