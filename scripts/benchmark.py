@@ -600,6 +600,7 @@ def command(args: argparse.Namespace) -> Iterator[Record]:
             f"--config.checkpoint_every={steps}",
             "--config.eval_every=0",
             "--config.log_every=1",
+            *([f"--config.data.root={args.data_root}"] if args.data_root else []),
         ]
         run = [
             sys.executable,
@@ -675,6 +676,8 @@ def configured(args: argparse.Namespace) -> Config:
     config.data.workers = config.data.workers if args.workers is None else args.workers
     config.model.dtype = args.dtype or config.model.dtype
     config.model.remat = args.remat or config.model.remat
+    config.model.unroll = args.unroll or config.model.unroll
+    config.model.mask2former.unroll = args.unroll or config.model.mask2former.unroll
     config.evaluation.windows_per_call = args.windows_per_call or config.evaluation.windows_per_call
     config.evaluation.stride = _pair(
         min(sides) for sides in zip(config.evaluation.stride, config.data.crop, strict=True)
@@ -749,6 +752,9 @@ def parser() -> argparse.ArgumentParser:
         "--remat", action="store_true", help="recompute encoder blocks in the backward pass"
     )
     parser.add_argument(
+        "--unroll", action="store_true", help="compile each block by itself, for a GPU"
+    )
+    parser.add_argument(
         "--part", choices=("whole", "encoder"), default="whole", help="of train_step and inference"
     )
     parser.add_argument(
@@ -782,6 +788,7 @@ def parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--plot", help="SVG file of scaling")
     parser.add_argument("--run", type=int, default=0, help="steps of memory, precision and command")
+    parser.add_argument("--data_root", help="of command; that of the file if not given")
     parser.add_argument("--out", help="file that the lines are appended to as well")
     return parser
 

@@ -1,0 +1,88 @@
+"""Compiles the training step of every recipe for GPUs that are not here, and prints a table.
+
+    python scripts/plan_table.py --out FOLDER [--card h100] [--only TEXT]
+
+Each row is one `jaxdg plan --compile_for`, whose JSON is kept in the folder and not made again, so
+an interrupted table goes on. A large model takes some minutes. The extra `plan-cuda` is needed.
+"""
+
+import argparse
+import json
+from pathlib import Path
+import re
+import subprocess
+import sys
+
+BF16 = "--config.model.dtype=bfloat16"
+UNROLL = "--config.model.unroll=True --config.model.mask2former.unroll=True"
+ONE = [(1, "data=1,fsdp=1")]
+EIGHT = [(8, "data=8,fsdp=1"), (8, "data=1,fsdp=8"), (8, "data=4,fsdp=2")]
+BOTH = [*ONE, EIGHT[1]]
+ROWS = [
+    *[("gta5_eva02", f"{BF16} {UNROLL}", mesh) for mesh in ONE],
+    *[("gta5_eva02", BF16, mesh) for mesh in (*ONE, *EIGHT)],
+    *[("vltdet_eva02_l14", BF16, mesh) for mesh in BOTH],
+    *[("streets_tiny", "", mesh) for mesh in BOTH],
+    *[("streets_boxes", "", mesh) for mesh in BOTH],
+    *[("camvid_vit_tiny", "", mesh) for mesh in BOTH],
+    *[("carla_vit_tiny", "", mesh) for mesh in BOTH],
+    *[("vltdet_clip_rn101", BF16, mesh) for mesh in BOTH],
+    *[("vltdet_clip_rn101:c4_text", "", mesh) for mesh in ONE],
+    *[("gta5_clip", BF16, mesh) for mesh in BOTH],
+    *[("gta5_eva02", f"{BF16} --config.model.freeze=all", mesh) for mesh in ONE],
+    *[("gta5_eva02", f"{BF16} --config.model.remat=True", mesh) for mesh in ONE],
+    *[("gta5_eva02_repro", BF16, mesh) for mesh in BOTH],
+    *[("cityscapes_eva02", BF16, mesh) for mesh in BOTH],
+    *[("gta5_eva02", "", mesh) for mesh in BOTH],
+    *[("gta5_clip", "", mesh) for mesh in ONE],
+    *[("vltdet_eva02_l14", "", mesh) for mesh in ONE],
+    *[("camvid_clip_zero_shot", "", mesh) for mesh in ONE],
+    *[("cityscapes_test_server", BF16, mesh) for mesh in ONE],
+    *[("study_tiny", "", mesh) for mesh in ONE],
+    *[("gta5_eva02", f"{BF16} --config.tldr.on=True", mesh) for mesh in ONE],
+]
+
+
+def command(card: str, recipe: str, options: str, devices: int, mesh: str) -> list[str]:
+    """What makes a row, without its output."""
+    words = ["plan", "--config", recipe, "--compile_for", card, "--devices", str(devices)]
+    return [*words, *(["--mesh", mesh] if devices > 1 else []), *options.split()]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser.add_argument("--out", type=Path, required=True, help="folder of the plans")
+    parser.add_argument("--card", default="h100")
+    parser.add_argument("--only", default="", help="rows whose command holds this text")
+    options = parser.parse_args()
+    options.out.mkdir(parents=True, exist_ok=True)
+    print(
+        "| `jaxdg plan` | arguments, GB a device | temporaries | fits | predicted, ms | kernels |"
+        " sent a device, GB |\n|---|---|---|---|---|---|---|"
+    )
+    for recipe, extra, (devices, mesh) in ROWS:
+        words = command(options.card, recipe, extra, devices, mesh)
+        if options.only not in " ".join(words):
+            continue
+        path = options.out / (re.sub(r"[^\w.=]+", "_", " ".join(words)) + ".json")
+        if not path.exists():
+            run = [sys.executable, "-m", "jaxdg", *words, "--json", str(path)]
+            result = subprocess.run(run, capture_output=True, text=True, check=False)
+            if result.returncode:
+                last = (result.stderr.strip() or result.stdout.strip()).splitlines()[-1]
+                print(f"| `{' '.join(words[1:])}` | {last} | | | | | |", flush=True)
+                continue
+        plan = json.loads(path.read_text())
+        size = plan["bytes"]
+        sent = sum(collective["bytes_sent"] for collective in plan["collectives"])
+        print(
+            f"| `{' '.join(words[1:])}` | {size['arguments'] / 1e9:.2f} |"
+            f" {size['temporaries'] / 1e9:.2f} | {'yes' if plan['fits'] else 'no'} |"
+            f" {1e3 * plan['predicted']['seconds']:.1f} | {plan['predicted']['kernels']:.0f} |"
+            f" {sent / 1e9:.2f} |",
+            flush=True,
+        )
+
+
+if __name__ == "__main__":
+    main()
