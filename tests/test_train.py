@@ -267,6 +267,19 @@ def drain(terminal: int) -> None:
             pass
 
 
+def test_what_is_printed_to_a_terminal_that_is_gone_is_lost():
+    """Nothing is raised, whether or not the signal that tells of it was handled yet."""
+    ours, terminal = pty.openpty()
+    with open(terminal, "w") as plain:
+        stream = cli.LastingStream(plain)
+        assert stream.isatty()
+        os.close(ours)
+        with pytest.raises(OSError, match="Input/output"):
+            print("a line", file=plain, flush=True)
+        print("a line", file=stream, flush=True)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), terminal)
+
+
 def test_nohup_is_heeded():
     """Where SIGHUP is ignored from the start, it stays so, and the run goes on without its
     terminal.

@@ -2,7 +2,9 @@
 a run in order.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+import contextlib
+import errno
 import functools
 import io
 import itertools
@@ -11,7 +13,7 @@ import re
 import shutil
 import signal
 import sys
-from typing import Any
+from typing import Any, TextIO
 
 from absl import app, flags, logging
 from rich.console import Console
@@ -244,6 +246,39 @@ def console(quiet: bool = False) -> Console:
     return made
 
 
+class LastingStream:
+    """A terminal's output that raises no error once the terminal is gone; what is printed is lost.
+
+    SIGHUP tells of it, but something may be printed just before the signal is handled.
+    """
+
+    def __init__(self, stream: TextIO):
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        """See `TextIO.write`."""
+        with _without_terminal():
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        """See `TextIO.flush`."""
+        with _without_terminal():
+            self._stream.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+@contextlib.contextmanager
+def _without_terminal() -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno != errno.EIO:
+            raise
+
+
 class Stop(Exception):
     """The run was asked to stop, by one of the signals of `Interrupt`."""
 
@@ -263,6 +298,10 @@ class Interrupt:
         self._agree = agree
         self._noted = False
         self._terminals = [number for number in (1, 2) if os.isatty(number)]
+        for name in ("stdout", "stderr"):
+            stream = getattr(sys, name)
+            if stream.isatty():
+                setattr(sys, name, LastingStream(stream))
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP):
             if number == signal.SIGINT or signal.getsignal(number) != signal.SIG_IGN:
                 signal.signal(number, self._note)
