@@ -23,9 +23,9 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 # XLA's older emitter compiles in little more than half the time. An unknown flag ends the process,
 # so it is given to the version alone that is known to have it.
-if os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] == "1":
-    if importlib.metadata.version("jaxlib").startswith("0.10."):
-        os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false"
+quick = os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] == "1"
+if quick and importlib.metadata.version("jaxlib").startswith("0.10."):
+    os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false"
 # What commands keep for their next run, compiled programs above all, is kept for this session's
 # tests alone.
 if "JAXDG_CACHE" not in os.environ:
