@@ -3,7 +3,7 @@ files are.
 """
 
 import atexit
-import gc
+import importlib
 import importlib.metadata
 import os
 from pathlib import Path
@@ -23,8 +23,9 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 # XLA's older emitter compiles in little more than half the time. An unknown flag ends the process,
 # so it is given to the version alone that is known to have it.
-quick = os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] == "1"
-if quick and importlib.metadata.version("jaxlib").startswith("0.10."):
+if os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] == "1" and importlib.metadata.version(
+    "jaxlib"
+).startswith("0.10."):
     os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false"
 # What commands keep for their next run, compiled programs above all, is kept for this session's
 # tests alone.
@@ -41,10 +42,7 @@ import pytest
 
 install_import_hook("jaxdg", "beartype.beartype")
 
-# Tracing makes many objects that live on; looking for garbage among them took a seventh of the
-# time.
-gc.freeze()
-gc.set_threshold(200_000, 50, 100)
+importlib.import_module("jaxdg.commands.process").look_for_garbage_less()
 
 ROOT = Path(__file__).resolve().parent.parent
 GOLDEN = ROOT / "tests" / "golden"

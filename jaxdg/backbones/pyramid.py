@@ -72,10 +72,9 @@ class Pyramid(nnx.Module):
         return x1, self.fpn2(x2), x3, nnx.max_pool(x4, (2, 2), strides=(2, 2))
 
     def _activated(self, x: Float[Array, "b h w c"], train: bool) -> Float[Array, "b h w c"]:
-        """Norm and GELU are float32 and large, so the backward pass computes them anew."""
+        """GELU of the normalised features."""
         graph, state = nnx.split(self.fpn1_norm)
 
-        @jax.checkpoint
         def run(state, x):
             norm = nnx.merge(graph, state)
             options = {}
@@ -83,6 +82,9 @@ class Pyramid(nnx.Module):
                 options["use_running_average"] = not train
             return jax.nn.gelu(norm(x, **options), approximate=False), nnx.state(norm)
 
+        if self.fpn1_up1.dtype.itemsize == 2:
+            # Both are float32 and so twice as large: the backward pass computes them anew.
+            run = jax.checkpoint(run)
         y, state = run(state, x)
         if train:
             nnx.update(self.fpn1_norm, nnx.filter_state(state, nnx.BatchStat))

@@ -59,8 +59,13 @@ class ConvNorm(nnx.Module):
         self.norm = nnx.GroupNorm(width, GROUPS, epsilon=1e-5, use_fast_variance=fast, rngs=rngs)
 
     def __call__(self, x: Float[Array, "b h w _"]) -> Float[Array, "b h w c"]:
-        # The norm is float32 and large: the backward pass computes it anew.
-        return jax.checkpoint(lambda x: self.norm(x).astype(self.conv.dtype))(self.conv(x))
+        def normalized(x):
+            return self.norm(x).astype(self.conv.dtype)
+
+        if jnp.dtype(self.conv.dtype).itemsize == 2:
+            # The norm is float32 and so twice as large: the backward pass computes it anew.
+            normalized = jax.checkpoint(normalized)
+        return normalized(self.conv(x))
 
 
 class Layer(nnx.Module):
