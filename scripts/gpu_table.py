@@ -65,7 +65,9 @@ def parts(record: Record, plan: Record | None) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("measured", type=Path, help="JSON lines of scripts/gpu_session.sh")
     parser.add_argument("--plan", type=Path, help="JSON of `jaxdg plan --compile_for`")
     options = parser.parse_args()

@@ -50,7 +50,9 @@ def command(card: str, recipe: str, options: str, devices: int, mesh: str) -> li
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--out", type=Path, required=True, help="folder of the plans")
     parser.add_argument("--card", default="h100")
     parser.add_argument("--only", default="", help="rows whose command holds this text")

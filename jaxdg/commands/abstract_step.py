@@ -1,17 +1,22 @@
-"""The training step of a configuration as shapes, to be compiled for devices that are not here."""
+"""A configuration's training step, or its inference, as shapes: to be compiled for devices that are
+not here.
+"""
 
 import dataclasses
 import math
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh
 import numpy as np
 
 from jaxdg import methods
 from jaxdg.config import Config
 from jaxdg.data.augment.transforms import BOX_FIELDS
+from jaxdg.evaluation import protocols
 from jaxdg.tasks import run_state as tasks
+from jaxdg.tasks.segmentation import Segmentation
 from jaxdg.tasks.task import Task
 from jaxdg.training import sharding
 from jaxdg.training.step import TrainState, make_step
@@ -19,11 +24,11 @@ from jaxdg.training.step import TrainState, make_step
 
 @dataclasses.dataclass(frozen=True)
 class AbstractStep:
-    """A training step and the shapes of what it takes.
+    """A training step or an inference, and the shapes of what it takes.
 
     Attributes:
-        function: the jitted step.
-        state: the train state, with shardings.
+        function: the jitted function of state and batch.
+        state: the train state, with shardings; without the optimiser's for inference.
         batch: a global batch, with shardings.
     """
 
@@ -61,6 +66,40 @@ def abstract_step(config: Config, mesh: Mesh) -> AbstractStep:
         config.optimizer.accumulate,
     )
     return AbstractStep(step, state, abstract_batch(task, mesh))
+
+
+def abstract_inference(config: Config, mesh: Mesh, image: tuple[int, int]) -> AbstractStep:
+    """Label maps of a batch of images, by the run's sliding windows, on a mesh of any devices.
+
+    Args:
+        config: the run's; a batch holds `evaluation.batch_size` images.
+        mesh: what the images are divided over.
+        image: height and width of the images.
+
+    Raises:
+        ValueError: the run is no segmentation, or its batch does not divide over the mesh.
+    """
+    task = tasks.make_task(config)
+    if not isinstance(task, Segmentation):
+        raise ValueError(f"--image with task {config.task!r}; allowed: segmentation")
+    model = tasks.Blueprint.of(task, config.model.freeze)
+    state, _ = tasks.abstract_state(model, config, mesh)
+    state = dataclasses.replace(state, step=(), opt_state=())
+    label_maps = task.labelling(model.graph)
+    protocol = protocols.Protocol("native", config.data.crop, config.evaluation.stride)
+    n = task.batch_size(mesh)
+
+    images = jax.ShapeDtypeStruct((n, *image, 3), np.uint8, sharding=sharding.batch_sharding(mesh))
+    # Every image fills its array, so the program knows how many windows there are.
+    whole = np.full((n, 2), image, np.int32)
+
+    def infer(state: TrainState, batch: dict[str, Any]) -> Any:
+        sizes = jnp.asarray(whole)
+        label = jnp.zeros((n, *image), jnp.uint8)  # read for its shape alone
+        batch = {**batch, "size": sizes, "label": label, "label_size": sizes}
+        return label_maps((state.trained, state.frozen, state.statistics), batch, protocol)
+
+    return AbstractStep(jax.jit(infer, keep_unused=True), state, {"image": images})
 
 
 def abstract_batch(task: Task, mesh: Any) -> dict[str, Any]:

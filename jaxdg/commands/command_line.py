@@ -236,6 +236,18 @@ def _fail(error: Exception) -> None:
     sys.exit(1)
 
 
+def parse_size(flag: str, text: str) -> tuple[int, int]:
+    """`512x1024`, the value of a flag, as (height, width).
+
+    Raises:
+        ValueError: anything else.
+    """
+    if not (match := re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", text)):
+        allowed = "height x width in pixels, such as 512x1024"
+        raise ValueError(f"--{flag} is {text!r}; allowed: {allowed}")
+    return int(match[1]), int(match[2])
+
+
 def console(quiet: bool = False) -> Console:
     """Where commands print, if not `quiet`: lines are never wrapped, so that paths can be copied,
     and no text is markup.

@@ -19,7 +19,7 @@ from jax.sharding import Mesh
 
 import jaxdg
 from jaxdg.commands import roofline
-from jaxdg.commands.abstract_step import abstract_step, device_bytes
+from jaxdg.commands.abstract_step import abstract_inference, abstract_step, device_bytes
 from jaxdg.commands.accelerators import ACCELERATORS, USABLE, Accelerator
 from jaxdg.config import Config
 
@@ -108,6 +108,7 @@ class CompiledPlan:
 
     Attributes:
         devices: in all.
+        images: their number in a global batch, height and width.
         parameters: bytes a device of trained and frozen parameters.
         optimizer: bytes a device of its state.
         batch: bytes a device of the batch, the step and statistics.
@@ -119,6 +120,7 @@ class CompiledPlan:
     """
 
     devices: int
+    images: tuple[int, int, int]
     parameters: int
     optimizer: int
     batch: int
@@ -143,6 +145,7 @@ class CompiledPlan:
         p = self.prediction
         return {
             "devices": self.devices,
+            "images": self.images,
             "bytes": {
                 "parameters": self.parameters,
                 "optimizer": self.optimizer,
@@ -186,15 +189,20 @@ def exchanged(p: roofline.Prediction) -> dict[tuple[str, int], tuple[int, float]
     return dict(sorted(table.items()))
 
 
-def compiled_plan(config: Config, card: Card, mesh: Mesh) -> CompiledPlan:
-    """Compiles the step of a run for a mesh of `absent_devices`."""
+def compiled_plan(
+    config: Config, card: Card, mesh: Mesh, image: tuple[int, int] | None = None
+) -> CompiledPlan:
+    """Compiles the step of a run for a mesh of `absent_devices`, or its inference on images of a
+    size.
+    """
     start = time.perf_counter()
-    step = abstract_step(config, mesh)
+    step = abstract_inference(config, mesh, image) if image else abstract_step(config, mesh)
     state = step.state
     program = step.compile(OPTIONS)
     memory = program.memory_analysis()
     return CompiledPlan(
         devices=mesh.size,
+        images=step.batch["image"].shape[:3],
         parameters=device_bytes((state.trained, state.frozen)),
         optimizer=device_bytes(state.opt_state),
         batch=device_bytes((state.step, state.statistics, step.batch)),
@@ -210,7 +218,7 @@ def report(config: Config, card: Card, plan: CompiledPlan) -> str:
     """What is printed, line by line."""
     m = config.model
     p = plan.prediction
-    height, width = config.data.crop
+    n, height, width = plan.images
 
     def mb(n: float) -> str:
         return f"{n / 1e6:12,.1f} MB"
@@ -232,7 +240,7 @@ def report(config: Config, card: Card, plan: CompiledPlan) -> str:
     return "\n".join(
         [
             (
-                f"{m.encoder} + {m.decoder}; batch {config.batch_size} of {height}x{width},"
+                f"{m.encoder} + {m.decoder}; batch {n} of {height}x{width},"
                 f" {m.dtype}, remat={m.remat}, freeze={m.freeze}"
             ),
             (
@@ -258,7 +266,8 @@ def report(config: Config, card: Card, plan: CompiledPlan) -> str:
                 f"predicted step: {1e3 * p.seconds:.1f} ms;"
                 f" {p.total(lambda kernel: 1.0):,.0f} kernels,"
                 f" {p.total(lambda kernel: kernel.bytes) / 1e9:,.0f} GB moved,"
-                f" {p.total(lambda kernel: kernel.flops) / 1e12:.1f} TFLOP of products"
+                f" {p.total(lambda kernel: kernel.flops) / 1e12:.1f} TFLOP of products;"
+                f" {n / p.seconds:,.1f} images/s"
             ),
             *(loops if p.unknown_loops else []),
             *table("predicted by part", p.by(lambda kernel: kernel.part)),

@@ -26,7 +26,6 @@ from collections.abc import Callable, Sequence
 import json
 import os
 from pathlib import Path
-import re
 from typing import Any
 
 from absl import flags
@@ -207,23 +206,12 @@ def write(model: Model, exported: jax.export.Exported, out: Path) -> Path:
     return beside
 
 
-def parse_size(text: str) -> tuple[int, int]:
-    """`512x1024` as (height, width).
-
-    Raises:
-        ValueError: anything else.
-    """
-    if not (match := re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", text)):
-        raise ValueError(f"--size is {text!r}; allowed: height x width in pixels, such as 512x1024")
-    return int(match[1]), int(match[2])
-
-
 def main(arguments: Sequence[str]) -> None:
     """Exports as the flags say."""
     if len(arguments) > 1:
         raise ValueError(f"unexpected argument {arguments[1]!r}; see --help")
     runtime.set_up()
-    size = parse_size(_SIZE.value) if _SIZE.value else None
+    size = cli.parse_size("size", _SIZE.value) if _SIZE.value else None
     out = Path(_OUT.value)
     check_out(out)
     model = load(_CHECKPOINT.value)

@@ -21,7 +21,8 @@ What to believe of it:
     jaxdg plan --config gta5_eva02 --compile_for h100 --json plan.json --config.model.dtype=bfloat16
 
 has the step compiled by the GPU's own compiler instead, which needs no GPU (extra `plan-cuda`), and
-predicts every kernel: see `compiling` and `roofline`.
+predicts every kernel: see `compiling` and `roofline`. With `--image 1024x2048` it compiles the
+evaluation of such images by sliding windows.
 """
 
 from collections.abc import Sequence
@@ -229,6 +230,8 @@ def main(arguments: Sequence[str]) -> None:
         raise ValueError(f"unexpected argument {arguments[1]!r}; see --help")
     if _CONFIG.value is None:
         raise ValueError("--config FILE is needed, such as --config configs/gta5_eva02.py")
+    if _IMAGE.value and not _COMPILE_FOR.value:
+        raise ValueError("--image is inference as --compile_for compiles it; give that too")
     if _JSON.value and not _COMPILE_FOR.value:
         raise ValueError("--json writes what --compile_for reports; give --compile_for too")
     if _ACCELERATOR.value and _COMPILE_FOR.value:
@@ -240,7 +243,8 @@ def main(arguments: Sequence[str]) -> None:
         card = compiling.Card.named(_COMPILE_FOR.value)
         mesh = sharding.make_mesh(arrangement, compiling.absent_devices(card, _DEVICES.value))
         arrange(config, mesh)
-        predicted = compiling.compiled_plan(config, card, mesh)
+        image = cli.parse_size("image", _IMAGE.value) if _IMAGE.value else None
+        predicted = compiling.compiled_plan(config, card, mesh, image)
         print(compiling.report(config, card, predicted))
         if _JSON.value:
             Path(_JSON.value).write_text(json.dumps(predicted.as_json(), indent=2) + "\n")
@@ -280,6 +284,12 @@ if __name__ == "__main__":
         None,
         compiling.CARDS,
         "GPU whose compiler compiles the step and whose kernels are predicted; none is needed.",
+    )
+    _IMAGE = flags.DEFINE_string(
+        "image",
+        None,
+        "Height x width of images: --compile_for then compiles inference, label maps of"
+        " evaluation.batch_size of them by the run's sliding windows, and not a training step.",
     )
     _JSON = cli.define_path("json", "File for what --compile_for reports, as JSON.")
     cli.run(main)

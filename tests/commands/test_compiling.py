@@ -8,13 +8,17 @@ import subprocess
 import sys
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from jaxdg import config as config_lib
 from jaxdg.commands import compiling, roofline
-from jaxdg.commands.abstract_step import abstract_step
+from jaxdg.commands.abstract_step import abstract_inference, abstract_step
 from jaxdg.commands.accelerators import ACCELERATORS
 from jaxdg.config import Config, MeshConfig
+from jaxdg.evaluation import protocols
+from jaxdg.tasks import run_state
 from jaxdg.training import sharding
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -80,6 +84,41 @@ def test_flags_that_do_not_go_together():
     done = plan("--json=plan.json")
     assert done.returncode == 1
     assert done.stderr.startswith("error: --json writes what --compile_for reports")
+    done = plan("--image=512x1024")
+    assert done.stderr.startswith("error: --image is inference as --compile_for compiles it")
+
+
+def test_planned_inference_is_what_evaluation_computes():
+    """Label maps of images by windows; the number of windows is known to the program."""
+    config = Config(mesh=MeshConfig(1, 1))
+    config.data.crop = (32, 32)
+    config.evaluation.stride = (16, 16)
+    config.evaluation.batch_size = 2
+    config.evaluation.windows_per_call = 4
+    config.model.encoder = "scratch_ti8"
+    config.model.taps = (0,)
+    config.model.pyramid = "none"
+    config.model.decoder = "linear"
+    config = config_lib.validated(config)
+    mesh = sharding.make_mesh(config.mesh, jax.devices()[:1])
+    step = abstract_inference(config, mesh, (48, 80))
+    random = np.random.default_rng(0)
+    state = jax.tree.map(lambda x: random.normal(0, 0.1, x.shape).astype(x.dtype), step.state)
+    images = random.integers(0, 256, (2, 48, 80, 3)).astype(np.uint8)
+    assert step.batch["image"].shape == images.shape
+    got = step.function(state, {"image": images})
+    task = run_state.make_task(config)
+    label_maps = task.labelling(run_state.Blueprint.of(task, config.model.freeze).graph)
+    sizes = np.full((2, 2), (48, 80), np.int32)
+    batch = {"image": images, "size": sizes, "label": images[..., 0], "label_size": sizes}
+    batch = jax.tree.map(jnp.asarray, batch)
+    protocol = protocols.Protocol("native", (32, 32), (16, 16))
+    want = label_maps((state.trained, state.frozen, state.statistics), batch, protocol)
+    np.testing.assert_array_equal(got, want)
+    assert len(np.unique(got)) > 1
+    config.task = "detection"
+    with pytest.raises(ValueError, match="--image with task 'detection'; allowed: segmentation"):
+        abstract_inference(config, mesh, (48, 80))
 
 
 @pytest.mark.slow

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from jaxdg import config as config_lib
+from jaxdg.commands import command_line as cli
 from jaxdg.commands import export
 from jaxdg.config import Config, MeshConfig
 from jaxdg.config import workdir as workdir_lib
@@ -187,7 +188,7 @@ def test_the_command(tmp_path):
     assert "images uint8 [32, 64, 3], for cpu" in done.stdout
     assert (tmp_path / "m.json").is_file()
     with pytest.raises(ValueError, match="--size is '32'; allowed: height x width"):
-        export.parse_size("32")
+        cli.parse_size("size", "32")
 
 
 def test_an_export_replaces_nothing_but_an_export(tmp_path):
