@@ -39,8 +39,11 @@ def _(primals, tangents):
 def row_major(x: Float[Array, "b n c"]) -> Float[Array, "b n c"]:
     """The same tokens, kept channels last on a GPU.
 
-    Left to itself, XLA lays them out channels first there, and transposes them at every use.
+    Left to itself, XLA lays them out channels first there, and transposes them at every use. On
+    several devices it is left to itself: the partitioner would gather the whole batch on each.
     """
+    if jax.sharding.get_abstract_mesh().size > 1:
+        return x
     return jax.lax.platform_dependent(
         x,
         cuda=lambda x: with_layout_constraint(x, Layout((0, 1, 2))),

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxdg.segmentation.mask2former.layers import row_major
 from jaxdg.segmentation.mask2former.pixel_decoder import sine_positions
 
 
@@ -55,3 +56,14 @@ def test_every_level_sees_every_other(head, features):
         changed = tuple(x.at[0, 0, 0].add(3.0) if i == j else x for j, x in enumerate(maps))
         moved = [not jnp.array_equal(a, b) for a, b in zip(before, run(changed), strict=True)]
         assert moved == ([True] * 4 if i else [True, False, False, False])
+
+
+@pytest.mark.parametrize(("platform", "devices"), [("cuda", 1), ("cuda", 8), ("cpu", 1)])
+def test_tokens_keep_their_layout_on_one_gpu(platform, devices):
+    """On several the partitioner would gather the whole batch for it, and a CPU needs no help."""
+    mesh = jax.sharding.AbstractMesh((devices,), ("data",))
+    x = jnp.ones((8, 3, 4))
+    with jax.sharding.use_abstract_mesh(mesh):
+        traced = jax.jit(jax.grad(lambda x: jnp.sum(row_major(x) ** 2))).trace(x)
+    text = traced.lower(lowering_platforms=(platform,)).as_text()
+    assert ("LayoutConstraint" in text) == (platform == "cuda" and devices == 1)
