@@ -77,6 +77,19 @@ def optimized():
     jax.config.update("jax_disable_most_optimizations", before)
 
 
+@pytest.fixture(params=["cpu", "default"])
+def platform(request, monkeypatch):
+    """The CPU's way of computing, then that of all other platforms."""
+
+    def chosen(*args, **ways):
+        return ways[request.param](*args)
+
+    monkeypatch.setattr(jax.lax, "platform_dependent", chosen)
+    jax.clear_caches()
+    yield request.param
+    jax.clear_caches()
+
+
 @pytest.fixture(scope="session")
 def golden():
     """The folder of small reference outputs."""

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, Int32
 import numpy as np
 
-from jaxdg.segmentation.mask2former.scatter_sum import scatter_sum
+from jaxdg.backbones.scatter_sum import scatter_sum
 
 Shapes = Sequence[tuple[int, int]]  # rows and columns of each level
 

@@ -23,9 +23,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Float32, Int32, Key, UInt8, UInt32
 
+from jaxdg.backbones.scatter_sum import scatter_sum
 from jaxdg.segmentation.mask2former.deformable_attention import corner_shares
 from jaxdg.segmentation.mask2former.matching import WEIGHTS, assign, matching_cost
-from jaxdg.segmentation.mask2former.scatter_sum import scatter_sum
 
 IGNORE = 255
 NO_OBJECT = 0.1  # weight of an unmatched query in the class term; a matched one weighs 1

@@ -59,6 +59,7 @@ def slow(feature, box, stride, size, samples, aligned):
     return out / max(count_y * count_x, 1)
 
 
+@pytest.mark.usefixtures("platform")
 @pytest.mark.parametrize(
     "kind", range(len(cases.ROI_KINDS)), ids=[str(kind) for kind in cases.ROI_KINDS]
 )
@@ -91,6 +92,7 @@ def test_equals_torchvision(golden, kind):
     )
 
 
+@pytest.mark.usefixtures("platform")
 def test_pyramid_equals_torchvision(golden):
     """Boxes spread over three levels as `MultiScaleRoIAlign` spreads them, features and the
     gradients of every level to 1e-5.
@@ -144,6 +146,7 @@ def test_equals_the_definition():
         np.testing.assert_allclose(got[0], want, rtol=0, atol=1e-4)
 
 
+@pytest.mark.usefixtures("platform")
 def test_gradient_is_the_slope():
     """The gradient equals central differences along random directions: adaptive, and with samples
     on the very border.

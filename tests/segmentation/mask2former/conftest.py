@@ -2,7 +2,6 @@
 
 import zlib
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -37,19 +36,6 @@ def weight(name, shape):
     return np.float32(
         next((factor for part, factor in more.items() if part in name), 1)
     ) * numbers.astype(np.float32)
-
-
-@pytest.fixture(params=["cpu", "default"])
-def platform(request, monkeypatch):
-    """The CPU's way of computing, then that of all other platforms."""
-
-    def chosen(*args, **ways):
-        return ways[request.param](*args)
-
-    monkeypatch.setattr(jax.lax, "platform_dependent", chosen)
-    jax.clear_caches()
-    yield request.param
-    jax.clear_caches()
 
 
 @pytest.fixture(scope="session")

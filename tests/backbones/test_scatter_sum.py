@@ -7,9 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxdg.backbones.scatter_sum import scatter_sum
+from jaxdg.detection.rcnn.roi_align import roi_align
 from jaxdg.segmentation.mask2former import losses
 from jaxdg.segmentation.mask2former.deformable_attention import deformable_attention
-from jaxdg.segmentation.mask2former.scatter_sum import scatter_sum
 
 
 def drawn(size=9, shape=(4, 50, 3), d=5, seed=0):
@@ -88,9 +89,20 @@ def to_masks(masks, points):
     return jax.grad(lambda masks: jnp.sum(losses.sample_masks(masks, points)))(masks)
 
 
+def to_features(features):
+    """The gradient of RoIAlign with respect to a map of features."""
+    boxes = jnp.array([[[1.0, 2.0, 9.0, 14.0], [0.0, 0.0, 30.0, 30.0]]])
+
+    def total(features):
+        return jnp.sum(roi_align([features], boxes, (4,), size=(2, 2), samples=2))
+
+    return jax.grad(total)(features)
+
+
 @pytest.mark.parametrize(
     ("gradient", "shapes"),
     [
+        (to_features, [(1, 8, 8, 3)]),
         (to_values, [(1, 16, 2, 3), (1, 5, 2, 2, 1, 2), (1, 5, 2, 2, 1)]),
         (to_masks, [(2, 6, 5), (2, 9, 2)]),
     ],
