@@ -600,7 +600,7 @@ def command(args: argparse.Namespace) -> Iterator[Record]:
             f"--config.checkpoint_every={steps}",
             "--config.eval_every=0",
             "--config.log_every=1",
-            *([f"--config.data.root={args.data_root}"] if args.data_root else []),
+            *(f"--config.{override}" for override in args.override),
         ]
         run = [
             sys.executable,
@@ -788,7 +788,13 @@ def parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--plot", help="SVG file of scaling")
     parser.add_argument("--run", type=int, default=0, help="steps of memory, precision and command")
-    parser.add_argument("--data_root", help="of command; that of the file if not given")
+    parser.add_argument(
+        "--override",
+        action="append",
+        default=[],
+        metavar="FIELD=VALUE",
+        help="of command: another value of a field of the file; can be given several times",
+    )
     parser.add_argument("--out", help="file that the lines are appended to as well")
     return parser
 

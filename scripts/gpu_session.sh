@@ -25,7 +25,7 @@ windows="--image 512 1024 --windows_per_call 24 --batch_size 8"
 declare -A lines=(
   [step]="300 train_step $vltseg --unroll --peer torch --rounds 6"
   [windows]="150 inference $vltseg $windows --peer torch --rounds 6"
-  [real]="150 command --config configs/camvid_vit_tiny.py --run 60 --data_root ${DATA_ROOT:-absent}"
+  [real]="150 command --config configs/camvid_vit_tiny.py --run 60 --override data.root=${DATA_ROOT:-absent} --override model.weights=None"
   [breakdown]="240 breakdown $vltseg --unroll --rounds 4"
   [encoder]="150 train_step $vltseg --unroll --part encoder"
   [input]="240 train_step $vltseg --unroll --with_input"

@@ -222,7 +222,7 @@ def test_killed_at_any_moment_a_run_goes_on_to_the_same_bits(runs):
 
 def test_sigterm_saves_and_exits_0(runs):
     """A scheduler's signal costs nothing: the state is saved at once, and the same command goes on
-    to the same end, also where two workers feed the batches that none fed.
+    to the same end.
     """
     process = runs.start("stopped")
     runs.wait_for("stopped", process, lambda rows: any(row["step"] >= 4 for row in rows))
@@ -233,9 +233,15 @@ def test_sigterm_saves_and_exits_0(runs):
     saved = Checkpoints(runs.folder / "stopped")
     assert f"stopped at step {saved.steps()[-1]};" in out
     saved.close()
-    done = runs.run("stopped", "--config.data.workers=2")
+    done = runs.run("stopped")
     assert done.returncode == 0, done.stderr
     runs.assert_same("stopped", "whole")
+
+
+def test_worker_processes_change_nothing(runs):
+    """Two workers feed the batches that none fed."""
+    assert runs.run("workers", "--config.data.workers=2").returncode == 0
+    runs.assert_same("workers", "whole")
 
 
 def test_a_closed_terminal_and_a_schedulers_warning_save_too(runs):

@@ -27,9 +27,13 @@ def attention(
         k: keys.
         v: values.
         mask: where a query may look, in all heads; at one key at least.
-        padding: so many keys at the end fill up their number, and no query looks at them; 0 with a
-            mask.
+        padding: so many keys at the end fill up their number, and no query looks at them.
+
+    Raises:
+        ValueError: there are both mask and padding; the mask can hide the padding itself.
     """
+    if padding and mask is not None:
+        raise ValueError("attention takes a mask or padding; let the mask hide the padded keys")
     n = k.shape[1] - padding
     if padding:
         # cuDNN need not define the gradients of keys that it masks, and a NaN there would spread.
@@ -86,6 +90,17 @@ def _head_by_head(
         return jnp.einsum("bqn,bnd->bqd", jax.nn.softmax(logits).astype(v.dtype), v)
 
     return jnp.moveaxis(jax.lax.map(head, tuple(jnp.moveaxis(x, 2, 0) for x in (q, k, v))), 0, 2)
+
+
+def for_all_tokens(
+    cos: Float[Array, "p d"], sin: Float[Array, "p d"], prefix: int, n: int
+) -> tuple[Float[Array, "n d"], Float[Array, "n d"]]:
+    """Rotary tables of patches, for all n tokens.
+
+    The `prefix` tokens before the patches, and padding behind them, are rotated by no angle.
+    """
+    others = ((prefix, n - prefix - cos.shape[0]), (0, 0))
+    return jnp.pad(cos, others, constant_values=1), jnp.pad(sin, others)
 
 
 def to_windows(maps: Float[Array, "b h w c"], window: int) -> Float[Array, "windows n c"]:

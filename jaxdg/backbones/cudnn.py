@@ -59,10 +59,8 @@ def cudnn_attention(
     q = jnp.pad(q, ((0, 0), (0, odd), (0, 0), (0, 0)))
     k, v = (jnp.pad(x, ((0, 0), (0, more), (0, 0), (0, 0))) for x in (k, v))
     if mask is not None:
+        mask = jnp.pad(mask, ((0, 0), (0, odd), (0, more)))
         bias = jnp.where(mask, jnp.zeros((), q.dtype), jnp.finfo(q.dtype).min / 2)
-        bias = jnp.pad(bias, ((0, 0), (0, odd), (0, 0)))
-        hidden = ((0, 0), (0, 0), (0, more))
-        bias = jnp.pad(bias, hidden, constant_values=jnp.finfo(q.dtype).min / 2)
         return _fused(q, k, v, bias=bias[:, None])[:, :m]
     if not padding + more:
         return _fused(q, k, v)[:, :m]

@@ -72,9 +72,7 @@ def rotate(
 
     The `prefix` tokens before them, and padding behind them, are rotated by no angle.
     """
-    others = ((prefix, x.shape[1] - prefix - cos.shape[0]), (0, 0))
-    cos = jnp.pad(cos, others, constant_values=1)[:, None]
-    sin = jnp.pad(sin, others)[:, None]
+    cos, sin = (t[:, None] for t in attention.for_all_tokens(cos, sin, prefix, x.shape[1]))
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
     return rotated.astype(x.dtype)

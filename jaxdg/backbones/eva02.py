@@ -117,9 +117,7 @@ def rotate(
 
     The class token, which is the first, and padding, which is last, are rotated by no angle.
     """
-    others = ((1, x.shape[1] - 1 - cos.shape[0]), (0, 0))
-    cos = jnp.pad(cos, others, constant_values=1)[:, None, :, None]
-    sin = jnp.pad(sin, others)[:, None, :, None]
+    cos, sin = (t[:, None, :, None] for t in attention.for_all_tokens(cos, sin, 1, x.shape[1]))
     pairs = x.astype(jnp.float32).reshape(*x.shape[:3], -1, 2)
     rotated = pairs * cos + pairs[..., ::-1] * (sin * jnp.array([-1.0, 1.0]))
     return rotated.reshape(x.shape).astype(x.dtype)

@@ -88,7 +88,7 @@ class Stack(nnx.Module):
         start = 0
         for end in self.ends:
             graph, layers = nnx.split(self.segments[str(start)])
-            layers = multiplied_in(layers, x.dtype)
+            layers = cast_kernels(layers, x.dtype)
 
             def layer(x, inputs, graph=graph):
                 state, *scale = inputs
@@ -111,7 +111,7 @@ class Stack(nnx.Module):
         return outputs
 
 
-def multiplied_in(state: nnx.State, dtype: jnp.dtype) -> nnx.State:
+def cast_kernels(state: nnx.State, dtype: jnp.dtype) -> nnx.State:
     """The kernels in half precision if that is the features'; the other parameters as they are.
 
     Blocks cast their kernels themselves, in the forward and again in the backward pass. Cast once

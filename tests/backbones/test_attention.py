@@ -198,6 +198,13 @@ def test_nobody_looks_at_padding(dtype):
     assert not dv[:, 7:].any()
 
 
+def test_a_mask_hides_padding_itself():
+    """Both at once would leave open which of them counts."""
+    q, k, v, mask = drawn(4, 9)
+    with pytest.raises(ValueError, match="attention takes a mask or padding"):
+        attention.attention(q, k, v, mask, padding=2)
+
+
 def test_a_compiled_step_keeps_nothing_for_other_platforms():
     """What another platform's backward pass would read is neither computed nor stored."""
 

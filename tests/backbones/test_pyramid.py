@@ -4,6 +4,7 @@ The golden file is made by tests/oracles/golden_vit.py.
 """
 
 from flax import nnx
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -88,6 +89,34 @@ def test_training_uses_and_keeps_the_statistics_of_the_batch(torch_layers, tmp_p
         0.9 * torch_layers["norm.var"] + 0.1 * torch_layers["var/batch"],
         atol=1e-6,
     )
+
+
+def test_statistics_are_kept_in_half_precision_too(torch_layers, tmp_path):
+    """There norm and activation are computed anew in the backward pass: the statistics move once,
+    and the gradients are near those of float32.
+    """
+    full = build(torch_layers, "batch", tmp_path)
+    half = nnx.eval_shape(lambda: Pyramid(4, "batch", dtype="bfloat16", rngs=nnx.Rngs(0)))
+    weights.load(half, tmp_path / "pyramid.safetensors")
+    maps = tuple(jnp.asarray(torch_layers["maps"]))
+
+    @nnx.jit
+    def gradients(pyramid):
+        def loss(pyramid):
+            return jnp.mean(jnp.square(pyramid(maps, train=True)[0].astype(jnp.float32)))
+
+        return nnx.grad(loss)(pyramid)
+
+    single = gradients(full)
+    rounded = gradients(half)
+    for name in ("mean", "var"):
+        got, want = (weights.tensors(p)[f"fpn1_norm.{name}"] for p in (half, full))
+        np.testing.assert_allclose(got, want, atol=0.01)
+        assert np.abs(want - torch_layers[f"norm.{name}"]).max() > 0.05, "they moved"
+    # The bias before the norm has no gradient but rounding.
+    largest = max(np.linalg.norm(leaf) for leaf in jax.tree.leaves(single))
+    for got, want in zip(jax.tree.leaves(rounded), jax.tree.leaves(single), strict=True):
+        assert np.linalg.norm(got - want) <= 0.1 * np.linalg.norm(want) + 0.01 * largest
 
 
 def test_enlarging_equals_the_definition_of_a_transposed_convolution(torch_layers, tmp_path):

@@ -32,6 +32,41 @@ def test_the_backward_pass_finds_products_and_marked_results_stored():
     assert (count("erf"), count("tanh")) == (1, 2)
 
 
+def test_float32_results_of_half_precision_are_computed_anew():
+    """They are twice as large as what other products leave; in float32 every product is stored."""
+
+    def block(x, w):
+        return jnp.tanh(jnp.dot(x, w, preferred_element_type=jnp.float32))
+
+    def products(dtype):
+        x = w = jnp.eye(4, dtype=dtype)
+        run = jax.checkpoint(block, policy=stacking.stores_product)
+        return str(jax.make_jaxpr(jax.grad(lambda w: jnp.sum(run(x, w))))(w)).count(" dot_general[")
+
+    assert (products("float32"), products("bfloat16")) == (2, 3)
+
+
+def test_kernels_alone_are_cast_and_only_to_half_precision():
+    """Their gradients stay float32, as the parameters are."""
+    state = nnx.state(
+        nnx.Sequential(nnx.Linear(2, 3, rngs=nnx.Rngs(0)), nnx.LayerNorm(3, rngs=nnx.Rngs(0)))
+    )
+
+    def types(state):
+        return {path[-1]: leaf.dtype.name for path, leaf in nnx.to_flat_state(state)}
+
+    single = {"kernel": "float32", "bias": "float32", "scale": "float32"}
+    half = jnp.dtype("bfloat16")
+    assert types(stacking.cast_kernels(state, jnp.dtype("float32"))) == single
+    assert types(stacking.cast_kernels(state, half)) == single | {"kernel": "bfloat16"}
+
+    def loss(state):
+        leaves = jax.tree.leaves(stacking.cast_kernels(state, half))
+        return sum(jnp.sum(leaf.astype(jnp.float32) ** 2) for leaf in leaves)
+
+    assert types(jax.grad(loss)(state)) == single
+
+
 class Block(nnx.Module):
     """Adds something of its input to it."""
 

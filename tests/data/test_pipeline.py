@@ -111,12 +111,12 @@ def joined(parts: list[list[dict]]) -> list[dict]:
     ]
 
 
-def test_two_hosts_one_with_four_workers_see_the_batches_of_one(folder):
+def test_two_hosts_with_four_workers_each_see_the_batches_of_one(folder):
     """Hosts and workers change nothing: plain writable arrays, every image once an epoch."""
     expected = list(batches(folder, **TRAIN, start=0, stop=6))
     parts = [
-        list(batches(folder, **TRAIN, start=0, stop=6, workers=workers, shard=(host, 2)))
-        for host, workers in ((0, 4), (1, 0))
+        list(batches(folder, **TRAIN, start=0, stop=6, workers=4, shard=(host, 2)))
+        for host in range(2)
     ]
     assert_same(joined(parts), expected)
     assert expected[0]["image"].shape == (4, 12, 16, 3)

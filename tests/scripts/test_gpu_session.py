@@ -39,7 +39,7 @@ def test_the_most_valuable_comes_first_and_failures_stop_nothing(tmp_path):
         "breakdown",
     ]
     assert "--peer torch" in asked[0]
-    assert "--data_root /data" in asked[2]
+    assert "--override data.root=/data --override model.weights=None" in asked[2]
     assert said.count("ended with code 3") == 4
 
 

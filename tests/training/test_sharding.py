@@ -173,7 +173,7 @@ def test_mask2former_agrees_on_eight_devices(make_run):
     all that the deformable attention reads were wrong on this mesh.
     """
     sizes = Mask2FormerOptions(
-        hidden=32, queries=20, heads=4, pixel_layers=1, pixel_ffn=16, layers=1, ffn=16, points=64
+        hidden=32, queries=20, heads=4, pixel_layers=1, pixel_ffn=16, layers=2, ffn=16, points=64
     )
     model = {
         "decoder": "mask2former",
