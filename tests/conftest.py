@@ -3,6 +3,7 @@ files are.
 """
 
 import atexit
+import gc
 import importlib
 import importlib.metadata
 import os
@@ -75,6 +76,16 @@ def optimized():
     jax.config.update("jax_disable_most_optimizations", False)
     yield
     jax.config.update("jax_disable_most_optimizations", before)
+
+
+@pytest.fixture
+def broken_reads_forgotten():
+    """What Orbax leaves of reads that failed is collected here, and not while another test runs.
+
+    The test ignores `PytestUnraisableExceptionWarning`: its coroutines end with an exception then.
+    """
+    yield
+    gc.collect()
 
 
 @pytest.fixture(params=["cpu", "default"])

@@ -812,6 +812,8 @@ def test_a_first_command_that_fails_leaves_nothing(tmp_path, what):
     assert not list((tmp_path / "runs").iterdir())
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.usefixtures("broken_reads_forgotten")
 def test_a_last_checkpoint_that_cannot_be_read_ends_in_an_error(tmp_path, monkeypatch):
     """What came to the disk is not what was saved: the run does not say finished and keeps it
     aside; the next start repairs it.

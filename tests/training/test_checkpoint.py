@@ -21,7 +21,10 @@ from jaxdg.training.checkpoint import Checkpoints, fingerprint
 from jaxdg.training.step import TrainState
 
 # Orbax leaves coroutines behind where a read fails, which complain when they are collected.
-pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
+    pytest.mark.usefixtures("broken_reads_forgotten"),
+]
 
 OPTIMIZER = optax.adam(0.1)
 
