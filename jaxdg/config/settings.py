@@ -24,6 +24,7 @@ from jaxdg.segmentation.decoder import DecoderOptions
 from jaxdg.segmentation.linear import LinearOptions
 from jaxdg.segmentation.mask2former.head import Mask2FormerOptions
 from jaxdg.segmentation.segformer import SegformerOptions
+from jaxdg.segmentation.upscaling import UpscalingOptions
 from jaxdg.training.optimizer import OptimizerConfig
 from jaxdg.training.sharding import MeshConfig
 
@@ -42,16 +43,18 @@ class ModelConfig(EncoderOptions):
         pyramid: none, or four levels with layer or batch normalisation; encoders with levels of
             their own need none and get none. Detectors have their own instead, ViTDet's or an FPN.
             Default layer.
-        decoder: linear, segformer (MLP), mask2former, which needs a pyramid, or clip_text: CLIP's
-            features against class names, without a step of training. Of detection fcos (light, one
-            stage), faster_rcnn, cascade_rcnn, or faster_rcnn_c4, which looks at proposals with the
-            last stage of a CLIP ResNet. Default linear.
+        decoder: linear, segformer (MLP), upscaling (transposed convolutions, with pyramid none),
+            mask2former, which needs a pyramid, or clip_text: CLIP's features against class names,
+            without a step of training. Of detection fcos (light, one stage), faster_rcnn,
+            cascade_rcnn, or faster_rcnn_c4, which looks at proposals with the last stage of a CLIP
+            ResNet. Default linear.
         freeze: what stays as loaded: none, all (the encoder), `first N` (embeddings and first N
             blocks), `last N` (last N blocks), or a regular expression searched in parameter names
             such as `backbone.blocks.3.attn.qkv.kernel`. N counts the stages of a hierarchical
             encoder. Default none.
         linear: settings of that decoder.
         segformer: settings of that decoder.
+        upscaling: settings of that decoder.
         mask2former: settings of that decoder.
         clip_text: settings of that decoder.
         fcos: settings of that detector.
@@ -69,6 +72,7 @@ class ModelConfig(EncoderOptions):
     # Every decoder and detector by the name that `decoder` knows it by.
     linear: LinearOptions = dataclasses.field(default_factory=LinearOptions)
     segformer: SegformerOptions = dataclasses.field(default_factory=SegformerOptions)
+    upscaling: UpscalingOptions = dataclasses.field(default_factory=UpscalingOptions)
     mask2former: Mask2FormerOptions = dataclasses.field(default_factory=Mask2FormerOptions)
     clip_text: ClipTextOptions = dataclasses.field(default_factory=ClipTextOptions)
     fcos: FcosConfig = dataclasses.field(default_factory=FcosConfig)

@@ -14,6 +14,7 @@ from jaxdg.segmentation.linear import LinearHead
 from jaxdg.segmentation.mask2former.head import Mask2Former, Mask2FormerConfig
 from jaxdg.segmentation.segformer import SegformerConfig, SegformerHead
 from jaxdg.segmentation.segmenter import Segmenter, SegmenterConfig
+from jaxdg.segmentation.upscaling import UpscalingConfig, UpscalingHead
 
 __all__ = [
     "ClipTextHead",
@@ -25,6 +26,8 @@ __all__ = [
     "SegformerHead",
     "Segmenter",
     "SegmenterConfig",
+    "UpscalingConfig",
+    "UpscalingHead",
     "confusion_matrix",
     "iou",
     "label_map",

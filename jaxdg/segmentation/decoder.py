@@ -38,10 +38,12 @@ class DecoderConfig:
     Attributes:
         name: its value of `model.decoder`, for messages.
         needs_levels: whether it reads four maps of different sizes rather than maps of any sizes.
+        joins: whether it reads maps of one size, of which there may be any number.
     """
 
     name = ""
     needs_levels = False
+    joins = False
 
     def taps(self, encoder: backbones.EncoderConfig) -> tuple[int, ...]:
         """The blocks or stages that it reads where `model.taps` names none."""

@@ -16,6 +16,22 @@ from jaxdg.evaluation.sliding_window import resize_scores
 from jaxdg.segmentation.decoder import Decoder, DecoderConfig, DecoderOptions
 
 IGNORE = 255
+DROPOUT = 0.1
+
+
+def drop_channels(
+    x: Float[Array, "b h w c"], key: Key[Array, ""] | None
+) -> Float[Array, "b h w c"]:
+    """Dropout of whole channels of a sample, as before mmsegmentation's classifiers.
+
+    Args:
+        x: features.
+        key: random key; None: nothing is dropped.
+    """
+    if key is None:
+        return x
+    keep = jax.random.bernoulli(key, 1 - DROPOUT, (x.shape[0], 1, 1, x.shape[-1]))
+    return jnp.where(keep, x / (1 - DROPOUT), 0)
 
 
 class PixelHead(Decoder):

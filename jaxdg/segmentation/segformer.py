@@ -17,9 +17,7 @@ from jaxtyping import Array, Float, Key
 from jaxdg.evaluation.sliding_window import resize_scores
 from jaxdg.ranges import Count
 from jaxdg.segmentation.decoder import DecoderConfig, DecoderOptions
-from jaxdg.segmentation.linear import PixelHead
-
-DROPOUT = 0.1
+from jaxdg.segmentation.linear import PixelHead, drop_channels
 
 
 @dataclasses.dataclass(unsafe_hash=True, kw_only=True)
@@ -91,7 +89,7 @@ class SegformerHead(PixelHead):
 
         Args:
             features: one map a level, finest first.
-            key: random key that turns dropout on: whole channels of a sample, as in mmsegmentation.
+            key: random key that turns dropout on, see `drop_channels`.
             train: normalise with the statistics of the batch (over all devices) and update the
                 running ones. A batch that is computed in parts is normalised part by part.
         """
@@ -103,7 +101,4 @@ class SegformerHead(PixelHead):
             mixed = jnp.matmul(linear(feature), kernel, preferred_element_type=jnp.float32)
             x = x + resize_scores(mixed, (h, w))
         x = jax.nn.relu(self.batch_norm(x, use_running_average=not train)).astype(self.dtype)
-        if key is not None:
-            keep = jax.random.bernoulli(key, 1 - DROPOUT, (x.shape[0], 1, 1, x.shape[-1]))
-            x = jnp.where(keep, x / (1 - DROPOUT), 0)
-        return self.classifier(x).astype(jnp.float32)
+        return self.classifier(drop_channels(x, key)).astype(jnp.float32)

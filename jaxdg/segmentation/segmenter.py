@@ -44,7 +44,7 @@ class Segmenter(nnx.Module):
 
         Raises:
             ValueError: a pyramid that the taps or the image size do not allow, or a decoder without
-                the pyramid it needs.
+                the pyramid it needs or with maps of sizes that it cannot join.
         """
         c = config
         self.config = config
@@ -65,6 +65,17 @@ class Segmenter(nnx.Module):
                 f"model.decoder {decoder.name} reads four levels of different sizes, and"
                 f" {c.encoder} gives {len(channels)} with {', '.join(map(str, strides))} pixels a"
                 " feature; set model.pyramid to layer or batch, or model.taps to ()"
+            )
+        if decoder.joins and builds_levels:
+            raise ValueError(
+                f"model.decoder {decoder.name} joins maps of one size, and model.pyramid"
+                f" {c.pyramid!r} makes four sizes of them; set model.pyramid to none"
+            )
+        if decoder.joins and len(set(strides)) > 1:
+            raise ValueError(
+                f"model.decoder {decoder.name} joins maps of one size, and {c.encoder} gives"
+                f" {len(channels)} with {', '.join(map(str, strides))} pixels a feature; set"
+                " model.taps to some of one size"
             )
         pyramid = None
         if builds_levels:

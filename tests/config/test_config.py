@@ -28,6 +28,7 @@ from jaxdg.detection.rcnn.rpn import RpnConfig
 from jaxdg.methods.tldr import TldrOptions
 from jaxdg.segmentation.mask2former.head import Mask2FormerOptions
 from jaxdg.segmentation.segformer import SegformerOptions
+from jaxdg.segmentation.upscaling import UpscalingOptions
 from tests import forked
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -40,6 +41,7 @@ ALL = [
     EncoderOptions,
     Mask2FormerOptions,
     SegformerOptions,
+    UpscalingOptions,
     FcosConfig,
     RcnnConfig,
     C4Config,
