@@ -1,6 +1,7 @@
 """Zero-shot evaluation of a checkpoint on domains it never saw.
 
 python -m jaxdg.evaluate --checkpoint runs/streets --domains night,fog
+python -m jaxdg.evaluate --checkpoint runs/gta5 --protocol rein,soma
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -25,7 +26,7 @@ from jaxdg import config as config_lib
 from jaxdg import files, methods
 from jaxdg.commands import command_line as cli
 from jaxdg.commands import process as runtime
-from jaxdg.config import PROTOCOLS, Config, EvaluationConfig, locks
+from jaxdg.config import Config, EvaluationConfig, locks
 from jaxdg.config import workdir as workdir_lib
 from jaxdg.data.augment.fractals import Pictures
 from jaxdg.data.datasets import Dataset, Subset
@@ -274,20 +275,18 @@ def print_results(results: dict[str, Any], console: Console) -> None:
             overflow="fold",
         )
 
-    def cell(value, none="-"):
-        return none if value is None else f"{value:.1f}"
-
     for label in next(iter(domains.values()))[of_class]:
-        table.add_row(label, *(cell(entry[of_class][label]) for entry in domains.values()))
+        table.add_row(label, *(_cell(entry[of_class][label]) for entry in domains.values()))
     table.add_section()
     table.add_row(
         score,
-        *(cell(entry[score], results_lib.NO_TRUTH) for entry in domains.values()),
+        *(_cell(entry[score], results_lib.NO_TRUTH) for entry in domains.values()),
         style="bold",
     )
     for subset in next(iter(domains.values())).get("subsets", ()):
         table.add_row(
-            f"mIoU of {subset}", *(cell(entry["subsets"].get(subset)) for entry in domains.values())
+            f"mIoU of {subset}",
+            *(_cell(entry["subsets"].get(subset)) for entry in domains.values()),
         )
     if any("classes" in entry for entry in domains.values()):
         table.add_row(
@@ -310,6 +309,44 @@ def print_results(results: dict[str, Any], console: Console) -> None:
         console.print(f"judged on at most {results['max_images']} images of each domain")
 
 
+def print_protocols(judged: Sequence[dict[str, Any]], console: Console) -> None:
+    """Prints a table with a row for each protocol that one model was judged under, and remarks.
+
+    Args:
+        judged: the contents of a results.json for each protocol.
+        console: where to.
+    """
+    first = judged[0]
+    score = results_lib.score_name(first)
+    title = f"{score} in % at step {first['step']}, trained on {first['source']}"
+    table = Table(title=title, title_justify="left")
+    table.add_column("protocol", no_wrap=True)
+    names = list(dict.fromkeys(name for results in judged for name in results["domains"]))
+    for name in names:
+        entry = next(r["domains"][name] for r in judged if name in r["domains"])
+        heading = name + results_lib.mark(name, entry, first["source"])
+        table.add_column(heading, justify="right", overflow="fold")
+    table.add_column("mean of unseen", justify="right")
+    table.add_column("rPD", justify="right")
+    for results in judged:
+        entries = (results["domains"].get(name) for name in names)
+        table.add_row(
+            results["protocol"],
+            *("-" if e is None else _cell(e[score], results_lib.NO_TRUTH) for e in entries),
+            _cell(results["mean_unseen"]),
+            _cell(results["rPD"]),
+        )
+    console.print(table)
+    for line in results_lib.remarks_of({results["protocol"]: [results] for results in judged}):
+        console.print(line)
+    if first.get("max_images"):
+        console.print(f"judged on at most {first['max_images']} images of each domain")
+
+
+def _cell(value: float | None, none: str = "-") -> str:
+    return none if value is None else f"{value:.1f}"
+
+
 def save_pictures(results: Mapping[str, DomainResult], folder: Path) -> None:
     """Writes the panels of every domain as `pictures/DOMAIN_I.jpg`."""
     from PIL import Image
@@ -319,6 +356,46 @@ def save_pictures(results: Mapping[str, DomainResult], folder: Path) -> None:
             path = folder / "pictures" / f"{name.replace('/', '_')}_{i}.jpg"
             path.parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(picture).save(path, quality=92)
+
+
+@dataclasses.dataclass
+class Case:
+    """One protocol under which a model is judged.
+
+    Attributes:
+        task: with this protocol.
+        datasets: the images of each domain; a protocol may have its own label map.
+        out: the folder of its results.
+    """
+
+    task: Task
+    datasets: dict[str, Dataset]
+    out: Path
+
+    @property
+    def protocol(self) -> str:
+        """Its name."""
+        return self.task.config.evaluation.protocol
+
+
+def protocols_of(config: Config, names: Sequence[str]) -> list[Config]:
+    """The configuration with each of several protocols, checked.
+
+    Raises:
+        ValueError: a protocol is named twice, or the task has none of that name.
+    """
+    if repeated := sorted({name for name in names if names.count(name) > 1}):
+        raise ValueError(
+            f"--protocol names {', '.join(repeated)} more than once; name every protocol once"
+        )
+    return [
+        config_lib.validated(
+            dataclasses.replace(
+                config, evaluation=dataclasses.replace(config.evaluation, protocol=name)
+            )
+        )
+        for name in names
+    ]
 
 
 @distributed.joined()
@@ -334,7 +411,6 @@ def main(arguments: Sequence[str]) -> None:
     config.evaluation = dataclasses.replace(
         e,
         domains=tuple(_DOMAINS.value or e.domains),
-        protocol=_PROTOCOL.value or e.protocol,
         batch_size=_BATCH_SIZE.value or e.batch_size,
         max_images=e.max_images if _MAX_IMAGES.value is None else _MAX_IMAGES.value,
     )
@@ -344,44 +420,72 @@ def main(arguments: Sequence[str]) -> None:
         d, root=root, workers=d.workers if _WORKERS.value is None else _WORKERS.value
     )
     config.mesh = config_lib.MeshConfig()
-    config = config_lib.validated(config)
+    configs = protocols_of(config, _PROTOCOL.value or (e.protocol,))
+    config = configs[0]
     given = {"--checkpoint": _CHECKPOINT.value, "--out": _OUT.value, "the step": step}
+    given["--protocol"] = [c.evaluation.protocol for c in configs]
     distributed.agree(
         {**config_lib.common(config), **given}, "start all processes by the same command"
     )
-    task = make_task(config)
+    tasks = [make_task(c) for c in configs]
     mesh = sharding.make_mesh(config.mesh)
     console = cli.console(quiet=not distributed.is_main())
-    datasets = open_domains(task)
-    agree_on_images(datasets, config)
-    standing = standings(task, datasets, known_source(task, workdir, console.print), console.print)
-    plan, state, at = restore_model(workdir, step, config, task, mesh)
-    out = Path(_OUT.value) if _OUT.value else own_folder(workdir, at, e, config.evaluation)
+    datasets = [open_domains(task) for task in tasks]
+    # The images are the same under all protocols.
+    agree_on_images(datasets[0], config)
+    trained = known_source(tasks[0], workdir, console.print)
+    standing = standings(tasks[0], datasets[0], trained, console.print)
+    plan, state, at = restore_model(workdir, step, config, tasks[0], mesh)
+
+    def folder(asked: EvaluationConfig) -> Path:
+        if _OUT.value is None:
+            return own_folder(workdir, at, e, asked)
+        return Path(_OUT.value) / (asked.protocol if len(tasks) > 1 else "")
+
+    cases = [
+        Case(task, opened, folder(task.config.evaluation))
+        for task, opened in zip(tasks, datasets, strict=True)
+    ]
     # A fingerprint of the parameters keeps results of another model apart.
     parts = dict(zip(("trained", "frozen", "statistics"), state, strict=True))
     model = {"model": f"{int(fingerprint(parts)):08x}"}
-    old = workdir_lib.results(out / "results.json", console.print)
-    new = {**summary(task, config, at, {}), **model}
-    if old is not None and (differ := results_lib.foreign(old, new)):
-        raise ValueError(
-            f"{out}/results.json holds other results ({'; '.join(differ)}); give another --out"
-        )
+    for case in cases:
+        old = workdir_lib.results(case.out / "results.json", console.print)
+        new = {**summary(case.task, case.task.config, at, {}), **model}
+        if old is not None and (differ := results_lib.foreign(old, new)):
+            raise ValueError(
+                f"{case.out}/results.json holds other results ({'; '.join(differ)}); give another"
+                " --out"
+            )
 
-    def tick(name: str, batch: int) -> None:
-        distributed.progress()
-        if console.is_terminal:
-            console.print(f"{name}: {batch} batches of {len(datasets[name])} images", end="\r")
+    def judge(case: Case) -> dict[str, Any]:
+        prefix = f"{case.protocol}, " if len(cases) > 1 else ""
 
-    results = evaluate_domains(task.evaluator(plan.graph, mesh), state, datasets, standing, tick)
-    everything = {**summary(task, config, at, results), **model}
-    if distributed.is_main():
-        out.mkdir(parents=True, exist_ok=True)
-        # Two evaluations at once must not lose each other's domains.
-        with locks.held(out / "results.lock", f"{out}/results.json", console.print, wait=600):
-            everything = write_results(everything, results, out)
-        save_pictures(results, out)
-    print_results(everything, console)
-    console.print(f"written to {out}/results.json and {out}/pictures")
+        def tick(name: str, batch: int) -> None:
+            distributed.progress()
+            if console.is_terminal:
+                images = len(case.datasets[name])
+                console.print(f"{prefix}{name}: {batch} batches of {images} images", end="\r")
+
+        evaluator = case.task.evaluator(plan.graph, mesh)
+        results = evaluate_domains(evaluator, state, case.datasets, standing, tick)
+        everything = {**summary(case.task, case.task.config, at, results), **model}
+        if distributed.is_main():
+            out = case.out
+            out.mkdir(parents=True, exist_ok=True)
+            # Two evaluations at once must not lose each other's domains.
+            with locks.held(out / "results.lock", f"{out}/results.json", console.print, wait=600):
+                everything = write_results(everything, results, out)
+            save_pictures(results, out)
+        return everything
+
+    judged = [judge(case) for case in cases]
+    if len(judged) == 1:
+        print_results(judged[0], console)
+    else:
+        print_protocols(judged, console)
+    for case in cases:
+        console.print(f"written to {case.out}/results.json and {case.out}/pictures")
 
 
 if __name__ == "__main__":
@@ -391,11 +495,10 @@ if __name__ == "__main__":
     _DOMAINS = cli.define_list(
         "domains", "Domains to evaluate, by comma; those of the run's configuration if left out."
     )
-    _PROTOCOL = flags.DEFINE_enum(
+    _PROTOCOL = cli.define_list(
         "protocol",
-        None,
-        sum(PROTOCOLS.values(), ()),
-        "How the task is judged, see evaluation.protocol; the run's own if left out.",
+        "How the task is judged, see evaluation.protocol; one or several, by comma, each with"
+        " results of its own. The run's own if left out.",
     )
     _DATA_ROOT = cli.define_path(
         "data_root", "Folder of the datasets; $JAXDG_DATA, else the run's, if left out.", urls=True

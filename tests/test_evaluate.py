@@ -10,6 +10,7 @@ import cv2
 from flax import nnx
 import jax
 import numpy as np
+from PIL import Image
 import pytest
 from rich.console import Console
 
@@ -18,6 +19,7 @@ from jaxdg.backbones import VitConfig, zoo
 from jaxdg.config import Config, MeshConfig, validated
 from jaxdg.data.labels import CAMVID, CITYSCAPES
 from jaxdg.data.pipeline import eval_batches
+from jaxdg.evaluation import protocols
 from jaxdg.evaluation.overlap import Standing, TrainedOn
 from jaxdg.tasks import run_state as tasks
 from jaxdg.training import sharding
@@ -75,10 +77,10 @@ class Run:
         full[0, : window.shape[0], : window.shape[1]] = window
         return np.asarray(self._scores(full))[0].astype(np.float64)
 
-    def scores(self, image: np.ndarray) -> np.ndarray:
+    def scores(self, image: np.ndarray, stride: tuple[int, int] | None = None) -> np.ndarray:
         """Class scores of an image, window after window."""
         h, w = image.shape[:2]
-        stride = self.task.protocol("noise").stride
+        stride = stride or self.task.protocol("noise").stride
 
         def starts(size, step):
             return sorted(
@@ -272,6 +274,20 @@ def test_parts_of_acdc_come_from_one_pass(native):
     assert "protocol native" in console.export_text()
 
 
+def test_several_protocols_are_checked_one_by_one():
+    """Each has a configuration of its own, in order; one named twice and an unknown one are errors
+    of one line.
+    """
+    c = config()
+    checked = evaluate.protocols_of(c, ("soma", "native"))
+    assert [one.evaluation.protocol for one in checked] == ["soma", "native"]
+    assert dataclasses.replace(checked[0], evaluation=c.evaluation) == c
+    with pytest.raises(ValueError, match=r"^--protocol names soma more than once; name every"):
+        evaluate.protocols_of(c, ("soma", "native", "soma"))
+    with pytest.raises(ValueError, match=r"^evaluation.protocol is voc07; allowed: native, .*soma"):
+        evaluate.protocols_of(c, ("native", "voc07"))
+
+
 @pytest.mark.parametrize("hosts", [1, 2, 3, 4, 5])
 def test_hosts_count_every_pixel_once(native, hosts):
     """Seven images of seven sizes over any number of hosts: their matrices add up to that of one
@@ -400,10 +416,91 @@ def test_subsets_of_synthia(native):
     assert "mIoU of 16" in table.export_text()
 
 
-@pytest.mark.parametrize(("protocol", "manhole"), [("vltseg", 0), ("rein", 255), ("native", 0)])
+def bilinear(scores: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """Scores [h, w, k] resized between pixel centres, one pixel after another."""
+    h, w = scores.shape[:2]
+    resized = np.zeros((*size, scores.shape[2]))
+    for i, j in np.ndindex(size):
+        y = min(max((i + 0.5) * h / size[0] - 0.5, 0), h - 1)
+        x = min(max((j + 0.5) * w / size[1] - 0.5, 0), w - 1)
+        rows = scores[[int(y), min(int(y) + 1, h - 1)]]
+        pixels = rows[:, [int(x), min(int(x) + 1, w - 1)]]
+        resized[i, j] = np.array([1 - y % 1, y % 1]) @ np.einsum(
+            "j,ijk->ik", np.array([1 - x % 1, x % 1]), pixels
+        )
+    return resized
+
+
+# Of 32 times less than the papers' sizes: the protocol, the domain, the size of the file, of the
+# image that the model sees, and of the label, by hand; and the stride between windows of 16.
+ODD = [
+    ("soma", "mapillary", (83, 111), (32, 43), (41, 55), 11),
+    ("soma", "bdd100k", (45, 80), (22, 39), (45, 80), 11),
+    ("tqdm", "mapillary", (83, 111), (32, 43), (83, 111), 11),
+    ("tqdm", "cityscapes", (51, 33), (49, 32), (51, 33), 11),
+    ("mgrnet", "bdd100k", (45, 80), (32, 57), (45, 80), 10),
+    ("mgrnet", "mapillary", (61, 29), (64, 30), (61, 29), 10),
+]
+
+
+@pytest.mark.parametrize(("name", "domain", "stored", "seen", "judged", "stride"), ODD)
+def test_published_protocols_on_odd_sizes(
+    native, monkeypatch, name, domain, stored, seen, judged, stride
+):
+    """Fitted images, overlapping windows and label sizes are those of a loop over pixels and
+    windows; a pixel may differ only where two classes are equally likely.
+    """
+    rules = {
+        key: protocols.Rules(
+            tuple(side // 32 for side in r.fit),
+            {dataset: (fit[0] // 32, fit[1] // 32) for dataset, fit in r.fits.items()},
+            {},
+            r.stride,
+            r.halve,
+        )
+        for key, r in protocols.RULES.items()
+    }
+    monkeypatch.setattr(protocols, "RULES", rules)
+    dataset = Noise([stored], domain)
+    protocol = protocols.protocol(name, domain, "gta5", (16, 16), (8, 8))
+    (batch,) = eval_batches(dataset, batch_size=2, protocol=protocol)
+    place = list(batch["index"]).index(0)
+    assert (tuple(batch["size"][place]), tuple(batch["label_size"][place])) == (seen, judged)
+
+    sample = dataset[0]
+    image, label = sample["image"], sample["label"]
+    if judged != stored:  # halved
+        rows, columns = (
+            [int((i + 0.5) * old / new) for i in range(new)]
+            for old, new in zip(stored, judged, strict=True)
+        )
+        label = label[rows][:, columns]
+        half = Image.fromarray(image).resize(judged[::-1], Image.Resampling.BICUBIC)
+        image = np.asarray(half)
+    np.testing.assert_array_equal(batch["label"][place, : judged[0], : judged[1]], label)
+    image = cv2.resize(image, seen[::-1], interpolation=cv2.INTER_LINEAR)
+    expected = bilinear(native.scores(image.astype(np.float32), (stride, stride)), judged)
+
+    fields = {key: batch[key] for key in ("image", "size", "label", "label_size")}
+    label_maps = native.task.labelling(native.plan.graph)
+    found = label_maps(native.state, sharding.to_devices(fields, native.mesh), protocol)
+    found = np.asarray(found)[place, : judged[0], : judged[1]]
+    best = np.sort(expected, axis=-1)
+    clear = best[..., -1] - best[..., -2] > 1e-4 * np.abs(expected).max()
+    assert clear.mean() > 0.99
+    np.testing.assert_array_equal(found[clear], expected.argmax(-1)[clear])
+
+
+@pytest.mark.parametrize(
+    ("protocol", "manhole"),
+    [
+        *[("vltseg", 0), ("tqdm", 0), ("native", 0)],
+        *[("rein", 255), ("soma", 255), ("mgrnet", 255)],
+    ],
+)
 def test_a_protocol_brings_its_label_map(tmp_path, monkeypatch, protocol, manhole):
     """Mapillary's manholes are road under vltseg and ignored under rein, whatever
-    data.mapillary_labels says for training.
+    data.mapillary_labels says for training; the other protocols have one of the two.
     """
     monkeypatch.setenv("JAXDG_CACHE", str(tmp_path / "cache"))
     items = trees.make("mapillary", tmp_path, np.random.default_rng(0))

@@ -549,6 +549,20 @@ def test_evaluate_and_predict_commands(runs):
     assert again.stderr.endswith(told), again.stderr
     assert json.loads((out / "results.json").read_text()) == results[0]
 
+    several = runs.folder / "several"
+    done = module(
+        "evaluate", "--domains", "fog", "--protocol", "native,vltseg", "--out", str(several)
+    )
+    assert done.returncode == 0, done.stderr
+    both = {name: several / name / "results.json" for name in ("native", "vltseg")}
+    both = {name: json.loads(path.read_text()) for name, path in both.items()}
+    assert both["native"] == results[0]
+    assert both["vltseg"]["protocol"] == "vltseg"
+    rows = [line.split("│") for line in done.stdout.splitlines() if line.startswith("│")]
+    assert [[cell.strip() for cell in row[1:3]] for row in rows] == [
+        [name, f"{one['mean_unseen']:.1f}"] for name, one in both.items()
+    ]
+
     image = np.random.default_rng(0).integers(0, 255, (37, 61, 3), np.uint8)
     (runs.folder / "images").mkdir()
     Image.fromarray(image).save(runs.folder / "images" / "odd.png")

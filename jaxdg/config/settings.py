@@ -88,10 +88,10 @@ class EvaluationConfig:
     Attributes:
         domains: evaluated in this order; the source among them is marked as seen.
         protocol: of segmentation image sizes, windows and label maps: native (images at their own
-            size), vltseg, rein, or with test-time augmentation cityscapes_test, acdc_test; see
-            `evaluation/protocols.py`. Of detection whose AP50 is the score: voc07, voc12 or coco;
-            see `evaluation/average_precision.py`. If empty, which is the default, the first of
-            these.
+            size), vltseg, rein, soma, tqdm, mgrnet, or with test-time augmentation cityscapes_test,
+            acdc_test; see `evaluation/protocols.py`. Of detection whose AP50 is the score: voc07,
+            voc12 or coco; see `evaluation/average_precision.py`. If empty, which is the default,
+            the first of these.
         stride: rows and columns in pixels between windows of the size of `data.crop` under native;
             the others have their own. Default 64x64.
         batch_size: images a step, over all devices. Default 4.

@@ -1,21 +1,28 @@
 """How a domain is judged, by the name of the protocol: mIoU depends on the size an image is
 predicted at, on windows and on label maps.
 
-`native` predicts every image at its own size, with the run's windows. `vltseg` and `rein` are the
-zero-shot protocols of VLTSeg (sizes and windows of the public re-implementation,
-github.com/VLTSeg/VLTSeg, configs/) and of Rein (github.com/w1oves/Rein, configs/ and
-tools/convert_datasets/). `cityscapes_test` and `acdc_test` are VLTSeg's submissions to the test
-servers: images at their own size, enlarged by several scales and mirrored. All resize as
-mmsegmentation does: images on the host, bilinearly by OpenCV; scores to the labels' size.
+`native` predicts every image at its own size, with the run's windows. `vltseg`, `rein`, `soma`,
+`tqdm` and `mgrnet` are zero-shot protocols, each of the repository whose configs/ it follows:
+VLTSeg's public re-implementation (github.com/VLTSeg/VLTSeg), Rein (w1oves/Rein, with
+tools/convert_datasets/), SoMA (ysj9909/SoMA), tqdm (ByeongHyunPak/tqdm) and MGRNet (tpy001/VFMSeg).
+`cityscapes_test` and `acdc_test` are VLTSeg's submissions to the test servers: images at their own
+size, enlarged by several scales and mirrored. All resize as mmsegmentation does: images on the
+host, bilinearly by OpenCV; scores to the labels' size.
 
 Windows have the size the model was trained on. Their stride is the named protocol's share of it, so
-that the papers' crops of 512 and 1024 give the papers' strides, and other crops overlap as much.
+that the papers' crops of 512 and 1024 give the papers' strides, and other crops overlap as much. A
+model that sees smaller windows than its training crops, as MGRNet's does, names those instead.
 
-Different from Rein: it stores the halved images of Mapillary Vistas as JPEG files before it reads
-them; here they stay as they are.
+Different from Rein and SoMA: they store the halved images of Mapillary Vistas as JPEG files before
+they read them; here they stay as they are. Different from MGRNet: it judges encoders other than
+DINOv2 at 3072x1536; `mgrnet` is DINOv2's 2048x1024 for all. Not known: the label map of Mapillary
+behind tqdm's files, which are not published. Here it is RobustNet's, whose data set-up tqdm's
+follows, and VLTSeg has the same. MGRNet's repository holds Rein's converter, so it gets Rein's map.
 """
 
+from collections.abc import Mapping
 import dataclasses
+from typing import NamedTuple
 
 import cv2
 import numpy as np
@@ -24,16 +31,52 @@ from PIL import Image
 from jaxdg.data import published
 from jaxdg.data.datasets import STREETS
 
-NAMES = ("native", "vltseg", "rein", "cityscapes_test", "acdc_test")
-MAPILLARY_LABELS = (
-    "vltseg",
-    "rein",
-)  # come with the label map of Mapillary Vistas of their name; the others leave it to the run
+NAMES = ("native", "vltseg", "rein", "soma", "tqdm", "mgrnet", "cityscapes_test", "acdc_test")
+# The label map of Mapillary Vistas that a protocol comes with; the others leave it to the run.
+MAPILLARY_LABELS = {
+    "vltseg": "vltseg",
+    "rein": "rein",
+    "soma": "rein",
+    "tqdm": "vltseg",
+    "mgrnet": "rein",
+}
 SYNTHETIC = (*STREETS, "gta5", "synthia")
 # SYNTHIA shows 16 of the 19 classes; most papers give the mean over these, or over the 13 that are
 # not thin or rare as well.
 SYNTHIA_LACKS = ("terrain", "truck", "train")
 SYNTHIA_SUBSETS = (("16", SYNTHIA_LACKS), ("13", (*SYNTHIA_LACKS, "wall", "fence", "pole")))
+
+
+class Rules(NamedTuple):
+    """A protocol that gives every dataset one size, whatever the source; sides in pixels.
+
+    Attributes:
+        fit: longer and shorter side that images are fitted to, also those of datasets that its
+            authors did not judge.
+        fits: the same by dataset, where it differs.
+        large_fits: the same for models trained on crops of 1024, where it differs again.
+        stride: of the windows, as a share of the window.
+        halve: whether Mapillary Vistas is halved first.
+    """
+
+    fit: tuple[int, int]
+    fits: Mapping[str, tuple[int, int]]
+    large_fits: Mapping[str, tuple[int, int]]
+    stride: float
+    halve: bool
+
+
+REIN_FITS = {"acdc": (960, 540), "bdd100k": (1280, 720), "gta5": (1280, 720)}
+RULES = {
+    "rein": Rules(
+        (1024, 512), REIN_FITS, {"cityscapes": (2048, 1024), "acdc": (1920, 1080)}, 2 / 3, True
+    ),
+    "soma": Rules(
+        (2048, 1024), REIN_FITS, {"bdd100k": (2048, 1024), "acdc": (1920, 1080)}, 2 / 3, True
+    ),
+    "tqdm": Rules((2048, 1024), {"bdd100k": (1280, 720)}, {}, 2 / 3, False),
+    "mgrnet": Rules((2048, 1024), {"acdc": (1920, 1080)}, {}, 320 / 512, False),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,16 +170,15 @@ def protocol(
 
     if name == "native":
         return Protocol(stride=stride, **common)
-    if name == "rein":
-        wide = min(crop) >= 1024 and dataset in (
-            "cityscapes",
-            "acdc",
-        )  # its second setting, trained on crops of 1024
-        fit = {"acdc": (960, 540), "bdd100k": (1280, 720), "gta5": (1280, 720)}.get(
-            dataset, (1024, 512)
+    if name in RULES:
+        rules = RULES[name]
+        large = rules.large_fits if min(crop) >= 1024 else {}
+        return Protocol(
+            stride=overlapping(rules.stride),
+            fit=large.get(dataset, rules.fits.get(dataset, rules.fit)),
+            halve=rules.halve and dataset == "mapillary",
+            **common,
         )
-        fit = (2 * fit[0], 2 * fit[1]) if wide else fit
-        return Protocol(stride=overlapping(2 / 3), fit=fit, halve=dataset == "mapillary", **common)
     common["stride"] = overlapping(426 / 512 if rendered else 768 / 1024)
     if name == "vltseg":
         fit = (960, 540) if dataset == "acdc" else (1024, 512)

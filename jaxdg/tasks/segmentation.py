@@ -49,8 +49,9 @@ class Segmentation(ImageTask):
         """See `Task.open`; in evaluation some protocols have their own label map of Mapillary."""
         d = self.config.data
         mapillary_labels = d.mapillary_labels
-        if not train and self.config.evaluation.protocol in protocols.MAPILLARY_LABELS:
-            mapillary_labels = self.config.evaluation.protocol
+        if not train:
+            protocol = self.config.evaluation.protocol
+            mapillary_labels = protocols.MAPILLARY_LABELS.get(protocol, mapillary_labels)
         options: dict[str, Any] = dict(root=d.root, streets=d.streets, folder=d.folder, skip=d.skip)
         dataset = open_domain(domain, train=train, mapillary_labels=mapillary_labels, **options)
         self.check_labels(dataset)

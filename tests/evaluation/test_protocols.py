@@ -47,6 +47,23 @@ def of(name, domain, source):
         ("rein", "acdc", "gta5", (1080, 1920), (540, 960), (1080, 1920)),
         ("rein", "mapillary", "gta5", (2449, 3265), (512, 683), (1224, 1632)),
         ("rein", "acdc", "cityscapes", (1080, 1920), (1080, 1920), (1080, 1920)),
+        ("soma", "cityscapes", "gta5", (1024, 2048), (1024, 2048), (1024, 2048)),
+        ("soma", "bdd100k", "gta5", (720, 1280), (720, 1280), (720, 1280)),
+        ("soma", "acdc", "gta5", (1080, 1920), (540, 960), (1080, 1920)),
+        ("soma", "mapillary", "gta5", (2449, 3265), (1024, 1365), (1224, 1632)),
+        ("soma", "mapillary", "gta5", (3265, 2449), (1365, 1024), (1632, 1224)),
+        # Its configurations for crops of 1024 enlarge BDD100K too.
+        ("soma", "bdd100k", "cityscapes", (720, 1280), (1024, 1820), (720, 1280)),
+        ("soma", "acdc/fog", "cityscapes", (1080, 1920), (1080, 1920), (1080, 1920)),
+        ("tqdm", "cityscapes", "gta5", (1024, 2048), (1024, 2048), (1024, 2048)),
+        ("tqdm", "bdd100k", "gta5", (720, 1280), (720, 1280), (720, 1280)),
+        ("tqdm", "mapillary", "gta5", (2449, 3265), (1024, 1365), (2449, 3265)),
+        ("mgrnet", "cityscapes", "gta5", (1024, 2048), (1024, 2048), (1024, 2048)),
+        ("mgrnet", "bdd100k", "gta5", (720, 1280), (1024, 1820), (720, 1280)),
+        ("mgrnet", "mapillary", "gta5", (2449, 3265), (1024, 1365), (2449, 3265)),
+        ("mgrnet", "acdc", "gta5", (1080, 1920), (1080, 1920), (1080, 1920)),
+        # Nobody's: the size of Cityscapes.
+        ("mgrnet", "camvid", "gta5", (360, 480), (1024, 1365), (360, 480)),
         (
             "cityscapes_test",
             "cityscapes/test",
@@ -68,8 +85,8 @@ def test_sizes(name, domain, source, stored, image, label):
 
 
 def test_windows_and_augmentation():
-    """Strides are 426 of 512, 768 of 1024, and Rein's 341 and 683; scales are those of the
-    submissions; native keeps the run's stride.
+    """Strides are 426 of 512, 768 of 1024, Rein's 341 and 683, which SoMA and tqdm have too, and
+    MGRNet's 320; scales are those of the submissions; native keeps the run's stride.
     """
 
     def get(name, source):
@@ -79,6 +96,9 @@ def test_windows_and_augmentation():
     assert get("vltseg", "cityscapes").stride == (768, 768)
     assert get("rein", "gta5").stride == (341, 341)
     assert get("rein", "cityscapes").stride == (683, 683)
+    assert get("soma", "gta5").stride == get("tqdm", "gta5").stride == (341, 341)
+    assert get("soma", "cityscapes").stride == (683, 683)
+    assert get("mgrnet", "gta5").stride == (320, 320)
     assert get("native", "gta5").stride == (64, 64)
     assert all(get(name, "gta5").window == (512, 512) for name in protocols.NAMES)
     assert get("cityscapes_test", "cityscapes").scales == (1.0, 1.25, 1.5, 1.75, 2.0, 2.25)
@@ -88,8 +108,11 @@ def test_windows_and_augmentation():
         == (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)
         == get("acdc_test", "gta5").scales
     )
-    assert [get(name, "gta5").flip for name in protocols.NAMES] == [False, False, False, True, True]
-    assert all(get(name, "gta5").scales == (1.0,) for name in ("native", "vltseg", "rein"))
+    servers = ("cityscapes_test", "acdc_test")
+    assert [name for name in protocols.NAMES if get(name, "gta5").flip] == list(servers)
+    assert all(
+        get(name, "gta5").scales == (1.0,) for name in protocols.NAMES if name not in servers
+    )
 
     def mixed(source):
         return protocol("vltseg", "acdc", source, (512, 512), (64, 64)).fit
@@ -132,7 +155,8 @@ def test_images_are_opencvs_and_labels_untouched():
     assert of("native", "bdd100k", "gta5").prepare(sample)["image"] is sample["image"]
 
 
-def test_rein_halves_mapillary():
+@pytest.mark.parametrize(("name", "size"), [("rein", (683, 512)), ("soma", (1365, 1024))])
+def test_rein_and_soma_halve_mapillary(name, size):
     """The label keeps every second pixel, counted from the second; the image is halved by Pillow's
     bicubic, then fitted.
     """
@@ -141,12 +165,12 @@ def test_rein_halves_mapillary():
         "image": rng.integers(0, 256, (61, 80, 3), np.uint8),
         "label": rng.integers(0, 19, (61, 80), np.uint8),
     }
-    prepared = of("rein", "mapillary", "gta5").prepare(sample)
+    prepared = of(name, "mapillary", "gta5").prepare(sample)
     rows = [int((i + 0.5) * 61 / 30) for i in range(30)]
     np.testing.assert_array_equal(prepared["label"], sample["label"][rows][:, 1::2])
     half = np.asarray(Image.fromarray(sample["image"]).resize((40, 30), Image.Resampling.BICUBIC))
     np.testing.assert_array_equal(
-        prepared["image"], cv2.resize(half, (683, 512), interpolation=cv2.INTER_LINEAR)
+        prepared["image"], cv2.resize(half, size, interpolation=cv2.INTER_LINEAR)
     )
 
 

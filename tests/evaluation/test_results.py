@@ -11,7 +11,7 @@ from rich.console import Console
 
 from jaxdg.commands import command_line as cli
 from jaxdg.config import EvaluationConfig
-from jaxdg.evaluate import own_folder, print_results, write_results
+from jaxdg.evaluate import own_folder, print_protocols, print_results, write_results
 from jaxdg.evaluation import results
 
 CLASSES = ("road", "car", "train")
@@ -272,6 +272,25 @@ def test_a_protocol_of_its_own_has_a_folder_of_its_own():
         own_folder(Path("run"), 5, EvaluationConfig(protocol="rein", max_images=9), run).name
         == "evaluation_5_native_all_images"
     )
+
+
+def test_several_protocols_are_rows_of_one_table():
+    """A row each with its scores, means and rPD; a remark that holds for one alone names it."""
+    domains = {name: DOMAINS[name] for name in ("camvid_day", "day", "dusk")}
+    one = everything(domains, protocol="rein")
+    other = {"camvid_day": domains["camvid_day"], "dusk": entry(43.21)}
+    console = Console(record=True, width=200, file=io.StringIO())
+    print_protocols([one, everything(other, protocol="soma", mean_unseen=43.21, rPD=None)], console)
+    text = console.export_text()
+    rows = {
+        cells[0]: cells[1:]
+        for line in text.splitlines()
+        if len(cells := [cell.strip() for cell in line.strip("│┃").split("│")]) > 3
+    }
+    assert rows["rein"] == ["50.0", "60.0", "40.0", "40.0", "80.0"]
+    assert rows["soma"] == ["50.0", "-", "43.2", "43.2", "-"]
+    assert "camvid_day (source)" in text
+    assert "rein: day: judged on images it was trained on (100 of 171)" in text
 
 
 def test_broken_results_are_written_anew(tmp_path):
