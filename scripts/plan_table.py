@@ -17,29 +17,48 @@ from typing import Any
 
 BF16 = "--config.model.dtype=bfloat16"
 UNROLL = "--config.model.unroll=True --config.model.mask2former.unroll=True"
+WINDOWS = f"{BF16} --config.evaluation.batch_size=8 --config.evaluation.windows_per_call=24"
+BOXES = f"{BF16} --config.evaluation.batch_size=8 --image 1024x2048"
+DETECTORS = ("vltdet_eva02_l14", "vltdet_clip_rn101", "carla_vit_tiny")
+LARGER = "--config.model.taps=() --config.model.encoder"
 ONE = [(1, "data=1,fsdp=1")]
 EIGHT = [(8, "data=8,fsdp=1"), (8, "data=1,fsdp=8"), (8, "data=4,fsdp=2")]
+HOSTS = [(64, "data=8,fsdp=8")]
 BOTH = [*ONE, EIGHT[1]]
+ALL = [*ONE, *EIGHT]
 ROWS = [
     *[("gta5_eva02", f"{BF16} {UNROLL}", mesh) for mesh in ONE],
-    *[("gta5_eva02", BF16, mesh) for mesh in (*ONE, *EIGHT)],
-    *[("vltdet_eva02_l14", BF16, mesh) for mesh in BOTH],
+    *[("gta5_eva02", BF16, mesh) for mesh in ALL],
+    *[("vltdet_eva02_l14", BF16, mesh) for mesh in ALL],
     *[("streets_tiny", "", mesh) for mesh in BOTH],
     *[("streets_boxes", "", mesh) for mesh in BOTH],
     *[("camvid_vit_tiny", "", mesh) for mesh in BOTH],
     *[("carla_vit_tiny", "", mesh) for mesh in BOTH],
-    *[("vltdet_clip_rn101", BF16, mesh) for mesh in BOTH],
+    *[("vltdet_clip_rn101", BF16, mesh) for mesh in ALL],
     *[("vltdet_clip_rn101:c4_text", "", mesh) for mesh in ONE],
-    *[("gta5_clip", BF16, mesh) for mesh in BOTH],
+    *[("gta5_clip", BF16, mesh) for mesh in ALL],
+    *[("gta5_eva02", f"{BF16} --config.tldr.on", mesh) for mesh in BOTH],
     *[("gta5_eva02", f"{BF16} --config.model.freeze=all", mesh) for mesh in ONE],
     *[("gta5_eva02", f"{BF16} --config.model.remat=True", mesh) for mesh in ONE],
     *[("gta5_eva02_repro", BF16, mesh) for mesh in BOTH],
-    *[("cityscapes_eva02", BF16, mesh) for mesh in BOTH],
+    *[("cityscapes_eva02", BF16, mesh) for mesh in ALL],
     *[("gta5_eva02", "", mesh) for mesh in BOTH],
     *[("gta5_clip", "", mesh) for mesh in ONE],
     *[("camvid_clip_zero_shot", "", mesh) for mesh in ONE],
     *[("cityscapes_test_server", BF16, mesh) for mesh in ONE],
     *[("study_tiny", "", mesh) for mesh in ONE],
+    # Inference: label maps by windows, and boxes.
+    *[("gta5_eva02", f"{WINDOWS} --image {size}", ONE[0]) for size in ("512x1024", "1024x2048")],
+    *[("gta5_clip", f"{WINDOWS} --image {size}", ONE[0]) for size in ("512x1024", "1024x2048")],
+    *[(recipe, BOXES, mesh) for recipe in DETECTORS for mesh in ONE],
+    # Eight hosts of eight.
+    *[("gta5_eva02", BF16, mesh) for mesh in HOSTS],
+    *[("gta5_eva02", f"{BF16} {LARGER}=dinov2_g14", mesh) for mesh in HOSTS],
+    *[
+        ("gta5_eva02", f"{BF16} --config.model.remat=True {LARGER}={encoder}", mesh)
+        for encoder in ("eva_clip_8b", "eva_clip_18b")
+        for mesh in HOSTS
+    ],
 ]
 
 

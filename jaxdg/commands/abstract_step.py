@@ -1,11 +1,13 @@
-"""A configuration's training step, or its inference, as shapes: to be compiled for devices that are
-not here.
+"""A configuration's training step with what prepares its batch, or its inference, as shapes: to be
+compiled for devices that are not here.
 """
 
+from collections.abc import Sequence
 import dataclasses
 import math
 from typing import Any
 
+from flax import nnx
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
@@ -15,7 +17,9 @@ from jaxdg import methods
 from jaxdg.config import Config
 from jaxdg.data.augment.transforms import BOX_FIELDS
 from jaxdg.evaluation import protocols
+from jaxdg.methods.method import Preparation
 from jaxdg.tasks import run_state as tasks
+from jaxdg.tasks.detection import Detection
 from jaxdg.tasks.segmentation import Segmentation
 from jaxdg.tasks.task import Task
 from jaxdg.training import sharding
@@ -24,17 +28,20 @@ from jaxdg.training.step import TrainState, make_step
 
 @dataclasses.dataclass(frozen=True)
 class AbstractStep:
-    """A training step or an inference, and the shapes of what it takes.
+    """A training step, a preparation or an inference, and the shapes of what it takes.
 
     Attributes:
         function: the jitted function of state and batch.
-        state: the train state, with shardings; without the optimiser's for inference.
+        state: the train state, with shardings; without the optimiser's for inference; of a
+            preparation what it holds.
         batch: a global batch, with shardings.
+        preparations: programs that run before the step and prepare its batch.
     """
 
     function: Any
-    state: TrainState
+    state: Any
     batch: dict[str, Any]
+    preparations: tuple["AbstractStep", ...] = ()
 
     def compile(self, options: dict[str, str]) -> Any:
         """The program for the devices of the shardings."""
@@ -42,20 +49,10 @@ class AbstractStep:
 
 
 def abstract_step(config: Config, mesh: Mesh) -> AbstractStep:
-    """The step of a run on a mesh of any devices.
-
-    Raises:
-        ValueError: TLDR is on, whose batches are made with weights that are not here.
-    """
-    for name, options in methods.settings(config).items():
-        if options.on:
-            raise ValueError(
-                f"{name}.on is True; allowed: False, for a method may need weights, which are not"
-                " read here"
-            )
-    task = tasks.make_task(config)
+    """The step of a run on a mesh of any devices, methods included."""
+    task = tasks.make_task(config, methods.active(config))
     model = tasks.Blueprint.of(task, config.model.freeze)
-    state, optimizer = tasks.abstract_state(model, config, mesh)
+    state, optimizer = tasks.abstract_state(model, config, mesh, task.methods)
     step = make_step(
         model.graph,
         optimizer,
@@ -65,31 +62,50 @@ def abstract_step(config: Config, mesh: Mesh) -> AbstractStep:
         jax.tree.map(lambda leaf: leaf.sharding, state),
         config.optimizer.accumulate,
     )
-    return AbstractStep(step, state, abstract_batch(task, mesh))
+    batch = abstract_batch(task, mesh)
+    preparations = []
+    for part in task.preparations(mesh):
+        program = AbstractStep(_at_step_0(part), part.state, batch)
+        preparations.append(program)
+        prepared = jax.eval_shape(program.function, program.state, batch)
+        batch = {key: _rows(mesh, x.shape, x.dtype) for key, x in prepared.items()}
+    return AbstractStep(step, state, batch, tuple(preparations))
+
+
+def _at_step_0(part: Preparation) -> Any:
+    """A preparation as a jitted function of state and batch."""
+    return jax.jit(lambda state, batch: part.function(state, batch, 0), keep_unused=True)
 
 
 def abstract_inference(config: Config, mesh: Mesh, image: tuple[int, int]) -> AbstractStep:
-    """Label maps of a batch of images, by the run's sliding windows, on a mesh of any devices.
+    """The predictions for a batch of images, on a mesh of any devices.
+
+    Segmentation gives label maps by the run's sliding windows. Detection gives boxes. It fits
+    images of any size into `data.crop` first, so its program is the same for all sizes.
 
     Args:
         config: the run's; a batch holds `evaluation.batch_size` images.
         mesh: what the images are divided over.
         image: height and width of the images.
-
-    Raises:
-        ValueError: the run is no segmentation, or its batch does not divide over the mesh.
     """
     task = tasks.make_task(config)
-    if not isinstance(task, Segmentation):
-        raise ValueError(f"--image with task {config.task!r}; allowed: segmentation")
     model = tasks.Blueprint.of(task, config.model.freeze)
     state, _ = tasks.abstract_state(model, config, mesh)
     state = dataclasses.replace(state, step=(), opt_state=())
-    label_maps = task.labelling(model.graph)
-    protocol = protocols.Protocol("native", config.data.crop, config.evaluation.stride)
-    n = task.batch_size(mesh)
+    if isinstance(task, Detection):
+        return _detecting(task, model.graph, state, mesh)
+    assert isinstance(task, Segmentation)
+    return _labelling(task, model.graph, state, mesh, image)
 
-    images = jax.ShapeDtypeStruct((n, *image, 3), np.uint8, sharding=sharding.batch_sharding(mesh))
+
+def _labelling(
+    task: Segmentation, graph: nnx.GraphDef, state: TrainState, mesh: Mesh, image: tuple[int, int]
+) -> AbstractStep:
+    """The label maps of a batch of images."""
+    c = task.config
+    label_maps = task.labelling(graph)
+    protocol = protocols.Protocol("native", c.data.crop, c.evaluation.stride)
+    n = task.batch_size(mesh)
     # Every image fills its array, so the program knows how many windows there are.
     whole = np.full((n, 2), image, np.int32)
 
@@ -99,7 +115,24 @@ def abstract_inference(config: Config, mesh: Mesh, image: tuple[int, int]) -> Ab
         batch = {**batch, "size": sizes, "label": label, "label_size": sizes}
         return label_maps((state.trained, state.frozen, state.statistics), batch, protocol)
 
-    return AbstractStep(jax.jit(infer, keep_unused=True), state, {"image": images})
+    batch = {"image": _rows(mesh, (n, *image, 3), np.uint8)}
+    return AbstractStep(jax.jit(infer, keep_unused=True), state, batch)
+
+
+def _detecting(task: Detection, graph: nnx.GraphDef, state: TrainState, mesh: Mesh) -> AbstractStep:
+    """The boxes in a batch of fitted images; every host gets all of them."""
+    n = task.batch_size(mesh)
+
+    def infer(state: TrainState, batch: dict[str, Any]) -> Any:
+        model_state = state.trained, state.frozen, state.statistics
+        return task.detect(graph, model_state, batch["image"], batch["inside"])
+
+    batch = {
+        "image": _rows(mesh, (n, *task.config.data.crop, 3), np.uint8),
+        "inside": _rows(mesh, (n, 2), np.float32),
+    }
+    function = jax.jit(infer, keep_unused=True, out_shardings=sharding.replicated(mesh))
+    return AbstractStep(function, state, batch)
 
 
 def abstract_batch(task: Task, mesh: Any) -> dict[str, Any]:
@@ -107,15 +140,21 @@ def abstract_batch(task: Task, mesh: Any) -> dict[str, Any]:
     c = task.config
 
     def of(dtype, *shape):
-        return jax.ShapeDtypeStruct(
-            (c.batch_size, *shape), dtype, sharding=sharding.batch_sharding(mesh)
-        )
+        return _rows(mesh, (c.batch_size, *shape), dtype)
 
+    batch = {"image": of(np.uint8, *c.data.crop, 3)}
+    if any(method.wants_pictures for method in task.methods):
+        batch["style"] = batch["image"]
     if c.task == "segmentation":
-        return {"image": of(np.uint8, *c.data.crop, 3), "label": of(np.uint8, *c.data.crop)}
+        return {**batch, "label": of(np.uint8, *c.data.crop)}
     n = c.data.max_boxes
     boxes = {key: of(dtype, n, *shape) for key, (shape, dtype) in BOX_FIELDS.items()}
-    return {"image": of(np.uint8, *c.data.crop, 3), "valid": of(np.bool_, n), **boxes}
+    return {**batch, "valid": of(np.bool_, n), **boxes}
+
+
+def _rows(mesh: Mesh, shape: Sequence[int], dtype: Any) -> jax.ShapeDtypeStruct:
+    """An array whose rows are divided over the mesh."""
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding.batch_sharding(mesh))
 
 
 def device_bytes(tree: Any) -> int:

@@ -112,11 +112,14 @@ class CompiledPlan:
         parameters: bytes a device of trained and frozen parameters.
         optimizer: bytes a device of its state.
         batch: bytes a device of the batch, the step and statistics.
-        arguments: bytes a device of all of them, by the compiler's count.
-        temporaries: bytes a device of everything else at its peak, by the compiler's count.
+        arguments: bytes a device of all of them, by the compiler's count; what methods hold to
+            prepare batches included.
+        temporaries: bytes a device of everything else at its peak, by the compiler's count; of the
+            step and of what prepares its batch the larger.
         memory: of the card.
-        prediction: of its kernels.
+        prediction: of its kernels, after those that prepare its batch.
         seconds: tracing and compiling took.
+        preparation: bytes a device that methods hold to prepare batches, a part of `arguments`.
     """
 
     devices: int
@@ -129,6 +132,7 @@ class CompiledPlan:
     memory: int
     prediction: roofline.Prediction
     seconds: float
+    preparation: int = 0
 
     @property
     def total(self) -> int:
@@ -150,6 +154,7 @@ class CompiledPlan:
                 "parameters": self.parameters,
                 "optimizer": self.optimizer,
                 "batch": self.batch,
+                "preparation": self.preparation,
                 "arguments": self.arguments,
                 "temporaries": self.temporaries,
                 "total": self.total,
@@ -200,16 +205,28 @@ def compiled_plan(
     state = step.state
     program = step.compile(OPTIONS)
     memory = program.memory_analysis()
+    arguments = memory.argument_size_in_bytes
+    temporaries = memory.temp_size_in_bytes
+    prediction = roofline.predict(program.as_text(), card.chip, PACKAGE)
+    for part in reversed(step.preparations):
+        program = part.compile(OPTIONS)
+        memory = program.memory_analysis()
+        # The step's arguments hold what it returns, and what it holds stays beside the step.
+        arguments += device_bytes(part.state)
+        temporaries = max(temporaries, memory.temp_size_in_bytes + device_bytes(part.batch))
+        before = roofline.predict(program.as_text(), card.chip, PACKAGE)
+        prediction = prediction.after(before)
     return CompiledPlan(
         devices=mesh.size,
         images=step.batch["image"].shape[:3],
         parameters=device_bytes((state.trained, state.frozen)),
         optimizer=device_bytes(state.opt_state),
         batch=device_bytes((state.step, state.statistics, step.batch)),
-        arguments=memory.argument_size_in_bytes,
-        temporaries=memory.temp_size_in_bytes,
+        preparation=device_bytes([part.state for part in step.preparations]),
+        arguments=arguments,
+        temporaries=temporaries,
         memory=card.memory,
-        prediction=roofline.predict(program.as_text(), card.chip, PACKAGE),
+        prediction=prediction,
         seconds=time.perf_counter() - start,
     )
 
@@ -236,6 +253,7 @@ def report(config: Config, card: Card, plan: CompiledPlan) -> str:
         for (kind, members), (times, size) in exchanged(p).items()
     ]
     loops = [f"loops of unknown length, whose kernels count once: {p.unknown_loops}"]
+    preparation = [f"  preparation  {mb(plan.preparation)}   what methods hold to prepare batches"]
     longest = p.longest(LONGEST)
     return "\n".join(
         [
@@ -252,6 +270,7 @@ def report(config: Config, card: Card, plan: CompiledPlan) -> str:
             f"  parameters   {mb(plan.parameters)}",
             f"  optimiser    {mb(plan.optimizer)}",
             f"  batch        {mb(plan.batch)}",
+            *(preparation if plan.preparation else []),
             f"  temporaries  {mb(plan.temporaries)}   gradients and activations",
             (
                 f"  all          {mb(plan.total)}   {'fits' if plan.fits else 'DOES NOT FIT'}:"

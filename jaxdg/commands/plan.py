@@ -57,12 +57,15 @@ class Plan:
         gradients: bytes a device of the trained ones, a part of `temporaries`.
         optimizer: bytes a device of its state.
         rest: bytes a device of the batch and of statistics.
-        temporaries: bytes a device of everything else at its peak, by XLA's count.
+        temporaries: bytes a device of everything else at its peak, by XLA's count; of the step and
+            of what prepares its batch the larger.
         parameter_count: of the whole model.
-        flops: of a step on all devices, what is computed anew for less memory included.
-        collectives: of a step.
+        flops: of a step on all devices, what is computed anew for less memory and what prepares its
+            batch included.
+        collectives: of a step and of what prepares its batch.
         unknown: loops around collectives whose rounds the program does not tell; they count once.
         seconds: tracing and compiling took.
+        preparation: bytes a device that methods hold to prepare batches.
     """
 
     parameters: int
@@ -75,19 +78,17 @@ class Plan:
     collectives: list[Collective]
     unknown: int
     seconds: float
+    preparation: int = 0
 
     @property
     def total(self) -> int:
         """Bytes a device at the peak."""
-        return self.parameters + self.optimizer + self.rest + self.temporaries
+        held = self.parameters + self.optimizer + self.rest + self.preparation
+        return held + self.temporaries
 
 
 def plan(config: Config) -> Plan:
-    """Compiles the step of a run for the devices of this process, which `config.mesh` arranges.
-
-    Raises:
-        ValueError: TLDR is on, whose batches are made with weights that are not here.
-    """
+    """Compiles the step of a run for the devices of this process, which `config.mesh` arranges."""
     start = time.perf_counter()
     step = abstract_step(config, sharding.make_mesh(config.mesh))
     state = step.state
@@ -95,16 +96,27 @@ def plan(config: Config) -> Plan:
     quick = {"xla_backend_optimization_level": "0", "xla_llvm_disable_expensive_passes": "True"}
     compiled = step.compile(quick)
     found, unknown = collectives(compiled.as_text())
+    temporaries = compiled.memory_analysis().temp_size_in_bytes
+    flops = count(step.function, state, step.batch)
+    for part in step.preparations:
+        compiled = part.compile(quick)
+        more, loops = collectives(compiled.as_text())
+        found += more
+        unknown += loops
+        own = compiled.memory_analysis().temp_size_in_bytes + device_bytes(part.batch)
+        temporaries = max(temporaries, own)
+        flops += count(part.function, part.state, part.batch)
     return Plan(
         parameters=device_bytes((state.trained, state.frozen)),
         gradients=device_bytes(state.trained),
         optimizer=device_bytes(state.opt_state),
         rest=device_bytes((state.step, state.statistics, step.batch)),
-        temporaries=compiled.memory_analysis().temp_size_in_bytes,
+        preparation=device_bytes([part.state for part in step.preparations]),
+        temporaries=temporaries,
         parameter_count=sum(
             math.prod(x.shape) for x in jax.tree.leaves((state.trained, state.frozen))
         ),
-        flops=count(step.function, state, step.batch),
+        flops=flops,
         collectives=found,
         unknown=unknown,
         seconds=time.perf_counter() - start,
@@ -150,6 +162,7 @@ def report(config: Config, p: Plan, devices: int, names: Sequence[str], attainab
     def mb(n):
         return f"{n / 1e6:10,.1f} MB"
 
+    preparation = [f"  methods' preparation    {mb(p.preparation)}"]
     lines = [
         (
             f"{m.encoder} + {m.decoder}, {p.parameter_count / 1e6:.1f} M parameters; batch"
@@ -164,6 +177,7 @@ def report(config: Config, p: Plan, devices: int, names: Sequence[str], attainab
         f"  parameters              {mb(p.parameters)}",
         f"  optimiser               {mb(p.optimizer)}",
         f"  batch and statistics    {mb(p.rest)}",
+        *(preparation if p.preparation else []),
         (
             f"  temporaries             {mb(p.temporaries)}   gradients ({mb(p.gradients).strip()})"
             " and activations"

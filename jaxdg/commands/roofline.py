@@ -40,8 +40,10 @@ PARTS = {
     "decoder": "decoder",
     "matching": "matching",
     "losses": "losses",
+    "detections": "detections",
     "optimizer": "optimiser",
 }
+PREPARATION = "methods' preparation"
 EXCHANGE = "exchange"
 OTHER = "other"
 
@@ -57,7 +59,7 @@ class Kernel:
     Attributes:
         name: of its instruction.
         kind: such as fusion, scatter or matmul bf16.
-        part: of the step, a value of `PARTS`, `EXCHANGE` or `OTHER`.
+        part: of the step, a value of `PARTS`, `PREPARATION`, `EXCHANGE` or `OTHER`.
         source: the line of jaxdg it comes from; None if the compiler made it.
         times: it runs a step.
         bytes: it moves each time.
@@ -88,6 +90,15 @@ class Prediction:
     kernels: list[Kernel]
     collectives: list[Collective]
     unknown_loops: int
+
+    def after(self, preparation: "Prediction") -> "Prediction":
+        """With the kernels of a program that runs before; they are a part of their own."""
+        own = [dataclasses.replace(k, part=PREPARATION) for k in preparation.kernels]
+        return Prediction(
+            own + self.kernels,
+            preparation.collectives + self.collectives,
+            preparation.unknown_loops + self.unknown_loops,
+        )
 
     @property
     def seconds(self) -> float:

@@ -169,7 +169,9 @@ class Detector(nnx.Module):
         rows = jnp.arange(h) < sizes[:, :1]
         columns = jnp.arange(w) < sizes[:, 1:]
         images = jnp.where((rows[:, :, None] & columns[:, None])[..., None], images, 0.0)
-        return self.head.detections(self(images), sizes)
+        output = self(images)
+        with jax.named_scope("detections"):
+            return self.head.detections(output, sizes)
 
     def set_texts(self, embeddings: Float[Array | np.ndarray, "k e"]) -> None:
         """Fills the text classifier.

@@ -8,9 +8,9 @@ its own by a subclass of `Config` with such a field. Training calls the methods 
 import dataclasses
 from typing import Any
 
-from jaxdg.methods.method import Method, MethodOptions
+from jaxdg.methods.method import Method, MethodOptions, Preparation
 
-__all__ = ["Method", "MethodOptions", "active", "settings"]
+__all__ = ["Method", "MethodOptions", "Preparation", "active", "settings"]
 
 
 def settings(config: Any) -> dict[str, MethodOptions]:

@@ -25,6 +25,21 @@ Features = tuple[Float[Array, "b _ _ _"], ...]
 Decoded = tuple[Float[Array, "n _ _ _"], ...]  # features of the images that the decoder gets
 
 
+@dataclasses.dataclass(frozen=True)
+class Preparation:
+    """A preparation that needs arrays besides the batch, such as those of another encoder.
+
+    Attributes:
+        function: of (state, batch, step from 0) to the prepared batch; jitted.
+        state: what `function` needs, as shapes with shardings.
+        load: reads and returns it.
+    """
+
+    function: Callable[[Any, Batch, Any], Batch]
+    state: Any
+    load: Callable[[], Any]
+
+
 @dataclasses.dataclass(unsafe_hash=True)
 class MethodOptions:
     """The settings of a method; each method adds its own and documents them.
@@ -90,10 +105,12 @@ class Method:
 
     def preparation(
         self, task: Any, model: Any, mesh: Mesh
-    ) -> Callable[[Batch, int], Batch] | None:
+    ) -> Callable[[Batch, int], Batch] | Preparation | None:
         """A function of (batch, step from 0) that prepares a batch on the devices, or None.
 
-        If it returns float32 images, they count as augmented; uint8 ones are augmented in the step.
+        One that needs more than the batch is a `Preparation`, so that a run is planned without its
+        files. If it returns float32 images, they count as augmented; uint8 ones are augmented in
+        the step.
 
         Args:
             task: of the run.

@@ -34,7 +34,15 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Key, Shaped
 
 from jaxdg import weights
-from jaxdg.methods.method import Batch, Decoded, Features, Method, MethodOptions, tap_places
+from jaxdg.methods.method import (
+    Batch,
+    Decoded,
+    Features,
+    Method,
+    MethodOptions,
+    Preparation,
+    tap_places,
+)
 from jaxdg.methods.stylize import stylize
 from jaxdg.ranges import PositiveOrZero
 from jaxdg.training import sharding
@@ -97,7 +105,7 @@ class Tldr(Method):
         """See `Method.observed`."""
         return quarters(depth)
 
-    def preparation(self, task: Any, model: Any, mesh: Mesh) -> Callable[[Batch, int], Batch]:
+    def preparation(self, task: Any, model: Any, mesh: Mesh) -> Preparation:
         """See `Method.preparation`."""
         return preparation(self.config, self.options, model, task.distort, task.normalize, mesh)
 
@@ -166,8 +174,8 @@ def preparation(
     distort: Callable[[Array, Key[Array, ""]], Array],
     normalize: Callable[[Array], Array],
     mesh: Mesh,
-) -> Callable[[Batch, int], Batch]:
-    """Loads the encoder before training; returns the function that prepares a batch.
+) -> Preparation:
+    """Prepares a batch with the encoder before training.
 
     Args:
         config: of the run.
@@ -178,29 +186,25 @@ def preparation(
         mesh: where batches lie.
 
     Returns:
-        A function of (batch with `image` and `style` uint8 [b, h, w, 3], step from 0). It returns
-        the batch with `image` augmented, `style` and `stylized` float32 in 0..255; the Gram
+        A function of (encoder, batch with `image` and `style` uint8 [b, h, w, 3], step from 0). It
+        returns the batch with `image` augmented, `style` and `stylized` float32 in 0..255; the Gram
         matrices `gram0`, .. of the images, float32 [b, c, c]; and `share`, the weight of each image
-        in the two terms, float32 [b].
-
-    Raises:
-        FileNotFoundError: no such weights.
-        ValueError: they do not fit.
+        in the two terms, float32 [b]. Loading raises FileNotFoundError if there are no weights, and
+        ValueError if they do not fit.
     """
     graph, shapes = nnx.split(model.backbone)
     places = sharding.parameter_shardings(mesh, shapes)
     placed = jax.tree.map(
         lambda s, at: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=at), shapes, places
     )
-    before: Any = nnx.merge(graph, placed)
-    weights.load(before, config.model.weights or "")
-    observed = tap_places(model, quarters(before.config.depth))[: len(options.regularization)]
-    height, width = before.config.image_size
+    encoder = model.backbone.config
+    observed = tap_places(model, quarters(encoder.depth))[: len(options.regularization)]
+    height, width = encoder.image_size
     # Stream 2 of the seed; stream 0 is the steps', stream 1 the initialisation's.
     key = jax.random.fold_in(jax.random.key(config.seed), 2**31 + 1)
 
     @jax.jit(out_shardings=sharding.batch_sharding(mesh))
-    def prepared(state: nnx.State, batch: Batch, step: Array) -> Batch:
+    def prepared(state: nnx.State, batch: Batch, step: Any) -> Batch:
         image = distort(batch["image"], jax.random.fold_in(key, step))
         style = batch["style"].astype(jnp.float32)
         b, h, w, _ = image.shape
@@ -217,8 +221,12 @@ def preparation(
             **grams,
         }
 
-    state = nnx.state(before)
-    return lambda batch, step: prepared(state, batch, jnp.asarray(step, jnp.int32))
+    def load() -> nnx.State:
+        before: Any = nnx.merge(graph, placed)
+        weights.load(before, config.model.weights or "")
+        return nnx.state(before)
+
+    return Preparation(prepared, placed, load)
 
 
 def terms(

@@ -18,7 +18,7 @@ from jaxdg.data.datasets import Dataset
 from jaxdg.data.labels import LabelSet, join_names
 from jaxdg.evaluation import protocols
 from jaxdg.methods import method as method_lib
-from jaxdg.methods.method import Method
+from jaxdg.methods.method import Method, Preparation
 from jaxdg.training import photometric
 from jaxdg.training.step import Batch
 
@@ -92,6 +92,10 @@ class Task(Protocol):
         """A function of (batch on the devices, step from 0) to the input of the training step."""
         ...
 
+    def preparations(self, mesh: Mesh) -> list[Preparation]:
+        """The parts of `preparation`, in order; nothing is read."""
+        ...
+
     def losses(
         self, model: Any, batch: Batch, denominator: Any, key: Key[Array, ""]
     ) -> dict[str, Float[Array, ""]]:
@@ -153,17 +157,28 @@ class ImageTask:
 
     def preparation(self, mesh: Mesh) -> Callable[[Batch, int], Batch]:
         """See `Task.preparation`: the methods prepare a batch one after another."""
-        if not self.methods:
-            return lambda batch, step: batch
-        model = nnx.eval_shape(lambda: self.model(nnx.Rngs(0)))  # pyright: ignore[reportAttributeAccessIssue]  tasks have one
-        preparations = [method.preparation(self, model, mesh) for method in self.methods]
+        loaded = [(part.function, part.load()) for part in self.preparations(mesh)]
 
         def prepare(batch: Batch, step: int) -> Batch:
-            for preparation in filter(None, preparations):
-                batch = preparation(batch, step)
+            for function, state in loaded:
+                batch = function(state, batch, step)
             return batch
 
         return prepare
+
+    def preparations(self, mesh: Mesh) -> list[Preparation]:
+        """See `Task.preparations`."""
+        if not self.methods:
+            return []
+        model = nnx.eval_shape(lambda: self.model(nnx.Rngs(0)))  # pyright: ignore[reportAttributeAccessIssue]  tasks have one
+        found = [method.preparation(self, model, mesh) for method in self.methods]
+
+        def part(prepare: Callable[[Batch, int], Batch] | Preparation) -> Preparation:
+            if isinstance(prepare, Preparation):
+                return prepare
+            return Preparation(lambda _, batch, step: prepare(batch, step), (), lambda: ())
+
+        return [part(prepare) for prepare in found if prepare]
 
     def targets(self, batch: Batch) -> Batch:
         """The batch for the losses: a prepared batch that the methods have changed."""
@@ -186,7 +201,8 @@ class ImageTask:
         features = model.encode(images, drop_key)
         for method in self.methods:
             places = method_lib.tap_places(model, method.observed(self.depth))
-            features, new = method.observe(features, places, batch)
+            with jax.named_scope("losses"):
+                features, new = method.observe(features, places, batch)
             terms |= new
         return model.decode(features, drop_key, train=True), terms
 

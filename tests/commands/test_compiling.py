@@ -59,12 +59,15 @@ def test_a_step_names_all_its_parts(decoder, absent):
     text = step.function.lower(step.state, step.batch).as_text(debug_info=True)
     paths = re.findall(r'loc\("(jit[^"]*)"', text)
     found = {word for path in paths for word in re.findall(r"\w+", path)}
-    assert set(roofline.PARTS) - found == absent
+    assert set(roofline.PARTS) - found == absent | {"detections"}
 
 
-def plan(*arguments):
+TLDR = ["--config.tldr.on", "--config.model.weights=no_such_file.safetensors"]
+
+
+def plan(*arguments, config="streets_tiny"):
     """What `jaxdg plan` prints, and its error."""
-    command = [sys.executable, "-m", "jaxdg", "plan", "--config", "configs/streets_tiny.py"]
+    command = [sys.executable, "-m", "jaxdg", "plan", "--config", config]
     return subprocess.run([*command, *arguments], cwd=ROOT, capture_output=True, text=True)
 
 
@@ -116,9 +119,41 @@ def test_planned_inference_is_what_evaluation_computes():
     want = label_maps((state.trained, state.frozen, state.statistics), batch, protocol)
     np.testing.assert_array_equal(got, want)
     assert len(np.unique(got)) > 1
-    config.task = "detection"
-    with pytest.raises(ValueError, match="--image with task 'detection'; allowed: segmentation"):
-        abstract_inference(config, mesh, (48, 80))
+
+
+def test_planned_detection_is_what_prediction_computes():
+    """Boxes after suppression, in images fitted into the crop, whatever size was asked for."""
+    config = Config(mesh=MeshConfig(1, 1), task="detection")
+    config.data.crop = config.evaluation.stride = (32, 32)
+    config.evaluation.batch_size = 2
+    config.model.encoder = "scratch_ti8"
+    config.model.pyramid = "none"
+    config.model.decoder = "fcos"
+    config.model.fcos.channels = 8
+    config.model.fcos.groups = 2
+    config = config_lib.validated(config)
+    mesh = sharding.make_mesh(config.mesh, jax.devices()[:1])
+    step = abstract_inference(config, mesh, (48, 80))
+    random = np.random.default_rng(0)
+    state = jax.tree.map(lambda x: random.normal(0, 0.1, x.shape).astype(x.dtype), step.state)
+    images = random.integers(0, 256, (2, 32, 32, 3)).astype(np.uint8)
+    batch = {"image": images, "inside": np.full((2, 2), 32, np.float32)}
+    assert {key: (x.shape, x.dtype) for key, x in step.batch.items()} == {
+        key: (x.shape, x.dtype) for key, x in batch.items()
+    }
+    lowered = step.function.lower(state, batch)
+    assert "/detections/" in lowered.as_text(debug_info=True)
+    got = jax.device_get(lowered.compile()(state, batch))
+    task = run_state.make_task(config)
+    predict = task.predictor(run_state.Blueprint.of(task, config.model.freeze).graph)
+    model_state = state.trained, state.frozen, state.statistics
+    for i, image in enumerate(images):
+        want = predict(model_state, image)
+        count = len(want.scores)
+        assert count == got.valid[i].sum() > 1
+        np.testing.assert_array_equal(got.classes[i, :count], want.classes)
+        np.testing.assert_allclose(got.scores[i, :count], want.scores, rtol=1e-4)
+        np.testing.assert_allclose(got.boxes[i, :count].clip(0, 32), want.boxes, atol=1e-3)
 
 
 @pytest.mark.slow
@@ -128,10 +163,13 @@ def test_planned_inference_is_what_evaluation_computes():
     [
         ("h100", 1, "data=1,fsdp=1", ["--config.model.dtype=bfloat16"]),
         ("a100", 8, "data=2,fsdp=4", ["--config.model.decoder=linear", "--config.batch_size=8"]),
+        ("h100", 1, "data=1,fsdp=1", ["--config.model.dtype=bfloat16", *TLDR]),
     ],
 )
 def test_small_steps_are_compiled(tmp_path, card, devices, mesh, overrides):
-    """In half precision with cuDNN's attention on one GPU; on eight with NCCL's collectives."""
+    """In half precision with cuDNN's attention on one GPU; on eight with NCCL's collectives; with
+    what TLDR does before the step.
+    """
     file = tmp_path / "plan.json"
     flags = [f"--compile_for={card}", f"--devices={devices}", f"--mesh={mesh}", f"--json={file}"]
     done = plan(*flags, *overrides)
@@ -141,16 +179,33 @@ def test_small_steps_are_compiled(tmp_path, card, devices, mesh, overrides):
     found = json.loads(file.read_text())
     assert found["fits"]
     size = found["bytes"]
-    held = size["parameters"] + size["optimizer"] + size["batch"]
+    held = size["parameters"] + size["optimizer"] + size["batch"] + size["preparation"]
     # The compiler aligns every array.
     assert held <= size["arguments"] < 1.2 * held
     predicted = found["predicted"]
     parts = predicted["seconds_by_part"]
     assert {"encoder", "decoder", "losses", "optimiser", "input preparation"} <= set(parts)
     assert parts.get("other", 0) < 0.2 * predicted["seconds"]
+    assert ("methods' preparation" in parts) == (size["preparation"] > 0) == (TLDR[0] in overrides)
     assert sum(parts.values()) == pytest.approx(predicted["seconds"])
     assert ("fmhaSoftmax" in predicted["seconds_by_kind"]) == (devices == 1)
     assert bool(found["collectives"]) == (devices > 1)
     assert any(
         k["source"].startswith("backbones/") for k in predicted["kernels_by_time"] if k["source"]
     )
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not INSTALLED, reason="XLA's compiler for CUDA is not installed")
+def test_detection_of_boxes_is_compiled(tmp_path):
+    """With its suppression; any size of images makes the same program."""
+    found = []
+    for size in ("256x512", "100x100"):
+        file = tmp_path / f"{size}.json"
+        done = plan(
+            "--compile_for=h100", f"--image={size}", f"--json={file}", config="streets_boxes"
+        )
+        assert done.returncode == 0, done.stderr
+        found.append(json.loads(file.read_text()))
+    assert found[0] == found[1]
+    assert found[0]["predicted"]["seconds_by_part"].keys() >= {"encoder", "decoder", "detections"}

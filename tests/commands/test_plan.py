@@ -2,6 +2,7 @@
 take.
 """
 
+import dataclasses
 import os
 from pathlib import Path
 import subprocess
@@ -14,8 +15,11 @@ import numpy as np
 import pytest
 
 from jaxdg import config as config_lib
+from jaxdg.backbones import create
 from jaxdg.commands import abstract_step, accelerators, collectives, plan
+from jaxdg.commands.flops import count
 from jaxdg.config import Config, MeshConfig
+from jaxdg.methods import Method, MethodOptions
 from jaxdg.tasks.run_state import Blueprint, abstract_state, make_task
 from jaxdg.training import sharding
 
@@ -157,6 +161,61 @@ def test_planned_bytes_are_those_of_a_real_state():
     assert p.temporaries > p.gradients
     assert p.flops > 0
     assert any(c.kind == "all-reduce" for c in p.collectives)
+
+
+@dataclasses.dataclass(unsafe_hash=True)
+class DimOptions(MethodOptions):
+    """Images become darker in later steps."""
+
+    def build(self, config):
+        return Dim()
+
+
+class Dim(Method):
+    def preparation(self, task, model, mesh):
+        def prepare(batch, step):
+            brightness = 1.0 if step < 10 else 0.5
+            return {**batch, "image": brightness * batch["image"].astype(np.float32)}
+
+        return prepare
+
+
+@dataclasses.dataclass
+class Experiment(Config):
+    dim: DimOptions = dataclasses.field(default_factory=DimOptions)
+
+
+def test_methods_are_planned_without_their_weights():
+    """TLDR holds a second encoder, divided like the first. A preparation that holds nothing and
+    asks for the number of the step is planned too.
+    """
+    config = Experiment(**vars(tiny("segmentation")))
+    config.tldr.on = config.dim.on = True
+    config.model.weights = "no_such_file.safetensors"
+    p = plan.plan(config)
+    mesh = sharding.make_mesh(config.mesh)
+    encoder = create("scratch_ti8", image_size=config.data.crop, taps=(3,), rngs=nnx.Rngs(0))
+    state = nnx.state(encoder)
+    held = jax.device_put(state, sharding.parameter_shardings(mesh, state))
+    one = jax.devices()[0]
+    arrays = [
+        s.data for x in jax.tree.leaves(held) for s in x.addressable_shards if s.device == one
+    ]
+    assert p.preparation == sum(x.nbytes for x in arrays) > 0
+    assert p.total == p.parameters + p.optimizer + p.rest + p.preparation + p.temporaries
+    # Both preparations make float32 images, of which a device has one.
+    views = 3 * 32 * 32 * 3 * 4
+    assert p.rest > views + 4 * encoder.config.width**2 * 4
+    first = count(lambda images: encoder(images), np.zeros((8, 32, 32, 3), np.float32))
+    text = plan.report(config, p, 8, ["h100"], 0.4)
+    config.tldr.on = config.dim.on = False
+    step = abstract_step.abstract_step(config, mesh)
+    assert not step.preparations
+    # The encoder before training, and gradients through it for three images instead of one.
+    assert p.flops - count(step.function, step.state, step.batch) > 3 * first
+    assert "methods' preparation" in text
+    none = dataclasses.replace(p, preparation=0)
+    assert "methods' preparation" not in plan.report(config, none, 8, ["h100"], 0.4)
 
 
 def test_detectors_take_the_planned_batch():

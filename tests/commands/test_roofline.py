@@ -45,6 +45,19 @@ def test_kernels_of_a_program_written_by_hand():
     assert prediction.unknown_loops == 0
 
 
+def test_what_prepares_a_batch_comes_before_the_step():
+    """Its kernels are one part, whatever they are parts of; all sums are those of both programs."""
+    step = roofline.predict(PROGRAM, CHIP, "/home/me/jaxdg/")
+    before = roofline.predict(PROGRAM.replace('"known_trip_count":{"n":"5"}', ""), CHIP, "/none/")
+    both = step.after(before)
+    np.testing.assert_allclose(both.seconds, step.seconds + before.seconds)
+    seconds = dict(both.by(lambda kernel: kernel.part))
+    np.testing.assert_allclose(seconds.pop("methods' preparation"), before.seconds)
+    assert seconds == pytest.approx(dict(step.by(lambda kernel: kernel.part)))
+    assert both.collectives == before.collectives + step.collectives
+    assert both.unknown_loops == 1
+
+
 def test_a_loop_of_unknown_length_counts_once():
     """And is told."""
     text = PROGRAM.replace(', backend_config={"known_trip_count":{"n":"5"}}', "")

@@ -16,6 +16,7 @@ import jaxdg
 from jaxdg import config, methods, train, weights
 from jaxdg.backbones import VitConfig, create, join_taps, zoo
 from jaxdg.commands import command_line as cli
+from jaxdg.commands.abstract_step import abstract_step
 from jaxdg.config import Config, MeshConfig, validated
 from jaxdg.detection.detector import Detector, DetectorConfig
 from jaxdg.methods import tldr
@@ -246,6 +247,11 @@ def test_the_loss_is_the_mean_of_images_and_stylised_ones(task, tmp_path):
         }
     prepared = jax.device_get(run.preparation(devices)(sharding.to_devices(fields, devices), 2))
     np.testing.assert_allclose(prepared["share"], np.full(8, (1 - 2 / 4) / 8), rtol=1e-6)
+    planned = abstract_step(c, devices).batch
+    assert prepared.keys() <= planned.keys()
+    for name in {"image", "style"} | prepared.keys() - fields.keys():
+        x, y = prepared[name], planned[name]
+        assert (x.shape[1:], x.dtype) == (y.shape[1:], y.dtype), name
     key = jax.random.key(3)
 
     def losses(task: Any, plan: tasks.Blueprint) -> Any:
