@@ -17,6 +17,7 @@ from jaxdg.detection.fcos import FcosConfig
 from jaxdg.detection.interface import HeadConfig
 from jaxdg.detection.rcnn.detectors import C4Config, RcnnConfig, single_stage
 from jaxdg.evaluation import protocols
+from jaxdg.methods.rein import ReinOptions
 from jaxdg.methods.tldr import TldrOptions
 from jaxdg.ranges import Count, CountOrZero, Size
 from jaxdg.segmentation.clip_text import ClipTextOptions
@@ -128,6 +129,7 @@ class Config:
         model: what is trained.
         optimizer: how.
         tldr: a comparison, off by default.
+        rein: a frozen encoder refined by learned tokens, off by default.
         evaluation: on what it is judged.
     """
 
@@ -144,6 +146,7 @@ class Config:
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
     tldr: TldrOptions = dataclasses.field(default_factory=TldrOptions)
+    rein: ReinOptions = dataclasses.field(default_factory=ReinOptions)
     evaluation: EvaluationConfig = dataclasses.field(default_factory=EvaluationConfig)
 
     # How pydantic checks a configuration and the parts in it (`checking.typed`).

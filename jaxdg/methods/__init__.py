@@ -2,7 +2,8 @@
 
 A field of the configuration whose type is a `MethodOptions` is a method. An experiment file adds
 its own by a subclass of `Config` with such a field. Training calls the methods that are on through
-`Method` only; evaluation, prediction, export and conversion know nothing of them.
+`Method` only; evaluation, prediction, export and conversion know nothing of them. A method whose
+modules stay in the model lasts: whoever builds the model's task gets it by `lasting`.
 """
 
 import dataclasses
@@ -10,7 +11,7 @@ from typing import Any
 
 from jaxdg.methods.method import Method, MethodOptions, Preparation
 
-__all__ = ["Method", "MethodOptions", "Preparation", "active", "settings"]
+__all__ = ["Method", "MethodOptions", "Preparation", "active", "lasting", "settings"]
 
 
 def settings(config: Any) -> dict[str, MethodOptions]:
@@ -22,3 +23,8 @@ def settings(config: Any) -> dict[str, MethodOptions]:
 def active(config: Any) -> tuple[Method, ...]:
     """The methods that a configuration turns on, in the order of its fields."""
     return tuple(options.build(config) for options in settings(config).values() if options.on)
+
+
+def lasting(config: Any) -> tuple[Method, ...]:
+    """The methods of a configuration whose modules stay in the trained model."""
+    return tuple(method for method in active(config) if method.lasts)

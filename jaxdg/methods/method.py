@@ -73,10 +73,13 @@ class Method:
         wants_pictures: batches have `style` uint8 [b, h, w, 3], a picture from `data.pictures` for
             each image.
         changes_model: `finish` turns the trained model into another one.
+        lasts: the modules that `extend` adds stay in the model, which is built with them for
+            evaluation too.
     """
 
     wants_pictures = False
     changes_model = False
+    lasts = False
 
     def observed(self, depth: int) -> tuple[int, ...]:
         """The blocks or stages whose features `observe` receives, ascending."""

@@ -37,7 +37,14 @@ class SegmenterConfig(backbones.EncoderOptions):
 
 
 class Segmenter(nnx.Module):
-    """Images to the decoder's output; `head` turns that into class scores or a loss."""
+    """Images to the decoder's output; `head` turns that into class scores or a loss.
+
+    Attributes:
+        queries: None, or a module that gives Mask2Former its queries from the encoder, see
+            `Mask2Former.__call__`. A training method sets it.
+    """
+
+    queries: Any = None
 
     def __init__(self, config: SegmenterConfig, *, rngs: nnx.Rngs):
         """Builds the model with random parameters; weights are loaded into `backbone` afterwards.
@@ -119,7 +126,11 @@ class Segmenter(nnx.Module):
                 features = self.pyramid(features, train)
         with jax.named_scope("decoder"):
             features = self.head.adapt_features(self.backbone, features)
-            return self.head(features, None if key is None else jax.random.fold_in(key, 1), train)
+            drop_key = None if key is None else jax.random.fold_in(key, 1)
+            if self.queries is None:
+                return self.head(features, drop_key, train)
+            queries = self.queries(self.backbone)
+            return self.head(features, drop_key, train, queries=queries)  # pyright: ignore[reportCallIssue]
 
     def adapt(self, name: str, tensor: np.ndarray) -> np.ndarray | None:
         """Resizes a tensor stored for another image size, as the encoder does."""

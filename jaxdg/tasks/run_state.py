@@ -13,6 +13,7 @@ from jaxtyping import Array, Key
 import numpy as np
 
 from jaxdg import config as config_lib
+from jaxdg import methods as method_lib
 from jaxdg import weights
 from jaxdg.config import Config, MeshConfig
 from jaxdg.methods.method import Method
@@ -25,15 +26,16 @@ from jaxdg.training.checkpoint import Checkpoints
 from jaxdg.training.step import TrainState
 
 
-def make_task(config: Config, methods: tuple[Method, ...] = ()) -> Task:
+def make_task(config: Config, methods: tuple[Method, ...] | None = None) -> Task:
     """The task of a run; needs no data.
 
     Args:
         config: of the run.
-        methods: that training uses (`jaxdg.methods.active`); none for evaluation and prediction.
+        methods: that training uses (`jaxdg.methods.active`); None for evaluation and prediction,
+            which use those whose modules stay in the model.
     """
     task = Detection if config.task == "detection" else Segmentation
-    return task(config, methods)
+    return task(config, method_lib.lasting(config) if methods is None else methods)
 
 
 @dataclasses.dataclass

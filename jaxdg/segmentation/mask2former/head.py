@@ -35,6 +35,9 @@ from jaxdg.segmentation.mask2former.pixel_decoder import (
     sine_positions,
 )
 
+# Positions of queries, and their first features or None for the head's own.
+Queries = tuple[Float[Array, "*images q c"], Float[Array, "*images q c"] | None]
+
 
 @dataclasses.dataclass(unsafe_hash=True, kw_only=True)
 class Mask2FormerOptions(DecoderOptions):
@@ -152,7 +155,7 @@ class Layer(nnx.Module):
     def __call__(
         self,
         x: Float[Array, "b q c"],
-        query_positions: Float[Array, "q c"],
+        query_positions: Float[Array, "*images q c"],
         memory: Float[Array, "b n c"],
         positions: Float[np.ndarray, "n c"],
         mask: Bool[Array, "b q n"],
@@ -266,20 +269,36 @@ class Mask2Former(Decoder):
         features: tuple[Float[Array, "b _ _ _"], ...],
         key: Key[Array, ""] | None = None,
         train: bool = False,
+        queries: Queries | None = None,
     ) -> Predictions:
         """Predicts classes, and masks of the finest map's size.
 
-        The features are four maps, finest first. Nothing differs in training.
+        Args:
+            features: four maps, finest first.
+            key: not used: nothing is random.
+            train: not used: nothing differs in training.
+            queries: their positions and first features, for all images or for each; None where
+                they are the head's own parameters.
         """
         with jax.named_scope("pixel_decoder"):
             maps = self.pixel_decoder(features)
-        return self.decode(*maps)
+        return self.decode(*maps, queries=queries)
+
+    def without_queries(self, *, features: bool) -> None:
+        """Removes the queries' own positions, and their first features too, as others are given.
+
+        Parameters that nothing reads would only decay.
+        """
+        del self.query_embed
+        if features:
+            del self.query_feat
 
     def decode(
         self,
         mask_features: Float[Array, "b h w c"],
         levels: tuple[Float[Array, "b _ _ c"], ...],
         attention_masks: Sequence[Bool[Array, "b q _"]] | None = None,
+        queries: Queries | None = None,
     ) -> Predictions:
         """The transformer decoder.
 
@@ -287,6 +306,7 @@ class Mask2Former(Decoder):
             mask_features: their products with the queries are the masks.
             levels: three, coarsest first.
             attention_masks: for each layer, to replace those of the predicted masks in comparisons.
+            queries: see `__call__`.
         """
         b, _, _, c = mask_features.shape
         shapes = [(level.shape[1], level.shape[2]) for level in levels]
@@ -299,10 +319,11 @@ class Mask2Former(Decoder):
             resize_scores(jax.lax.stop_gradient(mask_features), shape).reshape(b, -1, c)
             for shape in shapes
         ]
-        x = jnp.broadcast_to(self.query_feat[...], (b, *self.query_feat[...].shape))
-        query_positions = self.query_embed[...]
+        query_positions, first = queries or (self.query_embed[...], None)
+        first = self.query_feat[...] if first is None else first
+        x = jnp.broadcast_to(first, (b, *first.shape[-2:]))
         normed = self.decoder_norm(x)
-        queries = [normed]
+        outputs = [normed]
         embeds = [self.mask_embed(normed)]
         for i, layer in enumerate(self.layers):
             level = i % LEVELS
@@ -313,9 +334,9 @@ class Mask2Former(Decoder):
             )
             x = layer(x, query_positions, memories[level], positions[level], mask)
             normed = self.decoder_norm(x)
-            queries.append(normed)
+            outputs.append(normed)
             embeds.append(self.mask_embed(normed))
-        class_logits = self.class_embed(jnp.stack(queries)).astype(jnp.float32)
+        class_logits = self.class_embed(jnp.stack(outputs)).astype(jnp.float32)
         return Predictions(class_logits, jnp.stack(embeds), mask_features)
 
     def scores(self, output: Predictions, size: tuple[int, int]) -> Float32[Array, "b H W k"]:
