@@ -16,7 +16,7 @@ from jaxdg.backbones.eva02 import Eva02, Eva02Config
 from jaxdg.backbones.eva_clip import EvaClip, EvaClipConfig
 from jaxdg.backbones.mit import Mit, MitConfig
 from jaxdg.backbones.mocov3 import MocoV3Config
-from jaxdg.backbones.pyramid import Pyramid
+from jaxdg.backbones.pyramid import Interpolation, Pyramid
 from jaxdg.backbones.sam import Sam, SamConfig
 from jaxdg.backbones.siglip import Siglip, SiglipConfig
 from jaxdg.backbones.vit import Vit, VitConfig
@@ -55,6 +55,7 @@ __all__ = [
     "Eva02Config",
     "EvaClip",
     "EvaClipConfig",
+    "Interpolation",
     "Mit",
     "MitConfig",
     "MocoV3Config",

@@ -1,8 +1,11 @@
-"""Four pyramid levels from four taps of a plain encoder, as in the public VLTSeg re-implementation.
+"""Four pyramid levels from four taps of a plain encoder, learned or interpolated.
 
-The shallowest tap is enlarged four times and the next one twice. The third stays, and max pooling
-halves the deepest. The re-implementation normalises with BatchNorm over the global batch. LayerNorm
-is the default for new runs, as it needs no batch statistics.
+`Pyramid` is that of the public VLTSeg re-implementation. The shallowest tap is enlarged four times
+and the next one twice. The third stays, and max pooling halves the deepest. The re-implementation
+normalises with BatchNorm over the global batch. LayerNorm is the default for new runs, as it needs
+no batch statistics.
+
+`Interpolation` has the same levels and no parameters; Rein and SoMA read their encoders so.
 """
 
 from flax import nnx
@@ -89,3 +92,44 @@ class Pyramid(nnx.Module):
         if train:
             nnx.update(self.fpn1_norm, nnx.filter_state(state, nnx.BatchStat))
         return y
+
+
+class Interpolation(nnx.Module):
+    """Taps at one stride p to levels at strides p/4, p/2, p and 2p, resized bilinearly.
+
+    Equal to torch's `F.interpolate(mode="bilinear", align_corners=False)` with a `scale_factor` of
+    4, 2, 1 and 0.5.
+    """
+
+    def __call__(
+        self, features: tuple[Float[Array, "b _ _ c"], ...], train: bool = False
+    ) -> tuple[Float[Array, "b _ _ c"], ...]:
+        """Four taps [b, h, w, c] to [b, 4h, 4w, c], [b, 2h, 2w, c], the third, [b, h/2, w/2, c];
+        `train` changes nothing.
+        """
+        x1, x2, x3, x4 = features
+        # A sample of half the resolution lies in the middle of four features.
+        halved = nnx.avg_pool(x4.astype(jnp.float32), (2, 2), strides=(2, 2)).astype(x4.dtype)
+        return enlarged(x1, 4), enlarged(x2, 2), x3, halved
+
+
+def enlarged(x: Float[Array, "b h w c"], factor: int) -> Float[Array, "b h2 w2 c"]:
+    """Enlarges both sides bilinearly by a whole factor; the border is repeated.
+
+    Every feature has its samples at the same places around it, so that its neighbours are read by
+    shifting the map.
+    """
+    dtype = x.dtype
+    x = x.astype(jnp.float32)
+    for axis in (1, 2):
+        n = x.shape[axis]
+        padded = jnp.pad(x, [(int(i == axis),) * 2 for i in range(4)], mode="edge")
+        before = jax.lax.slice_in_dim(padded, 0, n, axis=axis)
+        after = jax.lax.slice_in_dim(padded, 2, n + 2, axis=axis)
+        places = [(i + 0.5) / factor - 0.5 for i in range(factor)]
+        samples = [
+            (1 - abs(place)) * x + abs(place) * (before if place < 0 else after) for place in places
+        ]
+        shape = (*x.shape[:axis], n * factor, *x.shape[axis + 1 :])
+        x = jnp.stack(samples, axis=axis + 1).reshape(shape)
+    return x.astype(dtype)

@@ -41,9 +41,9 @@ class ModelConfig(EncoderOptions):
             classify by class names in faster_rcnn_c4. Default None.
         start: workdir of another run, or one step in it, whose whole model this one starts from
             instead of `weights`. Default None.
-        pyramid: none, or four levels with layer or batch normalisation; encoders with levels of
-            their own need none and get none. Detectors have their own instead, ViTDet's or an FPN.
-            Default layer.
+        pyramid: none, or four levels with layer or batch normalisation, or four by interpolation
+            without parameters (interpolate); encoders with levels of their own need none and get
+            none. Detectors have their own instead, ViTDet's or an FPN. Default layer.
         decoder: linear, segformer (MLP), upscaling (transposed convolutions, with pyramid none),
             mask2former, which needs a pyramid, or clip_text: CLIP's features against class names,
             without a step of training. Of detection fcos (light, one stage), faster_rcnn,
@@ -67,7 +67,7 @@ class ModelConfig(EncoderOptions):
     weights: str | None = None
     text_weights: str | None = None
     start: str | None = None
-    pyramid: Literal["none", "layer", "batch"] = "layer"
+    pyramid: Literal["none", "layer", "batch", "interpolate"] = "layer"
     decoder: str = "linear"
     freeze: str = "none"
     # Every decoder and detector by the name that `decoder` knows it by.

@@ -22,8 +22,8 @@ class SegmenterConfig(backbones.EncoderOptions):
         image_size: height and width in pixels of training crops and of prediction windows.
         decoder: its kind and sizes; None: the linear one.
         pyramid: "none" reads the taps as they are; "layer" or "batch" builds four levels of a plain
-            encoder with that normalisation. The levels of a hierarchical encoder are always read as
-            they are.
+            encoder with that normalisation, "interpolate" four levels without parameters. The
+            levels of a hierarchical encoder are always read as they are.
         observed: blocks whose features `encode` also returns, for a loss on them.
         boundaries: further blocks after which stacked segments end.
     """
@@ -71,7 +71,7 @@ class Segmenter(nnx.Module):
             raise ValueError(
                 f"model.decoder {decoder.name} reads four levels of different sizes, and"
                 f" {c.encoder} gives {len(channels)} with {', '.join(map(str, strides))} pixels a"
-                " feature; set model.pyramid to layer or batch, or model.taps to ()"
+                " feature; set model.pyramid to layer, batch or interpolate, or model.taps to ()"
             )
         if decoder.joins and builds_levels:
             raise ValueError(
@@ -85,7 +85,9 @@ class Segmenter(nnx.Module):
                 " model.taps to some of one size"
             )
         pyramid = None
-        if builds_levels:
+        if builds_levels and c.pyramid == "interpolate":
+            pyramid = backbones.Interpolation()
+        elif builds_levels:
             pyramid = backbones.Pyramid(channels[0], c.pyramid, dtype=c.dtype, rngs=rngs)
         # Assigned once: the first value says whether an attribute holds parameters.
         self.pyramid = pyramid

@@ -1,6 +1,6 @@
-"""The pyramid against torch's layers and a transposed convolution in NumPy.
+"""Both pyramids against torch's layers, and a transposed convolution in NumPy.
 
-The golden file is made by tests/oracles/golden_vit.py.
+The golden files are made by tests/oracles/golden_vit.py and golden_interpolation.py.
 """
 
 from flax import nnx
@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from jaxdg import weights
-from jaxdg.backbones import Pyramid
+from jaxdg.backbones import Interpolation, Pyramid
 
 
 def transposed(x, kernel, bias):
@@ -139,3 +139,35 @@ def test_bfloat16_compute_is_close(torch_layers, tmp_path):
     maps = tuple(jnp.asarray(torch_layers["maps"]))
     for a, b in zip(full(maps), half(maps), strict=True):
         assert np.linalg.norm(a - np.asarray(b, np.float32)) <= 2e-2 * np.linalg.norm(a)
+
+
+def test_interpolated_levels_and_gradients_equal_torch(golden):
+    """Four levels of maps with odd sides, and the gradients of each; half precision differs by its
+    rounding alone.
+    """
+    with np.load(golden / "interpolation.npz") as archive:
+        theirs = dict(archive)
+    pyramid = Interpolation()
+    assert not weights.shapes(pyramid)
+    maps = tuple(jnp.asarray(theirs[f"map{i}"]) for i in range(4))
+    factors = [theirs[f"factors{i}"] for i in range(4)]
+
+    @jax.jit
+    def run(maps):
+        levels, backward = jax.vjp(pyramid, maps)
+        return levels, backward(tuple(map(jnp.asarray, factors)))[0]
+
+    levels, gradients = run(maps)
+    assert [level.shape for level in levels] == [
+        (2, 20, 28, 3),
+        (2, 10, 14, 3),
+        (2, 5, 7, 3),
+        (2, 2, 3, 3),
+    ]
+    for i in range(4):
+        np.testing.assert_allclose(levels[i], theirs[f"level{i}"], rtol=1e-6, atol=1e-6)
+        np.testing.assert_allclose(gradients[i], theirs[f"gradient{i}"], rtol=1e-5, atol=1e-5)
+    half = pyramid(tuple(x.astype(jnp.bfloat16) for x in maps))
+    for level, rounded in zip(levels, half, strict=True):
+        assert rounded.dtype == jnp.bfloat16
+        np.testing.assert_allclose(rounded.astype(jnp.float32), level, atol=0.02)

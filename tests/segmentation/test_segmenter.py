@@ -205,7 +205,7 @@ def test_a_segmenter_for_another_size_takes_over_all_tensors():
     [
         (
             {"pyramid": "none", "decoder": SMALL},
-            r"decoder mask2former reads four levels .*; set model\.pyramid to layer or batch",
+            r"decoder mask2former reads four levels .*; set model\.pyramid to layer, batch or",
         ),
         (
             {"decoder": dataclasses.replace(SMALL, hidden=48)},
