@@ -140,8 +140,7 @@ def validated(config: Config) -> Config:
             f"data.source_weights is {weights}; allowed: () or one weight for each of"
             f" {', '.join(sources)}"
         )
-    if config.data.keep_ratio and config.data.resize is None:
-        raise ValueError("data.keep_ratio is True; allowed: False, as data.resize is None")
+    _check_augmentation(config)
     crop = config.data.crop
     stride = config.evaluation.stride
     if config.task == "segmentation" and (stride[0] > crop[0] or stride[1] > crop[1]):
@@ -150,6 +149,36 @@ def validated(config: Config) -> Config:
             " leave gaps"
         )
     return config
+
+
+def _check_augmentation(config: Config) -> None:
+    """Settings of crops that exclude each other, or that nothing would heed."""
+    d = config.data
+    if d.shortest_sides:
+        reason = "data.shortest_sides, which says the size of every image"
+        _want(config, {"data.resize": None, "data.scale": (1.0, 1.0)}, reason)
+        most = max(d.shortest_sides)
+        if d.longest_side is not None and d.longest_side < most:
+            raise ValueError(
+                f"data.longest_side is {d.longest_side}; allowed: at least {most}, the largest of"
+                " data.shortest_sides"
+            )
+    elif d.longest_side is not None:
+        raise ValueError(
+            f"data.longest_side is {d.longest_side}; allowed: None, as data.shortest_sides is ()"
+        )
+    if d.keep_ratio and d.resize is None:
+        raise ValueError("data.keep_ratio is True; allowed: False, as data.resize is None")
+    if d.padding == "corner" and d.randaugment[0]:
+        raise ValueError(
+            "data.padding is 'corner'; allowed: 'around' with data.randaugment, which moves images"
+            " into the padding"
+        )
+    if d.rare_class_min_crop_ratio is not None and not d.rare_class_temperature:
+        raise ValueError(
+            f"data.rare_class_min_crop_ratio is {d.rare_class_min_crop_ratio}; allowed: None, as"
+            " data.rare_class_temperature is 0"
+        )
 
 
 def _check_task(config: Config) -> None:

@@ -36,8 +36,16 @@ class DataConfig:
             own. Default None.
         keep_ratio: resize to the largest size of the image's own ratio that fits into `resize`.
             Default False.
-        scale: smallest and largest factor of the random resize before the crop. Default 0.75 to
-            1.5.
+        scale: smallest and largest factor of the random resize before the crop; 0.5 to 2 without
+            `resize` are those of tqdm. Default 0.75 to 1.5.
+        shortest_sides: lengths in pixels of which one is drawn for every image; it is resized so
+            that its shorter side has this length and its ratio stays, as in Rein and SoMA. Takes
+            the place of `resize` and of `scale`, which is then 1 to 1. () turns it off. Default ().
+        longest_side: with `shortest_sides`: no side gets longer than this, pixels. None for any
+            length. Default None.
+        padding: where an image lies that is smaller than the crop: around (anywhere in it, amid
+            the mean colour, which photometric augmentation changes) or corner (in the upper left
+            one, and the rest is 0 after normalisation, as in mmsegmentation). Default around.
         flip: probability of a horizontal flip. Default 0.5.
         max_class_share: a crop is redrawn (at most 10 times) while one class covers this share of
             it; 1 turns it off. Default 1.
@@ -45,6 +53,10 @@ class DataConfig:
             preferred (DAFormer: 0.01). 0 turns it off and shows every image once an epoch. Default
             0.
         rare_class_min_pixels: of the drawn class in an image that is drawn for it. Default 3000.
+        rare_class_min_crop_ratio: resize and crop are redrawn (at most 10 times) until the drawn
+            class covers more than this times `rare_class_min_pixels` of the crop, as in DAFormer,
+            HRDA and tqdm (0.5, 2 and 0.5). None redraws the crop alone until it shows
+            `rare_class_min_pixels`, counted at the size of the file. Default None.
         randaugment: number of operations of RandAugment and their magnitude, 0 to 10. Default 0, 0.
         pixmix: most rounds of PixMix, its k, and beta, the larger of which the less is mixed in; 4,
             4 are its authors'. Default 0, 0.
@@ -74,10 +86,14 @@ class DataConfig:
     resize: Size | None = None
     keep_ratio: bool = False
     scale: tuple[Positive, Positive] = (0.75, 1.5)
+    shortest_sides: tuple[Count, ...] = ()
+    longest_side: Count | None = None
+    padding: Literal["around", "corner"] = "around"
     flip: Share = 0.5
     max_class_share: Annotated[float, Interval(gt=0, le=1)] = 1.0
     rare_class_temperature: PositiveOrZero = 0.0
     rare_class_min_pixels: Count = 3000
+    rare_class_min_crop_ratio: Positive | None = None
     randaugment: tuple[CountOrZero, Annotated[float, Interval(ge=0, le=10)]] = (0, 0.0)
     pixmix: tuple[CountOrZero, float] = (0, 0.0)
     pictures: str | None = None

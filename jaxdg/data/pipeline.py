@@ -69,8 +69,9 @@ def train_batches(
         An iterator over batches of `image` uint8 [b, crop height, crop width, 3], b = batch size /
         hosts, with `label` uint8 [b, crop height, crop width], or with `boxes` float32 [b, n, 4],
         `classes` int32, `areas` float32, `difficult`, `crowd` and `valid` bool, all [b, n], n =
-        max_boxes, `valid` False where padded; and with `style` uint8 like `image`, if asked for.
-        Its `close()`, or dropping it, ends the workers.
+        max_boxes, `valid` False where padded; with `style` uint8 like `image`, if asked for; and
+        with `inside` int32 [b, 2] if crops are padded in the corner, see `random_crop`. Its
+        `close()`, or dropping it, ends the workers.
 
     Raises:
         FileNotFoundError: there are no pictures in the folder named.
@@ -223,7 +224,8 @@ def _pad_boxes(sample: dict[str, np.ndarray], max_boxes: int) -> dict[str, np.nd
     if "boxes" not in sample:
         return sample
     n = len(sample["boxes"])
-    padded = {"image": sample["image"], "valid": np.arange(max_boxes) < n}
+    padded = {key: sample[key] for key in ("image", "inside") if key in sample}
+    padded["valid"] = np.arange(max_boxes) < n
     for key, (shape, dtype) in BOX_FIELDS.items():
         padded[key] = np.zeros((max_boxes, *shape), dtype)
         padded[key][:n] = sample[key]

@@ -107,7 +107,7 @@ class Tldr(Method):
 
     def preparation(self, task: Any, model: Any, mesh: Mesh) -> Preparation:
         """See `Method.preparation`."""
-        return preparation(self.config, self.options, model, task.distort, task.normalize, mesh)
+        return preparation(self.config, self.options, model, task.augmented, task.normalize, mesh)
 
     def images(self, images: Float[Array, "b h w 3"], batch: Batch) -> Float[Array, "n h w 3"]:
         """See `Method.images`: original, stylised image and style in turn."""
@@ -171,7 +171,7 @@ def preparation(
     config: Any,
     options: TldrOptions,
     model: Any,
-    distort: Callable[[Array, Key[Array, ""]], Array],
+    augmented: Callable[[Batch, Key[Array, ""]], Array],
     normalize: Callable[[Array], Array],
     mesh: Mesh,
 ) -> Preparation:
@@ -181,7 +181,7 @@ def preparation(
         config: of the run.
         options: the settings.
         model: abstract.
-        distort: photometric augmentation: (images, key) to RGB in 0..255.
+        augmented: photometric augmentation: (batch, key) to images, RGB in 0..255.
         normalize: RGB in 0..255 to the encoder's input.
         mesh: where batches lie.
 
@@ -205,7 +205,7 @@ def preparation(
 
     @jax.jit(out_shardings=sharding.batch_sharding(mesh))
     def prepared(state: nnx.State, batch: Batch, step: Any) -> Batch:
-        image = distort(batch["image"], jax.random.fold_in(key, step))
+        image = augmented(batch, jax.random.fold_in(key, step))
         style = batch["style"].astype(jnp.float32)
         b, h, w, _ = image.shape
         padding = (0, 0), (0, height - h), (0, width - w), (0, 0)

@@ -155,6 +155,13 @@ class ImageTask:
         strengths = (d.brightness, d.contrast, d.saturation, d.hue, d.distortion_probability)
         return photometric.distort(images.astype(jnp.float32), key, *strengths)
 
+    def augmented(self, batch: Batch, key: Key[Array, ""]) -> Float[Array, "b h w 3"]:
+        """The images of a batch after `distort`, RGB in 0..255; padding in the corner is blank."""
+        images = self.distort(batch["image"], key)
+        if "inside" not in batch:
+            return images
+        return photometric.blank(images, batch["inside"], self._encoder.mean)
+
     def preparation(self, mesh: Mesh) -> Callable[[Batch, int], Batch]:
         """See `Task.preparation`: the methods prepare a batch one after another."""
         loaded = [(part.function, part.load()) for part in self.preparations(mesh)]
@@ -194,7 +201,7 @@ class ImageTask:
         terms = {}
         with jax.named_scope("input"):
             if images.dtype == jnp.uint8:  # else a method has augmented them before the step
-                images = self.distort(images, pixel_key)
+                images = self.augmented(batch, pixel_key)
             for method in self.methods:
                 images = method.images(images, batch)
             images = self.normalize(images)

@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Key
+from jaxtyping import Array, Bool, Float, Int32, Key
 
 
 def distort(
@@ -146,4 +146,24 @@ def normalize(
     std: tuple[float, float, float],
 ) -> Float[Array, "b h w 3"]:
     """RGB in 0..255 to the encoder's range; `mean` and `std` are of RGB in 0..1."""
-    return (images - 255.0 * jnp.asarray(mean)) / (255.0 * jnp.asarray(std))
+    return (images - _mean_colour(mean)) / (255.0 * jnp.asarray(std))
+
+
+def blank(
+    images: Float[Array, "b h w 3"], inside: Int32[Array, "b 2"], mean: tuple[float, float, float]
+) -> Float[Array, "b h w 3"]:
+    """Images whose padding on the right and at the bottom is exactly 0 once they are normalised.
+
+    Args:
+        images: RGB in 0..255.
+        inside: height and width of each image without its padding.
+        mean: of RGB in 0..1, as for `normalize`.
+    """
+    h, w = images.shape[1:3]
+    rows = jnp.arange(h)[:, None] < inside[:, 0, None, None]
+    columns = jnp.arange(w) < inside[:, 1, None, None]
+    return jnp.where((rows & columns)[..., None], images, _mean_colour(mean))
+
+
+def _mean_colour(mean: tuple[float, float, float]) -> Float[Array, "3"]:
+    return 255.0 * jnp.asarray(mean)

@@ -252,6 +252,12 @@ def test_a_wrong_type_names_field_and_what_is_allowed(field, given, allowed, tmp
         ],
         *[
             ("data.resize", (0, 8)),
+            ("data.shortest_sides", (0,)),
+            ("data.longest_side", 0),
+            ("data.longest_side", 9),
+            ("data.padding", "x"),
+            ("data.rare_class_min_crop_ratio", 0),
+            ("data.rare_class_min_crop_ratio", 0.5),
             ("data.keep_ratio", True),
             ("data.randaugment", (-1, 5)),
             ("data.randaugment", (2, 10.1)),
@@ -359,6 +365,41 @@ def test_a_wrong_value_names_field_and_what_is_allowed(field, given, tmp_path):
 def test_the_bounds_themselves_are_allowed(field, given, tmp_path):
     """The last value inside each bound is taken."""
     assert config_lib.get(read(with_field(field, given), tmp_path), field) == given
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({}, r"data\.scale is \(0\.75, 1\.5\); allowed: \(1\.0, 1\.0\) with data\.shortest_sides"),
+        (
+            {"scale": (1, 1), "resize": (8, 8)},
+            r"data\.resize is \(8, 8\); allowed: None with data\.shortest_sides, which says",
+        ),
+        (
+            {"scale": (1, 1), "keep_ratio": True},
+            r"data\.keep_ratio is True; allowed: False, as data\.resize is None",
+        ),
+        (
+            {"scale": (1, 1), "longest_side": 511},
+            r"data\.longest_side is 511; allowed: at least 512, the largest of",
+        ),
+        (
+            {"scale": (1, 1), "padding": "corner", "randaugment": (1, 2)},
+            r"data\.padding is 'corner'; allowed: 'around' with data\.randaugment, which moves",
+        ),
+        ({"scale": (1, 1), "longest_side": 512, "padding": "corner"}, None),
+    ],
+)
+def test_settings_of_crops_that_exclude_each_other(changes, message, tmp_path):
+    """Shortest sides take the place of resize and scale, and what would be ignored is refused."""
+    tree = dataclasses.asdict(Config())
+    tree["data"] |= {"shortest_sides": (256, 512)} | changes
+    if message is None:
+        assert read(tree, tmp_path).data.shortest_sides == (256, 512)
+        return
+    with pytest.raises(ValueError, match=rf"config\.json: {message}") as error:
+        read(tree, tmp_path)
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize(

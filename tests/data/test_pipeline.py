@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image
 import pytest
 
-from jaxdg.data.augment.transforms import Augmentation
+from jaxdg.data.augment.transforms import PAD_COLOR, Augmentation
 from jaxdg.data.datasets import Dataset, FolderOptions, Mixture, StreetsOptions
 from jaxdg.data.domains import open_domain
 from jaxdg.data.labels import CITYSCAPES, LabelSet
@@ -206,6 +206,51 @@ def test_hosts_and_workers_share_weighted_and_rare_batches(folder, tmp_path):
     whole = run()
     assert_same(run(workers=2), whole)
     assert_same(joined([run(shard=(h, 4)) for h in range(4)]), whole)
+
+
+def test_hosts_and_workers_share_sides_and_rare_crops_in_the_corner(folder):
+    """Drawn sides, crops drawn anew with their resize, and the padding of the corner are the same
+    for threads, processes and hosts.
+    """
+    sampler = make_sampler(folder, seed=2, temperature=100.0, min_pixels=20)
+    augmentation = Augmentation(
+        crop=(18, 16),
+        shortest_sides=(10, 15, 20, 30),
+        longest_side=32,
+        padding="corner",
+        rare_class_min_crop_ratio=0.5,
+    )
+    options = {"seed": 2, "batch_size": 4}
+
+    def run(**more):
+        return list(
+            train_batches(folder, sampler, augmentation, **options, start=1, stop=7, **more)
+        )
+
+    whole = run()
+    assert_same(run(workers=2), whole)
+    assert_same(joined([run(shard=(h, 4)) for h in range(4)]), whole)
+    inside = np.concatenate([batch["inside"] for batch in whole])
+    assert {(10, 12), (15, 16)} < set(map(tuple, inside.tolist()))
+    for batch in whole:
+        for image, label, (h, w) in zip(
+            batch["image"], batch["label"], batch["inside"], strict=True
+        ):
+            assert (label[h:] == 255).all()
+            assert (label[:, w:] == 255).all()
+            assert (label[:h, :w] < 19).all()
+            assert (image[h:] == PAD_COLOR).all()
+            assert (image[:, w:] == PAD_COLOR).all()
+
+
+def test_boxes_keep_the_size_inside_the_corner():
+    """Padded boxes leave room for where the image ends."""
+    options = dict(crop=(20, 30), scale=(1.0, 1.0), padding="corner", flip=1.0)
+    dataset = Boxed(3)
+    (batch,) = batches(dataset, seed=1, batch_size=3, **options, start=0, stop=1, max_boxes=2)
+    np.testing.assert_array_equal(batch["inside"], [[12, 16]] * 3)
+    boxes = batch["boxes"][batch["valid"]]
+    np.testing.assert_array_equal(np.unique(boxes[:, 2]), [14])  # 16 less the 2 of the left edge
 
 
 def test_every_epoch_shows_each_example_once_in_another_order():

@@ -8,7 +8,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxdg.training.photometric import brightness_contrast, change_color, distort, draw, normalize
+from jaxdg.training.photometric import (
+    blank,
+    brightness_contrast,
+    change_color,
+    distort,
+    draw,
+    normalize,
+)
 
 MMSEG = {"brightness": 32.0, "contrast": 0.5, "saturation": 0.5, "hue": 18.0, "probability": 0.5}
 
@@ -204,3 +211,23 @@ def test_normalize():
         [(np.asarray(IMAGES)[..., i] / 255.0 - mean[i]) / std[i] for i in range(3)], axis=-1
     )
     np.testing.assert_allclose(normalize(IMAGES, mean, std), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("mean", [(0.485, 0.456, 0.406), (0.48145466, 0.4578275, 0.40821073)])
+def test_blank_padding_is_exactly_0(mean):
+    """After any distortion and normalisation, as one program: 0 below and right of the image, and
+    the image itself as without padding.
+    """
+    std = (0.229, 0.224, 0.225)
+    inside = np.array([[3, 4], [2, 4], [3, 1], [1, 2]] * 16, np.int32)
+
+    @jax.jit
+    def step(images, inside):
+        distorted = distort(images, jax.random.key(1), **MMSEG)
+        return normalize(blank(distorted, inside, mean), mean, std), normalize(distorted, mean, std)
+
+    got, whole = map(np.asarray, step(IMAGES, inside))
+    for image, plain, (h, w) in zip(got, whole, inside, strict=True):
+        np.testing.assert_array_equal(image[:h, :w], plain[:h, :w])
+        assert not image[h:].any()
+        assert not image[:, w:].any()

@@ -8,10 +8,19 @@ computes only the crop. Photometric augmentation belongs to the training step.
 Crops are drawn as mmsegmentation's RandomCrop draws them, those of a rare class as DAFormer's
 (Hoyer et al. 2022, lhoyer/DAFormer). With `keep_ratio` and scales of 0.1 to 2 this is detectron2's
 large-scale jitter, except that a small image lies anywhere in the crop instead of in its corner.
+Scales of 0.5 to 2 without `resize` are tqdm's resize by a factor of the image's own size, whose
+sides are rounded to the nearest pixel here and first down there. `shortest_sides` is
+mmsegmentation's RandomChoiceResize with ResizeShortestEdge, as Rein and SoMA have it.
+
+With `padding` "corner" a crop is padded as mmsegmentation pads it: on the right and at the bottom,
+after the flip, and with 0 after normalisation. A uint8 colour could not be that 0: the mean colour
+is no whole number, and photometric augmentation follows. So the crop comes with the height and
+width that the image has `inside` it, and the training step blanks the rest, see
+`photometric.blank`.
 """
 
 import dataclasses
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import cv2
 from jaxtyping import Float, Int, UInt8
@@ -41,10 +50,18 @@ class Augmentation:
             own.
         keep_ratio: resizes to the largest size of the image's own ratio that fits into `resize`.
         scale: smallest and largest factor on top of that, drawn uniformly.
+        shortest_sides: lengths in pixels of which one is drawn instead; the shorter side gets it,
+            the ratio stays. Empty: as above.
+        longest_side: no side gets longer than this by that, pixels; None for any length.
+        padding: where an image lies that is smaller than the crop: "around", anywhere inside it, or
+            in the upper left "corner".
         flip: probability of a horizontal flip.
         max_class_share: the share of the labelled pixels that no class may cover, 0-1. Below 1 a
             crop is drawn again, up to 10 times, until it shows more than one class and each covers
             less.
+        rare_class_min_crop_ratio: the crop of a wanted class is drawn again with its resize, up to
+            10 times, until the class covers more than this many times the wanted pixels, counted in
+            the crop. None: only the crop is drawn again, and pixels count at the size of the file.
         randaugment: number of operations and their magnitude, 0-10, see `randaugment.py`; they
             follow the crop.
         pixmix: highest number of rounds and beta, see `pixmix.py`; it follows RandAugment.
@@ -55,8 +72,12 @@ class Augmentation:
     resize: tuple[int, int] | None = None
     keep_ratio: bool = False
     scale: tuple[float, float] = (1.0, 1.0)
+    shortest_sides: tuple[int, ...] = ()
+    longest_side: int | None = None
+    padding: Literal["around", "corner"] = "around"
     flip: float = 0.5
     max_class_share: float = 1.0
+    rare_class_min_crop_ratio: float | None = None
     randaugment: tuple[int, float] = (0, 0.0)
     pixmix: tuple[int, float] = (0, 0.0)
     pictures: str | None = None
@@ -119,6 +140,20 @@ class Axis(NamedTuple):
     inside: slice
 
 
+class Place(NamedTuple):
+    """A crop of a resized image.
+
+    Attributes:
+        y: of its rows.
+        x: of its columns.
+        label: uint8 [crop height, crop width]; None without a label map.
+    """
+
+    y: Axis
+    x: Axis
+    label: UInt8[np.ndarray, "ch cw"] | None
+
+
 def random_crop(
     sample: dict[str, np.ndarray],
     augmentation: Augmentation,
@@ -127,8 +162,8 @@ def random_crop(
 ) -> dict[str, np.ndarray]:
     """Resizes by a random factor, cuts a random crop and flips it.
 
-    Where the resized image is smaller than the crop it lies anywhere inside it, amid a constant
-    colour and ignored labels.
+    Where the resized image is smaller than the crop it lies anywhere inside it or in its corner,
+    amid a constant colour and ignored labels.
 
     Args:
         sample: `image` uint8 [h, w, 3] with `label` uint8 [h, w], 255 where ignored, or with the
@@ -138,34 +173,29 @@ def random_crop(
         wanted: a crop is drawn again, up to 10 times, until it shows this.
 
     Returns:
-        The same fields of the crop.
+        The same fields of the crop; and with `padding` "corner" `inside` int32 [2], the height and
+        width of the image in the upper left corner of the crop.
     """
     a = augmentation
     image = sample["image"]
-    label = sample.get("label")
-    old = image.shape[:2]
-    factor = rng.uniform(*a.scale)
-    new = [max(1, round(n * factor)) for n in _base_size(old, a)]
-    area = new[0] * new[1] / (old[0] * old[1])
-    result = {}
-    for tries in range(TRIES + 1):
-        y, x = (_place(rng, *lengths) for lengths in zip(old, new, a.crop, strict=True))
-        if label is None:
-            break
-        result["label"] = _crop_label(label, y, x, a.crop)
-        # The last crop is taken as it comes.
-        if tries == TRIES or _is_good(result["label"], a.max_class_share, wanted, area):
-            break
+    y, x, label = _draw(sample, a, rng, wanted)
+    result = {} if label is None else {"label": label}
     result["image"] = _crop_image(image, y, x, a.crop)
     to_crop = np.array([
         [x.new / x.old, 0, x.inside.start - x.start],
         [0, y.new / y.old, y.inside.start - y.start],
     ])  # fmt: skip
+    corner = a.padding == "corner"
     if rng.uniform() < a.flip:
-        result = {key: array[:, ::-1] for key, array in result.items()}
-        to_crop[0] = [-to_crop[0, 0], 0, a.crop[1] - to_crop[0, 2]]
+        # What lies in the corner stays there.
+        width = x.inside.stop if corner else a.crop[1]
+        for array in result.values():
+            array[:, :width] = array[:, :width][:, ::-1].copy()
+        to_crop[0] = [-to_crop[0, 0], 0, width - to_crop[0, 2]]
     if "boxes" in sample:
         result |= move_boxes(sample, to_crop, a.crop)
+    if corner:
+        result["inside"] = np.array((y.inside.stop, x.inside.stop), np.int32)
     return {key: np.ascontiguousarray(array) for key, array in result.items()}
 
 
@@ -199,6 +229,55 @@ def move_boxes(
     return {key: new[key][keep] for key in BOX_FIELDS}
 
 
+def shortest_side_size(size: tuple[int, ...], side: int, longest: int | None) -> tuple[int, ...]:
+    """Height and width of an image whose shorter side gets a length and that keeps its ratio.
+
+    As in mmsegmentation: the longer side is capped, both are rounded half up, and the image gets
+    the largest size of its ratio that fits into that, rounded likewise.
+
+    Args:
+        size: of the image.
+        side: length of the shorter side.
+        longest: the longer side is at most so long, and the shorter one follows; None for any.
+    """
+    shorter = min(size)
+    wanted = [side if n == shorter else side / shorter * n for n in size]
+    if longest is not None and max(wanted) > longest:
+        wanted = [n * (longest / max(wanted)) for n in wanted]
+    box = [int(n + 0.5) for n in wanted]
+    factor = min(max(box) / max(size), min(box) / min(size))
+    return tuple(max(1, int(n * factor + 0.5)) for n in size)
+
+
+def _draw(
+    sample: dict[str, np.ndarray],
+    a: Augmentation,
+    rng: np.random.Generator,
+    wanted: Wanted | None,
+) -> Place:
+    """A resize and a crop; drawn anew, up to 10 times, while there is too little of what is wanted
+    by `rare_class_min_crop_ratio`. The last is taken as it comes.
+    """
+    old = sample["image"].shape[:2]
+    label = sample.get("label")
+    ratio = a.rare_class_min_crop_ratio
+    if wanted is None or ratio is None or label is None:
+        return _draw_crop(old, _draw_size(old, a, rng), label, a, rng, wanted)
+    for _ in range(TRIES):
+        place = _draw_crop(old, _draw_size(old, a, rng), label, a, rng, None)
+        if np.count_nonzero(place.label == wanted.train_id) > wanted.pixels * ratio:
+            return place
+    return _draw_crop(old, _draw_size(old, a, rng), label, a, rng, None)
+
+
+def _draw_size(old: tuple[int, ...], a: Augmentation, rng: np.random.Generator) -> tuple[int, ...]:
+    if a.shortest_sides:
+        side = a.shortest_sides[rng.integers(len(a.shortest_sides))]
+        return shortest_side_size(old, side, a.longest_side)
+    factor = rng.uniform(*a.scale)
+    return tuple(max(1, round(n * factor)) for n in _base_size(old, a))
+
+
 def _base_size(size: tuple[int, ...], a: Augmentation) -> tuple[int | float, ...]:
     if a.resize is None:
         return size
@@ -206,11 +285,37 @@ def _base_size(size: tuple[int, ...], a: Augmentation) -> tuple[int | float, ...
     return (size[0] * fit, size[1] * fit) if a.keep_ratio else a.resize
 
 
-def _place(rng: np.random.Generator, old: int, new: int, crop: int) -> Axis:
-    """Places the crop inside the resized image, or the image inside a larger crop, at random."""
-    offset = int(rng.integers(abs(new - crop) + 1))
+def _draw_crop(
+    old: tuple[int, ...],
+    new: tuple[int, ...],
+    label: UInt8[np.ndarray, "h w"] | None,
+    a: Augmentation,
+    rng: np.random.Generator,
+    wanted: Wanted | None,
+) -> Place:
+    """A crop of the image resized from `old` to `new`; the first good one of 10, else another."""
+    area = new[0] * new[1] / (old[0] * old[1])
+
+    def place() -> tuple[Axis, Axis]:
+        y, x = (_place(rng, *lengths, a.padding) for lengths in zip(old, new, a.crop, strict=True))
+        return y, x
+
+    if label is None:
+        return Place(*place(), None)
+    for _ in range(TRIES):
+        y, x = place()
+        cropped = _crop_label(label, y, x, a.crop)
+        if _is_good(cropped, a.max_class_share, wanted, area):
+            return Place(y, x, cropped)
+    y, x = place()
+    return Place(y, x, _crop_label(label, y, x, a.crop))
+
+
+def _place(rng: np.random.Generator, old: int, new: int, crop: int, padding: str) -> Axis:
+    """Places the crop inside the resized image at random, or the image inside a larger crop."""
     if new >= crop:
-        return Axis(old, new, offset, slice(0, crop))
+        return Axis(old, new, int(rng.integers(new - crop + 1)), slice(0, crop))
+    offset = 0 if padding == "corner" else int(rng.integers(crop - new + 1))
     return Axis(old, new, 0, slice(offset, offset + new))
 
 

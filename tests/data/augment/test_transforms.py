@@ -1,5 +1,8 @@
 """Resize, random scale, crop and flip of images, labels and boxes."""
 
+from fractions import Fraction
+import math
+
 import cv2
 import numpy as np
 import pytest
@@ -11,6 +14,7 @@ from jaxdg.data.augment.transforms import (
     Wanted,
     move_boxes,
     random_crop,
+    shortest_side_size,
 )
 
 
@@ -306,6 +310,168 @@ def test_large_scale_jitter_fits_the_image_and_scales_it(size):
     assert max(sides) == 64
 
 
+# The sides that Rein and SoMA draw from for crops of 512: 0.5 to 2 times 512, rounded down.
+REIN = (256, 307, 358, 409, 460, 512, 563, 614, 665, 716, 768, 819, 870, 921, 972, 1024)
+
+
+def fitted(size: tuple[int, int], box: list[Fraction]) -> list[Fraction]:
+    """The largest size of the ratio of `size` whose sides fit the sides of a box, either way."""
+    return [n * min(max(box) / max(size), min(box) / min(size)) for n in size]
+
+
+def half_up(size: list[Fraction]) -> tuple[int, ...]:
+    return tuple(math.floor(n + Fraction(1, 2)) for n in size)
+
+
+def test_shortest_sides_give_the_published_sizes():
+    """GTA5's images at Rein's 16 sides, and any size in exact fractions: the side is met, or the
+    longest one; rounded, and fitted to what was rounded, as mmsegmentation's two steps do.
+    """
+    wide = [466, 559, 651, 744, 837, 932, 1024, 1117, 1210, 1303, 1397, 1490, 1583, 1676, 1768]
+    for side, width in zip(REIN, (*wide, 1863), strict=True):
+        assert shortest_side_size((1052, 1914), side, 2048) == (side, width)
+    rng = np.random.default_rng(0)
+    capped = 0
+    for _ in range(3000):
+        size = tuple(rng.integers(40, 4000, 2).tolist())
+        side = int(rng.choice(REIN))
+        longest = int(rng.choice((1024, 2048)))
+        box = fitted(size, [Fraction(side), Fraction(longest)])
+        # Fitting a box of the longest side and the shorter one is the same as capping.
+        assert max(box) == longest or min(box) == side
+        exact = fitted(size, [Fraction(n) for n in half_up(box)])
+        if any(n % 1 == Fraction(1, 2) for n in box + exact):
+            continue  # floats round it either way
+        assert shortest_side_size(size, side, longest) == half_up(exact)
+        capped += max(box) == longest
+    assert 500 < capped < 2500
+    assert shortest_side_size((300, 900), 100, None) == (100, 300)
+    assert shortest_side_size((64, 64), 96, None) == (96, 96)
+
+
+@pytest.mark.parametrize("flip", [0.0, 1.0])
+@pytest.mark.parametrize("size", [(61, 97), (97, 61)])
+def test_shortest_sides_and_padding_equal_a_slow_pipeline(size, flip):
+    """Given the draws: OpenCV's whole image cut, then mirrored, then padded on the right and at the
+    bottom; `inside` says where the image ends.
+    """
+    rng = np.random.default_rng(1)
+    image = cv2.GaussianBlur(rng.integers(0, 256, (*size, 3), dtype=np.uint8), (0, 0), 2)
+    sample = {"image": image, "label": rng.integers(0, 19, size, dtype=np.uint8)}
+    sides = (24, 40, 64, 90)
+    crop = (48, 56)
+    drawn = []
+    for seed in range(60):
+        options = dict(shortest_sides=sides, longest_side=130, padding="corner", flip=flip)
+        got = augment(sample, seed, crop=crop, **options)
+        draws = np.random.default_rng(seed)
+        side = sides[draws.integers(4)]
+        new = shortest_side_size(size, side, 130)
+        y, x = (
+            int(draws.integers(n - c + 1)) if n >= c else 0 for n, c in zip(new, crop, strict=True)
+        )
+        whole = cv2.resize(image, new[::-1], interpolation=cv2.INTER_LINEAR)
+        rows, columns = (
+            [(2 * i + 1) * o // (2 * n) for i in range(n)] for o, n in zip(size, new, strict=True)
+        )
+        cut = slice(y, y + crop[0]), slice(x, x + crop[1])
+        expected_image = whole[cut]
+        expected_label = sample["label"][rows][:, columns][cut]
+        if flip:
+            expected_image = expected_image[:, ::-1]
+            expected_label = expected_label[:, ::-1]
+        h, w = expected_label.shape
+        np.testing.assert_array_equal(got["inside"], [h, w])
+        assert got["inside"].dtype == np.int32
+        off = np.abs(got["image"][:h, :w].astype(int) - expected_image)
+        assert off.max() <= 2
+        assert off.mean() < 0.3
+        np.testing.assert_array_equal(got["label"][:h, :w], expected_label)
+        for outside in (got["label"][h:], got["label"][:, w:]):
+            assert (outside == 255).all()
+        drawn.append(side)
+        if side >= 64:
+            assert (h, w) == crop
+    assert set(drawn) == set(sides)
+
+
+def test_sides_are_drawn_evenly():
+    """Each of four sides makes a quarter of the crops, as the label's height shows."""
+    sample = {"image": np.zeros((20, 20, 3), np.uint8), "label": np.zeros((20, 20), np.uint8)}
+    heights = [
+        int(
+            augment(sample, s, crop=(9, 9), shortest_sides=(2, 4, 6, 8), padding="corner")[
+                "inside"
+            ][0]
+        )
+        for s in range(800)
+    ]
+    counts = np.bincount(heights, minlength=10)[[2, 4, 6, 8]]
+    assert counts.sum() == 800
+    assert 160 < counts.min() <= counts.max() < 240
+
+
+def slow_rare_crop(label: np.ndarray, rng: np.random.Generator, enough: float):
+    """The crop of 16 x 16 by DAFormer's rule, for class 7, and the number of draws before it."""
+    for draws in range(11):
+        factor = rng.uniform(0.5, 1.5)
+        new = [round(n * factor) for n in label.shape]
+        rows, columns = (
+            [(2 * i + 1) * o // (2 * n) for i in range(n)]
+            for o, n in zip(label.shape, new, strict=True)
+        )
+        resized = label[rows][:, columns]
+        # Where the resized image is smaller it lies anywhere in the crop.
+        y, x = (int(rng.integers(abs(n - 16) + 1)) for n in new)
+        crop = np.full((16, 16), 255, np.uint8)
+        if new[0] >= 16:
+            crop[:] = resized[y : y + 16, x : x + 16]
+        else:
+            crop[y : y + new[0]] = resized[:, x : x + 16]
+        if (crop == 7).sum() > enough or draws == 10:
+            return crop, draws
+    raise AssertionError
+
+
+@pytest.mark.parametrize("ratio", [0.5, 2.0])
+def test_crops_of_rare_classes_are_drawn_as_daformers(ratio):
+    """Given the draws: up to ten resizes and crops until more than ratio times the wanted pixels
+    show in the crop, then an eleventh as it comes.
+    """
+    label = np.zeros((24, 60), np.uint8)
+    label[4:12, 20:28] = 7
+    sample = {"image": np.zeros((24, 60, 3), np.uint8), "label": label}
+    options = dict(crop=(16, 16), scale=(0.5, 1.5), flip=0.0, rare_class_min_crop_ratio=ratio)
+    drawn = set()
+    for seed in range(150):
+        expected, draws = slow_rare_crop(label, np.random.default_rng(seed), 25 * ratio)
+        got = augment(sample, seed, Wanted(7, 25), **options)
+        np.testing.assert_array_equal(got["label"], expected)
+        drawn.add(draws)
+    assert {0, 3, 10} <= drawn
+
+
+@pytest.mark.parametrize(("shown", "crops"), [(50, 11), (51, 1)])
+def test_exactly_the_ratio_of_pixels_is_too_little(shown, crops):
+    """A crop with twice the wanted pixels is drawn eleven times, one with a pixel more once."""
+    label = np.zeros((10, 10), np.uint8)
+    label.ravel()[:shown] = 7
+    rng = np.random.default_rng(0)
+    random_crop(
+        {"image": np.zeros((10, 10, 3), np.uint8), "label": label},
+        Augmentation((10, 10), rare_class_min_crop_ratio=2.0),
+        rng,
+        Wanted(7, 25),
+    )
+    expected = np.random.default_rng(0)
+    for _ in range(crops):
+        expected.uniform()
+        expected.integers(1)
+        expected.integers(1)
+    expected.uniform()  # the flip
+    assert rng.uniform() == expected.uniform()
+
+
 def drawn_boxes(label: np.ndarray) -> np.ndarray:
     """Boxes around the ids of an image: the edges of the first and last pixels."""
     boxes = []
@@ -345,6 +511,7 @@ def rectangles(h: int = 90, w: int = 120) -> dict[str, np.ndarray]:
         {"resize": (135, 200), "flip": 1.0},
         {"scale": (0.4, 2.0), "flip": 0.5},
         {"resize": (80, 80), "keep_ratio": True, "scale": (0.3, 2.0)},
+        {"shortest_sides": (30, 66, 120), "longest_side": 150, "padding": "corner"},
     ],
 )
 def test_boxes_stay_around_their_pixels(augmentation):
