@@ -15,6 +15,7 @@ from jaxdg.config import paths
 from jaxdg.config.fields import annotation, get, tree_of
 from jaxdg.config.settings import DECODERS, PROTOCOLS, Config
 from jaxdg.data.labels import check_names
+from jaxdg.training.optimizer import OptimizerConfig
 
 
 def _are_regexes(pairs: tuple[tuple[str, float], ...]) -> bool:
@@ -127,10 +128,8 @@ def validated(config: Config) -> Config:
             f"steps is 0; allowed: at least 1 with model.decoder {config.model.decoder}, which has"
             " to be trained"
         )
-    o = config.optimizer
-    if not untrained and o.warmup_steps + o.hold_steps >= config.steps:
-        before = f"optimizer.warmup_steps is {o.warmup_steps} and hold_steps is {o.hold_steps}"
-        raise ValueError(f"{before}; allowed: together less than steps {config.steps}")
+    else:
+        _check_schedule(config.optimizer, config.steps)
     for name, options in methods.settings(config).items():
         options.check(config, name)
     sources = config.data.source.split("+")
@@ -211,6 +210,28 @@ def _check_task(config: Config) -> None:
     head.check(f"model.{m.decoder}")
     if m.text_weights:
         head.with_texts()
+
+
+def _check_schedule(o: OptimizerConfig, steps: int) -> None:
+    """The parts of the learning rate's schedule fit together and into the run."""
+    if o.warmup_steps + o.hold_steps >= steps:
+        before = f"optimizer.warmup_steps is {o.warmup_steps} and hold_steps is {o.hold_steps}"
+        raise ValueError(f"{before}; allowed: together less than steps {steps}")
+    if o.schedule == "mmengine" and o.warmup_steps == 1:
+        raise ValueError(
+            "optimizer.warmup_steps is 1; allowed: 0 or at least 2 with optimizer.schedule"
+            " mmengine, where the first step is at warmup_factor and the last at the peak"
+        )
+    if o.warmup_factor and not o.warmup_steps:
+        raise ValueError(
+            f"optimizer.warmup_factor is {o.warmup_factor}; allowed: 0 without"
+            " optimizer.warmup_steps"
+        )
+    if o.min_learning_rate > o.learning_rate:
+        raise ValueError(
+            f"optimizer.min_learning_rate is {o.min_learning_rate}; allowed: at most"
+            f" optimizer.learning_rate, {o.learning_rate}"
+        )
 
 
 def _want(config: Config, wanted: dict[str, Any], reason: str) -> None:

@@ -17,6 +17,7 @@ from jaxdg.detection.fcos import FcosConfig
 from jaxdg.detection.interface import HeadConfig
 from jaxdg.detection.rcnn.detectors import C4Config, RcnnConfig, single_stage
 from jaxdg.evaluation import protocols
+from jaxdg.methods.average import AverageOptions
 from jaxdg.methods.rein import ReinOptions
 from jaxdg.methods.tldr import TldrOptions
 from jaxdg.ranges import Count, CountOrZero, Size
@@ -128,6 +129,7 @@ class Config:
         data: what is trained on.
         model: what is trained.
         optimizer: how.
+        average: an average of the weights, off by default.
         tldr: a comparison, off by default.
         rein: a frozen encoder refined by learned tokens, off by default.
         evaluation: on what it is judged.
@@ -145,6 +147,8 @@ class Config:
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
+    # Methods end in this order; adapters fold after their average is taken.
+    average: AverageOptions = dataclasses.field(default_factory=AverageOptions)
     tldr: TldrOptions = dataclasses.field(default_factory=TldrOptions)
     rein: ReinOptions = dataclasses.field(default_factory=ReinOptions)
     evaluation: EvaluationConfig = dataclasses.field(default_factory=EvaluationConfig)

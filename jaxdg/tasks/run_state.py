@@ -73,7 +73,7 @@ class Blueprint:
         if any(method.changes_model for method in task.methods):
             plain = make_task(task.config)
             taps = tuple(sorted({*boundaries, *first.backbone.config.taps}))
-            model: Any = nnx.eval_shape(lambda: plain.model(nnx.Rngs(key)))
+            model: Any = nnx.eval_shape(lambda: extended(plain, key, ()))
             names = list(weights.slots(nnx.state(model, nnx.Param)))
             frozen = frozen_parameters(plain, freeze, model, names)
             blueprint.finished = cls.stored(plain, taps, frozen)
@@ -119,8 +119,13 @@ def extended(task: Task, key: Key[Array, ""], boundaries: Sequence[int]) -> nnx.
 
 def extend(task: Task, model: Any, key: Key[Array, ""]) -> None:
     """Adds the methods' modules to a model; each method has its own random stream."""
-    for i, method in enumerate(task.methods):
+    for i, method in enumerate(extending(task)):
         method.extend(model, nnx.Rngs(jax.random.fold_in(key, i)))
+
+
+def extending(task: Task) -> list[Method]:
+    """The methods that add modules; others leave a run's random numbers as they are."""
+    return [method for method in task.methods if type(method).extend is not Method.extend]
 
 
 def frozen_parameters(task: Task, freeze: str, model: Any, names: Sequence[str]) -> set[str]:
@@ -143,8 +148,9 @@ def abstract_state(
     trained, frozen, statistics = blueprint.abstract
     scratch = config.model.weights is None and config.model.start is None
     factor = 1.0 if scratch else config.optimizer.encoder_factor
+    model: Any = nnx.merge(blueprint.graph, trained, frozen, statistics)
     optimizer = optimizer_lib.make_optimizer(
-        config.optimizer, config.steps, trained, factor, methods
+        config.optimizer, config.steps, trained, factor, methods, model.backbone
     )
     replicated = sharding.replicated(mesh)
     trained_at = sharding.parameter_shardings(mesh, trained)
@@ -168,7 +174,7 @@ def initial_state(task: Task, blueprint: Blueprint, like: TrainState, optimizer:
     # Stream 1 of the seed; stream 0 is the steps'.
     key = jax.random.fold_in(jax.random.key(task.config.seed), 2**31)
     places = jax.tree.map(lambda leaf: leaf.sharding, like)
-    if task.methods:  # they extend a model with loaded weights
+    if extending(task):  # these need loaded weights
         model: Any = blueprint.make(key)
         load_start(task, model)
         blueprint.extend(model, key)
@@ -188,6 +194,9 @@ def initial_state(task: Task, blueprint: Blueprint, like: TrainState, optimizer:
     model = nnx.merge(blueprint.graph, state.trained, state.frozen, state.statistics)
     load_start(task, model)
     state.trained, state.frozen, state.statistics = blueprint.split(model)
+    if task.methods:  # their transformations start from loaded weights
+        state.opt_state = None  # memory need not hold it twice
+        state.opt_state = jax.jit(optimizer.init, out_shardings=places.opt_state)(state.trained)
     return state
 
 

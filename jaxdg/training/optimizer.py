@@ -3,19 +3,28 @@
 The order is that of torch's AdamW: clip gradients by their global norm, take Adam's direction, add
 the decay, multiply by the step's and the parameter's own rate. Stacked blocks get one factor a
 layer.
+
+Published recipes end their schedules in ways that differ by a step (`OptimizerConfig.schedule`).
+The rate of a parameter at a step is
+
+    warm-up * (floor + (factor * peak - floor) * what is left of the decay)
+
+with its own factor, as mmcv and mmengine schedule each group by itself.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 import dataclasses
 import re
-from typing import Any, Protocol, runtime_checkable
+from typing import Annotated, Any, Literal, Protocol, runtime_checkable
 
+from annotated_types import Interval
 from flax import nnx
 import jax
+import jax.numpy as jnp
 import optax
 
 from jaxdg import weights
-from jaxdg.ranges import Count, CountOrZero, Positive, PositiveOrZero, ShareBelowOne
+from jaxdg.ranges import Count, CountOrZero, Positive, PositiveOrZero, Share, ShareBelowOne
 
 ENCODER = "backbone."
 
@@ -28,13 +37,25 @@ class OptimizerConfig:
         learning_rate: peak. Default 1e-4.
         encoder_factor: multiplies the encoder's learning rate if it starts from `model.weights`;
             from scratch the factor is 1. Default 0.1.
-        warmup_steps: steps of linear warm-up from 0. Default 0.
+        min_learning_rate: where the decay ends. Each parameter's rate ends there, whatever its
+            factor, so that one with a lower rate rises to it. Default 0.
+        layer_decay: multiplies the rate once for every block (of a hierarchical encoder: stage)
+            between a parameter and the encoder's output, its own included; once more for the
+            embeddings before the first block, as in BEiT. 1 turns it off. Default 1.
+        warmup_steps: steps of linear warm-up. Default 0.
+        warmup_factor: of the peak, where warm-up starts. Default 0.
         hold_steps: steps at the peak between warm-up and decay. Default 0.
-        power: of the polynomial decay to 0 at the last step; 0 keeps the rate constant. Default
-            0.9.
+        power: of the polynomial decay; 0 keeps the rate constant. Default 0.9.
+        schedule: the library whose ends of schedules are meant. jaxdg: the step after warm-up is
+            the first at the peak, and a step after the last one would be the first at the end of
+            the decay. mmengine: the last step of warm-up is at the peak, and the last step of the
+            run at the end of the decay. mmcv: as jaxdg, but the decay begins with the run, or after
+            `hold_steps`, and warm-up multiplies it. Default jaxdg.
         betas: decay of AdamW's moments. Default 0.9, 0.999.
         epsilon: of AdamW. Default 1e-8.
         weight_decay: decoupled, multiplied by the learning rate. Default 0.05.
+        final_weight_decay: towards which the weight decay of every parameter goes along half a
+            cosine over the run, also where it begins at 0; None keeps it. Default None.
         clip: largest global L2 norm of the gradient; 0 turns clipping off. Default 0.01.
         accumulate: parts in which a batch is computed, one after another, to save memory; the
             result is that of one part. Default 1.
@@ -46,12 +67,17 @@ class OptimizerConfig:
 
     learning_rate: Positive = 1e-4
     encoder_factor: PositiveOrZero = 0.1
+    min_learning_rate: PositiveOrZero = 0.0
+    layer_decay: Annotated[float, Interval(gt=0, le=1)] = 1.0
     warmup_steps: CountOrZero = 0
+    warmup_factor: Share = 0.0
     hold_steps: CountOrZero = 0
     power: PositiveOrZero = 0.9
+    schedule: Literal["jaxdg", "mmengine", "mmcv"] = "jaxdg"
     betas: tuple[ShareBelowOne, ShareBelowOne] = (0.9, 0.999)
     epsilon: Positive = 1e-8
     weight_decay: PositiveOrZero = 0.05
+    final_weight_decay: PositiveOrZero | None = None
     clip: PositiveOrZero = 0.01
     accumulate: Count = 1
     learning_rate_factors: tuple[tuple[str, PositiveOrZero], ...] = ()
@@ -65,7 +91,7 @@ class OptimizerConfig:
 
 @runtime_checkable
 class Counted(Protocol):
-    """An encoder that tells `model.freeze` to which block or stage a parameter belongs."""
+    """An encoder that tells to which block or stage a parameter belongs."""
 
     config: Any
 
@@ -74,18 +100,41 @@ class Counted(Protocol):
         ...
 
 
+def polynomial(config: OptimizerConfig, steps: int, peak: float, floor: float) -> optax.Schedule:
+    """Step to the decay from `peak` to `floor`, without warm-up."""
+    start = config.hold_steps + (0 if config.schedule == "mmcv" else config.warmup_steps)
+    end = steps - 1 if config.schedule == "mmengine" else steps
+    n = max(end - start, 1)
+
+    def schedule(step: Any) -> Any:
+        done = jnp.clip(step - start, 0, n)
+        # The division may be compiled to a product, with which the last step would miss 0 on either
+        # side; a negative number has no power.
+        left = jnp.where(done < n, 1 - done / n, 0.0)
+        return (peak - floor) * left**config.power + floor
+
+    return schedule
+
+
 def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:
-    """Step to rate: linear warm-up, constant, then polynomial decay to 0 after the last step."""
-    before = config.warmup_steps + config.hold_steps
-    decay = optax.polynomial_schedule(
-        config.learning_rate, 0.0, config.power, steps - before, config.hold_steps
-    )
-    if config.power == 0:
-        decay = optax.constant_schedule(config.learning_rate)
-    if not config.warmup_steps:
+    """Step to the rate of parameters whose factor is 1."""
+    peak = config.learning_rate
+    n = config.warmup_steps
+    decay = polynomial(config, steps, peak, config.min_learning_rate)
+    if not n:
         return decay
-    warmup = optax.linear_schedule(0.0, config.learning_rate, config.warmup_steps)
-    return optax.join_schedules([warmup, decay], [config.warmup_steps])
+
+    def warmup(step: Any, peak: float) -> Any:
+        rise = optax.linear_schedule(0.0, peak, n - 1 if config.schedule == "mmengine" else n)
+        return config.warmup_factor * peak + (1 - config.warmup_factor) * rise(step)
+
+    if config.schedule == "mmcv":
+        return lambda step: warmup(step, 1.0) * decay(step)
+
+    def schedule(step: Any) -> Any:
+        return jnp.where(step < n, warmup(step, peak), decay(step))
+
+    return schedule
 
 
 def make_optimizer(
@@ -94,6 +143,7 @@ def make_optimizer(
     params: nnx.State,
     encoder_factor: float,
     methods: Sequence[Any] = (),
+    encoder: Any = None,
 ) -> optax.GradientTransformation:
     """The run's optimiser.
 
@@ -103,10 +153,14 @@ def make_optimizer(
         params: the trained parameters (abstract or not), stacked segments whole.
         encoder_factor: multiplies the rate of parameters called `backbone.*`.
         methods: whose transformations follow the optimiser's own.
+        encoder: of the model, may be abstract; for `layer_decay`.
     """
+    layer_factor = layer_factors(config.layer_decay, encoder)
 
     def rate(name: str) -> float:
-        factor = encoder_factor if name.startswith(ENCODER) else 1.0
+        factor = 1.0
+        if name.startswith(ENCODER):
+            factor = encoder_factor * layer_factor(name.removeprefix(ENCODER))
         return weights.first_match(name, config.learning_rate_factors, 1.0) * factor
 
     def decay(name: str) -> float:
@@ -114,18 +168,77 @@ def make_optimizer(
 
     rates = weights.tree_by_name(params, rate)
     decays = weights.tree_by_name(params, decay)
+    schedule = learning_rate(config, steps)
+
+    def rates_at(step: jax.Array) -> Any:
+        """Factors of the schedule, with which each parameter ends at `min_learning_rate`."""
+        floor = config.min_learning_rate / config.learning_rate
+        if not floor:
+            return rates
+        left = polynomial(config, steps, 1.0, 0.0)(step)
+        return jax.tree.map(
+            lambda r: (floor + (r - floor) * left) / (floor + (1 - floor) * left), rates
+        )
+
+    def decays_at(step: jax.Array) -> Any:
+        final = config.final_weight_decay
+        if final is None:
+            return decays
+        # (1 + cos(pi t / T)) / 2 and (1 - cos(pi t / T)) / 2, which lose no digits in this form.
+        old = jnp.sin(jnp.pi / 2 * ((steps - step) / steps)) ** 2
+        new = jnp.sin(jnp.pi / 2 * (step / steps)) ** 2
+        return jax.tree.map(lambda d: d * old + final * new, decays)
 
     def decay_and_scale(updates, state, params):
-        scaled = jax.tree.map(lambda u, p, d, r: r * (u + d * p), updates, params, decays, rates)
-        return scaled, state
+        step = state.count
+        rate = -1 * schedule(step)  # a negation would be compiled to other last bits
+        scaled = jax.tree.map(
+            lambda u, p, d, r: rate * (r * (u + d * p)),
+            updates,
+            params,
+            decays_at(step),
+            rates_at(step),
+        )
+        return scaled, optax.ScaleByScheduleState(optax.safe_increment(step))
+
+    def first_step(params):
+        return optax.ScaleByScheduleState(jnp.zeros((), jnp.int32))
 
     return optax.chain(
         optax.clip_by_global_norm(config.clip) if config.clip else optax.identity(),
         optax.scale_by_adam(*config.betas, eps=config.epsilon),
-        optax.GradientTransformation(lambda _: optax.EmptyState(), decay_and_scale),  # pyright: ignore[reportArgumentType]
-        optax.scale_by_learning_rate(learning_rate(config, steps)),
+        optax.identity(),  # checkpoints count the states, and once had an empty one here
+        optax.GradientTransformation(first_step, decay_and_scale),  # pyright: ignore[reportArgumentType]
         *(transformation for method in methods if (transformation := method.transformation())),
     )
+
+
+def layer_factors(layer_decay: float, encoder: Any) -> Callable[[str], float]:
+    """A parameter's name within the encoder to its factor of layer-wise decay.
+
+    The same as BEiT's for plain encoders: `layer_decay` to the power of depth - i for block i, and
+    of depth + 1 for embeddings.
+
+    Modules that methods have added keep their rate, and so does what follows the features, such as
+    the pool of CLIP's ResNets.
+
+    Args:
+        layer_decay: the factor from one block to the one before.
+        encoder: may be abstract; None without layer-wise decay.
+    """
+    if layer_decay == 1:
+        return lambda name: 1.0
+    plain = nnx.eval_shape(lambda: encoder.config.build(rngs=nnx.Rngs(0)))
+    units = {name: plain.unit_of(name) for name in weights.shapes(plain) if not plain.unused(name)}
+    depth = max((unit for unit in units.values() if unit is not None), default=-1) + 1
+
+    def factor(name: str) -> float:
+        if name not in units:
+            return 1.0
+        unit = units[name]
+        return layer_decay ** (depth + 1 if unit is None else depth - unit)
+
+    return factor
 
 
 def method_states(opt_state: Any, methods: Sequence[Any]) -> list[Any]:

@@ -25,6 +25,7 @@ from jaxdg.detection.fcos import FcosConfig
 from jaxdg.detection.rcnn.detectors import C4Config, RcnnConfig
 from jaxdg.detection.rcnn.roi_heads import RoiHeadsConfig
 from jaxdg.detection.rcnn.rpn import RpnConfig
+from jaxdg.methods.average import AverageOptions
 from jaxdg.methods.tldr import TldrOptions
 from jaxdg.segmentation.mask2former.head import Mask2FormerOptions
 from jaxdg.segmentation.segformer import SegformerOptions
@@ -48,6 +49,7 @@ ALL = [
     RpnConfig,
     RoiHeadsConfig,
     TldrOptions,
+    AverageOptions,
     config_lib.OptimizerConfig,
     config_lib.EvaluationConfig,
     StreetsOptions,
@@ -295,7 +297,19 @@ def test_a_wrong_type_names_field_and_what_is_allowed(field, given, allowed, tmp
         *[
             ("optimizer.accumulate", 3),
             ("optimizer.warmup_steps", 1000),
-        ],  # do not go with the defaults of batch_size and steps
+            ("optimizer.warmup_factor", 0.5),
+            ("optimizer.min_learning_rate", 1.1e-4),
+        ],  # do not go with the defaults of batch_size, steps, warmup_steps and learning_rate
+        *[
+            ("optimizer.warmup_factor", 1.1),
+            ("optimizer.layer_decay", 0),
+            ("optimizer.layer_decay", 1.1),
+            ("optimizer.schedule", "torch"),
+            ("optimizer.final_weight_decay", -1e-9),
+            ("average.momentum", 0),
+            ("average.momentum", 1),
+            ("average.start", -1),
+        ],
         *[
             ("optimizer.learning_rate_factors", (("(", 1.0),)),
             ("optimizer.weight_decay_factors", (("norm", -1.0),)),
@@ -358,6 +372,10 @@ def test_a_wrong_value_names_field_and_what_is_allowed(field, given, tmp_path):
             ("evaluation.stride", (128, 128)),
             ("optimizer.accumulate", 8),
             ("optimizer.warmup_steps", 999),
+            ("optimizer.min_learning_rate", 1e-4),
+            ("optimizer.final_weight_decay", 0),
+            ("optimizer.layer_decay", 1),
+            ("average.start", 0),
             ("data.scale", (1, 1)),
         ],
     ],
