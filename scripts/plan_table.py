@@ -50,7 +50,9 @@ ROWS = [
     # Inference: label maps by windows, and boxes.
     *[("gta5_eva02", f"{WINDOWS} --image {size}", ONE[0]) for size in ("512x1024", "1024x2048")],
     *[("gta5_clip", f"{WINDOWS} --image {size}", ONE[0]) for size in ("512x1024", "1024x2048")],
+    *[("gta5_eva02", f"{WINDOWS} --image 1024x2048", mesh) for mesh in BOTH[1:]],
     *[(recipe, BOXES, mesh) for recipe in DETECTORS for mesh in ONE],
+    *[("vltdet_eva02_l14", BOXES, mesh) for mesh in BOTH[1:]],
     # Eight hosts of eight.
     *[("gta5_eva02", BF16, mesh) for mesh in HOSTS],
     *[("gta5_eva02", f"{BF16} {LARGER}=dinov2_g14", mesh) for mesh in HOSTS],

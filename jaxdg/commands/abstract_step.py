@@ -103,7 +103,7 @@ def _labelling(
 ) -> AbstractStep:
     """The label maps of a batch of images."""
     c = task.config
-    label_maps = task.labelling(graph)
+    label_maps = task.labelling(graph, mesh)
     protocol = protocols.Protocol("native", c.data.crop, c.evaluation.stride)
     n = task.batch_size(mesh)
     # Every image fills its array, so the program knows how many windows there are.
@@ -125,7 +125,8 @@ def _detecting(task: Detection, graph: nnx.GraphDef, state: TrainState, mesh: Me
 
     def infer(state: TrainState, batch: dict[str, Any]) -> Any:
         model_state = state.trained, state.frozen, state.statistics
-        return task.detect(graph, model_state, batch["image"], batch["inside"])
+        with sharding.gathered(model_state, mesh) as whole:
+            return task.detect(graph, whole, batch["image"], batch["inside"])
 
     batch = {
         "image": _rows(mesh, (n, *task.config.data.crop, 3), np.uint8),

@@ -47,6 +47,9 @@ from jaxdg.commands.flops import count
 from jaxdg.config import Config, MeshConfig
 from jaxdg.training import sharding
 
+# Machine code that never runs need not be good.
+QUICK = {"xla_backend_optimization_level": "0", "xla_llvm_disable_expensive_passes": "True"}
+
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
@@ -92,14 +95,12 @@ def plan(config: Config) -> Plan:
     start = time.perf_counter()
     step = abstract_step(config, sharding.make_mesh(config.mesh))
     state = step.state
-    # Machine code that never runs need not be good.
-    quick = {"xla_backend_optimization_level": "0", "xla_llvm_disable_expensive_passes": "True"}
-    compiled = step.compile(quick)
+    compiled = step.compile(QUICK)
     found, unknown = collectives(compiled.as_text())
     temporaries = compiled.memory_analysis().temp_size_in_bytes
     flops = count(step.function, state, step.batch)
     for part in step.preparations:
-        compiled = part.compile(quick)
+        compiled = part.compile(QUICK)
         more, loops = collectives(compiled.as_text())
         found += more
         unknown += loops

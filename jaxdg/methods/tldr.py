@@ -209,7 +209,9 @@ def preparation(
         style = batch["style"].astype(jnp.float32)
         b, h, w, _ = image.shape
         padding = (0, 0), (0, height - h), (0, width - w), (0, 0)
-        features = nnx.merge(graph, state)(jnp.pad(normalize(image), padding))
+        with sharding.gathered(state, mesh) as whole:
+            before: Any = nnx.merge(graph, whole)
+            features = before(jnp.pad(normalize(image), padding))
         grams = {f"gram{i}": gram(features[place]) for i, place in enumerate(observed)}
         share = jnp.full(b, (1 - step / config.steps) / b)
         return {

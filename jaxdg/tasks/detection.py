@@ -143,7 +143,8 @@ class Detection(ImageTask):
         @jax.jit(out_shardings=sharding.replicated(mesh))
         def detect(state: ModelState, batch: Batch) -> tuple[Detected, Batch]:
             truth = {key: batch[key] for key in ("index", "valid", *BOX_FIELDS)}
-            return self.detect(graph, state, batch["image"], batch["inside"]), truth
+            with sharding.gathered(state, mesh) as whole:
+                return self.detect(graph, whole, batch["image"], batch["inside"]), truth
 
         def evaluate(state: ModelState, dataset: Dataset, tick: Callable[[], None]) -> DomainResult:
             # Needs grain, which models that are only built, timed or planned do without.

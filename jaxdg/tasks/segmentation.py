@@ -130,9 +130,11 @@ class Segmentation(ImageTask):
         return predict
 
     def labelling(
-        self, graph: nnx.GraphDef
+        self, graph: nnx.GraphDef, mesh: Mesh | None = None
     ) -> Callable[[ModelState, Batch, protocols.Protocol], UInt8[Array, "b h w"]]:
         """A function of (model state, batch, protocol) to label maps of the labels' size.
+
+        The mesh is what state and batch are divided over; None: one device.
 
         The batch is one of `eval_batches`. The model compiles once for every shape and scale of
         images, whatever the sizes of the images inside it. Test-time augmentation follows
@@ -145,8 +147,6 @@ class Segmentation(ImageTask):
         def scores(
             state: ModelState, images: Array, sizes: Array, flip: Any, windows: Any, scale: float
         ) -> tuple[Array, Array]:
-            model = nnx.merge(graph, *state)
-
             def mirrored(x, own):
                 return x if flip is None else jnp.where(flip, segmentation.mirror(x, own), x)
 
@@ -158,9 +158,11 @@ class Segmentation(ImageTask):
                 images = jnp.round(segmentation.resize_scores(images, (h, w), (sizes, own)))
             images = self.normalize(mirrored(images, own))
             per_call = self.config.evaluation.windows_per_call
-            found = segmentation.sliding_window(
-                model.scores, images, windows[0], windows[1], per_call, own
-            )
+            with sharding.gathered(state, mesh) as whole:
+                model = nnx.merge(graph, *whole)
+                found = segmentation.sliding_window(
+                    model.scores, images, windows[0], windows[1], per_call, own
+                )
             return mirrored(found, own), own
 
         resized = jax.jit(segmentation.label_map, static_argnums=1)
@@ -200,7 +202,7 @@ class Segmentation(ImageTask):
 
     def evaluator(self, graph: nnx.GraphDef, mesh: Mesh) -> Evaluate:
         """See `Task.evaluator`."""
-        label_maps = self.labelling(graph)
+        label_maps = self.labelling(graph, mesh)
         k = len(self.labels.names)
         batch_size = self.batch_size(mesh)
 

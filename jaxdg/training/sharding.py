@@ -6,7 +6,7 @@ that they can. If there is none, every device holds the parameter. The leading l
 blocks is never divided.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 import contextlib
 import dataclasses
 from typing import Any, TypeAlias
@@ -142,6 +142,25 @@ def mesh_of(shardings: Any) -> contextlib.AbstractContextManager:
     if isinstance(at, NamedSharding):
         return jax.sharding.use_abstract_mesh(at.mesh.abstract_mesh)
     return contextlib.nullcontext()
+
+
+@contextlib.contextmanager
+def gathered(state: Any, mesh: Mesh | None) -> Iterator[Any]:
+    """In a jitted function: what a model that only computes features is merged from.
+
+    In the context all parameters are gathered on every device of the mesh, stacked blocks one after
+    another as they compute. See `backbones.stacking.gathered` for what happens without.
+
+    Args:
+        state: parameters and statistics, divided over the mesh.
+        mesh: None leaves them as they are.
+    """
+    if mesh is None:
+        yield state
+        return
+    at = jax.tree.map(lambda _: replicated(mesh), state)
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        yield gather(state, at)
 
 
 def to_devices(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:

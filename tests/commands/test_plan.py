@@ -203,6 +203,8 @@ def test_methods_are_planned_without_their_weights():
     ]
     assert p.preparation == sum(x.nbytes for x in arrays) > 0
     assert p.total == p.parameters + p.optimizer + p.rest + p.preparation + p.temporaries
+    # Devices exchange parameters and gradients, no features.
+    assert {c.kind for c in p.collectives} <= {"all-gather", "all-reduce", "reduce-scatter"}
     # Both preparations make float32 images, of which a device has one.
     views = 3 * 32 * 32 * 3 * 4
     assert p.rest > views + 4 * encoder.config.width**2 * 4
@@ -231,6 +233,22 @@ def test_detectors_take_the_planned_batch():
     )
     assert terms
     assert all(term.shape == () for term in terms.values())
+
+
+@pytest.mark.parametrize("task", ["segmentation", "detection"])
+def test_devices_that_infer_exchange_parameters_alone(task):
+    """Each device computes its own images: no features are sent, and of numbers only whether all
+    boxes of a tile are settled.
+    """
+    config = tiny(task)
+    config.evaluation.batch_size = 8
+    mesh = sharding.make_mesh(config.mesh)
+    step = abstract_step.abstract_inference(config, mesh, (32, 32))
+    found, _ = collectives.collectives(step.compile(plan.QUICK).as_text())
+    sent = {c.kind: c.size for c in found if c.kind != "all-gather"}
+    assert task == "detection" or not sent
+    assert set(sent) <= {"all-reduce"}
+    assert all(size <= 16 for size in sent.values())
 
 
 def test_the_command():
