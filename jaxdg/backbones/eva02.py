@@ -164,6 +164,14 @@ def normalized_product(
     return (scale * (x.astype(linear.dtype) @ kernel) + bias).astype(linear.dtype)
 
 
+def are_plain(*layers: nnx.Linear) -> bool:
+    """Whether these are linear layers and no more, whose kernels may be joined.
+
+    A method of training may have put others in their places, which only compute when called.
+    """
+    return all(type(layer) is nnx.Linear for layer in layers)
+
+
 class Attention(nnx.Module):
     """Self-attention with rotary positions; queries and values have a bias, keys do not."""
 
@@ -188,7 +196,7 @@ class Attention(nnx.Module):
     def __call__(
         self, x: Float[Array, "b n c"], cos: Float[Array, "p d"], sin: Float[Array, "p d"]
     ) -> Float[Array, "b n c"]:
-        if self.half:
+        if self.half and are_plain(*self._projections()):
             bias = jnp.concatenate([self.q_bias[...], jnp.zeros(x.shape[-1]), self.v_bias[...]])
             q, k, v = jnp.split(product(x, self._kernel(), bias), 3, axis=-1)
         else:
@@ -197,18 +205,20 @@ class Attention(nnx.Module):
                 if self.subln
                 else jnp.split(self.qkv(x), 3, axis=-1)
             )
-            q = q + self.q_bias[...]
-            v = v + self.v_bias[...]
+            q = q + self.q_bias[...].astype(q.dtype)
+            v = v + self.v_bias[...].astype(v.dtype)
         q, k, v = (t.reshape(*t.shape[:2], self.heads, -1) for t in (q, k, v))
         q = rotate(q, cos, sin)
         k = rotate(k, cos, sin)
         y = attention.attention(q, k, v, padding=self.padding).reshape(x.shape)
         return self.proj(y if self.inner_attn_ln is None else self.inner_attn_ln(y))
 
+    def _projections(self) -> tuple[nnx.Linear, ...]:
+        return (self.q_proj, self.k_proj, self.v_proj) if self.subln else (self.qkv,)
+
     def _kernel(self) -> Float[Array, "c d"]:
         """The three projections as one."""
-        linears = (self.q_proj, self.k_proj, self.v_proj) if self.subln else (self.qkv,)
-        kernels = [linear.kernel[...].astype(linear.dtype) for linear in linears]
+        kernels = [linear.kernel[...].astype(linear.dtype) for linear in self._projections()]
         return jnp.concatenate(kernels, axis=1)
 
     def values(self, x: Float[Array, "b n c"]) -> Float[Array, "b n c"]:
@@ -260,7 +270,7 @@ class SwiGlu(nnx.Module):
         if not self.subln:
             gate, value = jnp.split(self.w12(x), 2, axis=-1)
             return self.w3(jax.nn.silu(gate) * value)
-        if self.dtype.itemsize == 2:
+        if self.dtype.itemsize == 2 and are_plain(self.w1, self.w2, self.w3):
             return self._in_half_precision(x)
         return self.w3(self.ffn_ln(jax.nn.silu(self.w1(x)) * self.w2(x)))
 

@@ -18,6 +18,7 @@ from jaxdg.detection.interface import HeadConfig
 from jaxdg.detection.rcnn.detectors import C4Config, RcnnConfig, single_stage
 from jaxdg.evaluation import protocols
 from jaxdg.methods.average import AverageOptions
+from jaxdg.methods.low_rank import LowRankOptions
 from jaxdg.methods.rein import ReinOptions
 from jaxdg.methods.tldr import TldrOptions
 from jaxdg.ranges import Count, CountOrZero, Size
@@ -131,6 +132,7 @@ class Config:
         optimizer: how.
         average: an average of the weights, off by default.
         tldr: a comparison, off by default.
+        low_rank: adapters of a frozen encoder, off by default.
         rein: a frozen encoder refined by learned tokens, off by default.
         evaluation: on what it is judged.
     """
@@ -150,6 +152,7 @@ class Config:
     # Methods end in this order; adapters fold after their average is taken.
     average: AverageOptions = dataclasses.field(default_factory=AverageOptions)
     tldr: TldrOptions = dataclasses.field(default_factory=TldrOptions)
+    low_rank: LowRankOptions = dataclasses.field(default_factory=LowRankOptions)
     rein: ReinOptions = dataclasses.field(default_factory=ReinOptions)
     evaluation: EvaluationConfig = dataclasses.field(default_factory=EvaluationConfig)
 

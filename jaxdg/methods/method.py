@@ -4,7 +4,7 @@ Training calls the hooks in this order:
 
     modules and parameters   observed, boundaries, extend, trains
     before a step            wants_pictures, preparation
-    in a step                images, targets, observe
+    in a step                images, drawing, targets, observe
     after the optimiser      transformation
     when training ends       finish
 
@@ -12,12 +12,13 @@ Several methods may be on at once: each gets what the hooks of the methods befor
 """
 
 from collections.abc import Callable, Sequence
+import contextlib
 import dataclasses
 from typing import Any
 
 from flax import nnx
 from jax.sharding import Mesh
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Key
 import optax
 
 Batch = dict[str, Array]
@@ -125,6 +126,20 @@ class Method:
     def images(self, images: Float[Array, "b h w 3"], batch: Batch) -> Float[Array, "n h w 3"]:
         """The input of the encoder, RGB in 0..255: the augmented images, or several for each."""
         return images
+
+    def drawing(
+        self, model: Any, key: Key[Array, ""]
+    ) -> contextlib.AbstractContextManager[None, Any]:
+        """What the modules of `extend` draw at random lies in the model while this is open.
+
+        It is open while the encoder runs in training. Modules hold no random state: what was added
+        must be gone afterwards.
+
+        Args:
+            model: of this step; is changed in place.
+            key: of this step.
+        """
+        return contextlib.nullcontext()
 
     def targets(self, batch: Batch) -> Batch:
         """The batch for the losses, with a row for each row of features that `observe` returns."""

@@ -1,6 +1,7 @@
 """The protocol of a task, and the part that both tasks share."""
 
 from collections.abc import Callable, Sequence
+import contextlib
 import dataclasses
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -205,7 +206,10 @@ class ImageTask:
             for method in self.methods:
                 images = method.images(images, batch)
             images = self.normalize(images)
-        features = model.encode(images, drop_key)
+        with contextlib.ExitStack() as drawn:
+            for i, method in enumerate(self.methods, 2):  # the decoder takes 1
+                drawn.enter_context(method.drawing(model, jax.random.fold_in(drop_key, i)))
+            features = model.encode(images, drop_key)
         for method in self.methods:
             places = method_lib.tap_places(model, method.observed(self.depth))
             with jax.named_scope("losses"):

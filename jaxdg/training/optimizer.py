@@ -320,7 +320,9 @@ def freeze_boundaries(frozen: set[str], slots: Mapping[str, weights.Slot]) -> tu
     first = 0
     for stack in sorted(stacks):
         for (rest, block), name in stacks[stack].items():
-            if block and (stacks[stack][rest, block - 1] in frozen) != (name in frozen):
+            # A method may have extended this block alone; then a segment ends there anyway.
+            before = stacks[stack].get((rest, block - 1), name)
+            if (before in frozen) != (name in frozen):
                 ends.add(first + block - 1)
         first += max(block for _, block in stacks[stack]) + 1
     return tuple(sorted(ends))

@@ -23,6 +23,9 @@ Rules: TypeAlias = Sequence[tuple[str, tuple[str | None, ...]]]
 
 RULES: Rules = (
     (r"kernel$", (None, "fsdp")),
+    # Factors of adapters beside a kernel: their rank is small, and need not divide.
+    (r"lora_a$", ("fsdp", None)),
+    (r"lora_b$", (None, "fsdp")),
     (r"_embed$", (None, "fsdp")),
 )
 
