@@ -152,19 +152,13 @@ def test_released_start_is_the_smallest_part_of_torchs_first_weights():
     assert np.abs(a[0] - a[1]).max() > 0.01
 
 
-FAMILIES = [
+FAMILIES = [  # that hold or call their layers in ways of their own
     "augreg_ti16",
-    "mocov3_b16",
     "eva02_clip_l14",
     "eva02_ti14",
-    "clip_l14",
     "sam_b16",
-    "deit3_b16",
-    "dinov2_l14_reg",
     "dinov2_g14",
     "dinov3_l16",
-    "siglip2_l16",
-    "eva_clip_18b",
 ]
 
 
@@ -195,23 +189,18 @@ def picture(b: int = 2) -> jax.Array:
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_laws_of_every_family(name):
-    """LoRA at its start changes no bit (operation by operation: compilers may round otherwise),
-    SoMA's rounding only; a folded encoder computes what the adapted one did, and has its names.
+    """SoMA at its start changes an encoder's features by rounding only; a folded encoder computes
+    what the adapted one did, and has its names.
     """
-    config: Any = reduced(zoo.entry(name).config, depth=2)
+    config: Any = reduced(zoo.entry(name).config, depth=1)
     run = jax.jit(lambda model: model.backbone(picture())[0])
     products = tuple(low_rank.linears(config))
     if "attn.qkv" in products:
         products = (*sorted({*products} - {"attn.qkv"}), "attn.v", "attn.q")
-    o = LowRankOptions(on=True, rank=2, alpha=3.0, products=products)
+    o = LowRankOptions(on=True, start="soma", rank=2, alpha=3.0, products=products)
+    method = LowRank(o, config)
     plain = built(config)
     expected = run(plain)
-
-    model = extended(plain, LowRank(o, config))
-    with jax.disable_jit():
-        np.testing.assert_array_equal(run(model), run(plain))
-
-    method = LowRank(dataclasses.replace(o, start="soma"), config)
     model = extended(plain, method)
     near(run(model), expected, 1e-5)
     move(model, ("lora_a", "lora_b"), 0.1)
@@ -222,7 +211,52 @@ def test_laws_of_every_family(name):
     near(run(model), changed, 1e-5)
 
 
-@pytest.mark.parametrize("name", ["eva02_clip_l14", "eva02_ti14", "dinov3_l16"])
+def test_lora_at_its_start_changes_no_bit():
+    """The features of two scanned blocks, all of whose layers are adapted.
+
+    They are computed operation by operation, since compilers may round two programs otherwise.
+    """
+    config = VitConfig(width=24, depth=2, heads=2, patch_size=4, taps=(1,), image_size=(12, 12))
+    plain = built(config)
+    model = extended(plain, LowRank(LowRankOptions(on=True, rank=2), config))
+    with jax.disable_jit():
+        np.testing.assert_array_equal(model.backbone(picture())[0], plain.backbone(picture())[0])
+
+
+def test_every_plain_vit_of_the_zoo_is_adapted():
+    """Layers are found by the names that they have in a block, in all encoders but those with
+    stages (shapes); each adapter has the sides of its kernel.
+    """
+    found = {}
+    for name, entry in zoo.ZOO.items():
+        if isinstance(entry.config, VitConfig):
+            config: Any = reduced(entry.config, depth=1)
+            method = LowRank(LowRankOptions(on=True, rank=3), config)
+
+            def make(config=config, method=method):
+                model: Any = nnx.Dict(backbone=config.build(rngs=nnx.Rngs(0)))
+                method.extend(model, nnx.Rngs(0))
+                return model
+
+            shapes = weights.shapes(nnx.eval_shape(make))
+            found[name] = tuple(method.chosen)
+            for layer in method.chosen:
+                inside, outside = shapes[f"backbone.blocks.0.{layer}.kernel"]
+                assert shapes[f"backbone.blocks.0.{layer}.lora_a"] == (inside, 3)
+                assert shapes[f"backbone.blocks.0.{layer}.lora_b"] == (3, outside)
+    assert len(found) > 30
+    split = ("attn.k_proj", "attn.proj", "attn.q_proj", "attn.v_proj", "mlp.w1", "mlp.w2", "mlp.w3")
+    gated = ("attn.proj", "attn.qkv", "mlp.w12", "mlp.w3")
+    assert found["eva02_l14"] == found["eva02_clip_l14"] == split
+    assert found["eva02_s14"] == found["dinov2_g14"] == gated
+    assert set(found.values()) == {
+        split,
+        gated,
+        ("attn.proj", "attn.qkv", "mlp.fc1", "mlp.fc2"),
+    }
+
+
+@pytest.mark.parametrize("name", ["eva02_clip_l14", "eva02_ti14"])
 def test_half_precision_heeds_adapters(name):
     """In bfloat16 an adapted encoder is as near to float32 as a plain one."""
     config: Any = reduced(zoo.entry(name).config, depth=1)
@@ -298,7 +332,7 @@ def test_counts_of_published_models():
 @pytest.fixture(scope="module", autouse=True)
 def small():
     """A small encoder in the zoo; what one run compiles serves the next."""
-    zoo.ZOO["tiny8"] = zoo.Entry(VitConfig(width=16, depth=4, heads=2, patch_size=8, taps=(1, 3)))
+    zoo.ZOO["tiny8"] = zoo.Entry(VitConfig(width=16, depth=3, heads=2, patch_size=8, taps=(2,)))
     yield
     del zoo.ZOO["tiny8"]
 
@@ -310,7 +344,7 @@ def tiny(folder: Path, task: str = "segmentation") -> Config:
     c.data.streets.images = 8
     c.data.streets.val_images = 2
     c.low_rank = LowRankOptions(
-        on=True, start="soma", rank=2, dropout=0.2, products=SOMA, first_block=1, last_block=2
+        on=True, start="soma", rank=2, dropout=0.2, products=SOMA, first_block=1
     )
     c.low_rank.biases = True
     c.model.encoder = "tiny8"
@@ -372,8 +406,8 @@ def test_runs_train_adapters_alone_and_resume(task, tmp_path, monkeypatch):
         for layer in layers
         for part in ("kernel", "bias")
     }
-    jaxdg.load(tmp_path / "whole").predict(np.zeros((32, 64, 3), np.uint8))
     if task == "segmentation":
+        jaxdg.load(tmp_path / "whole").predict(np.zeros((32, 64, 3), np.uint8))
         start(c, tmp_path / "parts", steps=2)
         assert start(c, tmp_path / "parts") == rows
         for name, tensor in tasks.stored_tensors(tmp_path / "parts").items():
@@ -444,7 +478,7 @@ def test_dropout_is_drawn_by_step_and_block_in_training_alone():
     layer.kernel[...] = jnp.zeros_like(layer.kernel[...])
     layer.lora_a[...] = jnp.broadcast_to(jnp.eye(64, 4), (3, 64, 4))
     layer.lora_b[...] = jnp.broadcast_to(jnp.eye(4, 64), (3, 4, 64))
-    x = jnp.ones((500, 64))
+    x = jnp.ones((300, 64))
     seen = []
     for key in (1, 1, 2):
         with method.drawing(model, jax.random.key(key)):
@@ -459,7 +493,7 @@ def test_dropout_is_drawn_by_step_and_block_in_training_alone():
     np.testing.assert_array_equal(seen[:3], seen[3:6])
     for i in range(5):
         assert all(np.mean(kept[i] != kept[j]) > 0.3 for j in range(i))
-    np.testing.assert_array_equal(single(layer)(x)[:, :4], np.ones((500, 4)))
+    np.testing.assert_array_equal(single(layer)(x)[:, :4], np.ones((300, 4)))
 
 
 def test_the_start_does_not_depend_on_where_segments_end():
@@ -505,11 +539,11 @@ def test_plans_without_weights():
             " thirds once",
         ),
         (
-            dict(last_block=4),
-            "low_rank adapts blocks 0 to 4; allowed: first_block <= last_block <= 3, as tiny8 has 4"
+            dict(last_block=3),
+            "low_rank adapts blocks 0 to 3; allowed: first_block <= last_block <= 2, as tiny8 has 3"
             " blocks",
         ),
-        (dict(first_block=3, last_block=2), "low_rank adapts blocks 3 to 2; allowed: first_block"),
+        (dict(first_block=2, last_block=1), "low_rank adapts blocks 2 to 1; allowed: first_block"),
         (
             dict(rank=17, products=("attn.v",)),
             "low_rank.rank is 17; allowed: at most 16, the smaller side of the matrix of attn.qkv,"
@@ -547,7 +581,7 @@ def test_blocks_that_are_not_there():
     c.low_rank = LowRankOptions(on=True, first_block=2)
     c = validated(c)
     task = tasks.make_task(c, methods.active(c))
-    with pytest.raises(ValueError, match=r"blocks 2 to 3, and none after block 1 is read"):
+    with pytest.raises(ValueError, match=r"blocks 2 to 2, and none after block 1 is read"):
         tasks.Blueprint.of(task, "none")
     c = copy.deepcopy(c)
     c.rein.on = True
