@@ -62,7 +62,7 @@ def encoder(word: str) -> torch.nn.Module:
     return module
 
 
-def soma(library: Any) -> dict[str, np.ndarray]:
+def soma(library: Any) -> dict[str, Any]:
     """Both starts of SoMA."""
     found = {}
     config = library.SoraConfig(
@@ -78,7 +78,7 @@ def soma(library: Any) -> dict[str, np.ndarray]:
         if start == "released":
             model.load_state_dict(encoder("loaded").state_dict(), strict=False)
         for name, (inside, _) in SIZES.items():
-            layer = getattr(model.blocks[0], name)
+            layer: Any = model.get_submodule(f"blocks.0.{name}")
             with torch.no_grad():
                 found[f"{start} {name} ba"] = layer.lora_B.weight @ layer.lora_A.weight
                 found[f"{start} {name} weight"] = layer.weight
@@ -86,7 +86,7 @@ def soma(library: Any) -> dict[str, np.ndarray]:
     return found
 
 
-def lora() -> dict[str, np.ndarray]:
+def lora() -> dict[str, Any]:
     """LoRA by peft on a layer of 12 to 36, with A and B that are not 0."""
     from peft import LoraConfig, get_peft_model  # pyright: ignore[reportMissingImports]
 
@@ -105,7 +105,7 @@ def lora() -> dict[str, np.ndarray]:
     return {"peft y": y, "peft dx": x.grad, "peft da": a.grad, "peft db": b.grad}
 
 
-def recycle(library: Any) -> dict[str, np.ndarray]:
+def recycle(library: Any) -> dict[str, Any]:
     """RecycleLoRA's start: a main pair of rank 3 and a second of rank 1, alpha 6."""
     found = {}
     for name in ("fc1", "fc2"):
