@@ -18,6 +18,7 @@ import numpy as np
 
 from jaxdg.backbones import resizing, stacking
 from jaxdg.backbones.encoder import Encoder, StagedConfig
+from jaxdg.backbones.layers import Linear, spread
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,17 +122,16 @@ class AttentionPool(nnx.Module):
         self.heads = c // 64
         init = nnx.initializers.normal(c**-0.5)
         self.positional_embedding = nnx.Param(init(rngs.params(), (1 + config.pool_grid**2, c)))
-        self.q_proj = nnx.Linear(c, c, kernel_init=init, dtype=dtype, rngs=rngs)
-        self.k_proj = nnx.Linear(c, c, kernel_init=init, dtype=dtype, rngs=rngs)
-        self.v_proj = nnx.Linear(c, c, kernel_init=init, dtype=dtype, rngs=rngs)
-        self.c_proj = nnx.Linear(c, config.embedding, kernel_init=init, dtype=dtype, rngs=rngs)
+        self.q_proj = Linear(c, c, kernel_init=init, dtype=dtype, rngs=rngs)
+        self.k_proj = Linear(c, c, kernel_init=init, dtype=dtype, rngs=rngs)
+        self.v_proj = Linear(c, c, kernel_init=init, dtype=dtype, rngs=rngs)
+        self.c_proj = Linear(c, config.embedding, kernel_init=init, dtype=dtype, rngs=rngs)
 
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b e"]:
         b, h, w, c = x.shape
         x = x.reshape(b, h * w, c)
-        x = jnp.concatenate([x.mean(1, keepdims=True), x], axis=1) + self.positions(h, w).astype(
-            x.dtype
-        )
+        x = jnp.concatenate([x.mean(1, keepdims=True), x], axis=1)
+        x = x + spread(self.positions(h, w), x)
         q = self.q_proj(x[:, :1])
         k = self.k_proj(x)
         v = self.v_proj(x)

@@ -18,6 +18,7 @@ from jaxtyping import Array, Float
 import numpy as np
 
 from jaxdg.backbones import stacking
+from jaxdg.backbones.layers import Linear
 from jaxdg.backbones.vit import Attention, Vit, VitConfig
 
 EPSILON = 1e-5
@@ -45,8 +46,8 @@ class Mlp(nnx.Module):
         c = config.width
         dtype = jnp.dtype(config.dtype)
         self.activation = config.activation
-        self.fc1 = nnx.Linear(c, 4 * c, dtype=dtype, rngs=rngs)
-        self.fc2 = nnx.Linear(4 * c, c, dtype=dtype, rngs=rngs)
+        self.fc1 = Linear(c, 4 * c, dtype=dtype, rngs=rngs)
+        self.fc2 = Linear(4 * c, c, dtype=dtype, rngs=rngs)
 
     def __call__(self, x: Float[Array, "b n c"]) -> Float[Array, "b n c"]:
         y = self.fc1(x)

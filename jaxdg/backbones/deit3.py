@@ -13,6 +13,7 @@ from jaxtyping import Array, Float
 import numpy as np
 
 from jaxdg.backbones import resizing, stacking
+from jaxdg.backbones.layers import spread
 from jaxdg.backbones.vit import Attention, Mlp, PatchEmbed, Vit, VitConfig
 
 INITIAL_SCALE = 1e-4
@@ -34,7 +35,7 @@ class LayerScale(nnx.Module):
         self.gamma = nnx.Param(jnp.full(channels, initial))
 
     def __call__(self, x: Float[Array, "b n c"]) -> Float[Array, "b n c"]:
-        return x * self.gamma[...].astype(x.dtype)
+        return x * spread(self.gamma[...], x)
 
 
 class Block(nnx.Module):
@@ -86,9 +87,7 @@ class Deit3(Vit):
         """The tokens that enter the first block: class token, and patches with their positions."""
         x = self.patch_embed(jnp.asarray(images))
         cls = jnp.broadcast_to(self.cls_token[...], (x.shape[0], 1, self.config.width))
-        return jnp.concatenate(
-            [cls.astype(x.dtype), x + self.pos_embed[...].astype(x.dtype)], axis=1
-        )
+        return jnp.concatenate([cls.astype(x.dtype), x + spread(self.pos_embed[...], x)], axis=1)
 
     def adapt(self, name: str, tensor: np.ndarray) -> np.ndarray | None:
         """As `Vit.adapt`, for positions without a row for the class token."""

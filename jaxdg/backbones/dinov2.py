@@ -23,6 +23,7 @@ import numpy as np
 
 from jaxdg.backbones import resizing, stacking
 from jaxdg.backbones.deit3 import Block
+from jaxdg.backbones.layers import Linear
 from jaxdg.backbones.vit import PatchEmbed, Vit, VitConfig
 
 INITIAL_SCALE = 1e-5
@@ -63,8 +64,8 @@ class SwiGlu(nnx.Module):
         c = config.width
         dtype = jnp.dtype(config.dtype)
         hidden = -(-int(4 * c * 2 / 3) // 8) * 8
-        self.w12 = nnx.Linear(c, 2 * hidden, dtype=dtype, rngs=rngs)
-        self.w3 = nnx.Linear(hidden, c, dtype=dtype, rngs=rngs)
+        self.w12 = Linear(c, 2 * hidden, dtype=dtype, rngs=rngs)
+        self.w3 = Linear(hidden, c, dtype=dtype, rngs=rngs)
 
     def __call__(self, x: Float[Array, "b n c"]) -> Float[Array, "b n c"]:
         gate, value = jnp.split(self.w12(x), 2, axis=-1)

@@ -16,6 +16,7 @@ import numpy as np
 
 from jaxdg.backbones import attention, stacking
 from jaxdg.backbones.deit3 import LayerScale
+from jaxdg.backbones.layers import Linear, spread
 from jaxdg.backbones.vit import Mlp, PatchEmbed, Vit, VitConfig
 
 BASE = 100.0
@@ -83,7 +84,7 @@ class Attention(nnx.Module):
 
     def __init__(self, config: Dinov3Config, *, rngs: nnx.Rngs):
         c = config.width
-        linear = partial(nnx.Linear, dtype=jnp.dtype(config.dtype), rngs=rngs)
+        linear = partial(Linear, dtype=jnp.dtype(config.dtype), rngs=rngs)
         self.heads = config.heads
         self.prefix = config.prefix
         self.padding = config.padding
@@ -95,8 +96,9 @@ class Attention(nnx.Module):
         self, x: Float[Array, "b n c"], cos: Float[Array, "p d"], sin: Float[Array, "p d"]
     ) -> Float[Array, "b n c"]:
         q, k, v = jnp.split(self.qkv(x), 3, axis=-1)
-        q_bias, v_bias = self.qv_bias[...].astype(q.dtype)
-        q, k, v = (t.reshape(*t.shape[:2], self.heads, -1) for t in (q + q_bias, k, v + v_bias))
+        q = q + spread(self.qv_bias[0], q)
+        v = v + spread(self.qv_bias[1], v)
+        q, k, v = (t.reshape(*t.shape[:2], self.heads, -1) for t in (q, k, v))
         q = rotate(q, cos, sin, self.prefix)
         k = rotate(k, cos, sin, self.prefix)
         return self.proj(attention.attention(q, k, v, padding=self.padding).reshape(x.shape))
@@ -163,7 +165,6 @@ class Dinov3(Vit):
     def embed(self, images: Float[Array | np.ndarray, "b h w 3"]) -> Float[Array, "b n c"]:
         """The input of the first block: class token, registers and patches, without positions."""
         x = self.patch_embed(jnp.asarray(images))
-        first = jnp.concatenate([self.cls_token[...], self.storage_tokens[...]], axis=1).astype(
-            x.dtype
-        )
-        return jnp.concatenate([jnp.broadcast_to(first, (x.shape[0], *first.shape[1:])), x], axis=1)
+        first = jnp.concatenate([self.cls_token[...], self.storage_tokens[...]], axis=1)
+        first = jnp.broadcast_to(first, (x.shape[0], *first.shape[1:]))
+        return jnp.concatenate([first.astype(x.dtype), x], axis=1)

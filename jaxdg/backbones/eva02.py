@@ -23,6 +23,7 @@ import numpy as np
 
 from jaxdg.backbones import attention, stacking
 from jaxdg.backbones.encoder import EncoderConfig, EncoderOptions
+from jaxdg.backbones.layers import Linear, spread
 from jaxdg.backbones.vit import PatchEmbed, Vit, VitConfig
 
 PRETRAINED_GRID = 16  # side of the pre-training's grid; rotary positions are scaled to it
@@ -177,7 +178,7 @@ class Attention(nnx.Module):
 
     def __init__(self, config: Eva02Config, *, rngs: nnx.Rngs):
         c = config.width
-        linear = partial(nnx.Linear, dtype=jnp.dtype(config.dtype), rngs=rngs)
+        linear = partial(Linear, dtype=jnp.dtype(config.dtype), rngs=rngs)
         self.half = jnp.dtype(config.dtype).itemsize == 2
         self.heads = config.heads
         self.padding = config.padding
@@ -224,7 +225,7 @@ class Attention(nnx.Module):
     def values(self, x: Float[Array, "b n c"]) -> Float[Array, "b n c"]:
         """The output if each token attended only to itself: its projected value."""
         v = self.v_proj(x) if self.subln else jnp.split(self.qkv(x), 3, axis=-1)[2]
-        v = v + self.v_bias[...].astype(v.dtype)
+        v = v + spread(self.v_bias[...], v)
         return self.proj(v if self.inner_attn_ln is None else self.inner_attn_ln(v))
 
 
@@ -255,7 +256,7 @@ class SwiGlu(nnx.Module):
     def __init__(self, config: Eva02Config, *, rngs: nnx.Rngs):
         c = config.width
         hidden = config.hidden
-        linear = partial(nnx.Linear, dtype=jnp.dtype(config.dtype), rngs=rngs)
+        linear = partial(Linear, dtype=jnp.dtype(config.dtype), rngs=rngs)
         self.subln = config.subln
         self.dtype = jnp.dtype(config.dtype)
         if config.subln:

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jaxdg.backbones import stacking, vit
+from jaxdg.backbones.layers import Linear
 from jaxdg.backbones.vit import PatchEmbed, Vit, VitConfig
 
 RATIO = 5  # of the MLP's inner width to the encoder's
@@ -41,8 +42,8 @@ class Attention(vit.Attention):
         dtype = jnp.dtype(config.dtype)
         self.heads = config.heads
         self.padding = config.padding
-        self.qkv = nnx.Linear(c, 3 * c, use_bias=False, dtype=dtype, rngs=rngs)
-        self.proj = nnx.Linear(c, c, dtype=dtype, rngs=rngs)
+        self.qkv = Linear(c, 3 * c, use_bias=False, dtype=dtype, rngs=rngs)
+        self.proj = Linear(c, c, dtype=dtype, rngs=rngs)
 
 
 class Mlp(vit.Mlp):
@@ -51,8 +52,8 @@ class Mlp(vit.Mlp):
     def __init__(self, config: EvaClipConfig, *, rngs: nnx.Rngs):
         c = config.width
         dtype = jnp.dtype(config.dtype)
-        self.fc1 = nnx.Linear(c, RATIO * c, dtype=dtype, rngs=rngs)
-        self.fc2 = nnx.Linear(RATIO * c, c, dtype=dtype, rngs=rngs)
+        self.fc1 = Linear(c, RATIO * c, dtype=dtype, rngs=rngs)
+        self.fc2 = Linear(RATIO * c, c, dtype=dtype, rngs=rngs)
 
 
 class Block(nnx.Module):

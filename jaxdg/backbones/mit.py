@@ -17,6 +17,7 @@ import numpy as np
 
 from jaxdg.backbones import attention, stacking
 from jaxdg.backbones.encoder import Encoder, StagedConfig
+from jaxdg.backbones.layers import Conv, Linear
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,13 +55,13 @@ class Attention(nnx.Module):
         ratio = config.reductions[stage]
         dtype = jnp.dtype(config.dtype)
         self.heads = config.heads[stage]
-        self.q = nnx.Linear(c, c, dtype=dtype, rngs=rngs)
-        self.kv = nnx.Linear(c, 2 * c, dtype=dtype, rngs=rngs)
-        self.proj = nnx.Linear(c, c, dtype=dtype, rngs=rngs)
+        self.q = Linear(c, c, dtype=dtype, rngs=rngs)
+        self.kv = Linear(c, 2 * c, dtype=dtype, rngs=rngs)
+        self.proj = Linear(c, c, dtype=dtype, rngs=rngs)
         reduced = ratio > 1
         square = (ratio, ratio)
         self.sr = (
-            nnx.Conv(c, c, square, strides=square, padding="VALID", dtype=dtype, rngs=rngs)
+            Conv(c, c, square, strides=square, padding="VALID", dtype=dtype, rngs=rngs)
             if reduced
             else None
         )
@@ -103,9 +104,9 @@ class Mlp(nnx.Module):
     """Two linear layers with a depthwise convolution and GELU between."""
 
     def __init__(self, channels: int, *, dtype: str, rngs: nnx.Rngs):
-        self.fc1 = nnx.Linear(channels, 4 * channels, dtype=jnp.dtype(dtype), rngs=rngs)
+        self.fc1 = Linear(channels, 4 * channels, dtype=jnp.dtype(dtype), rngs=rngs)
         self.dwconv = Depthwise(4 * channels, rngs=rngs)
-        self.fc2 = nnx.Linear(4 * channels, channels, dtype=jnp.dtype(dtype), rngs=rngs)
+        self.fc2 = Linear(4 * channels, channels, dtype=jnp.dtype(dtype), rngs=rngs)
 
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
         return self.fc2(jax.nn.gelu(self.dwconv(self.fc1(x)), approximate=False))
@@ -138,7 +139,7 @@ class PatchEmbed(nnx.Module):
         c = config.widths[stage]
         dtype = jnp.dtype(config.dtype)
         # Padded alike on both sides, as torch does; "SAME" would pad even sides elsewhere.
-        self.proj = nnx.Conv(
+        self.proj = Conv(
             before,
             c,
             (side, side),

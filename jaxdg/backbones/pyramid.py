@@ -13,6 +13,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from jaxdg.backbones.layers import is_half, spread
+
 
 class Double(nnx.Module):
     """Transposed convolution with kernel 2 and stride 2: a linear layer whose output is 2x2 pixels.
@@ -33,11 +35,16 @@ class Double(nnx.Module):
         self.dtype = jnp.dtype(dtype)
 
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 o"]:
-        b, h, w, _ = x.shape
+        b, h, w, c = x.shape
         kernel = self.kernel[...].astype(self.dtype)
-        bias = self.bias[...].astype(self.dtype)
+        if is_half(self.dtype):
+            # The bias is added to what the product gives, before pixels are placed, so that a GPU
+            # adds it in the product.
+            y = x.astype(self.dtype) @ kernel.transpose(2, 0, 1, 3).reshape(c, -1)
+            y = y + spread(jnp.tile(self.bias[...], 4), y)
+            return jnp.swapaxes(y.reshape(b, h, w, 2, 2, -1), 2, 3).reshape(b, 2 * h, 2 * w, -1)
         y = jnp.einsum("bhwc,ijco->bhiwjo", x.astype(self.dtype), kernel)
-        return y.reshape(b, 2 * h, 2 * w, -1) + bias
+        return y.reshape(b, 2 * h, 2 * w, -1) + self.bias[...]
 
 
 class Pyramid(nnx.Module):

@@ -19,6 +19,7 @@ from jaxtyping import Array, Float
 import numpy as np
 
 from jaxdg.backbones import attention, resizing, stacking, vit
+from jaxdg.backbones.layers import spread
 from jaxdg.backbones.vit import Mlp, PatchEmbed, Vit, VitConfig
 
 
@@ -143,7 +144,7 @@ class Sam(Vit):
     def embed(self, images: Float[Array | np.ndarray, "b h w 3"]) -> Float[Array, "b n c"]:
         """The tokens that enter the first block: patches with their positions."""
         x = self.patch_embed(jnp.asarray(images))
-        return x + self.pos_embed[...].reshape(1, *x.shape[1:]).astype(x.dtype)
+        return x + spread(self.pos_embed[...].reshape(1, *x.shape[1:]), x)
 
     def adapt(self, name: str, tensor: np.ndarray) -> np.ndarray | None:
         """See `Vit.adapt`; also resizes relative positions of global blocks."""

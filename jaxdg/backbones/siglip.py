@@ -17,6 +17,7 @@ from jaxtyping import Array, Float
 import numpy as np
 
 from jaxdg.backbones import resizing, stacking, vit
+from jaxdg.backbones.layers import spread
 from jaxdg.backbones.vit import Attention, PatchEmbed, Vit, VitConfig
 
 
@@ -75,7 +76,7 @@ class Siglip(Vit):
     def embed(self, images: Float[Array | np.ndarray, "b h w 3"]) -> Float[Array, "b n c"]:
         """The tokens that enter the first block: patches with their positions."""
         x = self.patch_embed(jnp.asarray(images))
-        return x + self.pos_embed[...].astype(x.dtype)
+        return x + spread(self.pos_embed[...], x)
 
     def adapt(self, name: str, tensor: np.ndarray) -> np.ndarray | None:
         """See `Vit.adapt`, but resizes positions as big_vision's `resample_posemb`.

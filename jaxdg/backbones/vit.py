@@ -16,6 +16,7 @@ import numpy as np
 
 from jaxdg.backbones import attention, resizing, stacking
 from jaxdg.backbones.encoder import Encoder, EncoderConfig, EncoderOptions
+from jaxdg.backbones.layers import Conv, Linear, spread
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,8 +109,8 @@ class Attention(nnx.Module):
         dtype = jnp.dtype(config.dtype)
         self.heads = config.heads
         self.padding = config.padding
-        self.qkv = nnx.Linear(c, 3 * c, dtype=dtype, rngs=rngs)
-        self.proj = nnx.Linear(c, c, dtype=dtype, rngs=rngs)
+        self.qkv = Linear(c, 3 * c, dtype=dtype, rngs=rngs)
+        self.proj = Linear(c, c, dtype=dtype, rngs=rngs)
 
     def __call__(self, x: Float[Array, "b n c"]) -> Float[Array, "b n c"]:
         b, n, c = x.shape
@@ -127,8 +128,8 @@ class Mlp(nnx.Module):
     def __init__(self, config: VitConfig, *, rngs: nnx.Rngs):
         c = config.width
         dtype = jnp.dtype(config.dtype)
-        self.fc1 = nnx.Linear(c, 4 * c, dtype=dtype, rngs=rngs)
-        self.fc2 = nnx.Linear(4 * c, c, dtype=dtype, rngs=rngs)
+        self.fc1 = Linear(c, 4 * c, dtype=dtype, rngs=rngs)
+        self.fc2 = Linear(4 * c, c, dtype=dtype, rngs=rngs)
 
     def __call__(self, x: Float[Array, "b n c"]) -> Float[Array, "b n c"]:
         return self.fc2(jax.nn.gelu(self.fc1(x), approximate=False))
@@ -156,7 +157,7 @@ class PatchEmbed(nnx.Module):
 
     def __init__(self, config: VitConfig, *, rngs: nnx.Rngs):
         patch = (config.patch_size, config.patch_size)
-        self.proj = nnx.Conv(
+        self.proj = Conv(
             3,
             config.width,
             patch,
@@ -229,7 +230,7 @@ class Vit(Encoder):
         x = self.patch_embed(jnp.asarray(images))
         cls = jnp.broadcast_to(self.cls_token[...], (x.shape[0], 1, self.config.width))
         tokens = jnp.concatenate([cls.astype(x.dtype), x], axis=1)
-        return tokens + self.pos_embed[...].astype(x.dtype)
+        return tokens + spread(self.pos_embed[...], tokens)
 
     def adapt(self, name: str, tensor: np.ndarray) -> np.ndarray | None:
         """See `Encoder.adapt`: resizes positions and patches, drops blocks past the last tap."""

@@ -24,6 +24,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, Int32, Key
 import numpy as np
 
+from jaxdg.backbones.layers import Conv
 from jaxdg.detection import boxes as boxlib
 from jaxdg.detection.anchors import points
 from jaxdg.detection.arrays import Detected, Targets, take
@@ -113,7 +114,7 @@ class Fcos(Head):
         self.shapes = tuple(context.shapes)
         self.strides = tuple(context.strides)
         dtype = jnp.dtype(context.dtype)
-        conv = partial(nnx.Conv, c, kernel_size=(3, 3), kernel_init=normal, dtype=dtype, rngs=rngs)
+        conv = partial(Conv, c, kernel_size=(3, 3), kernel_init=normal, dtype=dtype, rngs=rngs)
         norm = partial(nnx.GroupNorm, c, config.groups, epsilon=1e-5, use_fast_variance=False)
 
         def tower():

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from jaxdg.backbones.layers import Conv
 from jaxdg.backbones.pyramid import Double
 
 # Within 1 / sqrt(fan_in), torch's default.
@@ -128,8 +129,8 @@ class Fpn(nnx.Module):
         self.levels = tuple(levels)
         kw: Any = dict(kernel_init=xavier, dtype=jnp.dtype(dtype), rngs=rngs)
         for level, c in zip(self.levels, channels, strict=True):
-            setattr(self, f"fpn_lateral{level + 2}", nnx.Conv(c, width, (1, 1), **kw))
-            setattr(self, f"fpn_output{level + 2}", nnx.Conv(width, width, (3, 3), **kw))
+            setattr(self, f"fpn_lateral{level + 2}", Conv(c, width, (1, 1), **kw))
+            setattr(self, f"fpn_output{level + 2}", Conv(width, width, (3, 3), **kw))
 
     def __call__(
         self, features: tuple[Float[Array, "b _ _ _"], ...]

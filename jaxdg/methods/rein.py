@@ -23,6 +23,7 @@ from jaxtyping import Array, Float
 import numpy as np
 
 from jaxdg.backbones import VitConfig, zoo
+from jaxdg.backbones.layers import Linear, spread
 from jaxdg.methods.method import Method, MethodOptions
 from jaxdg.ranges import Count, CountOrZero
 
@@ -137,9 +138,8 @@ class Refinement(nnx.Module):
         self.mlp_token2feat = linear(c, c, dtype, rngs)
         self.mlp_delta_f = linear(c, c, dtype, rngs)
         if options.zero_start:
-            self.mlp_delta_f = nnx.Linear(
-                c, c, kernel_init=nnx.initializers.zeros, dtype=dtype, rngs=rngs
-            )
+            zeros = nnx.initializers.zeros
+            self.mlp_delta_f = Linear(c, c, kernel_init=zeros, dtype=dtype, rngs=rngs)
         self.prefix = config.prefix
         self.patches = config.grid[0] * config.grid[1]
 
@@ -151,7 +151,7 @@ class Refinement(nnx.Module):
         change = jnp.einsum("bnm,mc->bnc", shares, self.mlp_token2feat(tokens[1:]))
         change = self.mlp_delta_f(change + x)
         if self.scale is not None:
-            change = change * self.scale[...].astype(x.dtype)
+            change = change * spread(self.scale[...], change)
         place = np.arange(x.shape[1])[:, None]
         is_patch = (place >= self.prefix) & (place < self.prefix + self.patches)
         return x + jnp.where(is_patch, change, 0)
@@ -185,7 +185,7 @@ def linear(inputs: int, outputs: int, dtype: jnp.dtype, rngs: nnx.Rngs) -> nnx.L
     def start(key, shape, dtype):
         return jax.random.uniform(key, shape, dtype, -(inputs**-0.5), inputs**-0.5)
 
-    return nnx.Linear(inputs, outputs, kernel_init=start, bias_init=start, dtype=dtype, rngs=rngs)
+    return Linear(inputs, outputs, kernel_init=start, bias_init=start, dtype=dtype, rngs=rngs)
 
 
 def uniform(rngs: nnx.Rngs, shape: tuple[int, ...], bound: float) -> nnx.Param:

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key, UInt8
 
+from jaxdg.backbones.layers import Linear
 from jaxdg.evaluation.sliding_window import resize_scores
 from jaxdg.segmentation.decoder import Decoder, DecoderConfig, DecoderOptions
 
@@ -109,7 +110,7 @@ class LinearHead(PixelHead):
         """
         self.norms = nnx.List([nnx.LayerNorm(c, epsilon=1e-6, rngs=rngs) for c in channels])
         self.classifiers = nnx.List(
-            [nnx.Linear(c, num_classes, dtype=jnp.dtype(dtype), rngs=rngs) for c in channels]
+            [Linear(c, num_classes, dtype=jnp.dtype(dtype), rngs=rngs) for c in channels]
         )
 
     def __call__(

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
+from jaxdg.backbones.layers import Linear
 from jaxdg.evaluation.sliding_window import resize_scores
 from jaxdg.ranges import Count
 from jaxdg.segmentation.decoder import DecoderConfig, DecoderOptions
@@ -67,11 +68,11 @@ class SegformerHead(PixelHead):
         self.config = c = config
         self.dtype = jnp.dtype(c.dtype)
         self.linear_c = nnx.List(
-            [nnx.Linear(n, c.hidden, dtype=self.dtype, rngs=rngs) for n in channels]
+            [Linear(n, c.hidden, dtype=self.dtype, rngs=rngs) for n in channels]
         )
-        self.linear_fuse = nnx.Linear(len(channels) * c.hidden, c.hidden, use_bias=False, rngs=rngs)
+        self.linear_fuse = Linear(len(channels) * c.hidden, c.hidden, use_bias=False, rngs=rngs)
         self.batch_norm = nnx.BatchNorm(c.hidden, momentum=0.9, dtype=jnp.float32, rngs=rngs)
-        self.classifier = nnx.Linear(
+        self.classifier = Linear(
             c.hidden,
             c.num_classes,
             kernel_init=nnx.initializers.normal(0.01),

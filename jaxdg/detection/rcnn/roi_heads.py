@@ -15,6 +15,7 @@ from jaxtyping import Array, Float, Float32, Key
 import numpy as np
 
 from jaxdg.backbones import ClipResnet
+from jaxdg.backbones.layers import Linear
 from jaxdg.detection import boxes as boxlib
 from jaxdg.detection.arrays import Detected, Targets, take
 from jaxdg.detection.losses import cross_entropy, masked_sum, smooth_l1
@@ -78,7 +79,7 @@ class BoxHead(nnx.Module):
     def __init__(self, config: RoiHeadsConfig, channels: int, *, dtype: str, rngs: nnx.Rngs):
         c = config
         conv = partial(ConvNorm, kernel_init=msra, dtype=dtype, rngs=rngs)
-        linear = partial(nnx.Linear, kernel_init=xavier, dtype=jnp.dtype(dtype), rngs=rngs)
+        linear = partial(Linear, kernel_init=xavier, dtype=jnp.dtype(dtype), rngs=rngs)
         for i in range(c.convs):
             setattr(self, f"conv{i + 1}", conv(channels, c.channels, 3))
             channels = c.channels
@@ -142,7 +143,7 @@ class BoxPredictor(nnx.Module):
     ):
         def linear(out, deviation):
             init = nnx.initializers.normal(deviation)
-            return nnx.Linear(channels, out, kernel_init=init, dtype=jnp.dtype(dtype), rngs=rngs)
+            return Linear(channels, out, kernel_init=init, dtype=jnp.dtype(dtype), rngs=rngs)
 
         self.cls_score = TextScore(channels, num_classes) if text else linear(num_classes + 1, 0.01)
         self.bbox_pred = linear(4 if class_agnostic else 4 * num_classes, 0.001)

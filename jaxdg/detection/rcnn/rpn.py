@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Float32, Key
 
+from jaxdg.backbones.layers import Conv
 from jaxdg.detection import boxes as boxlib
 from jaxdg.detection.anchors import RATIOS, anchors
 from jaxdg.detection.arrays import Targets, take
@@ -95,10 +96,10 @@ class RpnHead(nnx.Module):
     def __init__(self, channels: int, convs: int, per_cell: int, *, dtype: str, rngs: nnx.Rngs):
         kw: Any = dict(kernel_init=normal, dtype=jnp.dtype(dtype), rngs=rngs)
         self.conv = nnx.Dict(
-            {f"conv{i}": nnx.Conv(channels, channels, (3, 3), **kw) for i in range(convs)}
+            {f"conv{i}": Conv(channels, channels, (3, 3), **kw) for i in range(convs)}
         )
-        self.objectness_logits = nnx.Conv(channels, per_cell, (1, 1), **kw)
-        self.anchor_deltas = nnx.Conv(channels, 4 * per_cell, (1, 1), **kw)
+        self.objectness_logits = Conv(channels, per_cell, (1, 1), **kw)
+        self.anchor_deltas = Conv(channels, 4 * per_cell, (1, 1), **kw)
 
     def __call__(
         self, x: Float[Array, "b h w c"]

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, Int32
 import numpy as np
 
+from jaxdg.backbones.layers import Linear
 from jaxdg.backbones.scatter_sum import scatter_sum
 
 Shapes = Sequence[tuple[int, int]]  # rows and columns of each level
@@ -279,10 +280,10 @@ class DeformableAttention(nnx.Module):
             channels, 2 * places, kernel_init=choose, bias_init=look, rngs=rngs
         )
         self.attention_weights = nnx.Linear(channels, places, kernel_init=choose, rngs=rngs)
-        self.value_proj = nnx.Linear(
+        self.value_proj = Linear(
             channels, channels, kernel_init=init, dtype=jnp.dtype(dtype), rngs=rngs
         )
-        self.output_proj = nnx.Linear(
+        self.output_proj = Linear(
             channels, channels, kernel_init=init, dtype=jnp.dtype(dtype), rngs=rngs
         )
 

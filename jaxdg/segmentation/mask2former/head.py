@@ -17,6 +17,7 @@ from jaxtyping import Array, Bool, Float, Float32, Key, UInt8
 import numpy as np
 
 from jaxdg.backbones.attention import attention
+from jaxdg.backbones.layers import Linear, spread
 from jaxdg.evaluation.sliding_window import resize_scores
 from jaxdg.ranges import Count
 from jaxdg.segmentation.decoder import Decoder, DecoderConfig, DecoderOptions
@@ -109,7 +110,7 @@ class Attention(nnx.Module):
     def __init__(self, config: Mask2FormerConfig, *, rngs: nnx.Rngs):
         c = config.hidden
         init = kernel_init(config.published_init)
-        linear = partial(nnx.Linear, kernel_init=init, dtype=jnp.dtype(config.dtype), rngs=rngs)
+        linear = partial(Linear, kernel_init=init, dtype=jnp.dtype(config.dtype), rngs=rngs)
         self.heads = config.heads
         self.dtype = jnp.dtype(config.dtype)
         self.in_proj = linear(c, 3 * c)
@@ -128,7 +129,8 @@ class Attention(nnx.Module):
         biases = jnp.split(self.in_proj.bias[...], 3)
 
         def project(x, kernel, bias):
-            return x.astype(self.dtype) @ kernel.astype(self.dtype) + bias.astype(self.dtype)
+            y = x.astype(self.dtype) @ kernel.astype(self.dtype)
+            return y + spread(bias, y)
 
         q, k, v = (
             project(x, *p) for x, *p in zip((queries, keys, values), kernels, biases, strict=True)
@@ -143,7 +145,7 @@ class Layer(nnx.Module):
     def __init__(self, config: Mask2FormerConfig, *, rngs: nnx.Rngs):
         c = config.hidden
         init = kernel_init(config.published_init)
-        linear = partial(nnx.Linear, kernel_init=init, dtype=jnp.dtype(config.dtype), rngs=rngs)
+        linear = partial(Linear, kernel_init=init, dtype=jnp.dtype(config.dtype), rngs=rngs)
         self.cross_attn = Attention(config, rngs=rngs)
         self.cross_norm = layer_norm(c, config.dtype, rngs)
         self.self_attn = Attention(config, rngs=rngs)
@@ -173,7 +175,7 @@ class MaskEmbed(nnx.Module):
     def __init__(self, config: Mask2FormerConfig, *, rngs: nnx.Rngs):
         c = config.hidden
         linear = partial(
-            nnx.Linear,
+            Linear,
             kernel_init=kernel_init(published=False),
             dtype=jnp.dtype(config.dtype),
             rngs=rngs,
@@ -255,7 +257,7 @@ class Mask2Former(Decoder):
         self.level_embed = normal(LEVELS)
         self.layers = nnx.List([Layer(c, rngs=rngs) for _ in range(c.layers)])
         self.decoder_norm = layer_norm(c.hidden, c.dtype, rngs)
-        self.class_embed = nnx.Linear(
+        self.class_embed = Linear(
             c.hidden,
             c.num_classes + 1,
             kernel_init=kernel_init(published=False),
@@ -311,8 +313,10 @@ class Mask2Former(Decoder):
         b, _, _, c = mask_features.shape
         shapes = [(level.shape[1], level.shape[2]) for level in levels]
         memories = [
-            x.reshape(b, -1, c) + embed
-            for x, embed in zip(levels, self.level_embed[...].astype(levels[0].dtype), strict=True)
+            x + spread(embed, x)
+            for x, embed in zip(
+                [x.reshape(b, -1, c) for x in levels], self.level_embed[...], strict=True
+            )
         ]
         positions = [sine_positions(h, w, c).reshape(-1, c) for h, w in shapes]
         coarse = [

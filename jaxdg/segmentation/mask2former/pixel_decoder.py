@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 import numpy as np
 
+from jaxdg.backbones.layers import Conv, Linear
 from jaxdg.backbones.stacking import Stack
 from jaxdg.evaluation.sliding_window import resize_scores
 from jaxdg.segmentation.mask2former.deformable_attention import (
@@ -51,9 +52,9 @@ class ConvNorm(nnx.Module):
             rngs=rngs,
         )
         self.conv = (
-            nnx.Linear(channels, width, **options)
+            Linear(channels, width, **options)
             if kernel == 1
-            else nnx.Conv(channels, width, (kernel, kernel), **options)
+            else Conv(channels, width, (kernel, kernel), **options)
         )
         fast = jnp.dtype(dtype).itemsize == 2  # see `layer_norm`
         self.norm = nnx.GroupNorm(width, GROUPS, epsilon=1e-5, use_fast_variance=fast, rngs=rngs)
@@ -83,7 +84,7 @@ class Layer(nnx.Module):
         rngs: nnx.Rngs,
     ):
         linear = partial(
-            nnx.Linear, kernel_init=kernel_init(published_init), dtype=jnp.dtype(dtype), rngs=rngs
+            Linear, kernel_init=kernel_init(published_init), dtype=jnp.dtype(dtype), rngs=rngs
         )
         self.self_attn = DeformableAttention(
             channels, heads, LEVELS, points, published_init=published_init, dtype=dtype, rngs=rngs
@@ -144,7 +145,7 @@ class PixelDecoder(nnx.Module):
         self.layers = Stack(make, layers, (), remat=False, unroll=unroll, rngs=rngs)
         self.adapter_1 = norm(fine, hidden, 1, use_bias=False)
         self.layer_1 = norm(hidden, hidden, 3, use_bias=False)
-        self.mask_features = nnx.Linear(
+        self.mask_features = Linear(
             hidden,
             hidden,
             kernel_init=kernel_init(published_init),
