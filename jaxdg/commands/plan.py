@@ -260,9 +260,9 @@ def main(arguments: Sequence[str]) -> None:
         arrange(config, mesh)
         image = cli.parse_size("image", _IMAGE.value) if _IMAGE.value else None
         predicted = compiling.compiled_plan(config, card, mesh, image)
-        print(compiling.report(config, card, predicted))
         if _JSON.value:
             Path(_JSON.value).write_text(json.dumps(predicted.as_json(), indent=2) + "\n")
+        print(compiling.report(config, card, predicted))
         return
     jax.config.update("jax_num_cpu_devices", _DEVICES.value)
     mesh = sharding.make_mesh(arrangement)
