@@ -592,3 +592,28 @@ def test_blocks_that_are_not_there():
     c.model.encoder = "mit_b0"
     with pytest.raises(ValueError, match=r"low_rank\.on is True; allowed: False with .* mit_b0"):
         validated(c)
+
+
+def test_an_average_is_taken_of_factors_before_they_fold(tmp_path):
+    """The finished kernel is the frozen one plus the product of the averaged factors, not the
+    average of products.
+    """
+    c = tiny(tmp_path)
+    c.average.on = True
+    c.average.momentum = 0.5
+    c = validated(c)
+    task = tasks.make_task(c, methods.active(c))
+    mesh = sharding.make_mesh(MeshConfig(1, 1), jax.devices()[:1])
+    blueprint = tasks.Blueprint.of(task, c.model.freeze)
+    like, optimizer = tasks.abstract_state(blueprint, c, mesh, task.methods)
+    state = tasks.initial_state(task, blueprint, like, optimizer)
+    average = state.opt_state[-1]._replace(
+        count=jnp.asarray(5), average=jax.tree.map(lambda x: x + 0.5, state.trained)
+    )
+    state.opt_state = (*state.opt_state[:-1], average)
+    start: Any = nnx.merge(blueprint.graph, state.trained, state.frozen, state.statistics)
+    assert blueprint.finished is not None
+    plain: Any = nnx.merge(blueprint.finished.graph, *blueprint.finish(task, state))
+    before, after = (model.backbone.blocks.segments["1"].mlp.fc2 for model in (start, plain))
+    a, b = (np.asarray(x[...]) + 0.25 for x in (before.lora_a, before.lora_b))
+    np.testing.assert_allclose(after.kernel[...], before.kernel[...] + a @ b, atol=1e-6)
