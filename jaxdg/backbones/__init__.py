@@ -11,7 +11,14 @@ from jaxdg.backbones.clip_vit import ClipVit, ClipVitConfig
 from jaxdg.backbones.deit3 import Deit3, Deit3Config
 from jaxdg.backbones.dinov2 import Dinov2, Dinov2Config, Dinov2GiantConfig
 from jaxdg.backbones.dinov3 import Dinov3, Dinov3Config
-from jaxdg.backbones.encoder import Encoder, EncoderConfig, EncoderOptions, StagedConfig, join_taps
+from jaxdg.backbones.encoder import (
+    Encoder,
+    EncoderConfig,
+    EncoderOptions,
+    StagedConfig,
+    at_size,
+    join_taps,
+)
 from jaxdg.backbones.eva02 import Eva02, Eva02Config
 from jaxdg.backbones.eva_clip import EvaClip, EvaClipConfig
 from jaxdg.backbones.mit import Mit, MitConfig
@@ -68,6 +75,7 @@ __all__ = [
     "StagedConfig",
     "Vit",
     "VitConfig",
+    "at_size",
     "build",
     "check_file",
     "create",

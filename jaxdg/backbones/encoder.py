@@ -1,13 +1,17 @@
 """The interface of all encoders: images to one feature map for each tap."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 import dataclasses
+import math
 from typing import Literal
 
 from flax import nnx
+import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 import numpy as np
 
+from jaxdg import weights
 from jaxdg.ranges import Count, CountOrZero, ShareBelowOne
 
 
@@ -256,3 +260,61 @@ class Encoder(nnx.Module):
                 f"the encoder was built for {height}x{width} images and got {h}x{w}; "
                 f"create it with image_size=({h}, {w}) or resize the images"
             )
+
+
+def at_size(encoder: Encoder, image_size: tuple[int, int]) -> Encoder:
+    """A copy of an encoder for images of another size, for use inside a traced program.
+
+    The parameters stay the encoder's own, and what methods have added to it stays too. Learned
+    positions are resized as those of a file are: `adapt` is linear in each channel, so its matrix
+    is what it makes of the unit vectors.
+
+    Args:
+        encoder: of any image size.
+        image_size: height and width in pixels.
+
+    Raises:
+        ValueError: the encoder does not resize its positions.
+    """
+    if image_size == encoder.config.image_size:
+        return encoder
+    config = dataclasses.replace(encoder.config, image_size=image_size)
+    # Whatever differs between two new encoders of both sizes depends on the size.
+    before, after = (
+        nnx.eval_shape(lambda c=c: c.build(rngs=nnx.Rngs(0))) for c in (encoder.config, config)
+    )
+    fitted = nnx.merge(*nnx.split(encoder), copy=True)
+    modules = dict(nnx.iter_modules(fitted))
+    modules_after = dict(nnx.iter_modules(after))
+    for path, module in nnx.iter_modules(before):
+        for name, value in vars(module).items():
+            new = getattr(modules_after[path], name)
+            if isinstance(value, int | tuple | EncoderConfig) and value != new:
+                setattr(modules[path], name, new)
+    graph, state = nnx.split(fitted)
+    flat = dict(nnx.to_flat_state(state))
+    leaves_after = dict(nnx.to_flat_state(nnx.state(after)))
+    for path, leaf in nnx.to_flat_state(nnx.state(before)):
+        if leaf.shape != leaves_after[path].shape:
+            name = next(iter(weights.named(path, leaf.shape)))
+            resized = _resize_like_stored(after, name, weights.is_stacked(path))
+            flat[path] = flat[path].replace(resized(flat[path][...]))
+    return nnx.merge(graph, nnx.from_flat_state(flat))
+
+
+def _resize_like_stored(encoder: Encoder, name: str, stacked: bool) -> Callable[[Array], Array]:
+    """`encoder.adapt` of a tensor of this name, or of a stack of them, as a product."""
+
+    def resize(x: Array) -> Array:
+        kept = x.shape[:-1]
+        units = np.eye(math.prod(kept), dtype=np.float32).reshape(*kept, -1)
+        matrix = encoder.adapt(name, units)
+        if matrix is None or np.any(encoder.adapt(name, np.zeros_like(units))):
+            raise ValueError(
+                f"{type(encoder).__name__} does not resize {name}, so it takes images of"
+                f" {encoder.config.image_size} only when built for them"
+            )
+        exact = jax.lax.Precision.HIGHEST
+        return jnp.tensordot(matrix, x.reshape(-1, x.shape[-1]), 1, precision=exact)
+
+    return jax.vmap(resize) if stacked else resize

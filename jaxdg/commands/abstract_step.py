@@ -104,7 +104,7 @@ def _labelling(
     """The label maps of a batch of images."""
     c = task.config
     label_maps = task.labelling(graph, mesh)
-    protocol = protocols.Protocol("native", c.data.crop, c.evaluation.stride)
+    protocol = protocols.Protocol("native", task.window, c.evaluation.stride)
     n = task.batch_size(mesh)
     # Every image fills its array, so the program knows how many windows there are.
     whole = np.full((n, 2), image, np.int32)

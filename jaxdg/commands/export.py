@@ -35,7 +35,6 @@ import jax.export  # not loaded by jax itself
 import jax.numpy as jnp
 
 import jaxdg
-from jaxdg import segmentation
 from jaxdg.backbones.cudnn import CALLS
 from jaxdg.commands import command_line as cli
 from jaxdg.commands import process as runtime
@@ -54,8 +53,8 @@ def program(model: Model) -> Callable[[jax.Array], Any]:
 
     def label_map(image: jax.Array) -> jax.Array:
         network: Any = nnx.merge(model.graph, *model.state)
-        windows = c.data.crop, c.evaluation.stride, c.evaluation.windows_per_call
-        scores = segmentation.sliding_window(network.scores, task.normalize(image[None]), *windows)
+        windows = task.window, c.evaluation.stride, c.evaluation.windows_per_call
+        scores = network.image_scores(task.normalize(image[None]), *windows)
         return jnp.argmax(scores[0], axis=-1).astype(jnp.uint8)
 
     def boxes(image: jax.Array) -> dict[str, jax.Array]:
@@ -139,7 +138,7 @@ def description(model: Model, exported: jax.export.Exported) -> dict[str, Any]:
         "colors": [list(color) for color in labels.colors],
         "source": c.data.source,
         "protocol": c.evaluation.protocol,
-        "window": list(c.data.crop),
+        "window": list(model.task.window),
         "stride": list(c.evaluation.stride) if c.task == "segmentation" else None,
         "encoder": c.model.encoder,
         "decoder": c.model.decoder,

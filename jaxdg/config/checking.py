@@ -140,13 +140,16 @@ def validated(config: Config) -> Config:
             f" {', '.join(sources)}"
         )
     _check_augmentation(config)
-    crop = config.data.crop
-    stride = config.evaluation.stride
-    if config.task == "segmentation" and (stride[0] > crop[0] or stride[1] > crop[1]):
-        raise ValueError(
-            f"evaluation.stride is {stride}; allowed: at most data.crop {crop}, or windows would"
-            " leave gaps"
-        )
+    if config.task == "segmentation":
+        crop = config.data.crop
+        stride = config.evaluation.stride
+        window = getattr(config.model, config.model.decoder).window(crop)
+        if stride[0] > window[0] or stride[1] > window[1]:
+            limit = "data.crop" if window == crop else f"the windows of {config.model.decoder}"
+            raise ValueError(
+                f"evaluation.stride is {stride}; allowed: at most {limit} {window}, or windows"
+                " would leave gaps"
+            )
     return config
 
 

@@ -26,6 +26,7 @@ from jaxdg.segmentation.clip_text import ClipTextOptions
 from jaxdg.segmentation.decoder import DecoderOptions
 from jaxdg.segmentation.linear import LinearOptions
 from jaxdg.segmentation.mask2former.head import Mask2FormerOptions
+from jaxdg.segmentation.mgrnet import MgrnetOptions
 from jaxdg.segmentation.segformer import SegformerOptions
 from jaxdg.segmentation.upscaling import UpscalingOptions
 from jaxdg.training.optimizer import OptimizerConfig
@@ -46,11 +47,11 @@ class ModelConfig(EncoderOptions):
         pyramid: none, or four levels with layer or batch normalisation, or four by interpolation
             without parameters (interpolate); encoders with levels of their own need none and get
             none. Detectors have their own instead, ViTDet's or an FPN. Default layer.
-        decoder: linear, segformer (MLP), upscaling (transposed convolutions, with pyramid none),
-            mask2former, which needs a pyramid, or clip_text: CLIP's features against class names,
-            without a step of training. Of detection fcos (light, one stage), faster_rcnn,
-            cascade_rcnn, or faster_rcnn_c4, which looks at proposals with the last stage of a CLIP
-            ResNet. Default linear.
+        decoder: linear, segformer (MLP), with pyramid none upscaling (transposed convolutions) or
+            mgrnet, which refines the scores of upscaling in windows; mask2former, which needs a
+            pyramid, or clip_text: CLIP's features against class names, without a step of training.
+            Of detection fcos (light, one stage), faster_rcnn, cascade_rcnn, or faster_rcnn_c4,
+            which looks at proposals with the last stage of a CLIP ResNet. Default linear.
         freeze: what stays as loaded: none, all (the encoder), `first N` (embeddings and first N
             blocks), `last N` (last N blocks), or a regular expression searched in parameter names
             such as `backbone.blocks.3.attn.qkv.kernel`. N counts the stages of a hierarchical
@@ -58,6 +59,7 @@ class ModelConfig(EncoderOptions):
         linear: settings of that decoder.
         segformer: settings of that decoder.
         upscaling: settings of that decoder.
+        mgrnet: settings of that decoder.
         mask2former: settings of that decoder.
         clip_text: settings of that decoder.
         fcos: settings of that detector.
@@ -76,6 +78,7 @@ class ModelConfig(EncoderOptions):
     linear: LinearOptions = dataclasses.field(default_factory=LinearOptions)
     segformer: SegformerOptions = dataclasses.field(default_factory=SegformerOptions)
     upscaling: UpscalingOptions = dataclasses.field(default_factory=UpscalingOptions)
+    mgrnet: MgrnetOptions = dataclasses.field(default_factory=MgrnetOptions)
     mask2former: Mask2FormerOptions = dataclasses.field(default_factory=Mask2FormerOptions)
     clip_text: ClipTextOptions = dataclasses.field(default_factory=ClipTextOptions)
     fcos: FcosConfig = dataclasses.field(default_factory=FcosConfig)

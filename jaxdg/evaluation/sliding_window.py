@@ -65,6 +65,7 @@ def sliding_window(
     stride: tuple[int, int],
     windows_per_call: int | None = None,
     sizes: Int32[Array, "b 2"] | None = None,
+    wanted: Callable[[Int32[Array, "b m 2"]], Bool[Array, "b m"]] | None = None,
 ) -> Float32[Array, "b h w k"]:
     """Class scores of whole images, averaged over the windows that see a pixel.
 
@@ -81,6 +82,10 @@ def sliding_window(
         sizes: height and width of every image, whatever lies below and right of it being padding;
             None: as large as the array. There are as many calls as the image with the most windows
             needs.
+        wanted: which windows are predicted, by their first rows and columns; the scores of others
+            count as 0. None: all. A call is filled with windows that are wanted, so an accelerator
+            computes as few full calls as they need: a choice in every call would compute all of
+            them, and a branch would skip only calls without any.
 
     Returns:
         Scores in float32, of the array's size; what lies in the padding means nothing.
@@ -109,6 +114,19 @@ def sliding_window(
     last = (own - np.array(window, np.int32)).clip(0)
     count = (last + step - 1) // step + 1  # windows along each side
     places = count[:, 0] * count[:, 1]
+
+    def starts_of(place: Int32[Array, "*b m"]) -> Int32[Array, "b m 2"]:
+        """First rows and columns of windows by their numbers, row by row of the image."""
+        steps = jnp.stack([place // count[:, 1:], place % count[:, 1:]], axis=-1)
+        return jnp.minimum(steps * step, last[:, None])
+
+    if wanted is None:
+        order = None
+    else:
+        number = jnp.broadcast_to(jnp.arange(most[0] * most[1]), (b, most[0] * most[1]))
+        chosen = wanted(starts_of(number)) & (number < places[:, None])
+        order = jnp.argsort(~chosen, axis=1, stable=True)
+        places = chosen.sum(axis=1)
     calls = -(-places.max() // per_call)
 
     padded = jnp.pad(images, ((0, 0), (0, max(wh - h, 0)), (0, max(ww - w, 0)), (0, 0)))
@@ -122,10 +140,8 @@ def sliding_window(
 
     def call(i, total):
         place = i * per_call + jnp.arange(per_call)
-        steps = jnp.stack([place // count[:, 1:], place % count[:, 1:]], axis=-1)
-        starts = jnp.minimum(
-            steps * step, last[:, None]
-        )  # [b, per_call, 2]; places beyond the last one are dropped below
+        # [b, per_call, 2]; places beyond the last one are dropped below
+        starts = starts_of(place if order is None else jnp.take(order, place, axis=1, mode="clip"))
 
         def cut(image, start):
             return jax.lax.dynamic_slice(image, (start[0], start[1], 0), (wh, ww, c))

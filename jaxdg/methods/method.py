@@ -82,6 +82,12 @@ class Method:
     changes_model = False
     lasts = False
 
+    @property
+    def changes_rows(self) -> bool:
+        """Whether it reads features, or the decoder gets other rows than those of the batch."""
+        hooks = ("targets", "observe")
+        return any(getattr(type(self), hook) is not getattr(Method, hook) for hook in hooks)
+
     def observed(self, depth: int) -> tuple[int, ...]:
         """The blocks or stages whose features `observe` receives, ascending."""
         return ()

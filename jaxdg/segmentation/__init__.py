@@ -12,6 +12,7 @@ from jaxdg.evaluation.sliding_window import (
 from jaxdg.segmentation.clip_text import ClipTextHead, ClipTextHeadConfig
 from jaxdg.segmentation.linear import LinearHead
 from jaxdg.segmentation.mask2former.head import Mask2Former, Mask2FormerConfig
+from jaxdg.segmentation.mgrnet import MgrnetConfig, MgrnetHead
 from jaxdg.segmentation.segformer import SegformerConfig, SegformerHead
 from jaxdg.segmentation.segmenter import Segmenter, SegmenterConfig
 from jaxdg.segmentation.upscaling import UpscalingConfig, UpscalingHead
@@ -22,6 +23,8 @@ __all__ = [
     "LinearHead",
     "Mask2Former",
     "Mask2FormerConfig",
+    "MgrnetConfig",
+    "MgrnetHead",
     "SegformerConfig",
     "SegformerHead",
     "Segmenter",

@@ -10,14 +10,26 @@ from pathlib import Path
 from typing import Any
 
 from flax import nnx
-from jaxtyping import Array, Float, Key, UInt8
+from jaxtyping import Array, Float, Int32, Key, UInt8
 
 from jaxdg import backbones
+from jaxdg.evaluation.sliding_window import sliding_window
 
 
 @dataclasses.dataclass(unsafe_hash=True)
 class DecoderOptions:
     """The settings of a decoder that a run may change; each decoder documents its own."""
+
+    def window(self, crop: tuple[int, int]) -> tuple[int, int]:
+        """Height and width of what the encoder sees at once, in pixels: by default the crop.
+
+        Args:
+            crop: `data.crop`, the size of the images of a training batch.
+
+        Raises:
+            ValueError: crops that the decoder cannot use.
+        """
+        return crop
 
     def config(self, classes: Sequence[str], dtype: str) -> "DecoderConfig":
         """These settings joined with those of the run.
@@ -49,6 +61,10 @@ class DecoderConfig:
         """The blocks or stages that it reads where `model.taps` names none."""
         return encoder.taps
 
+    def sized(self, image_size: tuple[int, int]) -> "DecoderConfig":
+        """This decoder behind an encoder that sees images of this height and width, in pixels."""
+        return self
+
     def build(self, channels: Sequence[int], *, encoder: str, rngs: nnx.Rngs) -> "Decoder":
         """The decoder with random parameters.
 
@@ -68,9 +84,25 @@ class Decoder(nnx.Module):
 
     Attributes:
         trained: whether training changes its parameters and those of the encoder.
+        views: images that `view` makes of each.
     """
 
     trained = True
+    views = 1
+
+    def view(
+        self, images: Float[Array, "b h w c"], key: Key[Array, ""]
+    ) -> Float[Array, "n h2 w2 c"]:
+        """What the encoder sees of the crops of a training batch: by default the crops.
+
+        Args:
+            images: normalised crops.
+            key: the key that `__call__` will get with the features.
+
+        Returns:
+            `views` images for each crop, one after another.
+        """
+        return images
 
     def __call__(
         self,
@@ -90,6 +122,27 @@ class Decoder(nnx.Module):
     def scores(self, output: Any, size: tuple[int, int]) -> Float[Array, "b H W k"]:
         """Class scores at an image size (height and width); the highest is the predicted class."""
         raise NotImplementedError
+
+    def image_scores(
+        self,
+        model: Any,
+        images: Float[Array, "b h w c"],
+        window: tuple[int, int],
+        stride: tuple[int, int],
+        windows_per_call: int | None = None,
+        sizes: Int32[Array, "b 2"] | None = None,
+    ) -> Float[Array, "b h w k"]:
+        """Class scores of whole images; by default the mean of those of their windows.
+
+        Args:
+            model: the segmenter of this head.
+            images: see `sliding_window`, as for all that follows.
+            window: height and width of a window.
+            stride: from one window to the next.
+            windows_per_call: most windows at once.
+            sizes: of the images.
+        """
+        return sliding_window(model.scores, images, window, stride, windows_per_call, sizes)
 
     def loss_denominator(self, label: UInt8[Array, "b H W"]) -> Any:
         """A tree of scalars that the loss terms are divided by, from the global batch's labels."""

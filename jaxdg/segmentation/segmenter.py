@@ -5,7 +5,7 @@ from typing import Any
 
 from flax import nnx
 import jax
-from jaxtyping import Array, Float, Key
+from jaxtyping import Array, Float, Int32, Key
 import numpy as np
 
 from jaxdg import backbones
@@ -19,7 +19,8 @@ class SegmenterConfig(backbones.EncoderOptions):
 
     Attributes:
         num_classes: k.
-        image_size: height and width in pixels of training crops and of prediction windows.
+        image_size: height and width in pixels of what the encoder sees, such as the windows of
+            prediction.
         decoder: its kind and sizes; None: the linear one.
         pyramid: "none" reads the taps as they are; "layer" or "batch" builds four levels of a plain
             encoder with that normalisation, "interpolate" four levels without parameters. The
@@ -55,7 +56,7 @@ class Segmenter(nnx.Module):
         """
         c = config
         self.config = config
-        decoder = c.decoder or LinearConfig(c.num_classes, c.dtype)
+        decoder = (c.decoder or LinearConfig(c.num_classes, c.dtype)).sized(c.image_size)
         read = c.taps or decoder.taps(backbones.entry(c.encoder).config)
         taps, self.read = backbones.join_taps(sorted(read), c.observed)
         self.backbone = backbones.build(
@@ -102,7 +103,8 @@ class Segmenter(nnx.Module):
         """The decoder's output, which `head.scores` and `head.loss` take.
 
         Args:
-            images: [b, h, w, 3] normalised for the encoder, of `config.image_size`.
+            images: [b, h, w, 3] normalised for the encoder, of `config.image_size`; with a key
+                crops, of which the decoder chooses its view.
             key: random key that turns drop path and dropout on.
             train: use (and update) the batch's own statistics where there are any.
         """
@@ -110,9 +112,14 @@ class Segmenter(nnx.Module):
 
     def encode(
         self, images: Float[Array, "b h w 3"], key: Key[Array, ""] | None = None
-    ) -> tuple[Float[Array, "b _ _ _"], ...]:
-        """Features of all taps, of which `read` gives the indices for `decode`."""
+    ) -> tuple[Float[Array, "n _ _ _"], ...]:
+        """Features of all taps, of which `read` gives the indices for `decode`.
+
+        With a key they are those of the decoder's views of the images.
+        """
         with jax.named_scope("encoder"):
+            if key is not None:
+                images = self.head.view(images, _head_key(key))
             return self.backbone(images, key)
 
     def decode(
@@ -128,7 +135,7 @@ class Segmenter(nnx.Module):
                 features = self.pyramid(features, train)
         with jax.named_scope("decoder"):
             features = self.head.adapt_features(self.backbone, features)
-            drop_key = None if key is None else jax.random.fold_in(key, 1)
+            drop_key = None if key is None else _head_key(key)
             if self.queries is None:
                 return self.head(features, drop_key, train)
             queries = self.queries(self.backbone)
@@ -148,6 +155,23 @@ class Segmenter(nnx.Module):
         """Class scores at the images' own size; the highest is the predicted class."""
         _, h, w, _ = images.shape
         return self.head.scores(self(images), (h, w))
+
+    def image_scores(
+        self,
+        images: Float[Array, "b h w 3"],
+        window: tuple[int, int],
+        stride: tuple[int, int],
+        windows_per_call: int | None = None,
+        sizes: Int32[Array, "b 2"] | None = None,
+    ) -> Float[Array, "b h w k"]:
+        """Class scores of whole images of any size, by windows; see `sliding_window`."""
+        windows = (window, stride, windows_per_call, sizes)
+        return self.head.image_scores(self, images, *windows)
+
+
+def _head_key(key: Key[Array, ""]) -> Key[Array, ""]:
+    """The decoder's key: its draws are others than the encoder's."""
+    return jax.random.fold_in(key, 1)
 
 
 def check_pyramid(config: SegmenterConfig, taps: int, stride: int) -> None:

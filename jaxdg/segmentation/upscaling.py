@@ -84,9 +84,7 @@ class UpscalingHead(PixelHead):
         linear = partial(nnx.Linear, dtype=self.dtype, rngs=rngs)
         start = nnx.initializers.variance_scaling(2.0, "fan_out", "normal")
         self.fusion_conv = linear(sum(channels), c.width, use_bias=False, kernel_init=start)
-        self.fusion_norm = nnx.GroupNorm(
-            c.width, GROUPS, epsilon=1e-5, use_fast_variance=False, dtype=jnp.float32, rngs=rngs
-        )
+        self.fusion_norm = group_norm(c.width, rngs=rngs)
         self.upscaling1 = Double(c.width, c.width // 2, dtype=c.dtype, rngs=rngs)
         self.upscaling1_norm = nnx.BatchNorm(
             c.width // 2, momentum=0.9, dtype=jnp.float32, rngs=rngs
@@ -116,3 +114,10 @@ class UpscalingHead(PixelHead):
         x = self.upscaling2(jax.nn.gelu(x, approximate=False))
         x = jax.nn.gelu(x, approximate=False)
         return self.classifier(drop_channels(x, key)).astype(jnp.float32)
+
+
+def group_norm(channels: int, epsilon: float = 1e-5, *, rngs: nnx.Rngs) -> nnx.GroupNorm:
+    """GroupNorm in float32."""
+    return nnx.GroupNorm(
+        channels, GROUPS, epsilon=epsilon, use_fast_variance=False, dtype=jnp.float32, rngs=rngs
+    )

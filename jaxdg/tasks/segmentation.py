@@ -45,6 +45,17 @@ class Segmentation(ImageTask):
         """Needs no data; `methods` are those that training uses."""
         super().__init__(config, label_set(config.data.source, config.data.folder), methods)
 
+    @property
+    def decoder(self) -> DecoderOptions:
+        """The settings of the run's decoder."""
+        m = self.config.model
+        return getattr(m, m.decoder)
+
+    @property
+    def window(self) -> tuple[int, int]:
+        """See `Task.window`."""
+        return self.decoder.window(self.config.data.crop)
+
     def open(self, domain: str, train: bool) -> Dataset:
         """See `Task.open`; in evaluation some protocols have their own label map of Mapillary."""
         d = self.config.data
@@ -60,12 +71,11 @@ class Segmentation(ImageTask):
     def model(self, rngs: nnx.Rngs, boundaries: Sequence[int] = ()) -> segmentation.Segmenter:
         """See `Task.model`."""
         m = self.config.model
-        options: DecoderOptions = getattr(m, m.decoder)
-        return segmentation.Segmenter(
+        model = segmentation.Segmenter(
             segmentation.SegmenterConfig(
                 num_classes=len(self.labels.names),
-                image_size=self.config.data.crop,
-                decoder=options.config(self.labels.names, m.dtype),
+                image_size=self.window,
+                decoder=self.decoder.config(self.labels.names, m.dtype),
                 pyramid=m.pyramid,
                 observed=self.observed,
                 boundaries=tuple(boundaries),
@@ -73,6 +83,13 @@ class Segmentation(ImageTask):
             ),
             rngs=rngs,
         )
+        for method in self.methods if model.head.views > 1 else ():
+            if method.changes_rows:
+                raise ValueError(
+                    f"model.decoder {m.decoder} reads {model.head.views} views of each image, which"
+                    f" the method {type(method).__name__} cannot go with; switch one off"
+                )
+        return model
 
     def load_weights(self, model: segmentation.Segmenter) -> None:
         """See `Task.load_weights`."""
@@ -102,7 +119,7 @@ class Segmentation(ImageTask):
         It compiles once for many sizes, see `shared_side`.
         """
         c = self.config
-        window = c.data.crop
+        window = self.window
         stride = c.evaluation.stride
         per_call = c.evaluation.windows_per_call
 
@@ -111,8 +128,8 @@ class Segmentation(ImageTask):
             state: ModelState, image: UInt8[Array, "h w 3"], size: Int32[Array, "2"]
         ) -> UInt8[Array, "h w"]:
             model = nnx.merge(graph, *state)
-            scores = segmentation.sliding_window(
-                model.scores, self.normalize(image[None]), window, stride, per_call, size[None]
+            scores = model.image_scores(
+                self.normalize(image[None]), window, stride, per_call, size[None]
             )
             return jnp.argmax(scores[0], axis=-1).astype(jnp.uint8)
 
@@ -160,9 +177,7 @@ class Segmentation(ImageTask):
             per_call = self.config.evaluation.windows_per_call
             with sharding.gathered(state, mesh) as whole:
                 model = nnx.merge(graph, *whole)
-                found = segmentation.sliding_window(
-                    model.scores, images, windows[0], windows[1], per_call, own
-                )
+                found = model.image_scores(images, windows[0], windows[1], per_call, own)
             return mirrored(found, own), own
 
         resized = jax.jit(segmentation.label_map, static_argnums=1)
@@ -197,7 +212,7 @@ class Segmentation(ImageTask):
         """The protocol by which the run judges a domain."""
         c = self.config
         return protocols.protocol(
-            c.evaluation.protocol, domain, c.data.source, c.data.crop, c.evaluation.stride
+            c.evaluation.protocol, domain, c.data.source, self.window, c.evaluation.stride
         )
 
     def evaluator(self, graph: nnx.GraphDef, mesh: Mesh) -> Evaluate:

@@ -73,6 +73,11 @@ class Task(Protocol):
     depth: int
     score_name: str
 
+    @property
+    def window(self) -> tuple[int, int]:
+        """Height and width of what the encoder sees at once, in pixels."""
+        ...
+
     def open(self, domain: str, train: bool) -> Dataset:
         """The images of a domain for training or for evaluation, checked."""
         ...
@@ -140,6 +145,11 @@ class ImageTask:
         self.observed = tuple(
             sorted({block for method in methods for block in method.observed(self.depth)})
         )
+
+    @property
+    def window(self) -> tuple[int, int]:
+        """See `Task.window`."""
+        return self.config.data.crop
 
     def normalize(
         self, images: UInt8[Array, "b h w 3"] | Float[Array, "b h w 3"]

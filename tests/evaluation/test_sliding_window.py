@@ -32,8 +32,10 @@ def scores_of(windows, xp=jnp):
     )
 
 
-def slow(images, window, stride):
-    """Windows one by one, by stepping along each side until the border is reached."""
+def slow(images, window, stride, wanted=lambda y, x: True):
+    """Windows one by one, by stepping along each side until the border is reached; those that are
+    not wanted count as 0.
+    """
     b, h, w, c = images.shape
     big = np.zeros((b, max(h, window[0]), max(w, window[1]), c))
     big[:, :h, :w] = images
@@ -50,7 +52,7 @@ def slow(images, window, stride):
         for y in starts(big.shape[1], window[0], stride[0]):
             for x in starts(big.shape[2], window[1], stride[1]):
                 here = (slice(image, image + 1), slice(y, y + window[0]), slice(x, x + window[1]))
-                total[here] += scores_of(big[here], np)
+                total[here] += scores_of(big[here], np) if wanted(y, x) else 0
                 seen[here] += 1
     assert seen.min() > 0
     return (total / seen[..., None])[:, :h, :w]
@@ -281,6 +283,55 @@ def test_only_as_many_windows_as_the_images_need():
         jax.block_until_ready(run(jnp.zeros((2, 40, 50, 1)), jnp.asarray(sizes, jnp.int32)))
         jax.effects_barrier()
         assert len(calls) == expected
+
+
+def odd(y, x):
+    """About half of the windows."""
+    return (3 * y + 5 * x) % 4 < 2
+
+
+@pytest.mark.parametrize("per_call", [1, 3])
+def test_unwanted_windows_are_not_predicted(per_call):
+    """Images of many sizes of which some windows are wanted: scores are those of loops in which the
+    others count as 0, and there are as few full calls as the image with the most wanted ones needs.
+    """
+    calls = []
+
+    def predict(windows):
+        jax.debug.callback(lambda: calls.append(1))
+        return scores_of(windows)
+
+    def wanted(starts):
+        return odd(starts[..., 0], starts[..., 1])
+
+    run = jax.jit(
+        lambda images, sizes: sliding_window(
+            predict, images, (16, 16), (7, 7), per_call * len(OWN), sizes, wanted
+        )
+    )
+    images = drawn(OWN)
+    found = run(padded(images, (30, 41)), np.array(OWN, np.int32))
+    jax.effects_barrier()
+    most = 0
+    for image, (h, w), scores in zip(images, OWN, np.asarray(found), strict=True):
+        expected = slow(image[None].astype(np.float64), (16, 16), (7, 7), odd)[0]
+        np.testing.assert_allclose(scores[:h, :w], expected, rtol=1e-5, atol=1e-5)
+        starts = itertools.product(window_starts(h, 16, 7), window_starts(w, 16, 7))
+        most = max(most, sum(odd(*start) for start in starts))
+    assert len(calls) == -(-most // per_call)
+    assert most < len(window_starts(30, 16, 7)) * len(window_starts(41, 16, 7))
+
+
+def test_nothing_wanted_is_nothing_done():
+    """No call at all, and scores of 0."""
+    found = sliding_window(
+        lambda windows: windows / 0,
+        jnp.ones((1, 20, 20, 1)),
+        (10, 10),
+        (10, 10),
+        wanted=lambda starts: starts[..., 0] < 0,
+    )
+    np.testing.assert_array_equal(found, 0)
 
 
 def test_a_sharded_batch_of_many_sizes_stays_sharded():

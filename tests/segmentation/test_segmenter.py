@@ -16,7 +16,7 @@ from jaxdg.backbones import VitConfig, resizing, zoo
 from jaxdg.config import Config, MeshConfig, validated
 from jaxdg.data.labels import CAMVID, CITYSCAPES, LabelSet
 from jaxdg.evaluation.sliding_window import window_starts
-from jaxdg.segmentation import LinearHead, Mask2FormerConfig, Segmenter, SegmenterConfig
+from jaxdg.segmentation import LinearHead, Mask2FormerConfig, Segmenter, SegmenterConfig, decoder
 from jaxdg.tasks import run_state as tasks
 from jaxdg.tasks.loading import Model
 from jaxdg.training import sharding
@@ -390,7 +390,7 @@ def test_predict_compiles_once_for_many_sizes(run, monkeypatch):
     traced = []
     plain = segmentation.sliding_window
     monkeypatch.setattr(
-        segmentation, "sliding_window", lambda *a: (traced.append(a[1].shape), plain(*a))[1]
+        decoder, "sliding_window", lambda *a: (traced.append(a[1].shape), plain(*a))[1]
     )
     predict = task.predictor(plan.graph)
     rng = np.random.default_rng(0)
