@@ -265,7 +265,8 @@ class Encoder(nnx.Module):
 def at_size(encoder: Encoder, image_size: tuple[int, int]) -> Encoder:
     """A copy of an encoder for images of another size, for use inside a traced program.
 
-    The parameters stay the encoder's own, and what methods have added to it stays too. Learned
+    The parameters stay the encoder's own, and what methods have added to it stays too; a module of
+    theirs that depends on the size holds the encoder's config, as `config`. Learned
     positions are resized as those of a file are: `adapt` is linear in each channel, so its matrix
     is what it makes of the unit vectors.
 
@@ -291,6 +292,9 @@ def at_size(encoder: Encoder, image_size: tuple[int, int]) -> Encoder:
             new = getattr(modules_after[path], name)
             if isinstance(value, int | tuple | EncoderConfig) and value != new:
                 setattr(modules[path], name, new)
+    for module in modules.values():
+        if getattr(module, "config", None) == encoder.config:
+            setattr(module, "config", config)  # noqa: B010  no attribute of every module
     graph, state = nnx.split(fitted)
     flat = dict(nnx.to_flat_state(state))
     leaves_after = dict(nnx.to_flat_state(nnx.state(after)))

@@ -99,6 +99,9 @@ class Method:
     def extend(self, model: Any, rngs: nnx.Rngs) -> None:
         """Adds modules to a model; its own parameters must keep their names.
 
+        What depends on the size of the encoder's images reads it from the encoder's config when it
+        is called, and holds that as `config`: see `backbones.at_size`.
+
         Args:
             model: with loaded weights, or abstract.
             rngs: for the new parameters.

@@ -14,6 +14,7 @@ Formulas, names and starts follow the authors' code (w1oves/Rein, `LoRAReins` an
 """
 
 import dataclasses
+import math
 from typing import Any
 
 from flax import nnx
@@ -140,8 +141,8 @@ class Refinement(nnx.Module):
         if options.zero_start:
             zeros = nnx.initializers.zeros
             self.mlp_delta_f = Linear(c, c, kernel_init=zeros, dtype=dtype, rngs=rngs)
+        self.config = config
         self.prefix = config.prefix
-        self.patches = config.grid[0] * config.grid[1]
 
     def __call__(self, block: Any, x: Float[Array, "b n c"]) -> Float[Array, "b n c"]:
         """The output of a block, its patch tokens refined; class token and padding stay."""
@@ -153,7 +154,8 @@ class Refinement(nnx.Module):
         if self.scale is not None:
             change = change * spread(self.scale[...], change)
         place = np.arange(x.shape[1])[:, None]
-        is_patch = (place >= self.prefix) & (place < self.prefix + self.patches)
+        patches = math.prod(self.config.grid)
+        is_patch = (place >= self.prefix) & (place < self.prefix + patches)
         return x + jnp.where(is_patch, change, 0)
 
 
