@@ -24,6 +24,7 @@ import numpy as np
 
 from jaxdg import backbones
 from jaxdg.backbones.attention import attention
+from jaxdg.backbones.layers import Conv, Linear
 from jaxdg.evaluation.sliding_window import resize_scores, sliding_window
 from jaxdg.ranges import Count, PositiveOrZero, Share, Size
 from jaxdg.segmentation.decoder import Decoder, DecoderConfig, DecoderOptions
@@ -319,21 +320,21 @@ class Refinement(nnx.Module):
         self.config = c = config
         self.dtype = dtype = jnp.dtype(c.dtype)
         n = c.hidden
-        conv = partial(nnx.Conv, kernel_init=TORCH, padding="VALID", dtype=dtype, rngs=rngs)
+        conv = partial(Conv, kernel_init=TORCH, padding="VALID", dtype=dtype, rngs=rngs)
         halve = partial(conv, kernel_size=(2, 2), strides=(2, 2))
         norm = partial(group_norm, rngs=rngs)
-        self.fuse = nnx.Linear(sum(channels), n, kernel_init=TORCH, dtype=dtype, rngs=rngs)
+        self.fuse = Linear(sum(channels), n, kernel_init=TORCH, dtype=dtype, rngs=rngs)
         self.fuse_norm = norm(n)
         self.embed1 = halve(c.num_classes, n // 4)
         self.embed1_norm = norm(n // 4)
         self.embed2 = halve(n // 4, n // 2)
         self.embed2_norm = norm(n // 2)
-        self.embed3 = nnx.Linear(n // 2, n, kernel_init=TORCH, dtype=dtype, rngs=rngs)
+        self.embed3 = Linear(n // 2, n, kernel_init=TORCH, dtype=dtype, rngs=rngs)
         self.embed3_norm = norm(n)
         self.mask_token = nnx.Param(nnx.initializers.normal(1.0)(rngs.params(), (n,)))
         self.norm = norm(n, epsilon=1e-6)
         self.blocks = nnx.List([Block(c, rngs=rngs) for _ in range(c.layers)])
-        self.classifier = nnx.Linear(
+        self.classifier = Linear(
             n,
             c.num_classes,
             kernel_init=nnx.initializers.normal(0.01),
@@ -385,7 +386,7 @@ class Block(nnx.Module):
     def __init__(self, config: MgrnetConfig, *, rngs: nnx.Rngs):
         c = config.hidden
         norm = partial(nnx.LayerNorm, c, epsilon=1e-5, use_fast_variance=False, rngs=rngs)
-        linear = partial(nnx.Linear, kernel_init=TORCH, dtype=jnp.dtype(config.dtype), rngs=rngs)
+        linear = partial(Linear, kernel_init=TORCH, dtype=jnp.dtype(config.dtype), rngs=rngs)
         self.norm1 = norm()
         self.attn1 = Attention(config, rngs=rngs)
         self.norm2 = norm()
@@ -413,7 +414,7 @@ class Attention(nnx.Module):
     """Multi-head attention whose heads are as wide as one likes."""
 
     def __init__(self, config: MgrnetConfig, *, rngs: nnx.Rngs):
-        linear = partial(nnx.Linear, kernel_init=TORCH, dtype=jnp.dtype(config.dtype), rngs=rngs)
+        linear = partial(Linear, kernel_init=TORCH, dtype=jnp.dtype(config.dtype), rngs=rngs)
         inner = config.heads * config.head_channels
         self.heads = config.heads
         self.to_q = linear(config.hidden, inner, use_bias=False)

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
+from jaxdg.backbones.layers import Linear
 from jaxdg.backbones.pyramid import Double
 from jaxdg.ranges import Count
 from jaxdg.segmentation.decoder import DecoderConfig, DecoderOptions
@@ -81,7 +82,7 @@ class UpscalingHead(PixelHead):
                 " its normalisation"
             )
         self.dtype = jnp.dtype(c.dtype)
-        linear = partial(nnx.Linear, dtype=self.dtype, rngs=rngs)
+        linear = partial(Linear, dtype=self.dtype, rngs=rngs)
         start = nnx.initializers.variance_scaling(2.0, "fan_out", "normal")
         self.fusion_conv = linear(sum(channels), c.width, use_bias=False, kernel_init=start)
         self.fusion_norm = group_norm(c.width, rngs=rngs)
