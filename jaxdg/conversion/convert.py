@@ -5,6 +5,8 @@
     jaxdg convert --model augreg_ti16 --checkpoint augreg_ti16.safetensors --out back.pth --reverse
     jaxdg convert --model mask2former --checkpoint model_final.pkl --out head.safetensors
     jaxdg convert --model vltseg --checkpoint vltseg_checkpoint_gta_1.pth --out runs/vltseg_gta
+    jaxdg convert --model rein --checkpoint iter_40000_published.pth \
+        --encoder dinov2_vitl14_pretrain.pth --out runs/rein_gta
     jaxdg convert --model vitdet --checkpoint model_final_61ccd1.pkl --out runs/vitdet_b
     jaxdg convert --model vitdet --checkpoint runs/vitdet_b --out back.pth --reverse
 
@@ -14,8 +16,9 @@ torch's files needs torch. Every tensor is converted or left out for a stated re
 parameter of the model is filled, or nothing is written and the offenders are named. Of a file that
 holds the trained weights and their average over the training, --weights ema or --weights raw says
 which. A model is an encoder, the text tower beside one, or `mask2former` or `faster_rcnn` for what
-follows the encoder, of the sizes that its file has. `vltseg` and `vitdet` are whole models: their
-jaxdg side is a workdir.
+follows the encoder, of the sizes that its file has. `vltseg`, `vitdet`, `rein` and `soma` are whole
+models: their jaxdg side is a workdir. Files of `rein` and `soma` hold adapter and head alone, so
+--encoder names the file of the encoder that they were trained on.
 """
 
 import argparse
@@ -24,6 +27,7 @@ import contextlib
 import math
 from pathlib import Path
 import sys
+from typing import Any
 
 import numpy as np
 
@@ -31,7 +35,7 @@ import jaxdg
 from jaxdg import backbones, weights
 from jaxdg import config as config_lib
 from jaxdg.config import paths
-from jaxdg.conversion import checkpoint, mapping, models, sets, vitdet, vltseg, wrappers
+from jaxdg.conversion import adapted, checkpoint, mapping, models, sets, vitdet, vltseg, wrappers
 from jaxdg.tasks.run_state import locate, stored_tensors
 
 
@@ -117,11 +121,7 @@ def convert_whole(name: str, source: Path, out: Path, wanted: str | None = None)
     `out`; else as `convert`.
     """
     family = models.WHOLE[name]
-    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
-        raise ValueError(
-            f"--out {out} is there already; {name} is written to a new folder, the workdir of a"
-            " finished run"
-        )
+    _new_folder(out, name)
     with checkpoint.opened(source, wanted) as file:
         with _telling(name, source, file):
             view = wrappers.unwrapped(file, family.layouts())
@@ -129,8 +129,10 @@ def convert_whole(name: str, source: Path, out: Path, wanted: str | None = None)
             model = vltseg.abstract(config)
             layout = vltseg.layout() if family is vltseg else vitdet.of_workdir(config)
             converted = mapping.to_flax(model, (layout,), view.names, view.read)
-        vltseg.write(config, model, converted.tensors, out)
-        lines = _mapped(name, source, view, layout, _left_out(converted, view))
+        left_out = _left_out(converted, view)
+        about = _about(name, {source.name: file}, layout.name, left_out)
+        vltseg.write(config, model, converted.tensors, out, about)
+        lines = _mapped(name, source, view, layout, left_out)
     return "\n".join(
         [
             *lines,
@@ -138,6 +140,83 @@ def convert_whole(name: str, source: Path, out: Path, wanted: str | None = None)
             f"  wrote {out}: {len(converted.tensors)} tensors, step {config.steps}",
         ]
     )
+
+
+def convert_adapted(
+    name: str, source: Path, encoder: Path, out: Path, wanted: str | None = None, crop: int = 512
+) -> str:
+    """Converts a released adapter with its head, and the file of its encoder, to the workdir `out`.
+
+    Args:
+        name: one of `models.ADAPTED`.
+        source: what was released.
+        encoder: the file of the frozen encoder, as published or as the authors convert it.
+        out: the workdir.
+        wanted: as of `convert`.
+        crop: side in pixels of the images it was trained on, which no tensor tells.
+
+    Returns:
+        A report for a person.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: as of `convert`.
+    """
+    family = models.ADAPTED[name]
+    _new_folder(out, name)
+    with checkpoint.opened(source, wanted) as file, checkpoint.opened(encoder) as beside:
+        with _telling(name, source, file):
+            view = wrappers.unwrapped(file, family.layouts())
+            names = family.encoders(view)
+        with _telling(" or ".join(names), encoder, beside):
+            frozen = adapted.frozen(beside, names, crop)
+        with _telling(name, source, file):
+            config = family.of_checkpoint(view, frozen, crop)
+            layout = family.layout(view, frozen)
+            model = vltseg.abstract(config)
+            both = adapted.joined(view, frozen, layout)
+            converted = mapping.to_flax(model, (layout,), both.names, both.read)
+            family.check(view, frozen)
+        left_out = _left_out(converted, view)
+        unread = _left_out(frozen.converted, frozen.view)
+        about = _about(
+            name, {source.name: file, encoder.name: beside}, layout.name, left_out | unread
+        )
+        vltseg.write(config, model, converted.tensors, out, about)
+        lines = _mapped(name, source, view, layout, left_out)
+        lines += _mapped(frozen.name, encoder, frozen.view, frozen.converted.layout, unread)
+    return "\n".join(
+        [
+            *lines,
+            f"  {vltseg.described(config)}",
+            f"  wrote {out}: {len(converted.tensors)} tensors, step {config.steps}",
+        ]
+    )
+
+
+def _new_folder(out: Path, name: str) -> None:
+    """Refuses a workdir that holds something."""
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        raise ValueError(
+            f"--out {out} is there already; {name} is written to a new folder, the workdir of a"
+            " finished run"
+        )
+
+
+def _about(
+    name: str,
+    files: Mapping[str, checkpoint.Checkpoint],
+    layout: str,
+    left_out: Mapping[str, str],
+) -> dict[str, Any]:
+    """What a workdir says of the files that it was converted from."""
+    return {
+        "model": name,
+        "sources": {source: file.digest() for source, file in files.items()},
+        "layout": layout,
+        "left_out": dict(left_out),
+        "jaxdg": jaxdg.__version__,
+    }
 
 
 @contextlib.contextmanager
@@ -335,6 +414,29 @@ def _path(text: str) -> Path:
         raise argparse.ArgumentTypeError(str(error)) from None
 
 
+def _converted(args: argparse.Namespace) -> str:
+    """What the command does without `--reverse`."""
+    crop = args.crop or adapted.CROPS[0]
+    if args.model not in models.ADAPTED:
+        if args.encoder or args.crop:
+            raise ValueError(
+                f"--encoder and --crop are for {' and '.join(models.ADAPTED)}, not for {args.model}"
+            )
+        convert_any = convert_whole if args.model in models.WHOLE else convert
+        return convert_any(args.model, args.checkpoint, args.out, args.weights)
+    if not args.encoder:
+        raise ValueError(
+            f"a file of {args.model} holds adapter and head alone; give the published file of the"
+            " encoder with --encoder"
+        )
+    if crop not in adapted.CROPS:
+        raise ValueError(
+            f"--crop is {crop}; allowed: {' or '.join(map(str, adapted.CROPS))}, of the models that"
+            " were released"
+        )
+    return convert_adapted(args.model, args.checkpoint, args.encoder, args.out, args.weights, crop)
+
+
 def main(arguments: list[str] | None = None) -> int:
     """The command; returns its exit code."""
     parser = argparse.ArgumentParser(
@@ -352,7 +454,25 @@ def main(arguments: list[str] | None = None) -> int:
         "--out",
         metavar="FILE",
         type=_path,
-        help="file to write; .safetensors unless --reverse; a folder for vltseg and vitdet",
+        help=(
+            "file to write; .safetensors unless --reverse; a folder for whole models (vltseg,"
+            " vitdet, rein, soma)"
+        ),
+    )
+    parser.add_argument(
+        "--encoder",
+        metavar="FILE",
+        type=_path,
+        help="with rein and soma, the file of the encoder, as published",
+    )
+    parser.add_argument(
+        "--crop",
+        metavar="PIXELS",
+        type=int,
+        help=(
+            "with rein and soma, side of the images that the model was trained on, which no tensor"
+            " tells: 512 (default), or 1024"
+        ),
     )
     parser.add_argument(
         "--weights",
@@ -389,8 +509,8 @@ def main(arguments: list[str] | None = None) -> int:
         )
     if args.weights and args.reverse:
         parser.error("--weights is for published files; one of jaxdg holds one set")
-    if args.model == vltseg.NAME and args.reverse:
-        parser.error("--reverse does not write vltseg")
+    if args.model in (vltseg.NAME, *models.ADAPTED) and args.reverse:
+        parser.error(f"--reverse does not write {args.model}")
     try:
         files = args.checkpoint, args.out
         if not args.model:
@@ -403,11 +523,7 @@ def main(arguments: list[str] | None = None) -> int:
                 else reverse(args.model, *files, args.layout)
             )
         else:
-            print(
-                (convert_whole if args.model in models.WHOLE else convert)(
-                    args.model, *files, args.weights
-                )
-            )
+            print(_converted(args))
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

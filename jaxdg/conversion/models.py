@@ -18,8 +18,10 @@ from jaxdg.conversion import (
     mask2former,
     mit,
     mocov3,
+    rein,
     sam,
     siglip,
+    soma,
     vit,
     vitdet,
     vltseg,
@@ -47,6 +49,7 @@ HEADS = {
 }  # converted without an encoder, of the sizes of the file's tensors
 PLANNED = backbones.EvaClipConfig, backbones.Dinov2GiantConfig  # for planning alone
 WHOLE = {family.NAME: family for family in (vltseg, vitdet)}  # converted to a workdir
+ADAPTED = {family.NAME: family for family in (rein, soma)}  # likewise, with their encoder's file
 
 
 def layouts(name: str) -> tuple[mapping.Layout, ...]:
@@ -62,7 +65,7 @@ def layouts(name: str) -> tuple[mapping.Layout, ...]:
         return clip_text.layouts(backbones.TEXT_TOWERS[name])
     if name not in backbones.ZOO:
         close = difflib.get_close_matches(
-            name, [*backbones.ZOO, *backbones.TEXT_TOWERS, *HEADS, *WHOLE], n=1
+            name, [*backbones.ZOO, *backbones.TEXT_TOWERS, *HEADS, *WHOLE, *ADAPTED], n=1
         )
         raise ValueError(
             f"unknown model {name!r};"
@@ -124,8 +127,8 @@ def converted_encoders() -> list[str]:
 
 
 def identified(file: Checkpoint) -> str:
-    """The encoder whose checkpoint a file is, or one of `HEADS` or `vitdet`, as far as names and
-    shapes tell.
+    """The encoder whose checkpoint a file is, or one of `HEADS`, `ADAPTED` or `vitdet`, as far as
+    names and shapes tell.
 
     Of a file that holds two towers the image's is meant; of one that fits several models, those of
     its own image size, and of these the model that uses most of it.
@@ -138,6 +141,8 @@ def identified(file: Checkpoint) -> str:
         ((".sem_seg_head.", ".model.transformer_module."), mask2former.NAME),
         ((".rpn.head.",), faster_rcnn.NAME),
         ((".backbone.simfp_",), vitdet.NAME),
+        ((".backbone.reins.",), rein.NAME),
+        ((".lora_A.weight",), soma.NAME),
     ):
         if any(prefix in f".{key}" for key in file.names for prefix in prefixes):
             return name
@@ -326,7 +331,7 @@ def listing() -> str:
                 f"the file of {image}, where it holds both towers",
             )
         )
-    rows += [(name, *family.LISTED) for name, family in (HEADS | WHOLE).items()]
+    rows += [(name, *family.LISTED) for name, family in (HEADS | WHOLE | ADAPTED).items()]
     widths = [max(len(row[i]) for row in rows) for i in range(3)]
     return "\n".join(
         "  ".join([*(cell.ljust(width) for cell, width in zip(row, widths, strict=False)), row[3]])

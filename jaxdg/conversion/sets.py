@@ -89,11 +89,29 @@ def kind_of(keys: Iterable[str]) -> str | None:
 def held(content: Any) -> list[Held]:
     """Every set of weights in what a file holds; states of optimisers and the like are none."""
     found = _held(content, ())
-    if isinstance(content, dict) and {"state_dict", "ema_state_dict", "meta"} <= content.keys():
+    if isinstance(content, dict) and _from_mmengine(content):
         # mmengine exchanges the two when it saves: what everybody loads is the average.
         exchanged = {"state_dict": EMA, "ema_state_dict": RAW}
         found = [one._replace(kind=exchanged.get(one.path, one.kind)) for one in found]
     return found
+
+
+def _from_mmengine(content: dict[Any, Any]) -> bool:
+    """Whether a file has the two sets of weights of mmengine's training.
+
+    SoMA's files keep them and drop what lay beside them. Its adapters tell them from other files
+    with the same keys.
+    """
+    if not {"state_dict", "ema_state_dict"} <= content.keys():
+        return False
+    other = content["ema_state_dict"]
+    return "meta" in content or (
+        isinstance(other, dict)
+        and any(
+            isinstance(name, str) and re.fullmatch(r"module\..+\.lora_A\.weight", name)
+            for name in other
+        )
+    )
 
 
 def _held(content: Any, keys: tuple[str, ...]) -> list[Held]:

@@ -5,20 +5,23 @@ Names are mmsegmentation's and mmdetection's. What a file does not tell is taken
 `configs/gta5_eva02_repro.py` and from the crop that its number of positions goes with.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 import contextlib
 import dataclasses
+import json
 import math
 import os
 from pathlib import Path
 import re
 import tempfile
+from typing import Any
 
 from flax import nnx
+import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxdg import backbones, weights
+from jaxdg import backbones, files, weights
 from jaxdg import config as config_lib
 from jaxdg.config import Config, Mask2FormerOptions
 from jaxdg.conversion import eva02, mask2former
@@ -33,7 +36,7 @@ from jaxdg.conversion.mask2former import (
     FUSED,
     NORM,
 )
-from jaxdg.tasks.run_state import make_task
+from jaxdg.tasks.run_state import extended, make_task
 from jaxdg.training.checkpoint import Checkpoints
 from jaxdg.training.step import TrainState
 
@@ -48,6 +51,7 @@ LISTED = (
 )
 ENCODER = "eva02_clip_l14_vltseg_repro"
 POSITIONS = "backbone.pos_embed"
+ABOUT = "conversion.json"  # in a workdir, what it was converted from
 COUNT = "batches counted: the running statistics do not need it"
 
 
@@ -118,12 +122,8 @@ def layout() -> Layout:
     assert isinstance(config, backbones.Eva02Config)
     encoder = next(known for known in eva02.layouts(config) if known.name == "VLTSeg")
     rows = [row._replace(target=f"backbone.{row.target}", resized=False) for row in encoder.rows]
-    for ours, theirs, table in (("pyramid", "backbone", PYRAMID), ("head", "decode_head", HEAD)):
-        rows += [
-            Row((f"{theirs}.{there}{ending}",), f"{ours}.{here}{end}", transform)
-            for here, there, kind in table
-            for ending, end, transform in kind
-        ]
+    rows += rows_of("pyramid", "backbone", PYRAMID)
+    rows += rows_of("head", "decode_head", HEAD)
     left_out = (
         (r"backbone\.(blocks\.\d+\.attn\.)?rope\.freqs_(cos|sin)", eva02.ROPE),
         (r"backbone\.fpn1\.1\.num_batches_tracked", COUNT),
@@ -162,17 +162,33 @@ def of_checkpoint(file: Checkpoint) -> Config:
     c.model.encoder = ENCODER
     c.model.weights = None
     c.model.taps = backbones.entry(ENCODER).config.taps
-    head, _ = mask2former.of_tensors(_head_tensors(file))
-    sizes = dataclasses.asdict(head)
-    c.model.mask2former = Mask2FormerOptions(
-        **{field.name: sizes[field.name] for field in dataclasses.fields(Mask2FormerOptions)}
-    )
+    c.model.mask2former = head_options(file)
     return config_lib.validated(c)
 
 
 def recipe(name: str) -> Config:
     """The configuration of a recipe that comes with this package."""
     return config_lib.experiment(name).get_config()
+
+
+def head_options(file: Checkpoint) -> Mask2FormerOptions:
+    """The sizes of the head in a file."""
+    head, _ = mask2former.of_tensors(_head_tensors(file))
+    sizes = dataclasses.asdict(head)
+    return Mask2FormerOptions(
+        **{field.name: sizes[field.name] for field in dataclasses.fields(Mask2FormerOptions)}
+    )
+
+
+def rows_of(
+    ours: str, theirs: str, table: Iterable[tuple[str, str, tuple[tuple[str, str, Transform], ...]]]
+) -> list[Row]:
+    """The rows of a table of names behind one word here and one there."""
+    return [
+        Row((f"{theirs}.{there}{ending}",), f"{ours}.{here}{end}", transform)
+        for here, there, kind in table
+        for ending, end, transform in kind
+    ]
 
 
 def _head_tensors(file: Checkpoint) -> dict[str, np.ndarray]:
@@ -202,12 +218,18 @@ def abstract(config: Config) -> nnx.Module:
         Misfit: sizes that do not fit together.
     """
     try:
-        return nnx.eval_shape(lambda: make_task(config).model(nnx.Rngs(0)))
+        return nnx.eval_shape(lambda: extended(make_task(config), jax.random.key(0), ()))
     except ValueError as error:
         raise Misfit(f"the sizes of its tensors do not fit together: {error}") from error
 
 
-def write(config: Config, model: nnx.Module, tensors: Mapping[str, np.ndarray], out: Path) -> None:
+def write(
+    config: Config,
+    model: nnx.Module,
+    tensors: Mapping[str, np.ndarray],
+    out: Path,
+    about: Mapping[str, Any],
+) -> None:
     """Writes the workdir of a run that has come to its end, whole or not at all.
 
     Args:
@@ -215,6 +237,7 @@ def write(config: Config, model: nnx.Module, tensors: Mapping[str, np.ndarray], 
         model: of `abstract`; it is filled.
         tensors: by jaxdg's names.
         out: the workdir.
+        about: what it was converted from, written to `conversion.json`.
 
     Raises:
         OSError: it cannot be written.
@@ -232,6 +255,7 @@ def write(config: Config, model: nnx.Module, tensors: Mapping[str, np.ndarray], 
         with contextlib.closing(Checkpoints(partial)) as checkpoints:
             checkpoints.save(state)
         config_lib.save(config, partial)
+        files.write(partial / ABOUT, json.dumps(about, indent=2) + "\n")
         os.replace(partial, out)
 
 

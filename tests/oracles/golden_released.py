@@ -1,0 +1,282 @@
+"""Makes tests/golden/released_*.npz: outputs of Rein and SoMA by their authors' code.
+
+Run by hand where torch, timm, einops, mmengine, mmcv-lite, mmdet and mmsegmentation are installed,
+on a checkout of w1oves/Rein (twice) or of ysj9909/SoMA:
+
+    python tests/oracles/golden_released.py REIN_CHECKOUT rein_dinov2
+    python tests/oracles/golden_released.py REIN_CHECKOUT rein_eva02
+    python tests/oracles/golden_released.py SOMA_CHECKOUT soma
+
+Their own configs, encoders, adapters, decoders and inference run with every size reduced and with
+random weights. Encoders are converted to patches of 16 pixels by SoMA's own functions; Rein's
+scripts compute the same for fixed sizes. A file holds:
+
+- of one window the two coarsest levels of features and the last layer's class and mask logits, and
+  the class maps of that window and of a picture seen through overlapping windows;
+- the names and shapes of the published file and of its encoder's file, reduced and in full.
+
+Made with commits 7da85bc and 7ea8c0e, mmengine 0.10.7, mmcv-lite 2.1.0, mmdet 3.3.0, mmsegmentation
+1.2.2, timm 1.0.31 and torch 2.14.1 on CPU.
+"""
+
+import argparse
+import contextlib
+from importlib.machinery import ModuleSpec
+import importlib.util
+import os
+from pathlib import Path
+import sys
+import types
+from typing import Any
+
+import numpy as np
+import torch  # pyright: ignore[reportMissingImports]
+from torch.nn import functional as F  # pyright: ignore[reportMissingImports]
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+from tests.conversion import released as r  # noqa: E402
+from tests.oracles import stand_ins  # noqa: E402, F401  before what follows
+
+# isort: split
+
+os.environ["XFORMERS_DISABLED"] = "1"
+
+
+class Undefined(types.ModuleType):
+    """A package that is not there: it has every class that is looked up, and none that is used."""
+
+    def __getattr__(self, name: str) -> type | None:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return torch.nn.Module if name[0].isupper() else None
+
+
+for _name in (
+    *("mmcv._ext", "xformers", "xformers.ops", "mmpretrain", "mmpretrain.models"),
+    *("mmpretrain.models.backbones", "peft", "peft.utils", "peft.utils.integrations"),
+):
+    sys.modules.setdefault(_name, Undefined(_name)).__spec__ = ModuleSpec(_name, None)
+# What SoMA takes from peft does nothing without DeepSpeed.
+sys.modules["peft.utils.integrations"].__dict__["gather_params_ctx"] = contextlib.nullcontext
+
+CONFIGS = {
+    "rein_dinov2": "configs/dinov2/rein_dinov2_mask2former_512x512_bs1x4.py",
+    "rein_eva02": "configs/_base_/models/rein_eva02-L_mask2former.py",
+    "soma": "configs/sora/sora_dinov2-L_mask2former.py",
+}
+
+
+def reduced(model: Any, kind: str) -> Any:
+    """Their model's config with smaller numbers."""
+    model.data_preprocessor.size = (r.WINDOW, r.WINDOW)
+    model.test_cfg = dict(mode="slide", crop_size=(r.WINDOW, r.WINDOW), stride=(r.STRIDE, r.STRIDE))
+    model.backbone.update(
+        img_size=r.WINDOW,
+        embed_dim=r.WIDTH,
+        num_heads=r.HEADS,
+        depth=r.DEPTH,
+        out_indices=list(range(r.DEPTH)),
+    )
+    if kind == "soma":
+        model.backbone.lora_cfg.update(r=r.RANK, lora_alpha=r.RANK, start_lora_idx=r.FIRST)
+    else:
+        model.backbone.reins_config.update(
+            token_length=r.QUERIES,
+            embed_dims=r.WIDTH,
+            num_layers=r.DEPTH,
+            lora_dim=r.RANK,
+            query_dims=r.HIDDEN,
+        )
+    head = model.decode_head
+    head.update(
+        in_channels=[r.WIDTH] * 4,
+        feat_channels=r.HIDDEN,
+        out_channels=r.HIDDEN,
+        num_queries=r.QUERIES,
+    )
+    encoder = head.pixel_decoder.encoder
+    decoder = head.transformer_decoder
+    encoder.num_layers = r.PIXEL_LAYERS
+    decoder.num_layers = r.LAYERS
+    for part in (encoder.layer_cfg, decoder.layer_cfg):
+        for settings in part.values():
+            settings.embed_dims = r.HIDDEN
+        part.ffn_cfg.feedforward_channels = r.FFN
+    for part in (head, head.pixel_decoder):
+        part.positional_encoding.num_feats = r.HIDDEN // 2
+    return model
+
+
+def without_files(model: Any) -> Any:
+    """Their model's config without a file to start from, and without a compiled attention."""
+    model.backbone.pop("init_cfg", None)
+    model.backbone.pop("pretrained", None)
+    if "xattn" in model.backbone:
+        model.backbone.xattn = False
+    return model
+
+
+def published(model: Any, kind: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The shapes of the published file and of its encoder's, by name."""
+    everything = dict(model.named_parameters())
+    if kind == "soma":
+        wanted = ("q", "k", "v", "proj", "fc1", "fc2")  # of tools/extract_soma_weights.py
+        file = {
+            name: tuple(t.shape)
+            for name, t in everything.items()
+            if name.startswith("decode_head.")
+            or "lora" in name
+            or name == "backbone.model.mask_token"
+            or (name.endswith("bias") and any(word in name for word in wanted))
+        }
+        encoder = {
+            name.removeprefix("backbone.model."): tuple(t.shape)
+            for name, t in everything.items()
+            if name.startswith("backbone.") and "lora" not in name
+        }
+        for name in [name for name in encoder if ".attn.q." in name]:
+            for part in "qkv":
+                rows, *others = encoder.pop(name.replace(".q.", f".{part}."))
+            encoder[name.replace(".q.", ".qkv.")] = (3 * rows, *others)
+    else:
+        file = {name: tuple(t.shape) for name, t in model.state_dict().items()}
+        encoder = {
+            name.removeprefix("backbone."): tuple(t.shape)
+            for name, t in everything.items()
+            if name.startswith("backbone.") and "reins" not in name
+        }
+    return file, encoder
+
+
+def as_published(encoder: dict[str, Any], patch: int, grid: int) -> dict[str, Any]:
+    """The shapes of an encoder's file before it is converted to other patches."""
+    width = encoder["pos_embed"][-1]
+    return encoder | {
+        "patch_embed.proj.weight": (width, 3, patch, patch),
+        "pos_embed": (1, 1 + grid * grid, width),
+    }
+
+
+def converted(encoder: dict[str, np.ndarray], kind: str) -> dict[str, torch.Tensor]:
+    """The encoder's file as the authors convert it."""
+    state = {name: torch.from_numpy(tensor) for name, tensor in encoder.items()}
+    kernel = state["patch_embed.proj.weight"]
+    state["patch_embed.proj.weight"] = F.interpolate(
+        kernel, size=(16, 16), mode="bicubic", align_corners=False
+    )
+    positions = state["pos_embed"]
+    square = positions[:, 1:].reshape(1, r.GRID, r.GRID, -1).permute(0, 3, 1, 2)
+    side = r.WINDOW // 16
+    square = F.interpolate(square, size=(side, side), mode="bicubic", align_corners=False)
+    rows = square.permute(0, 2, 3, 1).reshape(1, side * side, -1)
+    state["pos_embed"] = torch.cat([positions[:, :1], rows], dim=1)
+    if kind != "soma":
+        return {f"backbone.{name}": tensor for name, tensor in state.items()}
+    for name in [name for name in state if ".qkv." in name]:
+        for part, tensor in zip("qkv", state.pop(name).chunk(3), strict=True):
+            state[name.replace(".qkv.", f".{part}.")] = tensor
+    return {f"backbone.model.{name}": tensor for name, tensor in state.items()}
+
+
+def check_conversion(checkout: Path, encoder: dict[str, np.ndarray]) -> None:
+    """SoMA's own functions give the same as `converted`."""
+    path = checkout / "tools" / "convert_models" / "convert_dinov2_sora.py"
+    spec = importlib.util.spec_from_file_location("their_converter", path)
+    assert spec is not None
+    assert spec.loader is not None
+    theirs = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(theirs)
+    state = {name: torch.from_numpy(tensor) for name, tensor in encoder.items()}
+    theirs.interpolate_patch_embed_(state)
+    theirs.interpolate_pos_embed_(state, crop_size=(r.WINDOW, r.WINDOW))
+    theirs.split_qkv_weights(state)
+    for name, tensor in converted(encoder, "soma").items():
+        assert torch.equal(tensor, state[name.removeprefix("backbone.model.")]), name
+
+
+def main() -> None:
+    """Writes the file."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("checkout", type=Path)
+    parser.add_argument("kind", choices=CONFIGS)
+    args = parser.parse_args()
+    kind: str = args.kind
+    golden = ROOT / "tests" / "golden" / f"released_{kind}.npz"
+    sys.path.insert(0, str(args.checkout))
+    from mmengine import Config  # pyright: ignore[reportMissingImports]
+    from mmseg.registry import MODELS  # pyright: ignore[reportMissingImports]
+    from mmseg.structures import SegDataSample  # pyright: ignore[reportMissingImports]
+    from mmseg.utils import register_all_modules  # pyright: ignore[reportMissingImports]
+
+    register_all_modules()
+    import rein  # pyright: ignore[reportMissingImports]  # noqa: F401  registers its classes
+
+    def theirs():
+        return without_files(Config.fromfile(args.checkout / CONFIGS[kind]).model)
+
+    if kind == "soma":  # the start of its adapters, which takes long, is loaded over
+        from rein.peft.sora import Linear  # pyright: ignore[reportMissingImports]
+
+        Linear.sora_init = lambda self, init: None
+    in_full = published(MODELS.build(theirs()), kind)
+    model = MODELS.build(reduced(theirs(), kind))
+    model.eval()
+    shapes, encoder_shapes = published(model, kind)
+    encoder_shapes = as_published(encoder_shapes, r.PATCH, r.GRID)
+    encoder = r.encoder_file(encoder_shapes)
+    if kind == "soma":
+        check_conversion(args.checkout, encoder)
+        file = r.soma_file(shapes, encoder, r.FIRST)
+    else:
+        file = {name: r.drawn(name, shape) for name, shape in shapes.items()}
+    state = converted(encoder, kind) | {
+        name: torch.from_numpy(tensor.copy()) for name, tensor in file.items()
+    }
+    missing, unexpected = model.load_state_dict(state, strict=False)
+    print("not in the files:", [name for name in missing if "rope" not in name])
+    assert not unexpected, unexpected
+
+    parts = {"": shapes, "encoder/": encoder_shapes, "published/": in_full[0]}
+    parts["published/encoder/"] = in_full[1]
+    arrays: dict[str, np.ndarray] = {}
+    for prefix, named in parts.items():
+        arrays[f"{prefix}names"] = np.array(list(named))
+        arrays[f"{prefix}shapes"] = np.array([",".join(map(str, s)) for s in named.values()])
+    for name, size in (("window", (r.WINDOW, r.WINDOW)), ("picture", r.PICTURE)):
+        image = r.picture(*size)
+        sample = SegDataSample(metainfo=dict(ori_shape=size, img_shape=size))
+        bgr = torch.from_numpy(image[..., ::-1].transpose(2, 0, 1).copy())
+        with torch.inference_mode():
+            if name == "window":
+                inputs = model.data_preprocessor({"inputs": [bgr]})["inputs"]
+                features = model.extract_feat(inputs)
+                maps = features if kind == "soma" else features[0]
+                for i in (2, 3):  # the small ones
+                    arrays[f"levels/{i}"] = maps[i][0].permute(1, 2, 0).numpy()
+                classes, masks = model.decode_head(features, [sample])
+                arrays["class_logits"] = classes[-1][0].numpy()
+                arrays["mask_logits"] = masks[-1][0].numpy()
+            (result,) = model.test_step({"inputs": [bgr], "data_samples": [sample]})
+        scores = result.seg_logits.data.numpy()
+        label = result.pred_sem_seg.data[0].numpy()
+        arrays[f"{name}/label"] = label.astype(np.uint8)
+        best = np.sort(scores, axis=0)
+        print(
+            f"{name}: smallest lead {(best[-1] - best[-2]).min():.1e}, pixels of each class"
+            f" {np.bincount(label.ravel())}"
+        )
+    for key, array in arrays.items():
+        if array.dtype == np.float32:
+            print(
+                f"{key}: {array.shape}, std {array.std():.2f}, within {array.min():.1f} .."
+                f" {array.max():.1f}"
+            )
+    np.savez_compressed(golden, **arrays)  # pyright: ignore[reportArgumentType]
+    print(f"{golden.name}: {golden.stat().st_size} bytes, {len(shapes)} tensors")
+
+
+if __name__ == "__main__":
+    main()
