@@ -23,6 +23,7 @@ COMMANDS = {
             ("pretraining", "encoders, tuned or frozen"),
             ("freezing", "how many blocks to freeze"),
             ("corruptions", "what is left under corruptions"),
+            ("methods", "adapters, averages and decoders under one budget"),
             ("transfer", "how far a model carries from each source to each target"),
             ("seeds", "how much is chance"),
         )

@@ -9,8 +9,8 @@ missing ones. The study's folder holds
     study.json     every run with its settings, command and results, and mean and spread over seeds
 
 A run that did not finish is "missing" in study.json, which depends on the finished runs alone: it
-holds no times and no absolute paths. A study does not start runs on several machines; `--list`
-prints the command of each run for another launcher.
+holds no absolute paths, and no times but those that the runs' own files hold. A study does not
+start runs on several machines; `--list` prints the command of each run for another launcher.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -51,8 +51,10 @@ class StudyOptions:
     are not part of a run's configuration: changing them adds or drops runs and keeps the others.
 
     Attributes:
-        encoders: of `pretraining`: settings by the encoder's name in tables. Default: the
-            experiment's encoder, and the same from scratch.
+        encoders: of `pretraining` and `methods`: settings by the encoder's name in tables. Default:
+            the experiment's encoder, for `pretraining` also from scratch.
+        methods: of `methods`: settings by the method's name in tables. Default: fine-tuning, a
+            frozen encoder, an average of the weights, LoRA, SoMA and Rein.
         freeze_first: of `freezing`: numbers of first blocks to freeze, with the embeddings.
             Default 1 to 12.
         freeze_last: of `freezing`: numbers of last blocks to freeze. Default 1 to 12.
@@ -67,6 +69,7 @@ class StudyOptions:
     """
 
     encoders: Mapping[str, Settings] = dataclasses.field(default_factory=dict)
+    methods: Mapping[str, Settings] = dataclasses.field(default_factory=dict)
     freeze_first: Sequence[int] = tuple(range(1, 13))
     freeze_last: Sequence[int] = tuple(range(1, 13))
     sources: Mapping[str, Settings] = dataclasses.field(default_factory=dict)

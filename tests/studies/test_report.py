@@ -40,6 +40,7 @@ GROUPS = {
         f"{f} frozen": {"model.freeze": f}
         for f in ("none", "first 4", "first 8", "first 12", "last 4", "last 8", "last 12")
     },
+    "methods": {"tuned": {}, "SoMA": {"low_rank.on": True}},
     "corruptions": {"plain": {}, "RandAugment": {"data.randaugment": [2, 5.0]}},
     "transfer": {f"from {d}": {"data.source": d} for d in DOMAINS},
     "seeds": {"as configured": {}},
@@ -116,6 +117,12 @@ def write_study(
                     "results": results if done else None,
                 }
             )
+            if name == "methods" and done:
+                runs[-1]["cost"] = {
+                    "parameters": 4_866_048 + i,
+                    "bytes": 3_210_000_000,
+                    "seconds_per_step": 0.5 + seed,
+                }
             if name == "corruptions" and done:
                 drop = {kind: 0.80 - 0.1 * k - 0.05 * (1 - i) for k, kind in enumerate(KINDS)}
                 runs[-1]["severities"] = [1, 2, 3, 4, 5]
@@ -242,7 +249,7 @@ class Reader(HTMLParser):
 
 @pytest.fixture(scope="module")
 def everything(tmp_path_factory):
-    """All five studies in one report, some runs missing: the study.json files by name, and the
+    """All studies in one report, some runs missing: the study.json files by name, and the
     folder of the report.
     """
     root = tmp_path_factory.mktemp("studies")
@@ -266,6 +273,14 @@ def everything(tmp_path_factory):
     }
     report.write([root / name for name in studies], root / "out")
     return studies, root / "out"
+
+
+def test_the_page_tells_what_methods_cost(everything):
+    """Trained parameters, memory and time of every group, the time with its spread over seeds."""
+    page = Reader((everything[1] / "report.html").read_text())
+    table = next(t for t in page.tables if t[0][-1] == "s a step")
+    assert table[0] == ["", "trained parameters, M", "memory, GB", "s a step"]
+    assert table[1:] == [[name, "4.87", "3.21", "1.50 ± 1.00"] for name in ("tuned", "SoMA")]
 
 
 def expected(figure, runs: int) -> str:

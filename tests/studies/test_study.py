@@ -13,16 +13,20 @@ import subprocess
 import sys
 import time
 
+from flax import nnx
 import numpy as np
 import pytest
 
 import jaxdg
 from jaxdg import config as config_lib
+from jaxdg import weights
+from jaxdg.backbones import Pyramid
+from jaxdg.commands import command_line as cli
 from jaxdg.config import Config, overrides
 from jaxdg.config import workdir as workdir_lib
 from jaxdg.data.datasets import Subset
 from jaxdg.data.domains import open_domain
-from jaxdg.studies import corruptions, freezing, pretraining, seeds, study, transfer
+from jaxdg.studies import corruptions, freezing, methods, pretraining, seeds, study, transfer
 from jaxdg.studies.study import Study, StudyOptions
 from jaxdg.studies.summary import mean_and_spread, summary
 from jaxdg.training.metrics import read_metrics
@@ -31,7 +35,7 @@ from tests import forked
 ROOT = Path(__file__).resolve().parents[2]
 PLANS = {
     module.__name__.rpartition(".")[2]: module.plan
-    for module in (pretraining, freezing, corruptions, transfer, seeds)
+    for module in (pretraining, freezing, methods, corruptions, transfer, seeds)
 }
 CONFIG = """
 from jaxdg.config import Config
@@ -164,6 +168,14 @@ def test_the_plans_are_the_papers():
         "scratch_ti8_seed1",
         "scratch_ti8_seed2",
     ]
+    assert list(plan_of("methods", StudyOptions())) == [
+        f"{name}_seed0" for name in ("tuned", "frozen", "average", "LoRA", "SoMA", "Rein")
+    ]
+    switches = {"plain": {}, "frozen": {"model.freeze": "all"}}
+    assert plan_of("methods", StudyOptions(encoders={"CLIP": clip}, methods=switches)) == {
+        "CLIP_plain_seed0": clip,
+        "CLIP_frozen_seed0": {**clip, "model.freeze": "all"},
+    }
     pixmix = {"data.pixmix": (4, 4.0)}
     assert plan_of("corruptions", StudyOptions(models={"a": {}, "b": pixmix})) == {
         "a_seed0": {},
@@ -222,6 +234,38 @@ def test_the_command_of_a_run_is_its_configuration(path, name):
 def test_shipped_studies_are_found():
     """The parametrisation above has them all."""
     assert {path.stem for path in FILES} == {"cityscapes_eva02", "gta5_eva02", "study_tiny"}
+
+
+def test_methods_are_told_with_what_they_cost(tmp_path):
+    """Parameters and bytes are those of the plan, counted once for all seeds; the time is the
+    median over the rows of the run but the first. A frozen encoder trains the decoder alone.
+    """
+    base = Config()
+    base.data.crop = (32, 32)
+    base.model.weights = "a.safetensors"
+    options = StudyOptions(methods={"frozen": {"model.freeze": "all"}}, repeat=(0, 1))
+    made_here = made("methods", options, base, folder=str(tmp_path))
+    for run in made_here.runs:
+        workdir = made_here.workdir(run)
+        workdir.mkdir(parents=True)
+        rows = [{"step": i, "loss": 1.0, "seconds_per_step": s} for i, s in enumerate((9, 2, 3, 4))]
+        rows.insert(2, {"step": 2, "domain": "night", "mIoU": 5.0})
+        (workdir / "metrics.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    assert methods.cost(made_here, made_here.runs[0]) is None
+    methods.judge(made_here, made_here.runs, cli.console(), cli.Interrupt())
+    found = [methods.cost(made_here, run) for run in made_here.runs]
+    assert found[0] == found[1]
+    assert found[0]["seconds_per_step"] == 3
+    width, classes, levels = 192, 19, 4
+    head = levels * (2 * width + (width + 1) * classes)
+    pyramid = sum(
+        int(np.prod(shape))
+        for shape in weights.shapes(
+            nnx.eval_shape(lambda: Pyramid(width, "layer", dtype="float32", rngs=nnx.Rngs(0)))
+        ).values()
+    )
+    assert found[0]["parameters"] == head + pyramid
+    assert found[0]["bytes"] > 4 * 3 * found[0]["parameters"]
 
 
 def test_figures_of_a_group_are_numpys():

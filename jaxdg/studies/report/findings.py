@@ -13,6 +13,10 @@ QUESTIONS = {
         "How many of the encoder's blocks can stay as pre-trained, counted from the first or from"
         " the last?"
     ),
+    "methods": (
+        "What do adapters, averages and other switches of training gain on domains never seen, and"
+        " what do they cost?"
+    ),
     "corruptions": (
         "How much of its score does a model keep on images that are noisy, blurred, foggy or"
         " compressed?"
@@ -184,6 +188,7 @@ def _count(number: int, what: str) -> str:
 _ANSWERS: dict[str, Callable[[Study], str]] = {
     "pretraining": _pretraining,
     "freezing": _freezing,
+    "methods": _best,
     "corruptions": _corruptions,
     "transfer": _transfer,
     "seeds": _seeds,

@@ -41,6 +41,7 @@ PICTURES = "report_pictures"  # beside report.md
 _TITLES = {
     "pretraining": "Pre-training",
     "freezing": "Frozen blocks",
+    "methods": "Methods",
     "corruptions": "Corrupted images",
     "transfer": "From one domain to others",
     "seeds": "Seeds",
@@ -97,7 +98,9 @@ def _section(study: Study, key: str, title: str, citations: study_tables.Citatio
             if study.name == "freezing"
             else study_plots.domain_bars(study)
         )
-        if study.name in ("pretraining", "transfer") and any(
+        if study.name == "methods":
+            blocks.append(study_tables.cost_table(study))
+        if study.name in ("pretraining", "methods", "transfer") and any(
             study.values(group, "seen") for group in study.groups
         ):
             blocks.append(study_plots.gap_bars(study))

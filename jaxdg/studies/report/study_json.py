@@ -14,7 +14,7 @@ from jaxdg.studies.summary import mean_and_spread
 Figure = Mapping[str, Any]  # mean, spread, n, as `mean_and_spread` makes them
 Group = Mapping[str, Any]
 # In the order of a report.
-STUDIES = ("pretraining", "freezing", "corruptions", "transfer", "seeds")
+STUDIES = ("pretraining", "freezing", "methods", "corruptions", "transfer", "seeds")
 # Columns that are no domains, and their heads.
 MEANS = {"mean_unseen": "mean unseen", "rPD": "rPD"}
 
@@ -175,6 +175,10 @@ class Study:
             if known and len(known) == len(values) and (clean or not relative):
                 means.append(statistics.fmean(known) * (100 / clean if relative else 1))
         return mean_and_spread(means)
+
+    def cost(self, group: Group, what: str) -> Figure:
+        """Mean and spread of a cost of the finished runs of a group: a key of their `cost`."""
+        return mean_and_spread((run.get("cost") or {}).get(what) for run in self.finished(group))
 
     def limited(self) -> list[int]:
         """The limits on the number of evaluated images; [] if all were."""

@@ -218,6 +218,28 @@ def separate_tables(study: Study, citations: Citations) -> list[Table]:
     return tables
 
 
+def cost_table(study: Study) -> Table:
+    """Trained parameters, memory and time of every group."""
+    units = {"parameters": 1e6, "bytes": 1e9, "seconds_per_step": 1.0}
+    rows = []
+    for group in study.groups:
+        runs = len(study.finished(group))
+        cells = []
+        for what, unit in units.items():
+            figure = study.cost(group, what)
+            scaled = {k: v / unit if v and k != "n" else v for k, v in figure.items()}
+            spread = scaled["spread"] if what == "seconds_per_step" else None
+            one = cell({**scaled, "spread": spread}, runs, digits=2)
+            cells.append(dataclasses.replace(one, competes=False))
+        rows.append(TableRow(group["group"], tuple(cells)))
+    note = (
+        "Memory: predicted for one device, of the program for CPUs. Time: the median of a run,"
+        " input included, on the machine that trained it."
+    )
+    columns = ("", "trained parameters, M", "memory, GB", "s a step")
+    return Table("What they cost", columns, tuple(rows), note)
+
+
 def corruption_tables(study: Study) -> list[Table]:
     tables = []
     severities = study.severities()

@@ -1,0 +1,209 @@
+r"""Streets -> other streets by the methods that came after VLTSeg: Rein, SoMA, LoRA and VFMNet.
+
+    jaxdg train --config configs/gta5_methods.py:METHOD[,ENCODER[,SOURCE]] --workdir runs/X
+
+METHOD is one of
+
+    rein       learned tokens after every block of a frozen encoder (Wei et al., CVPR 2024)
+    frozen     a frozen encoder, the comparison in Rein's paper
+    lora       LoRA of rank 8 on queries, keys and values, likewise
+    soma       adapters of the smallest singular components (Yun et al., CVPR 2025)
+    vfmnet     LoRA of rank 32 and a decoder of transposed convolutions (MGRNet's simple head)
+
+ENCODER is dinov2_l14 (the default), eva02_l14, clip_l14, sam_h16 or any plain ViT of the zoo.
+Nobody has published these methods on dinov3_l16, siglip2_l16 or eva02_clip_l14. SOURCE is gta5 (the
+default), synthia, gta5+synthia, cityscapes, or cityscapes_1024: crops of 1024, judged on ACDC.
+
+Reproduces: data, crops, augmentation, optimiser, schedule, batch and steps of the authors' code
+(w1oves/Rein at 7da85bc, ysj9909/SoMA at 7ea8c0e, tpy001/VFMSeg at 6b019b9), taps 7, 11, 15 and 23
+without a final norm, patches of 16 pixels and a pyramid by interpolation.
+Differs: images are normalised as in each encoder's pre-training, where Rein takes ImageNet's
+statistics for all. The loss of `vfmnet` is a mean over labelled pixels, theirs over all pixels.
+SoMA starts as its paper says; --config.low_rank.start=soma_released starts as its code does.
+Open: SoMA's results are presumably of the step that was best on the target domains. The rank of
+LoRA in Rein's paper is inferred from the number of parameters. Others could not reproduce Rein's
+57.4 with CLIP-L. The recipes of `vfmnet` from other sources than gta5 are gta5's.
+
+Published, mIoU % on Cityscapes / BDD100K / Mapillary, mean. Sizes differ from protocol to protocol,
+so only rows of one protocol compare (docs/how-to/protocols.md):
+
+    protocol rein
+        rein,dinov2_l14                  66.4 / 60.4 / 66.1   64.3
+        rein,eva02_l14                   65.3 / 60.5 / 64.9   63.6
+        rein,clip_l14                    57.1 / 54.7 / 60.5   57.4
+        rein,sam_h16                     59.6 / 52.0 / 62.1   57.9
+        frozen,dinov2_l14                63.3 / 56.1 / 63.9   61.1
+        frozen,eva02_l14                 56.5 / 53.6 / 58.6   56.2
+        frozen,clip_l14                  53.7 / 48.7 / 55.0   52.4
+        frozen,sam_h16                   57.0 / 47.1 / 58.4   54.2
+        lora,dinov2_l14                  65.2 / 58.3 / 64.6   62.7
+        lora,eva02_l14                   55.5 / 52.7 / 58.3   55.5
+        rein,dinov2_l14,gta5+synthia     68.1 / 60.5 / 67.1   65.2
+        rein,dinov2_l14,cityscapes            65.0 / 72.3     68.7
+        rein,dinov2_l14,cityscapes_1024  ACDC test            77.6
+    protocol soma
+        soma,dinov2_l14                  71.8 / 61.3 / 71.7   68.3
+        soma,dinov2_l14,gta5+synthia                          69.3
+        soma,dinov2_l14,cityscapes            67.0 / 76.5     71.7
+        soma,dinov2_l14,cityscapes_1024  ACDC test            78.8
+    protocol mgrnet
+        vfmnet,dinov2_l14                72.2 / 63.0 / 71.9   69.0
+    this file                            not measured
+
+Data: the source, cityscapes, bdd100k, mapillary and acdc as downloaded, below the data root.
+Hardware: one GPU. Rein's paper names 9.5 to 10.5 hours on an RTX 3090 Ti for 40 000 steps of 4.
+Weights: `jaxdg convert --list` names the file of each encoder.
+
+    jaxdg convert --model dinov2_l14 --checkpoint dinov2_vitl14_pretrain.pth \
+        --out weights/dinov2_l14.safetensors
+    jaxdg train --config gta5_methods:soma --workdir runs/soma
+    jaxdg evaluate --checkpoint runs/soma --protocol rein,soma,mgrnet
+"""
+
+from collections.abc import Callable
+
+from jaxdg.backbones import Eva02Config, zoo
+from jaxdg.config import Config
+
+LARGE = "cityscapes_1024"
+# Where a source is judged.
+TARGETS = {
+    "gta5": ("cityscapes", "bdd100k", "mapillary"),
+    "synthia": ("cityscapes", "bdd100k", "mapillary"),
+    "gta5+synthia": ("cityscapes", "bdd100k", "mapillary"),
+    "cityscapes": ("bdd100k", "mapillary"),
+    LARGE: ("acdc",),
+}
+SHORTEST_SIDES = (
+    256, 307, 358, 409, 460, 512, 563, 614, 665, 716, 768, 819, 870, 921, 972, 1024,
+)  # fmt: skip
+LARGE_SHORTEST_SIDES = (
+    512, 614, 716, 819, 921, 1024, 1126, 1228, 1331, 1433, 1536, 1638, 1740, 1843, 1945, 2048,
+)  # fmt: skip
+TAPS = {24: (7, 11, 15, 23), 32: (7, 15, 23, 31)}  # of encoders of so many blocks
+QUERIES_KEYS_VALUES = ("attn.q_proj", "attn.k_proj", "attn.v_proj")  # where they are three layers
+
+
+def get_config(choice: str = "soma") -> Config:
+    """The experiment of `choice`: METHOD, ENCODER and SOURCE, by comma."""
+    method, encoder, source, *more = [*choice.split(","), "", ""]
+    source = source or "gta5"
+    if any(more) or method not in METHODS or source not in TARGETS:
+        raise ValueError(
+            f"gta5_methods:{choice}; allowed: METHOD[,ENCODER[,SOURCE]] with METHOD of"
+            f" {', '.join(METHODS)} and SOURCE of {', '.join(TARGETS)}"
+        )
+    c = common(encoder or "dinov2_l14", source)
+    METHODS[method](c, source)
+    return c
+
+
+def common(encoder: str, source: str) -> Config:
+    """The parts that the methods share."""
+    c = Config(steps=40_000, batch_size=4, log_every=50, eval_every=40_000, checkpoint_every=4000)
+    c.data.source = "cityscapes" if source == LARGE else source
+    c.data.workers = 8
+    c.data.crop = (1024, 1024) if source == LARGE else (512, 512)
+    c.data.shortest_sides = LARGE_SHORTEST_SIDES if source == LARGE else SHORTEST_SIDES
+    c.data.longest_side = 2 * max(c.data.shortest_sides)
+    c.data.scale = (1.0, 1.0)
+    c.data.padding = "corner"
+    c.data.max_class_share = 0.75
+    c.data.brightness = 32.0
+    c.data.contrast = 0.5
+    c.data.saturation = 0.5
+    c.data.hue = 18.0
+    c.data.distortion_probability = 0.5
+    c.model.encoder = encoder
+    c.model.weights = f"weights/{encoder}.safetensors"
+    c.model.taps = TAPS.get(zoo.entry(encoder).config.depth, ())
+    c.model.patch_size = 16
+    c.model.patch_resize = "bicubic"
+    c.model.pyramid = "interpolate"
+    c.model.decoder = "mask2former"
+    c.optimizer.learning_rate = 1e-4
+    c.optimizer.encoder_factor = 1.0
+    c.optimizer.schedule = "mmengine"
+    c.optimizer.clip = 0.0
+    c.optimizer.weight_decay_factors = (
+        (r"norm|(query|level)_embed$|query_feat$|learnable_tokens|after\.scale$", 0.0),
+    )
+    if c.data.source == "cityscapes":
+        c.batch_size = 8
+    if source == LARGE:
+        c.optimizer.warmup_steps = 10_000
+        c.optimizer.warmup_factor = 1e-6
+    c.evaluation.protocol = "rein"
+    c.evaluation.domains = TARGETS[source]
+    return c
+
+
+def rein(c: Config, source: str) -> None:
+    """Rein."""
+    c.rein.on = True
+    if source == LARGE:
+        c.optimizer.learning_rate = 6e-5
+
+
+def frozen(c: Config, source: str) -> None:
+    """A frozen encoder."""
+    c.model.freeze = "all"
+
+
+def lora(c: Config, source: str) -> None:
+    """LoRA as in Rein's comparison."""
+    c.low_rank.on = True
+    c.low_rank.rank = 8
+    c.low_rank.products = ("attn.qkv",) if has_one_layer(c) else QUERIES_KEYS_VALUES
+
+
+def soma(c: Config, source: str) -> None:
+    """SoMA with its average of the weights and its annealed decay."""
+    c.low_rank.on = True
+    c.low_rank.start = "soma"
+    c.low_rank.first_block = 8
+    c.low_rank.biases = True
+    if has_one_layer(c):
+        c.low_rank.products = (
+            "attn.q", "attn.k", "attn.v", "attn.proj", "mlp.fc1", "mlp.fc2",
+        )  # fmt: skip
+    c.optimizer.encoder_factor = 0.5
+    c.optimizer.final_weight_decay = 1e-5
+    c.average.on = source != "gta5+synthia"
+    c.average.start = 12_000
+    if c.data.source == "cityscapes":
+        c.average.start = 20_000
+    if source == "cityscapes":
+        c.optimizer.warmup_steps = 1500
+        c.optimizer.warmup_factor = 0.01
+    c.evaluation.protocol = "soma"
+
+
+def vfmnet(c: Config, source: str) -> None:
+    """MGRNet's simple head on LoRA."""
+    c.batch_size = 2
+    c.model.pyramid = "none"
+    c.model.decoder = "upscaling"
+    c.low_rank.on = True
+    c.low_rank.rank = 32
+    c.low_rank.dropout = 0.1
+    c.low_rank.products = ("attn.qkv",) if has_one_layer(c) else (*QUERIES_KEYS_VALUES, "attn.proj")
+    if c.model.encoder.startswith("clip"):
+        c.low_rank.products = ("attn.proj", "mlp.fc1", "mlp.fc2")
+    c.data.rare_class_temperature = 0.01
+    c.data.rare_class_min_crop_ratio = 0.5
+    c.evaluation.protocol = "mgrnet"
+
+
+def has_one_layer(c: Config) -> bool:
+    """Whether one layer of the encoder computes queries, keys and values."""
+    return not isinstance(zoo.entry(c.model.encoder).config, Eva02Config)
+
+
+METHODS: dict[str, Callable[[Config, str], None]] = {
+    "rein": rein,
+    "frozen": frozen,
+    "lora": lora,
+    "soma": soma,
+    "vfmnet": vfmnet,
+}
