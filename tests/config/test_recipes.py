@@ -18,9 +18,9 @@ import numpy as np
 from PIL import Image
 import pytest
 
-from configs import cityscapes_eva02, cityscapes_test_server, gta5_eva02
+from configs import cityscapes_eva02, cityscapes_test_server, gta5_eva02, gta5_methods
 import jaxdg
-from jaxdg import train
+from jaxdg import methods, train
 from jaxdg.commands import command_line as cli
 from jaxdg.commands import prepare, submit
 from jaxdg.config import Config, DataConfig, validated
@@ -191,6 +191,50 @@ def test_every_source_is_a_valid_experiment():
     assert {phrase.split(":")[0] for phrase in differences(first, second)} == {
         "steps", "data.source", "model.weights", "model.start", "evaluation.domains",
     }  # fmt: skip
+
+
+def test_every_method_source_and_encoder_is_a_valid_experiment():
+    """Every choice behind the colon of `configs/gta5_methods.py`, and the figures in which the
+    papers' recipes differ.
+    """
+    encoders = ("dinov2_l14", "eva02_l14", "clip_l14", "sam_h16", "dinov3_l16", "siglip2_l16")
+    for source in gta5_methods.TARGETS:
+        for method in gta5_methods.METHODS:
+            for encoder in encoders:
+                c = validated(gta5_methods.get_config(f"{method},{encoder},{source}"))
+                assert c.evaluation.domains == gta5_methods.TARGETS[source]
+                assert c.model.taps == ((7, 15, 23, 31) if "h16" in encoder else (7, 11, 15, 23))
+    rein, soma, vfmnet = (
+        gta5_methods.get_config(choice) for choice in ("rein", "soma,,cityscapes", "vfmnet")
+    )
+    assert (rein.batch_size, soma.batch_size, vfmnet.batch_size) == (4, 8, 2)
+    assert (rein.optimizer.encoder_factor, soma.optimizer.encoder_factor) == (1.0, 0.5)
+    assert (soma.average.start, soma.average.momentum) == (20_000, 0.0002)
+    assert (soma.optimizer.final_weight_decay, soma.optimizer.warmup_factor) == (1e-5, 0.01)
+    assert (vfmnet.low_rank.rank, vfmnet.low_rank.dropout) == (32, 0.1)
+    assert gta5_methods.get_config("rein,,cityscapes_1024").optimizer.learning_rate == 6e-5
+    for wrong in ("ren", "rein,dinov2_l14,gta", "rein,dinov2_l14,gta5,7"):
+        with pytest.raises(ValueError, match=f"gta5_methods:{wrong}; allowed: METHOD"):
+            gta5_methods.get_config(wrong)
+
+
+def test_the_methods_train_as_many_parameters_as_published():
+    """Of the encoder, by shapes, whatever the decoder: Rein 2 990 081 less its link's 459 264, SoMA
+    4 866 048, LoRA 786 432 and VFMNet 3 145 728 on DINOv2-L; LoRA on EVA-02-L 1 179 648.
+    """
+    for choice, count in (
+        ("rein", 2_990_081 - 459_264),
+        ("soma", 4_866_048),
+        ("lora", 786_432),
+        ("lora,eva02_l14", 1_179_648),
+        ("vfmnet", 3_145_728),
+    ):
+        c = gta5_methods.get_config(choice)
+        c.model.mask2former.layers = c.model.mask2former.pixel_layers = 1
+        c = validated(c)
+        task = tasks.make_task(c, methods.active(c))
+        trained, _, _ = tasks.Blueprint.of(task, c.model.freeze).abstract
+        assert sum(leaf.size for leaf in jax.tree.leaves(trained["backbone"])) == count, choice
 
 
 def test_gta5_to_the_four_targets(gta5):
