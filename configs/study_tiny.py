@@ -9,11 +9,11 @@ run (2026-11-23): pretraining 2:32, freezing 9:23, transfer 4:17, seeds 4:03, co
 Data and weights: as in configs/camvid_vit_tiny.py.
 
     export JAXDG_DATA=DATA
-    for study in pretraining freezing transfer seeds corruptions; do
+    for study in pretraining freezing methods transfer seeds corruptions; do
         python -m jaxdg.studies.$study --config configs/study_tiny.py --workdir runs/study/$study
     done
-    python -m jaxdg.studies.report runs/study/{pretraining,freezing,corruptions,transfer,seeds} \
-        --out runs/study/report
+    cd runs/study
+    python -m jaxdg.studies.report pretraining freezing methods corruptions transfer seeds
 """
 
 from jaxdg.config import Config

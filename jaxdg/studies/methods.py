@@ -7,57 +7,59 @@ Every method trains every encoder for the same number of steps. In study.json a 
 
     "cost": {"parameters": trained ones, "bytes": predicted, "seconds_per_step": measured}
 
-`bytes` are what `jaxdg plan` predicts for one device: state, batch and temporaries of the program
-for CPUs, an upper bound for accelerators. `seconds_per_step` is the median over the run's rows of
-metrics.jsonl but the first. Both depend on the machine, so rows of one machine compare.
+`bytes` are what `jaxdg plan` predicts for each device of the machine: state, batch and temporaries
+of the program for CPUs, an upper bound for accelerators. `seconds_per_step` is the median over the
+run's rows of metrics.jsonl but the first. Both depend on the machine, so rows of one machine
+compare.
 """
 
 from collections.abc import Mapping, Sequence
-import dataclasses
 import json
 import statistics
 from typing import Any
 
+import jax
 from rich.console import Console
 
-from jaxdg import files
+from jaxdg import files, methods
+from jaxdg.backbones import VitConfig, zoo
 from jaxdg.commands import process as runtime
 from jaxdg.commands.command_line import Interrupt
 from jaxdg.commands.plan import plan as planned
-from jaxdg.config import Config, MeshConfig
+from jaxdg.config import Config
 from jaxdg.studies import command
-from jaxdg.studies.study import Run, Settings, Study, StudyOptions
+from jaxdg.studies.study import Run, Settings, Study, StudyOptions, configured
+from jaxdg.tasks.run_state import Blueprint, make_task
 from jaxdg.training.metrics import read_metrics
 
 
 def plan(base: Config, options: StudyOptions) -> Mapping[str, Settings]:
     """See `study.Plan`."""
-    methods = options.methods or defaults(base)
-    if not options.encoders:
-        return methods
+    encoders = options.encoders or {"": {}}
     return {
-        f"{encoder}, {method}": {**settings, **switches}
-        for encoder, settings in options.encoders.items()
-        for method, switches in methods.items()
+        f"{encoder}, {method}" if encoder else method: {**settings, **switches}
+        for encoder, settings in encoders.items()
+        for method, switches in (options.methods or defaults(configured(base, settings))).items()
     }
 
 
-def defaults(base: Config) -> dict[str, Settings]:
-    """Methods that any plain ViT can take, each as its authors use it where that is one setting."""
+def defaults(config: Config) -> dict[str, Settings]:
+    """Methods that the encoder can take, each as its authors use it where that is one setting."""
     own_rate = {"optimizer.encoder_factor": 1.0}
-    linked = base.model.decoder == "mask2former"
-    tokens = {"rein.tokens": base.model.mask2former.queries} if linked else {}
-    return {
+    start = config.steps // 4
+    common: dict[str, Settings] = {
         "tuned": {},
         "frozen": {"model.freeze": "all"},
-        "average": {"average.on": True, "average.momentum": 0.01, "average.start": base.steps // 4},
+        "average": {"average.on": True, "average.momentum": 0.01, "average.start": start},
+    }
+    if not isinstance(zoo.entry(config.model.encoder).config, VitConfig):
+        return common
+    linked = config.model.decoder == "mask2former"
+    tokens = {"rein.tokens": config.model.mask2former.queries} if linked else {}
+    soma = {"low_rank.on": True, "low_rank.start": "soma", "low_rank.biases": True}
+    return common | {
         "LoRA": {"low_rank.on": True, "low_rank.rank": 8, **own_rate},
-        "SoMA": {
-            "low_rank.on": True,
-            "low_rank.start": "soma",
-            "low_rank.biases": True,
-            "optimizer.encoder_factor": 0.5,
-        },
+        "SoMA": {**soma, "optimizer.encoder_factor": 0.5},
         "Rein": {"rein.on": True, "rein.link": linked, **tokens, **own_rate},
     }
 
@@ -94,8 +96,13 @@ def judge(study: Study, runs: Sequence[Run], console: Console, interrupt: Interr
         if run.group not in counted:
             console.print(f"{run.group}: counts parameters and bytes")
             runtime.set_up()
-            p = planned(dataclasses.replace(study.config(run), mesh=MeshConfig(1, 1)))
-            counted[run.group] = {"parameters": p.gradients // 4, "bytes": p.total}
+            config = study.config(run)
+            task = make_task(config, methods.active(config))
+            trained, _, _ = Blueprint.of(task, config.model.freeze).abstract
+            counted[run.group] = {
+                "parameters": sum(leaf.size for leaf in jax.tree.leaves(trained)),
+                "bytes": planned(config).total,
+            }
         path = study.workdir(run) / "cost.json"
         files.write(path, json.dumps(counted[run.group], indent=2) + "\n")
 

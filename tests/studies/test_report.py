@@ -753,6 +753,7 @@ def test_findings_follow_the_figures(everything):
     order = [
         "Pre-training",
         "Frozen blocks",
+        "Methods",
         "Corrupted images",
         "From one domain to others",
         "Seeds",

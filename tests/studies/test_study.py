@@ -241,7 +241,7 @@ def test_methods_are_told_with_what_they_cost(tmp_path):
     median over the rows of the run but the first. A frozen encoder trains the decoder alone.
     """
     base = Config()
-    base.data.crop = (32, 32)
+    base.data.crop = base.evaluation.stride = (32, 32)
     base.model.weights = "a.safetensors"
     options = StudyOptions(methods={"frozen": {"model.freeze": "all"}}, repeat=(0, 1))
     made_here = made("methods", options, base, folder=str(tmp_path))
@@ -256,7 +256,7 @@ def test_methods_are_told_with_what_they_cost(tmp_path):
     found = [methods.cost(made_here, run) for run in made_here.runs]
     assert found[0] == found[1]
     assert found[0]["seconds_per_step"] == 3
-    width, classes, levels = 192, 19, 4
+    width, classes, levels = 128, 19, 4
     head = levels * (2 * width + (width + 1) * classes)
     pyramid = sum(
         int(np.prod(shape))
