@@ -1,7 +1,8 @@
 """What released adapters (Rein, SoMA) share: the frozen encoder's file beside theirs, and the run.
 
-Their authors enlarge the encoder's patches to 16 pixels, kernel and positions by plain bicubic
-interpolation, and normalise images with ImageNet's statistics whatever the encoder was trained on.
+Their authors enlarge the encoder's patches to 16 pixels, the kernel by plain bicubic interpolation,
+and normalise images with ImageNet's statistics whatever the encoder was trained on. They fit
+positions to the crop by plain bicubic interpolation, CLIP's by bilinear.
 """
 
 from collections.abc import Mapping, Sequence
@@ -15,15 +16,16 @@ from jaxdg import backbones
 from jaxdg.backbones import resizing
 from jaxdg.backbones.zoo import IMAGENET
 from jaxdg.config import Config
-from jaxdg.conversion import dinov2, eva02, mapping, vltseg, wrappers
+from jaxdg.conversion import clip, dinov2, eva02, mapping, sam, vltseg, wrappers
 from jaxdg.conversion.checkpoint import Checkpoint
 from jaxdg.conversion.mapping import Layout, Misfit
 
 PATCH = 16
 KERNEL = "patch_embed.proj.kernel"
 POSITIONS = "pos_embed"
+CLASS = "cls_token"
 CROPS = (512, 1024)  # of the published models; the first one is usual
-TAPS = {24: (7, 11, 15, 23)}  # by the encoder's number of blocks
+TAPS = {24: (7, 11, 15, 23), 32: (7, 15, 23, 31)}  # by the encoder's number of blocks
 BESIDE = "encoder."  # before the names of the encoder's tensors, beside those of the adapter's file
 
 
@@ -50,6 +52,10 @@ def layouts(name: str) -> tuple[Layout, ...]:
             return dinov2.layouts(config)
         case backbones.Eva02Config() as config:
             return eva02.layouts(config)
+        case backbones.ClipVitConfig():
+            return clip.layouts()
+        case backbones.SamConfig():
+            return sam.layouts()
         case config:
             raise NotImplementedError(f"no released adapter is known for {type(config).__name__}")
 
@@ -86,8 +92,35 @@ def frozen(file: Checkpoint, names: Sequence[str], crop: int) -> Frozen:
     kernel = converted.tensors[KERNEL]
     if patch != PATCH:
         kernel = resizing.resize_patch(kernel, PATCH, "bicubic")
-    positions = converted.tensors[POSITIONS]
-    side = math.isqrt(positions.shape[1] - config.prefix)
+    positions = fitted_positions(converted.tensors[POSITIONS], config, crop)
+    kernel, positions = renormalised(kernel, positions, config)
+    changed = {KERNEL: kernel, POSITIONS: positions}
+    if isinstance(config, backbones.ClipVitConfig):
+        # The code that Rein's authors took for CLIP adds the class token to its position again.
+        changed[CLASS] = 2 * converted.tensors[CLASS]
+    tensors = mapping.Lazy(
+        {
+            key: lambda key=key: changed[key] if key in changed else converted.tensors[key]
+            for key in converted.tensors
+        }
+    )
+    return Frozen(name, tensors, converted, view)
+
+
+def fitted_positions(positions: np.ndarray, config: backbones.VitConfig, crop: int) -> np.ndarray:
+    """Positions for the patches of a crop.
+
+    Args:
+        positions: as stored: [1, prefix + n, c], or SAM's [1, rows, columns, c].
+        config: of the encoder.
+        crop: side in pixels.
+
+    Raises:
+        Misfit: those of another grid than the published file's or the crop's.
+    """
+    shape = positions.shape
+    on_a_map = len(shape) == 4
+    side = shape[1] if on_a_map else math.isqrt(shape[1] - config.prefix)
     allowed = dict.fromkeys((config.image_size[0] // config.patch_size, crop // PATCH))
     if side not in allowed:
         sizes = " or ".join(f"{n}x{n}" for n in allowed)
@@ -95,15 +128,15 @@ def frozen(file: Checkpoint, names: Sequence[str], crop: int) -> Frozen:
             f"its positions are those of {side}x{side} patches, not {sizes} for a crop of {crop}"
             " (--crop)"
         )
-    positions = resizing.resize_positions(
-        positions, (crop // PATCH, crop // PATCH), prefix=config.prefix
+    by_clip = isinstance(config, backbones.ClipVitConfig)
+    grid = (crop // PATCH, crop // PATCH)
+    rows = resizing.resize_positions(
+        positions.reshape(1, -1, shape[-1]),
+        grid,
+        prefix=config.prefix,
+        matrix=resizing.linear_matrix if by_clip else resizing.cubic_matrix,
     )
-    kernel, positions = renormalised(kernel, positions, config)
-    tensors = mapping.Lazy(
-        {key: lambda key=key: converted.tensors[key] for key in converted.tensors}
-        | {KERNEL: lambda: kernel, POSITIONS: lambda: positions}
-    )
-    return Frozen(name, tensors, converted, view)
+    return rows.reshape(1, *grid, -1) if on_a_map else rows
 
 
 def _has_enlarged_patches(view: Checkpoint, name: str) -> bool:
@@ -127,10 +160,11 @@ def renormalised(
     factor = np.asarray(config.std) / std
     constant = (np.asarray(config.mean) - mean) / std
     added = np.einsum("ijcd,c->d", kernel.astype(np.float64), constant)
-    rows = np.arange(positions.shape[1])[:, None] >= config.prefix
+    first = np.zeros_like(positions[:, : config.prefix])
+    rest = np.broadcast_to(added, positions[:, config.prefix :].shape)
     return (
         (kernel * factor[:, None]).astype(np.float32),
-        (positions + rows * added).astype(np.float32),
+        (positions + np.concatenate([first, rest], axis=1)).astype(np.float32),
     )
 
 

@@ -21,11 +21,11 @@ LISTED = (
     "94 MB",
     "GPL-3.0 (code)",
     (
-        "iter_40000_published.pth and others in the releases of w1oves/Rein, on DINOv2-L or"
-        " EVA-02-L (MIM), whose file is --encoder; whole models, --out is a workdir"
+        "iter_40000_published.pth and others in the releases of w1oves/Rein; --encoder is the file"
+        " of DINOv2-L, EVA-02-L (MIM), CLIP-L or SAM-H; whole models, --out is a workdir"
     ),
 )
-ENCODERS = ("dinov2_l14", "eva02_l14")
+ENCODERS = ("dinov2_l14", "eva02_l14", "clip_l14", "sam_h16")
 TOKENS = "backbone.reins.learnable_tokens_a"
 WIDTHS = "backbone.reins.learnable_tokens_b"
 OWN_QUERIES = ("query_feat", "query_embed")  # of a plain head; here they come from the tokens
@@ -97,7 +97,15 @@ def of_checkpoint(file: Checkpoint, encoder: adapted.Frozen, crop: int) -> Confi
 def layout(file: Checkpoint, encoder: adapted.Frozen) -> Layout:
     """The layout of a file with its encoder's tensors beside it."""
     (own,) = layouts()
-    beside = (Row((f"{adapted.BESIDE}{key}",), f"backbone.{key}", SAME) for key in encoder.tensors)
+    beside = (
+        Row(
+            (f"{adapted.BESIDE}{key}",),
+            f"backbone.{key}",
+            SAME,
+            resized=".rel_pos_" in key,  # as SAM does it itself
+        )
+        for key in encoder.tensors
+    )
     return own._replace(rows=(*own.rows, *beside))
 
 

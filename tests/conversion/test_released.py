@@ -39,7 +39,12 @@ ABSTRACT = vltseg.abstract
 KINDS = {"rein_dinov2": "dinov2_l14", "rein_eva02": "eva02_l14", "soma": "dinov2_l14"}
 FAMILIES = {"rein_dinov2": rein, "rein_eva02": rein, "soma": soma}
 
-PUBLISHED = {name: backbones.ZOO[name] for name in KINDS.values()}
+PUBLISHED = {name: backbones.ZOO[name] for name in rein.ENCODERS}
+
+
+def config_of(name) -> Any:
+    """The configuration of a published encoder."""
+    return PUBLISHED[name].config
 
 
 @pytest.fixture(scope="module")
@@ -65,15 +70,17 @@ def files_of(kind, theirs):
 def tiny():
     """Encoders of the golden files' size in the places of the published ones."""
     with pytest.MonkeyPatch.context() as patch:
-        for name in set(KINDS.values()):
+        for name in PUBLISHED:
             config = dataclasses.replace(
-                backbones.entry(name).config,
+                config_of(name),
                 width=r.WIDTH,
                 heads=r.HEADS,
                 depth=r.DEPTH,
                 taps=tuple(range(r.DEPTH)),
-                image_size=(r.GRID * r.PATCH, r.GRID * r.PATCH),
+                image_size=(r.GRID * config_of(name).patch_size,) * 2,
             )
+            if name == "sam_h16":
+                config = dataclasses.replace(config, global_blocks=(1, 3), window=3)
             patch.setitem(backbones.ZOO, name, backbones.zoo.Entry(config, "source"))
         patch.setitem(adapted.TAPS, r.DEPTH, tuple(range(r.DEPTH)))
         patch.setattr(adapted, "CROPS", (r.WINDOW,))
@@ -146,6 +153,55 @@ def test_eva02_gives_the_features_of_the_authors_code(golden_of, workdirs):
         np.testing.assert_allclose(level[0], theirs, atol=1e-4)
 
 
+def test_clip_gives_the_features_of_the_authors_code(golden, tiny):
+    """Within 1e-4: bilinear positions, the class token twice, and other statistics of images."""
+    with np.load(golden / "released_clip.npz") as archive:
+        theirs = dict(archive)
+    file = r.encoder_file(r.named_shapes(theirs, "encoder/"))
+    opened = checkpoint.Checkpoint(list(file), file.__getitem__)
+    frozen = adapted.frozen(opened, ["dinov2_l14", "eva02_l14", "clip_l14"], r.WINDOW)
+    assert frozen.name == "clip_l14"
+    encoder = backbones.create(
+        "clip_l14",
+        image_size=(r.WINDOW, r.WINDOW),
+        patch_size=16,
+        taps=tuple(range(r.DEPTH)),
+        rngs=nnx.Rngs(0),
+    )
+    weights.fill(encoder, frozen.tensors, "file")
+    config: Any = encoder.config
+    image = r.picture(r.WINDOW, r.WINDOW)[None].astype(np.float32) / 255
+    mean, std = (np.asarray(x, np.float32) for x in (config.mean, config.std))
+    maps = nnx.jit(lambda encoder, image: encoder(image))(encoder, (image - mean) / std)
+    for i in (2, 3):
+        np.testing.assert_allclose(maps[i][0], theirs[f"taps/{i}"], atol=1e-4)
+
+
+def test_rein_on_sam_has_positions_for_the_crop(golden_of, tiny):
+    """All tensors of both files are mapped: positions bicubic, relative ones as stored, which the
+    model resizes as SAM does.
+    """
+    file, _ = files_of("rein_dinov2", golden_of["rein_dinov2"])
+    (known, *_) = adapted.layouts("sam_h16")
+    shapes = mapping.source_shapes(models.abstract("sam_h16"), known)
+    encoder = r.encoder_file(shapes)
+    opened, beside = (checkpoint.Checkpoint(list(t), t.__getitem__) for t in (file, encoder))
+    frozen = adapted.frozen(beside, ["sam_h16"], r.WINDOW)
+    run = rein.of_checkpoint(opened, frozen, r.WINDOW)
+    layout = rein.layout(opened, frozen)
+    both = adapted.joined(opened, frozen, layout)
+    model = ABSTRACT(run)
+    weights.fill(model, mapping.to_flax(model, (layout,), both.names, both.read).tensors, "files")
+    stored = weights.tensors(model)
+    side = r.WINDOW // 16
+    axis = resizing.cubic_matrix(r.GRID, side)
+    want = np.einsum("iy,jx,byxc->bijc", axis, axis, encoder["image_encoder.pos_embed"])
+    np.testing.assert_allclose(stored["backbone.pos_embed"], want, atol=1e-6)
+    assert stored["backbone.blocks.1.attn.rel_pos_h"].shape[0] == 2 * side - 1
+    kernel = encoder["image_encoder.patch_embed.proj.weight"].transpose(2, 3, 1, 0)
+    np.testing.assert_array_equal(stored["backbone.patch_embed.proj.kernel"], kernel)
+
+
 def test_the_workdir_opens_and_gives_their_class_map(golden_of, workdirs):
     """`jaxdg.load` and windows with overlap: all but a ten-thousandth of the pixels of a picture
     larger than the window, where two classes are equal within rounding.
@@ -210,7 +266,7 @@ def test_files_of_the_published_size_fit(kind, golden_of, monkeypatch):
     monkeypatch.setattr(vltseg, "abstract", ABSTRACT)
     shapes = r.named_shapes(golden_of[kind], "published/")
     encoder = r.named_shapes(golden_of[kind], "published/encoder/")
-    config: Any = PUBLISHED[name].config
+    config = config_of(name)
     grid = config.image_size[0] // config.patch_size
     encoder["patch_embed.proj.weight"] = (1024, 3, 14, 14)
     encoder["pos_embed"] = (1, 1 + grid * grid, 1024)

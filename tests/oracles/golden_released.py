@@ -1,10 +1,11 @@
 """Makes tests/golden/released_*.npz: outputs of Rein and SoMA by their authors' code.
 
 Run by hand where torch, timm, einops, mmengine, mmcv-lite, mmdet and mmsegmentation are installed,
-on a checkout of w1oves/Rein (twice) or of ysj9909/SoMA:
+on a checkout of w1oves/Rein or of ysj9909/SoMA:
 
     python tests/oracles/golden_released.py REIN_CHECKOUT rein_dinov2
     python tests/oracles/golden_released.py REIN_CHECKOUT rein_eva02
+    python tests/oracles/golden_released.py REIN_CHECKOUT clip
     python tests/oracles/golden_released.py SOMA_CHECKOUT soma
 
 Their own configs, encoders, adapters, decoders and inference run with every size reduced and with
@@ -14,6 +15,9 @@ scripts compute the same for fixed sizes. A file holds:
 - of one window the two coarsest levels of features and the last layer's class and mask logits, and
   the class maps of that window and of a picture seen through overlapping windows;
 - the names and shapes of the published file and of its encoder's file, reduced and in full.
+
+There is no config of Rein on CLIP: `clip` holds features of the last two taps by their CLIP, which
+converts an archive of OpenAI itself, and the names and shapes of that archive's image tower.
 
 Made with commits 7da85bc and 7ea8c0e, mmengine 0.10.7, mmcv-lite 2.1.0, mmdet 3.3.0, mmsegmentation
 1.2.2, timm 1.0.31 and torch 2.14.1 on CPU.
@@ -195,13 +199,58 @@ def check_conversion(checkout: Path, encoder: dict[str, np.ndarray]) -> None:
         assert torch.equal(tensor, state[name.removeprefix("backbone.model.")]), name
 
 
+class Archive:
+    """What `torch.jit.load` gives of OpenAI's archives, as far as it is used."""
+
+    def __init__(self, state: dict[str, torch.Tensor]):
+        self.state = state
+
+    def float(self) -> "Archive":
+        """Itself."""
+        return self
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """The tensors."""
+        return self.state
+
+
+def clip(golden: Path) -> None:
+    """Writes the file of CLIP's encoder."""
+    from rein import CLIPVisionTransformer  # pyright: ignore[reportMissingImports]
+
+    encoder = CLIPVisionTransformer(
+        input_resolution=r.WINDOW,
+        patch_size=16,
+        width=r.WIDTH,
+        layers=r.DEPTH,
+        heads=r.HEADS,
+        out_indices=list(range(r.DEPTH)),
+    ).eval()
+    shapes = {f"visual.{name}": tuple(t.shape) for name, t in encoder.state_dict().items()}
+    shapes["visual.conv1.weight"] = (r.WIDTH, 3, r.PATCH, r.PATCH)
+    shapes["visual.positional_embedding"] = (1 + r.GRID * r.GRID, r.WIDTH)
+    file = r.encoder_file(shapes)
+    state = {name: torch.from_numpy(tensor) for name, tensor in file.items()}
+    torch.jit.load = lambda path, map_location: Archive(state)
+    encoder.init_weights("archive")
+    mean, std = np.array([123.675, 116.28, 103.53]), np.array([58.395, 57.12, 57.375])
+    image = ((r.picture(r.WINDOW, r.WINDOW) - mean) / std).astype(np.float32)
+    with torch.inference_mode():
+        maps = encoder(torch.from_numpy(image.transpose(2, 0, 1)[None].copy()))
+    arrays = {f"taps/{i}": maps[i][0].permute(1, 2, 0).numpy() for i in (2, 3)}
+    arrays["encoder/names"] = np.array(list(shapes))
+    arrays["encoder/shapes"] = np.array([",".join(map(str, s)) for s in shapes.values()])
+    np.savez_compressed(golden, **arrays)  # pyright: ignore[reportArgumentType]
+    print(f"{golden.name}: {golden.stat().st_size} bytes, {len(shapes)} tensors")
+
+
 def main() -> None:
     """Writes the file."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("checkout", type=Path)
-    parser.add_argument("kind", choices=CONFIGS)
+    parser.add_argument("kind", choices=[*CONFIGS, "clip"])
     args = parser.parse_args()
     kind: str = args.kind
     golden = ROOT / "tests" / "golden" / f"released_{kind}.npz"
@@ -213,6 +262,9 @@ def main() -> None:
 
     register_all_modules()
     import rein  # pyright: ignore[reportMissingImports]  # noqa: F401  registers its classes
+
+    if kind == "clip":
+        return clip(golden)
 
     def theirs():
         return without_files(Config.fromfile(args.checkout / CONFIGS[kind]).model)
