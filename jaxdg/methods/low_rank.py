@@ -43,6 +43,7 @@ import numpy as np
 import scipy.linalg
 
 from jaxdg.backbones import zoo
+from jaxdg.backbones.layers import Linear
 from jaxdg.backbones.vit import VitConfig
 from jaxdg.methods.method import Method, MethodOptions
 from jaxdg.ranges import Count, CountOrZero, Positive, ShareBelowOne
@@ -155,7 +156,7 @@ class Pair:
     rank: int
 
 
-class LowRankLinear(nnx.Linear):
+class LowRankLinear(Linear):
     """A linear layer with a low-rank term, whose own parameters keep their names."""
 
     def __init__(
@@ -219,7 +220,7 @@ class LowRankLinear(nnx.Linear):
     def folded(self) -> nnx.Linear:
         """The plain layer that computes the same."""
         plain = nnx.eval_shape(
-            lambda: nnx.Linear(1, 1, use_bias=self.use_bias, dtype=self.dtype, rngs=nnx.Rngs(0))
+            lambda: Linear(1, 1, use_bias=self.use_bias, dtype=self.dtype, rngs=nnx.Rngs(0))
         )
         plain.in_features = self.in_features
         plain.out_features = self.out_features

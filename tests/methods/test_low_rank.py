@@ -18,6 +18,7 @@ import pytest
 import jaxdg
 from jaxdg import methods, train, weights
 from jaxdg.backbones import VitConfig, create, zoo
+from jaxdg.backbones.layers import Linear
 from jaxdg.commands import command_line as cli
 from jaxdg.commands import plan
 from jaxdg.config import Config, MeshConfig, validated
@@ -254,6 +255,16 @@ def test_every_plain_vit_of_the_zoo_is_adapted():
         gated,
         ("attn.proj", "attn.qkv", "mlp.fc1", "mlp.fc2"),
     }
+
+
+def test_biases_of_adapted_layers_get_exact_gradients_in_half_precision():
+    """The gradient is the number of tokens; in bfloat16 a sum of ones ends at 256."""
+    plain = Linear(4, 3, dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
+    pair = low_rank.Pair("", 0, 3, 2)
+    layer = low_rank.LowRankLinear(plain, {pair: (jnp.ones((4, 2)), jnp.zeros((2, 3)))}, 1.0, 0.0)
+    x = jnp.ones((2, 512, 4), jnp.bfloat16)
+    gradient = jax.jit(nnx.grad(lambda layer: jnp.sum(layer(x).astype(jnp.float32))))
+    np.testing.assert_array_equal(gradient(layer).bias[...], np.full(3, 1024))
 
 
 @pytest.mark.parametrize("name", ["eva02_clip_l14", "eva02_ti14"])
