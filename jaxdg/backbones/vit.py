@@ -207,9 +207,14 @@ class Vit(Encoder):
         Returns:
             One [b, h / p, w / p, c] for each tap, shallow to deep.
         """
+        return self.maps(self.tokens(images, key))
+
+    def maps(
+        self, tokens: tuple[Float[Array, "b n c"], ...]
+    ) -> tuple[Float[Array, "b gh gw c"], ...]:
+        """The patches of `tokens` as maps."""
         rows, columns = self.config.grid
         prefix = self.config.prefix
-        tokens = self.tokens(images, key)
         return tuple(t[:, prefix:].reshape(t.shape[0], rows, columns, -1) for t in tokens)
 
     def tokens(

@@ -198,6 +198,11 @@ def _check_task(config: Config) -> None:
                 f"{field} is {get(config, field)}; allowed: {', '.join(choices)}, with task {task}"
             )
     if task == "segmentation":
+        if getattr(m, m.decoder).needs_text and m.text_weights is None and m.start is None:
+            raise ValueError(
+                f"model.text_weights is None; model.decoder {m.decoder} needs the converted text"
+                " tower beside the encoder, see --model ENCODER_text of jaxdg convert"
+            )
         return
     _want(
         config,

@@ -21,6 +21,7 @@ from jaxdg.methods.average import AverageOptions
 from jaxdg.methods.low_rank import LowRankOptions
 from jaxdg.methods.rein import ReinOptions
 from jaxdg.methods.tldr import TldrOptions
+from jaxdg.methods.visual_anchor import VisualAnchorOptions
 from jaxdg.ranges import Count, CountOrZero, Size
 from jaxdg.segmentation.clip_text import ClipTextOptions
 from jaxdg.segmentation.decoder import DecoderOptions
@@ -28,6 +29,7 @@ from jaxdg.segmentation.linear import LinearOptions
 from jaxdg.segmentation.mask2former.head import Mask2FormerOptions
 from jaxdg.segmentation.mgrnet import MgrnetOptions
 from jaxdg.segmentation.segformer import SegformerOptions
+from jaxdg.segmentation.tqdm.head import TqdmOptions
 from jaxdg.segmentation.upscaling import UpscalingOptions
 from jaxdg.training.optimizer import OptimizerConfig
 from jaxdg.training.sharding import MeshConfig
@@ -40,18 +42,19 @@ class ModelConfig(EncoderOptions):
 
     Attributes:
         weights: converted weights of the encoder; None trains from scratch. Default None.
-        text_weights: converted text tower beside the encoder, for the decoder clip_text, or to
-            classify by class names in faster_rcnn_c4. Default None.
+        text_weights: converted text tower beside the encoder, for the decoders clip_text and tqdm,
+            or to classify by class names in faster_rcnn_c4. Default None.
         start: workdir of another run, or one step in it, whose whole model this one starts from
             instead of `weights`. Default None.
         pyramid: none, or four levels with layer or batch normalisation, or four by interpolation
             without parameters (interpolate); encoders with levels of their own need none and get
             none. Detectors have their own instead, ViTDet's or an FPN. Default layer.
         decoder: linear, segformer (MLP), with pyramid none upscaling (transposed convolutions) or
-            mgrnet, which refines the scores of upscaling in windows; mask2former, which needs a
-            pyramid, or clip_text: CLIP's features against class names, without a step of training.
-            Of detection fcos (light, one stage), faster_rcnn, cascade_rcnn, or faster_rcnn_c4,
-            which looks at proposals with the last stage of a CLIP ResNet. Default linear.
+            mgrnet, which refines the scores of upscaling in windows; with a pyramid mask2former or
+            tqdm, whose queries are class names read by CLIP. Or clip_text: CLIP's features against
+            class names, without a step of training. Of detection fcos (light, one stage),
+            faster_rcnn, cascade_rcnn, or faster_rcnn_c4, which looks at proposals with the last
+            stage of a CLIP ResNet. Default linear.
         freeze: what stays as loaded: none, all (the encoder), `first N` (embeddings and first N
             blocks), `last N` (last N blocks), or a regular expression searched in parameter names
             such as `backbone.blocks.3.attn.qkv.kernel`. N counts the stages of a hierarchical
@@ -61,6 +64,7 @@ class ModelConfig(EncoderOptions):
         upscaling: settings of that decoder.
         mgrnet: settings of that decoder.
         mask2former: settings of that decoder.
+        tqdm: settings of that decoder.
         clip_text: settings of that decoder.
         fcos: settings of that detector.
         faster_rcnn: settings of that detector.
@@ -80,6 +84,7 @@ class ModelConfig(EncoderOptions):
     upscaling: UpscalingOptions = dataclasses.field(default_factory=UpscalingOptions)
     mgrnet: MgrnetOptions = dataclasses.field(default_factory=MgrnetOptions)
     mask2former: Mask2FormerOptions = dataclasses.field(default_factory=Mask2FormerOptions)
+    tqdm: TqdmOptions = dataclasses.field(default_factory=TqdmOptions)
     clip_text: ClipTextOptions = dataclasses.field(default_factory=ClipTextOptions)
     fcos: FcosConfig = dataclasses.field(default_factory=FcosConfig)
     faster_rcnn: RcnnConfig = dataclasses.field(default_factory=single_stage)
@@ -137,6 +142,8 @@ class Config:
         tldr: a comparison, off by default.
         low_rank: adapters of a frozen encoder, off by default.
         rein: a frozen encoder refined by learned tokens, off by default.
+        visual_anchor: with the decoder tqdm, global features that stay near those before training,
+            off by default.
         evaluation: on what it is judged.
     """
 
@@ -157,6 +164,7 @@ class Config:
     tldr: TldrOptions = dataclasses.field(default_factory=TldrOptions)
     low_rank: LowRankOptions = dataclasses.field(default_factory=LowRankOptions)
     rein: ReinOptions = dataclasses.field(default_factory=ReinOptions)
+    visual_anchor: VisualAnchorOptions = dataclasses.field(default_factory=VisualAnchorOptions)
     evaluation: EvaluationConfig = dataclasses.field(default_factory=EvaluationConfig)
 
     # How pydantic checks a configuration and the parts in it (`checking.typed`).

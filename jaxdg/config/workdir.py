@@ -27,6 +27,7 @@ RECORDED_FIELDS = (
     "model.remat",
     "model.unroll",
     "model.mask2former.unroll",
+    "model.tqdm.unroll",
     "optimizer.accumulate",
     "evaluation.batch_size",
     "evaluation.windows_per_call",

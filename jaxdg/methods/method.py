@@ -4,7 +4,7 @@ Training calls the hooks in this order:
 
     modules and parameters   observed, boundaries, extend, trains
     before a step            wants_pictures, preparation
-    in a step                images, drawing, targets, observe
+    in a step                images, drawing, targets, observe, losses
     after the optimiser      transformation
     when training ends       finish
 
@@ -169,6 +169,19 @@ class Method:
             over its parts.
         """
         return features, {}
+
+    def losses(self, output: Any, batch: Batch, denominator: Any) -> dict[str, Float[Array, ""]]:
+        """Computes loss terms from the output of the decoder or detector.
+
+        Args:
+            output: of the model.
+            batch: of `targets`, or a part of it; its rows are those of the output.
+            denominator: of the losses of the global batch, see `Task.loss_denominator`.
+
+        Returns:
+            Named loss terms; the terms of a batch are the sums over its parts.
+        """
+        return {}
 
     def transformation(self) -> optax.GradientTransformation | None:
         """A transformation of the optimiser's updates; its state is saved with the optimiser's."""

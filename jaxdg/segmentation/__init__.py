@@ -15,6 +15,7 @@ from jaxdg.segmentation.mask2former.head import Mask2Former, Mask2FormerConfig
 from jaxdg.segmentation.mgrnet import MgrnetConfig, MgrnetHead
 from jaxdg.segmentation.segformer import SegformerConfig, SegformerHead
 from jaxdg.segmentation.segmenter import Segmenter, SegmenterConfig
+from jaxdg.segmentation.tqdm.head import TqdmConfig, TqdmHead
 from jaxdg.segmentation.upscaling import UpscalingConfig, UpscalingHead
 
 __all__ = [
@@ -29,6 +30,8 @@ __all__ = [
     "SegformerHead",
     "Segmenter",
     "SegmenterConfig",
+    "TqdmConfig",
+    "TqdmHead",
     "UpscalingConfig",
     "UpscalingHead",
     "confusion_matrix",

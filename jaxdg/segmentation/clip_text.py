@@ -75,13 +75,7 @@ class ClipTextHead(PixelHead):
         Raises:
             ValueError: an encoder without a text tower.
         """
-        self.tower = f"{encoder}_text"
-        if self.tower not in clip_text.TEXT_TOWERS:
-            known = ", ".join(name.removesuffix("_text") for name in clip_text.TEXT_TOWERS)
-            raise ValueError(
-                "model.decoder clip_text needs an encoder with a text tower; model.encoder is"
-                f" {encoder}, allowed: {known}"
-            )
+        self.tower = tower_of(encoder, "clip_text")
         tower = clip_text.TEXT_TOWERS[self.tower]
         self.names = config.names
         self.texts = nnx.BatchStat(jnp.zeros((len(config.names), tower.embedding)))
@@ -120,19 +114,53 @@ class ClipTextHead(PixelHead):
             FileNotFoundError: no such file.
             ValueError: it holds no text tower, or that of another encoder.
         """
-        tower = clip_text.load_text_tower(path)
-        name = weights.metadata(path)["model"]
-        if name != self.tower:
-            raise ValueError(
-                f"model.text_weights {path} holds {name}; allowed: {self.tower}, the tower beside"
-                " the encoder"
-            )
+        tower = load_tower(path, self.tower)
         stored = {
             name: tensor
             for name, tensor in weights.tensors(tower).items()
             if name.startswith(("image_projection.", "logit_scale"))
         }
         weights.fill(self, stored | {"texts": tower.embeddings(self.names)}, path)
+
+
+def tower_of(encoder: str, decoder: str) -> str:
+    """The name of the text tower beside an encoder.
+
+    Args:
+        encoder: name in the zoo.
+        decoder: that needs it, for the error.
+
+    Raises:
+        ValueError: an encoder without a text tower.
+    """
+    tower = f"{encoder}_text"
+    if tower not in clip_text.TEXT_TOWERS:
+        known = ", ".join(name.removesuffix("_text") for name in clip_text.TEXT_TOWERS)
+        raise ValueError(
+            f"model.decoder {decoder} needs an encoder with a text tower; model.encoder is"
+            f" {encoder}, allowed: {known}"
+        )
+    return tower
+
+
+def load_tower(path: str | Path, name: str) -> clip_text.ClipText:
+    """The text tower of a converted file.
+
+    Args:
+        path: made by `conversion/torch_to_flax.py --model ENCODER_text`.
+        name: of the tower that it must hold.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: it holds no text tower, or that of another encoder.
+    """
+    tower = clip_text.load_text_tower(path)
+    held = weights.metadata(path)["model"]
+    if held != name:
+        raise ValueError(
+            f"model.text_weights {path} holds {held}; allowed: {name}, the tower beside the encoder"
+        )
+    return tower
 
 
 def values(

@@ -18,7 +18,12 @@ from jaxdg.evaluation.sliding_window import sliding_window
 
 @dataclasses.dataclass(unsafe_hash=True)
 class DecoderOptions:
-    """The settings of a decoder that a run may change; each decoder documents its own."""
+    """The settings of a decoder that a run may change; each decoder documents its own.
+
+    `needs_text` says whether it needs the converted text tower that `model.text_weights` names.
+    """
+
+    needs_text = False
 
     def window(self, crop: tuple[int, int]) -> tuple[int, int]:
         """Height and width of what the encoder sees at once, in pixels: by default the crop.
@@ -51,11 +56,14 @@ class DecoderConfig:
         name: its value of `model.decoder`, for messages.
         needs_levels: whether it reads four maps of different sizes rather than maps of any sizes.
         joins: whether it reads maps of one size, of which there may be any number.
+        reads_class_token: whether it also reads, behind the maps, the last block's map and its
+            class token as a map of one pixel.
     """
 
     name = ""
     needs_levels = False
     joins = False
+    reads_class_token = False
 
     def taps(self, encoder: backbones.EncoderConfig) -> tuple[int, ...]:
         """The blocks or stages that it reads where `model.taps` names none."""
@@ -160,6 +168,10 @@ class Decoder(nnx.Module):
             key: for random draws, as of the points that the loss compares.
         """
         raise NotImplementedError
+
+    def frozen(self, name: str) -> bool:
+        """Whether a parameter of this decoder stays as loaded in every training."""
+        return False
 
     def adapt_features(
         self, backbone: backbones.Encoder, features: tuple[Float[Array, "b _ _ _"], ...]

@@ -60,14 +60,21 @@ class PixelHead(Decoder):
         So the loss of a batch is the sum of the losses of its parts, whatever their sizes. `key` is
         not used: nothing is random.
         """
-        _, h, w = label.shape
-        logits = resize_scores(output, (h, w))
-        valid = label != IGNORE
-        log_p = jax.nn.log_softmax(logits)
-        # A one-hot product instead of a gather: its gradient needs no scatter.
-        one_hot = jax.nn.one_hot(label, logits.shape[-1], dtype=log_p.dtype)
-        picked = jnp.sum(log_p * one_hot, axis=-1)
-        return {"cross_entropy": -jnp.sum(jnp.where(valid, picked, 0.0)) / denominator}
+        return {"cross_entropy": cross_entropy(output, label) / denominator}
+
+
+def cross_entropy(
+    output: Float[Array, "b h w k"], label: UInt8[Array, "b H W"]
+) -> Float[Array, ""]:
+    """Cross entropy at the label's resolution, summed over labelled pixels."""
+    _, h, w = label.shape
+    logits = resize_scores(output, (h, w))
+    valid = label != IGNORE
+    log_p = jax.nn.log_softmax(logits)
+    # A one-hot product instead of a gather: its gradient needs no scatter.
+    one_hot = jax.nn.one_hot(label, logits.shape[-1], dtype=log_p.dtype)
+    picked = jnp.sum(log_p * one_hot, axis=-1)
+    return -jnp.sum(jnp.where(valid, picked, 0.0))
 
 
 @dataclasses.dataclass(unsafe_hash=True)

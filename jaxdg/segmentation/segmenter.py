@@ -85,6 +85,13 @@ class Segmenter(nnx.Module):
                 f" {len(channels)} with {', '.join(map(str, strides))} pixels a feature; set"
                 " model.taps to some of one size"
             )
+        self.reads_class_token = decoder.reads_class_token
+        last = self.backbone.config.depth - 1
+        if decoder.reads_class_token and self.backbone.config.taps[-1] != last:
+            raise ValueError(
+                f"model.decoder {decoder.name} reads the class token after the last block, {last},"
+                f" and model.taps is {c.taps}; let it end there, or set it to ()"
+            )
         pyramid = None
         if builds_levels and c.pyramid == "interpolate":
             pyramid = backbones.Interpolation()
@@ -115,12 +122,17 @@ class Segmenter(nnx.Module):
     ) -> tuple[Float[Array, "n _ _ _"], ...]:
         """Features of all taps, of which `read` gives the indices for `decode`.
 
-        With a key they are those of the decoder's views of the images.
+        With a key they are those of the decoder's views of the images. The class token after the
+        last block follows, [n, 1, 1, c], if the decoder reads it.
         """
         with jax.named_scope("encoder"):
             if key is not None:
                 images = self.head.view(images, _head_key(key))
-            return self.backbone(images, key)
+            if not self.reads_class_token:
+                return self.backbone(images, key)
+            assert isinstance(self.backbone, backbones.Vit)
+            tokens = self.backbone.tokens(images, key)
+            return *self.backbone.maps(tokens), tokens[-1][:, :1, None]
 
     def decode(
         self,
@@ -129,12 +141,13 @@ class Segmenter(nnx.Module):
         train: bool = False,
     ) -> Any:
         """The decoder's output from the features of all taps."""
-        features = tuple(features[i] for i in self.read)
+        taps = tuple(features[i] for i in self.read)
+        more = (taps[-1], features[-1]) if self.reads_class_token else ()
         if self.pyramid is not None:
             with jax.named_scope("pyramid"):
-                features = self.pyramid(features, train)
+                taps = self.pyramid(taps, train)
         with jax.named_scope("decoder"):
-            features = self.head.adapt_features(self.backbone, features)
+            features = self.head.adapt_features(self.backbone, (*taps, *more))
             drop_key = None if key is None else _head_key(key)
             if self.queries is None:
                 return self.head(features, drop_key, train)
@@ -147,9 +160,14 @@ class Segmenter(nnx.Module):
         return self.backbone.adapt(rest, tensor) if part == "backbone" else tensor
 
     def unused(self, name: str) -> bool:
-        """Whether nothing trained depends on this parameter; all, if the head is not trained."""
+        """Whether nothing trained depends on this parameter, or the decoder keeps it as loaded.
+
+        That holds for all, if the head is not trained.
+        """
         part, _, rest = name.partition(".")
-        return not self.head.trained or (part == "backbone" and self.backbone.unused(rest))
+        if not self.head.trained or (part == "head" and self.head.frozen(rest)):
+            return True
+        return part == "backbone" and self.backbone.unused(rest)
 
     def scores(self, images: Float[Array, "b h w 3"]) -> Float[Array, "b h w k"]:
         """Class scores at the images' own size; the highest is the predicted class."""

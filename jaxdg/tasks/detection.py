@@ -99,7 +99,9 @@ class Detection(ImageTask):
         pixel_key, drop_key, sample_key = jax.random.split(key, 3)
         output, terms = self.outputs(model, batch, pixel_key, drop_key)
         with jax.named_scope("losses"):
-            return {**model.losses(output, self.targets(batch), denominator, sample_key), **terms}
+            targets = self.targets(batch)
+            own = model.losses(output, targets, denominator, sample_key)
+            return {**own, **terms, **self.method_losses(output, targets, denominator)}
 
     def detect(
         self, graph: nnx.GraphDef, state: ModelState, images: Array, sizes: Array

@@ -110,8 +110,9 @@ class Segmentation(ImageTask):
         pixel_key, drop_key, point_key = jax.random.split(key, 3)
         output, terms = self.outputs(model, batch, pixel_key, drop_key)
         with jax.named_scope("losses"):
-            label = self.targets(batch)["label"]
-            return {**model.head.loss(output, label, denominator, point_key), **terms}
+            targets = self.targets(batch)
+            own = model.head.loss(output, targets["label"], denominator, point_key)
+            return {**own, **terms, **self.method_losses(output, targets, denominator)}
 
     def predictor(self, graph: nnx.GraphDef) -> Predict:
         """See `Task.predictor`: sliding windows give label maps uint8 [h, w].

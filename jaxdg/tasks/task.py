@@ -227,6 +227,13 @@ class ImageTask:
             terms |= new
         return model.decode(features, drop_key, train=True), terms
 
+    def method_losses(self, output: Any, targets: Batch, denominator: Any) -> dict[str, Array]:
+        """The methods' loss terms from the model's output; see `Method.losses`."""
+        terms = {}
+        for method in self.methods:
+            terms |= method.losses(output, targets, denominator)
+        return terms
+
     def check_labels(self, dataset: Dataset) -> None:
         """ValueError if a domain has other classes than the model."""
         if dataset.labels.names != self.labels.names:

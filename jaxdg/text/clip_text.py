@@ -122,26 +122,54 @@ class Projection(nnx.Module):
         return self.proj(self.norm(x))
 
 
-class ClipText(nnx.Module):
-    """Token ids to embeddings, with the image tower's projection; all in float32."""
+class TextTransformer(nnx.Module):
+    """Embedded tokens to embeddings of texts; all in float32."""
 
-    def __init__(self, config: ClipTextConfig, *, rngs: nnx.Rngs):
-        """Builds the tower with random parameters; see `load_text_tower` for one with weights."""
+    def __init__(self, config: ClipTextConfig, length: int, *, rngs: nnx.Rngs):
+        """Builds the transformer with random parameters.
+
+        Args:
+            config: of the tower.
+            length: tokens of the longest text.
+            rngs: initialises the parameters.
+        """
         self.config = c = config
         init = nnx.initializers.normal
-        self.token_embedding = nnx.Param(init(0.02)(rngs.params(), (tokenizer.VOCABULARY, c.width)))
-        self.positional_embedding = nnx.Param(
-            init(0.01)(rngs.params(), (tokenizer.LENGTH, c.width))
-        )
+        self.positional_embedding = nnx.Param(init(0.01)(rngs.params(), (length, c.width)))
         self.blocks = stacking.Stack(
             lambda rngs, _: Block(c, rngs=rngs), c.depth, (), remat=False, rngs=rngs
         )
         self.ln_final = nnx.LayerNorm(c.width, epsilon=clip_vit.EPSILON, rngs=rngs)
         self.text_projection = nnx.Param(init(c.width**-0.5)(rngs.params(), (c.width, c.embedding)))
-        self.logit_scale = nnx.Param(jnp.log(1 / 0.07))
-        self.image_projection = (
-            None if c.image_projection is None else Projection(c.image_projection, rngs=rngs)
+
+    def encode(
+        self, tokens: Float[Array, "b n c"], end: Int32[Array | np.ndarray, " b"]
+    ) -> Float[Array, "b e"]:
+        """Embeddings of texts, not normalised.
+
+        Args:
+            tokens: embedded, without positions.
+            end: where each text's end token is.
+        """
+        x = tokens + self.positional_embedding[: tokens.shape[1]]
+        keep = stacking.drop_path_scales(None, 0.0, self.config.depth, len(x))
+        x = self.blocks(x, keep)[self.config.depth - 1]
+        return self.ln_final(x[jnp.arange(len(x)), end]) @ self.text_projection[...]
+
+
+class ClipText(TextTransformer):
+    """Token ids to embeddings, with the image tower's projection; all in float32."""
+
+    def __init__(self, config: ClipTextConfig, *, rngs: nnx.Rngs):
+        """Builds the tower with random parameters; see `load_text_tower` for one with weights."""
+        init = nnx.initializers.normal
+        self.token_embedding = nnx.Param(
+            init(0.02)(rngs.params(), (tokenizer.VOCABULARY, config.width))
         )
+        super().__init__(config, tokenizer.LENGTH, rngs=rngs)
+        self.logit_scale = nnx.Param(jnp.log(1 / 0.07))
+        projection = config.image_projection
+        self.image_projection = None if projection is None else Projection(projection, rngs=rngs)
 
     def __call__(self, ids: Int32[Array, "b n"]) -> Float[Array, "b e"]:
         """Embeddings of texts, not normalised.
@@ -149,11 +177,8 @@ class ClipText(nnx.Module):
         Args:
             ids: of `tokenizer.tokenize`.
         """
-        x = self.token_embedding[...][ids] + self.positional_embedding[...]
-        keep = stacking.drop_path_scales(None, 0.0, self.config.depth, len(ids))
-        x = self.blocks(x, keep)[self.config.depth - 1]
-        end = jnp.argmax(ids, axis=1)  # the end token has the highest id
-        return self.ln_final(x[jnp.arange(len(ids)), end]) @ self.text_projection[...]
+        # The end token has the highest id.
+        return self.encode(self.token_embedding[...][ids], jnp.argmax(ids, axis=1))
 
     def embeddings(
         self, names: Sequence[str], templates: Sequence[str] = TEMPLATES

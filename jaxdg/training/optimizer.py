@@ -27,6 +27,8 @@ from jaxdg import weights
 from jaxdg.ranges import Count, CountOrZero, Positive, PositiveOrZero, Share, ShareBelowOne
 
 ENCODER = "backbone."
+# The last norm and projection of an image tower, which the decoder holds that reads them.
+TOWER = (ENCODER, "head.image_projection.")
 
 
 @dataclasses.dataclass
@@ -151,16 +153,17 @@ def make_optimizer(
         config: rates, decay, clipping and their factors by name.
         steps: of the whole run; the schedule ends there.
         params: the trained parameters (abstract or not), stacked segments whole.
-        encoder_factor: multiplies the rate of parameters called `backbone.*`.
+        encoder_factor: multiplies the rate of parameters called `backbone.*`, and of the last norm
+            and projection of the image tower, where a decoder holds them.
         methods: whose transformations follow the optimiser's own.
         encoder: of the model, may be abstract; for `layer_decay`.
     """
     layer_factor = layer_factors(config.layer_decay, encoder)
 
     def rate(name: str) -> float:
-        factor = 1.0
+        factor = encoder_factor if name.startswith(TOWER) else 1.0
         if name.startswith(ENCODER):
-            factor = encoder_factor * layer_factor(name.removeprefix(ENCODER))
+            factor *= layer_factor(name.removeprefix(ENCODER))
         return weights.first_match(name, config.learning_rate_factors, 1.0) * factor
 
     def decay(name: str) -> float:
@@ -266,7 +269,7 @@ def frozen_names(freeze: str, names: Iterable[str], encoder: Counted) -> set[str
     if freeze == "none":
         return set()
     if freeze == "all":
-        return {name for name in names if name.startswith(ENCODER)}
+        return {name for name in names if name.startswith(TOWER)}
     if counted := re.fullmatch(r"(first|last) (\d+)", freeze):
         units = {
             name: encoder.unit_of(name.removeprefix(ENCODER))

@@ -72,6 +72,7 @@ def test_exactly_the_free_fields_may_change():
         "model.remat",
         "model.unroll",
         "model.mask2former.unroll",
+        "model.tqdm.unroll",
         "optimizer.accumulate",
         "evaluation.batch_size",
         "evaluation.windows_per_call",

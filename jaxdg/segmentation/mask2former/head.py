@@ -6,7 +6,7 @@ from resized mask features. Resizing is linear, so they are the same up to round
 computes full masks only for the last layer.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 import dataclasses
 from functools import partial
 
@@ -36,17 +36,17 @@ from jaxdg.segmentation.mask2former.pixel_decoder import (
     sine_positions,
 )
 
-# Positions of queries, and their first features or None for the head's own.
-Queries = tuple[Float[Array, "*images q c"], Float[Array, "*images q c"] | None]
+# Positions of queries, and their first features or None for the head's own; each for all images or
+# for every one.
+Queries = tuple[Float[Array, "*images q c"], Float[Array, "*batch q c"] | None]
 
 
 @dataclasses.dataclass(unsafe_hash=True, kw_only=True)
-class Mask2FormerOptions(DecoderOptions):
-    """Sizes of the Mask2Former decoder; the defaults are VLTSeg's.
+class MaskDecoderOptions(DecoderOptions):
+    """What a decoder by Mask2Former's layers may set, whatever its queries are.
 
     Attributes:
         hidden: channels of everything inside; a multiple of 32 and of `heads`. Default 256.
-        queries: masks predicted for an image; at least the number of classes. Default 100.
         heads: of all attention. Default 8.
         pixel_layers: of deformable attention in the pixel decoder. Default 6.
         pixel_ffn: channels inside their MLPs. Default 1024.
@@ -62,7 +62,6 @@ class Mask2FormerOptions(DecoderOptions):
     """
 
     hidden: Count = 256
-    queries: Count = 100
     heads: Count = 8
     pixel_layers: Count = 6
     pixel_ffn: Count = 1024
@@ -72,6 +71,17 @@ class Mask2FormerOptions(DecoderOptions):
     points: Count = 12544
     published_init: bool = True
     unroll: bool = False
+
+
+@dataclasses.dataclass(unsafe_hash=True, kw_only=True)
+class Mask2FormerOptions(MaskDecoderOptions):
+    """Sizes of the Mask2Former decoder; the defaults are VLTSeg's.
+
+    Attributes:
+        queries: masks predicted for an image; at least the number of classes. Default 100.
+    """
+
+    queries: Count = 100
 
     def config(self, classes: Sequence[str], dtype: str) -> "Mask2FormerConfig":
         """See `DecoderOptions.config`."""
@@ -214,12 +224,20 @@ class Predictions:
 class Mask2Former(Decoder):
     """Four feature maps to a class and a mask for every query, at first and after each layer."""
 
-    def __init__(self, config: Mask2FormerConfig, channels: Sequence[int], *, rngs: nnx.Rngs):
+    def __init__(
+        self,
+        config: Mask2FormerConfig,
+        channels: Sequence[int],
+        *,
+        pixel_decoder: Callable[..., PixelDecoder] = PixelDecoder,
+        rngs: nnx.Rngs,
+    ):
         """Builds the head with random parameters.
 
         Args:
             config: sizes.
             channels: of the four feature maps, finest first.
+            pixel_decoder: builds it as `PixelDecoder` is built.
             rngs: initialises the parameters.
 
         Raises:
@@ -236,7 +254,7 @@ class Mask2Former(Decoder):
                 f" heads, {c.heads}"
             )
         self.config = config
-        self.pixel_decoder = PixelDecoder(
+        self.pixel_decoder = pixel_decoder(
             channels,
             c.hidden,
             c.heads,

@@ -79,6 +79,7 @@ def mask2former_loss(
     key: Key[Array, ""],
     *,
     points: int = 12544,
+    query: Int32[Array, " k"] | None = None,
 ) -> dict[str, Float32[Array, ""]]:
     """The loss of all predictions of a batch, or of a part of it.
 
@@ -91,6 +92,7 @@ def mask2former_loss(
             then add up to the loss of the whole.
         key: draws the points.
         points: a mask is compared on, in the matching as in the loss.
+        query: of each class, in every image and prediction; None: those that the matching finds.
 
     Returns:
         The terms "class" (cross entropy), "mask" (binary cross entropy) and "dice", summed over
@@ -110,12 +112,15 @@ def mask2former_loss(
         masks = mask_logits(embeds, jax.lax.stop_gradient(mask_features))
         return prediction_costs(class_logits, masks, label, draw_points(key, (b, 1, points)))
 
-    with jax.named_scope("matching"):
-        predictions = jax.lax.stop_gradient((class_logits, mask_embeds))
-        cost = jax.lax.map(costs, (*predictions, matching_keys))
-        query = assign(cost, jnp.broadcast_to(valid, (layers, *valid.shape)))
+    if query is None:
+        with jax.named_scope("matching"):
+            predictions = jax.lax.stop_gradient((class_logits, mask_embeds))
+            cost = jax.lax.map(costs, (*predictions, matching_keys))
+            matching = assign(cost, jnp.broadcast_to(valid, (layers, *valid.shape)))
+    else:
+        matching = jnp.broadcast_to(query, (layers, *valid.shape))
 
-    matched = jax.vmap(matched_embeds, (0, 0, None))(mask_embeds, query, valid)
+    matched = jax.vmap(matched_embeds, (0, 0, None))(mask_embeds, matching, valid)
     matched_masks = mask_logits(matched, mask_features)
 
     def terms(inputs):
@@ -128,7 +133,7 @@ def mask2former_loss(
         return class_term(class_logits, query, valid), *mask_terms(masks, label, valid, compared)
 
     # Two at a time are half as many kernels for a GPU, in 0.4 GB more at the paper's size.
-    each = (class_logits, matched_masks, query, points_keys)
+    each = (class_logits, matched_masks, matching, points_keys)
     entropy, mask, dice = (jnp.sum(x) for x in jax.lax.map(terms, each, batch_size=2))
     return {
         "class": WEIGHTS[0] * entropy / denominator.class_weight,

@@ -6,7 +6,7 @@ fine level, which becomes the mask features.
 Attribute names follow facebookresearch/Mask2Former; every 1x1 convolution is a linear layer here.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 import math
 from typing import Any
@@ -97,10 +97,19 @@ class Layer(nnx.Module):
     def __call__(
         self, x: Float[Array, "b n c"], positions: Float[Array, "n c"], shapes: Shapes
     ) -> Float[Array, "b n c"]:
+        return self.widen(self.attend_points(x, positions, shapes))
+
+    def attend_points(
+        self, x: Float[Array, "b n c"], positions: Float[Array, "n c"], shapes: Shapes
+    ) -> Float[Array, "b n c"]:
+        """The first half, deformable attention."""
         dtype = x.dtype
         x = row_major(x)
-        x = self.norm1(x + self.self_attn(x, positions, shapes)).astype(dtype)
-        return self.norm2(x + self.linear2(relu(self.linear1(x)))).astype(dtype)
+        return self.norm1(x + self.self_attn(x, positions, shapes)).astype(dtype)
+
+    def widen(self, x: Float[Array, "b n c"]) -> Float[Array, "b n c"]:
+        """The second half, the MLP."""
+        return self.norm2(x + self.linear2(relu(self.linear1(x)))).astype(x.dtype)
 
 
 class PixelDecoder(nnx.Module):
@@ -117,6 +126,7 @@ class PixelDecoder(nnx.Module):
         *,
         published_init: bool = True,
         unroll: bool = False,
+        layer: Callable[..., nnx.Module] = Layer,
         dtype: str,
         rngs: nnx.Rngs,
     ):
@@ -129,6 +139,7 @@ class PixelDecoder(nnx.Module):
         points: read by each head on each level.
         published_init: as in `Mask2FormerConfig`.
         unroll: compile each layer by itself; see `stacking.Stack`.
+        layer: builds one as `Layer` is built; it is called as that, with what `attend` gets more.
         dtype: compute dtype.
         rngs: initialises the parameters.
         """
@@ -138,7 +149,7 @@ class PixelDecoder(nnx.Module):
         self.level_embed = nnx.Param(jax.random.normal(rngs.params(), (LEVELS, hidden)))
 
         def make(rngs, _):
-            return Layer(
+            return layer(
                 hidden, heads, ffn, points, published_init=published_init, dtype=dtype, rngs=rngs
             )
 
@@ -154,11 +165,11 @@ class PixelDecoder(nnx.Module):
         )
 
     def __call__(
-        self, features: tuple[Float[Array, "b _ _ _"], ...]
+        self, features: tuple[Float[Array, "b _ _ _"], ...], *more: Any
     ) -> tuple[Float[Array, "b h w c"], tuple[Float[Array, "b _ _ c"], ...]]:
         """Mask features of the finest map's size and three levels, coarsest first.
 
-        The features are four maps, finest first.
+        The features are four maps, finest first; `attend` gets what is given more.
         """
         fine, *coarse = features
         levels = [project(x) for project, x in zip(self.input_proj, reversed(coarse), strict=True)]
@@ -170,8 +181,7 @@ class PixelDecoder(nnx.Module):
         c = self.level_embed.shape[-1]
         embeds = zip(shapes, self.level_embed[...], strict=True)
         positions = flat([sine_positions(*shape, c) + embed for shape, embed in embeds])
-        tokens = self.layers(flat(levels), None, positions, shapes)
-        (tokens,) = tokens.values()
+        tokens = self.attend(flat(levels), positions, shapes, *more)
         ends = np.cumsum([h * w for h, w in shapes])[:-1]
         levels = [
             x.reshape(-1, *shape, x.shape[-1])
@@ -181,6 +191,13 @@ class PixelDecoder(nnx.Module):
         level = resize_scores(levels[-1], (finest.shape[1], finest.shape[2]))
         joined = finest + level.astype(finest.dtype)
         return self.mask_features(relu(self.layer_1(joined))), tuple(levels)
+
+    def attend(
+        self, tokens: Float[Array, "b n c"], positions: Float[Array, "n c"], shapes: Shapes, *more
+    ) -> Float[Array, "b n c"]:
+        """The tokens of all levels after all layers."""
+        (tokens,) = self.layers(tokens, None, positions, shapes, *more).values()
+        return tokens
 
 
 def sine_positions(height: int, width: int, channels: int) -> np.ndarray:

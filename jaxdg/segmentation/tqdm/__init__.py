@@ -1,0 +1,1 @@
+"""tqdm: a decoder whose queries are the classes' names, read beside the image."""
