@@ -179,25 +179,13 @@ def joined(file: Checkpoint, encoder: Frozen, layout: Layout) -> Checkpoint:
     return file._replace(names=[*file.names, *beside], read=read)
 
 
-def run(file: Checkpoint, encoder: str, crop: int) -> Config:
-    """What released runs share; sizes of the decoder are those of the file's tensors."""
-    c = vltseg.recipe("gta5_eva02")
-    config = backbones.entry(encoder).config
-    c.steps = 40_000
-    c.batch_size = 4
-    c.eval_every = 10_000
+def run(file: Checkpoint, method: str, encoder: str, crop: int) -> Config:
+    """The run of the recipe for a method; sizes of the decoder are those of the file's tensors."""
+    source = "gta5" if crop == CROPS[0] else "cityscapes_1024"
+    c = vltseg.recipe("gta5_methods", f"{method},{encoder},{source}")
     c.data.crop = (crop, crop)
-    c.model.encoder = encoder
-    c.model.weights = None
-    c.model.taps = TAPS[config.depth]
-    c.model.patch_size = PATCH
-    c.model.patch_resize = "bicubic"
-    c.model.drop_path = 0.0
-    c.model.pyramid = "interpolate"
-    c.model.decoder = "mask2former"
-    c.model.mask2former = vltseg.head_options(file)
-    c.optimizer.learning_rate = 1e-4
-    c.optimizer.clip = 0.0
-    c.evaluation.domains = ("cityscapes", "bdd100k", "mapillary")
     c.evaluation.stride = (round(crop * 2 / 3), round(crop * 2 / 3))
+    c.model.weights = None
+    c.model.taps = TAPS[backbones.entry(encoder).config.depth]
+    c.model.mask2former = vltseg.head_options(file)
     return c

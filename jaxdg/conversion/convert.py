@@ -16,9 +16,9 @@ torch's files needs torch. Every tensor is converted or left out for a stated re
 parameter of the model is filled, or nothing is written and the offenders are named. Of a file that
 holds the trained weights and their average over the training, --weights ema or --weights raw says
 which. A model is an encoder, the text tower beside one, or `mask2former` or `faster_rcnn` for what
-follows the encoder, of the sizes that its file has. `vltseg`, `vitdet`, `rein` and `soma` are whole
-models: their jaxdg side is a workdir. Files of `rein` and `soma` hold adapter and head alone, so
---encoder names the file of the encoder that they were trained on.
+follows the encoder, of the sizes that its file has. `vltseg`, `vitdet`, `vfmnet`, `rein` and `soma`
+are whole models: their jaxdg side is a workdir. Files of `rein` and `soma` hold adapter and head
+alone, so --encoder names the file of the encoder that they were trained on.
 """
 
 import argparse
@@ -127,7 +127,7 @@ def convert_whole(name: str, source: Path, out: Path, wanted: str | None = None)
             view = wrappers.unwrapped(file, family.layouts())
             config = family.of_checkpoint(view)
             model = vltseg.abstract(config)
-            layout = vltseg.layout() if family is vltseg else vitdet.of_workdir(config)
+            layout = family.of_run(config, view)
             converted = mapping.to_flax(model, (layout,), view.names, view.read)
         left_out = _left_out(converted, view)
         about = _about(name, {source.name: file}, layout.name, left_out)
@@ -456,7 +456,7 @@ def main(arguments: list[str] | None = None) -> int:
         type=_path,
         help=(
             "file to write; .safetensors unless --reverse; a folder for whole models (vltseg,"
-            " vitdet, rein, soma)"
+            " vitdet, vfmnet, rein, soma)"
         ),
     )
     parser.add_argument(
@@ -509,7 +509,7 @@ def main(arguments: list[str] | None = None) -> int:
         )
     if args.weights and args.reverse:
         parser.error("--weights is for published files; one of jaxdg holds one set")
-    if args.model in (vltseg.NAME, *models.ADAPTED) and args.reverse:
+    if args.reverse and args.model in {*models.WHOLE, *models.ADAPTED} - {vitdet.NAME}:
         parser.error(f"--reverse does not write {args.model}")
     try:
         files = args.checkpoint, args.out

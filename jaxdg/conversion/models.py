@@ -22,6 +22,7 @@ from jaxdg.conversion import (
     sam,
     siglip,
     soma,
+    vfmnet,
     vit,
     vitdet,
     vltseg,
@@ -48,7 +49,7 @@ HEADS = {
     family.NAME: family for family in (mask2former, faster_rcnn)
 }  # converted without an encoder, of the sizes of the file's tensors
 PLANNED = backbones.EvaClipConfig, backbones.Dinov2GiantConfig  # for planning alone
-WHOLE = {family.NAME: family for family in (vltseg, vitdet)}  # converted to a workdir
+WHOLE = {family.NAME: family for family in (vltseg, vitdet, vfmnet)}  # converted to a workdir
 ADAPTED = {family.NAME: family for family in (rein, soma)}  # likewise, with their encoder's file
 
 
@@ -127,8 +128,8 @@ def converted_encoders() -> list[str]:
 
 
 def identified(file: Checkpoint) -> str:
-    """The encoder whose checkpoint a file is, or one of `HEADS`, `ADAPTED` or `vitdet`, as far as
-    names and shapes tell.
+    """The encoder whose checkpoint a file is, or one of `HEADS`, `ADAPTED`, `vitdet` or `vfmnet`,
+    as far as names and shapes tell.
 
     Of a file that holds two towers the image's is meant; of one that fits several models, those of
     its own image size, and of these the model that uses most of it.
@@ -141,6 +142,7 @@ def identified(file: Checkpoint) -> str:
         ((".sem_seg_head.", ".model.transformer_module."), mask2former.NAME),
         ((".rpn.head.",), faster_rcnn.NAME),
         ((".backbone.simfp_",), vitdet.NAME),
+        ((".attn.qkv.lora_A.default.weight",), vfmnet.NAME),
         ((".backbone.reins.",), rein.NAME),
         ((".lora_A.weight",), soma.NAME),
     ):

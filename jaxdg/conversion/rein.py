@@ -14,7 +14,6 @@ from jaxdg.conversion import adapted, vltseg
 from jaxdg.conversion.checkpoint import Checkpoint
 from jaxdg.conversion.mapping import SAME, Layout, Misfit, Row
 from jaxdg.conversion.mask2former import DENSE, PARAMETER
-from jaxdg.methods.rein import ReinOptions
 
 NAME = "rein"
 LISTED = (
@@ -86,11 +85,10 @@ def of_checkpoint(file: Checkpoint, encoder: adapted.Frozen, crop: int) -> Confi
     if TOKENS not in file.names or len(file.read(TOKENS).shape) != 3:
         raise Misfit(f"{TOKENS} is missing, or not of three axes")
     _, tokens, rank = file.read(TOKENS).shape
-    c = adapted.run(file, encoder.name, crop)
+    c = adapted.run(file, NAME, encoder.name, crop)
     c.model.mask2former.queries = tokens
-    c.rein = ReinOptions(on=True, tokens=tokens, rank=rank)
-    c.optimizer.encoder_factor = 1.0
-    c.evaluation.protocol = "rein"
+    c.rein.tokens = tokens
+    c.rein.rank = rank
     return config_lib.validated(c)
 
 

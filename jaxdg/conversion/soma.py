@@ -74,22 +74,16 @@ def of_checkpoint(file: Checkpoint, encoder: adapted.Frozen, crop: int) -> Confi
     Raises:
         ValueError: sizes that no configuration has.
     """
-    c = adapted.run(file, encoder.name, crop)
-    c.optimizer.encoder_factor = 0.5
-    c.evaluation.protocol = "soma"
+    c = adapted.run(file, NAME, encoder.name, crop)
+    c.low_rank.start = "soma_released"
+    c.low_rank.rank = rank_of(file)
+    c.low_rank.first_block = FIRST
     return config_lib.validated(c)
 
 
 def layout(file: Checkpoint, encoder: adapted.Frozen) -> Layout:
     """The layout of a file with its encoder's tensors beside it."""
-    ranks = Counter(
-        file.read(name).shape[0]
-        for name in file.names
-        if name.endswith(".lora_A.weight") and file.read(name).ndim == 2
-    )
-    if not ranks:
-        raise Misfit("it holds no adapters (*.lora_A.weight)")
-    rank = ranks.most_common(1)[0][0]
+    rank = rank_of(file)
     rows = vltseg.rows_of("head", "decode_head", vltseg.HEAD)
     for key in encoder.tensors:
         own = f"{adapted.BESIDE}{key}"
@@ -110,6 +104,22 @@ def layout(file: Checkpoint, encoder: adapted.Frozen) -> Layout:
             transform = SAME
         rows.append(Row(sources, f"backbone.{key}", transform))
     return Layout("SoMA", tuple(rows), LEFT_OUT)
+
+
+def rank_of(file: Checkpoint) -> int:
+    """The rank of most adapters in a file.
+
+    Raises:
+        Misfit: there are none.
+    """
+    ranks = Counter(
+        file.read(name).shape[0]
+        for name in file.names
+        if name.endswith(".lora_A.weight") and file.read(name).ndim == 2
+    )
+    if not ranks:
+        raise Misfit("it holds no adapters (*.lora_A.weight)")
+    return ranks.most_common(1)[0][0]
 
 
 def merged(layers: int, rank: int) -> Transform:

@@ -216,6 +216,11 @@ def of_workdir(config: Config) -> Layout:
     return layout(m.decoder == "cascade_rcnn")
 
 
+def of_run(config: Config, file: Checkpoint) -> Layout:
+    """The layout of a file, see `of_workdir`."""
+    return of_workdir(config)
+
+
 def described(config: Config) -> str:
     """The run in words."""
     height, width = config.data.crop

@@ -136,6 +136,11 @@ def layouts() -> tuple[Layout, ...]:
     return (layout(),)
 
 
+def of_run(config: Config, file: Checkpoint) -> Layout:
+    """The one layout."""
+    return layout()
+
+
 def of_checkpoint(file: Checkpoint) -> Config:
     """The run that made a published file; sizes are those of its tensors.
 
@@ -166,9 +171,9 @@ def of_checkpoint(file: Checkpoint) -> Config:
     return config_lib.validated(c)
 
 
-def recipe(name: str) -> Config:
+def recipe(name: str, *choice: str) -> Config:
     """The configuration of a recipe that comes with this package."""
-    return config_lib.experiment(name).get_config()
+    return config_lib.experiment(name).get_config(*choice)
 
 
 def head_options(file: Checkpoint) -> Mask2FormerOptions:

@@ -41,7 +41,8 @@ def drawn(name: str, shape: tuple[int, ...]) -> np.ndarray:
     """The tensor of a name, float32; scales are positive, tables of the size of features."""
     x = np.asarray(np.random.default_rng(zlib.crc32(name.encode())).standard_normal(shape))
     if len(shape) < 2:
-        x = np.exp(0.3 * x) if re.search(r"weight|gamma|scale", name) else 0.1 * x
+        is_positive = re.search(r"weight|gamma|scale|running_var", name)
+        x = np.exp(0.3 * x) if is_positive else 0.1 * x
     elif not re.search(TABLES, name):
         x *= next(gain for part, gain in GAINS if part in name) / np.sqrt(np.prod(shape[1:]))
     return np.asarray(x, np.float32)

@@ -27,6 +27,7 @@ from jaxdg.conversion import (
     models,
     rein,
     soma,
+    vfmnet,
     vltseg,
     wrappers,
 )
@@ -352,6 +353,78 @@ def test_files_in_half_precision_are_merged_in_float32(golden_of, workdirs):
     base = encoder[f"blocks.{r.FIRST}.mlp.fc1.weight"].astype(np.float64)
     assert got.dtype == np.float32
     np.testing.assert_allclose(got, (base + b @ a).T, atol=1e-6)
+
+
+@pytest.fixture
+def tiny_vfmnet(golden, monkeypatch):
+    """What its authors' code gives, and an encoder of that size."""
+    with np.load(golden / "released_vfmnet.npz") as archive:
+        theirs = dict(archive)
+    config = dataclasses.replace(
+        config_of("dinov2_l14"), width=64, heads=r.HEADS, depth=r.DEPTH, taps=(3,)
+    )
+    monkeypatch.setitem(backbones.ZOO, "tiny64", backbones.zoo.Entry(config))
+    monkeypatch.setattr(vfmnet, "ENCODER", "tiny64")
+    monkeypatch.setattr(vfmnet, "TAPS", tuple(range(r.DEPTH)))
+    monkeypatch.setattr(vltseg, "abstract", ABSTRACT)
+    return theirs
+
+
+def test_vfmnet_gives_the_scores_of_the_authors_code(tiny_vfmnet, tmp_path, capsys):
+    """Class logits of a window within 1e-4 through the workdir; LoRA is folded and nothing of it
+    stays; a renamed tensor is refused.
+    """
+    file = {n: r.drawn(n, shape) for n, shape in r.named_shapes(tiny_vfmnet, "").items()}
+    save_file(file, tmp_path / "source.safetensors")
+    out = tmp_path / "run"
+    command = ["--checkpoint", str(tmp_path / "source.safetensors"), "--out", str(out)]
+    assert convert.main(command) == 0
+    run = config_lib.load(out)
+    assert (run.data.crop, run.low_rank.rank) == ((r.WINDOW, r.WINDOW), r.RANK)
+    assert (run.model.decoder, run.model.upscaling.width) == ("upscaling", 64)
+    assert run.evaluation.protocol == "mgrnet"
+    graph, state, image = model_of(out, "tiny64")
+    got = jax.jit(lambda state, image: nnx.merge(graph, state)(image))(state, image)
+    np.testing.assert_allclose(got[0], tiny_vfmnet["logits"], atol=1e-4)
+    assert not any("lora" in name for name in stored_tensors(out))
+    about = json.loads((out / "conversion.json").read_text())
+    assert list(about["sources"]) == ["source.safetensors"]
+    name = "backbone.base_model.model.blocks.1.attn.qkv.lora_B.default.weight"
+    file[name.replace("default", "other")] = file.pop(name)
+    save_file(file, tmp_path / "source.safetensors")
+    command = ["--model", "vfmnet", *command[:3], str(tmp_path / "other")]
+    refused(command, capsys, "1 unknown (", "lora_B.other", f"1 missing ({name})")
+
+
+def test_a_vfmnet_of_the_published_size_fits(golden, monkeypatch):
+    """All tensors by the names that the authors' training gives them, also with LoRA in the encoder
+    instead of around it.
+    """
+    monkeypatch.setitem(backbones.ZOO, "dinov2_l14", PUBLISHED["dinov2_l14"])
+    with np.load(golden / "released_vfmnet.npz") as archive:
+        shapes = r.named_shapes(archive, "published/")
+    one, other = vfmnet.STARTS
+    for start in (one, other):
+        named = {name.replace(one, start): shape for name, shape in shapes.items()}
+        file = checkpoint.Checkpoint(
+            list(named), lambda name, named=named: np.broadcast_to(np.float32(0), named[name])
+        )
+        run = vfmnet.of_checkpoint(file)
+        assert run.data.crop == (512, 512)
+        assert run.evaluation.stride == (320, 320)
+        assert (run.low_rank.rank, run.model.upscaling.width) == (32, 1024)
+        layout = vfmnet.of_run(run, file)
+        known = layout.known()
+        assert all(known.fullmatch(name) for name in named)
+    expected = mapping.source_shapes(ABSTRACT(run), layout)
+    left = {name for name in named if name not in expected}
+    assert {name.rpartition(".model.")[2] for name in left} == {
+        "mask_token",
+        "norm.weight",
+        "norm.bias",
+        "decode_head.output_upscaling.1.num_batches_tracked",
+    }
+    assert expected == {name: shape for name, shape in named.items() if name not in left}
 
 
 def refused(arguments, capsys, *offenders):

@@ -1,12 +1,13 @@
 """Makes tests/golden/released_*.npz: outputs of Rein and SoMA by their authors' code.
 
 Run by hand where torch, timm, einops, mmengine, mmcv-lite, mmdet and mmsegmentation are installed,
-on a checkout of w1oves/Rein or of ysj9909/SoMA:
+on a checkout of w1oves/Rein, of ysj9909/SoMA or of tpy001/VFMSeg, which needs peft too:
 
     python tests/oracles/golden_released.py REIN_CHECKOUT rein_dinov2
     python tests/oracles/golden_released.py REIN_CHECKOUT rein_eva02
     python tests/oracles/golden_released.py REIN_CHECKOUT clip
     python tests/oracles/golden_released.py SOMA_CHECKOUT soma
+    python tests/oracles/golden_released.py VFMSEG_CHECKOUT vfmnet
 
 Their own configs, encoders, adapters, decoders and inference run with every size reduced and with
 random weights. Encoders are converted to patches of 16 pixels by SoMA's own functions; Rein's
@@ -16,15 +17,19 @@ scripts compute the same for fixed sizes. A file holds:
   the class maps of that window and of a picture seen through overlapping windows;
 - the names and shapes of the published file and of its encoder's file, reduced and in full.
 
+`vfmnet` has the class logits of a window instead, as its file holds the whole model. Of its package
+only the modules that it needs are imported.
+
 There is no config of Rein on CLIP: `clip` holds features of the last two taps by their CLIP, which
 converts an archive of OpenAI itself, and the names and shapes of that archive's image tower.
 
-Made with commits 7da85bc and 7ea8c0e, mmengine 0.10.7, mmcv-lite 2.1.0, mmdet 3.3.0, mmsegmentation
-1.2.2, timm 1.0.31 and torch 2.14.1 on CPU.
+Made with commits 7da85bc, 7ea8c0e and 6b019b9, mmengine 0.10.7, mmcv-lite 2.1.0, mmdet 3.3.0,
+mmsegmentation 1.2.2, timm 1.0.31, peft 0.21.2 and torch 2.14.1 on CPU.
 """
 
 import argparse
 import contextlib
+import importlib
 from importlib.machinery import ModuleSpec
 import importlib.util
 import os
@@ -56,13 +61,13 @@ class Undefined(types.ModuleType):
         return torch.nn.Module if name[0].isupper() else None
 
 
-for _name in (
-    *("mmcv._ext", "xformers", "xformers.ops", "mmpretrain", "mmpretrain.models"),
-    *("mmpretrain.models.backbones", "peft", "peft.utils", "peft.utils.integrations"),
-):
+ABSENT = ["mmcv._ext", "xformers", "xformers.ops"]
+ABSENT += ["mmpretrain", "mmpretrain.models", "mmpretrain.models.backbones"]
+PEFT = ["peft", "peft.utils", "peft.utils.integrations"]
+for _name in ABSENT if "vfmnet" in sys.argv else ABSENT + PEFT:
     sys.modules.setdefault(_name, Undefined(_name)).__spec__ = ModuleSpec(_name, None)
-# What SoMA takes from peft does nothing without DeepSpeed.
-sys.modules["peft.utils.integrations"].__dict__["gather_params_ctx"] = contextlib.nullcontext
+if "vfmnet" not in sys.argv:  # what SoMA takes from peft does nothing without DeepSpeed
+    sys.modules[PEFT[-1]].__dict__["gather_params_ctx"] = contextlib.nullcontext
 
 CONFIGS = {
     "rein_dinov2": "configs/dinov2/rein_dinov2_mask2former_512x512_bs1x4.py",
@@ -244,13 +249,63 @@ def clip(golden: Path) -> None:
     print(f"{golden.name}: {golden.stat().st_size} bytes, {len(shapes)} tensors")
 
 
+def vfmnet(checkout: Path, golden: Path) -> None:
+    """Writes the file of VFMNet."""
+    from mmengine import Config  # pyright: ignore[reportMissingImports]
+    from mmseg.registry import MODELS  # pyright: ignore[reportMissingImports]
+
+    for name in ("rein", "rein.models", *(f"rein.models.{x}" for x in ("backbones", "heads"))):
+        sys.modules[name] = types.ModuleType(name)
+        sys.modules[name].__path__ = [str(checkout / name.replace(".", "/"))]
+    package = types.ModuleType("rein.models.segmentors")
+    package.__path__ = [str(checkout / "rein/models/segmentors")]
+    sys.modules[package.__name__] = package
+    for name in ("backbones.dino_v2", "heads.linear_head", "segmentors.Lora_encoder_decoder"):
+        importlib.import_module(f"rein.models.{name}")
+    torch.load = lambda path, map_location: {}  # its encoder is loaded afterwards
+
+    def theirs():
+        return Config.fromfile(checkout / "configs/_base_/models/lora_dinov2_linear.py").model
+
+    in_full = {name: tuple(t.shape) for name, t in MODELS.build(theirs()).state_dict().items()}
+    settings = theirs()
+    settings.backbone.update(
+        img_size=r.WINDOW,
+        embed_dim=64,  # a multiple of the groups
+        num_heads=r.HEADS,
+        depth=r.DEPTH,
+        out_indices=list(range(r.DEPTH)),
+    )
+    settings.data_preprocessor.size = (r.WINDOW, r.WINDOW)
+    settings.decode_head.in_channels = [64] * 4
+    settings.decode_head.channels = 16
+    settings.Lora_config.update(r=r.RANK, lora_alpha=r.RANK)
+    model = MODELS.build(settings)
+    model.eval()
+    shapes = {name: tuple(t.shape) for name, t in model.state_dict().items()}
+    file = {name: torch.from_numpy(r.drawn(name, shape)) for name, shape in shapes.items()}
+    model.load_state_dict(file)
+    image = r.picture(r.WINDOW, r.WINDOW)
+    bgr = torch.from_numpy(image[..., ::-1].transpose(2, 0, 1).copy())
+    with torch.inference_mode():
+        inputs = model.data_preprocessor({"inputs": [bgr]})["inputs"]
+        logits = model.decode_head(model.extract_feat(inputs))
+    arrays = {"logits": logits[0].permute(1, 2, 0).numpy()}
+    for prefix, named in (("", shapes), ("published/", in_full)):
+        arrays[f"{prefix}names"] = np.array(list(named))
+        arrays[f"{prefix}shapes"] = np.array([",".join(map(str, s)) for s in named.values()])
+    np.savez_compressed(golden, **arrays)  # pyright: ignore[reportArgumentType]
+    print(f"{golden.name}: {golden.stat().st_size} bytes, std {arrays['logits'].std():.2f}")
+    print(list(shapes)[:12], len(in_full))
+
+
 def main() -> None:
     """Writes the file."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("checkout", type=Path)
-    parser.add_argument("kind", choices=[*CONFIGS, "clip"])
+    parser.add_argument("kind", choices=[*CONFIGS, "clip", "vfmnet"])
     args = parser.parse_args()
     kind: str = args.kind
     golden = ROOT / "tests" / "golden" / f"released_{kind}.npz"
@@ -261,6 +316,8 @@ def main() -> None:
     from mmseg.utils import register_all_modules  # pyright: ignore[reportMissingImports]
 
     register_all_modules()
+    if kind == "vfmnet":
+        return vfmnet(args.checkout, golden)
     import rein  # pyright: ignore[reportMissingImports]  # noqa: F401  registers its classes
 
     if kind == "clip":
