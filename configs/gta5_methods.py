@@ -5,7 +5,8 @@ r"""Streets -> other streets by the methods that came after VLTSeg: Rein, SoMA, 
 METHOD is one of
 
     rein       learned tokens after every block of a frozen encoder (Wei et al., CVPR 2024)
-    frozen     a frozen encoder, the comparison in Rein's paper
+    tuned      plain fine-tuning, the encoder at a tenth of the rate, as in Rein's comparison
+    frozen     a frozen encoder, likewise
     lora       LoRA of rank 8 on queries, keys and values, likewise
     soma       adapters of the smallest singular components (Yun et al., CVPR 2025)
     vfmnet     LoRA of rank 32 and a decoder of transposed convolutions (MGRNet's simple head)
@@ -32,6 +33,10 @@ so only rows of one protocol compare (docs/how-to/protocols.md):
         rein,eva02_l14                   65.3 / 60.5 / 64.9   63.6
         rein,clip_l14                    57.1 / 54.7 / 60.5   57.4
         rein,sam_h16                     59.6 / 52.0 / 62.1   57.9
+        tuned,dinov2_l14                 63.7 / 57.4 / 64.2   61.7
+        tuned,eva02_l14                  62.1 / 56.2 / 64.6   60.9
+        tuned,clip_l14                   51.3 / 47.6 / 54.3   51.1
+        tuned,sam_h16                    57.6 / 51.7 / 61.5   56.9
         frozen,dinov2_l14                63.3 / 56.1 / 63.9   61.1
         frozen,eva02_l14                 56.5 / 53.6 / 58.6   56.2
         frozen,clip_l14                  53.7 / 48.7 / 55.0   52.4
@@ -145,6 +150,11 @@ def rein(c: Config, source: str) -> None:
         c.optimizer.learning_rate = 6e-5
 
 
+def tuned(c: Config, source: str) -> None:
+    """Plain fine-tuning."""
+    c.optimizer.encoder_factor = 0.1
+
+
 def frozen(c: Config, source: str) -> None:
     """A frozen encoder."""
     c.model.freeze = "all"
@@ -202,6 +212,7 @@ def has_one_layer(c: Config) -> bool:
 
 METHODS: dict[str, Callable[[Config, str], None]] = {
     "rein": rein,
+    "tuned": tuned,
     "frozen": frozen,
     "lora": lora,
     "soma": soma,

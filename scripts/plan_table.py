@@ -20,6 +20,7 @@ UNROLL = "--config.model.unroll=True --config.model.mask2former.unroll=True"
 WINDOWS = f"{BF16} --config.evaluation.batch_size=8 --config.evaluation.windows_per_call=24"
 BOXES = f"{BF16} --config.evaluation.batch_size=8 --image 1024x2048"
 DETECTORS = ("vltdet_eva02_l14", "vltdet_clip_rn101", "carla_vit_tiny")
+METHODS = ("tuned", "rein", "soma", "vfmnet")
 LARGER = "--config.model.taps=() --config.model.encoder"
 ONE = [(1, "data=1,fsdp=1")]
 EIGHT = [(8, "data=8,fsdp=1"), (8, "data=1,fsdp=8"), (8, "data=4,fsdp=2")]
@@ -44,6 +45,8 @@ ROWS = [
     *[("cityscapes_eva02", BF16, mesh) for mesh in ALL],
     *[("gta5_eva02", "", mesh) for mesh in BOTH],
     *[("gta5_clip", "", mesh) for mesh in ONE],
+    *[(f"gta5_methods:{method}", "", ONE[0]) for method in METHODS],
+    *[(f"gta5_methods:{method}", BF16, ONE[0]) for method in METHODS],
     *[("camvid_clip_zero_shot", "", mesh) for mesh in ONE],
     *[("cityscapes_test_server", BF16, mesh) for mesh in ONE],
     *[("study_tiny", "", mesh) for mesh in ONE],
