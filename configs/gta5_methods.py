@@ -1,4 +1,4 @@
-r"""Streets -> other streets by the methods that came after VLTSeg: Rein, SoMA, LoRA and VFMNet.
+r"""Streets -> other streets by the methods that came after VLTSeg: Rein, SoMA, tqdm and MGRNet.
 
     jaxdg train --config configs/gta5_methods.py:METHOD[,ENCODER[,SOURCE]] --workdir runs/X
 
@@ -9,21 +9,29 @@ METHOD is one of
     frozen     a frozen encoder, likewise
     lora       LoRA of rank 8 on queries, keys and values, likewise
     soma       adapters of the smallest singular components (Yun et al., CVPR 2025)
+    tqdm       queries made of class names by CLIP's text tower (Pak et al., ECCV 2024)
     vfmnet     LoRA of rank 32 and a decoder of transposed convolutions (MGRNet's simple head)
+    mgrnet     the same, refined in windows under the guidance of its own masks
 
-ENCODER is dinov2_l14 (the default), eva02_l14, clip_l14, sam_h16 or any plain ViT of the zoo.
-Nobody has published these methods on dinov3_l16, siglip2_l16 or eva02_clip_l14. SOURCE is gta5 (the
+ENCODER is dinov2_l14 (the default), eva02_l14, clip_l14, sam_h16 or any plain ViT of the zoo; of
+tqdm it is eva02_clip_l14_336 or another CLIP ViT. Nobody has published the other methods on
+dinov3_l16, siglip2_l16 or eva02_clip_l14. SOURCE is gta5 (the
 default), synthia, gta5+synthia, cityscapes, or cityscapes_1024: crops of 1024, judged on ACDC.
 
 Reproduces: data, crops, augmentation, optimiser, schedule, batch and steps of the authors' code
-(w1oves/Rein at 7da85bc, ysj9909/SoMA at 7ea8c0e, tpy001/VFMSeg at 6b019b9), taps 7, 11, 15 and 23
-without a final norm, patches of 16 pixels and a pyramid by interpolation.
+(w1oves/Rein at 7da85bc, ysj9909/SoMA at 7ea8c0e, ByeongHyunPak/tqdm at 75168af, tpy001/VFMSeg at
+6b019b9), taps 7, 11, 15 and 23 without a final norm, patches of 16 pixels and a pyramid by
+interpolation; of tqdm patches of 14 and a learned pyramid.
 Differs: images are normalised as in each encoder's pre-training, where Rein takes ImageNet's
 statistics for all. The loss of `vfmnet` is a mean over labelled pixels, theirs over all pixels.
 SoMA starts as its paper says; --config.low_rank.start=soma_released starts as its code does.
-Open: SoMA's results are presumably of the step that was best on the target domains. The rank of
-LoRA in Rein's paper is inferred from the number of parameters. Others could not reproduce Rein's
-57.4 with CLIP-L. The recipes of `vfmnet` from other sources than gta5 are gta5's.
+tqdm trains on all of GTA5, where its authors have presumably half of it.
+Open: the batch of tqdm is 8 on each of an unknown number of GPUs; citing papers say 16. SoMA's
+results are presumably of the step that was best on the target domains. The rank of LoRA in Rein's
+paper is inferred from the number of parameters. Others could not reproduce Rein's 57.4 with CLIP-L.
+The code of MGRNet trains adapters at 1e-4, its paper says 1e-5. The recipes of `vfmnet` and
+`mgrnet` from other sources than gta5 are gta5's, and nobody trained them or tqdm on crops of 1024
+for ACDC.
 
 Published, mIoU % on Cityscapes / BDD100K / Mapillary, mean. Sizes differ from protocol to protocol,
 so only rows of one protocol compare (docs/how-to/protocols.md):
@@ -51,13 +59,22 @@ so only rows of one protocol compare (docs/how-to/protocols.md):
         soma,dinov2_l14,gta5+synthia                          69.3
         soma,dinov2_l14,cityscapes            67.0 / 76.5     71.7
         soma,dinov2_l14,cityscapes_1024  ACDC test            78.8
+    protocol tqdm
+        tqdm                             68.9 / 59.2 / 70.1   66.1
+        tqdm,,cityscapes                      64.7 / 76.2     70.4
     protocol mgrnet
         vfmnet,dinov2_l14                72.2 / 63.0 / 71.9   69.0
+        mgrnet,dinov2_l14                73.9 / 62.9 / 73.5   70.1
+        mgrnet,eva02_l14                 69.5 / 61.1 / 70.0   66.9
+        mgrnet,clip_l14                  62.3 / 56.1 / 66.5   61.6
+        mgrnet,sam_h16                   64.1 / 55.6 / 67.7   62.5
+        mgrnet,dinov2_l14,cityscapes          66.2 / 77.1     71.6
     this file                            not measured
 
 Data: the source, cityscapes, bdd100k, mapillary and acdc as downloaded, below the data root.
 Hardware: one GPU. Rein's paper names 9.5 to 10.5 hours on an RTX 3090 Ti for 40 000 steps of 4.
-Weights: `jaxdg convert --list` names the file of each encoder.
+Weights: `jaxdg convert --list` names the file of each encoder. tqdm needs the text tower of its
+encoder too: `--model eva02_clip_l14_336_text`.
 
     jaxdg convert --model dinov2_l14 --checkpoint dinov2_vitl14_pretrain.pth \
         --out weights/dinov2_l14.safetensors
@@ -98,7 +115,8 @@ def get_config(choice: str = "soma") -> Config:
             f"gta5_methods:{choice}; allowed: METHOD[,ENCODER[,SOURCE]] with METHOD of"
             f" {', '.join(METHODS)} and SOURCE of {', '.join(TARGETS)}"
         )
-    c = common(encoder or "dinov2_l14", source)
+    encoder = encoder or ("eva02_clip_l14_336" if method == "tqdm" else "dinov2_l14")
+    c = common(encoder, source)
     METHODS[method](c, source)
     return c
 
@@ -205,6 +223,53 @@ def vfmnet(c: Config, source: str) -> None:
     c.evaluation.protocol = "mgrnet"
 
 
+def mgrnet(c: Config, source: str) -> None:
+    """MGRNet: `vfmnet` on halved crops of 1024, and the refinement of windows."""
+    vfmnet(c, source)
+    c.data.crop = (1024, 1024)
+    c.data.shortest_sides = ()
+    c.data.longest_side = None
+    c.data.resize = (1440, 2560)
+    c.data.rare_class_min_crop_ratio = 2.0
+    c.model.decoder = "mgrnet"
+
+
+def tqdm(c: Config, source: str) -> None:
+    """Tqdm with its three regularisers."""
+    c.steps = c.eval_every = 20_000
+    c.batch_size = 16
+    c.data.shortest_sides = ()
+    c.data.longest_side = None
+    c.data.scale = (0.5, 2.0)
+    c.data.rare_class_temperature = 100.0
+    c.data.rare_class_min_crop_ratio = 0.5
+    c.model.text_weights = f"weights/{c.model.encoder}_text.safetensors"
+    c.model.taps = ()
+    c.model.patch_size = None
+    c.model.pyramid = "batch"
+    c.model.decoder = "tqdm"
+    c.visual_anchor.on = True
+    o = c.optimizer
+    on_cityscapes = c.data.source == "cityscapes"
+    o.learning_rate = 1e-4 if on_cityscapes else 1e-5
+    o.weight_decay = 1e-5 if on_cityscapes else 1e-4
+    o.min_learning_rate = 1e-6
+    o.encoder_factor = 0.1
+    o.learning_rate_factors = ((r"^pyramid", 0.1),)
+    o.schedule = "mmcv"
+    o.warmup_steps = 1500
+    o.warmup_factor = 1e-6
+    # The norms outside of the encoder, and from Cityscapes embeddings too.
+    norms = (
+        r"^head\.((context_decoder\.decoder|pixel_decoder\.layers|layers)\..*norm"
+        r"|(pixel_decoder\.post|decoder)_norm)"
+    )
+    o.weight_decay_factors = ((norms, 0.0),)
+    if on_cityscapes:
+        o.weight_decay_factors += ((r"(query|level)_embed$", 0.0),)
+    c.evaluation.protocol = "tqdm"
+
+
 def has_one_layer(c: Config) -> bool:
     """Whether one layer of the encoder computes queries, keys and values."""
     return not isinstance(zoo.entry(c.model.encoder).config, Eva02Config)
@@ -216,5 +281,7 @@ METHODS: dict[str, Callable[[Config, str], None]] = {
     "frozen": frozen,
     "lora": lora,
     "soma": soma,
+    "tqdm": tqdm,
     "vfmnet": vfmnet,
+    "mgrnet": mgrnet,
 }

@@ -20,7 +20,7 @@ UNROLL = "--config.model.unroll=True --config.model.mask2former.unroll=True"
 WINDOWS = f"{BF16} --config.evaluation.batch_size=8 --config.evaluation.windows_per_call=24"
 BOXES = f"{BF16} --config.evaluation.batch_size=8 --image 1024x2048"
 DETECTORS = ("vltdet_eva02_l14", "vltdet_clip_rn101", "carla_vit_tiny")
-METHODS = ("tuned", "rein", "soma", "vfmnet")
+METHODS = ("tuned", "rein", "soma", "vfmnet", "mgrnet", "tqdm")
 LARGER = "--config.model.taps=() --config.model.encoder"
 ONE = [(1, "data=1,fsdp=1")]
 EIGHT = [(8, "data=8,fsdp=1"), (8, "data=1,fsdp=8"), (8, "data=4,fsdp=2")]
