@@ -29,6 +29,18 @@ TAPS = {24: (7, 11, 15, 23), 32: (7, 15, 23, 31)}  # by the encoder's number of 
 BESIDE = "encoder."  # before the names of the encoder's tensors, beside those of the adapter's file
 
 
+class Training(NamedTuple):
+    """What no tensor tells of a training.
+
+    Attributes:
+        crop: side of its images in pixels, one of `CROPS`.
+        source: what was trained on, of those in the recipe.
+    """
+
+    crop: int = CROPS[0]
+    source: str = "gta5"
+
+
 class Frozen(NamedTuple):
     """The encoder of a released model, before its training.
 
@@ -179,10 +191,18 @@ def joined(file: Checkpoint, encoder: Frozen, layout: Layout) -> Checkpoint:
     return file._replace(names=[*file.names, *beside], read=read)
 
 
-def run(file: Checkpoint, method: str, encoder: str, crop: int) -> Config:
-    """The run of the recipe for a method; sizes of the decoder are those of the file's tensors."""
-    source = "gta5" if crop == CROPS[0] else "cityscapes_1024"
-    c = vltseg.recipe("gta5_methods", f"{method},{encoder},{source}")
+def run(file: Checkpoint, method: str, encoder: str, training: Training) -> Config:
+    """The run of the recipe for a method; sizes of the decoder are those of the file's tensors.
+
+    Raises:
+        ValueError: a source that the recipe does not have.
+    """
+    crop = training.crop
+    source = training.source
+    large = crop == CROPS[-1] and source == "cityscapes"
+    c = vltseg.recipe(
+        "gta5_methods", f"{method},{encoder},{'cityscapes_1024' if large else source}"
+    )
     c.data.crop = (crop, crop)
     c.evaluation.stride = (round(crop * 2 / 3), round(crop * 2 / 3))
     c.model.weights = None

@@ -143,7 +143,12 @@ def convert_whole(name: str, source: Path, out: Path, wanted: str | None = None)
 
 
 def convert_adapted(
-    name: str, source: Path, encoder: Path, out: Path, wanted: str | None = None, crop: int = 512
+    name: str,
+    source: Path,
+    encoder: Path,
+    out: Path,
+    wanted: str | None,
+    training: adapted.Training,
 ) -> str:
     """Converts a released adapter with its head, and the file of its encoder, to the workdir `out`.
 
@@ -153,7 +158,7 @@ def convert_adapted(
         encoder: the file of the frozen encoder, as published or as the authors convert it.
         out: the workdir.
         wanted: as of `convert`.
-        crop: side in pixels of the images it was trained on, which no tensor tells.
+        training: what no tensor tells of it.
 
     Returns:
         A report for a person.
@@ -169,9 +174,9 @@ def convert_adapted(
             view = wrappers.unwrapped(file, family.layouts())
             names = family.encoders(view)
         with _telling(" or ".join(names), encoder, beside):
-            frozen = adapted.frozen(beside, names, crop)
+            frozen = adapted.frozen(beside, names, training.crop)
         with _telling(name, source, file):
-            config = family.of_checkpoint(view, frozen, crop)
+            config = family.of_checkpoint(view, frozen, training)
             layout = family.layout(view, frozen)
             model = vltseg.abstract(config)
             both = adapted.joined(view, frozen, layout)
@@ -417,10 +422,12 @@ def _path(text: str) -> Path:
 def _converted(args: argparse.Namespace) -> str:
     """What the command does without `--reverse`."""
     crop = args.crop or adapted.CROPS[0]
+    training = adapted.Training(crop, args.source or "gta5")
     if args.model not in models.ADAPTED:
-        if args.encoder or args.crop:
+        if args.encoder or args.crop or args.source:
             raise ValueError(
-                f"--encoder and --crop are for {' and '.join(models.ADAPTED)}, not for {args.model}"
+                "--encoder, --crop and --source are for"
+                f" {' and '.join(models.ADAPTED)}, not for {args.model}"
             )
         convert_any = convert_whole if args.model in models.WHOLE else convert
         return convert_any(args.model, args.checkpoint, args.out, args.weights)
@@ -434,7 +441,9 @@ def _converted(args: argparse.Namespace) -> str:
             f"--crop is {crop}; allowed: {' or '.join(map(str, adapted.CROPS))}, of the models that"
             " were released"
         )
-    return convert_adapted(args.model, args.checkpoint, args.encoder, args.out, args.weights, crop)
+    return convert_adapted(
+        args.model, args.checkpoint, args.encoder, args.out, args.weights, training
+    )
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -475,6 +484,14 @@ def main(arguments: list[str] | None = None) -> int:
         ),
     )
     parser.add_argument(
+        "--source",
+        metavar="NAME",
+        help=(
+            "with rein and soma, what the model was trained on, which no tensor tells either: gta5"
+            " (default), synthia, gta5+synthia or cityscapes"
+        ),
+    )
+    parser.add_argument(
         "--weights",
         metavar="ema|raw|NAME",
         help=(
@@ -507,6 +524,8 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error(
             "--layout is for --reverse; the layout of a published file is recognised by its names"
         )
+    if args.reverse and (args.encoder or args.crop or args.source):
+        parser.error("--encoder, --crop and --source are for published files, not for --reverse")
     if args.weights and args.reverse:
         parser.error("--weights is for published files; one of jaxdg holds one set")
     if args.reverse and args.model in {*models.WHOLE, *models.ADAPTED} - {vitdet.NAME}:

@@ -75,7 +75,7 @@ def encoders(file: Checkpoint) -> Sequence[str]:
     return found
 
 
-def of_checkpoint(file: Checkpoint, encoder: adapted.Frozen, crop: int) -> Config:
+def of_checkpoint(file: Checkpoint, encoder: adapted.Frozen, training: adapted.Training) -> Config:
     """The run that made a file; sizes are those of its tensors.
 
     Raises:
@@ -85,7 +85,7 @@ def of_checkpoint(file: Checkpoint, encoder: adapted.Frozen, crop: int) -> Confi
     if TOKENS not in file.names or len(file.read(TOKENS).shape) != 3:
         raise Misfit(f"{TOKENS} is missing, or not of three axes")
     _, tokens, rank = file.read(TOKENS).shape
-    c = adapted.run(file, NAME, encoder.name, crop)
+    c = adapted.run(file, NAME, encoder.name, training)
     c.model.mask2former.queries = tokens
     c.rein.tokens = tokens
     c.rein.rank = rank

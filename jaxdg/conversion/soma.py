@@ -68,13 +68,13 @@ def encoders(file: Checkpoint) -> Sequence[str]:
     return ENCODERS
 
 
-def of_checkpoint(file: Checkpoint, encoder: adapted.Frozen, crop: int) -> Config:
+def of_checkpoint(file: Checkpoint, encoder: adapted.Frozen, training: adapted.Training) -> Config:
     """The run that made a file; sizes are those of its tensors.
 
     Raises:
         ValueError: sizes that no configuration has.
     """
-    c = adapted.run(file, NAME, encoder.name, crop)
+    c = adapted.run(file, NAME, encoder.name, training)
     c.low_rank.start = "soma_released"
     c.low_rank.rank = rank_of(file)
     c.low_rank.first_block = FIRST

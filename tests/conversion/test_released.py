@@ -188,7 +188,7 @@ def test_rein_on_sam_has_positions_for_the_crop(golden_of, tiny):
     encoder = r.encoder_file(shapes)
     opened, beside = (checkpoint.Checkpoint(list(t), t.__getitem__) for t in (file, encoder))
     frozen = adapted.frozen(beside, ["sam_h16"], r.WINDOW)
-    run = rein.of_checkpoint(opened, frozen, r.WINDOW)
+    run = rein.of_checkpoint(opened, frozen, adapted.Training(r.WINDOW))
     layout = rein.layout(opened, frozen)
     both = adapted.joined(opened, frozen, layout)
     model = ABSTRACT(run)
@@ -283,8 +283,9 @@ def test_files_of_the_published_size_fit(kind, golden_of, monkeypatch):
     assert frozen.name == name
     extra = {"norm.weight", "norm.bias", "mask_token"}
     assert frozen.converted.left_out.keys() == encoder.keys() & extra
-    run = family.of_checkpoint(file, frozen, 512)
+    run = family.of_checkpoint(file, frozen, adapted.Training(512, "cityscapes"))
     assert run.model.taps == (7, 11, 15, 23)
+    assert (run.data.source, run.batch_size) == ("cityscapes", 8)
     assert run.evaluation.stride == (341, 341)
     assert run.model.mask2former == config_lib.Mask2FormerOptions(), "the paper's sizes"
     layout = family.layout(file, frozen)
@@ -346,7 +347,7 @@ def test_files_in_half_precision_are_merged_in_float32(golden_of, workdirs):
     frozen = adapted.frozen(beside, soma.ENCODERS, r.WINDOW)
     layout = soma.layout(opened, frozen)
     both = adapted.joined(opened, frozen, layout)
-    model = vltseg.abstract(soma.of_checkpoint(opened, frozen, r.WINDOW))
+    model = vltseg.abstract(soma.of_checkpoint(opened, frozen, adapted.Training(r.WINDOW)))
     tensors = mapping.to_flax(model, (layout,), both.names, both.read).tensors
     soma.check(opened, frozen)
     got = tensors[f"backbone.blocks.{r.FIRST}.mlp.fc1.kernel"]
@@ -514,8 +515,14 @@ def test_requests_without_sense_are_refused(workdirs, tmp_path, capsys):
     command = arguments(workdirs, "soma", "soma", out=tmp_path / "out")
     refused([*command[:4], *command[6:]], capsys, "holds adapter and head alone", "--encoder")
     refused([*command, "--crop", "300"], capsys, f"--crop is 300; allowed: {r.WINDOW}")
-    refused(["--model", "mit_b0", *command[2:]], capsys, "--encoder and --crop are for rein and")
+    refused(
+        ["--model", "mit_b0", *command[2:]],
+        capsys,
+        "--encoder, --crop and --source are for rein and",
+    )
+    refused([*command, "--source", "acdc"], capsys, "acdc; allowed: METHOD", "SOURCE of gta5,")
     refused(arguments(workdirs, "soma", "soma"), capsys, "soma is there already")
-    with pytest.raises(SystemExit, match="2"):
-        convert.main([*command, "--reverse"])
+    for reverse in ([*command, "--reverse"], ["--model", "mit_b0", *command[2:], "--reverse"]):
+        with pytest.raises(SystemExit, match="2"):
+            convert.main(reverse)
     assert "rein" in models.listing()
