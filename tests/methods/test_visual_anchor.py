@@ -21,6 +21,7 @@ from jaxdg.tasks import run_state as tasks
 from jaxdg.text.clip_text import TEXT_TOWERS, ClipText, ClipTextConfig, ProjectionConfig
 from jaxdg.training import sharding
 from jaxdg.training.metrics import read_metrics
+from jaxdg.training.step import make_step
 
 TOWER = ClipTextConfig(16, 2, 12, "quick_gelu", ProjectionConfig(16, 12), depth=1)
 
@@ -82,9 +83,9 @@ def config(files):
     return c
 
 
-def start(c: Config, workdir: Path, data: int, fsdp: int) -> list[dict]:
-    """Trains in this process on so many devices; the rows without what depends on the clock."""
-    mesh = sharding.make_mesh(MeshConfig(data, fsdp), jax.devices()[: data * fsdp])
+def start(c: Config, workdir: Path) -> list[dict]:
+    """Trains in this process on one device; the rows without what depends on the clock."""
+    mesh = sharding.make_mesh(MeshConfig(1, 1), jax.devices()[:1])
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sharding, "make_mesh", lambda *_: mesh)
         train.train(validated(c), workdir, cli.console(), cli.Interrupt())
@@ -99,7 +100,7 @@ def whole(config, tmp_path_factory):
         patch.setitem(zoo.ZOO, "tiny8", zoo.Entry(IMAGE))
         patch.setitem(TEXT_TOWERS, "tiny8_text", TOWER)
         workdir = tmp_path_factory.mktemp("runs") / "whole"
-        return workdir, start(config, workdir, 1, 1)
+        return workdir, start(config, workdir)
 
 
 def test_the_text_tower_stays_and_all_else_moves(config, whole):
@@ -141,7 +142,7 @@ def test_a_run_goes_on_and_predicts_without_the_files(config, whole, tmp_path, m
     stored = tasks.stored_tensors(workdir)
     shutil.copytree(workdir, tmp_path / "part")
     shutil.rmtree(tmp_path / "part" / "checkpoints" / "2")
-    assert start(config, tmp_path / "part", 1, 1) == rows
+    assert start(config, tmp_path / "part") == rows
     for name, tensor in tasks.stored_tensors(tmp_path / "part").items():
         np.testing.assert_array_equal(tensor, stored[name], err_msg=name)
 
@@ -154,11 +155,40 @@ def test_a_run_goes_on_and_predicts_without_the_files(config, whole, tmp_path, m
     assert label.max() < len(CITYSCAPES.names)
 
 
-def test_eight_devices_train_as_one(config, whole, tmp_path):
-    """All loss terms of two steps, with parameters divided over the devices."""
-    rows = start(config, tmp_path / "eight", 2, 4)
-    assert len(rows) == 2
-    for got, want in zip(rows, whole[1], strict=True):
+def steps(c: Config, mesh: Any, batch: dict[str, np.ndarray]) -> list[dict[str, Any]]:
+    """The loss terms of two steps on one batch."""
+    task = tasks.make_task(c, methods.active(c))
+    blueprint = tasks.Blueprint.of(task, "none")
+    like, optimizer = tasks.abstract_state(blueprint, c, mesh, task.methods)
+    state = tasks.initial_state(task, blueprint, like, optimizer)
+    places = jax.tree.map(lambda leaf: leaf.sharding, like)
+    prepare = task.preparation(mesh)
+    step = make_step(
+        blueprint.graph, optimizer, task.loss_denominator, task.losses, jax.random.key(0), places
+    )
+    found = []
+    for i in range(2):
+        state, metrics = step(state, prepare(sharding.to_devices(batch, mesh), i))
+        found.append(jax.device_get(metrics))
+    return found
+
+
+def test_eight_devices_train_as_one(config):
+    """All loss terms of two steps, with parameters divided over the devices, those of what prepares
+    a batch too.
+    """
+    c = validated(config)
+    rng = np.random.default_rng(0)
+    batch = {
+        "image": rng.integers(0, 256, (8, 32, 64, 3)).astype(np.uint8),
+        "label": rng.integers(0, 19, (8, 4, 8)).astype(np.uint8).repeat(8, 1).repeat(8, 2),
+    }
+    batch["label"][:3, :9] = 255
+    one = sharding.make_mesh(MeshConfig(1, 1), jax.devices()[:1])
+    eight = sharding.make_mesh(MeshConfig(2, 4), jax.devices())
+    pairs = zip(steps(c, eight, batch), steps(c, one, batch), strict=True)
+    for got, want in pairs:
+        assert got.keys() == want.keys()
         for term in ("class", "mask", "dice", "textual", "vision_language", "loss"):
             np.testing.assert_allclose(got[term], want[term], rtol=1e-4, err_msg=term)
         np.testing.assert_allclose(got["visual"], want["visual"], rtol=1e-3, atol=1e-8)

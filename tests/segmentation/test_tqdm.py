@@ -17,6 +17,7 @@ from jaxdg.methods.visual_anchor import VisualAnchor, VisualAnchorOptions
 from jaxdg.segmentation import TqdmConfig, TqdmHead
 from jaxdg.segmentation.mask2former import losses
 from jaxdg.segmentation.tqdm import context_decoder
+from jaxdg.segmentation.tqdm.head import TextPredictions
 from jaxdg.text.clip_text import TEXT_TOWERS, ClipText, ClipTextConfig, ProjectionConfig
 from jaxdg.text.tokenizer import tokenize
 
@@ -323,3 +324,44 @@ def test_dropped_numbers_are_a_tenth_and_the_rest_grows():
     assert abs((got == 0).mean() - 0.1) < 0.01
     np.testing.assert_allclose(got[got != 0], 1 / 0.9, rtol=1e-6)
     assert context_decoder.dropped(x, None) is x
+
+
+def test_losses_of_parts_of_a_batch_add_up(head, monkeypatch):
+    """Every term of both images is the sum of the terms of each, whatever is labelled in it."""
+    monkeypatch.setattr(losses, "draw_points", spread)
+    label = labels()
+    rng = np.random.default_rng(1)
+
+    def normal(*shape):
+        return jnp.asarray(rng.normal(size=shape), jnp.float32)
+
+    output = TextPredictions(
+        class_logits=normal(2, IMAGES, 3, 4),
+        mask_embeds=normal(2, IMAGES, 3, 8),
+        mask_features=normal(IMAGES, 5, 6, 8),
+        texts=normal(IMAGES, 3, 12),
+        image=normal(IMAGES, 12),
+        patches=normal(IMAGES, 4, 4, 12),
+    )
+
+    def part(i):
+        rows = vars(output).copy()
+        for name, x in rows.items():
+            rows[name] = (
+                x[:, i : i + 1] if name in ("class_logits", "mask_embeds") else x[i : i + 1]
+            )
+        return TextPredictions(**rows)
+
+    denominator = head.loss_denominator(label)
+    graph, state = nnx.split(head)
+
+    @jax.jit
+    def terms(state, output, label):
+        key = jax.random.key(0)
+        return nnx.merge(graph, state).loss(output, label, denominator, key)
+
+    whole = terms(state, output, label)
+    parts = [terms(state, part(i), label[i : i + 1]) for i in range(IMAGES)]
+    assert whole.keys() == {"class", "mask", "dice", "textual", "vision_language"}
+    for name, term in whole.items():
+        np.testing.assert_allclose(sum(p[name] for p in parts), term, rtol=1e-5, err_msg=name)
