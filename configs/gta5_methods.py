@@ -266,7 +266,7 @@ def tqdm(c: Config, source: str) -> None:
     )
     o.weight_decay_factors = ((norms, 0.0),)
     if on_cityscapes:
-        o.weight_decay_factors += ((r"(query|level)_embed$", 0.0),)
+        o.weight_decay_factors += ((r"^head\.(query|level)_embed$", 0.0),)
     c.evaluation.protocol = "tqdm"
 
 

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from configs import gta5_methods
 from jaxdg import weights
 from jaxdg.methods.visual_anchor import VisualAnchor, VisualAnchorOptions
 from jaxdg.segmentation import TqdmConfig, TqdmHead
@@ -365,3 +366,18 @@ def test_losses_of_parts_of_a_batch_add_up(head, monkeypatch):
     assert whole.keys() == {"class", "mask", "dice", "textual", "vision_language"}
     for name, term in whole.items():
         np.testing.assert_allclose(sum(p[name] for p in parts), term, rtol=1e-5, err_msg=name)
+
+
+@pytest.mark.parametrize(
+    ("source", "undecayed"),
+    [("gta5", ("norm",)), ("cityscapes", ("norm", "level_embed", "query_embed"))],
+)
+def test_the_recipe_decays_what_the_authors_decay(head, source, undecayed):
+    """Their keys are searched in their names, and that of the backbone, the longest, goes first."""
+    factors = gta5_methods.get_config(f"tqdm,,{source}").optimizer
+    for name in weights.shapes(head):
+        at = theirs(name)
+        decays = at.startswith("backbone") or not any(key in at for key in undecayed)
+        if not at.startswith("text_encoder"):
+            got = weights.first_match(f"head.{name}", factors.weight_decay_factors, 1.0)
+            assert got == decays, name
