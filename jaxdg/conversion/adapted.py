@@ -87,10 +87,8 @@ def frozen(file: Checkpoint, names: Sequence[str], crop: int) -> Frozen:
 
     def known(name: str) -> int:
         view = wrappers.unwrapped(file, layouts(name))
-        return max(
-            sum(bool(layout.known().fullmatch(key)) for key in view.names)
-            for layout in layouts(name)
-        )
+        tables = [layout.known() for layout in layouts(name)]
+        return max(sum(bool(table.fullmatch(key)) for key in view.names) for table in tables)
 
     name = max(names, key=known)
     config = backbones.entry(name).config
