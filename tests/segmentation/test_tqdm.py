@@ -14,8 +14,9 @@ import pytest
 
 from configs import gta5_methods
 from jaxdg import weights
+from jaxdg.backbones import Eva02Config, zoo
 from jaxdg.methods.visual_anchor import VisualAnchor, VisualAnchorOptions
-from jaxdg.segmentation import TqdmConfig, TqdmHead
+from jaxdg.segmentation import Segmenter, SegmenterConfig, TqdmConfig, TqdmHead
 from jaxdg.segmentation.mask2former import losses
 from jaxdg.segmentation.tqdm import context_decoder
 from jaxdg.segmentation.tqdm.head import TextPredictions
@@ -299,6 +300,38 @@ def test_gamma_starts_as_in_the_code_or_in_the_paper(tower, gamma, deviation):
     assert abs(start.std() - deviation) < 0.4
     if gamma:
         np.testing.assert_array_equal(start, np.float32(gamma))
+
+
+def test_the_class_token_and_the_last_map_come_from_one_run_of_eva02(monkeypatch):
+    """Global feature and patches are the encoder's tokens after its last block, by its norm and
+    projection; without the class token the features are as those of any decoder.
+    """
+    encoder = Eva02Config(width=24, depth=4, heads=2, patch_size=4, taps=(0, 1, 2, 3))
+    tower = ClipTextConfig(16, 2, 12, "gelu", ProjectionConfig(24, 12, 1e-6, bias=True), depth=1)
+    monkeypatch.setitem(zoo.ZOO, "tiny", zoo.Entry(encoder))
+    monkeypatch.setitem(TEXT_TOWERS, "tiny_text", tower)
+    sizes: dict[str, Any] = {**SIZES, "pixel_layers": 1, "layers": 1}
+    fields: dict[str, Any] = dict(num_classes=3, encoder="tiny", image_size=(16, 24))
+    config = SegmenterConfig(
+        decoder=TqdmConfig(3, names=NAMES, **sizes), pyramid="interpolate", **fields
+    )
+    model = Segmenter(config, rngs=nnx.Rngs(0))
+    images = jnp.asarray(np.random.default_rng(0).normal(size=(2, 16, 24, 3)), jnp.float32)
+
+    @nnx.jit
+    def run(model):
+        tokens = model.backbone.tokens(images)[-1]
+        return model.encode(images), model.backbone(images), model(images), tokens
+
+    features, maps, output, tokens = run(model)
+    assert len(features) == len(maps) + 1
+    for got, want in zip(features, maps, strict=False):
+        np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
+    want = model.head.image_projection(tokens)
+    np.testing.assert_allclose(output.image, want[:, 0], rtol=1e-4, atol=1e-4)
+    patches = want[:, 1:].reshape(2, 4, 6, 12)
+    np.testing.assert_allclose(output.patches, patches, rtol=1e-4, atol=1e-4)
+    assert output.mask_features.shape == (2, 16, 24, 32)
 
 
 def test_dropout_needs_a_key(head):
