@@ -16,6 +16,7 @@ from jaxdg import config as config_lib
 from jaxdg import methods as method_lib
 from jaxdg import weights
 from jaxdg.config import Config, MeshConfig
+from jaxdg.data.labels import join_names
 from jaxdg.methods.method import Method
 from jaxdg.tasks.detection import Detection
 from jaxdg.tasks.segmentation import Segmentation
@@ -201,11 +202,23 @@ def initial_state(task: Task, blueprint: Blueprint, like: TrainState, optimizer:
 
 
 def load_start(task: Task, model: Any) -> None:
-    """Fills a model with another run's model or with converted weights."""
-    if start := task.config.model.start:
-        weights.fill(model, stored_tensors(start), start)
-    else:
+    """Fills a model with another run's model or with converted weights.
+
+    Raises:
+        ValueError: the other run's model does not fit, or holds texts of other class names.
+    """
+    start = task.config.model.start
+    if not start:
         task.load_weights(model)
+        return
+    other = config_lib.load(locate(start)[0])
+    names = make_task(other).labels.names
+    if other.model.text_weights and names != task.labels.names:
+        raise ValueError(
+            f"model.start {start} holds texts of the classes {join_names(names)}; allowed: a run"
+            f" with the classes of this one, {join_names(task.labels.names)}"
+        )
+    weights.fill(model, stored_tensors(start), start)
 
 
 def locate(checkpoint: str | Path) -> tuple[Path, int | None]:

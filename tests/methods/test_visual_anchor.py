@@ -15,7 +15,7 @@ import jaxdg
 from jaxdg import methods, train, weights
 from jaxdg.backbones import ClipVitConfig, create, zoo
 from jaxdg.commands import command_line as cli
-from jaxdg.config import Config, MeshConfig, validated
+from jaxdg.config import Config, MeshConfig, stored, validated
 from jaxdg.data.labels import CITYSCAPES
 from jaxdg.tasks import run_state as tasks
 from jaxdg.text.clip_text import TEXT_TOWERS, ClipText, ClipTextConfig, ProjectionConfig
@@ -227,3 +227,13 @@ def test_settings_that_do_not_fit_are_told(config):
     refused(last, encoder="clip_b16", taps=(0, 1, 2, 3))
     refused(r"contexts is 74; allowed: at most 73, as a class name", tqdm__contexts=74)
     refused(r"context_width is 8; allowed: a multiple of .* 3", tqdm__context_heads=3)
+
+
+def test_a_run_does_not_start_from_texts_of_other_classes(config, tmp_path):
+    """They would stay in the model, and its queries would mean the other run's classes."""
+    stored.save(config, tmp_path)
+    other = dataclasses.replace(config, model=dataclasses.replace(config.model))
+    other.data = dataclasses.replace(config.data, source="camvid")
+    other.model.start = str(tmp_path)
+    with pytest.raises(ValueError, match="holds texts of the classes road, "):
+        tasks.load_start(tasks.make_task(other), None)
