@@ -55,7 +55,7 @@ def attention(
         v,
         mask,
         cpu=without_padding(_head_by_head),
-        default=without_padding(_without_storing),
+        default=without_padding(_stored),
         **cuda,
     )
 
@@ -67,6 +67,11 @@ def _all_heads(
     mask: Bool[Array, "b q n"] | None = None,
 ) -> Float[Array, "b q heads d"]:
     return jax.nn.dot_product_attention(q, k, v, mask=None if mask is None else mask[:, None])
+
+
+def _stored(q: Array, k: Array, v: Array, mask: Array | None) -> Array:
+    """`_without_storing` whose result is stored, so that it is not computed anew as well."""
+    return checkpoint_name(_without_storing(q, k, v, mask), "attention output")
 
 
 @jax.custom_vjp
@@ -81,7 +86,7 @@ def _without_storing(
     They are n times n for every head: in float32 and of 24 layers at 1296 tokens they took 58 GB of
     a GPU for a batch of 16. To compute them again is one product of five.
     """
-    return checkpoint_name(_all_heads(q, k, v, mask), "attention output")
+    return _all_heads(q, k, v, mask)
 
 
 def _forward(q: Array, k: Array, v: Array, mask: Array | None) -> tuple[Array, Any]:

@@ -170,7 +170,7 @@ def are_plain(*layers: nnx.Linear) -> bool:
 
     A method of training may have put others in their places, which only compute when called.
     """
-    return all(type(layer) is nnx.Linear for layer in layers)
+    return all(type(layer) is Linear for layer in layers)
 
 
 class Attention(nnx.Module):
@@ -206,8 +206,8 @@ class Attention(nnx.Module):
                 if self.subln
                 else jnp.split(self.qkv(x), 3, axis=-1)
             )
-            q = q + self.q_bias[...].astype(q.dtype)
-            v = v + self.v_bias[...].astype(v.dtype)
+            q = q + spread(self.q_bias[...], q)
+            v = v + spread(self.v_bias[...], v)
         q, k, v = (t.reshape(*t.shape[:2], self.heads, -1) for t in (q, k, v))
         q = rotate(q, cos, sin)
         k = rotate(k, cos, sin)

@@ -18,7 +18,15 @@ import pytest
 
 from jaxdg import backbones, weights
 from jaxdg.backbones import Eva02, Eva02Config
-from jaxdg.backbones.eva02 import Attention, Block, SwiGlu, WindowAttention, rotary_tables, rotate
+from jaxdg.backbones.eva02 import (
+    Attention,
+    Block,
+    SwiGlu,
+    WindowAttention,
+    are_plain,
+    rotary_tables,
+    rotate,
+)
 from jaxdg.conversion import eva02, mapping
 
 SIZES = (
@@ -433,6 +441,7 @@ def test_the_way_of_half_precision_is_the_same_function(subln):
 
     tables = rotary_tables(config.grid, 16)
     attention = randomized(Attention(config, rngs=nnx.Rngs(0)))
+    assert are_plain(*attention._projections()), "or the joined way is never taken"
     plain = partial(Attention.__call__, cos=tables[0], sin=tables[1])
     same_with_gradients((halved, plain), attention, x, rtol=1e-5)
 

@@ -217,10 +217,9 @@ def test_remat_changes_neither_outputs_nor_gradients(build, reference):
             return str(jax.make_jaxpr(f)(state, x)).count("= dot_general")
 
         # Each product has two gradients. With remat it is computed twice; without, only what lies
-        # between products is.
-        assert (
-            products(step) > 3 * products(loss) if remat else products(step) == 3 * products(loss)
-        )
+        # between products is, but for attention's two where no platform has a way of its own.
+        without = 3 * products(loss) + 2
+        assert products(step) > without if remat else products(step) == without
         return jax.jit(step)(state, x)
 
     value, gradients = loss_and_gradients(False)
