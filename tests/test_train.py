@@ -9,6 +9,7 @@ import os
 from pathlib import Path
 import pty
 import re
+import select
 import shutil
 import signal
 import socket
@@ -251,8 +252,12 @@ def test_a_closed_terminal_and_a_schedulers_warning_save_too(runs):
     ours, terminal = pty.openpty()
     process = runs.start_program("hung_up", terminal=terminal)
     os.close(terminal)
-    threading.Thread(target=drain, args=(ours,), daemon=True).start()
+    done = threading.Event()
+    reader = threading.Thread(target=drain, args=(ours, done), daemon=True)
+    reader.start()
     runs.wait_for("hung_up", process, lambda rows: any(row["step"] >= 3 for row in rows))
+    done.set()
+    reader.join()  # a terminal stays open while someone waits to read from it
     os.close(ours)
     assert process.wait(timeout=120) == 0
     saved = Checkpoints(runs.folder / "hung_up", read_only=True).steps()[-1]
@@ -266,11 +271,13 @@ def test_a_closed_terminal_and_a_schedulers_warning_save_too(runs):
     assert Checkpoints(runs.folder / "hung_up", read_only=True).steps()[-1] > saved
 
 
-def drain(terminal: int) -> None:
-    """Reads what is printed, until the terminal is closed."""
+def drain(terminal: int, done: threading.Event) -> None:
+    """Reads what is printed, until the process has closed the terminal or nobody needs it."""
     with contextlib.suppress(OSError):
-        while os.read(terminal, 65536):
-            pass
+        while not done.is_set():
+            ready, _, _ = select.select([terminal], [], [], 0.005)
+            if ready and not os.read(terminal, 65536):
+                return
 
 
 def test_what_is_printed_to_a_terminal_that_is_gone_is_lost():

@@ -16,7 +16,6 @@ import jaxdg
 from jaxdg import config as config_lib
 from jaxdg import methods, train, weights
 from jaxdg.backbones import VitConfig, zoo
-from jaxdg.commands import command_line as cli
 from jaxdg.config import Config, MeshConfig, validated
 from jaxdg.config import workdir as workdir_lib
 from jaxdg.methods.average import AverageOptions, AverageState
@@ -24,8 +23,8 @@ from jaxdg.tasks import run_state as tasks
 from jaxdg.training import optimizer as optimizer_lib
 from jaxdg.training import sharding
 from jaxdg.training.checkpoint import Checkpoints
-from jaxdg.training.metrics import read_metrics
 from tests.conftest import GOLDEN
+from tests.runs import start
 
 START = 2
 MOMENTUM = 0.25
@@ -90,24 +89,6 @@ def run_config(kind: str = "segmentation", **average) -> Config:
     c.evaluation.domains = ("clear",)
     c.average = AverageOptions(**average)
     return validated(c)
-
-
-class StopAfter(cli.Interrupt):
-    """Asks a run to stop after so many steps."""
-
-    def __init__(self, steps: int):
-        self.left = steps
-
-    @property
-    def asked(self) -> bool:
-        self.left -= 1
-        return self.left < 0
-
-
-def start(c: Config, workdir: Path, steps: int = 10**6) -> list[dict]:
-    train.train(c, workdir, cli.console(), StopAfter(steps))
-    clock = ("seconds_per_step", "images_per_second")
-    return [{k: v for k, v in row.items() if k not in clock} for row in read_metrics(workdir)]
 
 
 def trained_weights(c: Config, workdir: Path) -> list[dict[str, np.ndarray]]:

@@ -19,15 +19,14 @@ import jaxdg
 from jaxdg import methods, train, weights
 from jaxdg.backbones import VitConfig, create, zoo
 from jaxdg.backbones.layers import Linear
-from jaxdg.commands import command_line as cli
 from jaxdg.commands import plan
 from jaxdg.config import Config, MeshConfig, validated
 from jaxdg.methods import low_rank
 from jaxdg.methods.low_rank import LowRank, LowRankOptions
 from jaxdg.tasks import run_state as tasks
 from jaxdg.training import sharding
-from jaxdg.training.metrics import read_metrics
 from tests.conftest import GOLDEN
+from tests.runs import start
 from tests.small_zoo import reduced
 
 SOMA = ("attn.q", "attn.k", "attn.v", "attn.proj", "mlp.fc1", "mlp.fc2")
@@ -376,25 +375,6 @@ def tiny(folder: Path, task: str = "segmentation") -> Config:
         encoder = create("tiny8", image_size=(32, 64), rngs=nnx.Rngs(1))
         weights.save(weights.tensors(encoder), c.model.weights, {"model": "tiny8"})
     return validated(c)
-
-
-class StopAfter(cli.Interrupt):
-    """Asks a run to stop after so many steps."""
-
-    def __init__(self, steps: int):
-        self.left = steps
-
-    @property
-    def asked(self) -> bool:
-        self.left -= 1
-        return self.left < 0
-
-
-def start(c: Config, workdir: Path, steps: int = 10**6) -> list[dict]:
-    """Trains in this process, on one of its devices; the rows without what depends on the clock."""
-    train.train(c, workdir, cli.console(), StopAfter(steps))
-    clock = ("seconds_per_step", "images_per_second")
-    return [{k: v for k, v in row.items() if k not in clock} for row in read_metrics(workdir)]
 
 
 @pytest.mark.parametrize("task", ["segmentation", "detection"])

@@ -14,14 +14,13 @@ import numpy as np
 import pytest
 
 import jaxdg
-from jaxdg import methods, train, weights
+from jaxdg import methods, weights
 from jaxdg.backbones import VitConfig, create, zoo
-from jaxdg.commands import command_line as cli
 from jaxdg.config import Config, MeshConfig, validated
 from jaxdg.methods import Method, MethodOptions
 from jaxdg.tasks import run_state as tasks
 from jaxdg.training import sharding
-from jaxdg.training.metrics import read_metrics
+from tests.runs import start
 
 RANK = 2
 
@@ -129,24 +128,6 @@ def experiment(folder) -> Experiment:
     encoder = create("tiny8", image_size=(32, 64), taps=(1, 2), rngs=nnx.Rngs(1))
     weights.save(weights.tensors(encoder), c.model.weights, {"model": "tiny8"})
     return validated(c)
-
-
-class StopAfter(cli.Interrupt):
-    """Asks a run to stop after so many steps."""
-
-    def __init__(self, steps: int):
-        self.left = steps
-
-    @property
-    def asked(self) -> bool:
-        self.left -= 1
-        return self.left < 0
-
-
-def start(c: Config, workdir, steps: int = 10**6) -> list[dict]:
-    train.train(c, workdir, cli.console(), StopAfter(steps))
-    clock = ("seconds_per_step", "images_per_second")
-    return [{k: v for k, v in row.items() if k not in clock} for row in read_metrics(workdir)]
 
 
 def test_an_adapter_trains_folds_and_resumes_and_a_loss_of_features_counts(tmp_path):

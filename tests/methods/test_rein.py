@@ -12,14 +12,13 @@ import numpy as np
 import pytest
 
 import jaxdg
-from jaxdg import methods, train, weights
+from jaxdg import methods, weights
 from jaxdg.backbones import VitConfig, create, zoo
-from jaxdg.commands import command_line as cli
 from jaxdg.config import Config, MeshConfig, validated
 from jaxdg.methods import rein
 from jaxdg.tasks import run_state as tasks
 from jaxdg.training import sharding
-from jaxdg.training.metrics import read_metrics
+from tests.runs import start
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "rein.npz"
 # Sizes of the golden file.
@@ -186,25 +185,6 @@ def test_every_block_is_followed_by_its_own_tokens(small, tmp_path):
     zero = model_of(experiment(tmp_path, zero_start=True)).backbone
     for got, want in zip(features(zero), features(plain), strict=True):
         np.testing.assert_array_equal(got, want)
-
-
-class StopAfter(cli.Interrupt):
-    """Asks a run to stop after so many steps."""
-
-    def __init__(self, steps: int):
-        self.left = steps
-
-    @property
-    def asked(self) -> bool:
-        self.left -= 1
-        return self.left < 0
-
-
-def start(c: Config, workdir: Path, steps: int = 10**6) -> list[dict]:
-    """Trains in this process; the rows without what depends on the clock."""
-    train.train(c, workdir, cli.console(), StopAfter(steps))
-    clock = ("seconds_per_step", "images_per_second")
-    return [{k: v for k, v in row.items() if k not in clock} for row in read_metrics(workdir)]
 
 
 def test_a_run_resumes_keeps_the_encoder_and_is_loaded_with_its_tokens(

@@ -13,9 +13,8 @@ import numpy as np
 import pytest
 
 import jaxdg
-from jaxdg import config, methods, train, weights
+from jaxdg import config, methods, weights
 from jaxdg.backbones import VitConfig, create, join_taps, zoo
-from jaxdg.commands import command_line as cli
 from jaxdg.commands.abstract_step import abstract_step
 from jaxdg.config import Config, MeshConfig, validated
 from jaxdg.detection.detector import Detector, DetectorConfig
@@ -24,7 +23,7 @@ from jaxdg.methods.tldr import TldrOptions
 from jaxdg.tasks import run_state as tasks
 from jaxdg.tasks.detection import head_config
 from jaxdg.training import sharding
-from jaxdg.training.metrics import read_metrics
+from tests.runs import start
 
 
 def slow_gram(features: np.ndarray) -> np.ndarray:
@@ -148,25 +147,6 @@ def tiny(task: str, folder: Path) -> Config:
         encoder = create("tiny8", image_size=(64, 64), rngs=nnx.Rngs(1))
         weights.save(weights.tensors(encoder), c.model.weights, {"model": "tiny8"})
     return validated(c)
-
-
-class StopAfter(cli.Interrupt):
-    """Asks a run to stop after so many steps."""
-
-    def __init__(self, steps: int):
-        self.left = steps
-
-    @property
-    def asked(self) -> bool:
-        self.left -= 1
-        return self.left < 0
-
-
-def start(c: Config, workdir: Path, steps: int = 10**6) -> list[dict]:
-    """Trains in this process, on one of its devices; the rows without what depends on the clock."""
-    train.train(c, workdir, cli.console(), StopAfter(steps))
-    clock = ("seconds_per_step", "images_per_second")
-    return [{k: v for k, v in row.items() if k not in clock} for row in read_metrics(workdir)]
 
 
 @pytest.mark.parametrize("task", ["segmentation", "detection"])

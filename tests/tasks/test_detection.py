@@ -15,9 +15,8 @@ from PIL import Image
 import pytest
 
 import jaxdg
-from jaxdg import config, evaluate, predict, train
+from jaxdg import config, evaluate, predict
 from jaxdg.backbones import VitConfig, zoo
-from jaxdg.commands import command_line as cli
 from jaxdg.commands.prepare import prepare
 from jaxdg.config import Config, MeshConfig, ModelConfig, validated
 from jaxdg.data.boxes import CARLA, BoxOptions, open_box_files, open_boxes
@@ -33,6 +32,7 @@ from jaxdg.tasks import run_state as tasks
 from jaxdg.training import sharding
 from jaxdg.training.metrics import read_metrics
 from jaxdg.training.step import TrainState, gradients
+from tests import runs
 
 
 def tiny(**changes) -> Config:
@@ -59,21 +59,9 @@ def tiny(**changes) -> Config:
     return c
 
 
-class StopAfter(cli.Interrupt):
-    """Asks a run to stop after so many steps."""
-
-    def __init__(self, steps: int):
-        self.left = steps
-
-    @property
-    def asked(self) -> bool:
-        self.left -= 1
-        return self.left < 0
-
-
 def start(c: Config, workdir: Path, steps: int = 10**6) -> None:
     """Trains in this process, on its eight devices."""
-    train.train(validated(c), workdir, cli.console(), StopAfter(steps))
+    runs.start(validated(c), workdir, steps)
 
 
 @pytest.fixture(scope="module", autouse=True)
