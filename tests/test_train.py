@@ -101,7 +101,11 @@ class Runs:
         # A new session takes the first terminal it opens for its own, whose closing ends in SIGHUP.
         name = os.ttyname(terminal)
         shell = ["sh", "-c", f'exec "$@" <{name} >{name} 2>{name}', "sh", *command]
-        return subprocess.Popen(shell, env=self.environment, start_new_session=True)
+        # Under nohup the tests ignore SIGHUP, and so would the command.
+        heeded = functools.partial(signal.signal, signal.SIGHUP, signal.SIG_DFL)
+        return subprocess.Popen(
+            shell, env=self.environment, start_new_session=True, preexec_fn=heeded
+        )
 
     def module(self, name: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess:
         """Runs another command to its end."""

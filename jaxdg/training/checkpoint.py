@@ -15,7 +15,7 @@ import math
 import os
 from pathlib import Path
 import shutil
-from typing import Any
+from typing import Any, TypeVar
 
 from absl import logging
 from etils.epath.gpath import PosixGPath
@@ -29,6 +29,9 @@ from jaxdg import files
 from jaxdg.training import distributed
 from jaxdg.training.metrics import read_metrics
 from jaxdg.training.step import TrainState
+
+T = TypeVar("T")
+LISTINGS = 5  # of checkpoints beside a run that removes some
 
 
 class Checkpoints:
@@ -57,17 +60,18 @@ class Checkpoints:
         check_path(self.folder)
         self._best = self._noted_best(None if read_only else say)
         kept = policies.AnyPreservationPolicy([policies.LatestN(keep), _Best(self)])
-        self._manager = ocp.CheckpointManager(
-            LiteralPath(self.folder),
-            item_handlers={
-                item: ocp.StandardCheckpointHandler() for item in ("model", "training", "optimizer")
-            },
-            options=ocp.CheckpointManagerOptions(
-                preservation_policy=kept,
-                create=not read_only,
-                # Removes what a killed run has half written.
-                cleanup_tmp_directories=not read_only,
-            ),
+        items = ("model", "training", "optimizer")
+        self._manager = _listed(
+            lambda: ocp.CheckpointManager(
+                LiteralPath(self.folder),
+                item_handlers={item: ocp.StandardCheckpointHandler() for item in items},
+                options=ocp.CheckpointManagerOptions(
+                    preservation_policy=kept,
+                    create=not read_only,
+                    # Removes what a killed run has half written.
+                    cleanup_tmp_directories=not read_only,
+                ),
+            )
         )
 
     def _noted_best(self, say: Callable[[str], None] | None) -> tuple[int, float] | None:
@@ -309,7 +313,7 @@ class Checkpoints:
             return None if failed else step
         if failed and jax.process_count() == 1:
             # A run that trains there may have removed what failed, and written newer ones.
-            self._manager.reload()
+            _listed(self._manager.reload)
         return max(set(self.steps()) - failed.keys(), default=None)
 
     def _exists(self, step: int) -> bool:
@@ -474,6 +478,19 @@ def _is_best(content: Any) -> bool:
         return False
     score = content.get("score")
     return isinstance(score, (int, float)) and math.isfinite(score)
+
+
+def _listed(read: Callable[[], T]) -> T:
+    """The result of `read`, which lists checkpoints and looks at each.
+
+    A run that trains there may remove one in between; then the list is read anew.
+    """
+    for _ in range(LISTINGS - 1):
+        try:
+            return read()
+        except FileNotFoundError:
+            continue
+    return read()
 
 
 def _unreadable(folder: Path) -> str | None:

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 import numpy as np
 import optax
+import orbax.checkpoint as ocp
 import pytest
 
 from jaxdg.config import MeshConfig
@@ -641,3 +642,21 @@ def test_fingerprint(meshes):
         flipped = kernel.copy()
         flipped.view(np.uint32)[1, 2, 3] ^= np.uint32(1 << bit)
         assert int(fingerprint(jax.tree.map(jnp.asarray, {**tree, "a": flipped}))) != expected
+
+
+def test_a_checkpoint_that_vanishes_while_it_is_listed_is_no_error(tmp_path, monkeypatch):
+    """A run beside may remove it; a folder that is never there is told all the same."""
+    made = ocp.CheckpointManager
+    failures = [FileNotFoundError("checkpoints/9")] * 2
+
+    def manager(*arguments, **options):
+        if failures:
+            raise failures.pop()
+        return made(*arguments, **options)
+
+    (tmp_path / "checkpoints").mkdir()
+    monkeypatch.setattr(ocp, "CheckpointManager", manager)
+    assert Checkpoints(tmp_path, read_only=True).steps() == []
+    failures += [FileNotFoundError("checkpoints/9")] * 9
+    with pytest.raises(FileNotFoundError, match="checkpoints/9"):
+        Checkpoints(tmp_path, read_only=True)
