@@ -100,12 +100,14 @@ class Runs:
             return subprocess.Popen(command, env=self.environment)
         # A new session takes the first terminal it opens for its own, whose closing ends in SIGHUP.
         name = os.ttyname(terminal)
-        shell = ["sh", "-c", f'exec "$@" <{name} >{name} 2>{name}', "sh", *command]
         # Under nohup the tests ignore SIGHUP, and so would the command.
-        heeded = functools.partial(signal.signal, signal.SIGHUP, signal.SIG_DFL)
-        return subprocess.Popen(
-            shell, env=self.environment, start_new_session=True, preexec_fn=heeded
+        heeds = (
+            "import os, signal, sys; signal.signal(signal.SIGHUP, signal.SIG_DFL);"
+            " os.execv(sys.argv[1], sys.argv[1:])"
         )
+        command = [sys.executable, "-c", heeds, *command]
+        shell = ["sh", "-c", f'exec "$@" <{name} >{name} 2>{name}', "sh", *command]
+        return subprocess.Popen(shell, env=self.environment, start_new_session=True)
 
     def module(self, name: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess:
         """Runs another command to its end."""
