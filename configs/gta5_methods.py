@@ -139,7 +139,8 @@ def common(encoder: str, source: str) -> Config:
     c.data.distortion_probability = 0.5
     c.model.encoder = encoder
     c.model.weights = f"weights/{encoder}.safetensors"
-    c.model.taps = TAPS.get(zoo.entry(encoder).config.depth, ())
+    known = zoo.entry(encoder).config
+    c.model.taps = TAPS.get(known.depth, known.taps)
     c.model.patch_size = 16
     c.model.patch_resize = "bicubic"
     c.model.pyramid = "interpolate"

@@ -19,8 +19,6 @@ from absl import flags
 import cv2
 import jax
 import numpy as np
-from rich.console import Console
-from rich.table import Table
 
 from jaxdg import config as config_lib
 from jaxdg import files, methods
@@ -33,6 +31,7 @@ from jaxdg.data.datasets import Dataset, Subset
 from jaxdg.evaluation import overlap
 from jaxdg.evaluation import results as results_lib
 from jaxdg.evaluation.overlap import Standing, TrainedOn
+from jaxdg.evaluation.printing import print_protocols, print_results
 from jaxdg.tasks.run_state import locate, make_task, restore_model
 from jaxdg.tasks.task import DomainResult, Task, parts_of
 from jaxdg.training import distributed, sharding
@@ -253,98 +252,6 @@ def shrunk(example: Mapping[str, np.ndarray], side: int) -> dict[str, np.ndarray
     for key in example.keys() & {"truth_boxes", "boxes"}:
         small[key] = (example[key] * scale).astype(np.float32)
     return {**example, **small}
-
-
-def print_results(results: dict[str, Any], console: Console) -> None:
-    """Prints a table of classes and domains, the means, and remarks; reads older results too."""
-    domains = results["domains"]
-    score = results_lib.score_name(results)
-    of_class = score.removeprefix("m")
-    table = Table(
-        title=(
-            f"{of_class} in % at step {results['step']}, trained on {results['source']}, protocol"
-            f" {results['protocol']}"
-        ),
-        title_justify="left",
-    )
-    table.add_column("class", no_wrap=True)
-    for name, entry in domains.items():
-        table.add_column(
-            name + results_lib.mark(name, entry, results["source"]),
-            justify="right",
-            overflow="fold",
-        )
-
-    for label in next(iter(domains.values()))[of_class]:
-        table.add_row(label, *(_cell(entry[of_class][label]) for entry in domains.values()))
-    table.add_section()
-    table.add_row(
-        score,
-        *(_cell(entry[score], results_lib.NO_TRUTH) for entry in domains.values()),
-        style="bold",
-    )
-    for subset in next(iter(domains.values())).get("subsets", ()):
-        table.add_row(
-            f"mIoU of {subset}",
-            *(_cell(entry["subsets"].get(subset)) for entry in domains.values()),
-        )
-    if any("classes" in entry for entry in domains.values()):
-        table.add_row(
-            "classes counted", *(str(entry.get("classes", "-")) for entry in domains.values())
-        )
-    if any(entry.get("trained_on") for entry in domains.values()):
-        table.add_row(
-            "images trained on", *(results_lib.share(entry) or "0" for entry in domains.values())
-        )
-    console.print(table)
-    if results["mean_unseen"] is not None:
-        rpd = "" if results["rPD"] is None else f"   rPD {results['rPD']:.1f} %"
-        console.print(
-            f"mean of unseen domains {results['mean_unseen']:.1f}{rpd}   protocol"
-            f" {results['protocol']}"
-        )
-    for line in results_lib.remarks(results):
-        console.print(line)
-    if results.get("max_images"):
-        console.print(f"judged on at most {results['max_images']} images of each domain")
-
-
-def print_protocols(judged: Sequence[dict[str, Any]], console: Console) -> None:
-    """Prints a table with a row for each protocol that one model was judged under, and remarks.
-
-    Args:
-        judged: the contents of a results.json for each protocol.
-        console: where to.
-    """
-    first = judged[0]
-    score = results_lib.score_name(first)
-    title = f"{score} in % at step {first['step']}, trained on {first['source']}"
-    table = Table(title=title, title_justify="left")
-    table.add_column("protocol", no_wrap=True)
-    names = list(dict.fromkeys(name for results in judged for name in results["domains"]))
-    for name in names:
-        entry = next(r["domains"][name] for r in judged if name in r["domains"])
-        heading = name + results_lib.mark(name, entry, first["source"])
-        table.add_column(heading, justify="right", overflow="fold")
-    table.add_column("mean of unseen", justify="right")
-    table.add_column("rPD", justify="right")
-    for results in judged:
-        entries = (results["domains"].get(name) for name in names)
-        table.add_row(
-            results["protocol"],
-            *("-" if e is None else _cell(e[score], results_lib.NO_TRUTH) for e in entries),
-            _cell(results["mean_unseen"]),
-            _cell(results["rPD"]),
-        )
-    console.print(table)
-    for line in results_lib.remarks_of({results["protocol"]: [results] for results in judged}):
-        console.print(line)
-    if first.get("max_images"):
-        console.print(f"judged on at most {first['max_images']} images of each domain")
-
-
-def _cell(value: float | None, none: str = "-") -> str:
-    return none if value is None else f"{value:.1f}"
 
 
 def save_pictures(results: Mapping[str, DomainResult], folder: Path) -> None:

@@ -37,13 +37,13 @@ from jaxdg.evaluate import (
     agree_on_images,
     evaluate_domains,
     open_domains,
-    print_results,
     standings,
     summary,
     trained_on,
     write_results,
 )
 from jaxdg.evaluation.overlap import Standing, TrainedOn
+from jaxdg.evaluation.printing import print_results
 from jaxdg.evaluation.results import NO_TRUTH, reference
 from jaxdg.tasks.run_state import Blueprint, abstract_state, initial_state, make_task
 from jaxdg.tasks.task import DomainResult, Evaluate, ModelState, Task

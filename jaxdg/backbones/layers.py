@@ -1,16 +1,20 @@
-"""Linear layers and convolutions whose biases get exact gradients in half precision.
+"""Layers that models share: linear ones and convolutions, their start in torch, and dropout.
 
-A bias is added to every token, so its gradient is a sum over all tokens. JAX sums in the type of
-the terms, and a bfloat16 hardly grows any more when it is 256 times as large as a term. PyTorch
-sums in float32, and so do these layers.
+Biases get exact gradients in half precision. A bias is added to every token, so its gradient is a
+sum over all tokens. JAX sums in the type of the terms, and a bfloat16 hardly grows any more when it
+is 256 times as large as a term. PyTorch sums in float32, and so do these layers.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 from flax import nnx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Key
+
+# Torch's start of kernels, uniform within 1 / sqrt(fan_in).
+TORCH = nnx.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 
 
 def spread(parameter: Float[Array, "*p"], x: Float[Array, "*n"]) -> Float[Array, "*n"]:
@@ -53,6 +57,26 @@ class Conv(nnx.Conv):
         if self.bias is None or not self.spreads_bias:
             return y
         return y + spread(self.bias[...], y)
+
+
+def dropout(
+    x: Float[Array, "*n"],
+    key: Key[Array, ""] | None,
+    rate: float,
+    shape: Sequence[int] | None = None,
+) -> Float[Array, "*n"]:
+    """Numbers that are 0 with the probability `rate`, and else larger so that their mean stays.
+
+    Args:
+        x: any.
+        key: random key; None: nothing is dropped.
+        rate: probability.
+        shape: of the draws, broadcast to that of x; None: one for each number.
+    """
+    if key is None:
+        return x
+    keep = jax.random.bernoulli(key, 1 - rate, x.shape if shape is None else shape)
+    return jnp.where(keep, x / (1 - rate), 0)
 
 
 def is_half(dtype: Any) -> bool:

@@ -25,7 +25,6 @@ KERNEL = "patch_embed.proj.kernel"
 POSITIONS = "pos_embed"
 CLASS = "cls_token"
 CROPS = (512, 1024)  # of the published models; the first one is usual
-TAPS = {24: (7, 11, 15, 23), 32: (7, 15, 23, 31)}  # by the encoder's number of blocks
 BESIDE = "encoder."  # before the names of the encoder's tensors, beside those of the adapter's file
 
 
@@ -204,6 +203,5 @@ def run(file: Checkpoint, method: str, encoder: str, training: Training) -> Conf
     c.data.crop = (crop, crop)
     c.evaluation.stride = (round(crop * 2 / 3), round(crop * 2 / 3))
     c.model.weights = None
-    c.model.taps = TAPS[backbones.entry(encoder).config.depth]
     c.model.mask2former = vltseg.head_options(file)
     return c

@@ -22,21 +22,25 @@ alone, so --encoder names the file of the encoder that they were trained on.
 """
 
 import argparse
-from collections.abc import Iterator, Mapping
-import contextlib
 import math
 from pathlib import Path
 import sys
-from typing import Any
 
 import numpy as np
 
 import jaxdg
 from jaxdg import backbones, weights
-from jaxdg import config as config_lib
 from jaxdg.config import paths
-from jaxdg.conversion import adapted, checkpoint, mapping, models, sets, vitdet, vltseg, wrappers
-from jaxdg.tasks.run_state import locate, stored_tensors
+from jaxdg.conversion import (
+    adapted,
+    checkpoint,
+    mapping,
+    models,
+    report,
+    vitdet,
+    workdirs,
+    wrappers,
+)
 
 
 def convert(name: str, source: Path, out: Path, wanted: str | None = None) -> str:
@@ -59,7 +63,7 @@ def convert(name: str, source: Path, out: Path, wanted: str | None = None) -> st
     known = models.layouts(name)
     if out.suffix != ".safetensors":
         raise ValueError(f"--out {out} must end in .safetensors")
-    free(out, source, name)
+    report.free(out, source, name)
     head = models.HEADS.get(name)
     config = None if head else backbones.TEXT_TOWERS.get(name) or backbones.entry(name).config
     activation = (
@@ -73,7 +77,7 @@ def convert(name: str, source: Path, out: Path, wanted: str | None = None) -> st
                 f"{source} is an archive as OpenAI publishes, trained with quick_gelu; --list shows"
                 " the encoders for it"
             )
-        with _telling(name, source, file):
+        with report.telling(name, source, file):
             view = wrappers.unwrapped(file, known)
             if view.names != file.names:
                 models.check_names(file, name)
@@ -81,7 +85,7 @@ def convert(name: str, source: Path, out: Path, wanted: str | None = None) -> st
             sizes = head.of_checkpoint(view.names, view.read) if head else ()
             module = head.abstract(*sizes) if head else models.abstract(name)
             converted = mapping.to_flax(module, known, view.names, view.read)
-        left_out = _left_out(converted, view)
+        left_out = report.left_out_of(converted, view)
         about = {
             "model": name,
             "source": source.name,
@@ -103,7 +107,7 @@ def convert(name: str, source: Path, out: Path, wanted: str | None = None) -> st
             if key.endswith("pos_embed")
         ]
 
-    lines = _mapped(name, source, view, converted.layout, left_out) + grids
+    lines = report.mapped(name, source, view, converted.layout, left_out) + grids
     if head:
         lines.append(f"  sizes, by its tensors: {head.described(*sizes)}")
     if activation:
@@ -114,187 +118,6 @@ def convert(name: str, source: Path, out: Path, wanted: str | None = None) -> st
     return "\n".join(
         [*lines, f"  wrote {out}: {len(converted.tensors)} tensors, {out.stat().st_size} bytes"]
     )
-
-
-def convert_whole(name: str, source: Path, out: Path, wanted: str | None = None) -> str:
-    """Converts the published checkpoint `source` of the whole model called `name` to the workdir
-    `out`; else as `convert`.
-    """
-    family = models.WHOLE[name]
-    _new_folder(out, name)
-    with checkpoint.opened(source, wanted) as file:
-        with _telling(name, source, file):
-            view = wrappers.unwrapped(file, family.layouts())
-            config = family.of_checkpoint(view)
-            model = vltseg.abstract(config)
-            layout = family.of_run(config, view)
-            converted = mapping.to_flax(model, (layout,), view.names, view.read)
-        left_out = _left_out(converted, view)
-        about = _about(name, {source.name: file}, layout.name, left_out)
-        vltseg.write(config, model, converted.tensors, out, about)
-        lines = _mapped(name, source, view, layout, left_out)
-    return "\n".join(
-        [
-            *lines,
-            f"  {family.described(config)}",
-            f"  wrote {out}: {len(converted.tensors)} tensors, step {config.steps}",
-        ]
-    )
-
-
-def convert_adapted(
-    name: str,
-    source: Path,
-    encoder: Path,
-    out: Path,
-    wanted: str | None,
-    training: adapted.Training,
-) -> str:
-    """Converts a released adapter with its head, and the file of its encoder, to the workdir `out`.
-
-    Args:
-        name: one of `models.ADAPTED`.
-        source: what was released.
-        encoder: the file of the frozen encoder, as published or as the authors convert it.
-        out: the workdir.
-        wanted: as of `convert`.
-        training: what no tensor tells of it.
-
-    Returns:
-        A report for a person.
-
-    Raises:
-        FileNotFoundError: no such file.
-        ValueError: as of `convert`.
-    """
-    family = models.ADAPTED[name]
-    _new_folder(out, name)
-    with checkpoint.opened(source, wanted) as file, checkpoint.opened(encoder) as beside:
-        with _telling(name, source, file):
-            view = wrappers.unwrapped(file, family.layouts())
-            names = family.encoders(view)
-        with _telling(" or ".join(names), encoder, beside):
-            frozen = adapted.frozen(beside, names, training.crop)
-        with _telling(name, source, file):
-            config = family.of_checkpoint(view, frozen, training)
-            layout = family.layout(view, frozen)
-            model = vltseg.abstract(config)
-            both = adapted.joined(view, frozen, layout)
-            converted = mapping.to_flax(model, (layout,), both.names, both.read)
-            family.check(view, frozen)
-        left_out = _left_out(converted, view)
-        unread = _left_out(frozen.converted, frozen.view)
-        about = _about(
-            name, {source.name: file, encoder.name: beside}, layout.name, left_out | unread
-        )
-        vltseg.write(config, model, converted.tensors, out, about)
-        lines = _mapped(name, source, view, layout, left_out)
-        lines += _mapped(frozen.name, encoder, frozen.view, frozen.converted.layout, unread)
-    return "\n".join(
-        [
-            *lines,
-            f"  {vltseg.described(config)}",
-            f"  wrote {out}: {len(converted.tensors)} tensors, step {config.steps}",
-        ]
-    )
-
-
-def _new_folder(out: Path, name: str) -> None:
-    """Refuses a workdir that holds something."""
-    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
-        raise ValueError(
-            f"--out {out} is there already; {name} is written to a new folder, the workdir of a"
-            " finished run"
-        )
-
-
-def _about(
-    name: str,
-    files: Mapping[str, checkpoint.Checkpoint],
-    layout: str,
-    left_out: Mapping[str, str],
-) -> dict[str, Any]:
-    """What a workdir says of the files that it was converted from."""
-    return {
-        "model": name,
-        "sources": {source: file.digest() for source, file in files.items()},
-        "layout": layout,
-        "left_out": dict(left_out),
-        "jaxdg": jaxdg.__version__,
-    }
-
-
-@contextlib.contextmanager
-def _telling(name: str, source: Path, file: checkpoint.Checkpoint) -> Iterator[None]:
-    """Says of which file an error is, and what else the file may be."""
-    try:
-        yield
-    except wrappers.Undecided as error:
-        raise ValueError(f"{source} is not clear: {error}") from error
-    except mapping.Misfit as error:
-        raise ValueError(
-            f"{source} is no checkpoint of {name}{models.likely(file, name)}: {error}"
-        ) from error
-
-
-def free(out: Path, source: Path, name: str | None) -> None:
-    """Refuses to write over the checkpoint, and over a file that jaxdg did not write for the same
-    model.
-
-    Raises:
-        ValueError: what stands there, and what to do.
-    """
-    if not out.exists():
-        return
-    if source.exists() and out.samefile(source):
-        raise ValueError(
-            f"--out {out} is --checkpoint {source}, which would be lost; name another file"
-        )
-    if out.is_dir():
-        raise ValueError(f"--out {out} is a folder; name a file in it")
-    about = {}
-    if out.suffix == ".safetensors":
-        with contextlib.suppress(ValueError):
-            about = weights.metadata(out)
-    if "jaxdg" not in about:
-        raise ValueError(
-            f"--out {out} is there already, and nothing tells that jaxdg wrote it; name another"
-            " file, or remove it"
-        )
-    if name not in (None, about.get("model")):
-        raise ValueError(
-            f"--out {out} is there already, with the weights of {about.get('model')}; name another"
-            " file, or remove it"
-        )
-
-
-def _left_out(converted: mapping.Converted, view: checkpoint.Checkpoint) -> dict[str, str]:
-    """What of a file was not mapped, by its names there, with the reasons."""
-    return {view.was.get(name, name): why for name, why in converted.left_out.items()} | dict(
-        view.outside
-    )
-
-
-def _mapped(
-    name: str,
-    source: Path,
-    view: checkpoint.Checkpoint,
-    layout: mapping.Layout,
-    left_out: Mapping[str, str],
-) -> list[str]:
-    """Which tensors were taken, how many were mapped, and which were left out for what reason."""
-    total = len(view.names) + len(view.outside)
-    lines = [
-        f"{name} from {source.name}: {total - len(left_out)} of {total} tensors mapped (layout:"
-        f" {layout.name})"
-    ]
-    lines += [f"  {note}" for note in view.notes]
-    for reason in dict.fromkeys(left_out.values()):
-        kinds = dict.fromkeys(
-            weights.NUMBER.sub("*", key) for key, why in left_out.items() if why == reason
-        )
-        lines.append(f"  left out: {sets.shortened([*kinds], most=20)} ({reason})")
-    return lines
 
 
 def reverse(name: str, source: Path, out: Path, chosen: str | None = None) -> str:
@@ -319,7 +142,7 @@ def reverse(name: str, source: Path, out: Path, chosen: str | None = None) -> st
     known = models.layouts(name)
     if out.suffix not in checkpoint.SUFFIXES:
         raise ValueError(f"--out {out} must end in one of {' '.join(checkpoint.SUFFIXES)}")
-    free(out, source, name)
+    report.free(out, source, name)
     about = weights.metadata(source)
     if about.get("model", name) != name:
         raise ValueError(f"{source} holds the weights of {about['model']}, not of {name}")
@@ -351,31 +174,7 @@ def reverse(name: str, source: Path, out: Path, chosen: str | None = None) -> st
     checkpoint.save(
         tensors, out, {"model": name, "source": source.name, "jaxdg": jaxdg.__version__}, versions
     )
-    return _written(name, out, len(tensors), layout)
-
-
-def reverse_whole(source: Path, out: Path) -> str:
-    """Converts a workdir, or one step in it, of a ViTDet back to detectron2's names and axes;
-    returns and raises as `reverse`.
-    """
-    if out.suffix not in checkpoint.SUFFIXES:
-        raise ValueError(f"--out {out} must end in one of {' '.join(checkpoint.SUFFIXES)}")
-    free(out, source, vitdet.NAME)
-    config = config_lib.load(locate(source)[0])
-    layout = vitdet.of_workdir(config)
-    tensors = mapping.from_flax(vltseg.abstract(config), layout, stored_tensors(source))
-    checkpoint.save(
-        tensors, out, {"model": vitdet.NAME, "source": source.name, "jaxdg": jaxdg.__version__}
-    )
-    return _written(vitdet.NAME, out, len(tensors), layout)
-
-
-def _written(name: str, out: Path, tensors: int, layout: mapping.Layout) -> str:
-    note = f"; {layout.note}" if layout.note else ""
-    return (
-        f"{name} to {out}: {tensors} tensors, {out.stat().st_size} bytes (layout:"
-        f" {layout.name}{note})"
-    )
+    return report.written(name, out, len(tensors), layout)
 
 
 def model_of(source: Path, ours: bool, wanted: str | None = None) -> str:
@@ -429,7 +228,7 @@ def _converted(args: argparse.Namespace) -> str:
                 "--encoder, --crop and --source are for"
                 f" {' and '.join(models.ADAPTED)}, not for {args.model}"
             )
-        convert_any = convert_whole if args.model in models.WHOLE else convert
+        convert_any = workdirs.convert_whole if args.model in models.WHOLE else convert
         return convert_any(args.model, args.checkpoint, args.out, args.weights)
     if not args.encoder:
         raise ValueError(
@@ -441,7 +240,7 @@ def _converted(args: argparse.Namespace) -> str:
             f"--crop is {crop}; allowed: {' or '.join(map(str, adapted.CROPS))}, of the models that"
             " were released"
         )
-    return convert_adapted(
+    return workdirs.convert_adapted(
         args.model, args.checkpoint, args.encoder, args.out, args.weights, training
     )
 
@@ -533,11 +332,11 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         files = args.checkpoint, args.out
         if not args.model:
-            free(args.out, args.checkpoint, None)
+            report.free(args.out, args.checkpoint, None)
             args.model = model_of(args.checkpoint, args.reverse, args.weights)
         if args.reverse:
             print(
-                reverse_whole(*files)
+                workdirs.reverse_whole(*files)
                 if args.model == vitdet.NAME
                 else reverse(args.model, *files, args.layout)
             )

@@ -29,7 +29,6 @@ LISTED = (
 )
 ENCODER = "dinov2_l14"
 PATCH = 16
-TAPS = (7, 11, 15, 23)
 # Before the names of the encoder: LoRA is put around it in the segmentor, or in the encoder.
 STARTS = ("backbone.base_model.model.", "backbone.model.base_model.model.")
 QKV = "blocks.*.attn.qkv"
@@ -95,7 +94,7 @@ def of_checkpoint(file: Checkpoint) -> Config:
         Misfit: a tensor missing that tells a size, or positions of no square.
         ValueError: sizes that no configuration has.
     """
-    c = vltseg.recipe("gta5_methods", NAME)
+    c = vltseg.recipe("gta5_methods", f"{NAME},{ENCODER}")
     start = of_run(c, file).rows[0].source[0].removesuffix("cls_token")
     positions = _shape(file, f"{start}pos_embed", 3)[1]
     grid = math.isqrt(positions - 1)
@@ -103,10 +102,7 @@ def of_checkpoint(file: Checkpoint) -> Config:
         raise Misfit(f"{start}pos_embed has {positions} rows, not one for each patch of a square")
     c.data.crop = (grid * PATCH, grid * PATCH)
     c.evaluation.stride = (grid * PATCH * 5 // 8, grid * PATCH * 5 // 8)
-    c.model.encoder = ENCODER
     c.model.weights = None
-    c.model.taps = TAPS
-    c.model.patch_size = PATCH
     c.model.upscaling.width = _shape(file, "decode_head.fusion_conv.gn.weight", 1)[0]
     c.low_rank.rank = _shape(file, f"{start}blocks.0.attn.qkv.lora_A.default.weight", 2)[0]
     return config_lib.validated(c)

@@ -12,11 +12,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from jaxdg.backbones.layers import Conv
+from jaxdg.backbones.layers import TORCH, Conv
 from jaxdg.backbones.pyramid import Double
 
-# Within 1 / sqrt(fan_in), torch's default.
-uniform = nnx.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 xavier = nnx.initializers.variance_scaling(1.0, "fan_in", "uniform")  # detectron2's c2_xavier_fill
 msra = nnx.initializers.variance_scaling(2.0, "fan_out", "normal")  # detectron2's c2_msra_fill
 
@@ -30,7 +28,7 @@ class ConvNorm(nnx.Conv):
         width: int,
         side: int,
         *,
-        kernel_init: Any = uniform,
+        kernel_init: Any = TORCH,
         dtype: str,
         rngs: nnx.Rngs,
     ):

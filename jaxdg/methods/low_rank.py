@@ -43,7 +43,7 @@ import numpy as np
 import scipy.linalg
 
 from jaxdg.backbones import zoo
-from jaxdg.backbones.layers import Linear
+from jaxdg.backbones.layers import Linear, dropout
 from jaxdg.backbones.vit import VitConfig
 from jaxdg.methods.method import Method, MethodOptions
 from jaxdg.ranges import Count, CountOrZero, Positive, ShareBelowOne
@@ -189,8 +189,7 @@ class LowRankLinear(Linear):
         y = super().__call__(inputs, out_sharding)
         x = inputs.astype(y.dtype)
         if self.keys is not None:
-            kept = jax.random.bernoulli(self.keys[...], 1 - self.dropout, x.shape)
-            x = jnp.where(kept, x / (1 - self.dropout), 0)
+            x = dropout(x, self.keys[...], self.dropout)
         # One product reads the features for all pairs.
         a = jnp.concatenate([self.factors(pair)[0] for pair in self.pairs], axis=-1)
         inner = jnp.split(

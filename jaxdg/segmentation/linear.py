@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key, UInt8
 
-from jaxdg.backbones.layers import Linear
+from jaxdg.backbones.layers import Linear, dropout
 from jaxdg.evaluation.sliding_window import resize_scores
 from jaxdg.segmentation.decoder import Decoder, DecoderConfig, DecoderOptions
 
@@ -29,10 +29,7 @@ def drop_channels(
         x: features.
         key: random key; None: nothing is dropped.
     """
-    if key is None:
-        return x
-    keep = jax.random.bernoulli(key, 1 - DROPOUT, (x.shape[0], 1, 1, x.shape[-1]))
-    return jnp.where(keep, x / (1 - DROPOUT), 0)
+    return dropout(x, key, DROPOUT, (x.shape[0], 1, 1, x.shape[-1]))
 
 
 class PixelHead(Decoder):

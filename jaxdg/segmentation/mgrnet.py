@@ -24,7 +24,7 @@ import numpy as np
 
 from jaxdg import backbones
 from jaxdg.backbones.attention import attention
-from jaxdg.backbones.layers import Conv, Linear
+from jaxdg.backbones.layers import TORCH, Conv, Linear, dropout
 from jaxdg.evaluation.sliding_window import resize_scores, sliding_window
 from jaxdg.ranges import Count, PositiveOrZero, Share, Size
 from jaxdg.segmentation.decoder import Decoder, DecoderConfig, DecoderOptions
@@ -33,8 +33,6 @@ from jaxdg.segmentation.upscaling import GROUPS, UpscalingConfig, UpscalingHead,
 
 DROPOUT = 0.1  # inside the blocks
 STEP = 32  # pixels between the places that a training window may have
-# Torch's, within 1 / sqrt(fan_in).
-TORCH = nnx.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 
 
 @dataclasses.dataclass(unsafe_hash=True, kw_only=True)
@@ -404,10 +402,10 @@ class Block(nnx.Module):
         """Tokens to tokens; a key turns dropout on."""
         keys = (None,) * 3 if key is None else jax.random.split(key, 3)
         y = self.norm1(x)
-        x = x + drop(self.attn1(y, y), keys[0])
-        x = x + drop(self.attn2(self.norm2(x), context), keys[1])
+        x = x + dropout(self.attn1(y, y), keys[0], DROPOUT)
+        x = x + dropout(self.attn2(self.norm2(x), context), keys[1], DROPOUT)
         value, gate = jnp.split(self.fc1(self.norm3(x)), 2, axis=-1)
-        return x + self.fc2(drop(value * gelu(gate), keys[2]))
+        return x + self.fc2(dropout(value * gelu(gate), keys[2], DROPOUT))
 
 
 class Attention(nnx.Module):
@@ -430,13 +428,6 @@ class Attention(nnx.Module):
 
         y = attention(heads(self.to_q(x)), heads(self.to_k(context)), heads(self.to_v(context)))
         return self.to_out(y.reshape(*y.shape[:2], -1))
-
-
-def drop(x: Float[Array, "*n"], key: Key[Array, ""] | None) -> Float[Array, "*n"]:
-    """Dropout of single numbers; none without a key."""
-    if key is None:
-        return x
-    return jnp.where(jax.random.bernoulli(key, 1 - DROPOUT, x.shape), x / (1 - DROPOUT), 0)
 
 
 def gelu(x: Float[Array, "*n"]) -> Float[Array, "*n"]:

@@ -83,7 +83,6 @@ def tiny():
             if name == "sam_h16":
                 config = dataclasses.replace(config, global_blocks=(1, 3), window=3)
             patch.setitem(backbones.ZOO, name, backbones.zoo.Entry(config, "source"))
-        patch.setitem(adapted.TAPS, r.DEPTH, tuple(range(r.DEPTH)))
         patch.setattr(adapted, "CROPS", (r.WINDOW,))
         patch.setattr(soma, "FIRST", r.FIRST)
         make_models_once(patch)
@@ -364,11 +363,14 @@ def tiny_vfmnet(golden, monkeypatch):
     with np.load(golden / "released_vfmnet.npz") as archive:
         theirs = dict(archive)
     config = dataclasses.replace(
-        config_of("dinov2_l14"), width=64, heads=r.HEADS, depth=r.DEPTH, taps=(3,)
+        config_of("dinov2_l14"),
+        width=64,
+        heads=r.HEADS,
+        depth=r.DEPTH,
+        taps=tuple(range(r.DEPTH)),
     )
     monkeypatch.setitem(backbones.ZOO, "tiny64", backbones.zoo.Entry(config))
     monkeypatch.setattr(vfmnet, "ENCODER", "tiny64")
-    monkeypatch.setattr(vfmnet, "TAPS", tuple(range(r.DEPTH)))
     monkeypatch.setattr(vltseg, "abstract", ABSTRACT)
     return theirs
 

@@ -11,8 +11,9 @@ from rich.console import Console
 
 from jaxdg.commands import command_line as cli
 from jaxdg.config import EvaluationConfig
-from jaxdg.evaluate import own_folder, print_protocols, print_results, write_results
+from jaxdg.evaluate import own_folder, write_results
 from jaxdg.evaluation import results
+from jaxdg.evaluation.printing import print_protocols, print_results
 
 CLASSES = ("road", "car", "train")
 

@@ -121,7 +121,7 @@ def test_gradients_equal_the_authors(source, given, archive, monkeypatch):
     """With their mask of tokens, the loss and its gradients are theirs times the labelled share of
     the pixels.
     """
-    monkeypatch.setattr(mgrnet, "drop", lambda x, key: x)
+    monkeypatch.setattr(mgrnet, "dropout", lambda x, key, rate: x)
     monkeypatch.setattr(mgrnet, "drop_channels", lambda x, key: x)
     monkeypatch.setattr(jax.random, "bernoulli", lambda key, p, shape: archive["masked"][..., None])
     label = jnp.asarray(archive["label"])
@@ -330,7 +330,7 @@ def test_training_is_the_two_passes(model, monkeypatch):
     """
     jax.clear_caches()
     monkeypatch.setattr(mgrnet, "STEP", 4)
-    monkeypatch.setattr(mgrnet, "drop", lambda x, key: x)
+    monkeypatch.setattr(mgrnet, "dropout", lambda x, key, rate: x)
     for module in (mgrnet, upscaling):
         monkeypatch.setattr(module, "drop_channels", lambda x, key: x)
     graph, params, statistics = nnx.split(nnx.merge(*model), nnx.Param, ...)

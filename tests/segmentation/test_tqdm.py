@@ -14,7 +14,7 @@ import pytest
 
 from configs import gta5_methods
 from jaxdg import weights
-from jaxdg.backbones import Eva02Config, zoo
+from jaxdg.backbones import Eva02Config, layers, zoo
 from jaxdg.methods.visual_anchor import VisualAnchor, VisualAnchorOptions
 from jaxdg.segmentation import Segmenter, SegmenterConfig, TqdmConfig, TqdmHead
 from jaxdg.segmentation.mask2former import losses
@@ -354,10 +354,10 @@ def test_dropout_needs_a_key(head):
 def test_dropped_numbers_are_a_tenth_and_the_rest_grows():
     """A tenth becomes 0, the others are divided by 0.9; without a key nothing changes."""
     x = jnp.ones((1, 100, 200))
-    got = np.asarray(context_decoder.dropped(x, jax.random.key(0)))
+    got = np.asarray(layers.dropout(x, jax.random.key(0), context_decoder.DROPOUT))
     assert abs((got == 0).mean() - 0.1) < 0.01
     np.testing.assert_allclose(got[got != 0], 1 / 0.9, rtol=1e-6)
-    assert context_decoder.dropped(x, None) is x
+    assert layers.dropout(x, None, context_decoder.DROPOUT) is x
 
 
 def test_losses_of_parts_of_a_batch_add_up(head, monkeypatch):

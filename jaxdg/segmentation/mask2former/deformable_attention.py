@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, Int32
 import numpy as np
 
-from jaxdg.backbones.layers import Linear
+from jaxdg.backbones.layers import TORCH, Linear
 from jaxdg.backbones.scatter_sum import scatter_sum
 
 Shapes = Sequence[tuple[int, int]]  # rows and columns of each level
@@ -336,11 +336,7 @@ def kernel_init(published: bool) -> jax.nn.initializers.Initializer:
     """Xavier's uniform distribution, as Mask2Former's authors start most layers, or torch's
     default, within 1 / sqrt(fan_in).
     """
-    return (
-        nnx.initializers.xavier_uniform()
-        if published
-        else nnx.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
-    )
+    return nnx.initializers.xavier_uniform() if published else TORCH
 
 
 def _compass(heads: int, levels: int, points: int) -> jax.Array:

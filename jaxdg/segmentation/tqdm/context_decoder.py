@@ -9,23 +9,15 @@ from functools import partial
 
 from flax import nnx
 import jax
-import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
 from jaxdg.backbones.attention import attention
+from jaxdg.backbones.layers import dropout
 from jaxdg.segmentation.mask2former.layers import layer_norm
 
 DROPOUT = 0.1  # after each attention, and inside and after the MLP
 RATIO = 4  # of the MLP's inner width to the texts'
 _start = nnx.initializers.normal(0.02)
-
-
-def dropped(x: Float[Array, "b n c"], key: Key[Array, ""] | None) -> Float[Array, "b n c"]:
-    """Dropout of single numbers; none without a key."""
-    if key is None:
-        return x
-    keep = jax.random.bernoulli(key, 1 - DROPOUT, x.shape)
-    return jnp.where(keep, x / (1 - DROPOUT), 0)
 
 
 class Attention(nnx.Module):
@@ -64,11 +56,11 @@ class Layer(nnx.Module):
         """The texts after the layer; a `key` turns dropout on."""
         keys = [None] * 4 if key is None else list(jax.random.split(key, 4))
         y = self.norm1(x)
-        x = x + dropped(self.self_attn(y, y), keys[0])
-        x = x + dropped(self.cross_attn(self.norm2(x), memory), keys[1])
+        x = x + dropout(self.self_attn(y, y), keys[0], DROPOUT)
+        x = x + dropout(self.cross_attn(self.norm2(x), memory), keys[1], DROPOUT)
         widen, narrow = self.mlp
-        y = dropped(jax.nn.gelu(widen(self.norm3(x)), approximate=False), keys[2])
-        return x + dropped(narrow(y), keys[3])
+        y = dropout(jax.nn.gelu(widen(self.norm3(x)), approximate=False), keys[2], DROPOUT)
+        return x + dropout(narrow(y), keys[3], DROPOUT)
 
 
 class ContextDecoder(nnx.Module):
