@@ -14,6 +14,7 @@ import tomllib
 import zipfile
 
 import pytest
+import yaml
 
 ROOT = Path(__file__).resolve().parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -132,3 +133,41 @@ def test_optional_imports_are_declared_as_extras():
         for requirement in group
     }
     assert {normal(name) for name in OPTIONAL} <= extras
+
+
+def test_the_citation_names_this_version_and_licence():
+    """CITATION.cff, which GitHub shows, says what pyproject.toml says."""
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert citation["version"] == PROJECT["version"]
+    assert citation["license"] == PROJECT["license"]
+
+
+def test_the_container_gets_what_the_wheel_is_built_from():
+    """Every file that the Dockerfile copies is there and is not kept out by .dockerignore; what the
+    wheel's build reads is among them.
+    """
+    copied = {
+        source
+        for line in (ROOT / "Dockerfile").read_text().splitlines()
+        if line.startswith("COPY ")
+        for source in line.split()[1:-1]
+    }
+    let_in = {
+        line.removeprefix("!")
+        for line in (ROOT / ".dockerignore").read_text().splitlines()
+        if line.startswith("!")
+    }
+    assert copied == let_in
+    assert all((ROOT / name).exists() for name in copied)
+    assert {"pyproject.toml", "setup.py", "MANIFEST.in", "README.md", "LICENSE"} <= copied
+    assert {"jaxdg", "configs"} <= copied
+
+
+def test_public_ci_runs_what_everybody_runs():
+    """GitHub's workflow is valid YAML and runs .ci/run, which the page of contributors names."""
+    workflow = yaml.safe_load((ROOT / ".github" / "workflows" / "ci.yml").read_text())
+    steps = [step.get("run") for job in workflow["jobs"].values() for step in job["steps"]]
+    assert ".ci/run" in steps
+    assert os.access(ROOT / ".ci" / "run", os.X_OK)
+    for form in (ROOT / ".github" / "ISSUE_TEMPLATE").glob("*.yml"):
+        assert isinstance(yaml.safe_load(form.read_text()), dict)
