@@ -1,0 +1,1 @@
+"""Weights by name: published files are fetched, verified, converted and kept."""
