@@ -31,7 +31,7 @@ from jaxdg.data.datasets import Dataset, Subset
 from jaxdg.evaluation import overlap
 from jaxdg.evaluation import results as results_lib
 from jaxdg.evaluation.overlap import Standing, TrainedOn
-from jaxdg.evaluation.printing import print_protocols, print_results
+from jaxdg.evaluation.printing import print_numbers, print_protocols, print_results
 from jaxdg.tasks.run_state import locate, make_task, restore_model
 from jaxdg.tasks.task import DomainResult, Task, parts_of
 from jaxdg.training import distributed, sharding
@@ -391,6 +391,10 @@ def main(arguments: Sequence[str]) -> None:
         print_results(judged[0], console)
     else:
         print_protocols(judged, console)
+    for results in judged if _NUMBERS.value else ():
+        if len(judged) > 1:
+            console.print(f"protocol {results['protocol']}:")
+        print_numbers(results, console)
     for case in cases:
         console.print(f"written to {case.out}/results.json and {case.out}/pictures")
 
@@ -417,6 +421,9 @@ if __name__ == "__main__":
         "max_images", None, "Images of each domain, evenly spread; 0 for all.", lower_bound=0
     )
     _WORKERS = flags.DEFINE_integer("workers", None, "Processes that read images.", lower_bound=0)
+    _NUMBERS = flags.DEFINE_bool(
+        "numbers", False, "Also print accuracy, precision, Dice and so on, and every class's gap."
+    )
     _OUT = cli.define_path(
         "out",
         "Folder for results.json and pictures; one in the workdir, evaluation_STEP.., if left out.",

@@ -35,6 +35,19 @@ def write(path: Path, content: str | bytes) -> None:
         _sync_folder(path.parent)
 
 
+def of_domain(folder: Path, domain: str, ending: str) -> Path:
+    """The file of a domain below a folder of results.
+
+    Args:
+        folder: of such files.
+        domain: `acdc/night` lies in a folder `acdc`; one that is the path of a folder leads nowhere
+            else.
+        ending: of the file's name.
+    """
+    parts = [part for part in domain.split("/") if part not in ("", ".", "..")]
+    return folder / ("/".join(parts) + ending)
+
+
 def _sync_folder(folder: Path) -> None:
     """Writes the list of files of a folder to the disk."""
     handle = os.open(folder, os.O_RDONLY)

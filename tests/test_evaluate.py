@@ -19,7 +19,7 @@ from jaxdg.backbones import VitConfig, zoo
 from jaxdg.config import Config, MeshConfig, validated
 from jaxdg.data.labels import CAMVID, CITYSCAPES
 from jaxdg.data.pipeline import eval_batches
-from jaxdg.evaluation import protocols
+from jaxdg.evaluation import confusion, protocols
 from jaxdg.evaluation.overlap import Standing, TrainedOn
 from jaxdg.tasks import run_state as tasks
 from jaxdg.training import sharding
@@ -238,9 +238,9 @@ def test_a_limit_of_images_takes_them_evenly_and_is_told(native):
     assert evaluate.summary(native.task, config(), 1, {"noise": result})["max_images"] is None
 
 
-def test_parts_of_acdc_come_from_one_pass(native):
-    """Conditions have the counts of their own images, add up to the whole, read every image once
-    and stay out of the means.
+def test_parts_of_acdc_come_from_one_pass(native, tmp_path):
+    """Conditions have the counts of their own images, which are kept beside results.json, add up to
+    the whole, read every image once and stay out of the means.
     """
     dataset = Noise(SIZES, "acdc")
     read = []
@@ -264,7 +264,13 @@ def test_parts_of_acdc_come_from_one_pass(native):
         ("acdc/night", range(1, 7, 2)),
     ):
         metrics = results[name].metrics
-        assert_iou(metrics, matrix([dataset[i]["label"] for i in mine], [maps[i] for i in mine]))
+        counts = matrix([dataset[i]["label"] for i in mine], [maps[i] for i in mine])
+        assert_iou(metrics, counts)
+        results[name].write(tmp_path, name)
+        classes, kept = confusion.read_confusion(tmp_path, name)
+        assert classes == CITYSCAPES.names
+        np.testing.assert_array_equal(kept, counts)
+        assert metrics["aAcc"] == pytest.approx(100 * np.trace(counts) / counts.sum())
         assert metrics["images"] == len(mine)
         assert metrics["part_of"] == (None if name == "acdc" else "acdc")
     everything = evaluate.summary(native.task, native.config, 3, results)

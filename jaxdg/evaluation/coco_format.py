@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from jaxdg.evaluation.average_precision import Detections, Truth, box_areas
-from jaxdg.files import write
+from jaxdg.files import of_domain, write
 
 
 def write_coco(
@@ -82,13 +82,8 @@ def write_coco(
         "categories": [{"id": k, "name": name} for k, name in enumerate(names, start=1)],
         "annotations": annotations,
     }
-    inside = "/".join(
-        part for part in domain.split("/") if part not in ("", ".", "..")
-    )  # a domain may be the path of a folder
-    for path, content in (
-        (folder / f"{inside}_truth.json", annotation_file),
-        (folder / f"{inside}.json", results),
-    ):
+    for ending, content in (("_truth.json", annotation_file), (".json", results)):
+        path = of_domain(folder, domain, ending)
         path.parent.mkdir(parents=True, exist_ok=True)
         write(path, json.dumps(content))
 

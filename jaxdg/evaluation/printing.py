@@ -1,6 +1,6 @@
 """Prints results.json as tables."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
@@ -61,6 +61,38 @@ def print_results(results: dict[str, Any], console: Console) -> None:
         console.print(line)
     if results.get("max_images"):
         console.print(f"judged on at most {results['max_images']} images of each domain")
+
+
+# What a table of numbers shows of each domain, where results.json has it.
+NUMBERS = (
+    *("aAcc", "mAcc", "mPrecision", "mDice", "fwIoU", "mBoundaryIoU", "ECE"),
+    *("AP", "AP75", "AR100"),
+)
+
+
+def print_numbers(results: Mapping[str, Any], console: Console) -> None:
+    """Prints the domains' further numbers, and how much each class loses on unseen domains."""
+    domains = {
+        name: {**entry.get("coco", {}), **entry} for name, entry in results["domains"].items()
+    }
+    table = Table(title="further numbers in %", title_justify="left")
+    table.add_column("number", no_wrap=True)
+    for name in domains:
+        heading = name + results_lib.mark(name, domains[name], results["source"])
+        table.add_column(heading, justify="right", overflow="fold")
+    for number in NUMBERS:
+        if any(number in entry for entry in domains.values()):
+            table.add_row(number, *(_cell(entry.get(number)) for entry in domains.values()))
+    console.print(table)
+    if gaps := results.get("class_gap"):
+        of_class = results_lib.score_name(results).removeprefix("m")
+        title = f"{of_class} lost on unseen domains, in points"
+        table = Table(title=title, title_justify="left")
+        table.add_column("class", no_wrap=True)
+        table.add_column("gap", justify="right")
+        for label, gap in gaps.items():
+            table.add_row(label, _cell(gap))
+        console.print(table)
 
 
 def print_protocols(judged: Sequence[dict[str, Any]], console: Console) -> None:

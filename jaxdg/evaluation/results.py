@@ -50,6 +50,39 @@ def classes_differ(domains: Mapping[str, Entry]) -> dict[str, list[str]]:
     return {label: names for label, names in lacks.items() if len(names) < len(domains)}
 
 
+def class_gaps(
+    domains: Mapping[str, Entry], seen: Sequence[str], unseen: Sequence[str], score: str
+) -> dict[str, float | None]:
+    """How much worse each class is on the unseen domains: its mean on the seen ones less its mean
+    on the unseen ones, in points of percent.
+
+    A domain counts for the classes that have truth in it. None where a class has truth on one side
+    alone.
+
+    Args:
+        domains: their entries.
+        seen: those that the others are compared with, see `reference`.
+        unseen: the others.
+        score: `score_name`.
+    """
+    of_class = score.removeprefix("m")
+
+    def mean(label: str, names: Sequence[str]) -> float | None:
+        values = [
+            domains[name][of_class][label]
+            for name in names
+            if label not in domains[name].get("without_truth", ())
+        ]
+        values = [value for value in values if value is not None]
+        return float(np.mean(values)) if values else None
+
+    gaps: dict[str, float | None] = {}
+    for label in domains[seen[0]][of_class] if seen and unseen else ():
+        own, theirs = mean(label, seen), mean(label, unseen)
+        gaps[label] = None if own is None or theirs is None else own - theirs
+    return gaps
+
+
 def figures(domains: Mapping[str, Entry], score: str) -> dict[str, Any]:
     """The part of results.json that follows from its domains, and these.
 
@@ -80,6 +113,7 @@ def figures(domains: Mapping[str, Entry], score: str) -> dict[str, Any]:
             else "images"
         ),
         "classes_differ": classes_differ({name: domains[name] for name in (*seen, *unseen)}),
+        "class_gap": class_gaps(domains, seen, unseen, score),
     }
 
 

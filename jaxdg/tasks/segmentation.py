@@ -19,6 +19,7 @@ from jaxdg.config import Config
 from jaxdg.data.datasets import Dataset
 from jaxdg.data.domains import label_set, open_domain
 from jaxdg.drawing.panels import panel
+from jaxdg.evaluation import confusion as confusion_lib
 from jaxdg.evaluation import protocols
 from jaxdg.methods.method import Method
 from jaxdg.segmentation.decoder import DecoderOptions
@@ -307,8 +308,13 @@ class Segmentation(ImageTask):
             "subsets": {name: mean(without) for name, without in protocol.without},
             "classes": len(known),
             "without_truth": [name for name, count in pixels if not count],
+            **confusion_lib.numbers(confusion, self.labels.names),
         }
-        return DomainResult(metrics, mean(()), [])
+
+        def write(folder, name):
+            confusion_lib.write_confusion(folder, name, self.labels.names, confusion)
+
+        return DomainResult(metrics, mean(()), [], write=write)
 
 
 def _row(array: Array, row: int) -> np.ndarray:
