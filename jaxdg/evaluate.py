@@ -2,6 +2,7 @@
 
 python -m jaxdg.evaluate --checkpoint runs/streets --domains night,fog
 python -m jaxdg.evaluate --checkpoint runs/gta5 --protocol rein,soma
+python -m jaxdg.evaluate --checkpoint runs/gta5 --tta
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -28,7 +29,7 @@ from jaxdg.config import Config, EvaluationConfig, locks
 from jaxdg.config import workdir as workdir_lib
 from jaxdg.data.augment.fractals import Pictures
 from jaxdg.data.datasets import Dataset, Subset
-from jaxdg.evaluation import overlap
+from jaxdg.evaluation import overlap, protocols
 from jaxdg.evaluation import results as results_lib
 from jaxdg.evaluation.overlap import Standing, TrainedOn
 from jaxdg.evaluation.printing import print_numbers, print_protocols, print_results
@@ -188,13 +189,15 @@ def summary(
 
     rPD is that mean in percent of the score on the seen domain, or of the mean over several of them
     (`results.reference` chooses them). A domain without truth has no score and is in no mean.
-    `seen_by` says whether images or only names decided what is seen. `classes_differ` lists the
-    classes that some domains of these figures lack: {class: [domain, ..]}.
+    `tta`, only with evaluation.tta, says which views were averaged. `seen_by` says whether images
+    or only names decided what is seen. `classes_differ` lists the classes that some domains of
+    these figures lack: {class: [domain, ..]}.
     """
     return {
         "task": config.task,
         "source": config.data.source,
-        "protocol": config.evaluation.protocol,
+        "protocol": config.evaluation.label,
+        **({"tta": {"scales": protocols.SCALES, "flip": True}} if config.evaluation.tta else {}),
         "max_images": config.evaluation.max_images or None,
         "step": step,
         **results_lib.figures({name: r.metrics for name, r in results.items()}, task.score_name),
@@ -230,8 +233,8 @@ def write_results(
 def own_folder(workdir: Path, step: int, run: EvaluationConfig, asked: EvaluationConfig) -> Path:
     """The folder of results if none is given; other settings than the run's get another folder."""
     name = f"evaluation_{step}"
-    if asked.protocol != run.protocol:
-        name += f"_{asked.protocol}"
+    if asked.label != run.label:
+        name += f"_{asked.label}"
     if asked.max_images != run.max_images:
         name += f"_{asked.max_images or 'all'}_images"
     return workdir / name
@@ -282,7 +285,7 @@ class Case:
     @property
     def protocol(self) -> str:
         """Its name."""
-        return self.task.config.evaluation.protocol
+        return self.task.config.evaluation.label
 
 
 def protocols_of(config: Config, names: Sequence[str]) -> list[Config]:
@@ -319,6 +322,7 @@ def main(arguments: Sequence[str]) -> None:
         e,
         domains=tuple(_DOMAINS.value or e.domains),
         batch_size=_BATCH_SIZE.value or e.batch_size,
+        tta=e.tta if _TTA.value is None else _TTA.value,
         max_images=e.max_images if _MAX_IMAGES.value is None else _MAX_IMAGES.value,
     )
     # The data root of this machine, not the one the run was trained on.
@@ -330,7 +334,7 @@ def main(arguments: Sequence[str]) -> None:
     configs = protocols_of(config, _PROTOCOL.value or (e.protocol,))
     config = configs[0]
     given = {"--checkpoint": _CHECKPOINT.value, "--out": _OUT.value, "the step": step}
-    given["--protocol"] = [c.evaluation.protocol for c in configs]
+    given["--protocol"] = [c.evaluation.label for c in configs]
     distributed.agree(
         {**config_lib.common(config), **given}, "start all processes by the same command"
     )
@@ -347,7 +351,7 @@ def main(arguments: Sequence[str]) -> None:
     def folder(asked: EvaluationConfig) -> Path:
         if _OUT.value is None:
             return own_folder(workdir, at, e, asked)
-        return Path(_OUT.value) / (asked.protocol if len(tasks) > 1 else "")
+        return Path(_OUT.value) / (asked.label if len(tasks) > 1 else "")
 
     cases = [
         Case(task, opened, folder(task.config.evaluation))
@@ -410,6 +414,12 @@ if __name__ == "__main__":
         "protocol",
         "How the task is judged, see evaluation.protocol; one or several, by comma, each with"
         " results of its own. The run's own if left out.",
+    )
+    _TTA = flags.DEFINE_bool(
+        "tta",
+        None,
+        "Test-time augmentation of segmentation, see evaluation.tta; results carry the protocol's"
+        " name with _tta behind it. The run's own if left out.",
     )
     _DATA_ROOT = cli.define_path(
         "data_root", "Folder of the datasets; $JAXDG_DATA, else the run's, if left out.", urls=True

@@ -361,7 +361,7 @@ class Judge:
             f"{name} {NO_TRUTH if r.score is None else f'{r.score:.1f}'}"
             for name, r in results.items()
         )
-        protocol = self.task.config.evaluation.protocol
+        protocol = self.task.config.evaluation.label
         self.log.say(f"{scores}  {score_name} (protocol {protocol})")
 
     def write(self, step: int, results: dict[str, DomainResult], seen: Sequence[str]) -> None:

@@ -30,7 +30,7 @@ from jaxdg.data.datasets import Dataset
 from jaxdg.data.labels import CITYSCAPES, CITYSCAPES_IDS
 from jaxdg.data.pipeline import eval_batches
 from jaxdg.data.storage import is_hidden
-from jaxdg.evaluation.protocols import NAMES
+from jaxdg.evaluation.protocols import AUGMENTED, NAMES
 from jaxdg.tasks.run_state import locate, make_task, restore_model
 from jaxdg.tasks.segmentation import Segmentation
 from jaxdg.training import sharding
@@ -216,6 +216,7 @@ def main(arguments: Sequence[str]) -> None:
         runtime.set_up()
         config.mesh = config_lib.MeshConfig()
         config.evaluation.protocol = _PROTOCOL.value or f"{_BENCHMARK.value}_test"
+        config.evaluation.tta &= config.evaluation.protocol not in AUGMENTED
         config.evaluation.batch_size = _BATCH_SIZE.value
         config.data.workers = config.data.workers if _WORKERS.value is None else _WORKERS.value
         predict(config_lib.validated(config), workdir, step, dataset, folder, benchmark)
@@ -249,7 +250,7 @@ def predict(
         )
     plan, state, at = restore_model(workdir, step, config, task, mesh)
     console.print(
-        f"step {at}, protocol {config.evaluation.protocol}, {len(dataset)} images of"
+        f"step {at}, protocol {config.evaluation.label}, {len(dataset)} images of"
         f" {benchmark.domain}"
     )
     label_maps = task.labelling(plan.graph)

@@ -15,6 +15,7 @@ from jaxdg.config import paths
 from jaxdg.config.fields import annotation, get, tree_of
 from jaxdg.config.settings import DECODERS, PROTOCOLS, Config
 from jaxdg.data.labels import check_names
+from jaxdg.evaluation import protocols
 from jaxdg.training.optimizer import OptimizerConfig
 
 
@@ -197,6 +198,11 @@ def _check_task(config: Config) -> None:
             raise ValueError(
                 f"{field} is {get(config, field)}; allowed: {', '.join(choices)}, with task {task}"
             )
+    if e.tta and (task != "segmentation" or e.protocol in protocols.AUGMENTED):
+        why = f"protocol {e.protocol}, which averages over sizes already"
+        if task != "segmentation":
+            why = f"task {task}"
+        raise ValueError(f"evaluation.tta is True; allowed: False, with {why}")
     if task == "segmentation":
         if getattr(m, m.decoder).needs_text and m.text_weights is None and m.start is None:
             raise ValueError(

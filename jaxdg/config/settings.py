@@ -103,6 +103,9 @@ class EvaluationConfig:
             acdc_test; see `evaluation/protocols.py`. Of detection whose AP50 is the score: voc07,
             voc12 or coco; see `evaluation/average_precision.py`. If empty, which is the default,
             the first of these.
+        tta: of segmentation, test-time augmentation: class probabilities are averaged over six
+            sizes from 0.5 to 1.75 of the protocol's, each also mirrored, as mmsegmentation does.
+            Results carry the protocol's name with _tta behind it. Default False.
         stride: rows and columns in pixels between windows of the size of `data.crop` under native;
             the others have their own. Default 64x64.
         batch_size: images a step, over all devices. Default 4.
@@ -113,10 +116,16 @@ class EvaluationConfig:
 
     domains: Annotated[tuple[str, ...], MinLen(1)] = ("clear", "night", "rain", "fog", "dusk_rain")
     protocol: str = ""
+    tta: bool = False
     stride: Size = (64, 64)
     batch_size: Count = 4
     windows_per_call: Count = 8
     max_images: CountOrZero = 0
+
+    @property
+    def label(self) -> str:
+        """The name of the protocol that results carry."""
+        return self.protocol + (protocols.TTA if self.tta else "")
 
 
 @dataclasses.dataclass

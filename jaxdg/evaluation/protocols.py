@@ -6,8 +6,9 @@ predicted at, on windows and on label maps.
 VLTSeg's public re-implementation (github.com/VLTSeg/VLTSeg), Rein (w1oves/Rein, with
 tools/convert_datasets/), SoMA (ysj9909/SoMA), tqdm (ByeongHyunPak/tqdm) and MGRNet (tpy001/VFMSeg).
 `cityscapes_test` and `acdc_test` are VLTSeg's submissions to the test servers: images at their own
-size, enlarged by several scales and mirrored. All resize as mmsegmentation does: images on the
-host, bilinearly by OpenCV; scores to the labels' size.
+size, enlarged by several scales and mirrored. `evaluation.tta` does so to any other protocol, by
+mmsegmentation's usual scales, and its results have a name of their own. All resize as
+mmsegmentation does: images on the host, bilinearly by OpenCV; scores to the labels' size.
 
 Windows have the size the model was trained on. Their stride is the named protocol's share of it, so
 that the papers' crops of 512 and 1024 give the papers' strides, and other crops overlap as much. A
@@ -40,6 +41,9 @@ MAPILLARY_LABELS = {
     "tqdm": "vltseg",
     "mgrnet": "rein",
 }
+AUGMENTED = ("cityscapes_test", "acdc_test")  # have test-time augmentation of their own
+SCALES = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)  # of test-time augmentation by `evaluation.tta`
+TTA = "_tta"  # behind the name of a protocol with it
 SYNTHETIC = (*STREETS, "gta5", "synthia")
 # SYNTHIA shows 16 of the 19 classes; most papers give the mean over these, or over the 13 that are
 # not thin or rare as well.
@@ -106,9 +110,18 @@ class Protocol:
     without: tuple[tuple[str, tuple[str, ...]], ...] = ()
 
     @property
+    def augments(self) -> bool:
+        """Whether the class probabilities of several views are averaged."""
+        return self.flip or self.scales != (1.0,)
+
+    @property
     def resizes(self) -> bool:
         """Whether an image may be predicted at another size than its label's."""
         return self.fit is not None or self.scales != (1.0,)
+
+    def augmented(self) -> "Protocol":
+        """The same with mmsegmentation's usual test-time augmentation: `SCALES`, and mirrored."""
+        return dataclasses.replace(self, name=self.name + TTA, scales=SCALES, flip=True)
 
     def sizes(self, size: tuple[int, int]) -> tuple[tuple[int, int], tuple[int, int]]:
         """Sizes of an image and its label after `prepare`, before the scales.

@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from flax import nnx
-from jaxtyping import Array, Float, Int32, Key, UInt8
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Float32, Int32, Key, UInt8
 
 from jaxdg import backbones
 from jaxdg.evaluation.sliding_window import sliding_window
@@ -151,6 +153,16 @@ class Decoder(nnx.Module):
             sizes: of the images.
         """
         return sliding_window(model.scores, images, window, stride, windows_per_call, sizes)
+
+    def probabilities(self, scores: Float[Array, "b h w k"]) -> Float32[Array, "b h w k"]:
+        """Class scores as probabilities, which add up to 1: by default their softmax, as of logits.
+
+        A decoder whose scores are no logits has its own.
+
+        Args:
+            scores: from `scores` or `image_scores`.
+        """
+        return jax.nn.softmax(scores.astype(jnp.float32))
 
     def loss_denominator(self, label: UInt8[Array, "b H W"]) -> Any:
         """A tree of scalars that the loss terms are divided by, from the global batch's labels."""

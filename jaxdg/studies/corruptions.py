@@ -177,7 +177,7 @@ class Trained(Corruptions):
                     " it first"
                 )
         self.base = self.config(self.runs[0])
-        judged = {(c.task, c.evaluation.protocol) for _, c in self._found.values()}
+        judged = {(c.task, c.evaluation.label) for _, c in self._found.values()}
         if len(judged) > 1:
             kinds = " and ".join(map(" ".join, sorted(judged)))
             raise ValueError(

@@ -309,7 +309,7 @@ class Study:
             "study": self.name,
             "task": self.base.task,
             "score": score,
-            "protocol": self.base.evaluation.protocol,
+            "protocol": self.base.evaluation.label,
             "source": self.base.data.source,
             "config": local(self.file),
             "command": shlex.join(["python", "-m", f"jaxdg.studies.{self.name}", *arguments]),

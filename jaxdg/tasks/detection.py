@@ -32,7 +32,7 @@ from jaxdg.tasks.task import (
     Evaluate,
     ImageTask,
     ModelState,
-    Predict,
+    PredictBatch,
     encoder_options,
     examples_of,
     parts_of,
@@ -110,18 +110,35 @@ class Detection(ImageTask):
         model: Any = nnx.merge(graph, *state)
         return model.detect(self.normalize(images), sizes)
 
-    def predictor(self, graph: nnx.GraphDef) -> Predict:
-        """See `Task.predictor`: to `Detections`."""
+    def batch_predictor(self, graph: nnx.GraphDef) -> PredictBatch:
+        """See `Task.batch_predictor`: to `Detections`."""
         detect = jax.jit(lambda *arguments: self.detect(graph, *arguments))
 
-        def predict(state: ModelState, image: np.ndarray) -> Detections:
-            size = image.shape[:2]
-            fitted = self.fit.prepare({"image": image})["image"]
-            inside = np.array([self.fit.inside(size)], np.float32)
-            detected = jax.device_get(detect(state, fitted[None], inside))
-            return self.in_own_pixels(jax.tree.map(lambda x: x[0], detected), size)
+        def start(
+            state: ModelState, images: Sequence[np.ndarray], scores: bool = False, tta: bool = False
+        ) -> Callable[[], list[Detections]]:
+            if scores or tta:
+                what = "scores of every pixel" if scores else "test-time augmentation"
+                raise ValueError(f"{what} are of segmentation; this model detects boxes")
+            sizes = [image.shape[:2] for image in images]
+            fitted = np.stack([self.fit.prepare({"image": image})["image"] for image in images])
+            inside = np.array([self.fit.inside(size) for size in sizes], np.float32)
+            detected = detect(state, fitted, inside)
 
-        return predict
+            def finish() -> list[Detections]:
+                found = jax.device_get(detected)
+                return [
+                    self.in_own_pixels(jax.tree.map(lambda x, row=row: x[row], found), size)
+                    for row, size in enumerate(sizes)
+                ]
+
+            return finish
+
+        return start
+
+    def padded(self, size: tuple[int, int]) -> tuple[int, int]:
+        """See `Task.padded`: all images are fitted into `data.crop`."""
+        return self.config.data.crop
 
     def in_own_pixels(self, detected: Detected, size: tuple[int, int]) -> Detections:
         """Detections of a fitted image, without batch axis, in pixels of the image of `size`."""

@@ -1,10 +1,12 @@
 """`jaxdg.load`: loads a trained model from its workdir for prediction."""
 
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from flax import nnx
 import jax
-from jaxtyping import Array, UInt8
+from jaxtyping import Array, Float32, UInt8
 import numpy as np
 
 from jaxdg import config as config_lib
@@ -25,28 +27,71 @@ class Model:
         self.labels = task.labels
         self.graph = graph
         self.state = state
-        self._predict = task.predictor(graph)
+        self._start = task.batch_predictor(graph)
 
-    def predict(self, image: np.ndarray | Array) -> UInt8[np.ndarray, "h w"] | Detections:
+    def predict(
+        self, image: np.ndarray | Array, *, tta: bool = False
+    ) -> UInt8[np.ndarray, "h w"] | Detections:
         """Predicts an image.
 
         Args:
             image: RGB, uint8 [h, w, 3], of any size; segmentation compiles once for similar sizes.
+            tta: of segmentation, test-time augmentation: the class probabilities of six sizes, each
+                also mirrored, are averaged.
 
         Returns:
             For segmentation, an id into `labels.names` for every pixel. For detection, boxes in
             pixels of the image, scores and classes, by falling score.
 
         Raises:
-            ValueError: the array is no such image.
+            ValueError: the array is no such image, or detection has no `tta`.
         """
-        image = np.asarray(image)
-        if image.ndim != 3 or image.shape[-1] != 3 or image.dtype != np.uint8 or not image.size:
-            raise ValueError(
-                f"predict takes an RGB image uint8 [h, w, 3]; got {image.dtype} {list(image.shape)}"
-            )
+        return self.start([_checked(image, "predict")], tta=tta)()[0]
+
+    def scores(
+        self, image: np.ndarray | Array, *, tta: bool = False
+    ) -> Float32[np.ndarray, "h w k"]:
+        """The probability of every class at every pixel, from segmentation.
+
+        Args:
+            image: as for `predict`.
+            tta: as for `predict`.
+
+        Returns:
+            Probabilities of `labels.names`, which add up to 1. The highest is the class of
+            `predict`, the first of equal ones. How they follow from a decoder's scores is its
+            `probabilities`; with `tta` they are the mean of softmaxes, as in mmsegmentation.
+
+        Raises:
+            ValueError: the array is no such image, or the model detects boxes.
+        """
+        return self.start([_checked(image, "scores")], scores=True, tta=tta)()[0][1]
+
+    def start(
+        self, images: Sequence[np.ndarray], *, scores: bool = False, tta: bool = False
+    ) -> Callable[[], list[Any]]:
+        """Starts to predict a batch of images, while the caller does other things.
+
+        Args:
+            images: uint8 [h, w, 3], of sizes that `task.padded` makes one.
+            scores: also the probabilities of `scores`.
+            tta: as for `predict`.
+
+        Returns:
+            A function that waits for the prediction of each image, or with `scores` for pairs of it
+            and its probabilities.
+        """
         with jax.enable_x64(False):
-            return self._predict(self.state, image)
+            return self._start(self.state, images, scores, tta)
+
+
+def _checked(image: np.ndarray | Array, what: str) -> UInt8[np.ndarray, "h w 3"]:
+    image = np.asarray(image)
+    if image.ndim != 3 or image.shape[-1] != 3 or image.dtype != np.uint8 or not image.size:
+        raise ValueError(
+            f"{what} takes an RGB image uint8 [h, w, 3]; got {image.dtype} {list(image.shape)}"
+        )
+    return image
 
 
 def load(checkpoint: str | Path) -> Model:

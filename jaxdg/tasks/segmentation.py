@@ -1,6 +1,6 @@
 """Semantic segmentation: one class a pixel, judged by mIoU."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 import functools
 import itertools
 import math
@@ -28,7 +28,7 @@ from jaxdg.tasks.task import (
     Evaluate,
     ImageTask,
     ModelState,
-    Predict,
+    PredictBatch,
     encoder_options,
     examples_of,
     parts_of,
@@ -115,51 +115,66 @@ class Segmentation(ImageTask):
             own = model.head.loss(output, targets["label"], denominator, point_key)
             return {**own, **terms, **self.method_losses(output, targets, denominator)}
 
-    def predictor(self, graph: nnx.GraphDef) -> Predict:
-        """See `Task.predictor`: sliding windows give label maps uint8 [h, w].
-
-        It compiles once for many sizes, see `shared_side`.
-        """
-        c = self.config
+    def padded(self, size: tuple[int, int]) -> tuple[int, int]:
+        """See `Task.padded`: so that prediction compiles once for many sizes, see `shared_side`."""
         window = self.window
-        stride = c.evaluation.stride
-        per_call = c.evaluation.windows_per_call
+        h, w = zip(size, window, self.config.evaluation.stride, strict=True)
+        return segmentation.shared_side(*h), segmentation.shared_side(*w)
+
+    def batch_predictor(self, graph: nnx.GraphDef) -> PredictBatch:
+        """See `Task.batch_predictor`: sliding windows give label maps uint8 [h, w].
+
+        A label map is what the scores that it is asked for with say: both come from one array.
+        """
+        views = self.views(graph)
+        plain = protocols.Protocol("native", self.window, self.config.evaluation.stride)
 
         @jax.jit
-        def label_map(
-            state: ModelState, image: UInt8[Array, "h w 3"], size: Int32[Array, "2"]
-        ) -> UInt8[Array, "h w"]:
-            model = nnx.merge(graph, *state)
-            scores = model.image_scores(
-                self.normalize(image[None]), window, stride, per_call, size[None]
-            )
-            return jnp.argmax(scores[0], axis=-1).astype(jnp.uint8)
+        def probabilities(state: ModelState, scores: Array) -> Array:
+            return in_order(scores, nnx.merge(graph, *state).head.probabilities(scores))
 
-        def predict(
-            state: ModelState, image: UInt8[np.ndarray, "h w 3"]
-        ) -> UInt8[np.ndarray, "h w"]:
-            h, w = image.shape[:2]
-            shared = [
-                segmentation.shared_side(*side) for side in zip((h, w), window, stride, strict=True)
-            ]
-            padded = np.pad(image, ((0, shared[0] - h), (0, shared[1] - w), (0, 0)))
-            label = label_map(state, jnp.asarray(padded), jnp.array((h, w), jnp.int32))
-            return np.ascontiguousarray(np.asarray(label)[:h, :w])
+        def start(
+            state: ModelState, images: Sequence[np.ndarray], scores: bool = False, tta: bool = False
+        ) -> Callable[[], list[Any]]:
+            sizes = [image.shape[:2] for image in images]
+            shape = self.padded(sizes[0])
+            padded = np.zeros((len(images), *shape, 3), np.uint8)
+            for row, (image, (h, w)) in zip(padded, zip(images, sizes, strict=True), strict=True):
+                row[:h, :w] = image
+            given = jnp.asarray(padded), jnp.array(sizes, jnp.int32)
+            if tta:
+                found = averaged(views(state, *given, plain.augmented()), shape, given[1])
+            else:
+                ((found, _),) = views(state, *given, plain)
+            labels = highest(found)
+            shares = None
+            if scores:
+                shares = found if tta else probabilities(state, found)
 
-        return predict
+            def cut(batch: Array) -> list[np.ndarray]:
+                rows = zip(np.asarray(batch), sizes, strict=True)
+                return [np.ascontiguousarray(row[:h, :w]) for row, (h, w) in rows]
 
-    def labelling(
+            def finish() -> list[Any]:
+                if shares is None:
+                    return cut(labels)
+                return list(zip(cut(labels), cut(shares), strict=True))
+
+            return finish
+
+        return start
+
+    def views(
         self, graph: nnx.GraphDef, mesh: Mesh | None = None
-    ) -> Callable[[ModelState, Batch, protocols.Protocol], UInt8[Array, "b h w"]]:
-        """A function of (model state, batch, protocol) to label maps of the labels' size.
+    ) -> Callable[[ModelState, Array, Array, protocols.Protocol], Iterator[tuple[Array, Array]]]:
+        """A function of (model state, images, their sizes, protocol) to the class scores of each
+        view, mirrored back, and the sizes of the images in it.
 
-        The mesh is what state and batch are divided over; None: one device.
+        The mesh is what state and images are divided over; None: one device.
 
-        The batch is one of `eval_batches`. The model compiles once for every shape and scale of
-        images, whatever the sizes of the images inside it. Test-time augmentation follows
-        mmsegmentation's SegTTAModel: it resizes images on the device, rounds them to whole grey
-        values and sums the softmax of every view's scores at the labels' size. It does so even if
-        the decoder's scores are no logits.
+        The model compiles once for every shape and scale of images, whatever the sizes of the
+        images inside it. Test-time augmentation resizes images on the device and rounds them to
+        whole grey values.
         """
 
         @functools.partial(jax.jit, static_argnames=("windows", "scale"))
@@ -182,40 +197,47 @@ class Segmentation(ImageTask):
                 found = model.image_scores(images, windows[0], windows[1], per_call, own)
             return mirrored(found, own), own
 
-        resized = jax.jit(segmentation.label_map, static_argnums=1)
-        highest = jax.jit(lambda scores: jnp.argmax(scores, axis=-1).astype(jnp.uint8))
+        def views(
+            state: ModelState, images: Array, sizes: Array, protocol: protocols.Protocol
+        ) -> Iterator[tuple[Array, Array]]:
+            windows = (protocol.window, protocol.stride)
+            flips = (False, True) if protocol.flip else (None,)
+            for scale, flip in itertools.product(protocol.scales, flips):
+                yield scores(state, images, sizes, flip, windows, scale)
 
-        @functools.partial(jax.jit, static_argnums=2, donate_argnums=0)
-        def vote(
-            total: Array | None, scores: Array, size: tuple[int, int], sizes: tuple[Array, Array]
-        ) -> Array:
-            votes = jax.nn.softmax(segmentation.resize_scores(scores, size, sizes))
-            return votes if total is None else total + votes
+        return views
+
+    def labelling(
+        self, graph: nnx.GraphDef, mesh: Mesh | None = None
+    ) -> Callable[[ModelState, Batch, protocols.Protocol], UInt8[Array, "b h w"]]:
+        """A function of (model state, batch, protocol) to label maps of the labels' size.
+
+        The mesh is what state and batch are divided over; None: one device.
+
+        The batch is one of `eval_batches`.
+        """
+        views = self.views(graph, mesh)
 
         def label_maps(
             state: ModelState, batch: Batch, protocol: protocols.Protocol
         ) -> UInt8[Array, "b h w"]:
-            size = batch["label"].shape[1:]
-            total = None
-            windows = (protocol.window, protocol.stride)
-            flips = (False, True) if protocol.flip else (None,)
-            for scale, flip in itertools.product(protocol.scales, flips):
-                view, own = scores(state, batch["image"], batch["size"], flip, windows, scale)
-                if not protocol.resizes:
-                    return highest(view)
-                if protocol.scales == (1.0,):
-                    return resized(view, size, (own, batch["label_size"]))
-                total = vote(total, view, size, (own, batch["label_size"]))
-            return highest(total)
+            size: Any = batch["label"].shape[1:]
+            found = views(state, batch["image"], batch["size"], protocol)
+            if protocol.augments:
+                return highest(averaged(found, size, batch["label_size"]))
+            ((scores, own),) = found
+            if protocol.resizes:
+                return resized(scores, size, (own, batch["label_size"]))
+            return highest(scores)
 
         return label_maps
 
     def protocol(self, domain: str) -> protocols.Protocol:
         """The protocol by which the run judges a domain."""
         c = self.config
-        return protocols.protocol(
-            c.evaluation.protocol, domain, c.data.source, self.window, c.evaluation.stride
-        )
+        e = c.evaluation
+        plain = protocols.protocol(e.protocol, domain, c.data.source, self.window, e.stride)
+        return plain.augmented() if e.tta else plain
 
     def evaluator(self, graph: nnx.GraphDef, mesh: Mesh) -> Evaluate:
         """See `Task.evaluator`."""
@@ -315,6 +337,55 @@ class Segmentation(ImageTask):
             confusion_lib.write_confusion(folder, name, self.labels.names, confusion)
 
         return DomainResult(metrics, mean(()), [], write=write)
+
+
+resized = jax.jit(segmentation.label_map, static_argnums=1)
+highest = jax.jit(lambda scores: jnp.argmax(scores, axis=-1).astype(jnp.uint8))
+_divided = jax.jit(jnp.divide, donate_argnums=0)
+
+
+@functools.partial(jax.jit, static_argnums=2, donate_argnums=0)
+def _voted(
+    total: Array | None, scores: Array, size: tuple[int, int], sizes: tuple[Array, Array]
+) -> Array:
+    votes = jax.nn.softmax(segmentation.resize_scores(scores, size, sizes))
+    return votes if total is None else total + votes
+
+
+def averaged(
+    views: Iterable[tuple[Array, Array]], size: tuple[int, int], sizes: Int32[Array, "b 2"]
+) -> Float[Array, "b h w k"]:
+    """The mean over views of the softmax of their scores at one size, as in mmsegmentation.
+
+    Its SegTTAModel, and `aug_test` before it, take the softmax even if a decoder's scores are no
+    logits.
+
+    Args:
+        views: from `Segmentation.views`.
+        size: height and width of the array of the result, static.
+        sizes: every image's own height and width in it.
+    """
+    total = None
+    count = 0
+    for scores, own in views:
+        total = _voted(total, scores, size, (own, sizes))
+        count += 1
+    assert total is not None
+    return _divided(total, count)
+
+
+def in_order(
+    scores: Float[Array, "b h w k"], probabilities: Float[Array, "b h w k"]
+) -> Float[Array, "b h w k"]:
+    """Probabilities of which the class of highest score has the highest, by the least step.
+
+    Rounding makes some equal whose scores were not.
+    """
+    best = jnp.argmax(scores, axis=-1)[..., None]
+    most = probabilities.max(axis=-1, keepdims=True)
+    moved = jnp.argmax(probabilities, axis=-1)[..., None] != best
+    raised = moved & (jnp.arange(scores.shape[-1]) == best)
+    return jnp.where(raised, jnp.nextafter(most, 1), probabilities)
 
 
 def _row(array: Array, row: int) -> np.ndarray:

@@ -25,6 +25,8 @@ from jaxdg.training.step import Batch
 
 ModelState = tuple[nnx.State, nnx.State, nnx.State]  # trained, frozen, statistics
 Predict = Callable[[ModelState, UInt8[np.ndarray, "h w 3"]], Any]
+# Starts the prediction of a batch; what it returns waits for it.
+PredictBatch = Callable[..., Callable[[], list[Any]]]
 
 
 @dataclasses.dataclass
@@ -117,6 +119,19 @@ class Task(Protocol):
 
     def predictor(self, graph: nnx.GraphDef) -> Predict:
         """A function of (model state, image of any size) to the prediction, in NumPy."""
+        ...
+
+    def batch_predictor(self, graph: nnx.GraphDef) -> PredictBatch:
+        """A function of (model state, images, scores=False, tta=False) that starts a prediction.
+
+        The images are uint8 [h, w, 3] of one `padded` size. It returns a function that waits and
+        gives the prediction of each, in NumPy: as from `predictor`, or with `scores` a pair of that
+        and the probabilities of the classes, float32 [h, w, k]. `tta` is test-time augmentation.
+        """
+        ...
+
+    def padded(self, size: tuple[int, int]) -> tuple[int, int]:
+        """The size that images of this size are padded to; those of one make a batch."""
         ...
 
 
@@ -243,6 +258,15 @@ class ImageTask:
                 f"domain {dataset.domain} has the classes {theirs}, but the model was trained on"
                 f" {ours}; evaluate it on domains with the same classes"
             )
+
+    def predictor(self, graph: nnx.GraphDef) -> Predict:
+        """See `Task.predictor`: a batch of one image."""
+        start: PredictBatch = self.batch_predictor(graph)  # pyright: ignore[reportAttributeAccessIssue]  tasks have one
+
+        def predict(state: ModelState, image: UInt8[np.ndarray, "h w 3"]) -> Any:
+            return start(state, [image])()[0]
+
+        return predict
 
     def batch_size(self, mesh: Mesh) -> int:
         """Images in a global batch of evaluation, rounded up to a multiple of the devices."""

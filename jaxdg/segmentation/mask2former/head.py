@@ -368,6 +368,16 @@ class Mask2Former(Decoder):
         classes = jax.nn.softmax(output.class_logits[-1])[..., :-1]
         return jnp.einsum("bqk,bhwq->bhwk", classes, masks)
 
+    def probabilities(self, scores: Float[Array, "b h w k"]) -> Float32[Array, "b h w k"]:
+        """Class scores as probabilities: their shares of the sum over the classes.
+
+        The scores add up what every query claims of a pixel, so they are at least 0 and no logits.
+        A pixel that no query claims has equal shares.
+        """
+        scores = scores.astype(jnp.float32)
+        total = scores.sum(axis=-1, keepdims=True)
+        return jnp.where(total > 0, scores / total, 1 / scores.shape[-1])
+
     def loss_denominator(self, label: UInt8[Array, "b H W"]) -> LossDenominator:
         """What the loss terms are divided by, from the labels of the global batch."""
         return mask2former_loss_denominator(label, self.config.num_classes, self.config.queries)
