@@ -6,16 +6,16 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from jaxdg import backbones, detection, segmentation, weights
+    from jaxdg import backbones, detection, hub, segmentation, weights
     from jaxdg.tasks.loading import load
 
 __version__ = "0.1.0"
-__all__ = ["backbones", "detection", "load", "segmentation", "weights"]
+__all__ = ["backbones", "detection", "hub", "load", "segmentation", "weights"]
 
 
 def __getattr__(name: str):
-    """Imports `backbones`, `detection`, `segmentation`, `weights` and `load` on first use (PEP
-    562), so `import jaxdg` is quick.
+    """Imports `backbones`, `detection`, `hub`, `segmentation`, `weights` and `load` on first use
+    (PEP 562), so `import jaxdg` is quick.
     """
     if name == "load":
         return importlib.import_module("jaxdg.tasks.loading").load

@@ -45,6 +45,7 @@ from jaxdg.evaluate import (
 from jaxdg.evaluation.overlap import Standing, TrainedOn
 from jaxdg.evaluation.printing import print_results
 from jaxdg.evaluation.results import NO_TRUTH, reference
+from jaxdg.hub import runs as auto_weights
 from jaxdg.tasks.run_state import Blueprint, abstract_state, initial_state, make_task
 from jaxdg.tasks.task import DomainResult, Evaluate, ModelState, Task
 from jaxdg.training import distributed, sharding
@@ -71,6 +72,7 @@ def train(
         workdir_lib.check(config, workdir)
     if distributed.from_main(lambda: finished(config, workdir, console)):
         return
+    fetch_weights(config, workdir, console, interrupt)
     with contextlib.ExitStack() as closing:
         if distributed.is_main():
             closing.enter_context(workdir_lib.reserved(workdir, console.print))
@@ -83,6 +85,23 @@ def train(
         run(config, workdir, console, interrupt, traced, closing)
 
 
+def fetch_weights(config: Config, workdir: Path, console: Console, interrupt: Interrupt) -> None:
+    """Fetches the weights that `auto` names; a signal ends the program meanwhile.
+
+    Every process does: where hosts share a disk, the first one fetches and the others wait.
+    """
+    if not auto_weights.names(config):
+        return
+    try:
+        with interrupt.lifted(), distributed.patient():
+            found = auto_weights.fetch(config, workdir, console.print)
+            sources = {f"the source of {field}": r["source_sha256"] for field, r in found.items()}
+            distributed.agree(sources, "give all hosts the same files")
+    except KeyboardInterrupt:
+        console.print("stopped; the same command goes on with the download")
+        raise SystemExit(130) from None
+
+
 def run(
     config: Config,
     workdir: Path,
@@ -93,7 +112,7 @@ def run(
 ) -> None:
     """Trains in a reserved workdir; `closing` closes what this opens."""
     # --- Data: everything is opened and checked before the first step -----------------------------
-    task = make_task(config, methods.active(config))
+    task = make_task(auto_weights.resolved(config), methods.active(config))
     data = open_data(task, workdir, console)
 
     # --- Model and state --------------------------------------------------------------------------
@@ -112,7 +131,7 @@ def run(
     start = loop.step = int(loop.state.step)
     if blueprint.finished:
         loop.finish = jax.jit(lambda state: blueprint.finish(task, state))
-    describe(config, blueprint, data.source, mesh, console)
+    describe(task.config, blueprint, data.source, mesh, console)
 
     # --- What a step needs ------------------------------------------------------------------------
     step_fn = make_step(
@@ -136,6 +155,7 @@ def run(
     multihost_utils.sync_global_devices("open")
     if distributed.is_main():
         workdir_lib.claim(config, workdir, start, console.print)
+        auto_weights.claim(config, workdir)
         data.trained_on.save(workdir)
     writer = Writer(workdir, start, distributed.is_main(), console.print)
     closing.callback(writer.close)

@@ -361,7 +361,8 @@ def _open(path: str | Path):
         )
     if not path.is_file():
         raise FileNotFoundError(
-            f"no weights at {path}; convert a checkpoint with {COMMAND} --out {path}"
+            f"no weights at {path}; convert a checkpoint with {COMMAND} --out {path}, or have"
+            " published ones by name: jaxdg weights get NAME, in a configuration auto"
         )
     if path.suffix in PUBLISHED:
         raise ValueError(

@@ -118,13 +118,13 @@ ZOO: dict[str, Entry] = {
         _vit(768, 12, 12),
         "timm vit_base_patch16_224.augreg_in21k; AugReg B_16-i21k-300ep-*.npz",
         "Apache-2.0",
-        346,
+        410,
     ),
     "augreg_l16": Entry(
         _vit(1024, 24, 16),
         "timm vit_large_patch16_224.augreg_in21k; AugReg L_16-i21k-300ep-*.npz",
         "Apache-2.0",
-        1217,
+        1303,
     ),
     "eva02_clip_l14": Entry(
         _EVA02_CLIP_L,

@@ -12,6 +12,7 @@ COMMANDS = {
     "predict": ("jaxdg.predict", "label maps or boxes of images, and overlays"),
     "check": ("jaxdg.commands.check", "says what is in a data root and what is broken"),
     "prepare": ("jaxdg.commands.prepare", "writes datasets as records"),
+    "weights": ("jaxdg.hub.command", "fetches and lists published weights by name"),
     "convert": ("jaxdg.conversion.convert", "converts public checkpoints to ours and back"),
     "submit": ("jaxdg.commands.submit", "writes predictions as the test servers expect them"),
     "export": ("jaxdg.commands.export", "writes a trained model as StableHLO"),

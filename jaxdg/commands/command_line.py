@@ -314,9 +314,10 @@ class Interrupt:
             stream = getattr(sys, name)
             if stream.isatty():
                 setattr(sys, name, LastingStream(stream))
+        self._before = {}  # the handlers of the signals that this notes
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP):
             if number == signal.SIGINT or signal.getsignal(number) != signal.SIG_IGN:
-                signal.signal(number, self._note)
+                self._before[number] = signal.signal(number, self._note)
 
     def _note(self, number: int, _) -> None:
         if self._noted and number == signal.SIGINT:
@@ -329,6 +330,17 @@ class Interrupt:
                 os.dup2(null, terminal)
             os.close(null)
         self._noted = True
+
+    @contextlib.contextmanager
+    def lifted(self) -> Iterator[None]:
+        """Inside, the signals end the program at once, for work that leaves nothing to be saved."""
+        for number, before in self._before.items():
+            signal.signal(number, before)
+        try:
+            yield
+        finally:
+            for number in self._before:
+                signal.signal(number, self._note)
 
     @property
     def asked(self) -> bool:

@@ -45,6 +45,7 @@ from jaxdg.commands.accelerators import ACCELERATORS, LINK_SHARE, USABLE, Accele
 from jaxdg.commands.collectives import Collective, collectives
 from jaxdg.commands.flops import count
 from jaxdg.config import Config, MeshConfig
+from jaxdg.hub import runs as auto_weights
 from jaxdg.training import sharding
 
 # Machine code that never runs need not be good.
@@ -253,6 +254,7 @@ def main(arguments: Sequence[str]) -> None:
         raise ValueError("--accelerator does not go with --compile_for, which names the GPU")
     jax.config.update("jax_platforms", "cpu")
     config = _CONFIG.value
+    auto_weights.names(config)  # fails if `auto` stands for nothing
     arrangement = parse_mesh(_MESH.value) if _MESH.value else config.mesh
     if _COMPILE_FOR.value:
         card = compiling.Card.named(_COMPILE_FOR.value)

@@ -207,7 +207,7 @@ def _check_task(config: Config) -> None:
         if getattr(m, m.decoder).needs_text and m.text_weights is None and m.start is None:
             raise ValueError(
                 f"model.text_weights is None; model.decoder {m.decoder} needs the converted text"
-                " tower beside the encoder, see --model ENCODER_text of jaxdg convert"
+                " tower beside the encoder, see --model ENCODER_text of jaxdg convert, or auto"
             )
         return
     _want(

@@ -41,9 +41,10 @@ class ModelConfig(EncoderOptions):
     chosen decoder are heeded.
 
     Attributes:
-        weights: converted weights of the encoder; None trains from scratch. Default None.
-        text_weights: converted text tower beside the encoder, for the decoders clip_text and tqdm,
-            or to classify by class names in faster_rcnn_c4. Default None.
+        weights: converted weights of the encoder; auto fetches and converts the published file of
+            its name. None trains from scratch. Default None.
+        text_weights: converted text tower beside the encoder, or auto, for the decoders clip_text
+            and tqdm, or to classify by class names in faster_rcnn_c4. Default None.
         start: workdir of another run, or one step in it, whose whole model this one starts from
             instead of `weights`. Default None.
         pyramid: none, or four levels with layer or batch normalisation, or four by interpolation

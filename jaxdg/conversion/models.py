@@ -1,5 +1,6 @@
 """Which tables belong to which model, what models there are, and which of them a file is of."""
 
+from collections.abc import Sequence
 import difflib
 
 from flax import nnx
@@ -316,7 +317,7 @@ def _converted(name: str, layout: mapping.Layout, view: Checkpoint) -> mapping.C
         return None
 
 
-def listing() -> str:
+def listed() -> list[tuple[str, str, str, str]]:
     """Every model with published weights: name, megabytes, licence, where to get it."""
     rows = [
         (name, f"{entry.megabytes} MB", entry.licence, entry.source)
@@ -333,9 +334,18 @@ def listing() -> str:
                 f"the file of {image}, where it holds both towers",
             )
         )
-    rows += [(name, *family.LISTED) for name, family in (HEADS | WHOLE | ADAPTED).items()]
-    widths = [max(len(row[i]) for row in rows) for i in range(3)]
+    return rows + [(name, *family.LISTED) for name, family in (HEADS | WHOLE | ADAPTED).items()]
+
+
+def listing() -> str:
+    """What `listed` tells, as a table."""
+    return table(listed())
+
+
+def table(rows: Sequence[tuple[str, ...]]) -> str:
+    """Rows as text, with all columns but the last of one width."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)][:-1]
     return "\n".join(
-        "  ".join([*(cell.ljust(width) for cell, width in zip(row, widths, strict=False)), row[3]])
+        "  ".join([*(cell.ljust(width) for cell, width in zip(row, widths, strict=False)), row[-1]])
         for row in rows
     )

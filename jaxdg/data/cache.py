@@ -1,8 +1,8 @@
 """Arrays kept from run to run, for as long as the files that they were made from do not change.
 
-They lie beside compiled programs under `$JAXDG_CACHE` (else `~/.cache/jaxdg`, and without a home in
-the temporary folder). The cache only saves time: it may be deleted, and a full or read-only disk is
-no error.
+They lie beside compiled programs and weights under `$JAXDG_CACHE` (else `~/.cache/jaxdg`, and
+without a home in the temporary folder). The cache only saves time: it may be deleted, and for
+arrays and programs a full or read-only disk is no error.
 """
 
 from collections.abc import Callable, Mapping, Sequence

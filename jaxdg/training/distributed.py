@@ -23,6 +23,7 @@ from importlib.metadata import version
 import importlib.util
 import itertools
 import json
+import math
 import os
 from pathlib import Path
 import pickle
@@ -300,6 +301,17 @@ def progress() -> None:
     """Records that this process does not hang."""
     global _progress
     _progress = time.monotonic()
+
+
+@contextlib.contextmanager
+def patient() -> Iterator[None]:
+    """Inside, `--patience` does not count: what happens there ends by itself."""
+    global _progress
+    _progress = math.inf
+    try:
+        yield
+    finally:
+        progress()
 
 
 class Agreement:
