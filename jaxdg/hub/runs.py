@@ -81,7 +81,7 @@ def fetch(config: Config, workdir: Path, note: Say) -> dict[str, dict[str, Any]]
         found[field] = store.record(name)
     began = _began(workdir)
     for field, now in found.items():
-        before = began[field] if field in began else now
+        before = began.get(field) or now
         if before["source_sha256"] != now["source_sha256"]:
             raise ValueError(
                 f"{field} is auto, which is {now['source']} of sha256 {now['source_sha256']} now,"
