@@ -33,10 +33,10 @@ from jaxdg.evaluation import overlap, protocols
 from jaxdg.evaluation import results as results_lib
 from jaxdg.evaluation.overlap import Standing, TrainedOn
 from jaxdg.evaluation.printing import print_numbers, print_protocols, print_results
-from jaxdg.tasks.run_state import locate, make_task, restore_model
+from jaxdg.tasks.run_state import Trained, opened
 from jaxdg.tasks.task import DomainResult, Task, parts_of
 from jaxdg.training import distributed, sharding
-from jaxdg.training.checkpoint import fingerprint
+from jaxdg.training.fingerprint import fingerprint
 
 EXAMPLE_SIDE = 512  # pixels on the longer side of examples beside results.json
 
@@ -108,16 +108,16 @@ def started_from(config: Config) -> TrainedOn | None:
     """The images of the run whose model this run starts from; None without `model.start`."""
     if config.model.start is None:
         return None
-    workdir, _ = locate(config.model.start)
-    return TrainedOn.load(workdir) or TrainedOn(
-        tuple(config_lib.load(workdir).data.source.split("+"))
-    )
+    other = opened(config.model.start)
+    return other.trained_on() or TrainedOn(tuple(other.config.data.source.split("+")))
 
 
-def known_source(task: Task, workdir: Path, say: Callable[[str], None]) -> TrainedOn:
-    """The images that a run was trained on: by its workdir, else by its data, else by name only."""
+def known_source(task: Task, trained: Trained, say: Callable[[str], None]) -> TrainedOn:
+    """The images that a model was trained on: as it notes them, else by its data, else by name
+    only.
+    """
     try:
-        if (noted := TrainedOn.load(workdir)) is not None:
+        if (noted := trained.trained_on()) is not None:
             return noted
     except ValueError as error:
         say(str(error))
@@ -129,7 +129,7 @@ def known_source(task: Task, workdir: Path, say: Callable[[str], None]) -> Train
         return own_source(task, task.open(data.source, train=True)).also(before)
     except (OSError, ValueError) as error:
         say(
-            f"whether a domain was trained on is told by its name alone: {workdir} does not say,"
+            f"whether a domain was trained on is told by its name alone: {trained} does not say,"
             f" and the images are not here ({error})"
         )
         return TrainedOn(tuple(data.source.split("+"))).also(before)
@@ -314,8 +314,9 @@ def main(arguments: Sequence[str]) -> None:
     if len(arguments) > 1:
         raise ValueError(f"unexpected argument {arguments[1]!r}; see --help")
     runtime.set_up()
-    workdir, step = locate(_CHECKPOINT.value)
-    config = config_lib.load(workdir)
+    model = opened(_CHECKPOINT.value)
+    home = Path(_OUT.value) if _OUT.value else model.home()
+    config = model.config
     e = config.evaluation
     d = config.data
     config.evaluation = dataclasses.replace(
@@ -333,25 +334,25 @@ def main(arguments: Sequence[str]) -> None:
     config.mesh = config_lib.MeshConfig()
     configs = protocols_of(config, _PROTOCOL.value or (e.protocol,))
     config = configs[0]
-    given = {"--checkpoint": _CHECKPOINT.value, "--out": _OUT.value, "the step": step}
+    given = {"--checkpoint": _CHECKPOINT.value, "--out": _OUT.value}
     given["--protocol"] = [c.evaluation.label for c in configs]
     distributed.agree(
         {**config_lib.common(config), **given}, "start all processes by the same command"
     )
-    tasks = [make_task(c) for c in configs]
+    tasks = [model.task(c) for c in configs]
     mesh = sharding.make_mesh(config.mesh)
     console = cli.console(quiet=not distributed.is_main())
     datasets = [open_domains(task) for task in tasks]
     # The images are the same under all protocols.
     agree_on_images(datasets[0], config)
-    trained = known_source(tasks[0], workdir, console.print)
+    trained = known_source(tasks[0], model, console.print)
     standing = standings(tasks[0], datasets[0], trained, console.print)
-    plan, state, at = restore_model(workdir, step, config, tasks[0], mesh)
+    plan, state, at = model.restore(tasks[0], mesh)
 
     def folder(asked: EvaluationConfig) -> Path:
         if _OUT.value is None:
-            return own_folder(workdir, at, e, asked)
-        return Path(_OUT.value) / (asked.label if len(tasks) > 1 else "")
+            return own_folder(home, at, e, asked)
+        return home / (asked.label if len(tasks) > 1 else "")
 
     cases = [
         Case(task, opened, folder(task.config.evaluation))
@@ -359,10 +360,10 @@ def main(arguments: Sequence[str]) -> None:
     ]
     # A fingerprint of the parameters keeps results of another model apart.
     parts = dict(zip(("trained", "frozen", "statistics"), state, strict=True))
-    model = {"model": f"{int(fingerprint(parts)):08x}"}
+    identity = {"model": f"{int(fingerprint(parts)):08x}"}
     for case in cases:
         old = workdir_lib.results(case.out / "results.json", console.print)
-        new = {**summary(case.task, case.task.config, at, {}), **model}
+        new = {**summary(case.task, case.task.config, at, {}), **identity}
         if old is not None and (differ := results_lib.foreign(old, new)):
             raise ValueError(
                 f"{case.out}/results.json holds other results ({'; '.join(differ)}); give another"
@@ -380,7 +381,7 @@ def main(arguments: Sequence[str]) -> None:
 
         evaluator = case.task.evaluator(plan.graph, mesh)
         results = evaluate_domains(evaluator, state, case.datasets, standing, tick)
-        everything = {**summary(case.task, case.task.config, at, results), **model}
+        everything = {**summary(case.task, case.task.config, at, results), **identity}
         if distributed.is_main():
             out = case.out
             out.mkdir(parents=True, exist_ok=True)
@@ -404,9 +405,7 @@ def main(arguments: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    _CHECKPOINT = cli.define_path(
-        "checkpoint", "A workdir, or one step in it such as DIR/checkpoints/500.", required=True
-    )
+    _CHECKPOINT = cli.define_checkpoint()
     _DOMAINS = cli.define_list(
         "domains", "Domains to evaluate, by comma; those of the run's configuration if left out."
     )

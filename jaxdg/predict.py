@@ -27,7 +27,6 @@ import jax
 import numpy as np
 from PIL import Image
 
-from jaxdg import config as config_lib
 from jaxdg.commands import command_line as cli
 from jaxdg.commands import outputs
 from jaxdg.commands import process as runtime
@@ -39,7 +38,7 @@ from jaxdg.data.labels import LabelSet
 from jaxdg.drawing.overlays import box_overlay, overlay
 from jaxdg.evaluation.average_precision import Detections
 from jaxdg.tasks.loading import load
-from jaxdg.tasks.run_state import locate
+from jaxdg.tasks.run_state import opened
 
 NAMED = 5  # a line about files names at most so many
 Say = Callable[[str], None]
@@ -259,7 +258,7 @@ def main(arguments: Sequence[str]) -> None:
         [paths.given(argument, "an image or folder") for argument in arguments[1:]], _say
     )
     out = outputs.Outputs(Path(_OUT.value))
-    boxes = config_lib.load(locate(_CHECKPOINT.value)[0]).task == "detection"
+    boxes = opened(_CHECKPOINT.value).config.task == "detection"
     check_outputs(out, images, ".json" if boxes else ".png")
     runtime.set_up()
     model = load(_CHECKPOINT.value)
@@ -289,9 +288,7 @@ def main(arguments: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    _CHECKPOINT = cli.define_path(
-        "checkpoint", "A workdir, or one step in it such as DIR/checkpoints/500.", required=True
-    )
+    _CHECKPOINT = cli.define_checkpoint()
     _OUT = cli.define_path(
         "out",
         "Folder for NAME.png (class ids) or NAME.json (boxes), and NAME_overlay.jpg.",

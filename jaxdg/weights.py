@@ -54,6 +54,7 @@ PUBLISHED = (
     ".h5",
     ".json",
 )
+PACKED = "jaxdg_model"  # among the metadata of a file that is a whole model, see `tasks.packed`
 STORED = (nnx.Param, nnx.BatchStat)  # what a weights file holds: parameters and running statistics
 
 
@@ -346,9 +347,20 @@ def read(path: str | Path) -> dict[str, np.ndarray]:
 
 
 def metadata(path: str | Path) -> dict[str, str]:
-    """The metadata of a converted file: model, source file, its sha256, what was left out."""
+    """The metadata of a converted file: model, source file, its sha256, what was left out.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: not a converted file.
+    """
     with _open(path) as file:
-        return dict(file.metadata() or {})
+        about = dict(file.metadata() or {})
+    if PACKED in about:
+        raise ValueError(
+            f"{path} is a whole trained model, written by jaxdg pack, and no weights of a part;"
+            " give it as model.start"
+        )
+    return about
 
 
 def _open(path: str | Path):

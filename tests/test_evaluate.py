@@ -651,9 +651,9 @@ def test_what_was_trained_on_is_asked_of_workdir_then_images_then_names(tmp_path
     said = []
     for folder in (run, before):
         folder.mkdir()
-    found = evaluate.known_source(here, run, said.append)
+    found = evaluate.known_source(here, tasks.Workdir(run), said.append)
     assert (found.domains, found.count, len(found.images), said) == (("acdc/night",), 2, 2, [])
-    found = evaluate.known_source(elsewhere, run, said.append)
+    found = evaluate.known_source(elsewhere, tasks.Workdir(run), said.append)
     assert (found.domains, found.images) == (("acdc/night",), None)
     assert len(said) == 1
     assert "told by its name alone" in said[0]
@@ -662,7 +662,7 @@ def test_what_was_trained_on_is_asked_of_workdir_then_images_then_names(tmp_path
     (run / "checkpoints/2").mkdir(
         parents=True
     )  # what a workdir notes counts once it has saved something
-    assert evaluate.known_source(elsewhere, run, said.append).images is not None
+    assert evaluate.known_source(elsewhere, tasks.Workdir(run), said.append).images is not None
     (before / "source.npz").write_bytes((run / "source.npz").read_bytes())
     c = config(data__source="clear", model__start=str(before))
     task = tasks.make_task(c)
@@ -672,7 +672,7 @@ def test_what_was_trained_on_is_asked_of_workdir_then_images_then_names(tmp_path
     assert (
         evaluate.trained_on(here, here.open("acdc/night", train=True), run, said.append).count == 2
     )
-    assert evaluate.known_source(here, run, said.append).count == 2
+    assert evaluate.known_source(here, tasks.Workdir(run), said.append).count == 2
     assert said[1:] == [line for line in said[1:] if "source.npz is damaged" in line]
     assert len(said) == 3
 

@@ -58,7 +58,8 @@ def command(request, monkeypatch):
     """
     config = Config()
     config.task = request.param
-    monkeypatch.setattr(predict.config_lib, "load", lambda workdir: config)
+    trained = types.SimpleNamespace(config=config)
+    monkeypatch.setattr(predict, "opened", lambda checkpoint: trained)
     monkeypatch.setattr(predict, "load", lambda checkpoint: Stand(request.param == "detection"))
     monkeypatch.setattr(predict.runtime, "set_up", lambda: None)
     monkeypatch.setattr(predict, "_CHECKPOINT", types.SimpleNamespace(value="run"), raising=False)

@@ -15,6 +15,7 @@ COMMANDS = {
     "weights": ("jaxdg.hub.command", "fetches and lists published weights by name"),
     "convert": ("jaxdg.conversion.convert", "converts public checkpoints to ours and back"),
     "submit": ("jaxdg.commands.submit", "writes predictions as the test servers expect them"),
+    "pack": ("jaxdg.commands.pack", "writes a trained model as one file"),
     "export": ("jaxdg.commands.export", "writes a trained model as StableHLO"),
     "plan": ("jaxdg.commands.plan", "tells memory and step time on devices that are not here"),
     "report": ("jaxdg.studies.report", "shows studies as one page"),

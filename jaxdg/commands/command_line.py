@@ -152,6 +152,15 @@ def define_path(
     )
 
 
+def define_checkpoint(*, required: bool = True) -> flags.FlagHolder:
+    """The flag --checkpoint, which names a trained model as `tasks.run_state.opened` takes it."""
+    return define_path(
+        "checkpoint",
+        "A workdir, one step in it such as DIR/checkpoints/500, or a file of jaxdg pack.",
+        required=required,
+    )
+
+
 class _ListParser(flags.ArgumentParser):
     """Reads several texts as overrides do, see `overrides`."""
 

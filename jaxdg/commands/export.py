@@ -225,9 +225,7 @@ def main(arguments: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    _CHECKPOINT = cli.define_path(
-        "checkpoint", "A workdir, or one step in it such as DIR/checkpoints/500.", required=True
-    )
+    _CHECKPOINT = cli.define_checkpoint()
     _OUT = cli.define_path(
         "out",
         "File for the program, such as model.stablehlo; model.json comes beside it.",

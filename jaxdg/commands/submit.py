@@ -31,7 +31,7 @@ from jaxdg.data.labels import CITYSCAPES, CITYSCAPES_IDS
 from jaxdg.data.pipeline import eval_batches
 from jaxdg.data.storage import is_hidden
 from jaxdg.evaluation.protocols import AUGMENTED, NAMES
-from jaxdg.tasks.run_state import locate, make_task, restore_model
+from jaxdg.tasks.run_state import Trained, opened
 from jaxdg.tasks.segmentation import Segmentation
 from jaxdg.training import sharding
 
@@ -204,14 +204,14 @@ def main(arguments: Sequence[str]) -> None:
         )
     benchmark = BENCHMARKS[_BENCHMARK.value]
     console = cli.console()
-    workdir, step = locate(_CHECKPOINT.value or "")
-    config = config_lib.Config() if _CHECK.value else config_lib.load(workdir)
+    trained = None if _CHECK.value else opened(_CHECKPOINT.value or "")
+    config = config_lib.Config() if trained is None else trained.config
     config.data.root = _DATA_ROOT.value or os.environ.get("JAXDG_DATA") or config.data.root
     dataset = Segmentation(config).open(benchmark.domain, train=False)
     folder = Path(_OUT.value, _BENCHMARK.value)
     files = expected(benchmark, dataset)
     archive = folder.with_suffix(".zip")
-    if not _CHECK.value:
+    if trained is not None:
         check_out(folder, files, archive)
         runtime.set_up()
         config.mesh = config_lib.MeshConfig()
@@ -219,7 +219,7 @@ def main(arguments: Sequence[str]) -> None:
         config.evaluation.tta &= config.evaluation.protocol not in AUGMENTED
         config.evaluation.batch_size = _BATCH_SIZE.value
         config.data.workers = config.data.workers if _WORKERS.value is None else _WORKERS.value
-        predict(config_lib.validated(config), workdir, step, dataset, folder, benchmark)
+        predict(config_lib.validated(config), trained, dataset, folder, benchmark)
     if wrong := check(folder, files, benchmark):
         console.print("\n".join(wrong))
         raise ValueError(
@@ -233,22 +233,21 @@ def main(arguments: Sequence[str]) -> None:
 
 def predict(
     config: config_lib.Config,
-    workdir: Path,
-    step: int | None,
+    trained: Trained,
     dataset: Dataset,
     folder: Path,
     benchmark: Benchmark,
 ) -> None:
     """Writes the prediction of every image below `folder`."""
-    task = make_task(config)
+    task = trained.task(config)
     mesh = sharding.make_mesh(config.mesh)
     console = cli.console()
     if not isinstance(task, Segmentation) or task.labels.names != CITYSCAPES.names:
         raise ValueError(
-            f"{workdir} was not trained on the 19 classes of Cityscapes, which the benchmark is"
+            f"{trained} was not trained on the 19 classes of Cityscapes, which the benchmark is"
             " about"
         )
-    plan, state, at = restore_model(workdir, step, config, task, mesh)
+    plan, state, at = trained.restore(task, mesh)
     console.print(
         f"step {at}, protocol {config.evaluation.label}, {len(dataset)} images of"
         f" {benchmark.domain}"
@@ -271,9 +270,7 @@ def predict(
 
 
 if __name__ == "__main__":
-    _CHECKPOINT = cli.define_path(
-        "checkpoint", "A workdir, or one step in it such as DIR/checkpoints/500."
-    )
+    _CHECKPOINT = cli.define_checkpoint(required=False)
     _BENCHMARK = flags.DEFINE_enum(
         "benchmark", None, list(BENCHMARKS), "Whose test images.", required=True
     )

@@ -20,7 +20,14 @@ if TYPE_CHECKING:
         ModelConfig,
         OptimizerConfig,
     )
-    from jaxdg.config.stored import experiment, experiment_file, from_file, load, save
+    from jaxdg.config.stored import (
+        experiment,
+        experiment_file,
+        from_file,
+        load,
+        of_content,
+        save,
+    )
 
 __all__ = [
     "DECODERS",
@@ -41,6 +48,7 @@ __all__ = [
     "get",
     "let_import",
     "load",
+    "of_content",
     "save",
     "tree_of",
     "typed",

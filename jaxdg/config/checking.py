@@ -45,7 +45,7 @@ PATHS = {
     "data.pictures": "None or a folder",
     "model.weights": "None or a file",
     "model.text_weights": "None or a file",
-    "model.start": "None or a workdir",
+    "model.start": "None, a workdir or a packed model",
 }
 
 # Texts that are documented to mean something when they are empty. An empty regular expression is

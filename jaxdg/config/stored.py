@@ -151,7 +151,21 @@ def load(workdir: str | Path, kind: type[Config] = Config) -> Config:
             f"{error}; run the command that trains it again, which writes it anew and keeps the"
             " checkpoints"
         ) from None
+    return of_content(content, path, kind)
+
+
+def of_content(content: dict[str, Any], source: str | Path, kind: type[Config] = Config) -> Config:
+    """The configuration that was written as `content`, by this version or an older one.
+
+    Args:
+        content: the JSON object.
+        source: where it stands, for the error.
+        kind: as for `load`.
+
+    Raises:
+        ValueError: it is no valid configuration.
+    """
     try:
         return validated(typed(_once_empty(_renamed(content, kind)), kind))
     except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
+        raise ValueError(f"{source}: {error}") from None

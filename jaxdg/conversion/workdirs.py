@@ -5,9 +5,8 @@ from pathlib import Path
 from typing import Any
 
 import jaxdg
-from jaxdg import config as config_lib
 from jaxdg.conversion import adapted, checkpoint, mapping, models, report, vitdet, vltseg, wrappers
-from jaxdg.tasks.run_state import locate, stored_tensors
+from jaxdg.tasks.run_state import opened
 
 
 def convert_whole(name: str, source: Path, out: Path, wanted: str | None = None) -> str:
@@ -125,9 +124,9 @@ def reverse_whole(source: Path, out: Path) -> str:
     if out.suffix not in checkpoint.SUFFIXES:
         raise ValueError(f"--out {out} must end in one of {' '.join(checkpoint.SUFFIXES)}")
     report.free(out, source, vitdet.NAME)
-    config = config_lib.load(locate(source)[0])
-    layout = vitdet.of_workdir(config)
-    tensors = mapping.from_flax(vltseg.abstract(config), layout, stored_tensors(source))
+    trained = opened(source)
+    layout = vitdet.of_workdir(trained.config)
+    tensors = mapping.from_flax(vltseg.abstract(trained.config), layout, trained.tensors())
     checkpoint.save(
         tensors, out, {"model": vitdet.NAME, "source": source.name, "jaxdg": jaxdg.__version__}
     )

@@ -280,10 +280,13 @@ class TrainedOn:
         )
 
     def save(self, workdir: Path) -> None:
-        """Writes `source.npz`, whole or not at all: `about` (JSON: all but the images), `names`,
-        `contents`.
+        """Writes `source.npz`, whole or not at all."""
+        files.write(workdir / FILE, self.to_bytes())
+
+    def to_bytes(self) -> bytes:
+        """The contents of `source.npz`: `about` (JSON: all but the images), and of the images, if
+        they are known, `names` and `contents`.
         """
-        assert self.images is not None
         about = {
             "version": 1,
             "domains": self.domains,
@@ -292,10 +295,12 @@ class TrainedOn:
             "table": self.table,
         }
         about["pixels"] = self.pixels
+        arrays = {"about": np.frombuffer(json.dumps(about).encode(), np.uint8)}
+        if self.images is not None:
+            arrays |= {"names": self.images.names, "contents": self.images.contents}
         packed = io.BytesIO()
-        coded = np.frombuffer(json.dumps(about).encode(), np.uint8)
-        np.savez(packed, about=coded, names=self.images.names, contents=self.images.contents)
-        files.write(workdir / FILE, packed.getvalue())
+        np.savez(packed, **arrays)  # pyright: ignore[reportArgumentType]
+        return packed.getvalue()
 
     @classmethod
     def load(cls, workdir: Path) -> "TrainedOn | None":
@@ -308,11 +313,29 @@ class TrainedOn:
         if not path.is_file():
             return None
         try:
-            with open(path, "rb") as packed, np.load(packed) as arrays:
+            return cls.from_bytes(path.read_bytes())
+        except (OSError, ValueError) as error:
+            cause = error.__cause__ or error
+            raise ValueError(
+                f"{path} is damaged ({type(cause).__name__}: {cause}); delete it, and the run's own"
+                " command writes it again"
+            ) from error
+
+    @classmethod
+    def from_bytes(cls, content: bytes) -> "TrainedOn":
+        """What `to_bytes` has written.
+
+        Raises:
+            ValueError: it is something else.
+        """
+        try:
+            with np.load(io.BytesIO(content)) as arrays:
                 about = json.loads(arrays["about"].tobytes())
-                names = arrays["names"]
-                contents = arrays["contents"]
-            images = Images(np.zeros(len(names), np.uint64), names, contents)
+                images = None
+                if "names" in arrays:
+                    names = arrays["names"]
+                    unknown = np.zeros(len(names), np.uint64)
+                    images = Images(unknown, names, arrays["contents"])
             pixels = tuple(about.get("pixels", ()))
             return cls(
                 tuple(about["domains"]),
@@ -323,10 +346,7 @@ class TrainedOn:
                 pixels,
             )
         except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
-            raise ValueError(
-                f"{path} is damaged ({type(error).__name__}: {error}); delete it, and the run's own"
-                " command writes it again"
-            ) from error
+            raise ValueError(f"no record of what was trained on ({error})") from error
 
 
 @dataclasses.dataclass(frozen=True)

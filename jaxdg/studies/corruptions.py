@@ -42,7 +42,7 @@ from jaxdg.evaluation.corruptions import KINDS, SEVERITIES, Corrupted
 from jaxdg.evaluation.results import NO_TRUTH
 from jaxdg.studies.command import main
 from jaxdg.studies.study import Plan, Run, Settings, Study, StudyOptions, configured, local
-from jaxdg.tasks.run_state import make_task, restore_model
+from jaxdg.tasks.run_state import Workdir, make_task
 from jaxdg.training import sharding
 
 Scores = dict[str, Any]  # {"clean": score, KIND: [score by severity]}, None where not judged
@@ -214,7 +214,7 @@ def judge(study: Corruptions, runs: Sequence[Run], console: Console, interrupt: 
         task = make_task(config)
         mesh = sharding.make_mesh(MeshConfig())
         domains = open_domains(task)
-        model, state, _ = restore_model(study.workdir(run), config.steps, config, task, mesh)
+        model, state, _ = Workdir(study.workdir(run), config.steps).restore(task, mesh)
         evaluate = task.evaluator(model.graph, mesh)  # compiles once, for the first cell
         start = time.perf_counter()
         for i, (domain, kind, severity) in enumerate(missing, 1):

@@ -20,6 +20,7 @@ from jaxdg.config import Config, ModelConfig
 from jaxdg.data.augment.transforms import BOX_FIELDS, Fit
 from jaxdg.data.boxes import box_labels, check_room, known_counts, open_boxes
 from jaxdg.data.datasets import Dataset
+from jaxdg.data.labels import LabelSet
 from jaxdg.detection.arrays import Detected
 from jaxdg.detection.detector import Detector, DetectorConfig
 from jaxdg.detection.interface import HeadConfig
@@ -48,9 +49,17 @@ class Detection(ImageTask):
 
     score_name = "mAP50"
 
-    def __init__(self, config: Config, methods: tuple[Method, ...] = ()):
-        """Needs no data; `methods` are those that training uses."""
-        super().__init__(config, box_labels(config.data.source, config.data.boxes), methods)
+    def __init__(
+        self,
+        config: Config,
+        methods: tuple[Method, ...] = (),
+        labels: LabelSet | None = None,
+    ):
+        """Needs no data; `methods` are those that training uses, `labels` those of the source, if
+        something else than the configuration tells them.
+        """
+        labels = labels or box_labels(config.data.source, config.data.boxes)
+        super().__init__(config, labels, methods)
         self.fit = Fit(config.data.crop)
 
     def open(self, domain: str, train: bool) -> Dataset:

@@ -1,4 +1,4 @@
-"""`jaxdg.load`: loads a trained model from its workdir for prediction."""
+"""`jaxdg.load`: loads a trained model for prediction, from its workdir or a packed file."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -9,10 +9,9 @@ import jax
 from jaxtyping import Array, Float32, UInt8
 import numpy as np
 
-from jaxdg import config as config_lib
 from jaxdg.config import MeshConfig
 from jaxdg.evaluation.average_precision import Detections
-from jaxdg.tasks.run_state import locate, make_task, restore_model
+from jaxdg.tasks.run_state import opened
 from jaxdg.tasks.task import ModelState, Task
 from jaxdg.training import sharding
 
@@ -99,19 +98,19 @@ def load(checkpoint: str | Path) -> Model:
 
     Args:
         checkpoint: a workdir, for its last readable checkpoint, or one step in it, such as
-            `runs/streets/checkpoints/1000`.
+            `runs/streets/checkpoints/1000`, or a file of `jaxdg pack`.
 
     Returns:
         The model, on the first device.
 
     Raises:
-        FileNotFoundError: no such workdir.
-        ValueError: the checkpoint is corrupted or belongs to another model.
+        FileNotFoundError: no such workdir or file.
+        ValueError: the checkpoint is corrupted or belongs to another model, or the file is no
+            packed model.
     """
-    workdir, step = locate(checkpoint)
-    config = config_lib.load(workdir)
+    trained = opened(checkpoint)
     with jax.enable_x64(False):  # the caller may have turned it on; checkpoints are made without
-        task = make_task(config)
+        task = trained.task(trained.config)
         mesh = sharding.make_mesh(MeshConfig(data=1, fsdp=1), jax.local_devices()[:1])
-        blueprint, state, at = restore_model(workdir, step, config, task, mesh)
+        blueprint, state, at = trained.restore(task, mesh)
     return Model(task, blueprint.graph, state, at)

@@ -1,9 +1,13 @@
-"""Builds a run's task, model and train state, and restores them from checkpoints."""
+"""Builds a run's task, model and train state, and restores them from checkpoints.
+
+A trained model is a workdir, one step in it, or a packed file; `opened` alone tells which.
+"""
 
 from collections.abc import Callable, Sequence
 import dataclasses
+import functools
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from flax import nnx
 import jax
@@ -13,30 +17,38 @@ from jaxtyping import Array, Key
 import numpy as np
 
 from jaxdg import config as config_lib
+from jaxdg import files, weights
 from jaxdg import methods as method_lib
-from jaxdg import weights
 from jaxdg.config import Config, MeshConfig
-from jaxdg.data.labels import join_names
+from jaxdg.config import workdir as workdir_lib
+from jaxdg.data.labels import LabelSet, join_names
+from jaxdg.evaluation.overlap import TrainedOn
 from jaxdg.methods.method import Method
+from jaxdg.tasks import packed
 from jaxdg.tasks.detection import Detection
 from jaxdg.tasks.segmentation import Segmentation
 from jaxdg.tasks.task import ModelState, Task
 from jaxdg.training import optimizer as optimizer_lib
 from jaxdg.training import sharding
-from jaxdg.training.checkpoint import Checkpoints
 from jaxdg.training.step import TrainState
 
+if TYPE_CHECKING:
+    from jaxdg.training.checkpoint import Checkpoints
 
-def make_task(config: Config, methods: tuple[Method, ...] | None = None) -> Task:
+
+def make_task(
+    config: Config, methods: tuple[Method, ...] | None = None, labels: LabelSet | None = None
+) -> Task:
     """The task of a run; needs no data.
 
     Args:
         config: of the run.
         methods: that training uses (`jaxdg.methods.active`); None for evaluation and prediction,
             which use those whose modules stay in the model.
+        labels: of the source, if something else than the configuration tells them.
     """
     task = Detection if config.task == "detection" else Segmentation
-    return task(config, method_lib.lasting(config) if methods is None else methods)
+    return task(config, method_lib.lasting(config) if methods is None else methods, labels)
 
 
 @dataclasses.dataclass
@@ -211,57 +223,174 @@ def load_start(task: Task, model: Any) -> None:
     if not start:
         task.load_weights(model)
         return
-    other = config_lib.load(locate(start)[0])
-    names = make_task(other).labels.names
-    if other.model.text_weights and names != task.labels.names:
+    other = opened(start)
+    names = other.task(other.config).labels.names
+    if other.config.model.text_weights and names != task.labels.names:
         raise ValueError(
             f"model.start {start} holds texts of the classes {join_names(names)}; allowed: a run"
             f" with the classes of this one, {join_names(task.labels.names)}"
         )
-    weights.fill(model, stored_tensors(start), start)
+    weights.fill(model, other.tensors(), start)
 
 
-def locate(checkpoint: str | Path) -> tuple[Path, int | None]:
-    """A workdir, or one step in it, as (workdir, step or None)."""
+class Workdir:
+    """A trained model in the workdir of its run."""
+
+    def __init__(self, folder: Path, step: int | None = None):
+        """Reads nothing yet.
+
+        Args:
+            folder: the workdir.
+            step: of the checkpoint; None for the newest that can be read.
+        """
+        self.folder = folder
+        self._step = step
+
+    def __str__(self) -> str:
+        return str(self.folder)
+
+    @functools.cached_property
+    def config(self) -> Config:
+        """The configuration of the run; raises what `config.load` raises."""
+        return config_lib.load(self.folder)
+
+    def home(self) -> Path:
+        """The folder for what is made of the model, if none is named."""
+        return self.folder
+
+    def task(self, config: Config) -> Task:
+        """The task of the run, under a configuration that may judge it in another way."""
+        return make_task(config)
+
+    def trained_on(self) -> TrainedOn | None:
+        """The images that it was trained on, if they were noted.
+
+        Raises:
+            ValueError: the note is damaged.
+        """
+        return TrainedOn.load(self.folder)
+
+    def results(self, step: int) -> list[dict[str, Any]]:
+        """The contents of every results.json of a step."""
+        paths = [self.folder / "results.json"]
+        paths += sorted(self.folder.glob(f"evaluation_{step}*/results.json"))
+        found = [workdir_lib.results(path) for path in paths]
+        return [results for results in found if results is not None and results["step"] == step]
+
+    def card(self) -> dict[str, Any]:
+        """What is known of it for people: of a converted model what it was converted from."""
+        converted = files.read_json(self.folder / "conversion.json")
+        return {} if converted is None else {"converted_from": converted}
+
+    def tensors(self) -> dict[str, np.ndarray]:
+        """The parameters and running statistics by per-block name; raises as `restore`."""
+        mesh = sharding.make_mesh(MeshConfig(1, 1), jax.local_devices()[:1])
+        blueprint, state, _ = self.restore(self.task(self.config), mesh)
+        return weights.tensors(nnx.merge(blueprint.graph, *state))
+
+    def restore(self, task: Task, mesh: Mesh) -> tuple[Blueprint, ModelState, int]:
+        """The model on devices: (blueprint, state, step).
+
+        Args:
+            task: of `task`.
+            mesh: the devices.
+
+        Raises:
+            FileNotFoundError: the workdir holds no checkpoint.
+            ValueError: it is corrupted or belongs to another model.
+        """
+        from jaxdg.training.checkpoint import Checkpoints  # needs orbax, as nothing else here does
+
+        if not (self.folder / "checkpoints").is_dir():
+            raise FileNotFoundError(
+                f"{self.folder} holds no checkpoints; train first, or give another workdir"
+            )
+        checkpoints = Checkpoints(self.folder, read_only=True)
+        blueprint = stored_blueprint(checkpoints, self._step, task)
+        like, _ = abstract_state(blueprint, task.config, mesh)
+        stored = checkpoints.restore_model(like, self._step)
+        checkpoints.close()
+        if stored is None:
+            raise FileNotFoundError(
+                f"{self.folder}/checkpoints is empty; train first, or give another workdir"
+            )
+        state = stored["trained"], stored["frozen"], stored["statistics"]
+        return blueprint, state, int(stored["step"])
+
+
+class PackedModel:
+    """A trained model in a file, see `packed`; its members are those of `Workdir`."""
+
+    def __init__(self, path: Path):
+        """Reads what the file says; raises as `packed.read`."""
+        self._path = path
+        self._packed = packed.read(path)
+        self.config = self._packed.config
+
+    def __str__(self) -> str:
+        return str(self._path)
+
+    def home(self) -> Path:
+        """See `Workdir.home`: there is none."""
+        raise ValueError(
+            f"--out is needed: {self._path} is a file, beside which nothing is written; give a"
+            " folder"
+        )
+
+    def task(self, config: Config) -> Task:
+        """See `Workdir.task`."""
+        return make_task(config, labels=self._packed.labels)
+
+    def trained_on(self) -> TrainedOn | None:
+        """See `Workdir.trained_on`."""
+        return self._packed.trained_on
+
+    def results(self, step: int) -> list[dict[str, Any]]:
+        """See `Workdir.results`."""
+        return list(self._packed.results) if step == self._packed.step else []
+
+    def card(self) -> dict[str, Any]:
+        """See `Workdir.card`: that of the file."""
+        return self._packed.card
+
+    def tensors(self) -> dict[str, np.ndarray]:
+        """See `Workdir.tensors`."""
+        return packed.tensors(self._path)
+
+    def restore(self, task: Task, mesh: Mesh) -> tuple[Blueprint, ModelState, int]:
+        """See `Workdir.restore`."""
+        blueprint = Blueprint.stored(task, self._packed.segment_ends, set(self._packed.frozen))
+        like, _ = abstract_state(blueprint, task.config, mesh)
+        model = nnx.merge(blueprint.graph, like.trained, like.frozen, like.statistics)
+        weights.fill(model, self.tensors(), self._path)
+        return blueprint, blueprint.split(model), self._packed.step
+
+
+Trained = Workdir | PackedModel
+
+
+def opened(checkpoint: str | Path) -> Trained:
+    """A trained model: a workdir, one step in it, or a packed file.
+
+    Raises:
+        FileNotFoundError: no such packed file; a workdir is looked at when something is asked of
+            it.
+        ValueError: a file that is no packed one.
+    """
     path = Path(checkpoint)
+    if path.is_file() or (path.suffix == packed.SUFFIX and not path.is_dir()):
+        return PackedModel(path)
     if path.name.isdigit() and (path.parent.parent / "config.json").is_file():
-        return path.parent.parent, int(path.name)
-    return path, None
+        return Workdir(path.parent.parent, int(path.name))
+    return Workdir(path)
 
 
 def stored_tensors(checkpoint: str | Path) -> dict[str, np.ndarray]:
     """The parameters and running statistics of a trained model; raises what `load` raises."""
-    workdir, step = locate(checkpoint)
-    config = config_lib.load(workdir)
-    mesh = sharding.make_mesh(MeshConfig(1, 1), jax.local_devices()[:1])
-    blueprint, state, _ = restore_model(workdir, step, config, make_task(config), mesh)
-    return weights.tensors(nnx.merge(blueprint.graph, *state))
+    return opened(checkpoint).tensors()
 
 
-def restore_model(
-    workdir: Path, step: int | None, config: Config, task: Task, mesh: Mesh
-) -> tuple[Blueprint, ModelState, int]:
-    """The model of a checkpoint, without its optimiser: (blueprint, state, step)."""
-    if not (workdir / "checkpoints").is_dir():
-        raise FileNotFoundError(
-            f"{workdir} holds no checkpoints; train first, or give another workdir"
-        )
-    checkpoints = Checkpoints(workdir, read_only=True)
-    blueprint = stored_blueprint(checkpoints, step, task, config.model.freeze)
-    like, _ = abstract_state(blueprint, config, mesh)
-    stored = checkpoints.restore_model(like, step)
-    checkpoints.close()
-    if stored is None:
-        raise FileNotFoundError(
-            f"{workdir}/checkpoints is empty; train first, or give another workdir"
-        )
-    state = stored["trained"], stored["frozen"], stored["statistics"]
-    return blueprint, state, int(stored["step"])
-
-
-def stored_blueprint(
-    checkpoints: Checkpoints, step: int | None, task: Task, freeze: str
-) -> Blueprint:
+def stored_blueprint(checkpoints: "Checkpoints", step: int | None, task: Task) -> Blueprint:
     """The model in the newest checkpoint, or in that of `step`.
 
     The training decided where segments end and what was frozen, so the checkpoint tells both.
@@ -280,4 +409,4 @@ def stored_blueprint(
             if part == "frozen":
                 frozen |= weights.named(tuple(path), shape).keys()
         return Blueprint.stored(task, weights.segment_ends(parameters, "backbone"), frozen)
-    return Blueprint.of(task, freeze)
+    return Blueprint.of(task, task.config.model.freeze)

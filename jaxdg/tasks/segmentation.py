@@ -18,6 +18,7 @@ from jaxdg import segmentation, weights
 from jaxdg.config import Config
 from jaxdg.data.datasets import Dataset
 from jaxdg.data.domains import label_set, open_domain
+from jaxdg.data.labels import LabelSet
 from jaxdg.drawing.panels import panel
 from jaxdg.evaluation import confusion as confusion_lib
 from jaxdg.evaluation import protocols
@@ -42,9 +43,17 @@ class Segmentation(ImageTask):
 
     score_name = "mIoU"
 
-    def __init__(self, config: Config, methods: tuple[Method, ...] = ()):
-        """Needs no data; `methods` are those that training uses."""
-        super().__init__(config, label_set(config.data.source, config.data.folder), methods)
+    def __init__(
+        self,
+        config: Config,
+        methods: tuple[Method, ...] = (),
+        labels: LabelSet | None = None,
+    ):
+        """Needs no data; `methods` are those that training uses, `labels` those of the source, if
+        something else than the configuration tells them.
+        """
+        labels = labels or label_set(config.data.source, config.data.folder)
+        super().__init__(config, labels, methods)
 
     @property
     def decoder(self) -> DecoderOptions:

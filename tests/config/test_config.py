@@ -567,7 +567,7 @@ def test_a_wrong_value_on_the_command_line_is_refused(argument, message):
     [
         ("model.weights", "", r"model\.weights is ''; allowed: None or a file"),
         ("model.text_weights", " ", r"model\.text_weights is ' '; allowed: None or a file"),
-        ("model.start", "", r"model\.start is ''; allowed: None or a workdir"),
+        ("model.start", "", r"model\.start is ''; allowed: None, a workdir or a packed model"),
         ("data.skip", "", r"data\.skip is ''; allowed: None or a file"),
         ("data.pictures", "", r"data\.pictures is ''; allowed: None or a folder"),
         ("data.root", "", r"data\.root is ''; allowed: a folder, or the URL of one with records"),

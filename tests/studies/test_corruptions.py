@@ -187,7 +187,7 @@ def test_detection_is_judged_too(trained, tmp_path):
     c = config.load(workdir)
     task = tasks.make_task(c)
     mesh = sharding.make_mesh(MeshConfig())
-    plan, state, _ = tasks.restore_model(workdir, 2, c, task, mesh)
+    plan, state, _ = tasks.Workdir(workdir, 2).restore(task, mesh)
     judged = task.evaluator(plan.graph, mesh)(
         state, Corrupted(task.open("fog", train=False), "contrast", 5), lambda: None
     )

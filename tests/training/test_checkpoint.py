@@ -18,7 +18,8 @@ import pytest
 
 from jaxdg.config import MeshConfig
 from jaxdg.training import sharding
-from jaxdg.training.checkpoint import Checkpoints, fingerprint
+from jaxdg.training.checkpoint import Checkpoints
+from jaxdg.training.fingerprint import fingerprint
 from jaxdg.training.step import TrainState
 
 # Orbax leaves coroutines behind where a read fails, which complain when they are collected.
