@@ -25,11 +25,16 @@ other boxes.
 
 from collections.abc import Sequence
 import dataclasses
+import io
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from jaxtyping import Bool, Float, Float64, Int64, Integer
 import numpy as np
 
+from jaxdg import files
+
+CURVES = "curves"  # beside results.json
 Protocol = Literal["voc07", "voc12", "coco"]
 COCO_NUMBERS = (
     "AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large",
@@ -80,6 +85,57 @@ class Detections:
     classes: Integer[np.ndarray, "_"]
 
 
+@dataclasses.dataclass(frozen=True)
+class Curves:
+    """Precision against recall, in [0, 1].
+
+    Attributes:
+        classes: their names.
+        detection_class: of every detection that counts, of classes with truth, one class after
+            another and each by falling score: its class, from 0.
+        score: of these.
+        recall: when all from this score up are taken, at IoU 0.5.
+        precision: the same; not smoothed.
+        coco_iou: the thresholds of IoU of what follows.
+        coco_recall: the 101 recalls that COCO reads precision at.
+        coco_precision: the best precision at such a recall or a higher one, 0 where it is not
+            reached, nan for a class without truth.
+        coco_score: of the detection that reaches it.
+    """
+
+    classes: np.ndarray
+    detection_class: Int64[np.ndarray, "n"]
+    score: Float64[np.ndarray, "n"]
+    recall: Float64[np.ndarray, "n"]
+    precision: Float64[np.ndarray, "n"]
+    coco_iou: Float64[np.ndarray, "i"]
+    coco_recall: Float64[np.ndarray, "p"]
+    coco_precision: Float64[np.ndarray, "k i p"]
+    coco_score: Float64[np.ndarray, "k i p"]
+
+    def write(self, folder: Path, domain: str) -> None:
+        """Writes `curves/DOMAIN.npz`, which holds the attributes by name.
+
+        Args:
+            folder: of results.json.
+            domain: name of the file; `acdc/night` lies in a folder `acdc`.
+        """
+        packed = io.BytesIO()
+        np.savez_compressed(packed, **dataclasses.asdict(self))
+        path = files.of_domain(folder / CURVES, domain, ".npz")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        files.write(path, packed.getvalue())
+
+    @classmethod
+    def read(cls, folder: Path, domain: str) -> "Curves | None":
+        """What `write` wrote; None if there is nothing."""
+        path = files.of_domain(folder / CURVES, domain, ".npz")
+        if not path.is_file():
+            return None
+        with np.load(path) as stored:
+            return cls(**stored)
+
+
 def box_areas(boxes: Float[np.ndarray, "n 4"]) -> Float64[np.ndarray, "n"]:
     """Square pixels of each box."""
     wide = boxes.astype(np.float64)
@@ -103,6 +159,7 @@ class AveragePrecision:
         self.truths: list[Truth] = []
         self.detections: list[Detections] = []
         self._pairs: list[tuple[np.ndarray, ...]] = []
+        self._known: tuple[int, tuple[_Boxes, _VocScores, _CocoScores]] | None = None
 
     def add(self, truth: Truth, detections: Detections) -> None:
         """Adds one image, which may have no boxes.
@@ -137,14 +194,12 @@ class AveragePrecision:
             both by each of the three rules. `coco`: the numbers of `COCO_NUMBERS`. A value is None
             where no true box counts.
         """
-        boxes = self._flat()
-        ap07, ap12 = _voc(boxes, len(self.names))
-        coco = _coco(boxes, len(self.names))
+        _, voc, coco = self._scored()
         every, *sizes = np.moveaxis(coco.precision, 1, 0)
         at50 = every[:, 0]  # COCO_IOU[0] is 0.5, COCO_IOU[5] is 0.75
         numbers = [every, at50, every[:, 5], *sizes, *np.moveaxis(coco.recall, 1, 0)]
         protocols = {}
-        for rule, values in {"voc07": ap07, "voc12": ap12, "coco": at50}.items():
+        for rule, values in {"voc07": voc.ap07, "voc12": voc.ap12, "coco": at50}.items():
             classes = zip(self.names, map(_mean, values), strict=True)
             protocols[rule] = {"mAP50": _mean(values), "AP50": dict(classes)}
         return {
@@ -152,6 +207,48 @@ class AveragePrecision:
             "protocols": protocols,
             "coco": dict(zip(COCO_NUMBERS, map(_mean, numbers), strict=True)),
         }
+
+    def curves(self, protocol: Protocol = "voc07") -> "Curves":
+        """Precision against recall of all images so far.
+
+        Args:
+            protocol: whose matches at IoU 0.5 the single detections follow.
+        """
+        boxes, voc, coco = self._scored()
+        names = np.array(self.names)
+        if protocol == "coco":
+            hits, counted, optional = coco.hits, coco.counted, boxes.crowd
+        else:
+            hits, counted, optional = voc.hits, voc.counted, boxes.difficult | boxes.crowd
+        positives = np.bincount(boxes.true_classes[~optional], minlength=len(names))
+        rows = [np.zeros(0, np.int64)]
+        recall, precision = [np.zeros(0)], [np.zeros(0)]
+        for k in np.flatnonzero(positives):
+            mine = np.flatnonzero(counted & (boxes.classes == k))
+            true = np.cumsum(hits[mine])
+            rows.append(mine)
+            recall.append(true / positives[k])
+            precision.append(true / np.arange(1, len(mine) + 1))
+        row = np.concatenate(rows)
+        return Curves(
+            classes=names,
+            detection_class=boxes.classes[row],
+            score=boxes.scores[row],
+            recall=np.concatenate(recall),
+            precision=np.concatenate(precision),
+            coco_iou=COCO_IOU,
+            coco_recall=COCO_RECALLS,
+            coco_precision=coco.curves,
+            coco_score=coco.reached,
+        )
+
+    def _scored(self) -> tuple["_Boxes", "_VocScores", "_CocoScores"]:
+        """The boxes of all images and their scores, computed once for as many images."""
+        if self._known is None or self._known[0] != len(self.truths):
+            boxes = self._flat()
+            scores = _voc(boxes, len(self.names)), _coco(boxes, len(self.names))
+            self._known = (len(self.truths), (boxes, *scores))
+        return self._known[1]
 
     def _flat(self) -> "_Boxes":
         """The boxes of all images; detections by falling score, equal ones as they were added."""
@@ -177,6 +274,7 @@ class AveragePrecision:
         pair_detection, pair_truth, iou, share = ([p[k] for p in pairs] for k in range(4))
         return _Boxes(
             classes=classes,
+            scores=scores[order],
             areas=join((box_areas(d.boxes) for d in self.detections), np.float64)[order],
             ranks=_ranks(image * len(self.names) + classes),
             true_classes=join((t.classes for t in self.truths), np.int64),
@@ -197,6 +295,7 @@ class _Boxes(NamedTuple):
     """n detections by falling score, m true boxes, and the p pairs that some rule can match."""
 
     classes: Int64[np.ndarray, "n"]
+    scores: Float64[np.ndarray, "n"]
     areas: Float64[np.ndarray, "n"]
     ranks: Int64[np.ndarray, "n"]  # by falling score, within the same class and image
     true_classes: Int64[np.ndarray, "m"]
@@ -209,11 +308,24 @@ class _Boxes(NamedTuple):
     share: Float64[np.ndarray, "p"]  # IoU; with a crowd region the detection's share inside it
 
 
+class _VocScores(NamedTuple):
+    """Of each class, nan where no true box counts; and of each detection."""
+
+    ap07: Float64[np.ndarray, "k"]
+    ap12: Float64[np.ndarray, "k"]
+    hits: Bool[np.ndarray, "n"]
+    counted: Bool[np.ndarray, "n"]
+
+
 class _CocoScores(NamedTuple):
-    """Of each class, nan where no true box counts."""
+    """Of each class, nan where no true box counts; and of each detection at IoU 0.5."""
 
     precision: Float64[np.ndarray, "k 4 10"]  # AP by area and IoU
     recall: Float64[np.ndarray, "k 6 10"]  # best 1, 10, 100; small, medium, large; by IoU
+    curves: Float64[np.ndarray, "k 10 101"]  # of all areas, by IoU
+    reached: Float64[np.ndarray, "k 10 101"]  # the score of the detection that reaches a recall
+    hits: Bool[np.ndarray, "n"]
+    counted: Bool[np.ndarray, "n"]
 
 
 def _check(what: str, num_classes: int, **arrays: np.ndarray) -> None:
@@ -282,15 +394,13 @@ def _curve(
     return true / positives, np.maximum.accumulate(precision[::-1])[::-1]
 
 
-def _mean_at(points: np.ndarray, recall: np.ndarray, precision: np.ndarray) -> float:
-    """Mean of the precision at given recalls; 0 where a recall is not reached."""
-    return float(np.append(precision, 0.0)[np.searchsorted(recall, points)].mean())
+def _at(points: np.ndarray, recall: np.ndarray, values: np.ndarray) -> np.ndarray:
+    """Values, such as the precision, at given recalls; 0 where a recall is not reached."""
+    return np.append(values, 0.0)[np.searchsorted(recall, points)]
 
 
-def _voc(
-    boxes: _Boxes, num_classes: int
-) -> tuple[Float64[np.ndarray, "k"], Float64[np.ndarray, "k"]]:
-    """AP of each class by the rules of 2007 and of 2012, nan where no true box counts."""
+def _voc(boxes: _Boxes, num_classes: int) -> _VocScores:
+    """AP of each class by the rules of 2007 and of 2012."""
     enough = boxes.iou > 0.5
     d = boxes.pair_detection[enough]
     t = boxes.pair_truth[enough]
@@ -309,15 +419,17 @@ def _voc(
         mine = boxes.classes == k
         if positives := int(np.count_nonzero(~optional[boxes.true_classes == k])):
             recall, precision = _curve(hits[mine], counted[mine], positives)
-            ap07[k] = _mean_at(VOC_RECALLS, recall, precision)
+            ap07[k] = _at(VOC_RECALLS, recall, precision).mean()
             ap12[k] = np.diff(recall, prepend=0.0) @ precision
-    return ap07, ap12
+    return _VocScores(ap07, ap12, hits, counted)
 
 
 def _coco(boxes: _Boxes, num_classes: int) -> _CocoScores:
     """AP and AR of each class, area and IoU."""
     precision = np.full((num_classes, 4, 10), np.nan)
     recall = np.full((num_classes, 6, 10), np.nan)
+    curves, reached = np.full((2, num_classes, 10, len(COCO_RECALLS)), np.nan)
+    at50 = None
     allowed = boxes.ranks < COCO_DETECTIONS
     of_class = [np.flatnonzero(allowed & (boxes.classes == k)) for k in range(num_classes)]
     for a, (least, most) in enumerate(COCO_AREAS):
@@ -337,17 +449,22 @@ def _coco(boxes: _Boxes, num_classes: int) -> _CocoScores:
             hits = match >= 0
             counted[hits] = ~optional[match[hits]]
             hits &= counted
+            at50 = at50 or (hits, counted & allowed)
             for k in np.flatnonzero(positives):
                 mine = of_class[k]
                 curve = _curve(hits[mine], counted[mine], positives[k])
-                precision[k, a, i] = _mean_at(COCO_RECALLS, *curve)
+                read = _at(COCO_RECALLS, *curve)
+                precision[k, a, i] = read.mean()
                 if a == 0:
+                    curves[k, i] = read
+                    reached[k, i] = _at(COCO_RECALLS, curve[0], boxes.scores[mine])
                     for j, most_ranks in enumerate((1, 10, 100)):
                         best = hits[mine] & (boxes.ranks[mine] < most_ranks)
                         recall[k, j, i] = np.count_nonzero(best) / positives[k]
                 else:
                     recall[k, 2 + a, i] = np.count_nonzero(hits[mine]) / positives[k]
-    return _CocoScores(precision, recall)
+    assert at50 is not None  # of all areas, at the first IoU
+    return _CocoScores(precision, recall, curves, reached, *at50)
 
 
 def _match(

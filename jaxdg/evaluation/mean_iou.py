@@ -7,7 +7,7 @@ host in int64, because a large set passes 2^31 pixels.
 """
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float64, Int32, Integer
+from jaxtyping import Array, Bool, Float64, Int32, Integer
 import numpy as np
 
 
@@ -42,13 +42,7 @@ def confusion_matrix(
         )
     predicted = jnp.asarray(prediction).astype(jnp.int32).reshape(-1)
     true = jnp.asarray(label).astype(jnp.int32).reshape(-1)
-    counted = (
-        (true != ignore)
-        & (true >= 0)
-        & (true < num_classes)
-        & (predicted >= 0)
-        & (predicted < num_classes)
-    )
+    counted = is_counted(predicted, true, num_classes, ignore)
     # One bin more takes what is not counted. On CPU a bincount is 20 times faster than one-hot
     # matrix products, and it is exact.
     bins = jnp.where(counted, true * num_classes + predicted, num_classes**2)
@@ -56,6 +50,24 @@ def confusion_matrix(
         jnp.bincount(bins, length=num_classes**2 + 1)[:-1]
         .reshape(num_classes, num_classes)
         .astype(jnp.int32)
+    )
+
+
+def is_counted(
+    prediction: Integer[Array, "*n"],
+    label: Integer[Array, "*n"],
+    num_classes: int,
+    ignore: int = 255,
+) -> Bool[Array, "*n"]:
+    """Which pixels `confusion_matrix` counts, from the same arguments."""
+    prediction = prediction.astype(jnp.int32)
+    label = label.astype(jnp.int32)
+    return (
+        (label != ignore)
+        & (label >= 0)
+        & (label < num_classes)
+        & (prediction >= 0)
+        & (prediction < num_classes)
     )
 
 

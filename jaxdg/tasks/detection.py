@@ -254,9 +254,11 @@ class Detection(ImageTask):
         files = [dataset.name(i) for i in images]
         sizes = [dataset.size(i) for i in images]
         boxes = precision.truths, precision.detections
+        curves = precision.curves(self.config.evaluation.protocol)  # pyright: ignore[reportArgumentType]
 
         def write(folder, name):
             write_coco(folder / "detections", name, self.labels.names, files, sizes, *boxes)
+            curves.write(folder, name)
 
         return DomainResult(metrics, metrics["mAP50"], [], write=write)
 

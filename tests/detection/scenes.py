@@ -71,8 +71,8 @@ def box_area_shares(rng, true):
     return np.prod(true[:, 2:] - true[:, :2], axis=1) * rng.uniform(0.4, 1, len(true))
 
 
-def pycocotools_scores(truths, detections, num_classes):
-    """The twelve numbers, and AP50 of each class, in percent; nan where pycocotools says -1."""
+def pycocotools_judge(truths, detections, num_classes):
+    """Pycocotools' evaluation of the boxes, accumulated."""
     from pycocotools.coco import COCO  # pyright: ignore[reportMissingImports]
     from pycocotools.cocoeval import COCOeval  # pyright: ignore[reportMissingImports]
 
@@ -117,6 +117,13 @@ def pycocotools_scores(truths, detections, num_classes):
         judge = COCOeval(true, found, "bbox")
         judge.evaluate()
         judge.accumulate()
+    return judge
+
+
+def pycocotools_scores(truths, detections, num_classes):
+    """The twelve numbers, and AP50 of each class, in percent; nan where pycocotools says -1."""
+    judge = pycocotools_judge(truths, detections, num_classes)
+    with contextlib.redirect_stdout(io.StringIO()):
         judge.summarize()
     ap50 = judge.eval["precision"][0, :, :, 0, 2].mean(axis=0)
     stats = np.asarray(judge.stats, float)

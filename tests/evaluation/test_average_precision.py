@@ -10,7 +10,13 @@ import dataclasses
 import numpy as np
 import pytest
 
-from jaxdg.evaluation.average_precision import COCO_NUMBERS, AveragePrecision, Detections, Truth
+from jaxdg.evaluation.average_precision import (
+    COCO_NUMBERS,
+    AveragePrecision,
+    Curves,
+    Detections,
+    Truth,
+)
 from tests.detection import scenes
 
 CASES = (
@@ -26,14 +32,20 @@ CASES = (
     "no_detections",
     "no_truth",
 )
+CURVES = ("mixed", "ties", "many", "crowd", "no_detections", "no_truth")
+
+
+def gathered(truths, detections, num_classes=5):
+    """All boxes of whole sets."""
+    scores = AveragePrecision([f"class {k}" for k in range(num_classes)])
+    for truth, found in zip(truths, detections, strict=True):
+        scores.add(truth, found)
+    return scores
 
 
 def judged(truths, detections, num_classes=5):
     """Results of whole sets."""
-    scores = AveragePrecision([f"class {k}" for k in range(num_classes)])
-    for truth, found in zip(truths, detections, strict=True):
-        scores.add(truth, found)
-    return scores.results()
+    return gathered(truths, detections, num_classes).results()
 
 
 def numbers(values):
@@ -68,9 +80,10 @@ def one(true, found, scores, *, difficult=None, crowd=None):
     )
 
 
-def devkit(truths, detections, k, eleven_points):
-    """VOC's AP of a class as the development kit's text says it, in inclusive 1-based pixels, one
-    box after another.
+def devkit_curve(truths, detections, k):
+    """Scores, recalls and precisions of the detections of a class that count, and how many true
+    boxes there are, as VOC's development kit's text says it: in inclusive 1-based pixels, one box
+    after another.
     """
     queue = []
     hit = []
@@ -84,12 +97,9 @@ def devkit(truths, detections, k, eleven_points):
         ):
             if c == k:
                 queue.append((-score, len(queue), i, (box[0] + 1, box[1] + 1, box[2], box[3])))
-    if positives == 0:
-        return np.nan
     true = false = 0
-    recalls = []
-    precisions = []
-    for _, _, i, box in sorted(queue):
+    curve = []
+    for score, _, i, box in sorted(queue):
         best = None
         best_iou = 0.0
         for j, (other, c) in enumerate(
@@ -113,14 +123,23 @@ def devkit(truths, detections, k, eleven_points):
                 best = j
                 best_iou = both / either
         if best is not None and best_iou > 0.5:
-            if not (truths[i].difficult[best] or truths[i].crowd[best]):
-                true = true + (not hit[i][best])
-                false = false + hit[i][best]
-                hit[i][best] = True
+            if truths[i].difficult[best] or truths[i].crowd[best]:
+                continue
+            true = true + (not hit[i][best])
+            false = false + hit[i][best]
+            hit[i][best] = True
         else:
             false += 1
-        recalls.append(true / positives)
-        precisions.append(true / max(true + false, 1))
+        curve.append((-score, true / max(positives, 1), true / (true + false)))
+    return curve, positives
+
+
+def devkit(truths, detections, k, eleven_points):
+    """VOC's AP of a class from `devkit_curve`."""
+    curve, positives = devkit_curve(truths, detections, k)
+    if positives == 0:
+        return np.nan
+    _, recalls, precisions = zip(*curve, strict=True)
     if eleven_points:
 
         def best_from(t):
@@ -189,6 +208,51 @@ def test_voc_equals_the_development_kit(ties):
     for rule, eleven_points in (("voc07", True), ("voc12", False)):
         expected = [devkit(truths, detections, k, eleven_points) for k in range(3)]
         np.testing.assert_allclose(numbers(result[rule]["AP50"]), expected, rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("case", CURVES)
+def test_curves_equal_pycocotools(golden, case):
+    """Precision at 101 recalls, and the scores that reach them, are pycocotools' for every class
+    and IoU; the single detections at IoU 0.5 give the same precision.
+    """
+    curves = gathered(*stored(np.load(golden / "average_precision.npz"), case)).curves("coco")
+    expected = np.load(golden / "curves.npz")
+    assert curves.classes.tolist() == [f"class {k}" for k in range(5)]
+    for name in ("precision", "score"):
+        np.testing.assert_allclose(
+            getattr(curves, f"coco_{name}"),
+            np.moveaxis(expected[f"{case}/{name}"], 2, 0),
+            rtol=0,
+            atol=1e-12,
+        )
+    for k, precision in enumerate(curves.coco_precision[:, 0]):
+        mine = curves.detection_class == k
+        if np.isnan(precision).any():
+            assert not mine.any()
+            continue
+        best = [
+            curves.precision[mine & (curves.recall >= recall)].max(initial=0)
+            for recall in curves.coco_recall
+        ]
+        np.testing.assert_allclose(precision, best, rtol=0, atol=1e-12)
+
+
+def test_single_detections_equal_the_development_kit(tmp_path):
+    """Score, recall and precision of every detection that counts are those of a loop over boxes,
+    also when read back from the file; classes without truth have none.
+    """
+    rng = np.random.default_rng(2)
+    drawn = list(zip(*[scenes.image(rng, 3, most=20) for _ in range(60)], strict=True))
+    drawn[0] = [dataclasses.replace(t, difficult=t.difficult | (t.classes == 2)) for t in drawn[0]]
+    gathered(*drawn, 3).curves().write(tmp_path, "acdc/fog")
+    curves = Curves.read(tmp_path, "acdc/fog")
+    assert Curves.read(tmp_path, "acdc") is None
+    for k in range(3):
+        mine = curves.detection_class == k
+        found = np.stack([curves.score, curves.recall, curves.precision], axis=1)[mine]
+        expected, positives = devkit_curve(*drawn, k)
+        assert positives == 0 or len(found) > 100
+        np.testing.assert_allclose(found, expected if positives else np.zeros((0, 3)), atol=1e-12)
 
 
 @pytest.mark.parametrize("seed", range(3))

@@ -25,7 +25,7 @@ from jaxdg.detection.arrays import Detected
 from jaxdg.detection.fcos import FcosConfig
 from jaxdg.detection.rcnn.detectors import RcnnConfig
 from jaxdg.detection.rcnn.rpn import RpnConfig
-from jaxdg.evaluation.average_precision import AveragePrecision, Detections, Truth
+from jaxdg.evaluation.average_precision import AveragePrecision, Curves, Detections, Truth
 from jaxdg.evaluation.coco_format import read_coco
 from jaxdg.tasks import detection as detection_task
 from jaxdg.tasks import run_state as tasks
@@ -82,7 +82,7 @@ def whole(tmp_path_factory) -> Path:
 
 def test_a_run_writes_losses_scores_and_boxes(whole):
     """Six steps: loss terms that add up, the entries of results.json, and detections and truth in
-    COCO's form that score the same.
+    COCO's form that score the same and have the stored curves.
     """
     rows = [row for row in read_metrics(whole) if "loss" in row]
     assert [row["step"] for row in rows] == list(range(1, 7))
@@ -113,6 +113,10 @@ def test_a_run_writes_losses_scores_and_boxes(whole):
             scores.add(truth, found)
         expected = scores.results("voc07")
         assert {key: entry[key] for key in expected} == expected
+        curves = Curves.read(whole, domain)
+        again = scores.curves("voc07")
+        for field in dataclasses.fields(curves):
+            np.testing.assert_array_equal(getattr(curves, field.name), getattr(again, field.name))
         images, found = (json.loads(file.read_text()) for file in files)
         assert [image["file_name"] for image in images["images"]] == [
             f"streets/{domain}/{i}" for i in range(3)
