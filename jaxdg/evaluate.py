@@ -325,6 +325,8 @@ def main(arguments: Sequence[str]) -> None:
         batch_size=_BATCH_SIZE.value or e.batch_size,
         tta=e.tta if _TTA.value is None else _TTA.value,
         max_images=e.max_images if _MAX_IMAGES.value is None else _MAX_IMAGES.value,
+        calibration=e.calibration if _CALIBRATION.value is None else _CALIBRATION.value,
+        boundary=e.boundary if _BOUNDARY.value is None else _BOUNDARY.value,
     )
     # The data root of this machine, not the one the run was trained on.
     root = _DATA_ROOT.value or os.environ.get("JAXDG_DATA") or d.root
@@ -430,6 +432,17 @@ if __name__ == "__main__":
         "max_images", None, "Images of each domain, evenly spread; 0 for all.", lower_bound=0
     )
     _WORKERS = flags.DEFINE_integer("workers", None, "Processes that read images.", lower_bound=0)
+    _CALIBRATION = flags.DEFINE_bool(
+        "calibration",
+        None,
+        "Whether results hold the expected calibration error, see evaluation.calibration. The run's"
+        " own if left out.",
+    )
+    _BOUNDARY = flags.DEFINE_bool(
+        "boundary",
+        None,
+        "Whether results hold Boundary IoU, see evaluation.boundary. The run's own if left out.",
+    )
     _NUMBERS = flags.DEFINE_bool(
         "numbers", False, "Also print accuracy, precision, Dice and so on, and every class's gap."
     )

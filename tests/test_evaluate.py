@@ -280,6 +280,86 @@ def test_parts_of_acdc_come_from_one_pass(native, tmp_path):
     assert "protocol native" in console.export_text()
 
 
+def error_of(pixels):
+    """ECE in percent of (confidence, hit) pairs in 15 bins."""
+    confidence, hit = (np.concatenate(values) for values in zip(*pixels, strict=True))
+    bins = np.minimum((confidence * 15).astype(int), 14)
+    gaps = [abs((confidence - hit)[bins == i].sum()) for i in range(15)]
+    return 100 * sum(gaps) / len(hit)
+
+
+def test_calibration_and_boundaries_of_parts(native):
+    """On two devices, of images of many sizes: the calibration error of a loop over windows in
+    float64 and the authors' boundaries of each part, and the matrix without them, to the last bit.
+    """
+    run = Run(config(evaluation__calibration=True, evaluation__boundary=True))
+    dataset = Noise(SIZES, "acdc")
+    plain = native.evaluator(native.state, dataset, lambda: None)
+    result = run.evaluator(run.state, dataset, lambda: None)
+    assert result.parts.keys() == plain.parts.keys()
+    for name, before in {"": plain, **plain.parts}.items():
+        metrics = result.parts[name].metrics if name else result.metrics
+        assert {key: metrics[key] for key in before.metrics} == before.metrics
+    pixels = []
+    counts = np.zeros((7, 19, 2), np.int64)
+    for i in range(7):
+        label = dataset[i]["label"]
+        scores = run.scores(dataset[i]["image"].astype(np.float32))
+        known = label != 255
+        pixels.append((softmax(scores).max(-1)[known], (scores.argmax(-1) == label)[known]))
+        marked = [
+            np.stack([near_an_edge(maps == k) for k in range(19)])
+            for maps in (label, scores.argmax(-1))
+        ]
+        both = (marked[0] & marked[1] & known).sum((1, 2))
+        either = ((marked[0] | marked[1]) & known).sum((1, 2))
+        counts[i] = np.stack([both, either], axis=1)
+    whole = {"": result, **result.parts}
+    for name, mine in (("", range(7)), ("acdc/fog", range(0, 7, 2)), ("acdc/night", (1, 3, 5))):
+        metrics = whole[name].metrics
+        assert metrics["ECE"] == pytest.approx(error_of([pixels[i] for i in mine]), rel=1e-4)
+        assert sum(metrics["reliability"]["pixels"]) == sum(len(pixels[i][0]) for i in mine)
+        both, either = counts[list(mine)].sum(axis=0).T
+        expected = 100 * both / np.where(either > 0, either, np.nan)
+        values = [np.nan if v is None else v for v in metrics["BoundaryIoU"].values()]
+        np.testing.assert_allclose(values, expected, rtol=1e-12)
+        assert metrics["mBoundaryIoU"] == pytest.approx(np.nanmean(expected), rel=1e-12)
+
+
+def near_an_edge(mask):
+    """The boundary of a mask of a small image: what erosion by 3 x 3 takes, the border included."""
+    around = np.pad(mask, 1)
+    kept = cv2.erode(around.astype(np.uint8), np.ones((3, 3), np.uint8))[1:-1, 1:-1]
+    return mask & (kept == 0)
+
+
+@pytest.mark.parametrize("protocol", ["vltseg", "acdc_test"])
+def test_confidence_of_resized_and_averaged_scores(protocol):
+    """Scores resized to the label, and probabilities averaged over views, have the confidence of
+    the label map that they give: the greatest of what NumPy makes of the very same scores.
+    """
+    run = Run(config(evaluation__protocol=protocol, data__source="clear"))
+    rules = run.task.protocol("noise")
+    small = {"fit": (48, 24)} if protocol == "vltseg" else {"scales": (0.5, 1.25)}
+    rules = dataclasses.replace(rules, **small)
+    (batch,) = eval_batches(Noise([(24, 32), (25, 27)]), batch_size=2, protocol=rules)
+    fields = {key: batch[key] for key in ("image", "size", "label", "label_size")}
+    fields = sharding.to_devices(fields, run.mesh)
+    labels, confidence = run.task.confident_labelling(run.plan.graph)(
+        run.state, fields, rules, True
+    )
+    views = run.task.views(run.plan.graph)(run.state, fields["image"], fields["size"], rules)
+    size = batch["label"].shape[1:]
+    total = 0
+    for scores, own in views:
+        scores = segmentation.resize_scores(scores, size, (own, fields["label_size"]))
+        total = total + softmax(np.asarray(scores).astype(np.float64))
+    total = total / total.sum(-1, keepdims=True)
+    np.testing.assert_allclose(np.asarray(confidence), total.max(-1), rtol=1e-5)
+    of_label = np.take_along_axis(total, np.asarray(labels)[..., None], -1)[..., 0]
+    np.testing.assert_allclose(of_label, total.max(-1), rtol=1e-5)
+
+
 def test_several_protocols_are_checked_one_by_one():
     """Each has a configuration of its own, in order; one named twice and an unknown one are errors
     of one line.

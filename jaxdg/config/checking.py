@@ -203,6 +203,9 @@ def _check_task(config: Config) -> None:
         if task != "segmentation":
             why = f"task {task}"
         raise ValueError(f"evaluation.tta is True; allowed: False, with {why}")
+    for name in ("calibration", "boundary"):
+        if getattr(e, name) and task != "segmentation":
+            raise ValueError(f"evaluation.{name} is True; allowed: False, with task {task}")
     if task == "segmentation":
         if getattr(m, m.decoder).needs_text and m.text_weights is None and m.start is None:
             raise ValueError(

@@ -113,6 +113,11 @@ class EvaluationConfig:
         windows_per_call: windows computed at once; bounds memory. Default 8.
         max_images: of each domain so many are judged, evenly spread, for quick comparisons; results
             say so. 0 for all. Default 0.
+        calibration: of segmentation, whether results hold the expected calibration error and the
+            reliability of each domain. Default False.
+        calibration_bins: of confidence, equally wide. Default 15.
+        boundary: of segmentation, whether results hold the Boundary IoU of each class and domain.
+            Default False.
     """
 
     domains: Annotated[tuple[str, ...], MinLen(1)] = ("clear", "night", "rain", "fog", "dusk_rain")
@@ -122,6 +127,9 @@ class EvaluationConfig:
     batch_size: Count = 4
     windows_per_call: Count = 8
     max_images: CountOrZero = 0
+    calibration: bool = False
+    calibration_bins: Annotated[int, Interval(ge=1, lt=256)] = 15
+    boundary: bool = False
 
     @property
     def label(self) -> str:

@@ -14,12 +14,14 @@ then added over the dataset, as for IoU.
 
 from collections.abc import Callable, Sequence
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float64, Int32, Int64, Integer
 import numpy as np
 
+from jaxdg.evaluation.confusion import by_class, percent
 from jaxdg.evaluation.mean_iou import is_counted
 
 RATIO = 0.02  # of the image's diagonal
@@ -123,3 +125,20 @@ def boundary_iou(counts: Int64[np.ndarray, "k 2"]) -> Float64[np.ndarray, "k"]:
     """
     both, either = counts.T
     return np.divide(both, either, out=np.full(len(counts), np.nan), where=either > 0)
+
+
+def numbers(counts: Int64[np.ndarray, "k 2"], names: tuple[str, ...]) -> dict[str, Any]:
+    """The entries of a domain in results.json, in percent.
+
+    Args:
+        counts: see `boundary_iou`.
+        names: of the classes.
+
+    Returns:
+        `BoundaryIoU` of each class by name, None without any boundary, and their mean,
+        `mBoundaryIoU`.
+    """
+    iou = boundary_iou(counts)
+    known = iou[~np.isnan(iou)]
+    mean = percent(known.mean()) if known.size else None
+    return {"mBoundaryIoU": mean, "BoundaryIoU": by_class(iou, names)}

@@ -309,14 +309,24 @@ def label_map(
     Returns:
         Class ids; what lies in the padding means nothing.
     """
+    return at_labels(lambda rows: jnp.argmax(rows, axis=-1).astype(jnp.uint8), scores, size, sizes)
+
+
+def at_labels(
+    of: Callable[[Float32[Array, "b n w k"]], Num[Array, "b n w"]],
+    scores: Float[Array, "b h w k"],
+    size: tuple[int, int],
+    sizes: tuple[Int32[Array, "b 2"], Int32[Array, "b 2"]],
+) -> Num[Array, "b h2 w2"]:
+    """What a function makes of the scores of every pixel at the size of the labels; the arguments
+    as for `label_map`.
+    """
     h, w = size
     before, after = sizes
 
     def strip(y):
         rows = _interpolate(scores, 1, y + jnp.arange(STRIP), before[:, :1], after[:, :1])
-        return jnp.argmax(
-            _interpolate(rows, 2, np.arange(w), before[:, 1:], after[:, 1:]), axis=-1
-        ).astype(jnp.uint8)
+        return of(_interpolate(rows, 2, np.arange(w), before[:, 1:], after[:, 1:]))
 
     strips = jax.lax.map(strip, jnp.arange(0, h, STRIP))  # [s, b, rows, w]
     return jnp.moveaxis(strips, 0, 1).reshape(scores.shape[0], -1, w)[:, :h]

@@ -2,6 +2,7 @@
 
 from jaxdg.evaluation.mean_iou import confusion_matrix, iou
 from jaxdg.evaluation.sliding_window import (
+    at_labels,
     label_map,
     mirror,
     resize_scores,
@@ -34,6 +35,7 @@ __all__ = [
     "TqdmHead",
     "UpscalingConfig",
     "UpscalingHead",
+    "at_labels",
     "confusion_matrix",
     "iou",
     "label_map",

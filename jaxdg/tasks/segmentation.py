@@ -1,6 +1,6 @@
 """Semantic segmentation: one class a pixel, judged by mIoU."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 import functools
 import itertools
 import math
@@ -20,8 +20,9 @@ from jaxdg.data.datasets import Dataset
 from jaxdg.data.domains import label_set, open_domain
 from jaxdg.data.labels import LabelSet
 from jaxdg.drawing.panels import panel
+from jaxdg.evaluation import boundary, protocols
 from jaxdg.evaluation import confusion as confusion_lib
-from jaxdg.evaluation import protocols
+from jaxdg.evaluation.calibration import reliability, reliability_counts
 from jaxdg.methods.method import Method
 from jaxdg.segmentation.decoder import DecoderOptions
 from jaxdg.tasks.task import (
@@ -225,19 +226,49 @@ class Segmentation(ImageTask):
 
         The batch is one of `eval_batches`.
         """
+        labelled = self.confident_labelling(graph, mesh)
+        return lambda state, batch, protocol: labelled(state, batch, protocol, False)[0]
+
+    def confident_labelling(
+        self, graph: nnx.GraphDef, mesh: Mesh | None = None
+    ) -> Callable[
+        [ModelState, Batch, protocols.Protocol, bool],
+        tuple[UInt8[Array, "b h w"], Float[Array, "b h w"] | None],
+    ]:
+        """As `labelling`, and whether confidences are wanted: to label maps and these, or None.
+
+        A confidence is the probability of the predicted class by `Decoder.probabilities`, of the
+        scores from which the label map comes. Test-time augmentation averages probabilities; there
+        it is the greatest of the averages. It has a program of its own, which leaves that of the
+        label maps alone.
+        """
         views = self.views(graph, mesh)
 
+        def sure(state: ModelState, scores: Array) -> Array:
+            return nnx.merge(graph, *state).head.probabilities(scores).max(axis=-1)
+
+        sure_of = jax.jit(sure)
+
+        @functools.partial(jax.jit, static_argnums=2)
+        def sure_resized(
+            state: ModelState, scores: Array, size: tuple[int, int], sizes: tuple[Array, Array]
+        ) -> Array:
+            return segmentation.at_labels(functools.partial(sure, state), scores, size, sizes)
+
         def label_maps(
-            state: ModelState, batch: Batch, protocol: protocols.Protocol
-        ) -> UInt8[Array, "b h w"]:
+            state: ModelState, batch: Batch, protocol: protocols.Protocol, confident: bool
+        ) -> tuple[Array, Array | None]:
             size: Any = batch["label"].shape[1:]
             found = views(state, batch["image"], batch["size"], protocol)
             if protocol.augments:
-                return highest(averaged(found, size, batch["label_size"]))
+                mean = averaged(found, size, batch["label_size"])
+                return highest(mean), greatest(mean) if confident else None
             ((scores, own),) = found
             if protocol.resizes:
-                return resized(scores, size, (own, batch["label_size"]))
-            return highest(scores)
+                place = (size, (own, batch["label_size"]))
+                confidence = sure_resized(state, scores, *place) if confident else None
+                return resized(scores, *place), confidence
+            return highest(scores), sure_of(state, scores) if confident else None
 
         return label_maps
 
@@ -250,8 +281,9 @@ class Segmentation(ImageTask):
 
     def evaluator(self, graph: nnx.GraphDef, mesh: Mesh) -> Evaluate:
         """See `Task.evaluator`."""
-        label_maps = self.labelling(graph, mesh)
+        label_maps = self.confident_labelling(graph, mesh)
         k = len(self.labels.names)
+        e = self.config.evaluation
         batch_size = self.batch_size(mesh)
 
         @functools.partial(jax.jit, static_argnums=2, out_shardings=sharding.replicated(mesh))
@@ -260,6 +292,24 @@ class Segmentation(ImageTask):
             confusion = functools.partial(segmentation.confusion_matrix, num_classes=k)
             counts = jax.vmap(confusion)(prediction, label)
             return jnp.zeros((parts, k, k), jnp.int32).at[batch["part"]].add(counts)
+
+        @functools.partial(jax.jit, out_shardings=sharding.replicated(mesh))
+        def count_more(
+            prediction: Array, confidence: Array | None, batch: Batch
+        ) -> dict[str, Array]:
+            """What the configuration asks for beside the matrix, of each image, and its part."""
+            label = jnp.where(batch["mask"][:, None, None], batch["label"], 255)
+            found = {"part": batch["part"]}
+            if confidence is not None:
+                of = functools.partial(reliability_counts, num_classes=k, bins=e.calibration_bins)
+                found["calibration"] = jax.vmap(of)(confidence, prediction, label)
+            if e.boundary:
+                most = boundary.reach(label.shape[1:])
+                of = functools.partial(boundary.boundary_counts, num_classes=k, most=most)
+                found["boundary"] = jax.vmap(of)(
+                    prediction, label, batch["label_size"], batch["reach"]
+                )
+            return found
 
         def evaluate(state: ModelState, dataset: Dataset, tick: Callable[[], None]) -> DomainResult:
             # Needs grain, which models that are only built, timed or planned do without.
@@ -271,7 +321,21 @@ class Segmentation(ImageTask):
             names = sorted(set(part_of))
             part = np.array([names.index(name) for name in part_of], np.int32)
             total = np.zeros((len(names), k, k), np.int64)
+            more = {}
+            if e.calibration:
+                more["calibration"] = np.zeros((len(names), e.calibration_bins, 4, 2), np.int64)
+            if e.boundary:
+                more["boundary"] = np.zeros((len(names), k, 2), np.int64)
             pending = None
+
+            def collect() -> None:
+                if pending is None:
+                    return
+                counts, further = jax.device_get(pending)
+                np.add(total, counts, out=total)
+                for name in more:
+                    np.add.at(more[name], further["part"], further[name])
+
             chosen = examples_of(len(dataset))
             examples = {}
             shard = (jax.process_index(), jax.process_count())
@@ -282,12 +346,15 @@ class Segmentation(ImageTask):
                 names_of_fields = ("image", "size", "label", "label_size", "mask")
                 fields = {name: batch[name] for name in names_of_fields}
                 fields["part"] = part[batch["index"]]
+                if e.boundary:
+                    reaches = [boundary.reach(size) for size in batch["label_size"].tolist()]
+                    fields["reach"] = np.array(reaches, np.int32)
                 fields = sharding.to_devices(fields, mesh)
-                prediction = label_maps(state, fields, protocol)
+                prediction, confidence = label_maps(state, fields, protocol, e.calibration)
                 counts = count(prediction, fields, len(names))
-                if pending is not None:  # fetched while the devices work on the next batch
-                    total += np.asarray(pending, np.int64)
-                pending = counts
+                further = count_more(prediction, confidence, fields) if more else None
+                collect()  # the last batch, while the devices work on this one
+                pending = counts, further
                 for row in np.flatnonzero(np.isin(batch["index"], list(chosen))):
                     h, w = batch["label_size"][row].tolist()
                     image_h, image_w = batch["size"][row]
@@ -298,9 +365,9 @@ class Segmentation(ImageTask):
                         "prediction": label[:h, :w],
                     }
                 tick()
-            if pending is not None:
-                total += np.asarray(pending, np.int64)
-            result = self._result(total.sum(axis=0), len(dataset), protocol)
+            collect()
+            whole = {name: counts.sum(axis=0) for name, counts in more.items()}
+            result = self._result(total.sum(axis=0), len(dataset), protocol, whole)
             examples = distributed.gathered(examples)
             result.examples = [examples[i] for i in sorted(examples)]
             colors = self.labels.colors
@@ -309,7 +376,9 @@ class Segmentation(ImageTask):
                 for e in result.examples
             ]
             result.parts = {
-                name: self._result(total[i], part_of.count(name), protocol)
+                name: self._result(
+                    total[i], part_of.count(name), protocol, {key: more[key][i] for key in more}
+                )
                 for i, name in enumerate(names)
                 if name
             }
@@ -318,7 +387,11 @@ class Segmentation(ImageTask):
         return evaluate
 
     def _result(
-        self, confusion: np.ndarray, images: int, protocol: protocols.Protocol
+        self,
+        confusion: np.ndarray,
+        images: int,
+        protocol: protocols.Protocol,
+        more: Mapping[str, np.ndarray],
     ) -> DomainResult:
         iou = 100 * segmentation.iou(confusion)
         per_class = {
@@ -341,6 +414,10 @@ class Segmentation(ImageTask):
             "without_truth": [name for name, count in pixels if not count],
             **confusion_lib.numbers(confusion, self.labels.names),
         }
+        if "calibration" in more:
+            metrics |= reliability(more["calibration"])
+        if "boundary" in more:
+            metrics |= boundary.numbers(more["boundary"], self.labels.names)
 
         def write(folder, name):
             confusion_lib.write_confusion(folder, name, self.labels.names, confusion)
@@ -350,6 +427,7 @@ class Segmentation(ImageTask):
 
 resized = jax.jit(segmentation.label_map, static_argnums=1)
 highest = jax.jit(lambda scores: jnp.argmax(scores, axis=-1).astype(jnp.uint8))
+greatest = jax.jit(lambda scores: scores.max(axis=-1))
 _divided = jax.jit(jnp.divide, donate_argnums=0)
 
 
