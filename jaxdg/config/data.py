@@ -73,7 +73,7 @@ class DataConfig:
         max_boxes: boxes are padded to so many an image. Default 100.
         streets: the generated dataset.
         folder: any other dataset as pairs of image and label folders; None if unused.
-        boxes: any other dataset as images with boxes, in VOC or COCO form; None if unused.
+        boxes: any other dataset as images with boxes, in VOC, YOLO or COCO form; None if unused.
     """
 
     source: str = "clear"

@@ -1,11 +1,12 @@
-"""Boxes in annotation files: VOC's XML, one file an image, and COCO's JSON.
+"""Boxes in annotation files: VOC's XML or YOLO's text, one file an image, and COCO's JSON.
 
-Both are checked before a run begins, in parallel, and the outcome is kept (see `cache.py`), so
-later runs touch neither the images nor the XML files. A JSON file is kept parsed, because parsing
-COCO's takes long. An XML file is parsed and checked again whenever its image is read, so that
+All are checked before a run begins, in parallel, and the outcome is kept (see `cache.py`), so later
+runs touch neither the images nor their files. A JSON file is kept parsed, because parsing COCO's
+takes long. The file of an image is parsed and checked again whenever the image is read, so that
 corrections count. Coordinates up to one pixel beyond the image are clipped, because writers
 disagree whether pixels count from 0 or 1. Any other fault is refused with its path and the number
-of the object. `voc_xml.py` and `coco_json.py` say what files of either form may hold.
+of the object or line. `voc_xml.py`, `yolo_txt.py` and `coco_json.py` say what files of either form
+may hold.
 """
 
 from collections.abc import Collection, Mapping, Sequence
@@ -13,32 +14,33 @@ from concurrent.futures import ThreadPoolExecutor
 import dataclasses
 import os
 import posixpath
+import types
 from typing import Any
 
 from jaxtyping import Bool, Float32, Int32, Integer
 import numpy as np
 
-from jaxdg.data import coco_json, index, storage, voc_xml
+from jaxdg.data import coco_json, index, storage, voc_xml, yolo_txt
 from jaxdg.data.box_fields import Boxes
 from jaxdg.data.cache import cached, decoded, encoded
 from jaxdg.data.coco_json import CocoPart
 from jaxdg.data.index import Defect
 from jaxdg.data.tree import Tree
 
-VERSION = 7  # of the kept arrays
+VERSION = 8  # of the kept arrays
 FLAGS = ("-1", "0", "1")  # behind a name in the list of a single class: absent, difficult, present
 
 
 @dataclasses.dataclass(frozen=True)
-class VocPart:
-    """Images with an XML file each.
+class FilesPart:
+    """Images with a file each: VOC's XML or YOLO's text, whichever the folder holds.
 
     Folders are relative to the dataset's. They are alternatives, of which the first that exists
     counts.
 
     Attributes:
         images: image folder.
-        annotations: folder of the XML files.
+        annotations: folder of the annotation files.
         lists: folder of the lists of images; none if empty.
         listed: the list that counts, one name without extension a line; all images if empty.
     """
@@ -82,30 +84,32 @@ class CocoBoxes:
         }
 
 
-def index_voc(
+def index_files(
     tree: Tree,
-    parts: Sequence[VocPart],
+    parts: Sequence[FilesPart],
     classes: tuple[str, ...],
     skip: Collection[str] = (),
     defects: list[Defect] | None = None,
 ) -> tuple[index.Pairs, Int32[np.ndarray, " n"]]:
-    """Pairs images with their XML files and checks both, or recalls an earlier check.
+    """Pairs images with their annotation files and checks both, or recalls an earlier check.
 
     Args:
         tree: the dataset's files.
-        parts: the images and their XML files.
-        classes: names that objects may have.
+        parts: the images and their files.
+        classes: names that objects may have, in YOLO's files by their ids.
         skip: paths of files to leave out with their partners.
         defects: receives the faults of files, which then are no errors; nothing is recalled.
 
     Returns:
-        The pairs, ordered as listed, without list by path; and the number of boxes of each.
+        The pairs, ordered as listed, without list by path; and the number of boxes of each. An
+        image of YOLO's without a file has no boxes, and "" for the path of its file.
 
     Raises:
         FileNotFoundError: a folder or list does not exist.
         ValueError: missing, unreadable or truncated files, several of one name, lines of a list
-            that name no image, or what `read_voc` refuses; names all of them. Or classes that are
-            told apart only by the case of their letters.
+            that name no image, or what `read_file` refuses; names all of them. Or classes that are
+            told apart only by the case of their letters, a folder with files of both forms, or one
+            of YOLO's in which no image has a file.
     """
     lower = [name.lower() for name in classes]
     if twice := [name for name in classes if lower.count(name.lower()) > 1]:
@@ -116,10 +120,14 @@ def index_voc(
 
     def make() -> dict[str, np.ndarray]:
         wrong: list[Defect] = []
-        pairs = [pair for part in parts for pair in _pair(tree, part, frozenset(skip), wrong)]
+        lists: list[str] = []
+        pairs: list[tuple[str, str]] = []
+        for part in parts:
+            pairs += _pair(tree, part, classes, frozenset(skip), wrong, lists)
         with ThreadPoolExecutor(index.THREADS) as pool:
             checked = list(pool.map(lambda pair: _check_pair(pair[0], pair[1], classes), pairs))
-        _report(wrong + [defect for *_, found in checked for defect in found], defects)
+        wrong += [defect for *_, found in checked for defect in found]
+        _report(wrong, defects, lists)
         if not pairs:
             raise ValueError(
                 f"no images of {os.path.abspath(tree.base)} are left; see its lists, and data.skip"
@@ -133,10 +141,10 @@ def index_voc(
             "sizes": sizes,
             "fingerprints": fingerprints,
             "counts": counts,
-            "notes": encoded(_misnamed(pairs, [said for *_, said, _ in checked])),
+            "notes": encoded(_misnamed(pairs, [said for *_, said, _ in checked]) + _bare(pairs)),
         }
 
-    key = _key("voc", tree, parts, classes, skip)
+    key = _key("files", tree, parts, classes, skip)
     arrays = cached(key, tree.modified, make) if defects is None else make()
     notes = (*tree.skipped.notes(), *decoded(arrays["notes"]))
     texts = decoded(arrays["images"]), decoded(arrays["labels"])
@@ -144,20 +152,21 @@ def index_voc(
     return pairs, arrays["counts"]
 
 
-def read_voc(path: str, size: tuple[int, int], classes: tuple[str, ...]) -> Boxes:
-    """The boxes in an XML file.
+def read_file(path: str, size: tuple[int, int], classes: tuple[str, ...]) -> Boxes:
+    """The boxes in a file of VOC's or YOLO's.
 
     Args:
-        path: as `storage.read` takes it.
+        path: as `storage.read` takes it; "" for an image of YOLO's without a file.
         size: height and width of the image, pixels.
-        classes: names that objects may have, whatever the case of their letters.
+        classes: names that objects may have, whatever the case of their letters; in YOLO's files by
+            their ids.
 
     Raises:
-        ValueError: a file that does not parse, is none of VOC's or states another size, or objects
-            of unknown class, without a name or one box of four numbers, of no size, or outside the
-            image; names all of them.
+        ValueError: a file that does not parse, is of another form or states another size, or
+            objects of unknown class, without a name or one box of four numbers, of no size, or
+            outside the image; names all of them.
     """
-    boxes, _, wrong = voc_xml.read(path, size, classes)
+    boxes, _, wrong = _form(path).read(path, size, classes)
     _report(wrong, None)
     return boxes
 
@@ -235,13 +244,51 @@ def _key(
     return [kind, VERSION, place, wanted, classes, sorted(skip)]
 
 
+def _form(path: str) -> types.ModuleType:
+    """The reader of an annotation file; "" is one of YOLO's that does not exist."""
+    return voc_xml if path.lower().endswith(".xml") else yolo_txt
+
+
+def _annotations(
+    tree: Tree, part: FilesPart, images: Collection[str], classes: Sequence[str]
+) -> tuple[dict[str, list[str]], bool]:
+    """The annotation files by the names that they share with images, and whether they are YOLO's.
+
+    A text file beside XML files that shares the name of no image is something else.
+
+    Raises:
+        ValueError: there are both forms, or classes in another order than `classes`.
+    """
+    xml = _by_stem(tree, part.annotations, (".xml",))
+    texts = _by_stem(tree, part.annotations, (".txt",))
+    names = [stem for stem in texts if f"{posixpath.basename(stem)}.txt" == yolo_txt.NAMES]
+    named = [path for stem in names for path in texts.pop(stem)]
+    if not xml:
+        for path in named:
+            yolo_txt.check_names(path, classes)
+        return texts, bool(texts)
+    if both := sorted(texts.keys() & set(images)):
+        raise ValueError(
+            f"{texts[both[0]][0]} and {next(iter(xml.values()))[0]} are annotations of two forms,"
+            " YOLO's and VOC's; which count is not known: keep one form in the folder"
+        )
+    return xml, False
+
+
 def _pair(
-    tree: Tree, part: VocPart, skip: frozenset[str], wrong: list[Defect]
+    tree: Tree,
+    part: FilesPart,
+    classes: Sequence[str],
+    skip: frozenset[str],
+    wrong: list[Defect],
+    lists: list[str],
 ) -> list[tuple[str, str]]:
+    """The images and annotation files of a part; adds to the defects and to the lists it read."""
     images = _by_stem(tree, part.images, index.IMAGE_SUFFIXES)
-    annotations = _by_stem(tree, part.annotations, (".xml",))
+    annotations, is_yolo = _annotations(tree, part, images, classes)
     if part.listed:
-        stems = _listed(tree.file(part.lists, part.listed), images, annotations, wrong)
+        lists.append(tree.file(part.lists, part.listed))
+        stems = _listed(lists[-1], images, annotations, wrong)
     else:
         stems = sorted(images.keys() | annotations.keys())
     pairs = []
@@ -253,12 +300,19 @@ def _pair(
         for paths in (mine, theirs):
             if len(paths) > 1:
                 wrong.append(Defect(paths[0], f" and {paths[1]} have one name; keep one of them"))
-        if not theirs:
+        if not theirs and is_yolo:
+            pairs.append((mine[0], ""))
+        elif not theirs:
             wrong.append(Defect(mine[0], " has no annotation"))
         elif not mine:
             wrong.append(Defect(theirs[0], " has no image"))
         else:
             pairs.append((mine[0], theirs[0]))
+    if pairs and not any(label for _, label in pairs):
+        folder = os.path.abspath(tree.places(*part.annotations)[0])
+        wrong.append(
+            Defect(folder, f" has a text file for none of {len(pairs)} images, so nothing is known")
+        )
     return pairs
 
 
@@ -326,7 +380,7 @@ def _check_pair(
 ) -> tuple[index.Header, int, str, list[Defect]]:
     """The header, the number of boxes, the image named in the annotation, and the defects."""
     header, wrong = _look(image)
-    boxes, said, found = voc_xml.read(annotation, header.size, classes)
+    boxes, said, found = _form(annotation).read(annotation, header.size, classes)
     return header, len(boxes["boxes"]), said, wrong or found
 
 
@@ -350,13 +404,31 @@ def _misnamed(pairs: Sequence[tuple[str, str]], said: Sequence[str]) -> tuple[st
     return (line,)
 
 
+def _bare(pairs: Sequence[tuple[str, str]]) -> tuple[str, ...]:
+    """A line about images without a file, which count as images without boxes."""
+    bare = [image for image, annotation in pairs if not annotation]
+    if not bare:
+        return ()
+    has = "has" if len(bare) == 1 else "have"
+    line = f"{len(bare)} of {len(pairs)} images {has} no text file and so no boxes, as {bare[0]}"
+    return (line,)
+
+
 def _look(image: str) -> tuple[index.Header, list[Defect]]:
     """The header of an image, and the defects of the file."""
     return index.check_pair((image, ""), boxes=True)
 
 
-def _report(wrong: Sequence[Defect], defects: list[Defect] | None, limit: int = 10) -> None:
-    """Adds to the defects, or raises an error if there is no list of them."""
+def _report(
+    wrong: Sequence[Defect],
+    defects: list[Defect] | None,
+    lists: Collection[str] = (),
+    limit: int = 10,
+) -> None:
+    """Adds to the defects, or raises an error if there is no list of them.
+
+    `lists` are files about many images beside JSON files, as lists of their names.
+    """
     if defects is not None:
         defects += wrong
     elif wrong:
@@ -364,6 +436,6 @@ def _report(wrong: Sequence[Defect], defects: list[Defect] | None, limit: int = 
         more = f"; and {count - limit} more ({count} in all)" if count > limit else ""
         told = "; ".join(path + text for path, text in wrong[:limit])
         # A file about many images cannot be left out.
-        listing = all(path.lower().endswith((".json", ".txt")) for path, _ in wrong)
+        listing = all(path.lower().endswith(".json") or path in lists for path, _ in wrong)
         remedy = "the file" if listing else "these files, or leave them out with data.skip"
         raise ValueError(f"{told}{more}; correct {remedy}")

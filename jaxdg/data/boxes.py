@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from jaxdg.data import index, instances, published, records
-from jaxdg.data.annotations import CocoBoxes, VocPart, index_coco, index_voc, read_voc
+from jaxdg.data.annotations import CocoBoxes, FilesPart, index_coco, index_files, read_file
 from jaxdg.data.box_fields import Boxes, areas_of
 from jaxdg.data.coco_json import CocoPart
 from jaxdg.data.datasets import STREETS, Dataset, Files, Mixture, Streets, StreetsOptions, Subset
@@ -80,14 +80,15 @@ KNOWN = (
 
 @dataclasses.dataclass
 class BoxOptions:
-    """Any images with boxes, in VOC or COCO form.
+    """Any images with boxes, in VOC, YOLO or COCO form.
 
     `{domain}` in a path stands for the domain's name.
 
     Attributes:
         images: image folders below the data root, to train on and to judge on; they may be in an
             archive, as `photos.zip/images`.
-        annotations: for each a folder of VOC's XML files, or a JSON file as COCO's.
+        annotations: for each a folder of VOC's XML files or of YOLO's text files, which may be the
+            image folder, or a JSON file as COCO's.
         lists: for each a text file of the names that count, as VOC has them; "" for all images. A
             JSON file has its own list.
         classes: class names in the order of their ids, all that the annotations hold; empty for
@@ -132,8 +133,8 @@ class BoxFiles(Files):
         raise NotImplementedError
 
 
-class VocFiles(BoxFiles):
-    """Boxes in XML files."""
+class AnnotatedFiles(BoxFiles):
+    """Boxes in a file of VOC's or YOLO's for each image."""
 
     def __init__(self, domain: str, found: tuple[index.Pairs, np.ndarray], labels: LabelSet):
         pairs, counts = found
@@ -141,7 +142,7 @@ class VocFiles(BoxFiles):
         self.box_counts = counts
 
     def boxes(self, i: int) -> Boxes:
-        return read_voc(self.pairs.labels[i], self.size(i), self.labels.names)
+        return read_file(self.pairs.labels[i], self.size(i), self.labels.names)
 
 
 class CocoFiles(BoxFiles):
@@ -339,13 +340,17 @@ def open_box_files(
             towns = {"town05": "test"}
         tree = Tree(os.path.join(root, "carla_towns"))
         parts = [_voc2007((town,), part) for town, part in towns.items()]
-        return VocFiles(domain, index_voc(tree, parts, CARLA.names, left_out, defects), CARLA)
+        return AnnotatedFiles(
+            domain, index_files(tree, parts, CARLA.names, left_out, defects), CARLA
+        )
     if (domain, train) in COUNTS:
         tree = Tree(os.path.join(root, "diverse_weather"))
         listed = "test" if domain == "daytime_clear" and not train else "train"
         parts = [_voc2007(_spellings(domain), listed)]
         labels = DIVERSE_WEATHER
-        return VocFiles(domain, index_voc(tree, parts, labels.names, left_out, defects), labels)
+        return AnnotatedFiles(
+            domain, index_files(tree, parts, labels.names, left_out, defects), labels
+        )
     if domain in instances.READERS:
         return _instances(domain, Tree(os.path.join(root, domain)), split, left_out, defects)
     if domain in KNOWN:
@@ -377,12 +382,12 @@ def _unknown(domain: str) -> ValueError:
     )
 
 
-def _voc2007(folders: tuple[str, ...], listed: str) -> VocPart:
+def _voc2007(folders: tuple[str, ...], listed: str) -> FilesPart:
     images, annotations, lists = (
         tuple(f"{folder}/VOC2007/{kind}" for folder in folders)
         for kind in ("JPEGImages", "Annotations", "ImageSets/Main")
     )
-    return VocPart(images, annotations, lists, f"{listed}.txt")
+    return FilesPart(images, annotations, lists, f"{listed}.txt")
 
 
 def _spellings(domain: str) -> tuple[str, ...]:
@@ -434,16 +439,20 @@ def _own(
     if annotations.lower().endswith(".json"):
         if listed and own.lists != BoxOptions.lists:
             raise ValueError(
-                f"data.boxes.lists names {listed}, but only of VOC's XML files a list is read; take"
-                f" what is not to count out of {annotations}, or leave it out with data.skip"
+                f"data.boxes.lists names {listed}, but only of VOC's or YOLO's files a list is"
+                f" read; take what is not to count out of {annotations}, or leave it out with"
+                " data.skip"
             )
         part = CocoPart(images, *os.path.split(annotations))
         content = index_coco(tree, [part], own.classes, skip, defects)
         return CocoFiles(domain, content, LabelSet(content.names, palette(len(content.names))))
     if not own.classes:
         raise ValueError(
-            "data.boxes.classes is empty; XML files do not list their classes, so name them there"
+            "data.boxes.classes is empty; the files in the folder do not list their classes, so"
+            " name them there"
         )
-    part = VocPart((images,), (annotations,), (os.path.dirname(listed),), os.path.basename(listed))
+    part = FilesPart(
+        (images,), (annotations,), (os.path.dirname(listed),), os.path.basename(listed)
+    )
     labels = LabelSet(own.classes, palette(len(own.classes)))
-    return VocFiles(domain, index_voc(tree, [part], labels.names, skip, defects), labels)
+    return AnnotatedFiles(domain, index_files(tree, [part], labels.names, skip, defects), labels)

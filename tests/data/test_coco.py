@@ -748,7 +748,7 @@ def test_lists_of_names_are_refused(tmp_path):
     own.lists = ("train.txt", "val.txt")
     with pytest.raises(
         ValueError,
-        match=r"data\.boxes\.lists names train\.txt, but only of VOC's XML files a list is read",
+        match=r"data\.boxes\.lists names train\.txt, but only of VOC's or YOLO's files",
     ):
         open_own(tmp_path, own)
     own.lists = ("", "")
