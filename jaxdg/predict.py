@@ -1,11 +1,18 @@
-"""Images in, label maps or boxes and overlays out.
+"""Images and videos in, label maps or boxes and overlays out.
 
     python -m jaxdg.predict --checkpoint runs/streets --out predictions IMAGE_OR_FOLDER...
+    python -m jaxdg.predict --checkpoint runs/streets --out predictions drive.mp4 camera:0
 
 Segmentation writes `NAME.png` (class ids, uint8, of the image's size). Detection writes
 `NAME.json`: a list of boxes as in COCO's results, {"category": class name, "category_id": its
 number from 1, "bbox": [x, y, width, height] in pixels of the image, "score"}, the best first. Both
-write `NAME_overlay.jpg`.
+write `NAME_overlay.jpg`. With `--scores` segmentation also writes `NAME_scores.npz` (probabilities
+float16 [h, w, k] and the names of the classes) and `NAME_confidence.png` (the highest probability,
+0 to 255).
+
+A video file, a camera (`camera:0`) or a stream (`rtsp://HOST/PATH`) gives `NAME_overlay.mp4`. With
+`--label_maps` or `--scores` every frame also gives what an image does, as `NAME/000000.png` and so
+on. Ctrl-C ends it with what was written.
 
 NAME is the image's path below the given folder, without extension. If two images would have the
 same name, both get their extension after it (`a_png`, `a_jpg`) or their folders before it (`x/a`,
@@ -13,277 +20,358 @@ same name, both get their extension after it (`a_png`, `a_jpg`) or their folders
 what a run wrote.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-import functools
-import io
-import json
-import os
+from collections.abc import Callable, Generator, Iterator, Sequence
 from pathlib import Path
 import sys
+import time
+from typing import Any
 
 from absl import flags
 import cv2
-import jax
 import numpy as np
-from PIL import Image
 
 from jaxdg.commands import command_line as cli
 from jaxdg.commands import outputs
 from jaxdg.commands import process as runtime
+from jaxdg.commands.batches import Item, Options, predict_all
+from jaxdg.commands.inputs import check_outputs, find_images, frame_files
+from jaxdg.commands.predictions import (
+    SCORES,
+    Write,
+    boxes_line,
+    classes_line,
+    encoded,
+    entries,
+    sure_boxes,
+    write_boxes,
+    write_label,
+    write_scores,
+)
+from jaxdg.commands.threads import Behind, read_ahead
 from jaxdg.config import paths
-from jaxdg.data import storage
+from jaxdg.data import video
 from jaxdg.data.images import read_image
-from jaxdg.data.index import IMAGE_SUFFIXES
-from jaxdg.data.labels import LabelSet
-from jaxdg.drawing.overlays import box_overlay, overlay
+from jaxdg.drawing.films import Film
+from jaxdg.drawing.overlays import draw_boxes, tint
 from jaxdg.evaluation.average_precision import Detections
-from jaxdg.tasks.loading import load
+from jaxdg.tasks.loading import Model, load
 from jaxdg.tasks.run_state import opened
-
-NAMED = 5  # a line about files names at most so many
-Say = Callable[[str], None]
-Write = Callable[[Path, bytes], None]
-
-
-def find_images(paths: Iterable[str], say: Say = lambda line: None) -> list[tuple[Path, Path]]:
-    """The images of these paths, each once and in order: (file, name below --out without suffix).
-
-    Args:
-        paths: of images and folders.
-        say: receives a line about each kind of file that is skipped.
-
-    Raises:
-        FileNotFoundError: a path does not exist.
-        ValueError: a folder holds no images.
-    """
-    found: dict[str, tuple[Path, Path]] = {}  # by real path
-    written: list[str] = []
-    for path in map(Path, paths):
-        if path.is_dir():
-            files = _in_folder(path, written, say)
-        elif path.is_file():
-            files = [(path, Path(path.stem))]
-            if os.path.realpath(path) in outputs.written_above(os.path.dirname(path) or "."):
-                written.append(str(path))
-                continue
-        else:
-            raise FileNotFoundError(f"{path} does not exist")
-        for file, name in files:
-            found.setdefault(os.path.realpath(file), (file, name))
-    if written:
-        say(f"passed over, as predict wrote them: {_some(sorted(written))}")
-    if not found:
-        raise ValueError("no image is left to predict; name others")
-    return list(
-        zip((file for file, _ in found.values()), _distinct([*found.values()]), strict=True)
-    )
-
-
-def _in_folder(path: Path, written: list[str], say: Say) -> list[tuple[Path, Path]]:
-    """The images below a folder and their names; adds files that predict wrote to `written`."""
-    skipped = storage.SkippedEntries()
-    files = []
-    others = []
-    mine = outputs.written_above(str(path))
-    before = len(written)
-    for parent, names in storage.walk(str(path), skipped):
-        real = os.path.realpath(parent)
-        mine |= {os.path.join(real, name) for name in outputs.Outputs(Path(parent)).digests}
-        for name in names:
-            file = os.path.join(parent, name)
-            if os.path.join(real, name) in mine:
-                written.append(file)
-            else:
-                (files if name.lower().endswith(IMAGE_SUFFIXES) else others).append(file)
-    for line in skipped.notes():
-        say(line)
-    if others:
-        say(f"passed over, as their types are not read: {_some(sorted(others))}")
-    if not files and len(written) == before:
-        raise ValueError(f"{path} holds no images ({' '.join(IMAGE_SUFFIXES)})")
-    return [(file, file.relative_to(path).with_suffix("")) for file in sorted(map(Path, files))]
-
-
-def _some(names: Sequence[str]) -> str:
-    more = f", .. ({len(names)} files)" if len(names) > NAMED else ""
-    return ", ".join(names[:NAMED]) + more
-
-
-def _distinct(found: Sequence[tuple[Path, Path]]) -> list[Path]:
-    """A distinct name for each image: its own if no other image has it."""
-    groups: dict[Path, list[int]] = {}
-    for i, (_, name) in enumerate(found):
-        groups.setdefault(name, []).append(i)
-    names = [name for _, name in found]
-    taken = {name for name, members in groups.items() if len(members) == 1}
-    for members in (members for members in groups.values() if len(members) > 1):
-        proposals = next(
-            made
-            for made in _proposals([found[i] for i in members])
-            if len({*made}) == len(made) and taken.isdisjoint(made)
-        )
-        taken |= {*proposals}
-        for i, name in zip(members, proposals, strict=True):
-            names[i] = name
-    return names
-
-
-def _proposals(group: Sequence[tuple[Path, Path]]) -> Iterator[list[Path]]:
-    """Proposes names for images of one name: with extensions, with folders above, with both."""
-    above = [Path(os.path.abspath(file)).parts[1 : -len(name.parts)] for file, name in group]
-    for depth in range(max(map(len, above)) + 1):
-        names = [
-            Path(*parts[len(parts) - min(depth, len(parts)) :], name)
-            for parts, (_, name) in zip(above, group, strict=True)
-        ]
-        if depth:
-            yield names
-        yield [
-            Path(f"{name}_{file.suffix[1:]}") for name, (file, _) in zip(names, group, strict=True)
-        ]
-    for number in range(1, sys.maxsize):  # an image is called as another would be
-        yield [
-            Path(f"{name}_{number}_{file.suffix[1:]}")
-            for name, (file, _) in zip(names, group, strict=True)
-        ]
-
-
-def check_outputs(out: outputs.Outputs, images: Sequence[tuple[Path, Path]], suffix: str) -> None:
-    """Checks that predicting these images replaces no file that predict did not write.
-
-    Args:
-        out: the folder to write to.
-        images: from `find_images`.
-        suffix: of the files beside the overlays.
-
-    Raises:
-        ValueError: names a file that would be replaced, or a folder that would mix images and
-            predictions.
-    """
-    real = functools.cache(os.path.realpath)
-    folders = {real(file.parent): file for file, _ in images}
-    for _, name in images:
-        folder = (out.folder / name).parent
-        if image := folders.get(real(folder)):
-            raise ValueError(
-                f"--out would put predictions into {folder}, the folder of the image {image}; give"
-                " another folder"
-            )
-        for target in (
-            Path(f"{out.folder / name}{suffix}"),
-            Path(f"{out.folder / name}_overlay.jpg"),
-        ):
-            if not out.may_write(target):
-                raise ValueError(
-                    f"{target} is there and is not what predict wrote there"
-                    f" ({out.folder / outputs.NAME} lists that); give another --out, or move the"
-                    " file"
-                )
-
-
-def write_label(
-    target: Path, image: np.ndarray, label: np.ndarray, labels: LabelSet, write: Write | None = None
-) -> str:
-    """Writes a label map uint8 [h, w] as `TARGET.png` and `TARGET_overlay.jpg`; returns a line."""
-    write = write or outputs.Outputs(target.parent).write
-    write(Path(f"{target}.png"), _encoded(label, "PNG"))
-    write(
-        Path(f"{target}_overlay.jpg"),
-        _encoded(overlay(image, label, labels.colors, labels.names), "JPEG"),
-    )
-    ids, counts = np.unique(label, return_counts=True)
-    shares = sorted(zip(counts / label.size, ids, strict=True), reverse=True)[:3]
-    return f"{target}.png  " + ", ".join(
-        f"{labels.names[i]} {100 * share:.0f} %" for share, i in shares
-    )
-
-
-def write_boxes(
-    target: Path,
-    image: np.ndarray,
-    found: Detections,
-    labels: LabelSet,
-    score_threshold: float,
-    write: Write | None = None,
-) -> str:
-    """Writes boxes with at least this score as `TARGET.json` and `TARGET_overlay.jpg`."""
-    write = write or outputs.Outputs(target.parent).write
-    sure = found.scores >= score_threshold
-    boxes = found.boxes[sure]
-    scores = found.scores[sure]
-    classes = found.classes[sure]
-    entries = [
-        {
-            "category": labels.names[k],
-            "category_id": k + 1,
-            "bbox": [x0, y0, x1 - x0, y1 - y0],
-            "score": score,
-        }
-        for (x0, y0, x1, y1), score, k in zip(
-            boxes.tolist(), scores.tolist(), classes.tolist(), strict=True
-        )
-    ]
-    write(Path(f"{target}.json"), json.dumps(entries).encode())
-    write(
-        Path(f"{target}_overlay.jpg"),
-        _encoded(
-            box_overlay(image, boxes, classes, labels.colors, labels.names, scores),
-            "JPEG",
-        ),
-    )
-    counts = ((np.count_nonzero(classes == k), name) for k, name in enumerate(labels.names))
-    return f"{target}.json  " + (
-        ", ".join(f"{count} {name}" for count, name in counts if count) or "nothing"
-    )
-
-
-def _encoded(picture: np.ndarray, form: str) -> bytes:
-    data = io.BytesIO()
-    Image.fromarray(picture).save(data, form, quality=92)
-    return data.getvalue()
 
 
 def _say(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
+def predict_images(
+    model: Model, images: Sequence[tuple[Path, Path]], out: outputs.Outputs, options: Options
+) -> int:
+    """Predicts images and names those that fail; returns how many did.
+
+    Args:
+        model: from `load`.
+        images: from `find_images`.
+        out: where predictions are written to.
+        options: how.
+    """
+    failed = []
+
+    def fail(key: tuple[Path, Path], error: Exception) -> None:
+        file = key[0]
+        failed.append(file)
+        reason = str(error).split("; fetch the file again")[0].removeprefix(f"{file}: ")
+        _say(f"failed: {file}: {' '.join(reason.split())}")
+
+    def read() -> Generator[tuple[tuple[Path, Path], np.ndarray | Exception], None, None]:
+        for key in images:
+            try:
+                yield key, read_image(str(key[0]), upright=True)
+            except (ValueError, cv2.error) as error:
+                yield key, error
+
+    def readable() -> Iterator[Item]:
+        for key, image in read_ahead(read(), options.batch_size):
+            if isinstance(image, Exception):
+                fail(key, image)
+            else:
+                yield key, image
+
+    def write(name: Path, image: np.ndarray, prediction: Any) -> None:
+        target = out.folder / name
+        if options.scores:
+            prediction, scores = prediction
+            write_scores(target, scores, model.labels, out.write)
+        if isinstance(prediction, Detections):
+            threshold = options.score_threshold
+            line = write_boxes(target, image, prediction, model.labels, threshold, out.write)
+        else:
+            line = write_label(target, image, prediction, model.labels, out.write)
+        print(line, flush=True)
+
+    with Behind(options.batch_size) as behind:
+
+        def deliver(key: tuple[Path, Path], image: np.ndarray, prediction: Any) -> None:
+            behind(write, key[1], image, prediction)
+
+        predict_all(model, readable(), options, deliver, fail)
+    return len(failed)
+
+
+class Shown:
+    """Draws the predictions of a video's frames into a film, and adds up what they say.
+
+    Attributes:
+        frames: so far.
+        counts: pixels, or boxes, of each class.
+        changed: pixels whose class differs from that in the frame before.
+        compared: pixels that have a frame before.
+    """
+
+    def __init__(
+        self, model: Model, film: Film, target: Path, write: Write | None, options: Options
+    ):
+        """Args:
+        model: from `load`.
+        film: of overlays.
+        target: folder of the files of frames.
+        write: writes those; None: they are not written.
+        options: how.
+        """
+        self._labels = model.labels
+        self._film = film
+        self._target = target
+        self._write = write
+        self._options = options
+        self._before: np.ndarray | None = None
+        self.frames = 0
+        self.counts = np.zeros(len(model.labels.names), np.int64)
+        self.changed = 0
+        self.compared = 0
+
+    def add(self, number: int, image: np.ndarray, prediction: Any) -> None:
+        """Adds a frame; with scores `prediction` is a pair."""
+        labels = self._labels
+        colors, names = labels.colors, labels.names
+        target = self._target / f"{number:06d}"
+        if self._options.scores:
+            prediction, scores = prediction
+            assert self._write is not None
+            write_scores(target, scores, labels, self._write)
+        if isinstance(prediction, Detections):
+            sure = sure_boxes(prediction, self._options.score_threshold)
+            picture = draw_boxes(image, sure.boxes, sure.classes, colors, names, sure.scores)
+            found = sure.classes
+            if self._write is not None:
+                self._write(Path(f"{target}.json"), entries(sure, labels))
+        else:
+            picture = tint(image, prediction, colors)
+            found = prediction.ravel()
+            if self._before is not None and self._before.shape == prediction.shape:
+                self.changed += int(np.count_nonzero(self._before != prediction))
+                self.compared += prediction.size
+            self._before = prediction
+            if self._write is not None:
+                self._write(Path(f"{target}.png"), encoded(prediction, "PNG"))
+        self._film.write(picture, number)
+        self.counts += np.bincount(found, minlength=len(names))
+        self.frames += 1
+
+    def summary(self, seconds: float, boxes: bool) -> str:
+        """What the frames were, without a line's end."""
+        parts = [f"{self.frames} frames, {self.frames / seconds:.1f} a second"]
+        if self.compared:
+            share = 100 * self.changed / self.compared
+            parts.append(f"{share:.1f} % of pixels change class from one frame to the next")
+        parts.append((boxes_line if boxes else classes_line)(self.counts, self._labels))
+        return "; ".join(parts)
+
+
+def predict_video(
+    model: Model,
+    source: str,
+    name: Path,
+    out: outputs.Outputs,
+    options: Options,
+    stop: Callable[[], bool] = lambda: False,
+) -> None:
+    """Predicts the frames of a video into `NAME_overlay.mp4`, and tells how many and how fast.
+
+    Args:
+        model: from `load`.
+        source: as for `Video`.
+        name: below the folder of outputs.
+        out: where predictions are written to.
+        options: how.
+        stop: whether to end early; what was written by then stays.
+
+    Raises:
+        ValueError: the video cannot be read, or not to its end; what was written stays.
+    """
+    given = video.Video(source)
+    shown_as = video.shown(source)
+    target = out.folder / f"{name}_overlay.mp4"
+    write = out.write if options.frames or options.scores else None
+    for file in frame_files(out.folder / name) if write else ():
+        file.unlink()  # of an earlier run, whose video may have been longer
+    boxes = model.task.config.task == "detection"
+    errors: list[str] = []
+    asked = False
+
+    def ended() -> bool:
+        """Also after an error, as the frames behind it would not fit."""
+        nonlocal asked
+        asked = asked or stop()
+        return asked or bool(errors)
+
+    def fail(number: int, error: Exception) -> None:
+        errors.append(f"frame {number}: {' '.join(str(error).split())}")
+
+    ahead = 2 * options.batch_size
+    frames: Iterator[Any] = read_ahead(given.frames(), ahead, newest=given.live, stop=ended)
+    begun = time.perf_counter()
+    labels = model.labels
+    with (
+        out.writing(target) as partial,
+        Film(partial, given.rate, labels.colors, labels.names) as film,
+        Behind(ahead) as behind,
+    ):
+        shown = Shown(model, film, out.folder / name, write, options)
+        progress = Progress(shown_as, given.stated, begun)
+
+        def deliver(number: int, image: np.ndarray, prediction: Any) -> None:
+            behind(shown.add, number, image, prediction)
+            progress(shown.frames)
+
+        try:
+            predict_all(model, frames, options, deliver, fail)
+        except ValueError as error:
+            errors.append(str(error))  # and what came before it is kept
+    progress.end()
+    seconds = time.perf_counter() - begun
+    if shown.frames:
+        print(f"{target}  {shown.summary(seconds, boxes)}", flush=True)
+    where = f"{target} holds these" if shown.frames else "nothing was written"
+    if errors:
+        raise ValueError(f"{shown_as}: {errors[0]}; {shown.frames} frames were before it, {where}")
+    if asked and not given.live:
+        of = f" of {given.stated}" if given.stated else ""
+        raise ValueError(f"{shown_as}: stopped after {shown.frames}{of} frames; {where}")
+    if not asked and given.stated and given.read < given.stated:
+        raise ValueError(
+            f"{shown_as}: cut short or damaged, {given.read} of the {given.stated} frames that"
+            f" its header states could be read; {where}"
+        )
+    if not shown.frames:
+        raise ValueError(f"{shown_as}: no frame could be read; {where}")
+
+
+def predict_videos(
+    model: Model,
+    videos: Sequence[tuple[str, Path]],
+    out: outputs.Outputs,
+    options: Options,
+    alone: bool,
+) -> int:
+    """Predicts videos and names those that fail; returns how many did.
+
+    Args:
+        model: from `load`.
+        videos: sources and names, see `predict_video`.
+        out: where predictions are written to.
+        options: how.
+        alone: whether the only one raises its error instead.
+    """
+    interrupt = cli.Interrupt()  # a camera has no other end
+    failed = 0
+    for number, (source, name) in enumerate(videos):
+        try:
+            predict_video(model, source, name, out, options, lambda: interrupt.asked)
+        except ValueError as error:
+            if alone:
+                raise
+            failed += 1
+            _say(f"failed: {error}")
+        if interrupt.asked:
+            for other, _ in videos[number + 1 :]:
+                failed += 1
+                _say(f"failed: {video.shown(other)}: not begun, as it was to stop before")
+            break
+    return failed
+
+
+class Progress:
+    """Says every now and then how many frames are done, and how many a second."""
+
+    def __init__(self, name: str, total: int | None, begun: float):
+        """Args:
+        name: of the video.
+        total: its frames, if known.
+        begun: when, by `time.perf_counter`.
+        """
+        self._name = name
+        self._of = f" of {total}" if total else ""
+        self._begun = self._last = begun
+        self._terminal = sys.stderr.isatty()
+
+    def __call__(self, frames: int) -> None:
+        """Args:
+        frames: done so far.
+        """
+        now = time.perf_counter()
+        if now - self._last < (1 if self._terminal else 30):
+            return
+        self._last = now
+        rate = frames / (now - self._begun)
+        line = f"{self._name}: {frames}{self._of} frames, {rate:.1f} a second"
+        print(line, end="\r" if self._terminal else "\n", file=sys.stderr, flush=True)
+
+    def end(self) -> None:
+        """Clears the line of a terminal."""
+        if self._terminal:
+            print("\x1b[2K", end="", file=sys.stderr, flush=True)
+
+
 def main(arguments: Sequence[str]) -> None:
-    """Predicts the images that the arguments name."""
+    """Predicts the images and videos that the arguments name."""
     if len(arguments) < 2:
         raise ValueError(
             "name at least one image or folder: python -m jaxdg.predict --checkpoint DIR --out DIR"
             " IMAGE_OR_FOLDER..."
         )
-    images = find_images(
-        [paths.given(argument, "an image or folder") for argument in arguments[1:]], _say
-    )
+    live = [*dict.fromkeys(filter(video.is_live, arguments[1:]))]
+    given = [
+        paths.given(argument, "an image, a folder, a video or camera:NUMBER")
+        for argument in arguments[1:]
+        if argument not in live
+    ]
+    found = find_images(given, _say) if given else []
+    images = [(file, name) for file, name in found if not video.is_video(file)]
+    videos = [(str(file), name) for file, name in found if video.is_video(file)]
+    videos += [(source, Path(video.live_name(source))) for source in live]
     out = outputs.Outputs(Path(_OUT.value))
+    options = Options(
+        batch_size=_BATCH_SIZE.value,
+        scores=_SCORES.value,
+        tta=_TTA.value,
+        frames=_LABEL_MAPS.value,
+        score_threshold=_SCORE_THRESHOLD.value,
+    )
     boxes = opened(_CHECKPOINT.value).config.task == "detection"
-    check_outputs(out, images, ".json" if boxes else ".png")
+    if boxes and (options.scores or options.tta):
+        flag = "--scores" if options.scores else "--tta"
+        raise ValueError(f"{flag} is of segmentation; the model in {_CHECKPOINT.value} detects")
+    suffixes = [".json" if boxes else ".png", "_overlay.jpg", *(SCORES if options.scores else ())]
+    check_outputs(out, images, suffixes, videos, frames=options.frames or options.scores)
     runtime.set_up()
     model = load(_CHECKPOINT.value)
-    failed = 0
-    for file, name in images:
-        try:
-            image = read_image(str(file), upright=True)
-            prediction = model.predict(image)
-        # JaxRuntimeError: the image is too large for the memory.
-        except (ValueError, cv2.error, jax.errors.JaxRuntimeError) as error:
-            failed += 1
-            reason = str(error).split("; fetch the file again")[0].removeprefix(f"{file}: ")
-            _say(f"failed: {file}: {' '.join(reason.split())}")
-            continue
-        target = out.folder / name
-        if isinstance(prediction, Detections):
-            threshold = _SCORE_THRESHOLD.value
-            line = write_boxes(target, image, prediction, model.labels, threshold, out.write)
-        else:
-            line = write_label(target, image, prediction, model.labels, out.write)
-        print(line, flush=True)
+    failed = predict_images(model, images, out, options) if images else 0
+    if videos:
+        alone = len(images) + len(videos) == 1
+        failed += predict_videos(model, videos, out, options, alone)
     if failed:
+        what = "images and videos" if videos else "images"
         raise ValueError(
-            f"{failed} of {len(images)} images could not be predicted and are named above; the"
-            f" others are in {out.folder}"
+            f"{failed} of {len(images) + len(videos)} {what} could not be predicted and are named"
+            f" above; the others are in {out.folder}"
         )
 
 
@@ -291,8 +379,28 @@ if __name__ == "__main__":
     _CHECKPOINT = cli.define_checkpoint()
     _OUT = cli.define_path(
         "out",
-        "Folder for NAME.png (class ids) or NAME.json (boxes), and NAME_overlay.jpg.",
+        "Folder for NAME.png (class ids) or NAME.json (boxes), and NAME_overlay.jpg or .mp4.",
         required=True,
+    )
+    _BATCH_SIZE = flags.DEFINE_integer(
+        "batch_size", 1, "Images or frames at once; neighbours of one size.", lower_bound=1
+    )
+    _SCORES = flags.DEFINE_bool(
+        "scores",
+        False,
+        "Also write the probabilities of classes (NAME_scores.npz, float16) and the highest of them"
+        " (NAME_confidence.png, 0 to 255).",
+    )
+    _LABEL_MAPS = flags.DEFINE_bool(
+        "label_maps",
+        False,
+        "Of videos, also write every frame's label map (NAME/000000.png, ..) or boxes (.json).",
+    )
+    _TTA = flags.DEFINE_bool(
+        "tta",
+        False,
+        "Test-time augmentation of segmentation: probabilities are averaged over six sizes, 0.5 to"
+        " 1.75, each also mirrored.",
     )
     _SCORE_THRESHOLD = flags.DEFINE_float(
         "score_threshold", 0.3, "Least score of a box that is written and drawn.", 0.0, 1.0

@@ -3,7 +3,6 @@
 import json
 import os
 from pathlib import Path
-import types
 
 import numpy as np
 from PIL import Image
@@ -11,9 +10,7 @@ import pytest
 
 from jaxdg import predict
 from jaxdg.commands import outputs
-from jaxdg.config import Config
-from jaxdg.data.labels import CITYSCAPES
-from jaxdg.evaluation.average_precision import Detections
+from tests import stand_in
 
 
 def picture(file: Path, shade: int = 90) -> Path:
@@ -30,48 +27,13 @@ def bytes_below(folder: Path) -> dict[str, bytes]:
     }
 
 
-class Stand:
-    """In place of a trained model: every pixel has the class that is the red value over 10, or one
-    box is seen.
-    """
-
-    labels = CITYSCAPES
-
-    def __init__(self, boxes: bool):
-        self.boxes = boxes
-
-    def predict(self, image: np.ndarray) -> np.ndarray | Detections:
-        if not self.boxes:
-            return (image[..., 0] // 10 % 19).astype(np.uint8)
-        found = (
-            np.array([[1, 1, 5, 5]], np.float32),
-            np.array([0.9], np.float32),
-            np.array([image[0, 0, 0] // 10], np.int32),
-        )
-        return Detections(*found)
-
-
 @pytest.fixture(params=["segmentation", "detection"])
 def command(request, monkeypatch):
     """The command with a stand-in for the model, for both tasks; and the extension of what it
     writes.
     """
-    config = Config()
-    config.task = request.param
-    trained = types.SimpleNamespace(config=config)
-    monkeypatch.setattr(predict, "opened", lambda checkpoint: trained)
-    monkeypatch.setattr(predict, "load", lambda checkpoint: Stand(request.param == "detection"))
-    monkeypatch.setattr(predict.runtime, "set_up", lambda: None)
-    monkeypatch.setattr(predict, "_CHECKPOINT", types.SimpleNamespace(value="run"), raising=False)
-    monkeypatch.setattr(
-        predict, "_SCORE_THRESHOLD", types.SimpleNamespace(value=0.3), raising=False
-    )
-
-    def run(out: Path, *images: object) -> None:
-        monkeypatch.setattr(predict, "_OUT", types.SimpleNamespace(value=str(out)), raising=False)
-        predict.main(["predict", *map(str, images)])
-
-    return run, {"segmentation": ".png", "detection": ".json"}[request.param]
+    end = {"segmentation": ".png", "detection": ".json"}[request.param]
+    return stand_in.command(monkeypatch, request.param), end
 
 
 def test_a_folder_is_predicted_twice_alike(command, tmp_path):
@@ -326,3 +288,61 @@ def test_pictures_are_upright_and_read_by_their_content(command, tmp_path, capsy
     if suffix == ".png":
         ids = np.asarray(Image.open(tmp_path / "out" / "photo.png"))
         np.testing.assert_array_equal(ids, np.rot90(pixels[..., 0], -1) // 10 % 19)
+
+
+def test_batches_are_of_neighbours_of_one_size_and_change_nothing(tmp_path, monkeypatch, capsys):
+    """Files of any --batch_size are the same bytes and lines in one order; a batch that is not full
+    is filled up, so that all have one shape.
+    """
+    run = stand_in.command(monkeypatch, "segmentation")
+    sizes = [(12, 8), (16, 16), (9, 9), (16, 8), (40, 8), (40, 8), (12, 8)]
+    for i, (w, h) in enumerate(sizes):
+        path = tmp_path / f"images/{i}.png"
+        path.parent.mkdir(exist_ok=True)
+        Image.new("RGB", (w, h), (30 * i, 0, 0)).save(path)
+    (tmp_path / "images/2b.png").write_bytes(b"broken")
+    written, lines = [], []
+    for batch_size in (1, 3):
+        out = tmp_path / f"out{batch_size}"
+        with pytest.raises(ValueError, match="1 of 8 images could not be predicted"):
+            run(out, tmp_path / "images", _BATCH_SIZE=batch_size)
+        lines.append(capsys.readouterr().out.replace(str(out), ""))
+        written.append(bytes_below(out))
+    assert written[0] == written[1]
+    assert lines[0] == lines[1]
+    assert lines[0].count("\n") == 7
+    (tmp_path / "images/2b.png").unlink()
+    stand = run(tmp_path / "again", tmp_path / "images", _BATCH_SIZE=3)
+    assert stand.batches == [
+        [(8, 12), (16, 16), (9, 9)],
+        [(8, 16)] * 3,
+        [(8, 40)] * 3,
+        [(8, 12)] * 3,
+    ]
+
+
+def test_scores_are_written_beside_the_label_map(tmp_path, monkeypatch):
+    """Probabilities in float16 with the classes' names, and the highest in 0..255; detection has
+    none; two inputs that would share a file are named before anything is written.
+    """
+    run = stand_in.command(monkeypatch, "segmentation")
+    picture(tmp_path / "a.png", 70)
+    run(tmp_path / "out", tmp_path / "a.png", _SCORES=True)
+    with np.load(tmp_path / "out/a_scores.npz") as stored:
+        assert stored["scores"].dtype == np.float16
+        assert stored["scores"].shape == (8, 12, 19)
+        np.testing.assert_allclose(stored["scores"].sum(-1, dtype=np.float64), 1, atol=2e-3)
+        np.testing.assert_array_equal(stored["scores"].argmax(-1), 7)
+        assert list(stored["classes"]) == list(stand_in.CITYSCAPES.names)
+    confidence = np.asarray(Image.open(tmp_path / "out/a_confidence.png"))
+    assert confidence.dtype == np.uint8
+    np.testing.assert_array_equal(confidence, 140)  # 0.55 * 255 = 140.25
+    picture(tmp_path / "a_confidence.png")
+    both = tmp_path / "a.png", tmp_path / "a_confidence.png"
+    with pytest.raises(ValueError, match=r"two of what .* written to .*/new/a_confidence\.png"):
+        run(tmp_path / "new", *both, _SCORES=True)
+    assert not (tmp_path / "new").exists()
+    run(tmp_path / "new", *both)
+    detect = stand_in.command(monkeypatch, "detection")
+    with pytest.raises(ValueError, match="--scores is of segmentation; the model in run detects"):
+        detect(tmp_path / "boxes", tmp_path / "a.png", _SCORES=True)

@@ -6,6 +6,8 @@ next command knows every file of one that was killed. A file that was changed si
 such as a label map corrected by hand, is not replaced.
 """
 
+from collections.abc import Iterator
+import contextlib
 import hashlib
 import json
 import os
@@ -52,11 +54,7 @@ class Outputs:
         if not os.path.lexists(file):
             return True
         known = self.digests.get(self._key(file))
-        return (
-            bool(known)
-            and file.is_file()
-            and hashlib.sha256(file.read_bytes()).hexdigest() in known
-        )
+        return bool(known) and file.is_file() and _digest(file) in known
 
     def write(self, file: Path, content: bytes) -> None:
         """Writes a file in one step and records it.
@@ -65,18 +63,30 @@ class Outputs:
             file: in the folder or below; folders are made.
             content: of the file.
         """
-        key = self._key(file)
-        digest = hashlib.sha256(content).hexdigest()
-        partial = file.with_name(f".{file.name}.{os.getpid()}.partial")
-        with files.naming(file):
-            file.parent.mkdir(parents=True, exist_ok=True)
-            if digest not in self.digests.get(key, ()):
-                self._note(key, digest)
-            try:
-                partial.write_bytes(content)
+        with files.naming(file), self.writing(file) as partial:
+            partial.write_bytes(content)
+
+    @contextlib.contextmanager
+    def writing(self, file: Path) -> Iterator[Path]:
+        """A path for the content of a file, which takes its place in the end and is recorded.
+
+        After an error, or if nothing was written there, the file stays as it was.
+
+        Args:
+            file: as for `write`.
+        """
+        partial = file.with_name(f".{os.getpid()}.partial.{file.name}")
+        file.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            yield partial
+            if partial.exists():
+                key = self._key(file)
+                digest = _digest(partial)
+                if digest not in self.digests.get(key, ()):
+                    self._note(key, digest)
                 os.replace(partial, file)
-            finally:
-                partial.unlink(missing_ok=True)
+        finally:
+            partial.unlink(missing_ok=True)
 
     def _note(self, key: str, digest: str) -> None:
         self.digests.setdefault(key, set()).add(digest)
@@ -88,6 +98,11 @@ class Outputs:
 
     def _key(self, file: Path) -> str:
         return file.relative_to(self.folder).as_posix()
+
+
+def _digest(file: Path) -> str:
+    with open(file, "rb") as content:
+        return hashlib.file_digest(content, "sha256").hexdigest()
 
 
 def written_above(folder: str) -> set[str]:
