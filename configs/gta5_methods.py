@@ -23,9 +23,10 @@ Reproduces: data, crops, augmentation, optimiser, schedule, batch and steps of t
 6b019b9), taps 7, 11, 15 and 23 without a final norm, patches of 16 pixels and a pyramid by
 interpolation; of tqdm patches of 14 and a learned pyramid.
 Differs: images are normalised as in each encoder's pre-training, where Rein takes ImageNet's
-statistics for all. The loss of `vfmnet` is a mean over labelled pixels, theirs over all pixels.
-SoMA starts as its paper says; --config.low_rank.start=soma_released starts as its code does.
-tqdm trains on all of GTA5, where its authors have presumably half of it.
+statistics for all; for EVA-02-CLIP with ImageNet's, where tqdm takes CLIP's. The loss of `vfmnet`
+is a mean over labelled pixels, theirs over all pixels. SoMA starts as its paper says;
+--config.low_rank.start=soma_released starts as its code does. tqdm trains on all of GTA5, where its
+authors have presumably half of it.
 Open: the batch of tqdm is 8 on each of an unknown number of GPUs; citing papers say 16. SoMA's
 results are presumably of the step that was best on the target domains. The rank of LoRA in Rein's
 paper is inferred from the number of parameters. Others could not reproduce Rein's 57.4 with CLIP-L.
@@ -249,6 +250,9 @@ def tqdm(c: Config, source: str) -> None:
     c.model.patch_size = None
     c.model.pyramid = "batch"
     c.model.decoder = "tqdm"
+    if c.model.encoder == "clip_b16":  # theirs, not EVA-02-CLIP
+        c.model.drop_path = 0.1
+        c.model.tqdm.contexts = 5
     c.visual_anchor.on = True
     o = c.optimizer
     on_cityscapes = c.data.source == "cityscapes"

@@ -157,15 +157,18 @@ def _has_enlarged_patches(view: Checkpoint, name: str) -> bool:
 
 
 def renormalised(
-    kernel: np.ndarray, positions: np.ndarray, config: backbones.VitConfig
+    kernel: np.ndarray,
+    positions: np.ndarray,
+    config: backbones.VitConfig,
+    statistics: Mapping[str, Sequence[float]] = IMAGENET,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Kernel and positions that give the same tokens for images normalised with the encoder's own
-    statistics as the given ones give for those normalised with ImageNet's.
+    statistics as the given ones give for those normalised with `statistics`.
 
     With x the pixels, (x - m) / s = (x - m') / s' * (s' / s) + (m' - m) / s. The factor goes into
     the kernel, and what the kernel makes of the constant is added to the patches' positions.
     """
-    mean, std = (np.asarray(IMAGENET[key], np.float64) for key in ("mean", "std"))
+    mean, std = (np.asarray(statistics[key], np.float64) for key in ("mean", "std"))
     factor = np.asarray(config.std) / std
     constant = (np.asarray(config.mean) - mean) / std
     added = np.einsum("ijcd,c->d", kernel.astype(np.float64), constant)

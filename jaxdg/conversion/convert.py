@@ -5,6 +5,7 @@
     jaxdg convert --model augreg_ti16 --checkpoint augreg_ti16.safetensors --out back.pth --reverse
     jaxdg convert --model mask2former --checkpoint model_final.pkl --out head.safetensors
     jaxdg convert --model vltseg --checkpoint vltseg_checkpoint_gta_1.pth --out runs/vltseg_gta
+    jaxdg convert --model tqdm --checkpoint tqdm-eva02-clip-vit-l-gta.pth --out runs/tqdm_gta
     jaxdg convert --model rein --checkpoint iter_40000_published.pth \
         --encoder dinov2_vitl14_pretrain.pth --out runs/rein_gta
     jaxdg convert --model vitdet --checkpoint model_final_61ccd1.pkl --out runs/vitdet_b
@@ -16,9 +17,9 @@ torch's files needs torch. Every tensor is converted or left out for a stated re
 parameter of the model is filled, or nothing is written and the offenders are named. Of a file that
 holds the trained weights and their average over the training, --weights ema or --weights raw says
 which. A model is an encoder, the text tower beside one, or `mask2former` or `faster_rcnn` for what
-follows the encoder, of the sizes that its file has. `vltseg`, `vitdet`, `vfmnet`, `rein` and `soma`
-are whole models: their jaxdg side is a workdir. Files of `rein` and `soma` hold adapter and head
-alone, so --encoder names the file of the encoder that they were trained on.
+follows the encoder, of the sizes that its file has. `vltseg`, `vitdet`, `tqdm`, `vfmnet`, `mgrnet`,
+`rein` and `soma` are whole models: their jaxdg side is a workdir. Files of `rein` and `soma` hold
+adapter and head alone, so --encoder names the file of the encoder that they were trained on.
 """
 
 import argparse
@@ -222,14 +223,20 @@ def _converted(args: argparse.Namespace) -> str:
     """What the command does without `--reverse`."""
     crop = args.crop or adapted.CROPS[0]
     training = adapted.Training(crop, args.source or "gta5")
+    given = args.model, args.checkpoint, args.out, args.weights
     if args.model not in models.ADAPTED:
-        if args.encoder or args.crop or args.source:
+        if args.encoder or args.crop:
             raise ValueError(
-                "--encoder, --crop and --source are for"
-                f" {' and '.join(models.ADAPTED)}, not for {args.model}"
+                f"--encoder and --crop are for {' and '.join(models.ADAPTED)}, not for {args.model}"
             )
-        convert_any = workdirs.convert_whole if args.model in models.WHOLE else convert
-        return convert_any(args.model, args.checkpoint, args.out, args.weights)
+        if args.model in models.SOURCED:
+            return workdirs.convert_whole(*given, trained_on=training.source)
+        if args.source:
+            raise ValueError(
+                f"--source is for {', '.join(models.ADAPTED | models.SOURCED)}, not for"
+                f" {args.model}"
+            )
+        return (workdirs.convert_whole if args.model in models.WHOLE else convert)(*given)
     if not args.encoder:
         raise ValueError(
             f"a file of {args.model} holds adapter and head alone; give the published file of the"
@@ -264,7 +271,7 @@ def main(arguments: list[str] | None = None) -> int:
         type=_path,
         help=(
             "file to write; .safetensors unless --reverse; a folder for whole models (vltseg,"
-            " vitdet, vfmnet, rein, soma)"
+            " vitdet, tqdm, vfmnet, mgrnet, rein, soma)"
         ),
     )
     parser.add_argument(
@@ -286,8 +293,8 @@ def main(arguments: list[str] | None = None) -> int:
         "--source",
         metavar="NAME",
         help=(
-            "with rein and soma, what the model was trained on, which no tensor tells either: gta5"
-            " (default), synthia, gta5+synthia or cityscapes"
+            "with tqdm, vfmnet, mgrnet, rein and soma, what the model was trained on, which no"
+            " tensor tells either: gta5 (default), synthia, gta5+synthia or cityscapes"
         ),
     )
     parser.add_argument(

@@ -17,12 +17,14 @@ from jaxdg.conversion import (
     faster_rcnn,
     mapping,
     mask2former,
+    mgrnet,
     mit,
     mocov3,
     rein,
     sam,
     siglip,
     soma,
+    tqdm,
     vfmnet,
     vit,
     vitdet,
@@ -50,7 +52,9 @@ HEADS = {
     family.NAME: family for family in (mask2former, faster_rcnn)
 }  # converted without an encoder, of the sizes of the file's tensors
 PLANNED = backbones.EvaClipConfig, backbones.Dinov2GiantConfig  # for planning alone
-WHOLE = {family.NAME: family for family in (vltseg, vitdet, vfmnet)}  # converted to a workdir
+# Converted to a workdir. Of the second no tensor tells what it was trained on.
+SOURCED = {family.NAME: family for family in (tqdm, vfmnet, mgrnet)}
+WHOLE = {family.NAME: family for family in (vltseg, vitdet)} | SOURCED
 ADAPTED = {family.NAME: family for family in (rein, soma)}  # likewise, with their encoder's file
 
 
@@ -129,7 +133,7 @@ def converted_encoders() -> list[str]:
 
 
 def identified(file: Checkpoint) -> str:
-    """The encoder whose checkpoint a file is, or one of `HEADS`, `ADAPTED`, `vitdet` or `vfmnet`,
+    """The encoder whose checkpoint a file is, or one of `HEADS`, `ADAPTED`, `SOURCED` or `vitdet`,
     as far as names and shapes tell.
 
     Of a file that holds two towers the image's is meant; of one that fits several models, those of
@@ -143,6 +147,8 @@ def identified(file: Checkpoint) -> str:
         ((".sem_seg_head.", ".model.transformer_module."), mask2former.NAME),
         ((".rpn.head.",), faster_rcnn.NAME),
         ((".backbone.simfp_",), vitdet.NAME),
+        ((".context_decoder.memory_proj.",), tqdm.NAME),
+        ((".aux_decoder.seg_logits_embed.",), mgrnet.NAME),
         ((".attn.qkv.lora_A.default.weight",), vfmnet.NAME),
         ((".backbone.reins.",), rein.NAME),
         ((".lora_A.weight",), soma.NAME),

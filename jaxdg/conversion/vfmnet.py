@@ -31,6 +31,7 @@ ENCODER = "dinov2_l14"
 PATCH = 16
 # Before the names of the encoder: LoRA is put around it in the segmentor, or in the encoder.
 STARTS = ("backbone.base_model.model.", "backbone.model.base_model.model.")
+WIDTH = "decode_head.fusion_conv.gn.weight"
 QKV = "blocks.*.attn.qkv"
 HEAD = (
     ("fusion_conv", "fusion_conv.conv", CONV1_UNBIASED),
@@ -87,35 +88,37 @@ def of_run(config: Config, file: Checkpoint) -> Layout:
     return layout(start, config.low_rank.rank)
 
 
-def of_checkpoint(file: Checkpoint) -> Config:
+def of_checkpoint(file: Checkpoint, source: str = "gta5") -> Config:
     """The run that made a file; sizes are those of its tensors.
+
+    Args:
+        file: of one of `layouts`.
+        source: what was trained on, of those in the recipe.
 
     Raises:
         Misfit: a tensor missing that tells a size, or positions of no square.
-        ValueError: sizes that no configuration has.
+        ValueError: a source that the recipe does not have, or sizes that no configuration has.
     """
-    c = vltseg.recipe("gta5_methods", f"{NAME},{ENCODER}")
+    c = run(file, NAME, source)
+    c.model.upscaling.width = vltseg.shape_of(file, WIDTH, 1)[0]
+    return config_lib.validated(c)
+
+
+def run(file: Checkpoint, method: str, source: str) -> Config:
+    """The run of the recipe for `vfmnet` or `mgrnet`, whose crop is what the encoder sees; see
+    `of_checkpoint`.
+    """
+    c = vltseg.recipe("gta5_methods", f"{method},{ENCODER},{source}")
     start = of_run(c, file).rows[0].source[0].removesuffix("cls_token")
-    positions = _shape(file, f"{start}pos_embed", 3)[1]
+    positions = vltseg.shape_of(file, f"{start}pos_embed", 3)[1]
     grid = math.isqrt(positions - 1)
     if grid < 1 or positions != 1 + grid * grid:
         raise Misfit(f"{start}pos_embed has {positions} rows, not one for each patch of a square")
     c.data.crop = (grid * PATCH, grid * PATCH)
     c.evaluation.stride = (grid * PATCH * 5 // 8, grid * PATCH * 5 // 8)
     c.model.weights = None
-    c.model.upscaling.width = _shape(file, "decode_head.fusion_conv.gn.weight", 1)[0]
-    c.low_rank.rank = _shape(file, f"{start}blocks.0.attn.qkv.lora_A.default.weight", 2)[0]
-    return config_lib.validated(c)
-
-
-def _shape(file: Checkpoint, name: str, axes: int) -> tuple[int, ...]:
-    """Of a tensor that tells a size."""
-    if name not in file.names:
-        raise Misfit(f"1 missing ({name})")
-    shape = file.read(name).shape
-    if len(shape) != axes:
-        raise Misfit(f"1 of another shape ({name} is {shape}, not of {axes} axes)")
-    return shape
+    c.low_rank.rank = vltseg.shape_of(file, f"{start}blocks.0.attn.qkv.lora_A.default.weight", 2)[0]
+    return c
 
 
 def described(config: Config) -> str:

@@ -178,11 +178,30 @@ def recipe(name: str, *choice: str) -> Config:
 
 def head_options(file: Checkpoint) -> Mask2FormerOptions:
     """The sizes of the head in a file."""
-    head, _ = mask2former.of_tensors(_head_tensors(file))
-    sizes = dataclasses.asdict(head)
+    sizes = head_sizes(file, layout())
     return Mask2FormerOptions(
         **{field.name: sizes[field.name] for field in dataclasses.fields(Mask2FormerOptions)}
     )
+
+
+def head_sizes(file: Checkpoint, layout: Layout) -> dict[str, Any]:
+    """The sizes of the Mask2Former head in a file, by the fields of `Mask2FormerConfig`."""
+    head, _ = mask2former.of_tensors(_head_tensors(file, layout))
+    return dataclasses.asdict(head)
+
+
+def shape_of(file: Checkpoint, name: str, axes: int) -> tuple[int, ...]:
+    """The shape of a tensor that tells a size.
+
+    Raises:
+        Misfit: it is not there, or has another number of axes.
+    """
+    if name not in file.names:
+        raise Misfit(f"1 missing ({name})")
+    shape = file.read(name).shape
+    if len(shape) != axes:
+        raise Misfit(f"1 of another shape ({name} is {shape}, not of {axes} axes)")
+    return shape
 
 
 def rows_of(
@@ -196,16 +215,16 @@ def rows_of(
     ]
 
 
-def _head_tensors(file: Checkpoint) -> dict[str, np.ndarray]:
+def _head_tensors(file: Checkpoint, layout: Layout) -> dict[str, np.ndarray]:
     """The head's tensors by jaxdg's names, but for those that are missing, or so misshapen that
     they tell no size.
     """
     found = {}
-    for row in layout().rows:
+    for row in layout.rows:
         pattern = re.compile(re.escape(row.source[0]).replace(r"\*", r"(\d+)"))
         for match in (
             filter(None, map(pattern.fullmatch, file.names))
-            if row.target.startswith("head.")
+            if row.source[0].startswith("decode_head.")
             else ()
         ):
             with contextlib.suppress(ValueError, IndexError):

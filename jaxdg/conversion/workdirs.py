@@ -5,23 +5,37 @@ from pathlib import Path
 from typing import Any
 
 import jaxdg
-from jaxdg.conversion import adapted, checkpoint, mapping, models, report, vitdet, vltseg, wrappers
+from jaxdg.conversion import (
+    adapted,
+    checkpoint,
+    mapping,
+    models,
+    report,
+    tqdm,
+    vitdet,
+    vltseg,
+    wrappers,
+)
 from jaxdg.tasks.run_state import opened
 
 
-def convert_whole(name: str, source: Path, out: Path, wanted: str | None = None) -> str:
+def convert_whole(
+    name: str, source: Path, out: Path, wanted: str | None = None, trained_on: str = "gta5"
+) -> str:
     """Converts the published checkpoint `source` of the whole model called `name` to the workdir
-    `out`; else as `convert.convert`.
+    `out`; else as `convert.convert`. Of `models.SOURCED`, `trained_on` is what no tensor tells.
     """
     family = models.WHOLE[name]
+    told = {"source": trained_on} if name in models.SOURCED else {}
     _new_folder(out, name)
     with checkpoint.opened(source, wanted) as file:
         with report.telling(name, source, file):
             view = wrappers.unwrapped(file, family.layouts())
-            config = family.of_checkpoint(view)
+            config = family.of_checkpoint(view, **told)
             model = vltseg.abstract(config)
             layout = family.of_run(config, view)
-            converted = mapping.to_flax(model, (layout,), view.names, view.read)
+            whole = tqdm.prepared(view, config) if name == tqdm.NAME else view
+            converted = mapping.to_flax(model, (layout,), whole.names, whole.read)
         left_out = report.left_out_of(converted, view)
         about = _about(name, {source.name: file}, layout.name, left_out)
         vltseg.write(config, model, converted.tensors, out, about)

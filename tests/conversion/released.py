@@ -25,16 +25,28 @@ RANK = 4
 FIRST = 2  # block with low-rank adapters
 PATCH = 14  # of the encoder's file
 GRID = 6  # likewise
+# Of tqdm's.
+TQDM_WINDOW = 96  # 6x6 patches of 14 or 16 pixels
+TQDM_STRIDE = 64
+TQDM_DEPTH = 6
+TQDM_TAPS = (1, 2, 3, 5)
+TEXT_WIDTH = 32
+TEXT_HEADS = 2
+TEXT_DEPTH = 2
+EMBEDDING = 40
+CONTEXT_WIDTH = 24
+PIXEL_FFN = 80
 
 # Of weights by part, so that the queries differ and several classes win pixels.
 GAINS = (
+    ("text_encoder", 3.0),
     ("transformer_decoder", 0.6),
     ("mask_embed", 1.2),
     ("cls_embed", 5.0),
     ("backbone", 1.0),
     ("", 1.5),
 )
-TABLES = r"query_|level_|pos_embed|cls_token|learnable_tokens|class_embedding"
+TABLES = r"token_embedding|query_|level_|pos_embed|cls_token|learnable_tokens|class_embedding"
 
 
 def drawn(name: str, shape: tuple[int, ...]) -> np.ndarray:

@@ -24,6 +24,7 @@ from jaxdg.conversion import (
     checkpoint,
     convert,
     mapping,
+    mgrnet,
     models,
     rein,
     soma,
@@ -359,9 +360,11 @@ def test_files_in_half_precision_are_merged_in_float32(golden_of, workdirs):
 
 @pytest.fixture
 def tiny_vfmnet(golden, monkeypatch):
-    """What its authors' code gives, and an encoder of that size."""
-    with np.load(golden / "released_vfmnet.npz") as archive:
-        theirs = dict(archive)
+    """What its authors' code gives, also for MGRNet, and an encoder of that size."""
+    theirs = {}
+    for name in ("vfmnet", "mgrnet"):
+        with np.load(golden / f"released_{name}.npz") as archive:
+            theirs[name] = dict(archive)
     config = dataclasses.replace(
         config_of("dinov2_l14"),
         width=64,
@@ -379,7 +382,8 @@ def test_vfmnet_gives_the_scores_of_the_authors_code(tiny_vfmnet, tmp_path, caps
     """Class logits of a window within 1e-4 through the workdir; LoRA is folded and nothing of it
     stays; a renamed tensor is refused.
     """
-    file = {n: r.drawn(n, shape) for n, shape in r.named_shapes(tiny_vfmnet, "").items()}
+    theirs = tiny_vfmnet["vfmnet"]
+    file = {n: r.drawn(n, shape) for n, shape in r.named_shapes(theirs, "").items()}
     save_file(file, tmp_path / "source.safetensors")
     out = tmp_path / "run"
     command = ["--checkpoint", str(tmp_path / "source.safetensors"), "--out", str(out)]
@@ -390,7 +394,7 @@ def test_vfmnet_gives_the_scores_of_the_authors_code(tiny_vfmnet, tmp_path, caps
     assert run.evaluation.protocol == "mgrnet"
     graph, state, image = model_of(out, "tiny64")
     got = jax.jit(lambda state, image: nnx.merge(graph, state)(image))(state, image)
-    np.testing.assert_allclose(got[0], tiny_vfmnet["logits"], atol=1e-4)
+    np.testing.assert_allclose(got[0], theirs["logits"], atol=1e-4)
     assert not any("lora" in name for name in stored_tensors(out))
     about = json.loads((out / "conversion.json").read_text())
     assert list(about["sources"]) == ["source.safetensors"]
@@ -399,6 +403,43 @@ def test_vfmnet_gives_the_scores_of_the_authors_code(tiny_vfmnet, tmp_path, caps
     save_file(file, tmp_path / "source.safetensors")
     command = ["--model", "vfmnet", *command[:3], str(tmp_path / "other")]
     refused(command, capsys, "1 unknown (", "lora_B.other", f"1 missing ({name})")
+
+
+def test_mgrnet_gives_the_scores_of_the_authors_code(tiny_vfmnet, tmp_path, capsys):
+    """Coarse class logits of a window, and those that the refinement makes of it and them, within
+    1e-4 through the workdir; the tensors tell MGRNet from VFMNet, which its file is refused as, and
+    a renamed one is refused.
+    """
+    theirs = tiny_vfmnet["mgrnet"]
+    file = {n: r.drawn(n, shape) for n, shape in r.named_shapes(theirs, "").items()}
+    save_file(file, tmp_path / "source.safetensors")
+    out = tmp_path / "run"
+    command = ["--checkpoint", str(tmp_path / "source.safetensors")]
+    assert convert.main([*command, "--source", "cityscapes", "--out", str(out)]) == 0
+    run = config_lib.load(out)
+    assert (run.data.crop, run.data.source) == ((2 * r.WINDOW, 2 * r.WINDOW), "cityscapes")
+    assert run.evaluation.stride == (r.WINDOW * 5 // 8, r.WINDOW * 5 // 8)
+    o = run.model.mgrnet
+    assert (run.model.decoder, o.width, o.hidden, o.layers) == ("mgrnet", 64, 128, 2)
+    assert (o.heads, o.head_channels) == (8, 8)
+    graph, state, image = model_of(out, "tiny64")
+
+    @jax.jit
+    def scores(state, image):
+        model: Any = nnx.merge(graph, state)
+        features = model.encode(image)
+        coarse = model.head.coarse(features)
+        context = model.head.scores(coarse, (r.WINDOW, r.WINDOW))
+        return coarse, model.head.refinement(features, context)
+
+    for got, name in zip(scores(state, image), ("logits", "refined"), strict=True):
+        np.testing.assert_allclose(got[0], theirs[name], atol=1e-4)
+    other = ["--out", str(tmp_path / "other")]
+    refused(["--model", "vfmnet", *command, *other], capsys, "unknown (aux_decoder.conv_seg.bias")
+    name = "aux_decoder.transformer_decoder.mask_token"
+    file[f"{name}s"] = file.pop(name)
+    save_file(file, tmp_path / "source.safetensors")
+    refused([*command, *other], capsys, f"1 unknown ({name}s)", f"1 missing ({name})")
 
 
 def test_a_vfmnet_of_the_published_size_fits(golden, monkeypatch):
@@ -430,6 +471,24 @@ def test_a_vfmnet_of_the_published_size_fits(golden, monkeypatch):
         "decode_head.output_upscaling.1.num_batches_tracked",
     }
     assert expected == {name: shape for name, shape in named.items() if name not in left}
+
+
+def test_an_mgrnet_of_the_published_size_fits(golden, monkeypatch):
+    """All tensors by the names that the authors' training gives them; sizes are the recipe's."""
+    monkeypatch.setitem(backbones.ZOO, "dinov2_l14", PUBLISHED["dinov2_l14"])
+    with np.load(golden / "released_mgrnet.npz") as archive:
+        shapes = r.named_shapes(archive, "published/")
+    file = checkpoint.Checkpoint(
+        list(shapes), lambda name: np.broadcast_to(np.float32(0), shapes[name])
+    )
+    run = mgrnet.of_checkpoint(file)
+    assert run.data.crop == (1024, 1024)
+    assert run.model.mgrnet == vltseg.recipe("gta5_methods", "mgrnet").model.mgrnet
+    expected = mapping.source_shapes(ABSTRACT(run), mgrnet.of_run(run, file))
+    left = {"mask_token", "norm.weight", "norm.bias"}
+    left = {f"{vfmnet.STARTS[1]}{name}" for name in left}
+    left.add("decode_head.output_upscaling.1.num_batches_tracked")
+    assert expected == {name: shape for name, shape in shapes.items() if name not in left}
 
 
 def refused(arguments, capsys, *offenders):
@@ -520,7 +579,7 @@ def test_requests_without_sense_are_refused(workdirs, tmp_path, capsys):
     refused(
         ["--model", "mit_b0", *command[2:]],
         capsys,
-        "--encoder, --crop and --source are for rein and",
+        "--encoder and --crop are for rein and soma, not for mit_b0",
     )
     refused([*command, "--source", "acdc"], capsys, "acdc; allowed: METHOD", "SOURCE of gta5,")
     refused(arguments(workdirs, "soma", "soma"), capsys, "soma is there already")

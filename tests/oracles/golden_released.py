@@ -8,6 +8,7 @@ on a checkout of w1oves/Rein, of ysj9909/SoMA or of tpy001/VFMSeg, which needs p
     python tests/oracles/golden_released.py REIN_CHECKOUT clip
     python tests/oracles/golden_released.py SOMA_CHECKOUT soma
     python tests/oracles/golden_released.py VFMSEG_CHECKOUT vfmnet
+    python tests/oracles/golden_released.py VFMSEG_CHECKOUT mgrnet
 
 Their own configs, encoders, adapters, decoders and inference run with every size reduced and with
 random weights. Encoders are converted to patches of 16 pixels by SoMA's own functions; Rein's
@@ -18,7 +19,8 @@ scripts compute the same for fixed sizes. A file holds:
 - the names and shapes of the published file and of its encoder's file, reduced and in full.
 
 `vfmnet` has the class logits of a window instead, as its file holds the whole model. Of its package
-only the modules that it needs are imported.
+only the modules that it needs are imported. `mgrnet` has the coarse class logits of a window, and
+those that the refinement makes of the window and these.
 
 There is no config of Rein on CLIP: `clip` holds features of the last two taps by their CLIP, which
 converts an archive of OpenAI itself, and the names and shapes of that archive's image tower.
@@ -64,9 +66,10 @@ class Undefined(types.ModuleType):
 ABSENT = ["mmcv._ext", "xformers", "xformers.ops"]
 ABSENT += ["mmpretrain", "mmpretrain.models", "mmpretrain.models.backbones"]
 PEFT = ["peft", "peft.utils", "peft.utils.integrations"]
-for _name in ABSENT if "vfmnet" in sys.argv else ABSENT + PEFT:
+WITH_PEFT = {"vfmnet", "mgrnet"} & set(sys.argv)
+for _name in ABSENT if WITH_PEFT else ABSENT + PEFT:
     sys.modules.setdefault(_name, Undefined(_name)).__spec__ = ModuleSpec(_name, None)
-if "vfmnet" not in sys.argv:  # what SoMA takes from peft does nothing without DeepSpeed
+if not WITH_PEFT:  # what SoMA takes from peft does nothing without DeepSpeed
     sys.modules[PEFT[-1]].__dict__["gather_params_ctx"] = contextlib.nullcontext
 
 CONFIGS = {
@@ -249,27 +252,40 @@ def clip(golden: Path) -> None:
     print(f"{golden.name}: {golden.stat().st_size} bytes, {len(shapes)} tensors")
 
 
-def vfmnet(checkout: Path, golden: Path) -> None:
-    """Writes the file of VFMNet."""
+def vfmnet(checkout: Path, golden: Path, refined: bool) -> None:
+    """Writes the file of VFMNet, or of MGRNet."""
     from mmengine import Config  # pyright: ignore[reportMissingImports]
     from mmseg.registry import MODELS  # pyright: ignore[reportMissingImports]
 
+    for name in (
+        ("matplotlib", "matplotlib.pyplot", "rein.utils") if refined else ()
+    ):  # for debugging
+        sys.modules[name] = Undefined(name)
+        vars(sys.modules[name]).update(use=lambda _: None, subplotimg=None)
     for name in ("rein", "rein.models", *(f"rein.models.{x}" for x in ("backbones", "heads"))):
         sys.modules[name] = types.ModuleType(name)
         sys.modules[name].__path__ = [str(checkout / name.replace(".", "/"))]
     package = types.ModuleType("rein.models.segmentors")
     package.__path__ = [str(checkout / "rein/models/segmentors")]
     sys.modules[package.__name__] = package
-    for name in ("backbones.dino_v2", "heads.linear_head", "segmentors.Lora_encoder_decoder"):
+    needed = ["backbones.dino_v2", "heads.linear_head", "segmentors.Lora_encoder_decoder"]
+    if refined:
+        needed = ["backbones.lora_backbone", "heads.VFMHead", "heads.Transformer", *needed[:2]]
+        needed.append("segmentors.Ms_VFM_encoder_decoder")
+    for name in needed:
         importlib.import_module(f"rein.models.{name}")
     torch.load = lambda path, map_location: {}  # its encoder is loaded afterwards
 
     def theirs():
-        return Config.fromfile(checkout / "configs/_base_/models/lora_dinov2_linear.py").model
+        name = "lora_dinov2_ms_masked" if refined else "lora_dinov2_linear"
+        model = Config.fromfile(checkout / f"configs/_base_/models/{name}.py").model
+        model.train_cfg = dict(log_config=dict(img_interval=1))
+        return model
 
     in_full = {name: tuple(t.shape) for name, t in MODELS.build(theirs()).state_dict().items()}
     settings = theirs()
-    settings.backbone.update(
+    encoder = settings.backbone.backbone if refined else settings.backbone
+    encoder.update(
         img_size=r.WINDOW,
         embed_dim=64,  # a multiple of the groups
         num_heads=r.HEADS,
@@ -279,7 +295,10 @@ def vfmnet(checkout: Path, golden: Path) -> None:
     settings.data_preprocessor.size = (r.WINDOW, r.WINDOW)
     settings.decode_head.in_channels = [64] * 4
     settings.decode_head.channels = 16
-    settings.Lora_config.update(r=r.RANK, lora_alpha=r.RANK)
+    (settings.backbone if refined else settings).Lora_config.update(r=r.RANK, lora_alpha=r.RANK)
+    if refined:
+        settings.aux_head.update(in_channels=[64] * 4, channels=128)
+        settings.aux_head.transformer.update(query_dim=128, d_head=8, depth=2)
     model = MODELS.build(settings)
     model.eval()
     shapes = {name: tuple(t.shape) for name, t in model.state_dict().items()}
@@ -289,14 +308,20 @@ def vfmnet(checkout: Path, golden: Path) -> None:
     bgr = torch.from_numpy(image[..., ::-1].transpose(2, 0, 1).copy())
     with torch.inference_mode():
         inputs = model.data_preprocessor({"inputs": [bgr]})["inputs"]
-        logits = model.decode_head(model.extract_feat(inputs))
-    arrays = {"logits": logits[0].permute(1, 2, 0).numpy()}
+        features = model.extract_feat(inputs)
+        logits = model.decode_head(features)
+        arrays = {"logits": logits[0].permute(1, 2, 0).numpy()}
+        if refined:
+            model.aux_decoder.transformer_decoder.mask_enable = False  # as in their inference
+            context = F.interpolate(logits, inputs.shape[2:], mode="bilinear", align_corners=False)
+            arrays["refined"] = model.aux_decoder(features, context)[0].permute(1, 2, 0).numpy()
     for prefix, named in (("", shapes), ("published/", in_full)):
         arrays[f"{prefix}names"] = np.array(list(named))
         arrays[f"{prefix}shapes"] = np.array([",".join(map(str, s)) for s in named.values()])
     np.savez_compressed(golden, **arrays)  # pyright: ignore[reportArgumentType]
     print(f"{golden.name}: {golden.stat().st_size} bytes, std {arrays['logits'].std():.2f}")
-    print(list(shapes)[:12], len(in_full))
+    size = 4 * sum(int(np.prod(shape)) for shape in in_full.values()) / 1e6
+    print(list(shapes)[:12], f"{len(in_full)} tensors of {size:.0f} MB in full")
 
 
 def main() -> None:
@@ -305,7 +330,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("checkout", type=Path)
-    parser.add_argument("kind", choices=[*CONFIGS, "clip", "vfmnet"])
+    parser.add_argument("kind", choices=[*CONFIGS, "clip", "vfmnet", "mgrnet"])
     args = parser.parse_args()
     kind: str = args.kind
     golden = ROOT / "tests" / "golden" / f"released_{kind}.npz"
@@ -316,8 +341,8 @@ def main() -> None:
     from mmseg.utils import register_all_modules  # pyright: ignore[reportMissingImports]
 
     register_all_modules()
-    if kind == "vfmnet":
-        return vfmnet(args.checkout, golden)
+    if WITH_PEFT:
+        return vfmnet(args.checkout, golden, refined=kind == "mgrnet")
     import rein  # pyright: ignore[reportMissingImports]  # noqa: F401  registers its classes
 
     if kind == "clip":

@@ -17,6 +17,7 @@ none. Different from it:
 - Kernels of Mask2Former's layers start by Xavier's uniform rule, theirs by the normal one of the
   same variance.
 - CLIP's class token has its position once, as CLIP was trained; theirs adds the token once more.
+  The conversion of a released file doubles it.
 - The text tower's table of tokens is not kept: only the rows of the class names are.
 """
 
@@ -33,6 +34,7 @@ from jaxtyping import Array, Float, Float32, Int32, Key, UInt8
 import numpy as np
 
 from jaxdg import backbones, weights
+from jaxdg.evaluation.sliding_window import resize_scores
 from jaxdg.ranges import Count, CountOrZero, PositiveOrZero
 from jaxdg.segmentation.clip_text import load_tower, tower_of
 from jaxdg.segmentation.linear import cross_entropy
@@ -45,7 +47,11 @@ from jaxdg.segmentation.mask2former.head import (
     Predictions,
 )
 from jaxdg.segmentation.mask2former.layers import layer_norm, relu
-from jaxdg.segmentation.mask2former.losses import LossDenominator, mask2former_loss
+from jaxdg.segmentation.mask2former.losses import (
+    LossDenominator,
+    mask2former_loss,
+    mask_logits,
+)
 from jaxdg.segmentation.mask2former.pixel_decoder import Layer, PixelDecoder
 from jaxdg.segmentation.tqdm.context_decoder import ContextDecoder
 from jaxdg.text import tokenizer
@@ -335,6 +341,14 @@ class TqdmHead(Mask2Former):
         names = self.text(self.contexts[...])
         texts = jnp.broadcast_to(names, (len(image), *names.shape))
         return texts + self.gamma[...] * self.context_decoder(texts, image, key)
+
+    def scores(self, output: Predictions, size: tuple[int, int]) -> Float32[Array, "b H W k"]:
+        """Class scores at an image size. As in the authors' code they are resized, where
+        Mask2Former resizes the masks' logits.
+        """
+        masks = mask_logits(output.mask_embeds[-1], output.mask_features)
+        classes = jax.nn.softmax(output.class_logits[-1])[..., :-1]
+        return resize_scores(jnp.einsum("bqk,bqhw->bhwk", classes, jax.nn.sigmoid(masks)), size)
 
     def loss_denominator(self, label: UInt8[Array, "b H W"]) -> TextDenominator:  # pyright: ignore[reportIncompatibleMethodOverride]
         """What the loss terms are divided by, from the labels of the global batch."""
