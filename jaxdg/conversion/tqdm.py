@@ -267,11 +267,12 @@ def prepared(file: Checkpoint, config: Config) -> Checkpoint:
     at = POSITIONS[config.model.encoder]
     patches: dict[str, np.ndarray] = {}
     if config.model.encoder == ENCODERS[0]:
-        kernel = CONV.forward(file.read(KERNEL)) if KERNEL in file.names else np.zeros(0)
-        width = file.read(at).shape[-1]
-        if kernel.ndim == 4 and kernel.shape[2:] == (3, width):  # else it is told as misshapen
-            kernel, positions = adapted.renormalised(kernel, file.read(at), encoder, CLIP)
-            patches = {KERNEL: CONV.inverse(kernel)[0], at: positions}
+        positions = file.read(at)
+        kernel = file.read(KERNEL) if KERNEL in file.names else np.zeros(0)
+        # Otherwise it is told as missing or misshapen.
+        if kernel.ndim == 4 and kernel.shape[:2] == (positions.shape[-1], 3):
+            both = adapted.renormalised(CONV.forward(kernel), positions, encoder, CLIP)
+            patches = {KERNEL: CONV.inverse(both[0])[0], at: both[1]}
 
     def read(name: str) -> np.ndarray:
         if name == ANCHORS:

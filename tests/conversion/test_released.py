@@ -1,5 +1,5 @@
-"""Released models of Rein and SoMA: the same numbers and class maps as by their authors' code, a
-workdir that opens, and what is refused.
+"""Released models of Rein, SoMA, VFMNet and MGRNet: the same numbers and class maps as by their
+authors' code, a workdir that opens, and what is refused.
 
 The golden files are made by tests/oracles/golden_released.py.
 """

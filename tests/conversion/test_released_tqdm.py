@@ -23,6 +23,7 @@ from jaxdg.tasks.run_state import stored_tensors
 from jaxdg.text.clip_text import TEXT_TOWERS, ProjectionConfig
 from tests.conversion import released as r
 from tests.conversion.checks import make_models_once
+from tests.conversion.torch_files import torch_file
 
 KINDS = dict(zip(("eva", "clip"), tqdm.ENCODERS, strict=True))
 PUBLISHED: dict[str, Any] = {
@@ -83,13 +84,18 @@ def tiny():
 
 @pytest.fixture(scope="module")
 def workdirs(files, tiny, tmp_path_factory):
-    """What the command makes of each, without saying what model it is."""
+    """What the command makes of each, without saying what model it is; one of them is a file as
+    mmcv's training saves it.
+    """
     folder = tmp_path_factory.mktemp("released")
-    for kind, file in files.items():
-        save_file(file, folder / f"{kind}.safetensors")
-        source = ["--source", "cityscapes"] if kind == "clip" else []
-        command = ["--checkpoint", str(folder / f"{kind}.safetensors"), *source]
-        assert convert.main([*command, "--out", str(folder / kind)]) == 0
+    save_file(files["eva"], folder / "eva.safetensors")
+    saved = {"meta": {"iter": 20_000}, "state_dict": files["clip"], "optimizer": {"state": {}}}
+    path = torch_file(folder / "clip.pth", saved)
+    for out, *command in (
+        ("eva", "--checkpoint", str(folder / "eva.safetensors")),
+        ("clip", "--checkpoint", str(path), "--source", "cityscapes"),
+    ):
+        assert convert.main([*command, "--out", str(folder / out)]) == 0
     return folder
 
 

@@ -1,4 +1,4 @@
-"""Makes tests/golden/released_*.npz: outputs of Rein and SoMA by their authors' code.
+"""Makes tests/golden/released_*.npz: outputs of released models by their authors' code.
 
 Run by hand where torch, timm, einops, mmengine, mmcv-lite, mmdet and mmsegmentation are installed,
 on a checkout of w1oves/Rein, of ysj9909/SoMA or of tpy001/VFMSeg, which needs peft too:
