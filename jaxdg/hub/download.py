@@ -31,6 +31,7 @@ import urllib.request
 
 from rich import progress as bars
 from rich.console import Console
+from rich.table import Column
 
 from jaxdg import files
 from jaxdg.config import locks
@@ -247,7 +248,8 @@ def _fetch(url: str, partial: Path, sha256: str | None, token: str | None, note:
     Returns:
         Its sha256 as the hub tells it; None elsewhere.
     """
-    with _shown(partial.name.removesuffix(".partial"), note) as show:
+    name = partial.name.removesuffix(".partial")
+    with _shown(name, note) as show:
         furthest = _size(partial)
         pauses = iter(PAUSES)
         first = True
@@ -265,7 +267,9 @@ def _fetch(url: str, partial: Path, sha256: str | None, token: str | None, note:
                         f"{url}: {cut}, {1 + len(PAUSES)} times; {megabytes(size)} are kept, and"
                         " the same command goes on from there"
                     ) from cut
-                time.sleep(min(max(pause, cut.pause), LONGEST_PAUSE))
+                pause = min(max(pause, cut.pause), LONGEST_PAUSE)
+                note(f"{name}: {cut}; tries again in {pause:g} s")
+                time.sleep(pause)
 
 
 def _try(
@@ -321,6 +325,7 @@ def _try(
             _remove(partial)  # the notes must never be newer than the bytes
         files.write(_notes_of(partial), json.dumps(dataclasses.asdict(kept)))
         received = start
+        show(received, total)
         with files.naming(partial), partial.open("ab" if start else "wb") as file:
             while chunk := _chunk(response):
                 file.write(chunk)
@@ -480,12 +485,23 @@ def _shown(name: str, note: Say) -> Iterator[Show]:
         yield told
         return
     columns = (
-        bars.TextColumn("{task.description}"),
-        bars.BarColumn(),
-        bars.DownloadColumn(),
-        bars.TransferSpeedColumn(),
-        bars.TimeRemainingColumn(),
+        bars.TextColumn("{task.description}", table_column=_cell(overflow="ellipsis", ratio=1)),
+        bars.BarColumn(bar_width=20),
+        bars.DownloadColumn(table_column=_cell()),
+        bars.TransferSpeedColumn(table_column=_cell()),
+        bars.TimeRemainingColumn(table_column=_cell()),
     )
-    with bars.Progress(*columns, console=console, transient=True) as progress:
+    with bars.Progress(*columns, console=console, transient=True, expand=True) as progress:
         bar = progress.add_task(name, total=None)
-        yield lambda received, total: progress.update(bar, completed=received, total=total)
+
+        def drawn(received: int, total: int | None) -> None:
+            if 0 <= received - progress.tasks[0].completed <= CHUNK:
+                progress.update(bar, completed=received, total=total)
+            else:  # what was kept did not come now, so it must not count as speed
+                progress.reset(bar, completed=received, total=total)
+
+        yield drawn
+
+
+def _cell(**options: Any) -> Column:
+    return Column(no_wrap=True, **options)
