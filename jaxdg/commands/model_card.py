@@ -2,7 +2,7 @@
 what it started from.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 import contextlib
 import hashlib
 from importlib import metadata
@@ -32,6 +32,7 @@ def card(trained: Trained, step: int, parameters: int) -> dict[str, Any]:
     known = trained.card()
     if "started_from" in known:  # it is that of a packed model
         return dict(known)
+    fetched = known.pop("auto_weights", {})
     images = trained.trained_on()
     return {
         "task": c.task,
@@ -49,7 +50,7 @@ def card(trained: Trained, step: int, parameters: int) -> dict[str, Any]:
         "batch_size": c.batch_size,
         "learning_rate": c.optimizer.learning_rate,
         "seed": c.seed,
-        "started_from": origin(c),
+        "started_from": origin(c, fetched),
         "scores": [scores(results) for results in trained.results(step)],
         "rounded": None,
         "versions": versions(),
@@ -76,14 +77,23 @@ def scores(results: dict[str, Any]) -> dict[str, Any]:
     return {**about, "domains": domains}
 
 
-def origin(config: Config) -> dict[str, Any]:
-    """What a run started from: another run's model, converted files, or nothing but its seed."""
+def origin(config: Config, fetched: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """What a run started from: another run's model, converted files, or nothing but its seed.
+
+    Args:
+        config: of the run.
+        fetched: the record of the files that `auto` stood for, by field; see `hub.runs`.
+    """
     m = config.model
     if m.start is None:
         files = {"weights": m.weights, "text_weights": m.text_weights}
         named = zip(files, (m.encoder, m.encoder + TEXT), strict=True)
         return {
-            field: _of_file(Path(path), model) for field, model in named if (path := files[field])
+            field: _of_record(known)
+            if (known := fetched.get(f"model.{field}"))
+            else _of_file(Path(path), model)
+            for field, model in named
+            if (path := files[field])
         }
     found: dict[str, Any] = {"model": Path(m.start).name}
     try:
@@ -91,12 +101,25 @@ def origin(config: Config) -> dict[str, Any]:
         known = other.card()
         found |= {key: known[key] for key in ("started_from", "converted_from") if key in known}
         if "started_from" not in found:
-            found["started_from"] = origin(other.config)
+            found["started_from"] = origin(other.config, known.get("auto_weights", {}))
         if Path(m.start).is_file():
             found["sha256"] = sha256(Path(m.start))
     except (OSError, ValueError):
         found["note"] = GONE
     return found
+
+
+def _of_record(known: Mapping[str, Any]) -> dict[str, Any]:
+    """As `_of_file`, by the run's record."""
+    parts = {
+        "file": "file",
+        "model": "model",
+        "published_file": "source",
+        "published_sha256": "source_sha256",
+        "url": "url",
+        "licence": "licence",
+    }
+    return {part: known.get(own) for part, own in parts.items()}
 
 
 def _of_file(path: Path, model: str) -> dict[str, Any]:

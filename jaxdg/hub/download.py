@@ -172,15 +172,16 @@ def _is_there(path: Path, sha256: str | None) -> bool:
     known = record(path)
     if not path.exists() or known.get("bytes") != path.stat().st_size:
         return False
-    _compare(known["sha256"], sha256, str(path))
+    _compare(known["sha256"], sha256, path)
     return True
 
 
-def _compare(found: str, published: str | None, what: str) -> None:
+def _compare(found: str, published: str | None, what: str | Path) -> None:
     if published and not found.startswith(published.lower()):
+        remedy = "remove it" if isinstance(what, Path) else "it was removed; try again"
         raise ValueError(
             f"{what} is not the published file: its sha256 is {found}, and should be {published}"
-            f"{'' if len(published) == 64 else '..'}; remove it and try again"
+            f"{'' if len(published) == 64 else '..'}; {remedy}"
         )
 
 
@@ -191,7 +192,7 @@ def _verify(fetched: Path, path: Path, url: str | None, published: str | None, n
         ValueError: it has another.
     """
     found = digest(fetched)
-    _compare(found, published, str(url or path))
+    _compare(found, published, url or path)
     size = fetched.stat().st_size
     about = {"url": url, "sha256": found, "bytes": size, "published_sha256": published}
     files.write(path.with_name(path.name + ".json"), json.dumps(about, indent=2) + "\n")

@@ -278,9 +278,12 @@ class Workdir:
         return [results for results in found if results is not None and results["step"] == step]
 
     def card(self) -> dict[str, Any]:
-        """What is known of it for people: of a converted model what it was converted from."""
-        converted = files.read_json(self.folder / "conversion.json")
-        return {} if converted is None else {"converted_from": converted}
+        """What is known of it for people: of a converted model what it was converted from, of a run
+        with weights `auto` what these were.
+        """
+        parts = {"converted_from": "conversion.json", "auto_weights": "weights.json"}
+        found = {part: files.read_json(self.folder / file) for part, file in parts.items()}
+        return {part: content for part, content in found.items() if content is not None}
 
     def tensors(self) -> dict[str, np.ndarray]:
         """The parameters and running statistics by per-block name; raises as `restore`."""

@@ -1,5 +1,6 @@
 """Runs whose weights are `auto`."""
 
+import hashlib
 import json
 from pathlib import Path
 import signal
@@ -10,6 +11,7 @@ from safetensors.numpy import save_file
 
 from jaxdg import train
 from jaxdg.commands import command_line as cli
+from jaxdg.commands import model_card
 from jaxdg.config import Config, validated
 from jaxdg.hub import runs, store
 from jaxdg.hub.published import FILES, Published
@@ -65,6 +67,18 @@ def test_auto_is_the_file_of_the_encoders_name(by_hand, tmp_path, capsys):
         "model.weights": ("small_clip", "clip.safetensors"),
         "model.text_weights": ("small_clip_text", "clip.safetensors"),
     }
+
+    known = run_state.opened(tmp_path / "auto").card()["auto_weights"]
+    started = model_card.origin(c, known)
+    assert started["text_weights"] == {
+        "file": "small_clip_text.safetensors",
+        "model": "small_clip_text",
+        "published_file": "clip.safetensors",
+        "published_sha256": hashlib.sha256(by_hand.read_bytes()).hexdigest(),
+        "url": "https://localhost:9/clip.safetensors",
+        "licence": "none",
+    }
+    assert model_card.licences({"started_from": started}) == ["none"]
 
     paths = runs.resolved(c)
     assert paths.model.weights == str(store.path_of("small_clip"))
