@@ -217,12 +217,13 @@ def write_results(
     folder.mkdir(parents=True, exist_ok=True)
     for name, result in results.items():
         result.write(folder, name)
-        for i, example in enumerate(result.examples):
-            path = folder / "qualitative" / f"{name.replace('/', '_')}_{i}.npz"
-            path.parent.mkdir(exist_ok=True)
-            packed = io.BytesIO()
-            np.savez_compressed(packed, **shrunk(example, EXAMPLE_SIDE))  # pyright: ignore[reportArgumentType]
-            files.write(path, packed.getvalue())
+        for place, examples in (("qualitative", result.examples), ("worst", result.worst)):
+            for i, example in enumerate(examples):
+                path = folder / place / f"{name.replace('/', '_')}_{i}.npz"
+                path.parent.mkdir(exist_ok=True)
+                packed = io.BytesIO()
+                np.savez_compressed(packed, **shrunk(example, EXAMPLE_SIDE))  # pyright: ignore[reportArgumentType]
+                files.write(path, packed.getvalue())
     old = workdir_lib.results(folder / "results.json")
     if old is not None and not results_lib.foreign(old, everything):
         everything = results_lib.merged(old, everything)

@@ -12,6 +12,7 @@ import contextlib
 import dataclasses
 import math
 from pathlib import Path
+import shlex
 from typing import Any
 
 from absl import flags
@@ -48,7 +49,7 @@ from jaxdg.evaluation.results import NO_TRUTH, reference
 from jaxdg.hub import runs as auto_weights
 from jaxdg.tasks.run_state import Blueprint, abstract_state, initial_state, make_task
 from jaxdg.tasks.task import DomainResult, Evaluate, ModelState, Task
-from jaxdg.training import distributed, sharding
+from jaxdg.training import distributed, history, sharding
 from jaxdg.training import optimizer as optimizer_lib
 from jaxdg.training.checkpoint import Checkpoints, check_path
 from jaxdg.training.log import Log, due
@@ -157,6 +158,7 @@ def run(
         workdir_lib.claim(config, workdir, start, console.print)
         auto_weights.claim(config, workdir)
         data.trained_on.save(workdir)
+        history.started(workdir, start)
     writer = Writer(workdir, start, distributed.is_main(), console.print)
     closing.callback(writer.close)
     rate: Any = optimizer_lib.learning_rate(config.optimizer, config.steps)
@@ -208,9 +210,13 @@ def run(
         checkpoints.wait()
     except Stop:
         checkpoints.wait()
+        if distributed.is_main():
+            history.ended(workdir, loop.step)
         console.print(f"stopped at step {loop.step}; run the same command to go on")
         return
     if distributed.is_main():
+        history.ended(workdir, loop.step)
+        write_page(workdir, console)
         finished(config, workdir, console)
 
 
@@ -425,6 +431,7 @@ def finished(config: Config, workdir: Path, console: Console) -> bool:
         console.print(
             f"finished: {config.steps} steps in {workdir}, without evaluation (eval_every=0)"
         )
+        console.print(where_the_page_is(workdir))
         return True
     results = workdir_lib.results(workdir / "results.json")
     if results is None or results["step"] != config.steps:
@@ -433,7 +440,25 @@ def finished(config: Config, workdir: Path, console: Console) -> bool:
         return False
     print_results(results, console)
     console.print(f"finished: {workdir}/results.json")
+    console.print(where_the_page_is(workdir))
     return True
+
+
+def write_page(workdir: Path, console: Console) -> None:
+    """Writes the page of a finished run; a failure is a line, as the run itself is whole."""
+    from jaxdg.report import run_page  # brings in matplotlib, which training does without
+
+    try:
+        run_page.write(workdir)
+    except Exception as error:
+        console.print(f"the page of the run was not written: {type(error).__name__}: {error}")
+
+
+def where_the_page_is(workdir: Path) -> str:
+    """A line that leads to the curves and pictures of a run."""
+    page = workdir / "report" / "report.html"
+    where = page if page.is_file() else f"jaxdg report {shlex.quote(str(workdir))}"
+    return f"curves and pictures: {where}"
 
 
 def describe(

@@ -169,6 +169,14 @@ def test_many_sizes_equal_one_image_at_a_time(native):
         np.testing.assert_array_equal(example["image"], dataset[i]["image"])
         np.testing.assert_array_equal(example["truth"], dataset[i]["label"])
         np.testing.assert_array_equal(example["prediction"], predictions[i])
+    labels = [dataset[i]["label"] for i in range(7)]
+    right = [
+        np.mean((p == t)[t != 255]) for p, t in zip(predictions, labels, strict=True)
+    ]  # of the pixels with truth
+    for example, i in zip(result.worst, np.argsort(right, kind="stable")[:3], strict=True):
+        assert example["name"] == dataset.name(i)
+        np.testing.assert_array_equal(example["truth"], labels[i])
+        np.testing.assert_array_equal(example["prediction"], predictions[i])
 
 
 def test_examples_are_kept_beside_the_results_and_shrink_together(native, tmp_path):
@@ -181,6 +189,8 @@ def test_examples_are_kept_beside_the_results_and_shrink_together(native, tmp_pa
     for a, b in zip(kept, result.examples, strict=True):
         assert a.keys() == b.keys()
         assert all(np.array_equal(a[key], b[key]) for key in b)
+    worst = [np.load(tmp_path / "worst" / f"acdc_fog_{i}.npz")["name"] for i in range(3)]
+    assert worst == [example["name"] for example in result.worst]
     image = np.repeat(
         np.repeat(np.arange(48, dtype=np.uint8).reshape(6, 8), 100, axis=0), 100, axis=1
     )  # 600 x 800, in squares of 100

@@ -441,6 +441,14 @@ def test_finished_run_prints_its_results_and_trains_no_more(runs):
     assert done.returncode == 0, done.stderr
     assert "mIoU" in done.stdout
     assert "finished" in done.stdout
+    page = runs.folder / "whole" / "report" / "report.html"
+    assert done.stdout.splitlines()[-1] == f"curves and pictures: {page}"
+    assert "16 steps." in page.read_text()
+    lines = (runs.folder / "whole" / "history.jsonl").read_text().splitlines()
+    start, end = map(json.loads, lines)
+    assert (start["event"], start["step"], start["processes"]) == ("start", 0, 1)
+    assert start["command"].startswith("jaxdg train --config")
+    assert (end["event"], end["step"]) == ("end", 16)
     assert before == {
         f: f.stat().st_mtime_ns for f in (runs.folder / "whole" / "checkpoints").rglob("*")
     }

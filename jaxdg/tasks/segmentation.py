@@ -23,6 +23,7 @@ from jaxdg.drawing.panels import panel
 from jaxdg.evaluation import boundary, protocols
 from jaxdg.evaluation import confusion as confusion_lib
 from jaxdg.evaluation.calibration import reliability, reliability_counts
+from jaxdg.evaluation.worst import Worst, worst_of
 from jaxdg.methods.method import Method
 from jaxdg.segmentation.decoder import DecoderOptions
 from jaxdg.tasks.task import (
@@ -37,6 +38,8 @@ from jaxdg.tasks.task import (
 )
 from jaxdg.training import distributed, sharding
 from jaxdg.training.step import Batch
+
+Host = Mapping[str, np.ndarray]  # the rows of a batch that this host has read
 
 
 class Segmentation(ImageTask):
@@ -287,11 +290,12 @@ class Segmentation(ImageTask):
         batch_size = self.batch_size(mesh)
 
         @functools.partial(jax.jit, static_argnums=2, out_shardings=sharding.replicated(mesh))
-        def count(prediction: Array, batch: Batch, parts: int) -> Array:
+        def count(prediction: Array, batch: Batch, parts: int) -> tuple[Array, Array]:
             label = jnp.where(batch["mask"][:, None, None], batch["label"], 255)
             confusion = functools.partial(segmentation.confusion_matrix, num_classes=k)
             counts = jax.vmap(confusion)(prediction, label)
-            return jnp.zeros((parts, k, k), jnp.int32).at[batch["part"]].add(counts)
+            right = jnp.stack([jnp.trace(counts, axis1=1, axis2=2), counts.sum(axis=(1, 2))])
+            return jnp.zeros((parts, k, k), jnp.int32).at[batch["part"]].add(counts), right
 
         @functools.partial(jax.jit, out_shardings=sharding.replicated(mesh))
         def count_more(
@@ -328,17 +332,37 @@ class Segmentation(ImageTask):
                 more["boundary"] = np.zeros((len(names), k, 2), np.int64)
             pending = None
 
+            chosen = examples_of(len(dataset))
+            examples = {}
+            worst = Worst()
+            shard = (jax.process_index(), jax.process_count())
+
+            def example(batch: Host, prediction: Array, row: int) -> dict[str, Any]:
+                h, w = batch["label_size"][row].tolist()
+                image_h, image_w = batch["size"][row]
+                label = _row(prediction, shard[0] * len(batch["index"]) + row)
+                return {
+                    "image": cv2.resize(batch["image"][row, :image_h, :image_w], (w, h)),
+                    "truth": batch["label"][row, :h, :w],
+                    "prediction": label[:h, :w],
+                    "name": np.array(dataset.name(int(batch["index"][row]))),
+                }
+
             def collect() -> None:
                 if pending is None:
                     return
-                counts, further = jax.device_get(pending)
+                counted, batch, prediction = pending
+                (counts, (right, true)), further = jax.device_get(counted)
                 np.add(total, counts, out=total)
                 for name in more:
                     np.add.at(more[name], further["part"], further[name])
+                first = shard[0] * len(batch["index"])
+                for row in np.flatnonzero(batch["mask"]).tolist():
+                    if true[first + row]:
+                        share = float(right[first + row] / true[first + row])
+                        make = functools.partial(example, batch, prediction, row)
+                        worst.offer(share, int(batch["index"][row]), make)
 
-            chosen = examples_of(len(dataset))
-            examples = {}
-            shard = (jax.process_index(), jax.process_count())
             workers = self.config.data.workers
             for batch in eval_batches(
                 dataset, batch_size=batch_size, protocol=protocol, workers=workers, shard=shard
@@ -354,22 +378,16 @@ class Segmentation(ImageTask):
                 counts = count(prediction, fields, len(names))
                 further = count_more(prediction, confidence, fields) if more else None
                 collect()  # the last batch, while the devices work on this one
-                pending = counts, further
-                for row in np.flatnonzero(np.isin(batch["index"], list(chosen))):
-                    h, w = batch["label_size"][row].tolist()
-                    image_h, image_w = batch["size"][row]
-                    label = _row(prediction, shard[0] * len(batch["index"]) + int(row))
-                    examples[int(batch["index"][row])] = {
-                        "image": cv2.resize(batch["image"][row, :image_h, :image_w], (w, h)),
-                        "truth": batch["label"][row, :h, :w],
-                        "prediction": label[:h, :w],
-                    }
+                pending = (counts, further), batch, prediction
+                for row in np.flatnonzero(np.isin(batch["index"], list(chosen))).tolist():
+                    examples[int(batch["index"][row])] = example(batch, prediction, row)
                 tick()
             collect()
             whole = {name: counts.sum(axis=0) for name, counts in more.items()}
             result = self._result(total.sum(axis=0), len(dataset), protocol, whole)
             examples = distributed.gathered(examples)
             result.examples = [examples[i] for i in sorted(examples)]
+            result.worst = worst_of(distributed.gathered(worst.kept()))
             colors = self.labels.colors
             result.pictures = [
                 panel(e["image"], e["truth"], e["prediction"], colors, self.labels.names)

@@ -41,7 +41,9 @@ class DomainResult:
         write: writes the files beside results.json, given its folder and the domain's name.
         examples: a few images with their predictions: `image` uint8 [h, w, 3], and either label
             maps uint8 [h, w] as `truth` and `prediction`, or `truth_boxes`, `truth_classes`,
-            `boxes`, `scores` and `classes`, in pixels of the image.
+            `boxes`, `scores` and `classes`, in pixels of the image; `name`, that of the dataset,
+            where it is known.
+        worst: the same of the images with the lowest share of right pixels, the worst first.
     """
 
     metrics: dict[str, Any]
@@ -50,6 +52,7 @@ class DomainResult:
     parts: dict[str, "DomainResult"] = dataclasses.field(default_factory=dict)
     write: Callable[[Path, str], None] = lambda folder, name: None
     examples: list[dict[str, np.ndarray]] = dataclasses.field(default_factory=list)
+    worst: list[dict[str, np.ndarray]] = dataclasses.field(default_factory=list)
 
 
 def examples_of(images: int) -> set[int]:

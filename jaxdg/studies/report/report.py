@@ -1,6 +1,8 @@
-"""Shows studies as one page, with published figures beside ours; also as Markdown and as LaTeX.
+"""Shows studies as one page, with published figures beside ours, or a run; also as Markdown and
+LaTeX.
 
     jaxdg report runs/pretraining runs/freezing --out runs/report
+    jaxdg report runs/streets                       # one run: see jaxdg/report/run_page.py
 
 The command writes `report.html`, which needs no other file, `report.md` with `report_pictures/`,
 and `tables.tex`. All figures come from study.json, the pictures from the runs, and the rest is
@@ -22,8 +24,8 @@ from absl import flags
 from jaxdg.commands import command_line as cli
 from jaxdg.config import paths
 from jaxdg.evaluation import results
-from jaxdg.studies.report import html, latex, markdown, study_plots, study_tables
-from jaxdg.studies.report.document import (
+from jaxdg.report import run_page, writing
+from jaxdg.report.document import (
     Block,
     Commands,
     Document,
@@ -33,11 +35,11 @@ from jaxdg.studies.report.document import (
     Section,
     Text,
 )
+from jaxdg.studies.report import study_plots, study_tables
 from jaxdg.studies.report.findings import QUESTIONS, findings
 from jaxdg.studies.report.qualitative import pictures
 from jaxdg.studies.report.study_json import STUDIES, Study, load
 
-PICTURES = "report_pictures"  # beside report.md
 _TITLES = {
     "pretraining": "Pre-training",
     "freezing": "Frozen blocks",
@@ -139,49 +141,45 @@ def make(studies: Sequence[Study]) -> Document:
 
 
 def write(folders: Sequence[Path], out: Path) -> list[Path]:
-    """Writes the report of the studies in some folders.
+    """Writes the report of the studies in some folders, or of the run in one.
 
     Args:
-        folders: of studies.
+        folders: of studies, or the workdir of a run.
         out: folder; an earlier report there is replaced, with its pictures.
 
     Returns:
         The written texts.
 
     Raises:
-        FileNotFoundError: a folder holds no study.
-        ValueError: a study.json lacks fields or is not JSON.
+        FileNotFoundError: a folder holds neither a study nor a run.
+        ValueError: a study.json lacks fields or is not JSON; or there are several runs.
     """
-    report = make([load(folder) for folder in folders])
-    text, files = markdown.text_and_pictures(report, PICTURES)
-    shown = out / PICTURES
-    shown.mkdir(parents=True, exist_ok=True)
-    for old in shown.glob("study*_*"):
-        old.unlink()
-    for name, data in files.items():
-        (shown / name).write_bytes(data)
-    written = {
-        "report.html": html.page(report),
-        "report.md": text,
-        "tables.tex": latex.tables(report),
-    }
-    for name, content in written.items():
-        (out / name).write_text(content, encoding="utf-8")
-    return [out / name for name in written]
+    runs = [f for f in folders if (f / "config.json").is_file()]
+    if not runs:
+        return writing.write(make([load(folder) for folder in folders]), out)
+    if len(folders) > 1:
+        raise ValueError(
+            f"{runs[0]} holds a run, and a report shows one run or several studies; give it alone,"
+            " or compare runs by a study"
+        )
+    return run_page.write(runs[0], out)
 
 
 def main(arguments: Sequence[str]) -> None:
     """Writes the report of the folders that the arguments name."""
     if len(arguments) < 2:
-        raise ValueError("name at least one folder of a study: jaxdg report DIR... --out FOLDER")
-    folders = [Path(paths.given(argument, "the folder of a study")) for argument in arguments[1:]]
+        raise ValueError(
+            "name the folder of a run, or of a study or more: jaxdg report DIR... --out FOLDER"
+        )
+    what = "the folder of a run or study"
+    folders = [Path(paths.given(argument, what)) for argument in arguments[1:]]
     for path in write(folders, Path(_OUT.value or folders[0] / "report")):
         print(f"written {path}")
 
 
 if __name__ == "__main__":
     _OUT = cli.define_path(
-        "out", "Folder for the report; DIR/report of the first study if left out."
+        "out", "Folder for the report; DIR/report of the first folder if left out."
     )
     flags.FLAGS.set_gnu_getopt(True)  # --out may follow the folders
     cli.run(main)

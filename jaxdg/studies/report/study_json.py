@@ -224,7 +224,8 @@ def load(folder: Path) -> Study:
     path = folder / "study.json"
     if not path.is_file():
         raise FileNotFoundError(
-            f"{path} does not exist; give the folder of a study (its --workdir)"
+            f"{folder} holds neither study.json nor config.json; give the folder of a study or of a"
+            " run (its --workdir)"
         )
     try:
         content = json.loads(path.read_text())

@@ -1,8 +1,8 @@
 """The plots of a study, beside those of published figures."""
 
 from jaxdg.evaluation import results
-from jaxdg.studies.report import plots
-from jaxdg.studies.report.document import MISSING, Plots
+from jaxdg.report import plots
+from jaxdg.report.document import MISSING, Plots
 from jaxdg.studies.report.findings import corrupted_domains
 from jaxdg.studies.report.published import FREEZING_FIRST, FREEZING_LAST, FREEZING_NONE
 from jaxdg.studies.report.study_json import MEANS, Group, Study

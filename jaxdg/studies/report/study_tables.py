@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable, Sequence
 import dataclasses
 
 from jaxdg.evaluation import results
-from jaxdg.studies.report.document import MISSING, Cell, Table, TableRow
+from jaxdg.report.document import MISSING, Cell, Table, TableRow
 from jaxdg.studies.report.findings import corrupted_domains
 from jaxdg.studies.report.published import Published, Source
 from jaxdg.studies.report.study_json import MEANS, Figure, Group, Study

@@ -4,8 +4,8 @@ from collections.abc import Callable, Iterable
 import re
 from urllib.parse import quote
 
-from jaxdg.studies.report import plots
-from jaxdg.studies.report.document import (
+from jaxdg.report import plots
+from jaxdg.report.document import (
     Block,
     Cell,
     Commands,
@@ -52,7 +52,7 @@ def _block(block: Block, key: str, keep: Callable[[str, bytes, str], str]) -> st
     match block:
         case Text(text):
             return escaped(text)
-        case Table(caption, columns, rows, note):
+        case Table(caption, columns, rows, note, _):
             lines = [_row(map(escaped, columns)), _row(["---", *["---:"] * (len(columns) - 1)])]
             for row in rows:
                 cite = "" if row.cite is None else f" \\[{row.cite}\\]"

@@ -4,8 +4,8 @@ import base64
 from collections.abc import Iterable
 from html import escape
 
-from jaxdg.studies.report import plots
-from jaxdg.studies.report.document import (
+from jaxdg.report import plots
+from jaxdg.report.document import (
     MISSING,
     Block,
     Cell,
@@ -49,6 +49,10 @@ td.number{white-space:nowrap}
 .number{text-align:right}
 td small{color:var(--muted);font-size:.8em}
 td b{font-weight:700}
+td[style]{background:color-mix(in srgb,var(--c0) calc(var(--shade)*45%),transparent)}
+.narrow thead th+th{writing-mode:vertical-rl;transform:rotate(180deg);text-align:left;
+padding:.55rem .2rem;border-width:0 0 2px}
+.narrow td{min-width:2.1rem}
 .published th,.published td{color:var(--muted)}
 .published b{color:var(--ink)}
 .missing{font-style:italic;color:var(--muted)}
@@ -184,7 +188,8 @@ def _table(table: Table) -> str:
     caption = escape(table.caption)
     return (
         f'<figure><figcaption class="above">{caption}</figcaption>'
-        f'<div class="scroll" tabindex="0" role="region" aria-label="{caption}"><table>'
+        f'<div class="scroll" tabindex="0" role="region" aria-label="{caption}">'
+        f"<table{_class_attribute(narrow=table.narrow)}>"
         f"<thead><tr>{heads}</tr></thead>\n<tbody>{rows}</tbody></table></div>{note}</figure>\n"
     )
 
@@ -192,7 +197,10 @@ def _table(table: Table) -> str:
 def _cell(cell: Cell) -> str:
     text = f"<b>{escape(cell.text)}</b>" if cell.best else escape(cell.text)
     detail = f" <small>{escape(cell.detail)}</small>" if cell.detail else ""
-    return f"<td{_class_attribute(number=True, missing=cell.text == MISSING)}>{text}{detail}</td>"
+    look = _class_attribute(number=True, missing=cell.text == MISSING)
+    if cell.shade:
+        look += f' style="--shade:{cell.shade:.2f}"'
+    return f"<td{look}>{text}{detail}</td>"
 
 
 def _cite(cite: int | None) -> str:

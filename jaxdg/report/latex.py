@@ -2,7 +2,7 @@
 
 import unicodedata
 
-from jaxdg.studies.report.document import MISSING, Cell, Document, References, Table
+from jaxdg.report.document import MISSING, Cell, Document, References, Table
 
 
 def tables(document: Document) -> str:

@@ -17,12 +17,14 @@ class Cell:
         detail: printed smaller behind the text, such as a spread.
         best: printed bold.
         competes: False if the figure is not a score.
+        shade: how dark the cell is, from 0 to 1; what it says must stand in the text too.
     """
 
     text: str
     detail: str = ""
     best: bool = False
     competes: bool = True
+    shade: float = 0.0
 
     @property
     def ranked(self) -> bool:
@@ -41,12 +43,16 @@ class TableRow:
 
 @dataclasses.dataclass(frozen=True)
 class Table:
-    """A table; the first of `columns` stands above the heads of the rows."""
+    """A table; the first of `columns` stands above the heads of the rows.
+
+    `narrow` writes the heads of columns upwards where there are many of them.
+    """
 
     caption: str
     columns: tuple[str, ...]
     rows: tuple[TableRow, ...]
     note: str = ""
+    narrow: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
