@@ -336,6 +336,20 @@ def test_calibration_and_boundaries_of_parts(native):
         assert metrics["mBoundaryIoU"] == pytest.approx(np.nanmean(expected), rel=1e-12)
 
 
+def test_the_switches_are_of_segmentation():
+    """Detection has no pixels to be sure of, and bins there are 1 to 255: errors of one line."""
+    for name in ("calibration", "boundary"):
+        c = Config(task="detection")
+        c.model.decoder = "fcos"
+        setattr(c.evaluation, name, True)
+        reason = rf"^evaluation\.{name} is True; allowed: False, with task detection$"
+        with pytest.raises(ValueError, match=reason):
+            validated(c)
+    for bins in (0, 256):
+        with pytest.raises(ValueError, match=r"^evaluation\.calibration_bins is "):
+            config(evaluation__calibration_bins=bins)
+
+
 def near_an_edge(mask):
     """The boundary of a mask of a small image: what erosion by 3 x 3 takes, the border included."""
     around = np.pad(mask, 1)
