@@ -21,6 +21,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 OPTIONAL = {
     "torch",
     "apache_beam",
+    "huggingface_hub",
 }  # imported where a file or a flag asks for them; the message names the extra
 
 

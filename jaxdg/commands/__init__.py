@@ -16,6 +16,8 @@ COMMANDS = {
     "convert": ("jaxdg.conversion.convert", "converts public checkpoints to ours and back"),
     "submit": ("jaxdg.commands.submit", "writes predictions as the test servers expect them"),
     "pack": ("jaxdg.commands.pack", "writes a trained model as one file"),
+    "push": ("jaxdg.commands.push", "puts a packed model into a shared folder, or on the hub"),
+    "pull": ("jaxdg.commands.pull", "brings a packed model here"),
     "export": ("jaxdg.commands.export", "writes a trained model as StableHLO"),
     "plan": ("jaxdg.commands.plan", "tells memory and step time on devices that are not here"),
     "draw": ("jaxdg.commands.draw", "draws confusion matrices and curves of results"),

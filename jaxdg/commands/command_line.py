@@ -115,20 +115,26 @@ def define_config(fields_in_help: bool = False) -> Experiment:
 class _PathParser(flags.ArgumentParser):
     """Reads the value of a flag that names a file or a folder, see `paths.given`."""
 
-    def __init__(self, flag: str, urls: bool):
+    def __init__(self, flag: str, **kinds: bool):
         self._what = f"--{flag}"
-        self._urls = urls
+        self._kinds = kinds
 
     def parse(self, argument: str) -> str:
         # Not as a ValueError, in front of which the flags would put words of their own.
         try:
-            return paths.given(argument, self._what, urls=self._urls)
+            return paths.given(argument, self._what, **self._kinds)
         except ValueError as error:
             raise flags.Error(str(error)) from None
 
 
 def define_path(
-    name: str, help: str, *, default: str | None = None, required: bool = False, urls: bool = False
+    name: str,
+    help: str,
+    *,
+    default: str | None = None,
+    required: bool = False,
+    urls: bool = False,
+    hub: bool = False,
 ) -> flags.FlagHolder:
     """A flag that names a file or a folder.
 
@@ -138,8 +144,9 @@ def define_path(
         default: if it is left out.
         required: it must not be left out.
         urls: whether it may be a URL.
+        hub: whether it may be a file of the Hugging Face hub.
     """
-    parser = _PathParser(name, urls)
+    parser = _PathParser(name, urls=urls, hub=hub)
     serializer = flags.ArgumentSerializer()
     return flags.DEFINE(
         parser,
@@ -156,8 +163,10 @@ def define_checkpoint(*, required: bool = True) -> flags.FlagHolder:
     """The flag --checkpoint, which names a trained model as `tasks.run_state.opened` takes it."""
     return define_path(
         "checkpoint",
-        "A workdir, one step in it such as DIR/checkpoints/500, or a file of jaxdg pack.",
+        "A workdir, one step in it such as DIR/checkpoints/500, or a file of jaxdg pack, also"
+        " hf://OWNER/REPO/FILE.",
         required=required,
+        hub=True,
     )
 
 

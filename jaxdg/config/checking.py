@@ -38,7 +38,8 @@ _RULES: tuple[tuple[str, str, Any], ...] = (
 )
 
 
-# What a field that names a file or a folder may be; only the data root may be a URL.
+# What a field that names a file or a folder may be; only the data root may be a URL, and what is
+# known as a file of the Hugging Face hub by its name.
 PATHS = {
     "data.root": "a folder, or the URL of one with records",
     "data.skip": "None or a file",
@@ -47,6 +48,7 @@ PATHS = {
     "model.text_weights": "None or a file",
     "model.start": "None, a workdir or a packed model",
 }
+HUB = ("model.weights", "model.text_weights", "model.start")
 
 # Texts that are documented to mean something when they are empty. An empty regular expression is
 # found in every name.
@@ -61,9 +63,8 @@ def _check_texts(config: Config) -> None:
         owner, _, name = field.rpartition(".")
         holder = get(config, owner)
         if (path := getattr(holder, name)) is not None:
-            setattr(
-                holder, name, paths.given(path, field, allowed=allowed, urls=field == "data.root")
-            )
+            kinds = {"urls": field == "data.root", "hub": field in HUB}
+            setattr(holder, name, paths.given(path, field, allowed=allowed, **kinds))
     for field, text in _texts(dataclasses.asdict(config)):
         if not text.strip() and not _MAY_BE_EMPTY.fullmatch(field):
             raise ValueError(f"{field} is {text!r}; allowed: text that is not empty")

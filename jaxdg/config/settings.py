@@ -42,11 +42,12 @@ class ModelConfig(EncoderOptions):
 
     Attributes:
         weights: converted weights of the encoder; auto fetches and converts the published file of
-            its name. None trains from scratch. Default None.
+            its name, and hf://OWNER/REPO/FILE fetches a converted one. None trains from scratch.
+            Default None.
         text_weights: converted text tower beside the encoder, or auto, for the decoders clip_text
             and tqdm, or to classify by class names in faster_rcnn_c4. Default None.
-        start: workdir of another run, one step in it, or a packed model, whose whole model this one
-            starts from instead of `weights`. Default None.
+        start: workdir of another run, one step in it, or a packed model, also hf://OWNER/REPO/FILE,
+            whose whole model this one starts from instead of `weights`. Default None.
         pyramid: none, or four levels with layer or batch normalisation, or four by interpolation
             without parameters (interpolate); encoders with levels of their own need none and get
             none. Detectors have their own instead, ViTDet's or an FPN. Default layer.

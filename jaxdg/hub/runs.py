@@ -1,6 +1,7 @@
-"""What `auto` in a run's configuration stands for, and the record of that in its workdir.
+"""What `auto`, or the name of a file of the Hugging Face hub, stands for in a run's configuration,
+and the record of that in its workdir.
 
-`auto` stays in the configuration, so that a run goes on anywhere. `weights.json` in the workdir
+The name stays in the configuration, so that a run goes on anywhere. `weights.json` in the workdir
 says which files it was when the run began.
 """
 
@@ -9,10 +10,12 @@ import json
 from pathlib import Path
 from typing import Any
 
-from jaxdg import files, methods
-from jaxdg.config import Config
+from jaxdg import config as config_lib
+from jaxdg import files, methods, weights
+from jaxdg.config import Config, paths
 from jaxdg.config import workdir as workdir_lib
-from jaxdg.hub import published, store
+from jaxdg.hub import download as downloads
+from jaxdg.hub import huggingface, published, store
 from jaxdg.hub.store import Say
 from jaxdg.text.clip_text import TEXT_TOWERS
 
@@ -20,17 +23,22 @@ AUTO = "auto"  # of `model.weights` and `model.text_weights`
 
 
 def names(config: Config) -> dict[str, str]:
-    """The weights that `auto` stands for, by field.
+    """The weights of a run that are known by a name, by field.
 
     Returns:
-        Names of published weights at `model.weights` and `model.text_weights`, or at one of them;
-        nothing where `auto` is not used.
+        Names of published weights for `auto`, or of files of the hub, at `model.weights` and
+        `model.text_weights`, or at one of them; nothing where both are paths.
 
     Raises:
-        ValueError: no file is published for the encoder, or it has no text tower.
+        ValueError: no file is published for the encoder, it has no text tower, or a name of the hub
+            is none of a file.
     """
     m = config.model
-    found = {}
+    found = {
+        f"model.{field}": huggingface.of_file(value)
+        for field in ("weights", "text_weights")
+        if (value := getattr(m, field)) and value.startswith(paths.HUB)
+    }
     if m.weights == AUTO:
         found["model.weights"] = m.encoder
     if m.text_weights == AUTO:
@@ -41,27 +49,27 @@ def names(config: Config) -> dict[str, str]:
             )
     for field, name in found.items():
         try:
-            published.of(name)
+            if not name.startswith(paths.HUB):
+                published.of(name)
         except ValueError as error:
             raise ValueError(f"{field} is auto, but {error}") from error
     return found
 
 
 def resolved(config: Config) -> Config:
-    """A configuration with the paths that `auto` stands for, whether the files are there or not;
-    the same one if it has none.
+    """A configuration with the paths that names stand for, whether the files are there or not; the
+    same one if it has none.
     """
-    paths = {
-        field.removeprefix("model."): str(store.path_of(name))
-        for field, name in names(config).items()
+    kept = {
+        field.removeprefix("model."): str(_path_of(name)) for field, name in names(config).items()
     }
-    if not paths:
+    if not kept:
         return config
-    return dataclasses.replace(config, model=dataclasses.replace(config.model, **paths))
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, **kept))
 
 
 def fetch(config: Config, workdir: Path, note: Say) -> dict[str, dict[str, Any]]:
-    """Fetches what `auto` stands for, as far as a run still reads it.
+    """Fetches what names stand for, as far as a run still reads it.
 
     Args:
         config: of the run.
@@ -69,7 +77,7 @@ def fetch(config: Config, workdir: Path, note: Say) -> dict[str, dict[str, Any]]
         note: receives lines for a person.
 
     Returns:
-        The record of each file by field, see `store.record`; none that the run does not read.
+        The record of each file by field, see `_record`; none that the run does not read.
 
     Raises:
         DownloadError: a file could not be fetched.
@@ -77,16 +85,21 @@ def fetch(config: Config, workdir: Path, note: Say) -> dict[str, dict[str, Any]]
     """
     found = {}
     for field, name in _read(config, workdir).items():
-        store.get(name, note)
-        found[field] = store.record(name)
+        if name.startswith(paths.HUB):
+            huggingface.fetched(name, note=note)
+        else:
+            store.get(name, note)
+        found[field] = _record(name)
     began = _began(workdir)
-    for field, now in found.items():
+    for field, name in _read(config, workdir).items():
+        now = found[field]
         before = began.get(field) or now
+        bring = "bring" if name.startswith(paths.HUB) else "convert"
         if before["source_sha256"] != now["source_sha256"]:
             raise ValueError(
-                f"{field} is auto, which is {now['source']} of sha256 {now['source_sha256']} now,"
-                f" but {workdir} began with {before['source']} of {before['source_sha256']};"
-                f" convert that one to {store.path_of(now['model'])}"
+                f"{field} is {config_lib.get(config, field)}, which is {now['source']} of sha256"
+                f" {now['source_sha256']} now, but {workdir} began with {before['source']} of"
+                f" {before['source_sha256']}; {bring} that one to {_path_of(name)}"
             )
     return found
 
@@ -95,11 +108,34 @@ def claim(config: Config, workdir: Path) -> None:
     """Writes the record of the weights that a run begins with; one that goes on keeps its own."""
     if workdir_lib.saved(workdir):
         return
-    found = {field: store.record(name) for field, name in _read(config, workdir).items()}
+    found = {field: _record(name) for field, name in _read(config, workdir).items()}
     if found:
         files.write(workdir / "weights.json", json.dumps(found, indent=2) + "\n")
     else:
         (workdir / "weights.json").unlink(missing_ok=True)
+
+
+def _path_of(name: str) -> Path:
+    """Where what a name stands for is kept; it need not be there."""
+    if name.startswith(paths.HUB):
+        return huggingface.parsed(name).kept
+    return store.path_of(name)
+
+
+def _record(name: str) -> dict[str, Any]:
+    """What the weights that a name stands for are and come from, as `store.record`; the source of a
+    file of the hub is that file, and the licence that of its model.
+    """
+    if not name.startswith(paths.HUB):
+        return store.record(name)
+    path = _path_of(name)
+    model = weights.metadata(path).get("model", "")
+    return {
+        "model": model,
+        "file": path.name,
+        "source": name,
+        "source_sha256": downloads.digest(path),
+    }
 
 
 def _read(config: Config, workdir: Path) -> dict[str, str]:

@@ -13,10 +13,8 @@ A file that is there is used without a look at the network. A published file tha
 """
 
 from collections.abc import Callable
-import contextlib
 import importlib
 import json
-import os
 from pathlib import Path
 import sys
 from typing import Any
@@ -25,7 +23,7 @@ import jaxdg
 from jaxdg import files, weights
 from jaxdg.data import cache
 from jaxdg.hub import download as downloads
-from jaxdg.hub import published
+from jaxdg.hub import huggingface, published
 from jaxdg.hub.download import DownloadError
 
 Say = Callable[[str], None]
@@ -96,7 +94,7 @@ def _make(name: str, known: published.Published, out: Path, note: Say) -> None:
     forbids = published.FORBIDS.get(licence)
     note(f"{name}: {known.url}, licence {licence}{f', which forbids {forbids}' if forbids else ''}")
     source = folder() / "published" / known.file
-    token = _token() if known.gated else None
+    token = huggingface.token() if known.gated else None
     try:
         downloads.download(known.address(), source, sha256=known.sha256, token=token, note=note)
     except DownloadError as error:
@@ -130,17 +128,6 @@ def _advice(name: str, known: published.Published, source: Path, error: Download
             f" {by_hand}"
         )
     return by_hand
-
-
-def _token() -> str | None:
-    """The token of the Hugging Face hub, from where its own programs take it."""
-    if token := os.environ.get("HF_TOKEN"):
-        return token.strip()
-    home = os.environ.get("HF_HOME", "~/.cache/huggingface")
-    path = os.environ.get("HF_TOKEN_PATH", f"{home}/token")
-    with contextlib.suppress(OSError):
-        return Path(os.path.expanduser(path)).read_text().strip() or None
-    return None
 
 
 def _to_standard_error(line: str) -> None:

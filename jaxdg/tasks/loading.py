@@ -98,7 +98,8 @@ def load(checkpoint: str | Path) -> Model:
 
     Args:
         checkpoint: a workdir, for its last readable checkpoint, or one step in it, such as
-            `runs/streets/checkpoints/1000`, or a file of `jaxdg pack`.
+            `runs/streets/checkpoints/1000`, or a file of `jaxdg pack`, also one of the
+            Hugging Face hub as `hf://OWNER/REPO[@REVISION]/FILE`.
 
     Returns:
         The model, on the first device.

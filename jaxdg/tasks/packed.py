@@ -30,7 +30,7 @@ from safetensors import SafetensorError, safe_open
 import jaxdg
 from jaxdg import config as config_lib
 from jaxdg import weights
-from jaxdg.config import Config
+from jaxdg.config import Config, paths
 from jaxdg.data.labels import LabelSet
 from jaxdg.evaluation.overlap import TrainedOn
 
@@ -104,7 +104,7 @@ def portable(config: Config) -> Config:
     """
 
     def name(path: str | None) -> str | None:
-        return path and Path(path).name
+        return path if path is None or path.startswith(paths.HUB) else Path(path).name
 
     m = config.model
     files = {field: name(getattr(m, field)) for field in ("weights", "text_weights", "start")}
@@ -153,7 +153,17 @@ def read(path: Path) -> Packed:
 
 
 def tensors(path: Path) -> dict[str, np.ndarray]:
-    """The tensors of a packed file, those stored in half precision in float32.
+    """The tensors of a packed file, those in half precision in float32; raises as `verify`."""
+    verify(path)
+    half = [np.dtype(kind) for kind in HALF.values()]
+    return {
+        name: tensor.astype(np.float32) if tensor.dtype in half else tensor
+        for name, tensor in weights.read(path).items()
+    }
+
+
+def verify(path: Path) -> None:
+    """Compares the tensors of a packed file with their sha256.
 
     Raises:
         ValueError: they are not what was written.
@@ -162,11 +172,6 @@ def tensors(path: Path) -> dict[str, np.ndarray]:
         file.seek(8 + int.from_bytes(file.read(8), "little"))
         if hashlib.file_digest(file, "sha256").hexdigest() != _metadata(path)["sha256"]:
             raise _damaged(path, "its numbers do not add up to their sha256")
-    half = [np.dtype(kind) for kind in HALF.values()]
-    return {
-        name: tensor.astype(np.float32) if tensor.dtype in half else tensor
-        for name, tensor in weights.read(path).items()
-    }
 
 
 def rounded(

@@ -19,7 +19,7 @@ import numpy as np
 from jaxdg import config as config_lib
 from jaxdg import files, weights
 from jaxdg import methods as method_lib
-from jaxdg.config import Config, MeshConfig
+from jaxdg.config import Config, MeshConfig, paths
 from jaxdg.config import workdir as workdir_lib
 from jaxdg.data.labels import LabelSet, join_names
 from jaxdg.evaluation.overlap import TrainedOn
@@ -278,12 +278,12 @@ class Workdir:
         return [results for results in found if results is not None and results["step"] == step]
 
     def card(self) -> dict[str, Any]:
-        """What is known of it for people: of a converted model what it was converted from, of a run
-        with weights `auto` what these were.
+        """What is known of it for people: what it was converted from, and the record of weights
+        that the run knew by a name.
         """
-        parts = {"converted_from": "conversion.json", "auto_weights": "weights.json"}
-        found = {part: files.read_json(self.folder / file) for part, file in parts.items()}
-        return {part: content for part, content in found.items() if content is not None}
+        notes = {"converted_from": "conversion.json", "fetched": "weights.json"}
+        read = {key: files.read_json(self.folder / name) for key, name in notes.items()}
+        return {key: content for key, content in read.items() if content is not None}
 
     def tensors(self) -> dict[str, np.ndarray]:
         """The parameters and running statistics by per-block name; raises as `restore`."""
@@ -373,14 +373,15 @@ Trained = Workdir | PackedModel
 
 
 def opened(checkpoint: str | Path) -> Trained:
-    """A trained model: a workdir, one step in it, or a packed file.
+    """A trained model: a workdir, one step in it, or a packed file, also one of the Hugging Face
+    hub (`hf://OWNER/REPO/FILE`).
 
     Raises:
         FileNotFoundError: no such packed file; a workdir is looked at when something is asked of
             it.
         ValueError: a file that is no packed one.
     """
-    path = Path(checkpoint)
+    path = paths.local(checkpoint)
     if path.is_file() or (path.suffix == packed.SUFFIX and not path.is_dir()):
         return PackedModel(path)
     if path.name.isdigit() and (path.parent.parent / "config.json").is_file():

@@ -336,12 +336,11 @@ def test_a_start_that_is_gone_leaves_names(tmp_path):
         config_lib.save(c, folder)
     assert noted(tasks.opened(before)) is None
     assert noted(tasks.opened(run)) == TrainedOn(("clear", "night"))
-    config = tasks.opened(run).config
-    assert model_card.origin(config) == {"model": "before", "started_from": {}}
+    assert model_card.origin(tasks.opened(run)) == {"model": "before", "started_from": {}}
     shutil.rmtree(before)
     assert noted(tasks.opened(run)) == TrainedOn(("clear",))
     gone = "was not there when the model was packed"
-    assert model_card.origin(config) == {"model": "before", "note": gone}
+    assert model_card.origin(tasks.opened(run)) == {"model": "before", "note": gone}
 
 
 def test_what_is_no_packed_model_is_refused_in_one_line(file, folder, tmp_path):
