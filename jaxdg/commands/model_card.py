@@ -181,7 +181,7 @@ def row(whole: packed.Packed) -> dict[str, Any]:
     was judged by that.
     """
     known = whole.card
-    own = [s for s in known["scores"] if s["protocol"] == whole.config.evaluation.protocol]
+    own = [s for s in known["scores"] if s["protocol"] == whole.config.evaluation.label]
     chosen = (own or known["scores"] or [{"protocol": None, "mean_unseen": None}])[0]
     return {
         **{key: known[key] for key in ("task", "encoder", "decoder", "source")},

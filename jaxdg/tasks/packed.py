@@ -8,7 +8,8 @@ metadata are texts, JSON but for the first two and the last two:
     config        as in config.json of a workdir, without folders of the machine
     labels        {"names", "colors"}: of the classes
     step          of the run
-    layout        {"segment_ends", "frozen"}: how the run stacked blocks, and what it did not train
+    division      {"segment_ends", "frozen"}: how the run divided its parameters, into stacked
+                  blocks and by whether it trained them
     results       what the results.json of the run say of this step
     card          for people: data, recipe, scores, what the run started from, versions
     trained_on    source.npz of the workdir, in base64; empty without
@@ -82,14 +83,14 @@ def write(path: Path, packed: Packed, tensors: Mapping[str, np.ndarray]) -> None
     for name in order:
         digest.update(tensors[name].tobytes())
     noted = b"" if packed.trained_on is None else packed.trained_on.to_bytes()
-    layout = {"segment_ends": packed.segment_ends, "frozen": sorted(packed.frozen)}
+    division = {"segment_ends": packed.segment_ends, "frozen": sorted(packed.frozen)}
     about = {
         weights.PACKED: str(VERSION),
         "jaxdg": jaxdg.__version__,
         "config": dataclasses.asdict(portable(packed.config)),
         "labels": dataclasses.asdict(packed.labels),
         "step": packed.step,
-        "layout": layout,
+        "division": division,
         "results": packed.results,
         "card": packed.card,
         "trained_on": base64.b64encode(noted).decode(),
@@ -132,7 +133,7 @@ def read(path: Path) -> Packed:
     try:
         content = {
             key: json.loads(about[key])
-            for key in ("config", "labels", "step", "layout", "results", "card")
+            for key in ("config", "labels", "step", "division", "results", "card")
         }
         names, colors = content["labels"]["names"], content["labels"]["colors"]
         labels = LabelSet(tuple(names), tuple((r, g, b) for r, g, b in colors))
@@ -140,8 +141,8 @@ def read(path: Path) -> Packed:
         parts = {
             "labels": labels,
             "step": int(content["step"]),
-            "segment_ends": tuple(content["layout"]["segment_ends"]),
-            "frozen": frozenset(content["layout"]["frozen"]),
+            "segment_ends": tuple(content["division"]["segment_ends"]),
+            "frozen": frozenset(content["division"]["frozen"]),
             "trained_on": TrainedOn.from_bytes(noted) if noted else None,
             "results": tuple(content["results"]),
             "card": dict(content["card"]),
@@ -170,7 +171,7 @@ def verify(path: Path) -> None:
     """
     with path.open("rb") as file:
         file.seek(8 + int.from_bytes(file.read(8), "little"))
-        if hashlib.file_digest(file, "sha256").hexdigest() != _metadata(path)["sha256"]:
+        if hashlib.file_digest(file, "sha256").hexdigest() != _metadata(path).get("sha256"):
             raise _damaged(path, "its numbers do not add up to their sha256")
 
 

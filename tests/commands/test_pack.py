@@ -7,6 +7,7 @@ import hashlib
 import inspect
 import json
 from pathlib import Path
+import re
 import shutil
 import subprocess
 import sys
@@ -116,21 +117,12 @@ def saved(c: Config, workdir: Path) -> Path:
 
 def judge(checkpoint: Path, out: Path | None) -> dict:
     """Runs `evaluate` in this process; the results.json."""
-    names = (
-        "DOMAINS",
-        "PROTOCOL",
-        "DATA_ROOT",
-        "BATCH_SIZE",
-        "MAX_IMAGES",
-        "WORKERS",
-        "TTA",
-        "NUMBERS",
-    )
-    values = dict.fromkeys(names) | {"CHECKPOINT": str(checkpoint), "OUT": out and str(out)}
+    names = re.findall(r"^    (_[A-Z_]+) = ", inspect.getsource(evaluate), re.MULTILINE)  # flags
+    values = dict.fromkeys(names) | {"_CHECKPOINT": str(checkpoint), "_OUT": out and str(out)}
     with pytest.MonkeyPatch.context() as patch:
         for name, value in values.items():
             flag = types.SimpleNamespace(value=value)
-            patch.setattr(evaluate, f"_{name}", flag, raising=False)
+            patch.setattr(evaluate, name, flag, raising=False)
         patch.setattr(evaluate.runtime, "set_up", lambda: None)
         inspect.unwrap(evaluate.main)(["evaluate"])  # alone, not as one of several processes
     out = out or checkpoint / "evaluation_2"
@@ -184,6 +176,15 @@ def test_it_predicts_and_exports_the_bits_of_the_workdir(run, file, images, tmp_
     assert (model.step, model.labels) == (2, expected.labels)
     for image in images:
         np.testing.assert_array_equal(model.predict(image), expected.predict(image))
+    # On eight devices every array lies where that of a run does.
+    mesh = sharding.make_mesh(MeshConfig(2, 4), jax.local_devices())
+    _, divided, _ = tasks.opened(file).restore(model.task, mesh)
+    plan = tasks.Blueprint.of(model.task, "first 1")
+    like, _ = tasks.abstract_state(plan, model.task.config, mesh)
+    places = like.trained, like.frozen, like.statistics
+    for leaf, place in zip(jax.tree.leaves(divided), jax.tree.leaves(places), strict=True):
+        assert leaf.sharding == place.sharding
+    same(divided, expected.state)
     programs = [export.export(m, (32, 64), ["cpu"]).serialize() for m in (model, expected)]
     assert programs[0] == programs[1]
 
