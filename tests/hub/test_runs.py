@@ -68,8 +68,7 @@ def test_auto_is_the_file_of_the_encoders_name(by_hand, tmp_path, capsys):
         "model.text_weights": ("small_clip_text", "clip.safetensors"),
     }
 
-    known = run_state.opened(tmp_path / "auto").card()["auto_weights"]
-    started = model_card.origin(c, known)
+    started = model_card.origin(run_state.opened(tmp_path / "auto"))
     assert started["text_weights"] == {
         "file": "small_clip_text.safetensors",
         "model": "small_clip_text",
