@@ -2,9 +2,11 @@
 few frames at a time.
 """
 
+import http.server
 import itertools
 import os
 from pathlib import Path
+import re
 import signal
 import threading
 import time
@@ -245,6 +247,35 @@ def test_a_camera_is_read_until_the_interrupt(run, tmp_path, monkeypatch, capsys
     with pytest.raises(ValueError, match=r"^rtsp://host/other: cannot be opened") as error:
         run(tmp_path / "out", "rtsp://user:secret@host/other")
     assert "secret" not in str(error.value)
+
+
+class Pictures(http.server.BaseHTTPRequestHandler):
+    """A network camera's page: one JPEG after another."""
+
+    def do_GET(self):
+        self.send_response(200)
+        self.send_header("Content-Type", "multipart/x-mixed-replace; boundary=frame")
+        self.end_headers()
+        for i in range(40):
+            picture = cv2.imencode(".jpg", np.full((*SIZE, 3), 2 * i, np.uint8))[1].tobytes()
+            head = f"--frame\r\nContent-Type: image/jpeg\r\nContent-Length: {len(picture)}\r\n\r\n"
+            self.wfile.write(head.encode() + picture + b"\r\n")
+            time.sleep(0.01)
+
+    def log_message(self, format, *args):
+        pass
+
+
+def test_a_stream_over_http_ends_when_it_ends(run, tmp_path, capsys):
+    """What a network camera sends until it stops is no error, though no length is known."""
+    with http.server.HTTPServer(("127.0.0.1", 0), Pictures) as server:
+        thread = threading.Thread(target=server.handle_request)
+        thread.start()
+        run(tmp_path / "out", f"http://me:secret@127.0.0.1:{server.server_port}/cam")
+        thread.join()
+        name = f"127.0.0.1_{server.server_port}_cam_overlay.mp4"
+    assert re.search(rf"{name}  \d+ frames, ", capsys.readouterr().out)
+    assert len(frames_of(tmp_path / "out" / name)) >= 1
 
 
 def test_films_of_a_real_drive(run, tmp_path, data_path):
