@@ -121,7 +121,7 @@ def lines(
     *,
     marked: bool = True,
     logarithmic: bool = False,
-    equal: bool = False,
+    equal: Number = 0,
 ) -> str:
     """Curves over a numeric axis, with gaps at missing values.
 
@@ -133,15 +133,16 @@ def lines(
         x_ticks: position and text of each mark of the horizontal axis; () for round numbers.
         marked: whether points have markers; the others are too many.
         logarithmic: the vertical axis.
-        equal: both axes from 0 to 1, with the line on which they are equal.
+        equal: the end of both axes, which begin at 0, with the line on which they are equal; 0 for
+            axes that fit the values.
 
     Returns:
         SVG.
     """
     axes = _axes(300, 300 if equal else 210)
     if equal:
-        axes.plot([0, 1], [0, 1], color=LINE, linewidth=1)
-        axes.set(xlim=(0, 1), ylim=(0, 1))
+        axes.plot([0, equal], [0, equal], color=MUTED, linewidth=1, linestyle=(0, (4, 3)))
+        axes.set(xlim=(0, equal), ylim=(0, equal))
     for i, line in enumerate(series):
         points = sorted(line.points, key=lambda p: p.x)
         look: dict[str, Any] = dict(
@@ -179,7 +180,7 @@ def lines(
     axes.set_title(y_label, loc="left", color=MUTED)
     _heading(axes, title, 34 if y_label else 10)
     if len(series) > 1:
-        axes.legend(loc="upper left", bbox_to_anchor=(-0.12, -0.2 if not equal else -0.14))
+        axes.legend(loc="upper left", bbox_to_anchor=(-0.12, -0.14 if equal else -0.2))
     return _svg(axes, f"{title}. {y_label} by {x_label}" if y_label else f"{title} by {x_label}")
 
 

@@ -1,9 +1,10 @@
-"""Reads what a run's workdir holds, finished or not."""
+"""Reads what a run's workdir holds, finished or not, and what a packed model says."""
 
 from collections.abc import Mapping
 import dataclasses
 import datetime
 import itertools
+import json
 from pathlib import Path
 import re
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 from jaxdg import files
 from jaxdg.config import workdir as workdir_lib
 from jaxdg.evaluation import results as results_lib
+from jaxdg.tasks import packed
 from jaxdg.training import history
 from jaxdg.training.metrics import read_metrics, read_rows
 
@@ -19,15 +21,16 @@ _EVALUATION = re.compile(r"evaluation_(\d+).*")
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
-    """A folder with a results.json.
+    """A folder with a results.json, or what a packed model says of one.
 
     Attributes:
-        folder: that holds it, and `confusion/`, `qualitative/`, `worst/`.
-        name: of the folder; empty for the workdir itself.
+        folder: that holds it, and `confusion/`, `curves/`, `qualitative/`, `worst/`; None of a
+            packed model.
+        name: of the folder, or the protocol of a packed model; empty for the run's own.
         results: the contents of results.json.
     """
 
-    folder: Path
+    folder: Path | None
     name: str
     results: Mapping[str, Any]
 
@@ -52,12 +55,13 @@ class Run:
     """A run.
 
     Attributes:
-        folder: the workdir.
+        folder: the workdir, or the file of a packed model.
         config: the contents of config.json.
         rows: of metrics.jsonl.
         evaluations: the run's own first, then those of `evaluate`.
         starts: of history.jsonl, each with `until`: its end, or None if it was killed or goes on.
         changes: of changes.jsonl.
+        card: of a packed model, which has no rows, starts and changes; empty of a workdir.
     """
 
     folder: Path
@@ -66,11 +70,12 @@ class Run:
     evaluations: list[Evaluation]
     starts: list[dict[str, Any]]
     changes: list[dict[str, Any]]
+    card: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     @property
     def step(self) -> int:
         """The last step that is known to be done."""
-        return max((row["step"] for row in self.rows), default=0)
+        return max((row["step"] for row in self.rows), default=self.card.get("step", 0))
 
     @property
     def training(self) -> list[dict[str, Any]]:
@@ -97,12 +102,14 @@ class Run:
 
 
 def read(workdir: Path) -> Run:
-    """The run of a workdir.
+    """The run of a workdir, or of a packed model.
 
     Raises:
         FileNotFoundError: it holds no config.json.
-        files.Broken: its config.json is broken.
+        ValueError: its config.json is broken, or the file is no packed model.
     """
+    if workdir.is_file():
+        return _packed(workdir)
     path = workdir / "config.json"
     config = files.read_json(path)
     if config is None:
@@ -125,6 +132,16 @@ def read(workdir: Path) -> Run:
             starts[-1]["until"] = row
     changes = read_rows(workdir / "changes.jsonl")[0]
     return Run(workdir, config, read_metrics(workdir), evaluations, starts, changes)
+
+
+def _packed(path: Path) -> Run:
+    whole = packed.read(path)
+    evaluations = [
+        Evaluation(None, results["protocol"] if i else "", results)
+        for i, results in enumerate(whole.results)
+    ]
+    config = json.loads(json.dumps(dataclasses.asdict(whole.config)))
+    return Run(path, config, [], evaluations, [], [], {**whole.card, "step": whole.step})
 
 
 def _time(text: str) -> datetime.datetime:

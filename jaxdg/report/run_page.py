@@ -2,6 +2,7 @@
 training, and what was run on what.
 
     jaxdg report runs/streets                        # writes runs/streets/report/report.html
+    jaxdg report streets.safetensors                 # of a packed model: its scores and its card
 
 All figures come from the files of the workdir; the same files give the same bytes. The folders
 that `evaluate` has written there (`evaluation_STEP..`) have a section each.
@@ -17,6 +18,7 @@ import numpy as np
 
 from jaxdg import config as config_lib
 from jaxdg.evaluation import results as results_lib
+from jaxdg.evaluation.average_precision import Curves
 from jaxdg.evaluation.confusion import read_confusion
 from jaxdg.report import plots, tiles, writing
 from jaxdg.report.document import (
@@ -48,8 +50,8 @@ def write(workdir: Path, out: Path | None = None) -> list[Path]:
     """Writes the page of a run.
 
     Args:
-        workdir: of the run.
-        out: folder; `report` in the workdir if None.
+        workdir: of the run, or the file of a packed model.
+        out: folder; `report` in the workdir, or `NAME_report` beside the file, if None.
 
     Returns:
         The written texts, the page first.
@@ -57,7 +59,12 @@ def write(workdir: Path, out: Path | None = None) -> list[Path]:
     Raises:
         FileNotFoundError: `workdir` holds no run.
     """
-    return writing.write(make(read(workdir)), workdir / OUT if out is None else out)
+    return writing.write(make(read(workdir)), own_folder(workdir) if out is None else out)
+
+
+def own_folder(path: Path) -> Path:
+    """Where the page of a workdir or of a packed file goes."""
+    return path.with_name(f"{path.stem}_{OUT}") if path.is_file() else path / OUT
 
 
 def make(run: Run) -> Document:
@@ -65,7 +72,7 @@ def make(run: Run) -> Document:
     sections: list[tuple[str, Sequence[Block]]] = []
     for evaluation in run.evaluations:
         parts = {
-            "Scores": _scores(evaluation),
+            "Scores": [*_scores(evaluation), *_curves(evaluation)],
             "Pictures": _pictures(evaluation),
             "What is taken for what": _confusions(evaluation),
         }
@@ -73,10 +80,12 @@ def make(run: Run) -> Document:
             together = [block for blocks in parts.values() for block in blocks]
             parts = {f"Judged again: {evaluation.name}": together}
         sections += parts.items()
-    sections += [("Training", _training(run)), ("What was run", _about(run))]
+    if not run.card:
+        sections.append(("Training", _training(run)))
+    sections.append(("What was run", _about(run)))
     shown = [(title, tuple(blocks)) for title, blocks in sections if blocks]
     numbered = [Section(f"run{i}", title, blocks) for i, (title, blocks) in enumerate(shown, 1)]
-    title = f"Run {run.folder.resolve().name}"
+    title = f"{'Model' if run.card else 'Run'} {run.folder.resolve().name}"
     return Document(title, tuple(map(Text, _introduction(run))), tuple(numbered))
 
 
@@ -85,7 +94,7 @@ def _introduction(run: Run) -> Iterator[str]:
     steps = c.get("steps", 0)
     done = (
         f"{run.step} steps"
-        if run.step >= steps
+        if run.step >= steps or run.card
         else f"{run.step} of {steps} steps, and not finished"
     )
     yield (
@@ -164,22 +173,23 @@ def _domain_table(evaluation: Evaluation) -> Table:
         if key not in _NO_SCORES
         and any(isinstance(entry.get(key), float) for entry in entries.values())
     ]
-    subsets = dict.fromkeys(key for e in entries.values() for key in e.get("subsets") or {})
+    more = {n: {**(e.get("subsets") or {}), **(e.get("coco") or {})} for n, e in entries.items()}
+    further = dict.fromkeys(key for part in more.values() for key in part)
     rows = []
     for name, entry in entries.items():
         values = [entry.get(key) for key in columns]
-        values += [(entry.get("subsets") or {}).get(key) for key in subsets]
+        values += [more[name].get(key) for key in further]
         first, *others = values
         head = name + results_lib.mark(name, entry, r["source"])
         cells = [_figure(first, results_lib.NO_TRUTH), *map(_figure, others)]
         rows.append(TableRow(head, (*cells, Cell(str(entry["images"]), competes=False))))
     if r["mean_unseen"] is not None:
-        empty = [Cell("")] * (len(columns) + len(subsets))
+        empty = [Cell("")] * (len(columns) + len(further))
         rows.append(TableRow("mean unseen", (_figure(r["mean_unseen"]), *empty)))
     note = " ".join(f"{line}." for line in results_lib.remarks(r))
     if r["rPD"] is not None:
         note = f"rPD, the mean unseen in % of the seen: {r['rPD']:.1f}. {note}".strip()
-    heads = ("", *columns, *subsets, "images")
+    heads = ("", *columns, *further, "images")
     return Table("Domains, in %", heads, tuple(rows), note)
 
 
@@ -208,13 +218,66 @@ def _figure(value: float | None, none: str = NONE) -> Cell:
     return Cell(none if value is None else f"{value:.1f}")
 
 
+# Curves ------------------------------------------------------------------------------------------
+
+
+def _curves(evaluation: Evaluation) -> list[Plots]:
+    """Reliability, where it was asked for, and precision against recall, of detection."""
+    drawn = []
+    told = []
+    reliable = [
+        plots.Line(
+            name,
+            tuple(
+                plots.Point(sure, right)
+                for sure, right in zip(r["confidence"], r["accuracy"], strict=True)
+                if sure is not None
+            ),
+        )
+        for name, entry in evaluation.domains.items()
+        if (r := entry.get("reliability"))
+    ]
+    if reliable:
+        labels = ("mean confidence in %", "accuracy in %")
+        svg = plots.lines("Reliability", reliable, *labels, equal=100)
+        drawn.append((f"reliability{evaluation.name}", svg))
+        told.append(
+            "Reliability: pixels by their confidence; below the broken line the model is surer"
+            " than it is right, by ECE on average."
+        )
+    precise = [
+        plots.Line(name, _precision(curves))
+        for name in evaluation.domains
+        if evaluation.folder and (curves := Curves.read(evaluation.folder, name)) is not None
+    ]
+    if precise:
+        labels = ("recall in %", "precision in %")
+        svg = plots.lines("Precision against recall", precise, *labels, marked=False)
+        drawn.append((f"precision{evaluation.name}", svg))
+        told.append(
+            "Precision: the mean over classes with truth, at IoU 0.5, as COCO reads it at its 101"
+            " recalls."
+        )
+    return [Plots(tuple(drawn), " ".join(told))] if drawn else []
+
+
+def _precision(curves: Curves) -> tuple[plots.Point, ...]:
+    """The mean over classes at IoU 0.5, of each recall."""
+    at50 = curves.coco_precision[:, int(np.argmin(np.abs(curves.coco_iou - 0.5)))]
+    known = at50[~np.isnan(at50).any(axis=1)]
+    if not len(known):
+        return ()
+    pairs = zip(100 * curves.coco_recall, 100 * known.mean(axis=0), strict=True)
+    return tuple(plots.Point(float(recall), float(precision)) for recall, precision in pairs)
+
+
 # What is taken for what --------------------------------------------------------------------------
 
 
 def _confusions(evaluation: Evaluation) -> list[Block]:
     blocks: list[Block] = []
     for name in evaluation.domains:
-        if (stored := read_confusion(evaluation.folder, name)) is not None:
+        if evaluation.folder and (stored := read_confusion(evaluation.folder, name)) is not None:
             blocks += _confusion(name, *stored)
     return blocks
 
@@ -252,6 +315,8 @@ def _pictures(evaluation: Evaluation) -> list[Pictures]:
     """The worst images of every domain, then those that are evenly spread over it."""
     grids = []
     for domain, entry in evaluation.domains.items():
+        if evaluation.folder is None:
+            continue
         which = results_lib.mark(domain, entry, evaluation.results["source"]).strip(" ()")
         for folder, what in (("worst", "Worst images"), ("qualitative", "Images")):
             found = evaluation.folder / folder
@@ -348,6 +413,8 @@ def _about(run: Run) -> list[Block]:
             facts["Processes"] = str(last["processes"])
         facts["Versions"] = ", ".join(f"{n} {number}" for n, number in last["versions"].items())
         facts["Command"] = last["command"]
+    for key, value in config_lib.flat({k: v for k, v in run.card.items() if k != "scores"}).items():
+        facts[key.replace("_", " ").replace(".", ": ")] = _value(value).text
     blocks: list[Block] = [Facts(tuple(facts.items()), ("Command",)), _differences(run)]
     if run.changes:
         rows = [

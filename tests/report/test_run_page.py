@@ -12,13 +12,16 @@ from jaxdg import config as config_lib
 from jaxdg.config import Config
 from jaxdg.data.labels import CAMVID
 from jaxdg.evaluation import mean_iou, results
+from jaxdg.evaluation.average_precision import Curves
 from jaxdg.evaluation.confusion import numbers, write_confusion
 from jaxdg.report import run, run_page
 from jaxdg.studies.report import report
+from jaxdg.tasks import packed
 from tests.report.reader import Reader
 
 CLASSES = CAMVID.names
 DOMAINS = {"day": True, "dusk": False, "night/far": False}  # and whether each is seen
+SCORES = ("mIoU", "aAcc", "fwIoU", "mAcc", "mDice", "mFscore", "mPrecision", "mRecall")
 STEPS = 900
 EVERY = 10
 
@@ -144,13 +147,12 @@ def test_scores_of_the_page_are_those_of_results_json(finished):
     """Every number of every domain and class, the mean and the gaps, read back from the page."""
     _, content, page = finished
     domains = content["domains"]
-    scores = ["mIoU", "aAcc", "fwIoU", "mAcc", "mDice", "mFscore", "mPrecision", "mRecall"]
     assert table(page, ["", "mIoU"]) == [
         *(
-            [f"{d} (source)" if d == "day" else d, *(printed(e[s]) for s in scores), "30"]
+            [f"{d} (source)" if d == "day" else d, *(printed(e[s]) for s in SCORES), "30"]
             for d, e in domains.items()
         ),
-        ["mean unseen", printed(content["mean_unseen"]), *[""] * len(scores)],
+        ["mean unseen", printed(content["mean_unseen"]), *[""] * len(SCORES)],
     ]
     assert f"in % of the seen: {content['rPD']:.1f}." in page
     rows = table(page, ["", "day (source)", "dusk", "night/far", "gap"])
@@ -280,6 +282,67 @@ def test_a_run_that_trains_has_a_page(tmp_path):
     assert "Time in all" not in page
     assert "Time in training steps</dt><dd>4 min 10 s" in page
     assert run.read(tmp_path / "run").step == 0
+
+
+def test_reliability_and_a_packed_model(tmp_path):
+    """Bins are drawn where they have pixels; a packed model shows its scores and its card, and
+    nothing of the folder that it lies in.
+    """
+    content = write_scores(tmp_path, "native", STEPS)
+    bins = {"pixels": [5, 0, 7], "confidence": [20.0, None, 90.0], "accuracy": [10.0, None, 80.0]}
+    for entry in content["domains"].values():
+        entry |= {"ECE": 10.0, "reliability": bins}
+    model = packed.Packed(
+        config=Config(),
+        labels=CAMVID,
+        step=STEPS,
+        segment_ends=(),
+        frozen=frozenset(),
+        trained_on=None,
+        results=(content,),
+        card={"encoder": "x", "versions": {"jax": "0.10.2"}, "scores": []},
+    )
+    packed.write(tmp_path / "m.safetensors", model, {"a": np.zeros(2, np.float32)})
+    write_images(tmp_path / "worst", "dusk", [0.5])
+    page = run_page.write(tmp_path / "m.safetensors")[0]
+    assert page == tmp_path / "m_report" / "report.html"
+    text = page.read_text()
+    svg = text[text.index('aria-label="Reliability') :].split("</svg>")[0]
+    assert re.findall(r"<title>dusk, ([^<]*)</title>", svg) == [
+        "mean confidence in % 20: 10.0",
+        "mean confidence in % 90: 80.0",
+    ]
+    assert table(text, ["", "mIoU"])[0][1:] == [
+        *(printed(content["domains"]["day"][s]) for s in SCORES),
+        "10.0",
+        "30",
+    ]
+    assert "<dt>versions: jax</dt><dd>0.10.2</dd>" in text
+    assert re.findall(r"<h2>(.*?)</h2>", text) == ["Scores", "What was run"]
+
+
+def test_precision_is_the_mean_over_classes_with_truth(tmp_path):
+    """Of three classes the one without truth does not count."""
+    precision = np.full((3, 2, 101), np.nan)
+    precision[:2, 0] = [[1.0], [0.5]]
+    precision[:2, 1] = 0.0
+    nothing = np.zeros(0)
+    Curves(
+        classes=np.array(["a", "b", "c"]),
+        detection_class=nothing.astype(np.int64),
+        score=nothing,
+        recall=nothing,
+        precision=nothing,
+        coco_iou=np.array([0.5, 0.55]),
+        coco_recall=np.linspace(0, 1, 101),
+        coco_precision=precision,
+        coco_score=precision,
+    ).write(tmp_path, "day")
+    curves = Curves.read(tmp_path, "day")
+    assert curves is not None
+    points = run_page._precision(curves)
+    assert [p.y for p in points] == [75.0] * 101
+    assert (points[0].x, points[-1].x) == (0.0, 100.0)
 
 
 def test_many_rows_become_means_of_equal_parts(tmp_path):

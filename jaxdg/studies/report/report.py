@@ -2,7 +2,8 @@
 LaTeX.
 
     jaxdg report runs/pretraining runs/freezing --out runs/report
-    jaxdg report runs/streets                       # one run: see jaxdg/report/run_page.py
+    jaxdg report runs/streets                       # a run: see jaxdg/report/run_page.py
+    jaxdg report streets.safetensors                # a packed model
 
 The command writes `report.html`, which needs no other file, `report.md` with `report_pictures/`,
 and `tables.tex`. All figures come from study.json, the pictures from the runs, and the rest is
@@ -144,7 +145,7 @@ def write(folders: Sequence[Path], out: Path) -> list[Path]:
     """Writes the report of the studies in some folders, or of the run in one.
 
     Args:
-        folders: of studies, or the workdir of a run.
+        folders: of studies, or the workdir of a run, or the file of a packed model.
         out: folder; an earlier report there is replaced, with its pictures.
 
     Returns:
@@ -154,7 +155,7 @@ def write(folders: Sequence[Path], out: Path) -> list[Path]:
         FileNotFoundError: a folder holds neither a study nor a run.
         ValueError: a study.json lacks fields or is not JSON; or there are several runs.
     """
-    runs = [f for f in folders if (f / "config.json").is_file()]
+    runs = [f for f in folders if f.is_file() or (f / "config.json").is_file()]
     if not runs:
         return writing.write(make([load(folder) for folder in folders]), out)
     if len(folders) > 1:
@@ -173,13 +174,14 @@ def main(arguments: Sequence[str]) -> None:
         )
     what = "the folder of a run or study"
     folders = [Path(paths.given(argument, what)) for argument in arguments[1:]]
-    for path in write(folders, Path(_OUT.value or folders[0] / "report")):
+    out = run_page.own_folder(folders[0]) if _OUT.value is None else Path(_OUT.value)
+    for path in write(folders, out):
         print(f"written {path}")
 
 
 if __name__ == "__main__":
     _OUT = cli.define_path(
-        "out", "Folder for the report; DIR/report of the first folder if left out."
+        "out", "Folder for the report; DIR/report of the first folder, or FILE_report, if left out."
     )
     flags.FLAGS.set_gnu_getopt(True)  # --out may follow the folders
     cli.run(main)
