@@ -124,10 +124,14 @@ def _told(evaluation: Evaluation) -> str:
         for name in seen
     ]
     if unseen and r["mean_unseen"] is not None:
-        mean = f"{r['mean_unseen']:.1f} on average over {len(unseen)} unseen domains"
-        if r["rPD"] is not None:
-            mean += f", {r['rPD']:.0f} % of the seen (rPD)"
-        told.append(f"{mean}; the hardest is {unseen[0]}, {scored[unseen[0]][score]:.1f}")
+        where = f"on average over {len(unseen)} unseen domains"
+        hardest = f"; the hardest is {unseen[0]}, {scored[unseen[0]][score]:.1f}"
+        if len(unseen) == 1:
+            where, hardest = f"on {unseen[0]}, which it never saw", ""
+        part = "" if r["rPD"] is None else f", {r['rPD']:.0f} % of the seen (rPD)"
+        told.append(f"{r['mean_unseen']:.1f} {where}{part}{hardest}")
+    if not told:
+        told.append("No domain that was judged has truth")
     return f"{'; '.join(told)} (step {r['step']}, protocol {r['protocol']})."
 
 
@@ -167,12 +171,13 @@ def _domain_table(evaluation: Evaluation) -> Table:
     """Every domain with all numbers that its entry has, and the mean over unseen ones."""
     r = evaluation.results
     entries = evaluation.domains
-    columns = [
+    score = evaluation.score
+    numbers = [
         key
         for key in dict.fromkeys(key for entry in entries.values() for key in entry)
-        if key not in _NO_SCORES
-        and any(isinstance(entry.get(key), float) for entry in entries.values())
+        if any(isinstance(entry.get(key), float) for entry in entries.values())
     ]
+    columns = [score, *(key for key in numbers if key not in (score, *_NO_SCORES))]
     more = {n: {**(e.get("subsets") or {}), **(e.get("coco") or {})} for n, e in entries.items()}
     further = dict.fromkeys(key for part in more.values() for key in part)
     rows = []
@@ -427,11 +432,14 @@ def _about(run: Run) -> list[Block]:
 
 
 def _differences(run: Run) -> Table:
-    """The fields of config.json that differ from the defaults, and where the data lie."""
+    """The fields of config.json that differ from the defaults, and where the data lie, whose
+    default is another on each machine.
+    """
     config = config_lib.flat(dict(run.config))
     defaults = config_lib.flat(json.loads(json.dumps(dataclasses.asdict(config_lib.Config()))))
+    defaults["data.root"] = ""
     rows = [
-        TableRow(field, (_value(value), _value(defaults[field]) if field in defaults else Cell("")))
+        TableRow(field, (_value(value), _value(defaults.get(field, ""))))
         for field, value in config.items()
         if field not in defaults or value != defaults[field]
     ]

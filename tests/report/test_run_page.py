@@ -214,7 +214,7 @@ def test_what_was_run_is_told(finished):
     assert facts["Command"] == "python -m jaxdg.train --config x.py"
     default = Config()
     settings = {row[0]: row[1:] for row in table(page, ["field", "value", "default"])}
-    assert settings.pop("data.root", ["/data"])[0] == "/data"  # by default that of this machine
+    assert settings.pop("data.root") == ["/data", ""]  # by default that of each machine
     assert settings == {
         "steps": ["900", str(default.steps)],
         "batch_size": ["6", str(default.batch_size)],
@@ -319,6 +319,34 @@ def test_reliability_and_a_packed_model(tmp_path):
     ]
     assert "<dt>versions: jax</dt><dd>0.10.2</dd>" in text
     assert re.findall(r"<h2>(.*?)</h2>", text) == ["Scores", "What was run"]
+
+
+def test_nothing_is_said_of_domains_without_truth(tmp_path):
+    """Where no domain has truth there is a page without a score; of one unseen domain there is no
+    average.
+    """
+    write_run(tmp_path / "run")
+    content = json.loads((tmp_path / "run" / "results.json").read_text())
+    entry = {
+        **content["domains"]["dusk"],
+        "mIoU": None,
+        "IoU": dict.fromkeys(CLASSES),
+        "aAcc": None,
+        "without_truth": list(CLASSES),
+    }
+    for domains, told in (
+        ({"dusk": entry}, "No domain that was judged has truth (step 900,"),
+        (
+            {name: content["domains"][name] for name in ("day", "dusk")},
+            " on dusk, which it never saw, ",
+        ),
+    ):
+        figures = results.figures(domains, "mIoU")
+        (tmp_path / "run" / "results.json").write_text(json.dumps({**content, **figures}))
+        page = run_page.write(tmp_path / "run")[0].read_text()
+        assert told in page
+        assert table(page, ["", "mIoU"])[0][0] == ("day (source)" if len(domains) > 1 else "dusk")
+    assert "hardest" not in page
 
 
 def test_precision_is_the_mean_over_classes_with_truth(tmp_path):
