@@ -127,7 +127,7 @@ def index_files(
         with ThreadPoolExecutor(index.THREADS) as pool:
             checked = list(pool.map(lambda pair: _check_pair(pair[0], pair[1], classes), pairs))
         wrong += [defect for *_, found in checked for defect in found]
-        _report(wrong, defects, lists)
+        report(wrong, defects, lists)
         if not pairs:
             raise ValueError(
                 f"no images of {os.path.abspath(tree.base)} are left; see its lists, and data.skip"
@@ -144,7 +144,7 @@ def index_files(
             "notes": encoded(_misnamed(pairs, [said for *_, said, _ in checked]) + _bare(pairs)),
         }
 
-    key = _key("files", tree, parts, classes, skip)
+    key = cache_key("files", tree, parts, classes, skip)
     arrays = cached(key, tree.modified, make) if defects is None else make()
     notes = (*tree.skipped.notes(), *decoded(arrays["notes"]))
     texts = decoded(arrays["images"]), decoded(arrays["labels"])
@@ -167,7 +167,7 @@ def read_file(path: str, size: tuple[int, int], classes: tuple[str, ...]) -> Box
             outside the image; names all of them.
     """
     boxes, _, wrong = _form(path).read(path, size, classes)
-    _report(wrong, None)
+    report(wrong, None)
     return boxes
 
 
@@ -207,10 +207,10 @@ def index_coco(
             path = tree.file((part.annotations,), part.file)
             content = coco_json.load(path)
             names = names or coco_json.category_names(content)
-            options: dict[str, Any] = {"names": names, "look": _look, "wrong": wrong}
+            options: dict[str, Any] = {"names": names, "look": look_at, "wrong": wrong}
             options["skip"] = frozenset(skip)
             read.append(coco_json.read(tree, part, path, content, **options))
-        _report(wrong, defects)
+        report(wrong, defects)
         images = [image for images, _ in read for image in images]
         arrays = [arrays for _, arrays in read]
         if not images:
@@ -221,7 +221,7 @@ def index_coco(
         joined = {key: np.concatenate([array[key] for array in arrays]) for key in arrays[0]}
         return joined | {"images": encoded(images), "names": encoded(names)}
 
-    key = _key("coco", tree, parts, classes, skip)
+    key = cache_key("coco", tree, parts, classes, skip)
     arrays = cached(key, tree.modified, make) if defects is None else make()
     images = decoded(arrays["images"])
     notes = tree.skipped.notes()
@@ -232,13 +232,10 @@ def index_coco(
     return CocoBoxes(names=names, pairs=pairs, **fields, ends=arrays["counts"].cumsum())
 
 
-def _key(
-    kind: str,
-    tree: Tree,
-    parts: Sequence[Any],
-    classes: tuple[str, ...],
-    skip: Collection[str],
+def cache_key(
+    kind: str, tree: Tree, parts: Sequence[Any], classes: Any, skip: Collection[str]
 ) -> list[Any]:
+    """Identifies the outcome of a check, for `cached`; `classes` is any JSON value."""
     place = [tree.base, os.path.realpath(tree.base), tree.exact]
     wanted = [dataclasses.astuple(part) for part in parts]
     return [kind, VERSION, place, wanted, classes, sorted(skip)]
@@ -379,7 +376,7 @@ def _check_pair(
     image: str, annotation: str, classes: tuple[str, ...]
 ) -> tuple[index.Header, int, str, list[Defect]]:
     """The header, the number of boxes, the image named in the annotation, and the defects."""
-    header, wrong = _look(image)
+    header, wrong = look_at(image)
     boxes, said, found = _form(annotation).read(annotation, header.size, classes)
     return header, len(boxes["boxes"]), said, wrong or found
 
@@ -414,12 +411,12 @@ def _bare(pairs: Sequence[tuple[str, str]]) -> tuple[str, ...]:
     return (line,)
 
 
-def _look(image: str) -> tuple[index.Header, list[Defect]]:
+def look_at(image: str) -> tuple[index.Header, list[Defect]]:
     """The header of an image, and the defects of the file."""
     return index.check_pair((image, ""), boxes=True)
 
 
-def _report(
+def report(
     wrong: Sequence[Defect],
     defects: list[Defect] | None,
     lists: Collection[str] = (),

@@ -19,6 +19,7 @@ from rich.text import Text
 from jaxdg.data import published
 from jaxdg.data.boxes import BoxFiles, StreetsBoxes
 from jaxdg.data.class_counts import Look, count, id_classes, is_mapped, look, parts_of
+from jaxdg.data.coco_maps import BACKGROUND, CocoMaps
 from jaxdg.data.datasets import Dataset, Files, Streets, Subset
 from jaxdg.data.labels import IGNORE
 from jaxdg.data.records import Records
@@ -72,7 +73,7 @@ class Seen:
     def unlabelled(self) -> bool:
         """Whether there are images without labels, as in a published test split."""
         inner = _inner(self.dataset)
-        return isinstance(inner, Files) and not self.boxes and not any(inner.pairs.labels)
+        return isinstance(inner, Files) and not self.boxes and inner.unlabelled
 
 
 def show(dataset: Dataset, most: int, seconds: float) -> list[Seen]:
@@ -315,6 +316,11 @@ def _way_out(shown: Seen) -> str:
     """The settings for the user's own mask of a background and one class."""
     names = shown.dataset.labels.names
     dataset = shown.dataset
+    if isinstance(_inner(dataset), CocoMaps) and len(names) == 1:
+        return (
+            f'set classes=("{BACKGROUND}", "{names[0]}") in data.folder if what no annotation'
+            " covers is background"
+        )
     if shown.look is None or len(names) > 2 or is_mapped(dataset) or published.find(dataset.domain):
         return ""
     foreground = [i for i in shown.look.ids.tolist() if i]

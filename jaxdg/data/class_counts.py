@@ -22,6 +22,7 @@ import numpy as np
 from jaxdg.data import storage
 from jaxdg.data.boxes import BoxFiles, CocoFiles
 from jaxdg.data.cache import cached, fingerprint
+from jaxdg.data.coco_maps import CocoMaps
 from jaxdg.data.datasets import Dataset, Files, Mixture, Streets, Subset
 from jaxdg.data.index import Defect
 from jaxdg.data.labels import IGNORE
@@ -174,10 +175,10 @@ def id_classes(dataset: Dataset) -> Integer[np.ndarray, "KINDS"]:
 def is_mapped(dataset: Dataset) -> bool:
     """Whether the ids in a `Look` are those of the classes instead of those in label files.
 
-    That is so for records, generated streets and boxes.
+    That is so for records, generated streets, boxes and the maps of COCO files.
     """
     inner = _inner(dataset)
-    return not isinstance(inner, Files) or isinstance(inner, BoxFiles)
+    return not isinstance(inner, Files) or isinstance(inner, BoxFiles | CocoMaps)
 
 
 def _inner(dataset: Dataset) -> Any:
@@ -307,7 +308,7 @@ def label_path(dataset: Dataset, i: int) -> str:
 def _label_files(dataset: Dataset, images: Iterable[int]) -> list[str]:
     """The label files of some images; an image without one counts itself."""
     inner = _inner(dataset)
-    if not isinstance(inner, Files) or isinstance(inner, CocoFiles):
+    if not isinstance(inner, Files) or isinstance(inner, CocoFiles | CocoMaps):
         return []
     at = dataset.images if isinstance(dataset, Subset) else range(len(dataset))
     return [inner.pairs.labels[at[i]] or inner.pairs.images[at[i]] for i in images]
@@ -322,7 +323,7 @@ def _names(dataset: Dataset) -> str:
     chosen = dataset.images if isinstance(dataset, Subset) else len(dataset)
     key = [dataset.domain, dataset.labels.names, chosen, os.path.realpath(".")]
     digest = hashlib.sha256(json.dumps(key).encode())
-    if isinstance(inner, Files) and not isinstance(inner, CocoFiles):
+    if isinstance(inner, Files) and not isinstance(inner, CocoFiles | CocoMaps):
         digest.update("\0".join(inner.pairs.labels).encode(errors="surrogateescape"))
         digest.update(np.asarray(getattr(inner, "table", 0)).tobytes())
     else:
@@ -333,8 +334,12 @@ def _names(dataset: Dataset) -> str:
 def _content(dataset: Dataset) -> tuple[list[Any], dict[str, int]]:
     """A key for the content of the labels; and the file that changed last, with the time (ns)."""
     of: list[Any] = [dataset.domain, dataset.labels.names, len(dataset)]
-    if isinstance(dataset, CocoFiles):
-        content = (dataset.content.classes, dataset.content.crowd, dataset.content.ends)
+    if isinstance(dataset, CocoFiles | CocoMaps):
+        if isinstance(dataset, CocoFiles):
+            content = (dataset.content.classes, dataset.content.crowd, dataset.content.ends)
+        else:
+            regions = dataset.regions
+            content = (regions.classes, regions.ends, regions.runs, dataset.pairs.sizes)
         return [*of, hashlib.sha256(b"".join(array.tobytes() for array in content)).hexdigest()], {}
     if isinstance(dataset, Files):
         table = hashlib.sha256(np.asarray(getattr(dataset, "table", 0)).tobytes()).hexdigest()

@@ -113,7 +113,7 @@ def read(
     look: Look,
     wrong: list[Defect],
 ) -> tuple[list[str], dict[str, np.ndarray]]:
-    """Reads the lists of a file and checks its images.
+    """Reads the boxes of a file and checks its images.
 
     Args:
         tree: the dataset's files.
@@ -130,7 +130,76 @@ def read(
         `counts` (numbers of boxes), `boxes`, `classes`, `difficult`, `crowd` and `areas`, without
         the boxes that have defects.
     """
-    reader = _Reader(path, names, wrong)
+    ids = {name: k for k, name in enumerate(names)}
+    found = read_entries(
+        tree,
+        part,
+        path,
+        content,
+        names=names,
+        class_of=lambda _, name: ids.get(name),
+        remedy="name it in data.boxes.classes",
+        skip=skip,
+        look=look,
+        wrong=wrong,
+    )
+    rows = _rows(found)
+    arrays = {"sizes": found.sizes, "fingerprints": found.fingerprints, **_arrays(rows, found)}
+    return list(found.images.values()), arrays
+
+
+@dataclasses.dataclass(frozen=True)
+class Entries:
+    """The images of a file and their annotations.
+
+    Attributes:
+        images: paths by ids, in the order of the file.
+        sizes: height and width of each, pixels.
+        fingerprints: of the image files.
+        annotations: those of images without defects, each with its class.
+        add: adds a defect of an annotation.
+    """
+
+    images: Mapping[Hashable, str]
+    sizes: np.ndarray
+    fingerprints: np.ndarray
+    annotations: Sequence[tuple[Entry, int]]
+    add: Callable[[Entry, str], None]
+
+    def owners(self, entries: Sequence[Entry]) -> np.ndarray:
+        """The places of the images of some annotations, int32 [n]."""
+        place = {i: k for k, i in enumerate(self.images)}
+        return np.array([place[e["image_id"]] for e in entries], np.int32)
+
+
+def read_entries(
+    tree: Tree,
+    part: CocoPart,
+    path: str,
+    content: Mapping[str, list[Entry]],
+    *,
+    names: Sequence[str],
+    class_of: Callable[[Hashable, str], int | None],
+    remedy: str,
+    skip: Collection[str],
+    look: Look,
+    wrong: list[Defect],
+) -> Entries:
+    """Checks the images of a file, and to which image and class each annotation belongs.
+
+    Args:
+        tree: as for `read`.
+        part: as for `read`.
+        path: as for `read`.
+        content: as for `read`.
+        names: names of the classes.
+        class_of: the class of a category, by its id and name; None if it has none.
+        remedy: what a person can do about a category without class.
+        skip: as for `read`.
+        look: as for `read`.
+        wrong: as for `read`.
+    """
+    reader = _Reader(path, names, class_of, remedy, wrong)
     classes = reader.categories(content["categories"])
     listed, images = reader.images(content["images"], _Places(tree, part), part.start, skip)
     with ThreadPoolExecutor(index.THREADS) as pool:
@@ -139,9 +208,10 @@ def read(
         wrong += found or reader.size_fault(images[i], header.size, listed[i])
     sound = {i: image for i, image in images.items() if not looked[i][1]}
     sizes, fingerprints = index.arrays([header for header, _ in looked.values()])
-    rows = reader.annotations(content["annotations"], set(listed), sound, classes)
-    boxes = _arrays(rows, images, sizes, reader)
-    return list(images.values()), {"sizes": sizes, "fingerprints": fingerprints, **boxes}
+    entries = reader.annotations(content["annotations"], set(listed), sound, classes)
+    return Entries(
+        images, sizes, fingerprints, entries, lambda e, text: reader.add_to(e, images, text)
+    )
 
 
 class _Row(NamedTuple):
@@ -155,20 +225,30 @@ class _Row(NamedTuple):
     area: float
 
 
-def _arrays(
-    rows: list[_Row], images: Mapping[Hashable, str], sizes: np.ndarray, reader: "_Reader"
-) -> dict[str, np.ndarray]:
-    place = {i: k for k, i in enumerate(images)}
-    owner = np.array([place[row.entry["image_id"]] for row in rows], np.int32)
+def _rows(found: Entries) -> list[_Row]:
+    rows = []
+    for e, class_id in found.annotations:
+        if fault := _values_fault(e):
+            found.add(e, fault)
+            continue
+        difficult = bool(flag(e.get("difficult")) or flag(e.get("ignore")))
+        crowd = bool(flag(e.get("iscrowd")))
+        area = math.nan if e.get("area") is None else float(e["area"])
+        rows.append(_Row(e, class_id, _corners(e["bbox"]), difficult, crowd, area))
+    return rows
+
+
+def _arrays(rows: list[_Row], found: Entries) -> dict[str, np.ndarray]:
+    owner = found.owners([row.entry for row in rows])
     corners = np.array([row.corners for row in rows], np.float64).reshape(-1, 4)
-    boxes, misfits = fit(corners, sizes[owner], first=0)
+    boxes, misfits = fit(corners, found.sizes[owner], first=0)
     for i, what in misfits:
-        reader.add_to(rows[i].entry, images, what)
+        found.add(rows[i].entry, what)
     order = np.argsort(owner, kind="stable")
     order = order[~np.isin(order, [i for i, _ in misfits])]
     stated = np.array([row.area for row in rows], np.float64)
     return {
-        "counts": np.bincount(owner[order], minlength=len(images)),
+        "counts": np.bincount(owner[order], minlength=len(found.images)),
         "boxes": boxes[order],
         "classes": np.array([row.class_id for row in rows], np.int32)[order],
         "difficult": np.array([row.difficult for row in rows], bool)[order],
@@ -183,6 +263,8 @@ class _Reader:
 
     path: str
     names: Sequence[str]
+    class_of: Callable[[Hashable, str], int | None]
+    remedy: str
     wrong: list[Defect]
 
     def add(self, text: str) -> None:
@@ -276,12 +358,11 @@ class _Reader:
         listed: Collection[Hashable],
         images: Mapping[Hashable, str],
         classes: Mapping[Hashable, str],
-    ) -> list[_Row]:
-        """The boxes in `images`; `listed` are the ids of all images."""
-        rows: list[_Row] = []
+    ) -> list[tuple[Entry, int]]:
+        """Those of `images` with their classes; `listed` are the ids of all images."""
+        found: list[tuple[Entry, int]] = []
         seen: dict[tuple[Hashable, Hashable], Any] = {}
         foreign: dict[str, list[Any]] = {}
-        ids = {name: k for k, name in enumerate(self.names)}
         known = ", ".join(f"{i} {name}" for i, name in classes.items())
         for n, e in enumerate(entries, start=1):
             if fault := _id_fault(e, "id") or _id_fault(e, "image_id"):
@@ -298,30 +379,25 @@ class _Reader:
             if e["image_id"] not in images:
                 continue
             category = None if _id_fault(e, "category_id") else classes.get(e["category_id"])
-            if category is not None and category not in ids:
-                foreign.setdefault(category, []).append(e["id"])
-                continue
-            fault = _id_fault(e, "category_id")
-            if not fault and category is None:
-                name = _unknown_id(e["category_id"], classes)
-                fault = f"has the unknown class {name} (known are {known})"
-            if fault := fault or _values_fault(e):
+            if category is None:
+                fault = _id_fault(e, "category_id")
+                name = "" if fault else _unknown_id(e["category_id"], classes)
+                fault = fault or f"has the unknown class {name} (known are {known})"
                 self.add_to(e, images, fault)
                 continue
-            assert category is not None  # else there is a fault
-            corners = _corners(e["bbox"])
-            difficult = bool(flag(e.get("difficult")) or flag(e.get("ignore")))
-            crowd = bool(flag(e.get("iscrowd")))
-            area = math.nan if e.get("area") is None else float(e["area"])
-            rows.append(_Row(e, ids[category], corners, difficult, crowd, area))
+            class_id = self.class_of(e["category_id"], category)
+            if class_id is None:
+                foreign.setdefault(category, []).append(e["id"])
+            else:
+                found.append((e, class_id))
         for category, mine in foreign.items():
             are = f"and {len(mine) - 1} more are" if len(mine) > 1 else "is"
             self.add(
                 f"annotation {mine[0]} {are} of the category {category!r}, which is none of the"
-                f" classes {', '.join(self.names)}; name it in data.boxes.classes, or take its"
-                " annotations out of the file"
+                f" classes {', '.join(self.names)}; {self.remedy}, or take its annotations out of"
+                " the file"
             )
-        return rows
+        return found
 
 
 class _Places:

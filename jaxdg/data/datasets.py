@@ -48,13 +48,16 @@ class StreetsOptions:
 
 @dataclasses.dataclass
 class FolderOptions:
-    """Any pair of image and label folders.
+    """Any pair of image and label folders, or an image folder and a COCO file.
 
     `{domain}` in a path stands for the domain's name, `{split}` for `train` or `val`.
 
     Attributes:
         images: image folder below the data root; it may be in an archive, as `photos.zip/images`.
-        labels: label folder below the data root, with the same sub-folders as the image folder.
+        labels: label folder below the data root, with the same sub-folders as the image folder; or
+            a COCO JSON file, of whose polygons and run lengths label maps are drawn (`pip install
+            "jaxdg[coco]"`). What no annotation covers is the class `background` if there is one,
+            else it is ignored. Crowds are ignored.
         image_suffix: end of an image's file name after the part that it shares with its label; ""
             for any image extension.
         label_suffix: the same for label files.
@@ -62,8 +65,10 @@ class FolderOptions:
         id_map: label file id to train id; empty if the files hold train ids already. If all its
             file ids lie beyond the train ids, a class that it does not mention keeps its train id
             as file id: a mask of 0 and 255 is `classes=("background", "crack")`, `id_map={255: 1}`.
+            The categories of a COCO file are classes by their names, with an `id_map` by their ids.
         ignore: label file ids that neither the loss nor a score sees; those of signed files may be
-            negative. The default 255 gives way to an `id_map` that maps 255.
+            negative. The default 255 gives way to an `id_map` that maps 255. For a COCO file, ids
+            of categories.
         colors: RGB, 0-255, one a class; empty for the Cityscapes colours if the classes are
             Cityscapes', else a palette.
     """

@@ -13,7 +13,7 @@ from typing import Any
 from jaxtyping import Int16
 import numpy as np
 
-from jaxdg.data import index, published, records
+from jaxdg.data import coco_maps, index, published, records
 from jaxdg.data.datasets import (
     STREETS,
     Dataset,
@@ -197,6 +197,8 @@ def label_table(
             f"data.folder.id_map maps to train ids {outside}, but data.folder.classes has"
             f" {len(names)} classes"
         )
+    if coco_maps.is_coco(folder):
+        return coco_maps.category_table(names, folder)
     return own_table(names, folder.id_map, folder.ignore)
 
 
@@ -264,10 +266,14 @@ def _folder(
         for path in (options.images, options.labels)
     )
     tree = Tree(root, exact=True)
+    table = label_table(domain, options, "")
+    if coco_maps.is_coco(options):
+        part = coco_maps.part_of(image_folder, label_folder)
+        return coco_maps.open_maps(domain, tree, part, options, labels, table, skip, defects)
     folders = [(image_folder, (label_folder,))]
     suffixes = {"image_suffix": options.image_suffix, "label_suffix": options.label_suffix}
     pairs = pair_files(tree, folders, defects, skip=skip, **suffixes)
-    return Files(domain, pairs, label_table(domain, options, ""), labels)
+    return Files(domain, pairs, table, labels)
 
 
 def pair_files(

@@ -460,8 +460,8 @@ def test_a_second_start_reads_nothing_and_notices_changes(tmp_path, monkeypatch)
     settle(tmp_path / "pets")
     first = open_box_files("pets", root=str(tmp_path), train=True, own=OWN)
     looked = []
-    look = annotations._look
-    monkeypatch.setattr(annotations, "_look", lambda path: looked.append(path) or look(path))
+    look = annotations.look_at
+    monkeypatch.setattr(annotations, "look_at", lambda path: looked.append(path) or look(path))
     again = open_box_files("pets", root=str(tmp_path), train=True, own=OWN)
     assert not looked
     assert (again.pairs.images, again.pairs.labels) == (first.pairs.images, first.pairs.labels)

@@ -149,8 +149,8 @@ def test_a_second_start_parses_nothing_and_notices_changes(tmp_path, monkeypatch
     settle(tmp_path)
     first = open_own(tmp_path)
     looked = []
-    look = annotations._look
-    monkeypatch.setattr(annotations, "_look", lambda path: looked.append(path) or look(path))
+    look = annotations.look_at
+    monkeypatch.setattr(annotations, "look_at", lambda path: looked.append(path) or look(path))
     again = open_own(tmp_path)
     assert not looked
     for i in range(4):

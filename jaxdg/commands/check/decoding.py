@@ -15,7 +15,7 @@ from jaxdg.commands.check.selection import Split, Subject, has_file
 from jaxdg.data import class_check
 from jaxdg.data.boxes import BoxFiles
 from jaxdg.data.class_check import Seen
-from jaxdg.data.class_counts import Look, look
+from jaxdg.data.class_counts import Look, id_classes, look
 from jaxdg.data.datasets import Files
 from jaxdg.data.images import read_image
 from jaxdg.data.index import Defect
@@ -163,7 +163,7 @@ def _label_counts(
         flagged = np.array([np.count_nonzero(truth[key]) for key in ("difficult", "crowd")])
         return counts, np.unique(truth["classes"][~truth["crowd"]], return_counts=True), flagged
     ids, id_counts = dataset.ids(i)
-    classes = dataset.table[ids]
+    classes = id_classes(dataset)[ids]
     if (classes < 0).any():
         dataset.label(i)  # raises the error that names the ids and the file
     counts = np.zeros(256, np.int64)

@@ -42,7 +42,7 @@ def of_files(opened: Sequence[OpenedSplit]) -> Table:
 
 def of_classes(opened: Sequence[OpenedSplit]) -> Table:
     """Shares of pixels, or numbers of boxes, by class and split."""
-    labelled = [o for o in opened if isinstance(o.dataset, BoxFiles) or any(o.dataset.pairs.labels)]
+    labelled = [o for o in opened if isinstance(o.dataset, BoxFiles) or not o.dataset.unlabelled]
     labels = opened[0].dataset.labels
     boxes = isinstance(opened[0].dataset, BoxFiles)
     columns = (Column(Text(o.split.name), justify="right") for o in labelled)
