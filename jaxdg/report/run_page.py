@@ -129,7 +129,8 @@ def _told(evaluation: Evaluation) -> str:
         if len(unseen) == 1:
             where, hardest = f"on {unseen[0]}, which it never saw", ""
         part = "" if r["rPD"] is None else f", {r['rPD']:.0f} % of the seen (rPD)"
-        told.append(f"{r['mean_unseen']:.1f} {where}{part}{hardest}")
+        what = "" if seen else f"{score} "
+        told.append(f"{what}{r['mean_unseen']:.1f} {where}{part}{hardest}")
     if not told:
         told.append("No domain that was judged has truth")
     return f"{'; '.join(told)} (step {r['step']}, protocol {r['protocol']})."
