@@ -50,6 +50,7 @@ from jaxdg.hub import runs as auto_weights
 from jaxdg.tasks.run_state import Blueprint, abstract_state, initial_state, make_task
 from jaxdg.tasks.task import DomainResult, Evaluate, ModelState, Task
 from jaxdg.training import distributed, history, sharding
+from jaxdg.training import loggers as loggers_lib
 from jaxdg.training import optimizer as optimizer_lib
 from jaxdg.training.checkpoint import Checkpoints, check_path
 from jaxdg.training.log import Log, due
@@ -71,6 +72,7 @@ def train(
     check_path(workdir.resolve() / "checkpoints")
     if distributed.is_main():
         workdir_lib.check(config, workdir)
+        loggers_lib.check(config.loggers)
     if distributed.from_main(lambda: finished(config, workdir, console)):
         return
     fetch_weights(config, workdir, console, interrupt)
@@ -159,7 +161,11 @@ def run(
         auto_weights.claim(config, workdir)
         data.trained_on.save(workdir)
         history.started(workdir, start)
-    writer = Writer(workdir, start, distributed.is_main(), console.print)
+    loggers: list[loggers_lib.Logger] = []
+    if distributed.is_main():
+        said = dataclasses.asdict(config)
+        loggers = loggers_lib.opened(config.loggers, workdir, start, said, console.print)
+    writer = Writer(workdir, start, distributed.is_main(), console.print, loggers)
     closing.callback(writer.close)
     rate: Any = optimizer_lib.learning_rate(config.optimizer, config.steps)
     log = Log(
@@ -398,6 +404,7 @@ class Judge:
                 self.writer.picture(f"{name}/{i}", picture, step)
         if not distributed.is_main():
             return
+        everything["device_hours"] = history.device_hours(self.workdir, step)
         write_results(everything, results, self.workdir)
         logged = {row.get("domain") for row in read_metrics(self.workdir) if row["step"] == step}
         rows = [

@@ -152,6 +152,8 @@ class Config:
             Default 500.
         checkpoint_every: steps between checkpoints; one is always written at the end. Default 100.
         keep_checkpoints: newest checkpoints kept, besides the best on the source domain. Default 2.
+        loggers: services that get what metrics.jsonl gets: wandb (Weights & Biases), mlflow; each
+            needs the extra of its name. Default none.
         task: segmentation or detection. Default segmentation.
         mesh: devices.
         data: what is trained on.
@@ -173,6 +175,7 @@ class Config:
     eval_every: CountOrZero = 500
     checkpoint_every: Count = 100
     keep_checkpoints: Count = 2
+    loggers: tuple[Literal["wandb", "mlflow"], ...] = ()
     task: Literal["segmentation", "detection"] = "segmentation"
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
     data: DataConfig = dataclasses.field(default_factory=DataConfig)

@@ -20,7 +20,15 @@ from jaxdg.config import Config, locks
 from jaxdg.data import skip
 
 # Changing these leaves the run the same, so a resumed run may differ in them.
-FREE_FIELDS = ("mesh.", "data.workers", "data.root", "log_every", "eval_every", "checkpoint_every")
+FREE_FIELDS = (
+    "mesh.",
+    "data.workers",
+    "data.root",
+    "log_every",
+    "eval_every",
+    "checkpoint_every",
+    "loggers",
+)
 # Changing these leaves the same what its results mean; that they changed is recorded.
 RECORDED_FIELDS = (
     "keep_checkpoints",

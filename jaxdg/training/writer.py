@@ -3,7 +3,7 @@
 A resumed run drops the rows past its step, so its files read as if it had never stopped.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 import json
 from pathlib import Path
 import socket
@@ -23,13 +23,14 @@ from tensorboardX.proto.event_pb2 import (
 from tensorboardX.record_writer import masked_crc32c
 
 from jaxdg import files
+from jaxdg.training.loggers import Logger
 from jaxdg.training.metrics import read_rows
 
 FLUSH = 10  # seconds between two flushes of TensorBoard's events
 
 
 class Writer:
-    """Appends one flushed JSON object a row and mirrors its numbers to TensorBoard."""
+    """Appends one flushed JSON object a row, and mirrors its numbers to TensorBoard and loggers."""
 
     def __init__(
         self,
@@ -37,6 +38,7 @@ class Writer:
         resume_step: int,
         on: bool = True,
         say: Callable[[str], None] = logging.warning,
+        loggers: Sequence[Logger] = (),
     ):
         """Opens the files.
 
@@ -45,11 +47,13 @@ class Writer:
             resume_step: step from which the run resumes; later rows and broken lines are dropped.
             on: False writes nothing, for all processes but one.
             say: receives a line about broken lines of metrics.jsonl; the old file is kept aside.
+            loggers: receive the same; closed with this.
 
         Raises:
             OSError: the disk is full, or the folder is not writable. The methods raise this too.
         """
         self._on = on
+        self._loggers = tuple(loggers)
         if not on:
             return
         self.path = Path(workdir).absolute() / "metrics.jsonl"
@@ -80,11 +84,15 @@ class Writer:
                 number = isinstance(value, (int, float)) and not isinstance(value, bool)
                 if number and key != "step":
                     self._show(f"{group}/{key}", summary.scalar("", value), row["step"])
+        for logger in self._loggers:
+            logger.rows(*rows)
 
     def picture(self, name: str, image: np.ndarray, step: int) -> None:
-        """Shows an RGB picture [h, w, 3] uint8 in TensorBoard."""
+        """Shows an RGB picture [h, w, 3] uint8 in TensorBoard and loggers."""
         if self._on:
             self._show(name, summary.image("", image, dataformats="HWC"), step)
+            for logger in self._loggers:
+                logger.picture(name, image, step)
 
     def _show(self, tag: str, event: Any, step: int) -> None:
         """Adds an event; sets its tag here, as tensorboardX would replace some characters."""
@@ -92,7 +100,9 @@ class Writer:
         self._events.add(step, summary=event)
 
     def close(self) -> None:
-        """Flushes and closes both files."""
+        """Flushes and closes both files and the loggers."""
+        for logger in self._loggers:
+            logger.close()
         if not self._on:
             return
         try:

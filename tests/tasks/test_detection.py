@@ -141,7 +141,12 @@ def test_an_interrupted_run_goes_on_to_the_same_bits(whole, tmp_path, capsys):
         for run in (whole, tmp_path / "parts")
     ]
     assert rows[0] == rows[1]
-    for file in ("results.json", "detections/clear.json", "detections/fog_truth.json"):
+    results = [
+        json.loads((run / "results.json").read_text()) for run in (whole, tmp_path / "parts")
+    ]
+    assert min(one.pop("device_hours") for one in results) > 0  # they took different times
+    assert results[0] == results[1]
+    for file in ("detections/clear.json", "detections/fog_truth.json"):
         assert (tmp_path / "parts" / file).read_bytes() == (whole / file).read_bytes()
 
 

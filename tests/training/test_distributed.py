@@ -550,6 +550,7 @@ def test_two_processes_are_one(tmp_path, monkeypatch):
         for name in ("one", "two", "again")
     )
     del again["model"]  # by which results of one model are told from another's
+    assert min(run.pop("device_hours") for run in (one, two)) > 0  # they took different times
     assert one == two == again
 
     def files(name):
