@@ -243,7 +243,7 @@ class _Wandb:
         ids.keep("wandb", run_id)
         self._run.define_metric("step")
         self._run.define_metric("*", step_metric="step")
-        if self._run.url:
+        if online and self._run.url:
             say(f"wandb: {self._run.url}")
 
     def rows(self, rows: Sequence[Row]) -> None:
