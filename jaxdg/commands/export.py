@@ -1,4 +1,5 @@
-"""A trained model as one file that runs without this package: StableHLO with the weights inside.
+"""A trained model as one file that runs without this package: StableHLO with the weights inside,
+or ONNX.
 
     python -m jaxdg.export --checkpoint runs/streets --out streets.stablehlo --size 512x1024
 
@@ -16,10 +17,10 @@ takes images of the size it was trained on, or that fit it without being resized
 {"boxes" [d, 4]: x0 y0 x1 y1 in pixels, "scores" [d], "classes" [d]}, the best first; slots without
 a box have a score of 0. `--batch` makes it take [n, h, w, 3] for any n, one image after another.
 
-There is no ONNX. jax2onnx 0.17.1, the converter of JAX that is kept up, turns a Mask2Former's
-scores of one window into a graph that ONNX Runtime evaluates alike (to 6e-6), but not the sliding
-windows around it, and cannot be installed beside the orbax-checkpoint that training needs; 0.13.0,
-the last that can, lacks an operation of Mask2Former.
+`--onnx model.onnx` instead of `--out` writes an ONNX graph, of one window or of a detector's image;
+model.json beside it says what goes in. See `onnx_graph` and docs/how-to/onnx.md.
+
+    python -m jaxdg.export --checkpoint streets.safetensors --onnx streets.onnx
 """
 
 from collections.abc import Callable, Sequence
@@ -37,6 +38,7 @@ import jax.numpy as jnp
 import jaxdg
 from jaxdg.backbones.cudnn import CALLS
 from jaxdg.commands import command_line as cli
+from jaxdg.commands import onnx_graph
 from jaxdg.commands import process as runtime
 from jaxdg.tasks.loading import Model, load
 from jaxdg.tasks.segmentation import Segmentation
@@ -193,11 +195,15 @@ def write(model: Model, exported: jax.export.Exported, out: Path) -> Path:
     """Writes the program to `out` and its description beside it, each whole or not at all; returns
     the description's path.
     """
+    return _write(out, exported.serialize(), description(model, exported))
+
+
+def _write(out: Path, program: bytes | bytearray, described: dict[str, Any]) -> Path:
     beside = check_out(out)
     out.parent.mkdir(parents=True, exist_ok=True)
     for path, content in (
-        (out, exported.serialize()),
-        (beside, (json.dumps(description(model, exported), indent=2) + "\n").encode()),
+        (out, program),
+        (beside, (json.dumps(described, indent=2) + "\n").encode()),
     ):
         partial = path.with_name(path.name + ".partial")
         partial.write_bytes(content)
@@ -209,7 +215,14 @@ def main(arguments: Sequence[str]) -> None:
     """Exports as the flags say."""
     if len(arguments) > 1:
         raise ValueError(f"unexpected argument {arguments[1]!r}; see --help")
+    if (_OUT.value is None) == (_ONNX.value is None):
+        raise ValueError(
+            "give one of --out, for a StableHLO program, and --onnx, for an ONNX graph"
+        )
     runtime.set_up()
+    if _ONNX.value is not None:
+        _write_graph(Path(_ONNX.value))
+        return
     size = cli.parse_size("size", _SIZE.value) if _SIZE.value else None
     out = Path(_OUT.value)
     check_out(out)
@@ -224,12 +237,36 @@ def main(arguments: Sequence[str]) -> None:
     )
 
 
+def _write_graph(out: Path) -> None:
+    """Writes an ONNX graph as the flags say."""
+    for flag in ("size", "platform", "batch"):
+        if flags.FLAGS[flag].present:
+            raise ValueError(
+                f"--{flag} is of StableHLO programs; an ONNX graph takes one window of the run's"
+                " size, on any platform; leave it out"
+            )
+    check_out(out)
+    onnx_graph.libraries()
+    model = onnx_graph.loaded(_CHECKPOINT.value)
+    graph = onnx_graph.convert(model)
+    beside = _write(out, graph.content, onnx_graph.description(model, graph))
+    takes = ", ".join(f"{name} {list(array.shape)}" for name, array in graph.inputs.items())
+    print(
+        f"{out}: {out.stat().st_size / 1e6:.1f} MB, takes {takes}; scores in ONNX Runtime differ by"
+        f" {graph.difference:.1g} of the largest; described in {beside}"
+    )
+
+
 if __name__ == "__main__":
     _CHECKPOINT = cli.define_checkpoint()
     _OUT = cli.define_path(
         "out",
         "File for the program, such as model.stablehlo; model.json comes beside it.",
-        required=True,
+    )
+    _ONNX = cli.define_path(
+        "onnx",
+        "File for an ONNX graph of one window, such as model.onnx, instead of --out; model.json"
+        " comes beside it. Needs the extra onnx, and jax2onnx.",
     )
     _SIZE = flags.DEFINE_string(
         "size", None, "Height x width of the images it will take; the run's data.crop if left out."

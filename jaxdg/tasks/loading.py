@@ -9,9 +9,9 @@ import jax
 from jaxtyping import Array, Float32, UInt8
 import numpy as np
 
-from jaxdg.config import MeshConfig
+from jaxdg.config import Config, MeshConfig
 from jaxdg.evaluation.average_precision import Detections
-from jaxdg.tasks.run_state import opened
+from jaxdg.tasks.run_state import Trained, opened
 from jaxdg.tasks.task import ModelState, Task
 from jaxdg.training import sharding
 
@@ -110,8 +110,15 @@ def load(checkpoint: str | Path) -> Model:
             packed model.
     """
     trained = opened(checkpoint)
+    return restored(trained, trained.config)
+
+
+def restored(trained: Trained, config: Config) -> Model:
+    """Loads a trained model that computes as another configuration says, which builds the same
+    parameters; raises as `load`.
+    """
     with jax.enable_x64(False):  # the caller may have turned it on; checkpoints are made without
-        task = trained.task(trained.config)
+        task = trained.task(config)
         mesh = sharding.make_mesh(MeshConfig(data=1, fsdp=1), jax.local_devices()[:1])
         blueprint, state, at = trained.restore(task, mesh)
     return Model(task, blueprint.graph, state, at)

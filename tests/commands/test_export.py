@@ -79,9 +79,11 @@ def drawn(like):
     return jax.tree_util.tree_map_with_path(draw, like)
 
 
-def model_with(decoder, dtype="float32"):
+def model_with(decoder, dtype="float32", unroll=False):
     """A model as `jaxdg.load` gives it."""
-    task = make_task(config(decoder, dtype))
+    c = config(decoder, dtype)
+    c.model.unroll = c.model.mask2former.unroll = unroll
+    task = make_task(c)
     plan = Blueprint.of(task, "none")
     return Model(task, plan.graph, drawn(plan.abstract), 1)
 

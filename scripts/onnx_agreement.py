@@ -1,0 +1,126 @@
+"""How ONNX graphs agree with `predict` on images, and what both cost.
+
+    python scripts/onnx_agreement.py --checkpoint model.safetensors --onnx model.onnx IMAGE...
+
+`jaxdg export --onnx` has made the graph. The functions around it are those of docs/how-to/onnx.md,
+word for word. Each side computes in one thread, by turns; seconds are CPU time, which other work on
+the machine changes little. A first image is not counted.
+"""
+
+import argparse
+import functools
+import os
+from pathlib import Path
+import re
+import shutil
+import sys
+import tempfile
+import time
+import types
+from typing import Any
+from unittest import mock
+
+import cv2
+import jax
+import numpy as np
+
+from jaxdg.commands import onnx_graph
+from jaxdg.tasks.loading import load
+
+PAGE = Path(__file__).resolve().parents[1] / "docs/how-to/onnx.md"
+
+
+def page_function(name: str, folder: Path) -> Any:
+    """A function of the page, for `streets.onnx` and `streets.json` in a folder."""
+    blocks = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
+    (block,) = (block for block in blocks if f"def {name}(" in block)
+    space: dict[str, Any] = {}
+    here = Path.cwd()
+    os.chdir(folder)
+    try:
+        exec(block, space)
+    finally:
+        os.chdir(here)
+    return space[name]
+
+
+def compared(model: Any, theirs: Any, paths: list[str]) -> None:
+    """Prints how the predictions of both agree, and what they cost."""
+    segments = model.task.config.task == "segmentation"
+
+    def timed(function: Any, image: np.ndarray) -> tuple[Any, float]:
+        start = time.process_time()
+        return function(image), time.process_time() - start
+
+    seconds = []
+    same = []
+    counts = []
+    away = [(0.0, 0.0)]
+    for path in [paths[0], *paths]:
+        image = cv2.cvtColor(cv2.imread(path), cv2.COLOR_BGR2RGB)
+        ours, our_time = timed(model.predict, image)
+        found, their_time = timed(theirs, image)
+        seconds.append((our_time, their_time))
+        if segments:
+            same.append(np.mean(found == ours))
+            continue
+        n = min(len(found[1]), len(ours.scores))
+        counts.append((len(ours.scores), len(found[1])))
+        same.append(np.mean(found[2][:n] == ours.classes[:n]))
+        pairs = ((found[0], ours.boxes), (found[1], ours.scores))
+        away.append(tuple(float(np.abs(a[:n] - b[:n]).max(initial=0)) for a, b in pairs))
+    share, least = 100 * np.mean(same[1:]), 100 * min(same)
+    print(f"labels agree: {share:.4f} % of all, {least:.4f} % of the worst image")
+    if counts:
+        print("boxes of an image, jaxdg's and the graph's:", *counts[1:])
+        print("boxes differ by {:.2g} pixels, their scores by {:.2g}".format(*np.max(away, axis=0)))
+    medians = np.median(seconds[1:], axis=0)
+    print("CPU seconds an image: jaxdg {:.3f}, ONNX Runtime {:.3f}".format(*medians))
+
+
+def compared_scores(model: Any, session: Any, paths: list[str]) -> None:
+    """Prints by how much the scores of images differ that are resized to a window."""
+    function, inputs, outputs = onnx_graph.window_program(model)
+    program = jax.jit(function)
+    at = list(outputs).index("scores")
+    h, w = inputs["image"].shape[1:3]
+    difference = largest = 0.0
+    for path in paths:
+        image = cv2.cvtColor(cv2.resize(cv2.imread(path), (w, h)), cv2.COLOR_BGR2RGB)
+        given = {"image": np.asarray(model.task.normalize(image[None]))}
+        if "size" in inputs:
+            given["size"] = np.array([[h, w]], np.float32)
+        expected = np.asarray(program(*given.values())[at])
+        difference = max(difference, float(np.abs(session.run(None, given)[at] - expected).max()))
+        largest = max(largest, float(np.abs(expected).max()))
+    print(f"scores at {w}x{h} differ by {difference:.2g}; the largest is {largest:.3g}")
+
+
+def main() -> None:
+    """Prints one line a quantity."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--checkpoint", required=True)
+    parser.add_argument("--onnx", required=True, type=Path)
+    parser.add_argument("images", nargs="+")
+    arguments = parser.parse_args()
+    import onnxruntime  # in an environment of its own
+
+    os.environ["XLA_FLAGS"] = "--xla_cpu_multi_thread_eigen=false"
+    cv2.setNumThreads(1)
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1
+    one_thread = functools.partial(onnxruntime.InferenceSession, sess_options=options)
+    shim = types.SimpleNamespace(InferenceSession=one_thread)
+    model = load(arguments.checkpoint)
+    name = "predict" if model.task.config.task == "segmentation" else "detect"
+    with tempfile.TemporaryDirectory() as folder:
+        for suffix in (".onnx", ".json"):
+            shutil.copy(arguments.onnx.with_suffix(suffix), Path(folder, "streets" + suffix))
+        with mock.patch.dict(sys.modules, onnxruntime=shim):
+            theirs = page_function(name, Path(folder))
+    compared(model, theirs, arguments.images)
+    compared_scores(model, one_thread(str(arguments.onnx)), arguments.images)
+
+
+if __name__ == "__main__":
+    main()
