@@ -23,6 +23,7 @@ from unittest import mock
 import cv2
 import jax
 import numpy as np
+from PIL import Image
 
 from jaxdg.commands import onnx_graph
 from jaxdg.tasks.loading import load
@@ -55,9 +56,9 @@ def compared(model: Any, theirs: Any, paths: list[str]) -> None:
     seconds = []
     same = []
     counts = []
-    away = [(0.0, 0.0)]
+    away = [[0.0, 0.0]]
     for path in [paths[0], *paths]:
-        image = cv2.cvtColor(cv2.imread(path), cv2.COLOR_BGR2RGB)
+        image = np.asarray(Image.open(path).convert("RGB"))
         ours, our_time = timed(model.predict, image)
         found, their_time = timed(theirs, image)
         seconds.append((our_time, their_time))
@@ -68,7 +69,7 @@ def compared(model: Any, theirs: Any, paths: list[str]) -> None:
         counts.append((len(ours.scores), len(found[1])))
         same.append(np.mean(found[2][:n] == ours.classes[:n]))
         pairs = ((found[0], ours.boxes), (found[1], ours.scores))
-        away.append(tuple(float(np.abs(a[:n] - b[:n]).max(initial=0)) for a, b in pairs))
+        away.append([float(np.abs(a[:n] - b[:n]).max(initial=0)) for a, b in pairs])
     share, least = 100 * np.mean(same[1:]), 100 * min(same)
     print(f"labels agree: {share:.4f} % of all, {least:.4f} % of the worst image")
     if counts:
@@ -86,7 +87,7 @@ def compared_scores(model: Any, session: Any, paths: list[str]) -> None:
     h, w = inputs["image"].shape[1:3]
     difference = largest = 0.0
     for path in paths:
-        image = cv2.cvtColor(cv2.resize(cv2.imread(path), (w, h)), cv2.COLOR_BGR2RGB)
+        image = cv2.resize(np.asarray(Image.open(path).convert("RGB")), (w, h))
         given = {"image": np.asarray(model.task.normalize(image[None]))}
         if "size" in inputs:
             given["size"] = np.array([[h, w]], np.float32)
@@ -103,7 +104,7 @@ def main() -> None:
     parser.add_argument("--onnx", required=True, type=Path)
     parser.add_argument("images", nargs="+")
     arguments = parser.parse_args()
-    import onnxruntime  # in an environment of its own
+    import onnxruntime  # pyright: ignore[reportMissingImports]
 
     os.environ["XLA_FLAGS"] = "--xla_cpu_multi_thread_eigen=false"
     cv2.setNumThreads(1)

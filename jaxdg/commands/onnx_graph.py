@@ -92,17 +92,19 @@ def window_program(model: Model) -> tuple[Any, dict[str, Any], dict[str, Any]]:
                 " --out"
             )
 
-        def function(image: jax.Array) -> tuple[jax.Array, ...]:
+        def class_scores(image: jax.Array) -> tuple[jax.Array, ...]:
             return (network().scores(image).astype(jnp.float32),)
 
+        function: Any = class_scores
         inputs = {"image": image}
         names = ("scores",)
     else:
 
-        def function(image: jax.Array, size: jax.Array) -> tuple[jax.Array, ...]:
+        def detections(image: jax.Array, size: jax.Array) -> tuple[jax.Array, ...]:
             found = network().detect(image, size)
             return found.boxes[0], found.scores[0], found.classes[0]
 
+        function = detections
         inputs = {"image": image, "size": jax.ShapeDtypeStruct((1, 2), jnp.float32)}
         names = ("boxes", "scores", "classes")
     outputs = jax.eval_shape(function, *inputs.values())
@@ -224,8 +226,8 @@ def libraries() -> tuple[Any, Any]:
         ValueError: one is not installed.
     """
     try:
-        import jax2onnx
-        import onnxruntime
+        import jax2onnx  # pyright: ignore[reportMissingImports]
+        import onnxruntime  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         raise ValueError(f"--onnx needs {error.name}, which is not installed: {INSTALL}") from error
     # It loads converters of libraries that are not here, and would print a traceback for each.

@@ -10,6 +10,7 @@ import contextlib
 from typing import Any
 
 import jax
+from jax.core import Tracer
 from jax.extend import core
 import jax.numpy as jnp
 import numpy as np
@@ -63,9 +64,10 @@ def _results(equation: core.JaxprEqn, inputs: list[Any]) -> Sequence[Any]:
         return _evaluated(settings["branches"][platforms.index(None)], inputs[1:])
     if name == "scan" and settings["length"] == settings["unroll"]:
         return _unrolled(settings, inputs)
-    known = bool(inputs) and not any(isinstance(x, jax.core.Tracer) for x in inputs)
+    known = bool(inputs) and not any(isinstance(x, Tracer) for x in inputs)
     # A constant that grows is left to whoever reads the graph.
-    grows = sum(v.aval.size for v in equation.outvars) > sum(np.size(x) for x in inputs)
+    after: Any = [v.aval for v in equation.outvars]
+    grows = sum(aval.size for aval in after) > sum(np.size(x) for x in inputs)
     folds = known and not grows
     with jax.ensure_compile_time_eval() if folds else contextlib.nullcontext():
         settings = equation.primitive.get_bind_params(settings)
@@ -90,4 +92,4 @@ def _unrolled(settings: dict[str, Any], inputs: list[Any]) -> list[Any]:
 
 
 def _row(x: Any, i: int) -> Any:
-    return x[i] if isinstance(x, jax.core.Tracer) else np.asarray(x)[i]
+    return x[i] if isinstance(x, Tracer) else np.asarray(x)[i]

@@ -153,7 +153,6 @@ def test_a_program_made_plain_computes_the_same():
 
 def test_a_constant_that_grows_is_not_folded():
     """A bias that spreads over an image stays a bias in the file."""
-
     bias = jnp.arange(3.0)
 
     def function(x):
@@ -208,11 +207,16 @@ def test_a_decoder_that_sees_more_than_windows_is_refused(segmenter, monkeypatch
         onnx_graph.window_program(segmenter)
 
 
-def test_the_graph_computes_in_float32_without_loops(tmp_path, monkeypatch):
+def test_the_graph_computes_in_float32_without_loops(segmenter, tmp_path, monkeypatch):
     """Of a run in half precision whose blocks are scanned; its parameters stay the same."""
     c = config("mask2former", "bfloat16")
     seen = []
-    monkeypatch.setattr(onnx_graph, "restored", lambda trained, config: seen.append(config))
+
+    def restored(trained, config):
+        seen.append(config)
+        return segmenter
+
+    monkeypatch.setattr(onnx_graph, "restored", restored)
     monkeypatch.setattr(onnx_graph, "opened", lambda _: types.SimpleNamespace(config=c))
     onnx_graph.loaded(tmp_path)
     (found,) = seen
