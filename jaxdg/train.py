@@ -1,6 +1,6 @@
 """The main job: configuration -> batches -> steps -> checkpoints and evaluation.
 
-    python -m jaxdg.train --config configs/streets_tiny.py --workdir runs/streets
+    python -m jaxdg.train --config configs/streets_quick.py --workdir runs/streets
 
 Run again on the same workdir, it goes on where it stopped. The state comes from the first of these
 that there is: the newest readable checkpoint of the workdir; the whole model of another run

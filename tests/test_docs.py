@@ -165,7 +165,7 @@ def test_files_that_pages_name_exist(page):
 def test_readme_begins_with_the_two_commands():
     """The command that trains and the one that tests stand alone on lines of a block of README."""
     commands = [line for _, line in lines(ROOT / "README.md")]
-    train = "python -m jaxdg.train --config configs/streets_tiny.py --workdir runs/streets"
+    train = "python -m jaxdg.train --config configs/streets_quick.py --workdir runs/streets"
     assert f"pip install -e . && {train}" in commands
     assert 'pip install -e ".[test]" && pytest' in commands
 
