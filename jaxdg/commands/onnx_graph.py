@@ -144,8 +144,14 @@ def convert(model: Model) -> Graph:
         ) from error
     content = proto.SerializeToString()
     examples = _examples(inputs)
-    session = runtime.InferenceSession(content, providers=["CPUExecutionProvider"])
-    found = session.run(list(outputs), examples)
+    try:
+        session = runtime.InferenceSession(content, providers=["CPUExecutionProvider"])
+        found = session.run(list(outputs), examples)
+    except Exception as error:  # of kinds that ONNX Runtime keeps to itself
+        raise ValueError(
+            f"ONNX Runtime does not run the graph of {what}: {' '.join(str(error).split())}; export"
+            " it with --out"
+        ) from error
     expected = jax.jit(function)(*examples.values())
     difference = compared(found, [np.asarray(x) for x in expected])
     if difference > ALLOWED:
