@@ -22,7 +22,10 @@ OPTIONAL = {
     "torch",
     "apache_beam",
     "huggingface_hub",
+    "mlflow",
     "onnxruntime",
+    "pycocotools",
+    "wandb",
 }  # imported where a file or a flag asks for them; the message names the extra
 # Asks for an orbax-checkpoint older than ours, so that no extra can bring it; the message says how.
 UNDECLARED = {"jax2onnx"}
