@@ -115,14 +115,15 @@ def define_config(fields_in_help: bool = False) -> Experiment:
 class _PathParser(flags.ArgumentParser):
     """Reads the value of a flag that names a file or a folder, see `paths.given`."""
 
-    def __init__(self, flag: str, **kinds: bool):
+    def __init__(self, flag: str, urls: bool, hub: bool):
         self._what = f"--{flag}"
-        self._kinds = kinds
+        self._urls = urls
+        self._hub = hub
 
     def parse(self, argument: str) -> str:
         # Not as a ValueError, in front of which the flags would put words of their own.
         try:
-            return paths.given(argument, self._what, **self._kinds)
+            return paths.given(argument, self._what, urls=self._urls, hub=self._hub)
         except ValueError as error:
             raise flags.Error(str(error)) from None
 
