@@ -153,7 +153,7 @@ class Config:
         checkpoint_every: steps between checkpoints; one is always written at the end. Default 100.
         keep_checkpoints: newest checkpoints kept, besides the best on the source domain. Default 2.
         loggers: services that get what metrics.jsonl gets: wandb (Weights & Biases), mlflow; each
-            needs the extra of its name. Default none.
+            needs the extra of its name. Default ().
         task: segmentation or detection. Default segmentation.
         mesh: devices.
         data: what is trained on.
