@@ -20,7 +20,6 @@ COMMANDS = {
     "pull": ("jaxdg.commands.pull", "brings a packed model here"),
     "export": ("jaxdg.commands.export", "writes a trained model as StableHLO"),
     "plan": ("jaxdg.commands.plan", "tells memory and step time on devices that are not here"),
-    "draw": ("jaxdg.commands.draw", "draws confusion matrices and curves of results"),
     "report": ("jaxdg.studies.report", "shows a run, or studies, as one page"),
     **{
         f"study {name}": (f"jaxdg.studies.{name}", f"the study of {what}")

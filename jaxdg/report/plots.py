@@ -30,6 +30,7 @@ _INK = {
 INK, MUTED, LINE, PAPER = (light for light, _ in _INK.values())
 _MARKERS = "os^DvP_"
 _DASHES = ("solid", (0, (6, 3)), (0, (2, 3)))
+MOST_LINES = len(_LIGHT) * len(_DASHES)  # that differ
 _BAR = 14  # height in pixels
 _TITLED = "title: "  # begins the id of what shows a text under the pointer
 

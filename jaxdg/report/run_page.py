@@ -251,30 +251,45 @@ def _curves(evaluation: Evaluation) -> list[Plots]:
             "Reliability: pixels by their confidence; below the broken line the model is surer"
             " than it is right, by ECE on average."
         )
-    precise = [
-        plots.Line(name, _precision(curves))
+    read = {
+        name: curves
         for name in evaluation.domains
         if evaluation.folder and (curves := Curves.read(evaluation.folder, name)) is not None
-    ]
-    if precise:
-        labels = ("recall in %", "precision in %")
-        svg = plots.lines("Precision against recall", precise, *labels, marked=False)
+    }
+    if read:
+        title, *labels = "Precision against recall", "recall in %", "precision in %"
+        of_classes = {name: _precisions(curves) for name, curves in read.items()}
+        means = [plots.Line(name, _mean(lines)) for name, lines in of_classes.items()]
+        svg = plots.lines(title, means, *labels, marked=False)
         drawn.append((f"precision{evaluation.name}", svg))
+        for name, lines in of_classes.items():
+            if 1 < len(lines) <= plots.MOST_LINES:
+                svg = plots.lines(f"{title}: {name}", lines, *labels, marked=False)
+                drawn.append((f"precision{evaluation.name}_{name.replace('/', '_')}", svg))
         told.append(
-            "Precision: the mean over classes with truth, at IoU 0.5, as COCO reads it at its 101"
-            " recalls."
+            "Precision: at IoU 0.5, as COCO reads it at its 101 recalls; the mean over classes with"
+            " truth, and of each."
         )
     return [Plots(tuple(drawn), " ".join(told))] if drawn else []
 
 
-def _precision(curves: Curves) -> tuple[plots.Point, ...]:
-    """The mean over classes at IoU 0.5, of each recall."""
+def _precisions(curves: Curves) -> list[plots.Line]:
+    """Of each class with truth, at IoU 0.5."""
     at50 = curves.coco_precision[:, int(np.argmin(np.abs(curves.coco_iou - 0.5)))]
-    known = at50[~np.isnan(at50).any(axis=1)]
-    if not len(known):
-        return ()
-    pairs = zip(100 * curves.coco_recall, 100 * known.mean(axis=0), strict=True)
-    return tuple(plots.Point(float(recall), float(precision)) for recall, precision in pairs)
+    recalls = (100 * curves.coco_recall).tolist()
+    return [
+        plots.Line(str(name), tuple(map(plots.Point, recalls, (100 * values).tolist())))
+        for name, values in zip(curves.classes, at50, strict=True)
+        if not np.isnan(values).any()
+    ]
+
+
+def _mean(lines: Sequence[plots.Line]) -> tuple[plots.Point, ...]:
+    """The mean of curves over the same places."""
+    return tuple(
+        plots.Point(points[0].x, sum(p.y for p in points) / len(points))
+        for points in zip(*(line.points for line in lines), strict=True)
+    )
 
 
 # What is taken for what --------------------------------------------------------------------------

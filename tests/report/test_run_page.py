@@ -350,7 +350,7 @@ def test_nothing_is_said_of_domains_without_truth(tmp_path):
 
 
 def test_precision_is_the_mean_over_classes_with_truth(tmp_path):
-    """Of three classes the one without truth does not count."""
+    """Of three classes the one without truth has no curve and does not count."""
     precision = np.full((3, 2, 101), np.nan)
     precision[:2, 0] = [[1.0], [0.5]]
     precision[:2, 1] = 0.0
@@ -368,7 +368,10 @@ def test_precision_is_the_mean_over_classes_with_truth(tmp_path):
     ).write(tmp_path, "day")
     curves = Curves.read(tmp_path, "day")
     assert curves is not None
-    points = run_page._precision(curves)
+    lines = run_page._precisions(curves)
+    assert [line.label for line in lines] == ["a", "b"]
+    assert [{p.y for p in line.points} for line in lines] == [{100.0}, {50.0}]
+    points = run_page._mean(lines)
     assert [p.y for p in points] == [75.0] * 101
     assert (points[0].x, points[-1].x) == (0.0, 100.0)
 
