@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator
 import contextlib
 import errno
+import hashlib
 import json
 import os
 from pathlib import Path
@@ -33,6 +34,12 @@ def write(path: Path, content: str | bytes) -> None:
             os.fsync(file.fileno())
         os.replace(partial, path)
         _sync_folder(path.parent)
+
+
+def sha256(path: Path) -> str:
+    """The sha256 of a file, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def of_domain(folder: Path, domain: str, ending: str) -> Path:

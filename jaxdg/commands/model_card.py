@@ -4,13 +4,12 @@ what it started from.
 
 from collections.abc import Iterable, Mapping
 import contextlib
-import hashlib
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import jaxdg
-from jaxdg import methods, weights
+from jaxdg import files, methods, weights
 from jaxdg.backbones.zoo import ZOO
 from jaxdg.config import paths
 from jaxdg.evaluation import results as results_lib
@@ -84,15 +83,15 @@ def origin(trained: Trained) -> dict[str, Any]:
         return known["started_from"]
     m = trained.config.model
     if m.start is None:
-        files = {"weights": m.weights, "text_weights": m.text_weights}
-        named = zip(files, (m.encoder, m.encoder + TEXT), strict=True)
+        given = {"weights": m.weights, "text_weights": m.text_weights}
+        named = zip(given, (m.encoder, m.encoder + TEXT), strict=True)
         noted = known.get("fetched", {})
         return {
             field: _of_record(noted[key])
             if (key := f"model.{field}") in noted
             else _of_file(path, model)
             for field, model in named
-            if (path := files[field])
+            if (path := given[field])
         }
     found: dict[str, Any] = {"model": _name(m.start)}
     try:
@@ -101,7 +100,7 @@ def origin(trained: Trained) -> dict[str, Any]:
             found["converted_from"] = theirs["converted_from"]
         found["started_from"] = origin(other)
         if (path := paths.local(m.start)).is_file():
-            found["sha256"] = sha256(path)
+            found["sha256"] = files.sha256(path)
     except (OSError, ValueError):
         found["note"] = GONE
     return found
@@ -119,7 +118,7 @@ def _of_file(given: str, model: str) -> dict[str, Any]:
     try:
         path = paths.local(given)
         about = weights.metadata(path)
-        found |= {"model": about.get("model", model), "sha256": sha256(path)}
+        found |= {"model": about.get("model", model), "sha256": files.sha256(path)}
     except (OSError, ValueError):
         found["note"] = GONE
     published = {"published_file": "source", "published_sha256": "sha256"}
@@ -151,12 +150,6 @@ def licence(model: str) -> str | None:
         if model in families:
             return families[model].LISTED[1]
     return None
-
-
-def sha256(path: Path) -> str:
-    """Of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def licences(known: dict[str, Any]) -> list[str]:

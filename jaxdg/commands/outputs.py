@@ -8,7 +8,6 @@ such as a label map corrected by hand, is not replaced.
 
 from collections.abc import Iterator
 import contextlib
-import hashlib
 import json
 import os
 from pathlib import Path
@@ -54,7 +53,7 @@ class Outputs:
         if not os.path.lexists(file):
             return True
         known = self.digests.get(self._key(file))
-        return bool(known) and file.is_file() and _digest(file) in known
+        return bool(known) and file.is_file() and files.sha256(file) in known
 
     def write(self, file: Path, content: bytes) -> None:
         """Writes a file in one step and records it.
@@ -81,7 +80,7 @@ class Outputs:
             yield partial
             if partial.exists():
                 key = self._key(file)
-                digest = _digest(partial)
+                digest = files.sha256(partial)
                 if digest not in self.digests.get(key, ()):
                     self._note(key, digest)
                 os.replace(partial, file)
@@ -98,11 +97,6 @@ class Outputs:
 
     def _key(self, file: Path) -> str:
         return file.relative_to(self.folder).as_posix()
-
-
-def _digest(file: Path) -> str:
-    with open(file, "rb") as content:
-        return hashlib.file_digest(content, "sha256").hexdigest()
 
 
 def written_above(folder: str) -> set[str]:

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from absl import flags
 
+from jaxdg import files
 from jaxdg.commands import command_line as cli
 from jaxdg.commands import model_card, shelf
 from jaxdg.config import paths
@@ -39,7 +40,7 @@ def to_hub(file: Path, name: huggingface.Name, public: bool) -> str:
     at = "" if name.revision == huggingface.MAIN else f"@{name.revision}"
     full = f"{paths.HUB}{name.repo}{at}/{target}"
     whole = packed.read(file)
-    page = model_card.page(whole, target, full, model_card.sha256(file), file.stat().st_size)
+    page = model_card.page(whole, target, full, files.sha256(file), file.stat().st_size)
     api = hub.HfApi(token=huggingface.token())
     api.create_repo(name.repo, private=not public, exist_ok=True)
     api.create_commit(

@@ -37,10 +37,10 @@ def put(file: Path, shelf: Path, say: Say) -> Path:
     whole = packed.read(file)
     folder = shelf / file.stem
     target = folder / file.name
-    digest = model_card.sha256(file)
+    digest = files.sha256(file)
     folder.mkdir(parents=True, exist_ok=True)
     with locks.held(shelf / "index.lock", str(shelf / INDEX), say, wait=600):
-        if target.exists() and model_card.sha256(target) != digest:
+        if target.exists() and files.sha256(target) != digest:
             raise ValueError(
                 f"{target} is there and is another model; give the file another name, or remove"
                 " that one"

@@ -8,7 +8,6 @@ Nothing here runs code that a file holds: see `pickled`, `torchfile`.
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 import contextlib
-import hashlib
 import json
 import os
 from pathlib import Path
@@ -21,7 +20,7 @@ import ml_dtypes  # noqa: F401  its import teaches NumPy, and so safetensors, th
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from jaxdg import weights
+from jaxdg import files, weights
 from jaxdg.conversion import kinds, pickled, sets, torchfile
 
 TORCH = (".pth", ".pt", ".bin")  # written by torch
@@ -91,10 +90,7 @@ class Checkpoint(NamedTuple):
 
     def digest(self) -> str:
         """The sha256 of the file; of several one a file, as JSON."""
-        found = {}
-        for path in self.files:
-            with path.open("rb") as stream:
-                found[path.name] = hashlib.file_digest(stream, "sha256").hexdigest()
+        found = {path.name: files.sha256(path) for path in self.files}
         return json.dumps(found) if len(found) > 1 else next(iter(found.values()), "")
 
 

@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterator
 import contextlib
 import dataclasses
 import errno
-import hashlib
 import http.client
 import json
 import os
@@ -152,12 +151,6 @@ def alone(path: Path, note: Say) -> Iterator[None]:
             yield
 
 
-def digest(path: Path) -> str:
-    """The sha256 of a file in hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def megabytes(count: int) -> str:
     """A number of bytes in words."""
     return f"{count / 1e6:.0f} MB" if count >= 1e7 else f"{count / 1e6:.2g} MB"
@@ -191,7 +184,7 @@ def _verify(fetched: Path, path: Path, url: str | None, published: str | None, n
     Raises:
         ValueError: it has another.
     """
-    found = digest(fetched)
+    found = files.sha256(fetched)
     _compare(found, published, url or path)
     size = fetched.stat().st_size
     about = {"url": url, "sha256": found, "bytes": size, "published_sha256": published}

@@ -14,7 +14,6 @@ from jaxdg import config as config_lib
 from jaxdg import files, methods, weights
 from jaxdg.config import Config, paths
 from jaxdg.config import workdir as workdir_lib
-from jaxdg.hub import download as downloads
 from jaxdg.hub import huggingface, published, store
 from jaxdg.hub.store import Say
 from jaxdg.text.clip_text import TEXT_TOWERS
@@ -134,7 +133,7 @@ def _record(name: str) -> dict[str, Any]:
         "model": model,
         "file": path.name,
         "source": name,
-        "source_sha256": downloads.digest(path),
+        "source_sha256": files.sha256(path),
     }
 
 
