@@ -25,7 +25,6 @@ model.json beside it says what goes in. See `onnx_graph` and docs/how-to/onnx.md
 
 from collections.abc import Callable, Sequence
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -35,11 +34,12 @@ import jax
 import jax.export  # not loaded by jax itself
 import jax.numpy as jnp
 
-import jaxdg
+from jaxdg import files
 from jaxdg.backbones.cudnn import CALLS
 from jaxdg.commands import command_line as cli
 from jaxdg.commands import onnx_graph
 from jaxdg.commands import process as runtime
+from jaxdg.commands.description import of_model
 from jaxdg.tasks.loading import Model, load
 from jaxdg.tasks.segmentation import Segmentation
 
@@ -113,11 +113,9 @@ def export(
 
 def description(model: Model, exported: jax.export.Exported) -> dict[str, Any]:
     """What the file beside the program says, of JSON types."""
-    c = model.task.config
-    labels = model.labels
     arrays = (
         {"": exported.out_avals[0]}
-        if c.task == "segmentation"
+        if model.task.config.task == "segmentation"
         else dict(zip(("boxes", "classes", "scores"), exported.out_avals, strict=True))
     )
     shapes = {
@@ -128,29 +126,17 @@ def description(model: Model, exported: jax.export.Exported) -> dict[str, Any]:
         for name, a in arrays.items()
     }
     (image,) = exported.in_avals
+    known = of_model(model)
+    known["versions"]["calling_convention"] = exported.calling_convention_version
     return {
-        "task": c.task,
+        **known,
         "input": {
             "shape": [n if isinstance(n, int) else str(n) for n in image.shape],
             "dtype": "uint8",
             "channels": "RGB",
         },
         "output": shapes.get("", shapes),
-        "classes": list(labels.names),
-        "colors": [list(color) for color in labels.colors],
-        "source": c.data.source,
-        "protocol": c.evaluation.protocol,
-        "window": list(model.task.window),
-        "stride": list(c.evaluation.stride) if c.task == "segmentation" else None,
-        "encoder": c.model.encoder,
-        "decoder": c.model.decoder,
-        "step": model.step,
         "platforms": list(exported.platforms),
-        "versions": {
-            "jaxdg": jaxdg.__version__,
-            "jax": jax.__version__,
-            "calling_convention": exported.calling_convention_version,
-        },
     }
 
 
@@ -202,12 +188,10 @@ def _write(out: Path, program: bytes | bytearray, described: dict[str, Any]) -> 
     beside = check_out(out)
     out.parent.mkdir(parents=True, exist_ok=True)
     for path, content in (
-        (out, program),
-        (beside, (json.dumps(described, indent=2) + "\n").encode()),
+        (out, bytes(program)),
+        (beside, json.dumps(described, indent=2) + "\n"),
     ):
-        partial = path.with_name(path.name + ".partial")
-        partial.write_bytes(content)
-        os.replace(partial, path)
+        files.write(path, content)
     return beside
 
 

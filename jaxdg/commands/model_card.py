@@ -248,7 +248,7 @@ def page(whole: packed.Packed, file: str, place: str, digest: str, size: int) ->
 def _score_lines(known: dict[str, Any]) -> list[str]:
     if not known["scores"]:
         return ["Nobody had judged it when it was packed."]
-    score = "mAP50" if known["task"] == "detection" else "mIoU"
+    score = results_lib.score_name(known)
     lines = [f"| protocol | domain | {score} % | images |", "|---|---|---|---|"]
     for judged in known["scores"]:
         limit = f", {judged['max_images']} images a domain" if judged["max_images"] else ""

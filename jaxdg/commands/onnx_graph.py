@@ -19,8 +19,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-import jaxdg
 from jaxdg.backbones import entry
+from jaxdg.commands.description import of_model
 from jaxdg.commands.plain_program import plain
 from jaxdg.segmentation.decoder import Decoder
 from jaxdg.tasks.loading import Model, restored
@@ -176,8 +176,7 @@ def compared(found: Sequence[np.ndarray], expected: Sequence[np.ndarray]) -> flo
 
 def description(model: Model, graph: Graph) -> dict[str, Any]:
     """What the file beside the graph says, of JSON types."""
-    c = model.task.config
-    encoder = entry(c.model.encoder).config
+    encoder = entry(model.task.config.model.encoder).config
 
     def arrays(named: dict[str, jax.ShapeDtypeStruct]) -> dict[str, Any]:
         return {
@@ -185,30 +184,19 @@ def description(model: Model, graph: Graph) -> dict[str, Any]:
             for name, array in named.items()
         }
 
+    known = of_model(model)
+    for name in ("jax2onnx", "onnxruntime"):
+        known["versions"][name] = importlib.metadata.version(name)
     return {
-        "task": c.task,
+        **known,
         "format": "onnx",
         "input": arrays(graph.inputs),
         "output": arrays(graph.outputs),
         "mean": _times_255(encoder.mean),
         "std": _times_255(encoder.std),
-        "classes": list(model.labels.names),
-        "colors": [list(color) for color in model.labels.colors],
-        "source": c.data.source,
-        "protocol": c.evaluation.protocol,
-        "window": list(model.task.window),
-        "stride": list(c.evaluation.stride) if c.task == "segmentation" else None,
-        "encoder": c.model.encoder,
-        "decoder": c.model.decoder,
-        "step": model.step,
         "platforms": ["onnx"],
         "opset": OPSET,
         "difference": graph.difference,
-        "versions": {
-            "jaxdg": jaxdg.__version__,
-            "jax": jax.__version__,
-            **{name: importlib.metadata.version(name) for name in ("jax2onnx", "onnxruntime")},
-        },
     }
 
 

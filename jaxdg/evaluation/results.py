@@ -15,7 +15,7 @@ NO_TRUTH = "no truth"  # stands in place of a score
 
 
 def score_name(results: Mapping[str, Any]) -> str:
-    """What a domain is judged by."""
+    """What a domain is judged by, from anything that says the task."""
     return "mAP50" if results["task"] == "detection" else "mIoU"
 
 

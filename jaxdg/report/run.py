@@ -3,7 +3,6 @@
 from collections.abc import Mapping
 import dataclasses
 import datetime
-import itertools
 import json
 from pathlib import Path
 import re
@@ -14,7 +13,7 @@ from jaxdg.config import workdir as workdir_lib
 from jaxdg.evaluation import results as results_lib
 from jaxdg.tasks import packed
 from jaxdg.training import history
-from jaxdg.training.metrics import read_metrics, read_rows
+from jaxdg.training.metrics import paces, read_metrics, read_rows
 
 _EVALUATION = re.compile(r"evaluation_(\d+).*")
 
@@ -84,11 +83,8 @@ class Run:
 
     def seconds(self) -> float:
         """Seconds in training steps, without compilation, evaluation and checkpoints."""
-        steps = [0, *(row["step"] for row in self.training)]
-        spans = (b - a for a, b in itertools.pairwise(steps))
         return sum(
-            n * row.get("seconds_per_step", 0.0)
-            for n, row in zip(spans, self.training, strict=True)
+            seconds * (last - before) for before, last, seconds in paces(self.rows, self.step)
         )
 
     def wall_seconds(self) -> float | None:

@@ -398,7 +398,7 @@ def _curve(key: str, rows: Sequence[Mapping[str, Any]], size: int) -> plots.Line
 def _score_curves(run: Run) -> str | None:
     """The score of every domain by step; None if it was judged once at most."""
     judged = [row for row in run.rows if "domain" in row]
-    name = "mAP50" if run.config.get("task") == "detection" else "mIoU"
+    name = results_lib.score_name(run.config)
     if len({row["step"] for row in judged}) < 2:
         return None
     series = [

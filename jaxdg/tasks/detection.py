@@ -27,7 +27,6 @@ from jaxdg.detection.interface import HeadConfig
 from jaxdg.drawing.panels import box_panel
 from jaxdg.evaluation.average_precision import AveragePrecision, Detections, Truth
 from jaxdg.evaluation.coco_format import write_coco
-from jaxdg.methods.method import Method
 from jaxdg.tasks.task import (
     DomainResult,
     Evaluate,
@@ -49,18 +48,15 @@ class Detection(ImageTask):
 
     score_name = "mAP50"
 
-    def __init__(
-        self,
-        config: Config,
-        methods: tuple[Method, ...] = (),
-        labels: LabelSet | None = None,
-    ):
-        """Needs no data; `methods` are those that training uses, `labels` those of the source, if
-        something else than the configuration tells them.
-        """
-        labels = labels or box_labels(config.data.source, config.data.boxes)
-        super().__init__(config, labels, methods)
-        self.fit = Fit(config.data.crop)
+    @staticmethod
+    def labels_of(config: Config) -> LabelSet:
+        """See `ImageTask.labels_of`."""
+        return box_labels(config.data.source, config.data.boxes)
+
+    @property
+    def fit(self) -> Fit:
+        """How images come to the size that the detector takes."""
+        return Fit(self.config.data.crop)
 
     def open(self, domain: str, train: bool) -> Dataset:
         """See `Task.open`."""

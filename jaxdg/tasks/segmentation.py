@@ -24,7 +24,6 @@ from jaxdg.evaluation import boundary, protocols
 from jaxdg.evaluation import confusion as confusion_lib
 from jaxdg.evaluation.calibration import reliability, reliability_counts
 from jaxdg.evaluation.worst import Worst, worst_of
-from jaxdg.methods.method import Method
 from jaxdg.segmentation.decoder import DecoderOptions
 from jaxdg.tasks.task import (
     DomainResult,
@@ -47,17 +46,10 @@ class Segmentation(ImageTask):
 
     score_name = "mIoU"
 
-    def __init__(
-        self,
-        config: Config,
-        methods: tuple[Method, ...] = (),
-        labels: LabelSet | None = None,
-    ):
-        """Needs no data; `methods` are those that training uses, `labels` those of the source, if
-        something else than the configuration tells them.
-        """
-        labels = labels or label_set(config.data.source, config.data.folder)
-        super().__init__(config, labels, methods)
+    @staticmethod
+    def labels_of(config: Config) -> LabelSet:
+        """See `ImageTask.labels_of`."""
+        return label_set(config.data.source, config.data.folder)
 
     @property
     def decoder(self) -> DecoderOptions:

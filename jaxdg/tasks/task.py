@@ -147,22 +147,32 @@ def encoder_options(options: EncoderOptions) -> dict[str, Any]:
 class ImageTask:
     """The part that both tasks share."""
 
-    def __init__(self, config: Config, labels: LabelSet, methods: tuple[Method, ...] = ()):
+    def __init__(
+        self,
+        config: Config,
+        methods: tuple[Method, ...] = (),
+        labels: LabelSet | None = None,
+    ):
         """Needs no data.
 
         Args:
             config: of the run.
-            labels: of the source domain.
             methods: that training uses; none in evaluation and prediction.
+            labels: of the source domain, if something else than the configuration tells them.
         """
         self.config = config
-        self.labels = labels
+        self.labels = labels or self.labels_of(config)
         self.methods = methods
         self._encoder = zoo.entry(config.model.encoder).config
         self.depth = self._encoder.depth
         self.observed = tuple(
             sorted({block for method in methods for block in method.observed(self.depth)})
         )
+
+    @staticmethod
+    def labels_of(config: Config) -> LabelSet:
+        """The classes of the source domain, as the configuration tells them."""
+        raise NotImplementedError
 
     @property
     def window(self) -> tuple[int, int]:

@@ -19,7 +19,7 @@ import jax
 
 import jaxdg
 from jaxdg import files
-from jaxdg.training.metrics import read_metrics, read_rows
+from jaxdg.training.metrics import paces, read_metrics, read_rows
 
 FILE = "history.jsonl"
 _VERSIONS = ("jax", "flax", "optax", "numpy")
@@ -54,9 +54,8 @@ def ended(workdir: Path, step: int) -> None:
 def device_hours(workdir: Path, step: int) -> float | None:
     """Hours of devices that the steps of a run took: their times in `metrics.jsonl` x devices.
 
-    A step without a time of its own counts as those of the next row, or of the last one. So neither
-    compilation, evaluation nor checkpoints count, and no step that a killed run did in vain. After
-    a change of devices, each step counts with those that it ran on.
+    See `metrics.paces`; no step counts that a killed run did in vain. After a change of devices,
+    each step counts with those that it ran on.
 
     Args:
         workdir: of the run.
@@ -70,23 +69,16 @@ def device_hours(workdir: Path, step: int) -> float | None:
         for note in read_rows(workdir / FILE)[0]
         if note.get("event") == "start"
     ]
-    paces = [
-        (row["step"], row["seconds_per_step"])
-        for row in read_metrics(workdir)
-        if "seconds_per_step" in row and row["step"] <= step
-    ]
     if not step:
         return 0.0
-    if not paces or not starts:
+    stretches = paces(read_metrics(workdir), step)
+    if not stretches or not starts:
         return None
-    paces[-1] = (step, paces[-1][1])
     seconds = 0.0
-    before = 0
-    for last, pace in paces:
+    for before, last, pace in stretches:
         # Rows past the step of a later start were written anew, by that one.
         devices = [count for start, count in starts if start < last][-1:] or [starts[0][1]]
         seconds += pace * (last - before) * devices[0]
-        before = last
     return seconds / 3600
 
 
