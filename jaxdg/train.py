@@ -156,13 +156,12 @@ def run(
 
     # --- All processes have opened everything: from here on the workdir is this run's -------------
     multihost_utils.sync_global_devices("open")
+    loggers: list[loggers_lib.Logger] = []
     if distributed.is_main():
         workdir_lib.claim(config, workdir, start, console.print)
         auto_weights.claim(config, workdir)
         data.trained_on.save(workdir)
         history.started(workdir, start)
-    loggers: list[loggers_lib.Logger] = []
-    if distributed.is_main():
         said = dataclasses.asdict(config)
         loggers = loggers_lib.opened(config.loggers, workdir, start, said, console.print)
     writer = Writer(workdir, start, distributed.is_main(), console.print, loggers)

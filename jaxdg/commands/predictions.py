@@ -4,6 +4,7 @@ from collections.abc import Callable
 import io
 import json
 from pathlib import Path
+import sys
 
 import numpy as np
 from PIL import Image
@@ -96,6 +97,11 @@ def boxes_line(counts: np.ndarray, labels: LabelSet) -> str:
     """How many boxes of each class."""
     named = zip(counts.tolist(), labels.names, strict=False)
     return ", ".join(f"{count} {name}" for count, name in named if count) or "nothing"
+
+
+def say(line: str) -> None:
+    """Tells a person something that is no result."""
+    print(line, file=sys.stderr, flush=True)
 
 
 def encoded(picture: np.ndarray, form: str) -> bytes:

@@ -95,3 +95,13 @@ class Evil:
 def kinds(names):
     """Names with a star in place of a block's number, as an error has them where there are many."""
     return {re.sub(r"(?<=[./])\d+(?=[./])|(?<=encoderblock_)\d+", "*", name) for name in names}
+
+
+def refuses(main, arguments, capsys, *offenders):
+    """A command prints one line on stderr that names every offender, and gives the exit code 1."""
+    capsys.readouterr()
+    assert main(arguments) == 1
+    out, err = capsys.readouterr()
+    assert (out, err.count("\n")) == ("", 1), err
+    for offender in offenders:
+        assert offender in err, (offender, err)

@@ -5,6 +5,7 @@ The golden files are made by tests/oracles/golden_released.py.
 """
 
 import dataclasses
+import functools
 import hashlib
 import json
 from typing import Any
@@ -34,10 +35,11 @@ from jaxdg.conversion import (
 )
 from jaxdg.tasks.run_state import stored_tensors
 from tests.conversion import released as r
-from tests.conversion.checks import make_models_once
+from tests.conversion.checks import make_models_once, refuses
 from tests.conversion.torch_files import torch_file
 
 ABSTRACT = vltseg.abstract
+refused = functools.partial(refuses, convert.main)
 KINDS = {"rein_dinov2": "dinov2_l14", "rein_eva02": "eva02_l14", "soma": "dinov2_l14"}
 FAMILIES = {"rein_dinov2": rein, "rein_eva02": rein, "soma": soma}
 
@@ -489,16 +491,6 @@ def test_an_mgrnet_of_the_published_size_fits(golden, monkeypatch):
     left = {f"{vfmnet.STARTS[1]}{name}" for name in left}
     left.add("decode_head.output_upscaling.1.num_batches_tracked")
     assert expected == {name: shape for name, shape in shapes.items() if name not in left}
-
-
-def refused(arguments, capsys, *offenders):
-    """One line on stderr that names every offender, exit code 1."""
-    capsys.readouterr()
-    assert convert.main(arguments) == 1
-    out, err = capsys.readouterr()
-    assert (out, err.count("\n")) == ("", 1), err
-    for offender in offenders:
-        assert offender in err, (offender, err)
 
 
 @pytest.mark.parametrize("kind", ["rein_dinov2", "soma"])

@@ -22,7 +22,7 @@ from jaxdg.segmentation.tqdm.head import name_ids
 from jaxdg.tasks.run_state import stored_tensors
 from jaxdg.text.clip_text import TEXT_TOWERS, ProjectionConfig
 from tests.conversion import released as r
-from tests.conversion.checks import make_models_once
+from tests.conversion.checks import make_models_once, refuses
 from tests.conversion.torch_files import torch_file
 
 KINDS = dict(zip(("eva", "clip"), tqdm.ENCODERS, strict=True))
@@ -251,10 +251,5 @@ def test_files_of_other_runs_are_refused(files, workdirs, tmp_path, capsys):
 
 def refused(arguments, out, capsys, *offenders):
     """One line on stderr that names every offender, exit code 1, nothing written."""
-    capsys.readouterr()
-    assert convert.main([*arguments, "--out", str(out)]) == 1
-    printed, err = capsys.readouterr()
-    assert (printed, err.count("\n")) == ("", 1), err
-    for offender in offenders:
-        assert offender in err, (offender, err)
+    refuses(convert.main, [*arguments, "--out", str(out)], capsys, *offenders)
     assert not out.exists()
