@@ -274,27 +274,32 @@ class Segmentation(ImageTask):
         plain = protocols.protocol(e.protocol, domain, c.data.source, self.window, e.stride)
         return plain.augmented() if e.tta else plain
 
-    def evaluator(self, graph: nnx.GraphDef, mesh: Mesh) -> Evaluate:
-        """See `Task.evaluator`."""
-        label_maps = self.confident_labelling(graph, mesh)
+    def counting(
+        self, mesh: Mesh
+    ) -> Callable[[Array, Array | None, Batch, int], tuple[tuple[Array, Array], Any]]:
+        """A function of (label maps, confidences or None, batch, number of parts) to what a batch
+        adds: the confusion matrix of each part, the right and all labelled pixels of each image;
+        and what the configuration asks for beside them, of each image, or None.
+        """
         k = len(self.labels.names)
         e = self.config.evaluation
-        batch_size = self.batch_size(mesh)
+
+        def truth(batch: Batch) -> Array:
+            return jnp.where(batch["mask"][:, None, None], batch["label"], 255)
 
         @functools.partial(jax.jit, static_argnums=2, out_shardings=sharding.replicated(mesh))
         def count(prediction: Array, batch: Batch, parts: int) -> tuple[Array, Array]:
-            label = jnp.where(batch["mask"][:, None, None], batch["label"], 255)
             confusion = functools.partial(segmentation.confusion_matrix, num_classes=k)
-            counts = jax.vmap(confusion)(prediction, label)
+            counts = jax.vmap(confusion)(prediction, truth(batch))
             right = jnp.stack([jnp.trace(counts, axis1=1, axis2=2), counts.sum(axis=(1, 2))])
             return jnp.zeros((parts, k, k), jnp.int32).at[batch["part"]].add(counts), right
 
+        # A program of its own, which leaves that of the matrix alone.
         @functools.partial(jax.jit, out_shardings=sharding.replicated(mesh))
         def count_more(
             prediction: Array, confidence: Array | None, batch: Batch
         ) -> dict[str, Array]:
-            """What the configuration asks for beside the matrix, of each image, and its part."""
-            label = jnp.where(batch["mask"][:, None, None], batch["label"], 255)
+            label = truth(batch)
             found = {"part": batch["part"]}
             if confidence is not None:
                 of = functools.partial(reliability_counts, num_classes=k, bins=e.calibration_bins)
@@ -306,6 +311,23 @@ class Segmentation(ImageTask):
                     prediction, label, batch["label_size"], batch["reach"]
                 )
             return found
+
+        def counted(
+            prediction: Array, confidence: Array | None, batch: Batch, parts: int
+        ) -> tuple[tuple[Array, Array], Any]:
+            more = e.calibration or e.boundary
+            further = count_more(prediction, confidence, batch) if more else None
+            return count(prediction, batch, parts), further
+
+        return counted
+
+    def evaluator(self, graph: nnx.GraphDef, mesh: Mesh) -> Evaluate:
+        """See `Task.evaluator`."""
+        label_maps = self.confident_labelling(graph, mesh)
+        counted = self.counting(mesh)
+        k = len(self.labels.names)
+        e = self.config.evaluation
+        batch_size = self.batch_size(mesh)
 
         def evaluate(state: ModelState, dataset: Dataset, tick: Callable[[], None]) -> DomainResult:
             # Needs grain, which models that are only built, timed or planned do without.
@@ -343,8 +365,8 @@ class Segmentation(ImageTask):
             def collect() -> None:
                 if pending is None:
                     return
-                counted, batch, prediction = pending
-                (counts, (right, true)), further = jax.device_get(counted)
+                found, batch, prediction = pending
+                (counts, (right, true)), further = jax.device_get(found)
                 np.add(total, counts, out=total)
                 for name in more:
                     np.add.at(more[name], further["part"], further[name])
@@ -367,10 +389,9 @@ class Segmentation(ImageTask):
                     fields["reach"] = np.array(reaches, np.int32)
                 fields = sharding.to_devices(fields, mesh)
                 prediction, confidence = label_maps(state, fields, protocol, e.calibration)
-                counts = count(prediction, fields, len(names))
-                further = count_more(prediction, confidence, fields) if more else None
+                found = counted(prediction, confidence, fields, len(names))
                 collect()  # the last batch, while the devices work on this one
-                pending = (counts, further), batch, prediction
+                pending = found, batch, prediction
                 for row in np.flatnonzero(np.isin(batch["index"], list(chosen))).tolist():
                     examples[int(batch["index"][row])] = example(batch, prediction, row)
                 tick()
