@@ -5,8 +5,8 @@ a model learns in clear weather is left at night, in rain, in fog and at dusk. T
 the same worlds, so only appearance costs points. `streets_tiny` is the longer run.
 
 Expected, mIoU %: clear 38.4; unseen: night 13.0, rain 17.8, fog 13.2, dusk_rain 13.1, mean 14.3.
-Hardware and time: 2:24 minutes on 2 cores of an x86 CPU beside other work, with `pip install` into
-a bare virtual environment (one run, 2026-11-30).
+Hardware and time: 2:11 minutes on 2 cores of an x86 CPU, with `pip install` into a bare virtual
+environment (one run, 2026-11-30).
 
     python -m jaxdg.train --config configs/streets_quick.py --workdir runs/streets
 """
