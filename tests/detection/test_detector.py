@@ -234,7 +234,7 @@ def small_resnet(monkeypatch):
 
 def test_c4_head_sees_what_the_encoder_sees(small_resnet):
     """A proposal that is the whole image: its last stage, pooled and compared with texts, as CLIP
-    would classify the image.
+    would classify the image. Its box is read from the mean of that stage.
     """
     head = C4Config(
         RpnConfig(convs=1, sizes=((32.0, 64.0),), before=(60, 50), after=(50, 4)),
@@ -243,6 +243,9 @@ def test_c4_head_sees_what_the_encoder_sees(small_resnet):
     model = nnx.merge(*build(head, small_resnet, (224, 224)))
     texts = np.random.default_rng(0).standard_normal((3, 6), np.float32)
     model.set_texts(texts)
+    regressor = model.head.roi_heads.box_predictor[0].bbox_pred
+    kernel = np.random.default_rng(1).standard_normal((128, 12), np.float32)
+    regressor.kernel[...] = jnp.asarray(kernel)
     graph, state = nnx.split(model)
     images = jnp.asarray(noise(1, (224, 224)))
 
@@ -251,9 +254,11 @@ def test_c4_head_sees_what_the_encoder_sees(small_resnet):
         model = nnx.merge(graph, state)
         third, last = model.backbone(images)
         whole = jnp.asarray([[[0.0, 0.0, 224.0, 224.0]]])
-        return model.head.roi_heads.predict(0, (third,), whole)[0], model.backbone.pool(last)
+        predicted = model.head.roi_heads.predict(0, (third,), whole)
+        return *predicted, model.backbone.pool(last), last.mean((0, 1, 2))
 
-    logits, embedding = both(state, images)
+    logits, offsets, embedding, mean = both(state, images)
+    np.testing.assert_allclose(offsets.ravel(), mean @ kernel, rtol=1e-3, atol=1e-3)
     cosines = (
         texts @ np.asarray(embedding)[0] / np.linalg.norm(texts, axis=1) / np.linalg.norm(embedding)
     )

@@ -74,8 +74,8 @@ class C4Config(HeadConfig):
     Attributes:
         rpn: the region proposal network.
         roi: the box head; its convolutions and linear layers are not used.
-        attention_pool: the encoder's attention pool turns the features of a proposal into a vector;
-            False: their mean does. Default True.
+        attention_pool: the class of a proposal is read from the encoder's attention pool; False:
+            from the mean of its features, as its box is. Default True.
         text_classifier: scores are cosines to the embeddings of class names (`Detector.set_texts`),
             which needs the attention pool. A run with `model.text_weights` turns it on. Default
             False.
@@ -157,7 +157,7 @@ class Rcnn(Head):
 
         Args:
             config: sizes.
-            heads: of each stage, pooled features to a vector.
+            heads: of each stage, pooled features to `Vectors`.
             channels: of each level.
             pooled: how many of the finest levels boxes are pooled from.
             context: what the head is built for.

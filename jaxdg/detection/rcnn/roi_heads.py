@@ -29,6 +29,9 @@ from jaxdg.ranges import Count, CountOrZero, Share
 TEMPERATURE = 100.0  # factor of the cosines to texts, CLIP's at the end of its training
 CASCADE = ((0.5, 10.0), (0.6, 20.0), (0.7, 30.0))
 
+# What a head makes of r boxes: vectors to read their classes and their offsets from.
+Vectors = tuple[Float[Array, "r _"], Float[Array, "r _"]]
+
 
 @dataclasses.dataclass(unsafe_hash=True)
 class RoiHeadsConfig:
@@ -85,33 +88,44 @@ class BoxHead(nnx.Module):
             channels = c.channels
         self.convs = c.convs
         self.fcs = c.fcs
-        self.channels = channels * c.size**2
+        channels *= c.size**2
         for i in range(c.fcs):
-            setattr(self, f"fc{i + 1}", linear(self.channels, c.hidden))
-            self.channels = c.hidden
+            setattr(self, f"fc{i + 1}", linear(channels, c.hidden))
+            channels = c.hidden
+        self.channels = channels, channels
 
-    def __call__(self, x: Float[Array, "r s s _"]) -> Float[Array, "r c"]:
+    def __call__(
+        self, x: Float[Array, "r s s _"], key: Key[Array, ""] | None = None, train: bool = False
+    ) -> Vectors:
         for i in range(self.convs):
             x = jax.nn.relu(getattr(self, f"conv{i + 1}")(x))
         x = x.reshape(len(x), -1)
         for i in range(self.fcs):
             x = jax.nn.relu(getattr(self, f"fc{i + 1}")(x))
-        return x
+        return x, x
 
 
 class Res5Head(nnx.Module):
-    """The encoder's own last stage, of a CLIP ResNet, then its attention pool or the mean."""
+    """The encoder's own last stage, of a CLIP ResNet.
+
+    A box is refined from the mean of its features. Its class is read from the encoder's attention
+    pool, as in CLIP the Gap (vidit09/domaingen), or from the mean too.
+    """
 
     def __init__(self, backbone: ClipResnet, attention_pool: bool):
         config = backbone.config
         self.res5 = getattr(backbone, "layer4")  # noqa: B009  made by `setattr`
         self.last = config.blocks[3] - 1
         self.attnpool = backbone.attnpool if attention_pool else None
-        self.channels = config.embedding if attention_pool else config.widths[3]
+        width = config.widths[3]
+        self.channels = (config.embedding if attention_pool else width), width
 
-    def __call__(self, x: Float[Array, "r s s _"]) -> Float[Array, "r c"]:
+    def __call__(
+        self, x: Float[Array, "r s s _"], key: Key[Array, ""] | None = None, train: bool = False
+    ) -> Vectors:
         x = self.res5(x, None)[self.last]
-        return x.mean((1, 2)) if self.attnpool is None else self.attnpool(x)
+        mean = x.mean((1, 2))
+        return (mean if self.attnpool is None else self.attnpool(x)), mean
 
 
 class TextScore(nnx.Module):
@@ -133,7 +147,7 @@ class BoxPredictor(nnx.Module):
 
     def __init__(
         self,
-        channels: int,
+        channels: tuple[int, int],
         num_classes: int,
         *,
         class_agnostic: bool,
@@ -141,18 +155,29 @@ class BoxPredictor(nnx.Module):
         dtype: str,
         rngs: nnx.Rngs,
     ):
-        def linear(out, deviation):
+        """Args:
+        channels: of the vectors that classes and boxes are read from.
+        num_classes: k.
+        class_agnostic: one box for all classes.
+        text: scores are cosines to the embeddings of class names.
+        dtype: compute dtype.
+        rngs: initialises the parameters.
+        """
+
+        def linear(inside, out, deviation):
             init = nnx.initializers.normal(deviation)
-            return Linear(channels, out, kernel_init=init, dtype=jnp.dtype(dtype), rngs=rngs)
+            return Linear(inside, out, kernel_init=init, dtype=jnp.dtype(dtype), rngs=rngs)
 
-        self.cls_score = TextScore(channels, num_classes) if text else linear(num_classes + 1, 0.01)
-        self.bbox_pred = linear(4 if class_agnostic else 4 * num_classes, 0.001)
+        of_class, of_box = channels
+        self.cls_score = (
+            TextScore(of_class, num_classes) if text else linear(of_class, num_classes + 1, 0.01)
+        )
+        self.bbox_pred = linear(of_box, 4 if class_agnostic else 4 * num_classes, 0.001)
 
-    def __call__(
-        self, x: Float[Array, "r c"]
-    ) -> tuple[Float32[Array, "r k1"], Float32[Array, "r o 4"]]:
-        offsets = self.bbox_pred(x).astype(jnp.float32).reshape(len(x), -1, 4)
-        return self.cls_score(x).astype(jnp.float32), offsets
+    def __call__(self, vectors: Vectors) -> tuple[Float32[Array, "r k1"], Float32[Array, "r o 4"]]:
+        of_class, of_box = vectors
+        offsets = self.bbox_pred(of_box).astype(jnp.float32).reshape(len(of_box), -1, 4)
+        return self.cls_score(of_class).astype(jnp.float32), offsets
 
 
 class RoiHeads(nnx.Module):
@@ -169,7 +194,7 @@ class RoiHeads(nnx.Module):
 
         Args:
             config: sizes.
-            heads: of each stage, pooled features to a vector.
+            heads: of each stage, pooled features to `Vectors`; see `BoxHead`.
             predictors: of each stage.
             strides: pixels a feature of each level that boxes are pooled from.
 
@@ -190,10 +215,19 @@ class RoiHeads(nnx.Module):
         stage: int,
         features: tuple[Float[Array, "b _ _ _"], ...],
         boxes: Float32[Array, "b r 4"],
+        key: Key[Array, ""] | None = None,
+        train: bool = False,
     ) -> tuple[Float32[Array, "b r k1"], Float32[Array, "b r o 4"]]:
         """Class scores and box offsets of one stage.
 
         With n stages, each contributes 1/n of its gradient to the features.
+
+        Args:
+            stage: of the cascade.
+            features: levels that boxes are pooled from.
+            boxes: in pixels.
+            key: random key for what a head draws in training.
+            train: use (and update) the statistics of these boxes where there are any.
         """
         c = self.config
         pooled = roi_align(
@@ -201,7 +235,7 @@ class RoiHeads(nnx.Module):
         )
         share = 1 / len(c.stages)
         pooled = pooled * share + jax.lax.stop_gradient(pooled) * (1 - share)
-        vectors = self.box_head[stage](pooled.reshape(-1, *pooled.shape[2:]))
+        vectors = self.box_head[stage](pooled.reshape(-1, *pooled.shape[2:]), key, train)
         logits, offsets = self.box_predictor[stage](vectors)
         b, r, _ = boxes.shape
         return logits.reshape(b, r, -1), offsets.reshape(b, r, -1, 4)
@@ -228,7 +262,7 @@ class RoiHeads(nnx.Module):
             targets: of the same part.
             image_sizes: height and width of each image in pixels.
             images: of the global batch.
-            key: samples the proposals.
+            key: samples the proposals, and is for what a head draws.
         """
         c = self.config
         total = {"class": jnp.zeros(()), "box": jnp.zeros(())}
@@ -242,7 +276,8 @@ class RoiHeads(nnx.Module):
         for stage, (threshold, _) in enumerate(c.stages):
             index, label = assign(boxes, targets.boxes, targets.valid, (threshold, threshold))
             positive = counts & (label == POSITIVE)
-            logits, offsets = self.predict(stage, features, boxes)
+            head_key = jax.random.fold_in(key, stage)
+            logits, offsets = self.predict(stage, features, boxes, head_key, train=True)
             background = logits.shape[-1] - 1
             classes = jnp.where(positive, take(targets.classes, index), background)
             wanted = boxlib.encode(take(targets.boxes, index), boxes, self.weights(stage))
