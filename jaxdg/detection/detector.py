@@ -129,7 +129,7 @@ class Detector(nnx.Module):
         with jax.named_scope("decoder"):
             return self.head(features, None if key is None else jax.random.fold_in(key, 1), train)
 
-    def loss_denominator(self, batch: Mapping[str, Array]) -> Float32[Array, ""]:
+    def loss_denominator(self, batch: Mapping[str, Array]) -> Any:
         """What the losses of a global batch are divided by; `batch` as for `Targets.of`."""
         return self.head.loss_denominator(Targets.of(batch))
 
@@ -137,7 +137,7 @@ class Detector(nnx.Module):
         self,
         output: Any,
         batch: Mapping[str, Array],
-        denominator: Float32[Array, ""],
+        denominator: Any,
         key: Key[Array, ""],
     ) -> dict[str, Float32[Array, ""]]:
         """See `Head.losses`; the losses of all parts of a batch add up to that of the batch.

@@ -31,7 +31,7 @@ from jaxdg.detection.arrays import Detected, Targets, take
 from jaxdg.detection.interface import Head, HeadConfig, HeadContext
 from jaxdg.detection.losses import giou_loss, masked_sum, sigmoid_cross_entropy, sigmoid_focal_loss
 from jaxdg.detection.nms import nms
-from jaxdg.ranges import Count, Share
+from jaxdg.ranges import Count, PositiveOrZero, Share
 
 # In features of the level: the side of the square that box offsets refer to, the longer side of the
 # largest box, and how far along either axis a point that predicts a box may be from its centre.
@@ -39,6 +39,7 @@ SQUARE = 8
 LARGEST = 16
 RADIUS = 1.5
 PRIOR = 0.01  # probability of every class before training
+PRIOR_LOGIT = -math.log((1 - PRIOR) / PRIOR)
 
 normal = nnx.initializers.normal(0.01)
 
@@ -59,6 +60,8 @@ class FcosConfig(HeadConfig):
         candidates: most scores of an image that NMS chooses from, the best. Default 1000.
         nms: IoU above which the better of two boxes of a class suppresses the other. Default 0.6.
         detections: most boxes detected in an image. Default 100.
+        logit_penalty: weight of the mean squared class logit of all points, counted from the logit
+            before training: G-NAS's G-loss, whose logits start at 0. Default 0.
     """
 
     channels: Count = 128
@@ -69,6 +72,7 @@ class FcosConfig(HeadConfig):
     candidates: Count = 1000
     nms: Share = 0.6
     detections: Count = 100
+    logit_penalty: PositiveOrZero = 0.0
 
     @property
     def pyramid_channels(self) -> int:
@@ -92,6 +96,18 @@ class FcosOutput(NamedTuple):
     class_logits: Float32[Array, "b n k"]
     offsets: Float32[Array, "b n 4"]
     fit_logits: Float32[Array, "b n"]
+
+
+class FcosDenominator(NamedTuple):
+    """What the loss terms of a global batch are divided by.
+
+    Attributes:
+        points: that predict a box, at least 1.
+        images: of the batch.
+    """
+
+    points: Float32[Array, ""]
+    images: Float32[Array, ""]
 
 
 class Fcos(Head):
@@ -125,7 +141,7 @@ class Fcos(Head):
 
         self.cls_tower = tower()
         self.bbox_tower = tower()
-        rare = nnx.initializers.constant(-math.log((1 - PRIOR) / PRIOR))
+        rare = nnx.initializers.constant(PRIOR_LOGIT)
         self.cls_logits = conv(context.num_classes, bias_init=rare)
         self.bbox_pred = conv(4)
         self.fit = conv(1)
@@ -166,20 +182,21 @@ class Fcos(Head):
         """The true box that each point predicts, -1 for none."""
         return assign_points(targets, points(self.shapes, self.strides), self.strides)
 
-    def loss_denominator(self, targets: Targets) -> Float32[Array, ""]:
-        """The number of points of the global batch that predict a box, at least 1."""
-        return jnp.maximum(jnp.sum(self.assign(targets) >= 0), 1).astype(jnp.float32)
+    def loss_denominator(self, targets: Targets) -> FcosDenominator:
+        """See `Head.loss_denominator`."""
+        count = jnp.maximum(jnp.sum(self.assign(targets) >= 0), 1).astype(jnp.float32)
+        return FcosDenominator(count, jnp.asarray(len(targets.valid), jnp.float32))
 
     def losses(
         self,
         output: FcosOutput,
         targets: Targets,
-        denominator: Float32[Array, ""],
+        denominator: FcosDenominator,
         key: Key[Array, ""] | None = None,
     ) -> dict[str, Float32[Array, ""]]:
         """The terms "class" (focal), "box" (generalised IoU) and "fit" (cross entropy).
 
-        `key` is not used: nothing is random.
+        With `logit_penalty` there is the term "logits" too. `key` is not used: nothing is random.
         """
         index = self.assign(targets)
         positive = index >= 0
@@ -191,11 +208,17 @@ class Fcos(Head):
         predicted = boxlib.decode(output.offsets, self.squares)
         fit = jax.lax.stop_gradient(boxlib.iou(predicted, truth))
         fit_loss = sigmoid_cross_entropy(output.fit_logits, fit)
-        return {
-            "class": jnp.sum(sigmoid_focal_loss(output.class_logits, true_classes)) / denominator,
-            "box": masked_sum(giou_loss(predicted, truth), positive) / denominator,
-            "fit": masked_sum(fit_loss, positive) / denominator,
+        count = denominator.points
+        terms = {
+            "class": jnp.sum(sigmoid_focal_loss(output.class_logits, true_classes)) / count,
+            "box": masked_sum(giou_loss(predicted, truth), positive) / count,
+            "fit": masked_sum(fit_loss, positive) / count,
         }
+        weight = self.config.logit_penalty
+        if weight:
+            squared = jnp.mean((output.class_logits - PRIOR_LOGIT) ** 2, axis=(1, 2))
+            terms["logits"] = weight * jnp.sum(squared) / denominator.images
+        return terms
 
     def detections(self, output: FcosOutput, image_sizes: Float32[Array, "b 2"]) -> Detected:
         """See `Head.detections`; a score is the geometric mean of class and fit probabilities."""

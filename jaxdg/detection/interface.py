@@ -106,12 +106,12 @@ class Head(nnx.Module):
         """
         raise NotImplementedError
 
-    def loss_denominator(self, targets: Targets) -> Float32[Array, ""]:
-        """What losses are divided by, from the true boxes of the global batch."""
+    def loss_denominator(self, targets: Targets) -> Any:
+        """What losses are divided by, from the true boxes of the global batch: scalars."""
         raise NotImplementedError
 
     def losses(
-        self, output: Any, targets: Targets, denominator: Float32[Array, ""], key: Key[Array, ""]
+        self, output: Any, targets: Targets, denominator: Any, key: Key[Array, ""]
     ) -> dict[str, Float32[Array, ""]]:
         """Named loss terms of a part of a batch, which add up to the loss.
 

@@ -64,3 +64,12 @@ def cross_entropy(logits: Float[Array, "*n k"], target: Int[Array, "*n"]) -> Flo
 def masked_sum(values: Float[Array, "*n"], mask: Bool[Array, "*n"]) -> Float32[Array, ""]:
     """Sum of the values under the mask; the others, even nan, reach neither it nor its gradient."""
     return jnp.sum(jnp.where(mask, values, 0.0))
+
+
+def minus_smaller(loss: Float32[Array, ""], penalty: Float32[Array, ""]) -> Float32[Array, ""]:
+    """G-NAS's box loss: less a penalty if that is smaller, else as it is (wufan-cse/gnas, L1GLoss).
+
+    The sign is that of the authors' code, which so rewards large predictions while the loss is
+    large. Where the two meet, the value jumps by the penalty.
+    """
+    return jnp.where(loss > penalty, loss - penalty, loss)

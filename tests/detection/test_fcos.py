@@ -192,15 +192,38 @@ def test_losses_equal_slow_ones_and_parts_add_up():
     denominator = jax.jit(lambda targets: head.loss_denominator(targets))(targets)
     losses = jax.jit(lambda *args: head.losses(*args))
     index = [slow_assign(np.asarray(t.boxes[0])[np.asarray(t.valid[0])]) for t in alone]
-    assert float(denominator) == sum((i >= 0).sum() for i in index) > 6
-    want = sum(slow_losses(*args) for args in zip(outputs, alone, index, strict=True)) / float(
-        denominator
-    )
+    count = float(denominator.points)
+    assert count == sum((i >= 0).sum() for i in index) > 6
+    want = sum(slow_losses(*args) for args in zip(outputs, alone, index, strict=True)) / count
     got = losses(whole, targets, denominator)
     np.testing.assert_allclose([got[name] for name in ("class", "box", "fit")], want, rtol=1e-5)
     parts = [losses(output, t, denominator) for output, t in zip(outputs, alone, strict=True)]
     for name, value in got.items():
         np.testing.assert_allclose(sum(float(part[name]) for part in parts), value, rtol=1e-6)
+
+
+def test_a_logit_penalty_is_a_mean_over_all_points():
+    """0.1 times the mean of all squared logits, counted from that of a probability of 0.01; its
+    parts add up, and the other terms stay as they are to the last bit.
+    """
+    plain, penalised = make(), make(logit_penalty=0.1)
+    targets = some_targets(random_boxes("penalty", 6), np.arange(6) % 3, slots=7)
+    targets = Targets(*(jnp.concatenate([x, x]) for x in targets))
+    output = random_output("penalty", 2)
+    rows = [jax.tree.map(lambda x, i=i: x[i : i + 1], (output, targets)) for i in range(2)]
+
+    @jax.jit
+    def terms():
+        denominator = plain.loss_denominator(targets)
+        parts = [penalised.losses(*row, denominator)["logits"] for row in rows]
+        without = plain.losses(output, targets, denominator)
+        return without, penalised.losses(output, targets, denominator), parts
+
+    without, terms, parts = terms()
+    squared = (np.asarray(output.class_logits, np.float64) - np.log(0.01 / 0.99)) ** 2
+    np.testing.assert_allclose(terms.pop("logits"), 0.1 * squared.mean(), rtol=1e-5)
+    np.testing.assert_allclose(sum(parts), 0.1 * squared.mean(), rtol=1e-5)
+    assert terms == without
 
 
 def test_detections_equal_a_slow_version():

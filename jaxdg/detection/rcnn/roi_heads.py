@@ -18,13 +18,13 @@ from jaxdg.backbones import ClipResnet
 from jaxdg.backbones.layers import Linear
 from jaxdg.detection import boxes as boxlib
 from jaxdg.detection.arrays import Detected, Targets, take
-from jaxdg.detection.losses import cross_entropy, masked_sum, smooth_l1
+from jaxdg.detection.losses import cross_entropy, masked_sum, minus_smaller, smooth_l1
 from jaxdg.detection.nms import nms
 from jaxdg.detection.pyramid import ConvNorm, msra, xavier
 from jaxdg.detection.rcnn.roi_align import roi_align
 from jaxdg.detection.rcnn.rpn import Proposals
 from jaxdg.detection.rcnn.sampling import IGNORED, POSITIVE, assign, sample
-from jaxdg.ranges import Count, CountOrZero, Share
+from jaxdg.ranges import Count, CountOrZero, PositiveOrZero, Share
 
 TEMPERATURE = 100.0  # factor of the cosines to texts, CLIP's at the end of its training
 CASCADE = ((0.5, 10.0), (0.6, 20.0), (0.7, 30.0))
@@ -55,6 +55,11 @@ class RoiHeadsConfig:
         score_threshold: least score of a detection. Default 0.05.
         nms: IoU above which the better of two boxes of a class suppresses the other. Default 0.5.
         detections: most boxes detected in an image. Default 100.
+        logit_penalty: weight of the mean squared class score of all sampled proposals, beside the
+            cross entropy; 0.5 in G-NAS (its G-loss). Default 0.
+        penalty_box: G-NAS's box loss, with the same weight: the mean squared offset of the positive
+            proposals is subtracted where the loss is larger. Parts of a batch compare their own.
+            Default False.
     """
 
     stages: tuple[tuple[float, float], ...] = CASCADE
@@ -71,6 +76,8 @@ class RoiHeadsConfig:
     score_threshold: Share = 0.05
     nms: Share = 0.5
     detections: Count = 100
+    logit_penalty: PositiveOrZero = 0.0
+    penalty_box: bool = False
 
 
 class BoxHead(nnx.Module):
@@ -256,6 +263,8 @@ class RoiHeads(nnx.Module):
     ) -> dict[str, Float32[Array, ""]]:
         """The terms "class" (cross entropy) and "box" (L1), summed over the stages.
 
+        With `logit_penalty` there is the term "logits" too.
+
         Args:
             features: levels that boxes are pooled from.
             proposals: for a part of the batch; the true boxes are added to them.
@@ -266,6 +275,8 @@ class RoiHeads(nnx.Module):
         """
         c = self.config
         total = {"class": jnp.zeros(()), "box": jnp.zeros(())}
+        if c.logit_penalty:
+            total["logits"] = jnp.zeros(())
         boxes = jnp.concatenate([proposals.boxes, targets.boxes], axis=1)
         exists = jnp.concatenate([proposals.valid, targets.valid], axis=1)
         denominator = c.proposals * images
@@ -285,7 +296,15 @@ class RoiHeads(nnx.Module):
             own = jnp.take_along_axis(offsets, which[..., None, None], axis=2)[:, :, 0]
             distance = jnp.sum(smooth_l1(own, wanted), axis=-1)
             total["class"] += masked_sum(cross_entropy(logits, classes), counts) / denominator
-            total["box"] += masked_sum(distance, positive) / denominator
+            box = masked_sum(distance, positive) / denominator
+            if c.logit_penalty:
+                squared = jnp.mean(logits**2, axis=-1)
+                total["logits"] += c.logit_penalty * masked_sum(squared, counts) / denominator
+            if c.logit_penalty and c.penalty_box:
+                squared = masked_sum(jnp.mean(own**2, axis=-1), positive)
+                penalty = c.logit_penalty * squared / jnp.maximum(jnp.sum(positive), 1)
+                box = minus_smaller(box, penalty * (len(boxes) / images))
+            total["box"] += box
             if stage + 1 < len(c.stages):
                 boxes = self.move(stage, offsets, boxes, image_sizes)[:, :, 0]
                 counts &= boxlib.non_empty(boxes)

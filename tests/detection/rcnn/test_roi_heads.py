@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from jaxdg.detection.arrays import Targets
+from jaxdg.detection.losses import minus_smaller
 from jaxdg.detection.rcnn.roi_heads import (
     BoxHead,
     BoxPredictor,
@@ -310,6 +311,75 @@ def test_few_proposals_leave_slots_empty(cascade, scene):
         assert float(terms["box"]) == 0
         assert (float(terms["class"]) > 0) == (count > 0)
         assert np.isfinite(gradient[0]).all()
+
+
+SCORED = RoiHeadsConfig(stages=((0.5, 10.0),), class_agnostic=False, proposals=8, positive=0.5)
+
+
+def penalised_losses(scene, **options):
+    """A function of the class scores [2, 8, 4] and offsets [2, 8, 3, 4] of sampled boxes to the
+    terms, compiled.
+    """
+    _, proposals, targets = scene
+    config = RoiHeadsConfig(**{**vars(SCORED), **options})
+
+    @jax.jit
+    def losses(logits, offsets):
+        class Scored(RoiHeads):
+            def predict(self, stage, features, boxes, key=None, train=False):
+                return logits, offsets
+
+        heads = Scored(config, [], [], (8.0,))
+        inputs = proposals, targets, jnp.asarray(SIZES)
+        return heads.losses((), *inputs, jnp.asarray(2.0), jax.random.key(0))
+
+    return losses
+
+
+def test_a_logit_penalty_is_that_of_g_nas(scene):
+    """Its gradient is 2 x 0.5 z / (4 N) at all sampled boxes, N to sample; cross entropy does not
+    change for a shift of all scores; off, the terms are the plain ones to the last bit.
+    """
+    logits = jnp.asarray(models.normal("scores", (2, 8, 4)))
+    offsets = jnp.asarray(models.normal("offsets", (2, 8, 3, 4)))
+    plain = penalised_losses(scene)(logits, offsets)
+    assert penalised_losses(scene, logit_penalty=0.0, penalty_box=True)(logits, offsets) == plain
+    penalised = penalised_losses(scene, logit_penalty=0.5)
+    terms = penalised(logits, offsets)
+    assert {name: terms[name] for name in plain} == plain
+    gradient = jax.jit(jax.jacrev(lambda z: penalised(z, offsets)))(logits)
+    sampled = np.any(gradient["class"], axis=-1, keepdims=True)
+    assert 8 < sampled.sum() < 16
+    np.testing.assert_allclose(gradient["logits"], sampled * logits / (4 * 16), rtol=1e-5)
+    want = 0.5 * np.sum(sampled * np.square(logits)) / (4 * 16)
+    np.testing.assert_allclose(terms["logits"], want, rtol=1e-5)
+    shifted = penalised(logits + 3, offsets)
+    np.testing.assert_allclose(shifted["class"], terms["class"], rtol=1e-5)
+    assert shifted["logits"] > terms["logits"] + 1
+
+
+def test_a_box_penalty_is_subtracted_where_the_loss_is_larger(scene):
+    """The box loss of G-NAS: L1 where the penalty is not smaller, else L1 less the penalty, of each
+    positive box's own four offsets; it jumps by the penalty where they meet.
+    """
+    logits = jnp.zeros((2, 8, 4))
+    plain = penalised_losses(scene)
+    penalised = penalised_losses(scene, logit_penalty=0.5, penalty_box=True)
+    fixed = jnp.asarray(models.normal("offsets", (2, 8, 3, 4)))
+    own = np.asarray(jax.jit(jax.grad(lambda o: plain(logits, o)["box"]))(fixed)) != 0
+    assert own.any(axis=-1).sum(axis=-1).max() == 1  # of one class
+    assert 0 < own.any(axis=(-1, -2)).sum() < 16
+    seen = set()
+    for factor in (0.01, 0.1, 1.0, 3.0):
+        loss = float(plain(logits, factor * fixed)["box"])
+        penalty = 0.5 * np.mean(np.square(factor * np.asarray(fixed))[own])
+        want = loss - penalty if loss > penalty else loss
+        seen.add(loss > penalty)
+        np.testing.assert_allclose(penalised(logits, factor * fixed)["box"], want, rtol=1e-4)
+    assert seen == {True, False}
+    below, above = 1.0, np.nextafter(np.float32(1), np.float32(2))
+    assert float(minus_smaller(jnp.float32(below), jnp.float32(1))) == 1
+    assert float(minus_smaller(jnp.float32(above), jnp.float32(1))) < 1e-6
 
 
 def test_text_scores_are_cosines():
