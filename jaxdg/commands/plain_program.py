@@ -17,8 +17,8 @@ import numpy as np
 
 # Operations that compute what the program inside them does.
 CALLS = ("jit", "closed_call", "remat2", "custom_jvp_call", "custom_vjp_call")
-# Operations whose results are their inputs.
-MARKS = ("name", "optimization_barrier")
+# Operations whose results are their inputs; the program is for one device.
+MARKS = ("name", "optimization_barrier", "reshard")
 
 
 def plain(
