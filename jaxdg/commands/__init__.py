@@ -18,6 +18,7 @@ COMMANDS = {
     "pack": ("jaxdg.commands.pack", "writes a trained model as one file"),
     "push": ("jaxdg.commands.push", "puts a packed model into a shared folder, or on the hub"),
     "pull": ("jaxdg.commands.pull", "brings a packed model here"),
+    "genotype": ("jaxdg.commands.genotype", "writes what a search of a box head has found"),
     "export": ("jaxdg.commands.export", "writes a trained model as StableHLO"),
     "plan": ("jaxdg.commands.plan", "tells memory and step time on devices that are not here"),
     "report": ("jaxdg.studies.report", "shows a run, or studies, as one page"),

@@ -15,6 +15,7 @@ from jaxdg.backbones import EncoderOptions
 from jaxdg.config.data import DataConfig
 from jaxdg.detection.fcos import FcosConfig
 from jaxdg.detection.interface import HeadConfig
+from jaxdg.detection.rcnn.cells import CellRcnnConfig
 from jaxdg.detection.rcnn.detectors import C4Config, RcnnConfig, single_stage
 from jaxdg.evaluation import protocols
 from jaxdg.methods.average import AverageOptions
@@ -55,8 +56,9 @@ class ModelConfig(EncoderOptions):
             mgrnet, which refines the scores of upscaling in windows; with a pyramid mask2former or
             tqdm, whose queries are class names read by CLIP. Or clip_text: CLIP's features against
             class names, without a step of training. Of detection fcos (light, one stage),
-            faster_rcnn, cascade_rcnn, or faster_rcnn_c4, which looks at proposals with the last
-            stage of a CLIP ResNet. Default linear.
+            faster_rcnn, cascade_rcnn, cell_rcnn, whose box head ends in cells that are searched or
+            given, or faster_rcnn_c4, which looks at proposals with the last stage of a CLIP ResNet.
+            Default linear.
         freeze: what stays as loaded: none, all (the encoder), `first N` (embeddings and first N
             blocks), `last N` (last N blocks), or a regular expression searched in parameter names
             such as `backbone.blocks.3.attn.qkv.kernel`. N counts the stages of a hierarchical
@@ -71,6 +73,7 @@ class ModelConfig(EncoderOptions):
         fcos: settings of that detector.
         faster_rcnn: settings of that detector.
         cascade_rcnn: settings of that detector.
+        cell_rcnn: settings of that detector.
         faster_rcnn_c4: settings of that detector.
     """
 
@@ -91,6 +94,7 @@ class ModelConfig(EncoderOptions):
     fcos: FcosConfig = dataclasses.field(default_factory=FcosConfig)
     faster_rcnn: RcnnConfig = dataclasses.field(default_factory=single_stage)
     cascade_rcnn: RcnnConfig = dataclasses.field(default_factory=RcnnConfig)
+    cell_rcnn: CellRcnnConfig = dataclasses.field(default_factory=CellRcnnConfig)
     faster_rcnn_c4: C4Config = dataclasses.field(default_factory=C4Config)
 
 

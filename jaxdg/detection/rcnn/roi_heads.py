@@ -11,7 +11,7 @@ from functools import partial
 from flax import nnx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Float32, Key
+from jaxtyping import Array, Bool, Float, Float32, Key
 import numpy as np
 
 from jaxdg.backbones import ClipResnet
@@ -102,7 +102,11 @@ class BoxHead(nnx.Module):
         self.channels = channels, channels
 
     def __call__(
-        self, x: Float[Array, "r s s _"], key: Key[Array, ""] | None = None, train: bool = False
+        self,
+        x: Float[Array, "r s s _"],
+        key: Key[Array, ""] | None = None,
+        train: bool = False,
+        valid: Bool[Array, " r"] | None = None,
     ) -> Vectors:
         for i in range(self.convs):
             x = jax.nn.relu(getattr(self, f"conv{i + 1}")(x))
@@ -128,7 +132,11 @@ class Res5Head(nnx.Module):
         self.channels = (config.embedding if attention_pool else width), width
 
     def __call__(
-        self, x: Float[Array, "r s s _"], key: Key[Array, ""] | None = None, train: bool = False
+        self,
+        x: Float[Array, "r s s _"],
+        key: Key[Array, ""] | None = None,
+        train: bool = False,
+        valid: Bool[Array, " r"] | None = None,
     ) -> Vectors:
         x = self.res5(x, None)[self.last]
         mean = x.mean((1, 2))
@@ -224,6 +232,7 @@ class RoiHeads(nnx.Module):
         boxes: Float32[Array, "b r 4"],
         key: Key[Array, ""] | None = None,
         train: bool = False,
+        valid: Bool[Array, "b r"] | None = None,
     ) -> tuple[Float32[Array, "b r k1"], Float32[Array, "b r o 4"]]:
         """Class scores and box offsets of one stage.
 
@@ -235,6 +244,7 @@ class RoiHeads(nnx.Module):
             boxes: in pixels.
             key: random key for what a head draws in training.
             train: use (and update) the statistics of these boxes where there are any.
+            valid: the boxes that count in statistics; None for all.
         """
         c = self.config
         pooled = roi_align(
@@ -242,7 +252,8 @@ class RoiHeads(nnx.Module):
         )
         share = 1 / len(c.stages)
         pooled = pooled * share + jax.lax.stop_gradient(pooled) * (1 - share)
-        vectors = self.box_head[stage](pooled.reshape(-1, *pooled.shape[2:]), key, train)
+        counted = None if valid is None else valid.reshape(-1)
+        vectors = self.box_head[stage](pooled.reshape(-1, *pooled.shape[2:]), key, train, counted)
         logits, offsets = self.box_predictor[stage](vectors)
         b, r, _ = boxes.shape
         return logits.reshape(b, r, -1), offsets.reshape(b, r, -1, 4)
@@ -288,7 +299,7 @@ class RoiHeads(nnx.Module):
             index, label = assign(boxes, targets.boxes, targets.valid, (threshold, threshold))
             positive = counts & (label == POSITIVE)
             head_key = jax.random.fold_in(key, stage)
-            logits, offsets = self.predict(stage, features, boxes, head_key, train=True)
+            logits, offsets = self.predict(stage, features, boxes, head_key, True, counts)
             background = logits.shape[-1] - 1
             classes = jnp.where(positive, take(targets.classes, index), background)
             wanted = boxlib.encode(take(targets.boxes, index), boxes, self.weights(stage))

@@ -326,7 +326,7 @@ def penalised_losses(scene, **options):
     @jax.jit
     def losses(logits, offsets):
         class Scored(RoiHeads):
-            def predict(self, stage, features, boxes, key=None, train=False):
+            def predict(self, stage, features, boxes, key=None, train=False, valid=None):
                 return logits, offsets
 
         heads = Scored(config, [], [], (8.0,))
@@ -380,6 +380,32 @@ def test_a_box_penalty_is_subtracted_where_the_loss_is_larger(scene):
     below, above = 1.0, np.nextafter(np.float32(1), np.float32(2))
     assert float(minus_smaller(jnp.float32(below), jnp.float32(1))) == 1
     assert float(minus_smaller(jnp.float32(above), jnp.float32(1))) < 1e-6
+
+
+def test_a_head_is_told_which_boxes_count(scene):
+    """In training: for the statistics of a norm. In inference there are none to be made."""
+    seen = []
+
+    class Told(nnx.Module):
+        def __call__(self, x, key=None, train=False, valid=None):
+            seen.append((train, None if valid is None else valid.shape))
+            vectors = x.reshape(len(x), -1)
+            return vectors, vectors
+
+    features, proposals, targets = scene
+    config = RoiHeadsConfig(**{**vars(SCORED), "size": 2})
+
+    def both():
+        kw = dict(class_agnostic=False, dtype="float32", rngs=nnx.Rngs(0))
+        heads = RoiHeads(config, [Told()], [BoxPredictor((20, 20), 3, **kw)], (8.0,))
+        sizes = jnp.asarray(SIZES)
+        heads.detections(features, proposals, sizes)
+        return heads.losses(
+            features, proposals, targets, sizes, jnp.asarray(2.0), jax.random.key(0)
+        )
+
+    jax.eval_shape(both)
+    assert seen == [(False, None), (True, (16,))]
 
 
 def test_text_scores_are_cosines():
