@@ -232,6 +232,11 @@ def _check_task(config: Config) -> None:
 
 def _check_schedule(o: OptimizerConfig, steps: int) -> None:
     """The parts of the learning rate's schedule fit together and into the run."""
+    if o.rule == "sgd" and o.final_weight_decay is not None:
+        raise ValueError(
+            f"optimizer.final_weight_decay is {o.final_weight_decay}; allowed: None with"
+            " optimizer.rule sgd, whose weight decay stays"
+        )
     if o.warmup_steps + o.hold_steps >= steps:
         before = f"optimizer.warmup_steps is {o.warmup_steps} and hold_steps is {o.hold_steps}"
         raise ValueError(f"{before}; allowed: together less than steps {steps}")

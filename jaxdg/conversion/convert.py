@@ -10,6 +10,7 @@
         --encoder dinov2_vitl14_pretrain.pth --out runs/rein_gta
     jaxdg convert --model vitdet --checkpoint model_final_61ccd1.pkl --out runs/vitdet_b
     jaxdg convert --model vitdet --checkpoint runs/vitdet_b --out back.pth --reverse
+    jaxdg convert --model clip_the_gap --checkpoint model_best.pth --out runs/clip_the_gap
 
 The source may be `.safetensors`, `.npz`, `.pth` (also `.pth.tar`), `.pt`, `.ckpt`, `.bin` or
 `.pkl`, the `.index.json` of a model in several files, or a folder as it is downloaded; only writing
@@ -17,9 +18,10 @@ torch's files needs torch. Every tensor is converted or left out for a stated re
 parameter of the model is filled, or nothing is written and the offenders are named. Of a file that
 holds the trained weights and their average over the training, --weights ema or --weights raw says
 which. A model is an encoder, the text tower beside one, or `mask2former` or `faster_rcnn` for what
-follows the encoder, of the sizes that its file has. `vltseg`, `vitdet`, `tqdm`, `vfmnet`, `mgrnet`,
-`rein` and `soma` are whole models: their jaxdg side is a workdir. Files of `rein` and `soma` hold
-adapter and head alone, so --encoder names the file of the encoder that they were trained on.
+follows the encoder, of the sizes that its file has. `vltseg`, `vitdet`, `clip_the_gap`, `tqdm`,
+`vfmnet`, `mgrnet`, `rein` and `soma` are whole models: their jaxdg side is a workdir. Files of
+`rein` and `soma` hold adapter and head alone, so --encoder names the file of the encoder that they
+were trained on.
 """
 
 import argparse
@@ -271,7 +273,7 @@ def main(arguments: list[str] | None = None) -> int:
         type=_path,
         help=(
             "file to write; .safetensors unless --reverse; a folder for whole models (vltseg,"
-            " vitdet, tqdm, vfmnet, mgrnet, rein, soma)"
+            " vitdet, clip_the_gap, tqdm, vfmnet, mgrnet, rein, soma)"
         ),
     )
     parser.add_argument(

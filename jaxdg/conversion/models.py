@@ -10,6 +10,7 @@ from jaxdg.conversion import (
     clip,
     clip_resnet,
     clip_text,
+    clip_the_gap,
     deit3,
     dinov2,
     dinov3,
@@ -54,7 +55,7 @@ HEADS = {
 PLANNED = backbones.EvaClipConfig, backbones.Dinov2GiantConfig  # for planning alone
 # Converted to a workdir. Of the second no tensor tells what it was trained on.
 SOURCED = {family.NAME: family for family in (tqdm, vfmnet, mgrnet)}
-WHOLE = {family.NAME: family for family in (vltseg, vitdet)} | SOURCED
+WHOLE = {family.NAME: family for family in (vltseg, vitdet, clip_the_gap)} | SOURCED
 ADAPTED = {family.NAME: family for family in (rein, soma)}  # likewise, with their encoder's file
 
 
@@ -133,8 +134,8 @@ def converted_encoders() -> list[str]:
 
 
 def identified(file: Checkpoint) -> str:
-    """The encoder whose checkpoint a file is, or one of `HEADS`, `ADAPTED`, `SOURCED` or `vitdet`,
-    as far as names and shapes tell.
+    """The encoder whose checkpoint a file is, or one of `HEADS`, `ADAPTED`, `SOURCED`, `vitdet`
+    or `clip_the_gap`, as far as names and shapes tell.
 
     Of a file that holds two towers the image's is meant; of one that fits several models, those of
     its own image size, and of these the model that uses most of it.
@@ -146,6 +147,7 @@ def identified(file: Checkpoint) -> str:
     for prefixes, name in (  # of any size
         ((".sem_seg_head.", ".model.transformer_module."), mask2former.NAME),
         ((".rpn.head.",), faster_rcnn.NAME),
+        ((".roi_heads.clip_im_predictor.",), clip_the_gap.NAME),
         ((".backbone.simfp_",), vitdet.NAME),
         ((".context_decoder.memory_proj.",), tqdm.NAME),
         ((".aux_decoder.seg_logits_embed.",), mgrnet.NAME),

@@ -8,6 +8,7 @@ import jaxdg
 from jaxdg.conversion import (
     adapted,
     checkpoint,
+    clip_the_gap,
     mapping,
     models,
     report,
@@ -17,6 +18,9 @@ from jaxdg.conversion import (
     wrappers,
 )
 from jaxdg.tasks.run_state import opened
+
+# What is computed from a file's tensors, beside them.
+PREPARED = {family.NAME: family.prepared for family in (tqdm, clip_the_gap)}
 
 
 def convert_whole(
@@ -34,7 +38,7 @@ def convert_whole(
             config = family.of_checkpoint(view, **told)
             model = vltseg.abstract(config)
             layout = family.of_run(config, view)
-            whole = tqdm.prepared(view, config) if name == tqdm.NAME else view
+            whole = PREPARED[name](view, config) if name in PREPARED else view
             converted = mapping.to_flax(model, (layout,), whole.names, whole.read)
         left_out = report.left_out_of(converted, view)
         about = _about(name, {source.name: file}, layout.name, left_out)

@@ -91,7 +91,8 @@ class Detection(ImageTask):
             weights.load(model.backbone, m.weights)
         if m.text_weights:
             texts = [name.replace("_", " ") for name in self.labels.names]
-            model.set_texts(text_embeddings(texts, m.text_weights))
+            head: Any = head_config(m)
+            model.set_texts(text_embeddings(texts, m.text_weights, head.templates))
 
     def loss_denominator(self, model: Detector, batch: Batch) -> Any:
         """See `Task.loss_denominator`; batch: as for `losses`."""

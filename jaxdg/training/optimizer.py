@@ -1,13 +1,15 @@
-"""AdamW with rates and weight decays chosen by parameter name, and the choice of frozen parameters.
+"""AdamW or SGD with rates and weight decays chosen by parameter name, and the choice of frozen
+parameters.
 
 The order is that of torch's AdamW: clip gradients by their global norm, take Adam's direction, add
-the decay, multiply by the step's and the parameter's own rate. Stacked blocks get one factor a
-layer.
+the decay, multiply by the step's and the parameter's own rate. With SGD it is that of torch's SGD:
+clip, add the decay to the gradient, take the momentum, multiply by the rate. Stacked blocks get one
+factor a layer.
 
 Published recipes end their schedules in ways that differ by a step (`OptimizerConfig.schedule`).
 The rate of a parameter at a step is
 
-    warm-up * (floor + (factor * peak - floor) * what is left of the decay)
+    warm-up * (floor + (factor * peak - floor) * what is left of the decay) * 0.1 ^ drops so far
 
 with its own factor, as mmcv and mmengine schedule each group by itself.
 """
@@ -27,15 +29,18 @@ from jaxdg import weights
 from jaxdg.ranges import Count, CountOrZero, Positive, PositiveOrZero, Share, ShareBelowOne
 
 ENCODER = "backbone."
+DROP = 0.1  # factor of the rate at each of `OptimizerConfig.drops`
 # The last norm and projection of an image tower, which the decoder holds that reads them.
 TOWER = (ENCODER, "head.image_projection.")
 
 
 @dataclasses.dataclass
 class OptimizerConfig:
-    """AdamW with a polynomial schedule.
+    """AdamW or SGD with a polynomial schedule.
 
     Attributes:
+        rule: adamw, or sgd: momentum is the first of `betas`, and the weight decay is added to the
+            gradient, as torch's SGD does it. Default adamw.
         learning_rate: peak. Default 1e-4.
         encoder_factor: multiplies the encoder's learning rate if it starts from `model.weights`;
             from scratch the factor is 1. Default 0.1.
@@ -48,14 +53,16 @@ class OptimizerConfig:
         warmup_factor: of the peak, where warm-up starts. Default 0.
         hold_steps: steps at the peak between warm-up and decay. Default 0.
         power: of the polynomial decay; 0 keeps the rate constant. Default 0.9.
+        drops: numbers of steps after which the rate is a tenth of what it would be; the step after
+            so many is the first at it, as with detectron2's and torch's milestones. Default ().
         schedule: the library whose ends of schedules are meant. jaxdg: the step after warm-up is
             the first at the peak, and a step after the last one would be the first at the end of
             the decay. mmengine: the last step of warm-up is at the peak, and the last step of the
             run at the end of the decay. mmcv: as jaxdg, but the decay begins with the run, or after
             `hold_steps`, and warm-up multiplies it. Default jaxdg.
-        betas: decay of AdamW's moments. Default 0.9, 0.999.
+        betas: decay of AdamW's moments; the first is SGD's momentum. Default 0.9, 0.999.
         epsilon: of AdamW. Default 1e-8.
-        weight_decay: decoupled, multiplied by the learning rate. Default 0.05.
+        weight_decay: multiplied by the learning rate; decoupled with AdamW. Default 0.05.
         final_weight_decay: towards which the weight decay of every parameter goes along half a
             cosine over the run, also where it begins at 0; None keeps it. Default None.
         clip: largest global L2 norm of the gradient; 0 turns clipping off. Default 0.01.
@@ -67,6 +74,7 @@ class OptimizerConfig:
             tokens, and embeddings of positions, queries and levels.
     """
 
+    rule: Literal["adamw", "sgd"] = "adamw"
     learning_rate: Positive = 1e-4
     encoder_factor: PositiveOrZero = 0.1
     min_learning_rate: PositiveOrZero = 0.0
@@ -75,6 +83,7 @@ class OptimizerConfig:
     warmup_factor: Share = 0.0
     hold_steps: CountOrZero = 0
     power: PositiveOrZero = 0.9
+    drops: tuple[Count, ...] = ()
     schedule: Literal["jaxdg", "mmengine", "mmcv"] = "jaxdg"
     betas: tuple[ShareBelowOne, ShareBelowOne] = (0.9, 0.999)
     epsilon: Positive = 1e-8
@@ -120,6 +129,22 @@ def polynomial(config: OptimizerConfig, steps: int, peak: float, floor: float) -
 
 def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:
     """Step to the rate of parameters whose factor is 1."""
+    undropped = _undropped(config, steps)
+    if not config.drops:
+        return undropped
+
+    def schedule(step: Any) -> Any:
+        passed = sum(jnp.where(step < drop, 0, 1) for drop in config.drops)
+        # A power would be compiled to other last bits.
+        return (
+            undropped(step) * jnp.asarray([DROP**n for n in range(len(config.drops) + 1)])[passed]
+        )
+
+    return schedule
+
+
+def _undropped(config: OptimizerConfig, steps: int) -> optax.Schedule:
+    """`learning_rate` without `OptimizerConfig.drops`."""
     peak = config.learning_rate
     n = config.warmup_steps
     decay = polynomial(config, steps, peak, config.min_learning_rate)
@@ -192,25 +217,37 @@ def make_optimizer(
         new = jnp.sin(jnp.pi / 2 * (step / steps)) ** 2
         return jax.tree.map(lambda d: d * old + final * new, decays)
 
+    sgd = config.rule == "sgd"
+
     def decay_and_scale(updates, state, params):
         step = state.count
         rate = -1 * schedule(step)  # a negation would be compiled to other last bits
-        scaled = jax.tree.map(
-            lambda u, p, d, r: rate * (r * (u + d * p)),
-            updates,
-            params,
-            decays_at(step),
-            rates_at(step),
-        )
+        if sgd:
+            scaled = jax.tree.map(lambda u, r: rate * (r * u), updates, rates_at(step))
+        else:
+            scaled = jax.tree.map(
+                lambda u, p, d, r: rate * (r * (u + d * p)),
+                updates,
+                params,
+                decays_at(step),
+                rates_at(step),
+            )
         return scaled, optax.ScaleByScheduleState(optax.safe_increment(step))
 
     def first_step(params):
         return optax.ScaleByScheduleState(jnp.zeros((), jnp.int32))
 
+    def add_decay(updates, params):
+        return jax.tree.map(lambda g, p, d: g + d * p, updates, params, decays)
+
+    if sgd:
+        rule = (optax.stateless(add_decay), optax.trace(config.betas[0]))
+    else:
+        # Checkpoints count the states, and once had an empty one here.
+        rule = (optax.scale_by_adam(*config.betas, eps=config.epsilon), optax.identity())
     return optax.chain(
         optax.clip_by_global_norm(config.clip) if config.clip else optax.identity(),
-        optax.scale_by_adam(*config.betas, eps=config.epsilon),
-        optax.identity(),  # checkpoints count the states, and once had an empty one here
+        *rule,
         optax.GradientTransformation(first_step, decay_and_scale),  # pyright: ignore[reportArgumentType]
         *(transformation for method in methods if (transformation := method.transformation())),
     )

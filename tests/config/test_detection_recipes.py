@@ -1,11 +1,52 @@
 """The shipped recipes of detection, shrunk, with random weights, from files to results."""
 
+import math
+
+import jax
 import pytest
 
 from configs import vltdet_clip_rn101
+from jaxdg.config import validated
+from jaxdg.tasks import run_state as tasks
 from tests import small_recipes
 
-RECIPES = {"vltdet_clip_rn101:c4_text": lambda: vltdet_clip_rn101.get_config("c4_text")}
+RECIPES = {
+    "vltdet_clip_rn101:c4_text": lambda: vltdet_clip_rn101.get_config("c4_text"),
+    "vltdet_clip_rn101:clip_the_gap": lambda: vltdet_clip_rn101.get_config("clip_the_gap"),
+}
+
+
+def test_the_variants_of_clips_resnet_are_valid_experiments():
+    """Every name behind the colon; the two sizes of CLIP the Gap differ in the size alone; a wrong
+    name is told the right ones.
+    """
+    configs = {name: vltdet_clip_rn101.get_config(name) for name in vltdet_clip_rn101.VARIANTS}
+    for c in configs.values():
+        validated(c)
+    own, common = configs["clip_the_gap"], configs["clip_the_gap_720"]
+    assert (own.data.crop, common.data.crop) == ((600, 1067), (720, 1280))
+    common.data = own.data
+    assert own == common
+    with pytest.raises(ValueError, match="allowed behind the colon: c4, c4_text, fpn, clip_the_ga"):
+        vltdet_clip_rn101.get_config("clip_the_gap_600")
+
+
+def test_clip_the_gap_trains_what_its_code_trains():
+    """By shapes: third and last stage, attention pool, proposals and box regressor, 64 368 231
+    numbers in its code, of which the scales and biases of BatchNorm are none here.
+    """
+    c = validated(vltdet_clip_rn101.get_config("clip_the_gap"))
+    trained, frozen, _ = tasks.Blueprint.of(tasks.make_task(c), c.model.freeze).abstract
+
+    def size(state):
+        return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(state))
+
+    # Channels that BatchNorm scales and shifts, in blocks of (256, 256, 1024), (512, 512, 2048).
+    norms = 2 * (23 * (256 + 256 + 1024) + 1024 + 3 * (512 + 512 + 2048) + 2048)
+    assert size(trained) == 64_368_231 - norms
+    # Stem, layer1 and layer2 hold 28 768 + 215 808 + 1 219 584 numbers there.
+    norms = 2 * (32 + 32 + 64 + 3 * (64 + 64 + 256) + 256 + 4 * (128 + 128 + 512) + 512)
+    assert size(frozen) == 28_768 + 215_808 + 1_219_584 - norms
 
 
 @pytest.fixture(scope="module")

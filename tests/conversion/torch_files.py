@@ -42,7 +42,7 @@ class Pickler(pickle.Pickler):
         if isinstance(obj, np.ndarray) and obj.dtype == np.float32:
             key = str(len(self.storages))
             self.storages[key] = np.ascontiguousarray(obj).tobytes()
-            strides = tuple(step // 4 for step in np.ascontiguousarray(obj).strides)
+            strides = tuple(step // 4 for step in np.asarray(obj, order="C").strides)
             return _rebuild_tensor_v2, (
                 Storage(key, obj.size),
                 0,

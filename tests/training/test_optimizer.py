@@ -168,6 +168,67 @@ def test_equals_torch(state):
         )
 
 
+def test_sgd_equals_numpy_and_torch(state):
+    """Six steps of SGD: clipping, decay in the gradient, momentum, factors by name, and a drop of
+    the rate, in plain arrays and by torch.optim.SGD where it is installed.
+    """
+    config = dataclasses.replace(CONFIG, rule="sgd", power=0.0, warmup_steps=0, drops=(2, 5))
+    optimizer = make_optimizer(config, STEPS, state, ENCODER_FACTOR)
+    update = jax.jit(
+        lambda g, s, p: (lambda u, s: (optax.apply_updates(p, u), s))(*optimizer.update(g, s, p))
+    )
+    moments = optimizer.init(state)
+    params = state
+    expected = per_block(state)
+    speed = {name: np.zeros_like(p) for name, p in expected.items()}
+    rates = [0.05, 0.05, 0.005, 0.005, 0.005, 0.0005]
+    np.testing.assert_allclose(
+        [learning_rate(config, STEPS)(i) for i in range(STEPS)], rates, rtol=1e-6
+    )
+    try:
+        import torch
+    except ImportError:
+        torch = sgd = theirs = None
+    else:
+        theirs = {name: torch.nn.Parameter(torch.tensor(p)) for name, p in expected.items()}
+        groups = [
+            {"params": [p], "weight_decay": config.weight_decay * factors(name)[1]}
+            for name, p in theirs.items()
+        ]
+        sgd = torch.optim.SGD(groups, lr=1.0, momentum=config.betas[0])
+    for step, rate in enumerate(rates):
+        grads = gradients_of(state, step)
+        params, moments = update(grads, moments, params)
+        named = per_block(grads)
+        norm = math.sqrt(sum((g**2).sum() for g in named.values()))
+        for name, g in named.items():
+            own, decay = factors(name)
+            g = g * min(1.0, config.clip / norm) + decay * config.weight_decay * expected[name]
+            speed[name] = config.betas[0] * speed[name] + g
+            expected[name] = expected[name] - rate * own * speed[name]
+        if torch and sgd and theirs:
+            for (name, g), group in zip(named.items(), sgd.param_groups, strict=True):
+                theirs[name].grad = torch.tensor(g)
+                group["lr"] = rate * factors(name)[0]
+            torch.nn.utils.clip_grad_norm_(theirs.values(), config.clip)
+            sgd.step()
+    for name, value in per_block(params).items():
+        np.testing.assert_allclose(value, expected[name], rtol=1e-5, atol=1e-6, err_msg=name)
+        if theirs:
+            np.testing.assert_allclose(theirs[name].detach(), expected[name], rtol=1e-6)
+
+
+def test_drops_multiply_what_the_schedule_says():
+    """Two drops at one step are a hundredth, a drop past the end is none, and what is left of the
+    decay counts too.
+    """
+    config = OptimizerConfig(learning_rate=2.0, power=1.0, drops=(2, 2, 90))
+    plain = dataclasses.replace(config, drops=())
+    found = [float(learning_rate(config, 4)(i)) for i in range(4)]
+    rates = [float(learning_rate(plain, 4)(i)) for i in range(4)]
+    np.testing.assert_allclose(found, [rates[0], rates[1], rates[2] / 100, rates[3] / 100])
+
+
 def test_schedule_holds_the_rate_before_the_decay():
     """Warm-up, then a constant rate, then the polynomial over what is left; without warm-up the
     rate is held from the start.

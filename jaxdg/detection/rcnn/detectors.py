@@ -5,8 +5,9 @@ They work on a pyramid, as in ViTDet, or on one map (C4).
 
 from collections.abc import Sequence
 import dataclasses
-from typing import Any, ClassVar, NamedTuple
+from typing import Annotated, Any, ClassVar, NamedTuple
 
+from annotated_types import MinLen
 from flax import nnx
 import jax
 import jax.numpy as jnp
@@ -26,6 +27,7 @@ from jaxdg.detection.rcnn.roi_heads import (
     TextScore,
 )
 from jaxdg.detection.rcnn.rpn import Rpn, RpnConfig, RpnOutput
+from jaxdg.text.clip_text import TEMPLATES
 
 
 @dataclasses.dataclass(unsafe_hash=True)
@@ -79,6 +81,8 @@ class C4Config(HeadConfig):
         text_classifier: scores are cosines to the embeddings of class names (`Detector.set_texts`),
             which needs the attention pool. A run with `model.text_weights` turns it on. Default
             False.
+        templates: sentences with {} in place of a class name, which the text tower reads; the
+            embeddings of a name are averaged. Default "a photo of a {}.".
     """
 
     rpn: RpnConfig = dataclasses.field(
@@ -89,7 +93,17 @@ class C4Config(HeadConfig):
     )
     attention_pool: bool = True
     text_classifier: bool = False
+    templates: Annotated[tuple[str, ...], MinLen(1)] = TEMPLATES
     levels: ClassVar[tuple[int, ...]] = (2,)
+
+    def check(self, name: str) -> None:
+        """See `HeadConfig.check`."""
+        for template in self.templates:
+            if "{}" not in template:
+                raise ValueError(
+                    f"{name}.templates has {template!r}; allowed: sentences with {{}} in place of"
+                    " the class name"
+                )
 
     def with_texts(self) -> HeadConfig:
         """See `HeadConfig.with_texts`."""
