@@ -5,14 +5,28 @@ import math
 import jax
 import pytest
 
-from configs import vltdet_clip_rn101
+from configs import gnas, vltdet_clip_rn101
 from jaxdg.config import validated
+from jaxdg.detection.rcnn.genotype import drawn
 from jaxdg.tasks import run_state as tasks
 from tests import small_recipes
+
+
+def small_cells(choice):
+    """A recipe of cells, of fewer channels; to train them anew, with a genotype drawn at random."""
+    c = gnas.get_config(choice)
+    c.model.cell_rcnn.roi.hidden = 64
+    c.model.cell_rcnn.roi.channels = 16
+    if c.model.cell_rcnn.genotype is not None:
+        c.model.cell_rcnn.genotype = drawn(0)
+    return c
+
 
 RECIPES = {
     "vltdet_clip_rn101:c4_text": lambda: vltdet_clip_rn101.get_config("c4_text"),
     "vltdet_clip_rn101:clip_the_gap": lambda: vltdet_clip_rn101.get_config("clip_the_gap"),
+    "gnas:search": lambda: small_cells("search"),
+    "gnas:augment": lambda: small_cells("augment"),
 }
 
 
@@ -63,3 +77,27 @@ def test_a_recipe_runs_from_files_to_results(here, name):
     domains.
     """
     small_recipes.check(small_recipes.shrunk(RECIPES[name]()), here / name.replace(":", "_"))
+
+
+def test_every_choice_of_gnas_is_a_run():
+    """12 epochs of 16 images on Diverse Weather; on CARLA its own steps. The comparison has no
+    cells and no penalty; the head that is trained anew has a genotype.
+    """
+    for phase in gnas.PHASES:
+        for data in gnas.DATA:
+            c = gnas.get_config(f"{phase},{data}")
+            assert c.steps == (400 if data == "carla" else 14_546)
+            assert (c.model.cell_rcnn.genotype == "genotype.json") == (phase == "augment")
+            if phase == "augment":
+                c.model.cell_rcnn.genotype = drawn(0)
+            m = validated(c).model
+            head = getattr(m, m.decoder)
+            assert (m.decoder == "cell_rcnn") == (phase != "fc")
+            assert (head.roi.logit_penalty, head.roi.fcs, len(head.roi.stages)) == (
+                0.5 * (phase != "fc"),
+                2,
+                1,
+            )
+    for wrong in ("retrain", "search,town05", "search,carla,2"):
+        with pytest.raises(ValueError, match=rf"gnas:{wrong}; allowed: PHASE"):
+            gnas.get_config(wrong)
