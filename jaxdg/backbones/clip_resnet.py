@@ -105,7 +105,12 @@ class Bottleneck(nnx.Module):
 
     def __call__(self, x: Float[Array, "b _ _ _"]) -> Float[Array, "b h w c"]:
         y = jax.nn.relu(self.bn1(self.conv1(x)))
-        y = jax.nn.relu(self.bn2(self.conv2(y)))
+        return self.join(x, jax.nn.relu(self.bn2(self.conv2(y))))
+
+    def join(
+        self, x: Float[Array, "b _ _ _"], y: Float[Array, "b _ _ _"]
+    ) -> Float[Array, "b h w c"]:
+        """The block's output from its input and what its second convolution gave."""
         x, y = (halve(x), halve(y)) if self.halves else (x, y)
         if self.downsample is not None:
             convolve, normalise = self.downsample

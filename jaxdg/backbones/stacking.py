@@ -82,9 +82,10 @@ class Stack(nnx.Module):
         )
 
     def single(self, block: int) -> nnx.Module:
-        """A block (from 0) that is a segment of its own, as a module without the layer axis."""
-        graph, state = nnx.split(self.segments[str(block)])
-        return nnx.merge(graph, jax.tree.map(lambda leaf: leaf[0], state))
+        """A block (from 0) as a module without the layer axis."""
+        start = max(first for first in map(int, self.segments) if first <= block)
+        graph, state = nnx.split(self.segments[str(start)])
+        return nnx.merge(graph, jax.tree.map(lambda leaf: leaf[block - start], state))
 
     def __call__(self, x: Array, scales: Array | None, *shared) -> dict[int, Array]:
         """Runs all blocks; returns each segment's output by its last block.

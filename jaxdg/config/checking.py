@@ -228,6 +228,12 @@ def _check_task(config: Config) -> None:
     head.check(f"model.{m.decoder}")
     if m.text_weights:
         head.with_texts()
+    elif head.scenes and m.start is None:
+        raise ValueError(
+            f"model.text_weights is None; the scenes of model.decoder {m.decoder} need the"
+            " converted text tower beside the encoder, see --model ENCODER_text of jaxdg convert,"
+            " or auto"
+        )
 
 
 def _check_schedule(o: OptimizerConfig, steps: int) -> None:

@@ -17,6 +17,7 @@ from jaxdg.detection.fcos import FcosConfig
 from jaxdg.detection.interface import HeadConfig
 from jaxdg.detection.rcnn.cells import CellRcnnConfig
 from jaxdg.detection.rcnn.detectors import C4Config, RcnnConfig, single_stage
+from jaxdg.detection.rcnn.gated import GatedC4Config
 from jaxdg.evaluation import protocols
 from jaxdg.methods.average import AverageOptions
 from jaxdg.methods.low_rank import LowRankOptions
@@ -46,7 +47,7 @@ class ModelConfig(EncoderOptions):
             its name, and hf://OWNER/REPO/FILE fetches a converted one. None trains from scratch.
             Default None.
         text_weights: converted text tower beside the encoder, or auto, for the decoders clip_text
-            and tqdm, or to classify by class names in faster_rcnn_c4. Default None.
+            and tqdm, or to classify by class names in faster_rcnn_c4 and gated_c4. Default None.
         start: workdir of another run, one step in it, or a packed model, also hf://OWNER/REPO/FILE,
             whose whole model this one starts from instead of `weights`. Default None.
         pyramid: none, or four levels with layer or batch normalisation, or four by interpolation
@@ -57,8 +58,8 @@ class ModelConfig(EncoderOptions):
             tqdm, whose queries are class names read by CLIP. Or clip_text: CLIP's features against
             class names, without a step of training. Of detection fcos (light, one stage),
             faster_rcnn, cascade_rcnn, cell_rcnn, whose box head ends in cells that are searched or
-            given, or faster_rcnn_c4, which looks at proposals with the last stage of a CLIP ResNet.
-            Default linear.
+            given, or faster_rcnn_c4, which looks at proposals with the last stage of a CLIP ResNet;
+            gated_c4 masks what it sees there. Default linear.
         freeze: what stays as loaded: none, all (the encoder), `first N` (embeddings and first N
             blocks), `last N` (last N blocks), or a regular expression searched in parameter names
             such as `backbone.blocks.3.attn.qkv.kernel`. N counts the stages of a hierarchical
@@ -75,6 +76,7 @@ class ModelConfig(EncoderOptions):
         cascade_rcnn: settings of that detector.
         cell_rcnn: settings of that detector.
         faster_rcnn_c4: settings of that detector.
+        gated_c4: settings of that detector.
     """
 
     weights: str | None = None
@@ -96,6 +98,7 @@ class ModelConfig(EncoderOptions):
     cascade_rcnn: RcnnConfig = dataclasses.field(default_factory=RcnnConfig)
     cell_rcnn: CellRcnnConfig = dataclasses.field(default_factory=CellRcnnConfig)
     faster_rcnn_c4: C4Config = dataclasses.field(default_factory=C4Config)
+    gated_c4: GatedC4Config = dataclasses.field(default_factory=GatedC4Config)
 
 
 @dataclasses.dataclass

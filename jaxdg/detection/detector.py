@@ -185,6 +185,10 @@ class Detector(nnx.Module):
         """
         self.head.set_texts(embeddings)
 
+    def set_scenes(self, embeddings: Float[Array | np.ndarray, "p e"]) -> None:
+        """Fills in the embeddings of the scenes that the head reads; see `Head.set_scenes`."""
+        self.head.set_scenes(embeddings)
+
     def adapt(self, name: str, tensor: np.ndarray) -> np.ndarray | None:
         """Resizes a tensor stored for another image size, as the encoder does."""
         part, _, rest = name.partition(".")

@@ -67,6 +67,11 @@ class HeadConfig:
         )
 
     @property
+    def scenes(self) -> tuple[str, ...]:
+        """Sentences about scenes whose embeddings the head reads, see `Head.set_scenes`."""
+        return ()
+
+    @property
     def pyramid_channels(self) -> int | None:
         """Channels of the pyramid before the head; None: it reads the encoder's own maps."""
         raise NotImplementedError
@@ -139,3 +144,11 @@ class Head(nnx.Module):
             ValueError: there is none, or it is for other sizes.
         """
         raise ValueError("this detector has no text classifier; set text_classifier of a C4 head")
+
+    def set_scenes(self, embeddings: Float[Array | np.ndarray, "p e"]) -> None:
+        """Fills in the embeddings of `HeadConfig.scenes`.
+
+        Raises:
+            ValueError: the head reads no scenes, or other sizes.
+        """
+        raise ValueError("this detector reads no scenes; set gates.scenes of a gated head")

@@ -93,6 +93,8 @@ class Detection(ImageTask):
             texts = [name.replace("_", " ") for name in self.labels.names]
             head: Any = head_config(m)
             model.set_texts(text_embeddings(texts, m.text_weights, head.templates))
+            if scenes := model.config.head.scenes:
+                model.set_scenes(text_embeddings(scenes, m.text_weights, ("{}",)))
 
     def loss_denominator(self, model: Detector, batch: Batch) -> Any:
         """See `Task.loss_denominator`; batch: as for `losses`."""

@@ -67,8 +67,8 @@ def make_step(
         accumulate: parts of equal size in which the batch is computed, one after another.
 
     Returns:
-        (state, batch) -> (next state, {"loss", "gradient_norm", terms..}); the given state is
-        consumed.
+        (state, batch) -> (next state, {"loss", "gradient_norm", terms, `shown`..}); the given state
+        is consumed.
     """
 
     @partial(jax.jit, donate_argnums=0, out_shardings=(shardings, None))
@@ -88,9 +88,16 @@ def make_step(
             updated: Any = optax.apply_updates(state.trained, updates)
             norm = optax.tree.norm(grads)
         metrics = {"loss": sum(terms.values()), "gradient_norm": norm, **terms}
+        metrics |= shown(statistics)
         return TrainState(state.step + 1, updated, state.frozen, statistics, opt_state), metrics
 
     return step
+
+
+def shown(statistics: nnx.State) -> dict[str, Array]:
+    """Means of the statistics that rows of metrics show: `nnx.BatchStat(.., metric=NAME)`."""
+    named = [(v.get_metadata().get("metric"), v) for _, v in nnx.to_flat_state(statistics)]
+    return {name: variable[...].mean() for name, variable in named if name}
 
 
 def gradients(

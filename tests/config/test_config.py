@@ -23,6 +23,8 @@ from jaxdg.data.boxes import BoxOptions
 from jaxdg.data.datasets import FolderOptions, StreetsOptions
 from jaxdg.detection.fcos import FcosConfig
 from jaxdg.detection.rcnn.detectors import C4Config, RcnnConfig
+from jaxdg.detection.rcnn.gated import GatedC4Config
+from jaxdg.detection.rcnn.gates import GatesConfig
 from jaxdg.detection.rcnn.roi_heads import RoiHeadsConfig
 from jaxdg.detection.rcnn.rpn import RpnConfig
 from jaxdg.methods.average import AverageOptions
@@ -46,6 +48,8 @@ ALL = [
     FcosConfig,
     RcnnConfig,
     C4Config,
+    GatedC4Config,
+    GatesConfig,
     RpnConfig,
     RoiHeadsConfig,
     TldrOptions,

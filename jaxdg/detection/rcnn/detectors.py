@@ -22,6 +22,7 @@ from jaxdg.detection.rcnn.roi_heads import (
     BoxHead,
     BoxPredictor,
     Res5Head,
+    RoiHead,
     RoiHeads,
     RoiHeadsConfig,
     TextScore,
@@ -136,9 +137,20 @@ class C4Config(HeadConfig):
             raise ValueError(
                 "a C4 head has one stage, and its text classifier needs attention_pool"
             )
-        heads = [Res5Head(backbone, self.attention_pool)]
+        head = self.box_head(context, rngs=rngs)
+        text = None
+        if self.text_classifier:
+            text = self.text_score(head.channels[0], context, rngs=rngs)
         channels = backbone.config.widths[2]
-        return Rcnn(self, heads, channels, 1, context, text=self.text_classifier, rngs=rngs)
+        return Rcnn(self, [head], channels, 1, context, text=text, rngs=rngs)
+
+    def box_head(self, context: HeadContext, *, rngs: nnx.Rngs) -> Res5Head:
+        """The head of the only stage."""
+        return Res5Head(context.backbone, self.attention_pool)  # pyright: ignore[reportArgumentType]
+
+    def text_score(self, channels: int, context: HeadContext, *, rngs: nnx.Rngs) -> TextScore:
+        """Class scores by text, of vectors of so many channels."""
+        return TextScore(channels, context.num_classes)
 
 
 class RcnnOutput(NamedTuple):
@@ -159,12 +171,12 @@ class Rcnn(Head):
     def __init__(
         self,
         config: RcnnConfig | C4Config,
-        heads: Sequence[BoxHead | Res5Head],
+        heads: Sequence[RoiHead],
         channels: int,
         pooled: int,
         context: HeadContext,
         *,
-        text: bool = False,
+        text: TextScore | None = None,
         rngs: nnx.Rngs,
     ):
         """Builds the head with random parameters.
@@ -175,7 +187,7 @@ class Rcnn(Head):
             channels: of each level.
             pooled: how many of the finest levels boxes are pooled from.
             context: what the head is built for.
-            text: scores are cosines to the embeddings of class names.
+            text: scores that are cosines to the embeddings of class names, of the only stage.
             rngs: initialises the parameters.
 
         Raises:
@@ -237,6 +249,19 @@ class Rcnn(Head):
                 f" {embeddings.shape}"
             )
         score.texts[...] = jnp.asarray(embeddings, jnp.float32)
+
+    def set_scenes(self, embeddings: Float[Array | np.ndarray, "p e"]) -> None:
+        """See `Head.set_scenes`."""
+        scenes = self.roi_heads.box_head[0].scenes
+        if scenes is None:
+            super().set_scenes(embeddings)
+        elif scenes[...].shape != embeddings.shape:
+            raise ValueError(
+                f"the head holds embeddings of scenes {scenes[...].shape} and got"
+                f" {embeddings.shape}"
+            )
+        else:
+            scenes[...] = jnp.asarray(embeddings, jnp.float32)
 
 
 def single_stage() -> RcnnConfig:

@@ -80,7 +80,44 @@ class RoiHeadsConfig:
     penalty_box: bool = False
 
 
-class BoxHead(nnx.Module):
+class RoiHead(nnx.Module):
+    """What a two-stage detector makes of the pooled features of boxes.
+
+    Attributes:
+        channels: of the two vectors.
+        scenes: embeddings of the scenes that it reads, if any.
+    """
+
+    channels: tuple[int, int]
+    scenes: nnx.BatchStat | None = None
+
+    def __call__(
+        self,
+        x: Float[Array, "r s s _"],
+        key: Key[Array, ""] | None = None,
+        train: bool = False,
+        valid: Bool[Array, " r"] | None = None,
+    ) -> Vectors:
+        """Vectors to read classes and offsets from.
+
+        Args:
+            x: pooled features.
+            key: random key for what is drawn in training.
+            train: use (and update) the statistics of these boxes where there are any.
+            valid: the boxes that count in statistics; None for all.
+        """
+        raise NotImplementedError
+
+    def terms(self, share: Float32[Array, ""]) -> dict[str, Float32[Array, ""]]:
+        """Loss terms of the head's own, from the boxes of its last call in training.
+
+        Args:
+            share: of the images of the global batch that these boxes are from.
+        """
+        return {}
+
+
+class BoxHead(RoiHead):
     """Convolutions and linear layers.
 
     The order of fc1's inputs is rows, columns, channels; torch's is channels, rows, columns.
@@ -116,7 +153,7 @@ class BoxHead(nnx.Module):
         return x, x
 
 
-class Res5Head(nnx.Module):
+class Res5Head(RoiHead):
     """The encoder's own last stage, of a CLIP ResNet.
 
     A box is refined from the mean of its features. Its class is read from the encoder's attention
@@ -138,7 +175,10 @@ class Res5Head(nnx.Module):
         train: bool = False,
         valid: Bool[Array, " r"] | None = None,
     ) -> Vectors:
-        x = self.res5(x, None)[self.last]
+        return self.read(self.res5(x, None)[self.last])
+
+    def read(self, x: Float[Array, "r _ _ _"]) -> Vectors:
+        """The vectors of maps of the last stage."""
         mean = x.mean((1, 2))
         return (mean if self.attnpool is None else self.attnpool(x)), mean
 
@@ -166,7 +206,7 @@ class BoxPredictor(nnx.Module):
         num_classes: int,
         *,
         class_agnostic: bool,
-        text: bool = False,
+        text: TextScore | None = None,
         dtype: str,
         rngs: nnx.Rngs,
     ):
@@ -174,7 +214,7 @@ class BoxPredictor(nnx.Module):
         channels: of the vectors that classes and boxes are read from.
         num_classes: k.
         class_agnostic: one box for all classes.
-        text: scores are cosines to the embeddings of class names.
+        text: scores that are cosines to the embeddings of class names; None: a linear layer.
         dtype: compute dtype.
         rngs: initialises the parameters.
         """
@@ -184,9 +224,7 @@ class BoxPredictor(nnx.Module):
             return Linear(inside, out, kernel_init=init, dtype=jnp.dtype(dtype), rngs=rngs)
 
         of_class, of_box = channels
-        self.cls_score = (
-            TextScore(of_class, num_classes) if text else linear(of_class, num_classes + 1, 0.01)
-        )
+        self.cls_score = linear(of_class, num_classes + 1, 0.01) if text is None else text
         self.bbox_pred = linear(of_box, 4 if class_agnostic else 4 * num_classes, 0.001)
 
     def __call__(self, vectors: Vectors) -> tuple[Float32[Array, "r k1"], Float32[Array, "r o 4"]]:
@@ -201,7 +239,7 @@ class RoiHeads(nnx.Module):
     def __init__(
         self,
         config: RoiHeadsConfig,
-        heads: Sequence[nnx.Module],
+        heads: Sequence[RoiHead],
         predictors: Sequence[BoxPredictor],
         strides: Sequence[int | float],
     ):
@@ -209,7 +247,7 @@ class RoiHeads(nnx.Module):
 
         Args:
             config: sizes.
-            heads: of each stage, pooled features to `Vectors`; see `BoxHead`.
+            heads: of each stage.
             predictors: of each stage.
             strides: pixels a feature of each level that boxes are pooled from.
 
@@ -274,7 +312,7 @@ class RoiHeads(nnx.Module):
     ) -> dict[str, Float32[Array, ""]]:
         """The terms "class" (cross entropy) and "box" (L1), summed over the stages.
 
-        With `logit_penalty` there is the term "logits" too.
+        With `logit_penalty` there is the term "logits" too; heads may have terms of their own.
 
         Args:
             features: levels that boxes are pooled from.
@@ -319,6 +357,9 @@ class RoiHeads(nnx.Module):
             if stage + 1 < len(c.stages):
                 boxes = self.move(stage, offsets, boxes, image_sizes)[:, :, 0]
                 counts &= boxlib.non_empty(boxes)
+        for head in self.box_head:
+            for name, value in head.terms(len(boxes) / images).items():
+                total[name] = total.get(name, 0.0) + value
         return total
 
     def move(

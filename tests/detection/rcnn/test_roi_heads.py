@@ -11,6 +11,7 @@ from jaxdg.detection.losses import minus_smaller
 from jaxdg.detection.rcnn.roi_heads import (
     BoxHead,
     BoxPredictor,
+    RoiHead,
     RoiHeads,
     RoiHeadsConfig,
     TextScore,
@@ -386,7 +387,7 @@ def test_a_head_is_told_which_boxes_count(scene):
     """In training: for the statistics of a norm. In inference there are none to be made."""
     seen = []
 
-    class Told(nnx.Module):
+    class Told(RoiHead):
         def __call__(self, x, key=None, train=False, valid=None):
             seen.append((train, None if valid is None else valid.shape))
             vectors = x.reshape(len(x), -1)
