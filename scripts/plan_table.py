@@ -37,6 +37,8 @@ ROWS = [
     *[("carla_vit_tiny", "", mesh) for mesh in ALL],
     *[("vltdet_clip_rn101", BF16, mesh) for mesh in ALL],
     *[("vltdet_clip_rn101:c4_text", "", mesh) for mesh in ONE],
+    *[("sdgod", "", mesh) for mesh in ONE],
+    *[("sdgod", BF16, mesh) for mesh in ONE],
     *[("gta5_clip", BF16, mesh) for mesh in ALL],
     *[("gta5_eva02", f"{BF16} --config.tldr.on", mesh) for mesh in BOTH],
     *[("gta5_eva02", f"{BF16} --config.model.freeze=all", mesh) for mesh in ONE],

@@ -22,6 +22,7 @@ from jaxdg.evaluation import protocols
 from jaxdg.methods.average import AverageOptions
 from jaxdg.methods.low_rank import LowRankOptions
 from jaxdg.methods.rein import ReinOptions
+from jaxdg.methods.sdgod import SdgodOptions
 from jaxdg.methods.tldr import TldrOptions
 from jaxdg.methods.visual_anchor import VisualAnchorOptions
 from jaxdg.ranges import Count, CountOrZero, Size
@@ -172,6 +173,8 @@ class Config:
         rein: a frozen encoder refined by learned tokens, off by default.
         visual_anchor: with the decoder tqdm, global features that stay near those before training,
             off by default.
+        sdgod: of detection, features cleared of their domain that teach shallower ones, off by
+            default.
         evaluation: on what it is judged.
     """
 
@@ -194,6 +197,7 @@ class Config:
     low_rank: LowRankOptions = dataclasses.field(default_factory=LowRankOptions)
     rein: ReinOptions = dataclasses.field(default_factory=ReinOptions)
     visual_anchor: VisualAnchorOptions = dataclasses.field(default_factory=VisualAnchorOptions)
+    sdgod: SdgodOptions = dataclasses.field(default_factory=SdgodOptions)
     evaluation: EvaluationConfig = dataclasses.field(default_factory=EvaluationConfig)
 
     # How pydantic checks a configuration and the parts in it (`checking.typed`).

@@ -12,7 +12,7 @@ import numpy as np
 
 from jaxdg import backbones
 from jaxdg.detection.arrays import Detected, Targets
-from jaxdg.detection.interface import HeadConfig, HeadContext
+from jaxdg.detection.interface import HeadConfig, HeadContext, Judged
 from jaxdg.detection.pyramid import Fpn, SimplePyramid
 
 
@@ -37,7 +37,16 @@ class DetectorConfig(backbones.EncoderOptions):
 
 
 class Detector(nnx.Module):
-    """Images to the head's output, which `losses` and `detect` use."""
+    """Images to the head's output, which `losses` and `detect` use.
+
+    Attributes:
+        refinement: None, or a module that a training method sets: what it makes of the first map
+            that the pyramid or the head reads takes its place. If its `proposes_only` is true,
+            proposals alone come from there. In training the method calls it, between `encode` and
+            `decode`.
+    """
+
+    refinement: Any = None
 
     def __init__(self, config: DetectorConfig, *, rngs: nnx.Rngs):
         """Builds the model with random parameters; weights are loaded into `backbone` afterwards.
@@ -105,7 +114,15 @@ class Detector(nnx.Module):
                 f"the detector was built for images of {self.config.image_size} pixels and got"
                 f" {images.shape[1:3]}"
             )
-        return self.decode(self.encode(images, key), key, train)
+        features = self.encode(images, key)
+        if self.refinement is None:
+            return self.decode(features, key, train)
+        with jax.named_scope("refinement"):
+            first = self.refinement(features[self.read[0]], key, train)
+        output = self.decode(self.with_first(features, first), key, train)
+        if not self.refinement.proposes_only:
+            return output
+        return self.reread(output, features, key, train)
 
     def encode(
         self, images: Float[Array, "b h w 3"], key: Key[Array, ""] | None = None
@@ -123,11 +140,36 @@ class Detector(nnx.Module):
         train: bool = False,
     ) -> Any:
         """The head's output from the features of all taps."""
+        features = self.levels(features)
+        with jax.named_scope("decoder"):
+            return self.head(features, _head_key(key), train)
+
+    def reread(
+        self,
+        output: Any,
+        features: tuple[Float[Array, "b _ _ _"], ...],
+        key: Key[Array, ""] | None = None,
+        train: bool = False,
+    ) -> Any:
+        """An output whose boxes are read from other features of all taps; see `Head.reread`."""
+        features = self.levels(features)
+        with jax.named_scope("decoder"):
+            return self.head.reread(output, features, _head_key(key), train)
+
+    def levels(
+        self, features: tuple[Float[Array, "b _ _ _"], ...]
+    ) -> tuple[Float[Array, "b _ _ _"], ...]:
+        """What the head reads, from the features of all taps."""
         features = tuple(features[i] for i in self.read)
         with jax.named_scope("pyramid"):
-            features = features[:1] if self.neck is None else self.neck(features)
-        with jax.named_scope("decoder"):
-            return self.head(features, None if key is None else jax.random.fold_in(key, 1), train)
+            return features[:1] if self.neck is None else self.neck(features)
+
+    def with_first(
+        self, features: tuple[Float[Array, "b _ _ _"], ...], first: Float[Array, "b _ _ _"]
+    ) -> tuple[Float[Array, "b _ _ _"], ...]:
+        """The features of all taps with another map as the first that is read."""
+        at = self.read[0]
+        return (*features[:at], first, *features[at + 1 :])
 
     def loss_denominator(self, batch: Mapping[str, Array]) -> Any:
         """What the losses of a global batch are divided by; `batch` as for `Targets.of`."""
@@ -149,6 +191,16 @@ class Detector(nnx.Module):
             key: for random draws.
         """
         return self.head.losses(output, Targets.of(batch), denominator, key)
+
+    def judge(
+        self,
+        output: Any,
+        batch: Mapping[str, Array],
+        denominator: Any,
+        key: Key[Array, ""],
+    ) -> tuple[dict[str, Float32[Array, ""]], Judged | None]:
+        """See `Head.judge`; the arguments are those of `losses`."""
+        return self.head.judge(output, Targets.of(batch), denominator, key)
 
     def detect(
         self, images: Float[Array, "b h w 3"], image_sizes: Float[Array, "b 2"] | None = None
@@ -198,3 +250,8 @@ class Detector(nnx.Module):
         """Whether nothing depends on this parameter, neither a feature nor the head."""
         part, _, rest = name.partition(".")
         return part == "backbone" and self.backbone.unused(rest) and not self.config.head.uses(rest)
+
+
+def _head_key(key: Key[Array, ""] | None) -> Key[Array, ""] | None:
+    """The head's key: its draws are others than the encoder's."""
+    return None if key is None else jax.random.fold_in(key, 1)

@@ -28,7 +28,7 @@ from jaxdg.backbones.layers import Conv
 from jaxdg.detection import boxes as boxlib
 from jaxdg.detection.anchors import points
 from jaxdg.detection.arrays import Detected, Targets, take
-from jaxdg.detection.interface import Head, HeadConfig, HeadContext
+from jaxdg.detection.interface import Head, HeadConfig, HeadContext, Judged
 from jaxdg.detection.losses import giou_loss, masked_sum, sigmoid_cross_entropy, sigmoid_focal_loss
 from jaxdg.detection.nms import nms
 from jaxdg.ranges import Count, PositiveOrZero, Share
@@ -198,6 +198,21 @@ class Fcos(Head):
 
         With `logit_penalty` there is the term "logits" too. `key` is not used: nothing is random.
         """
+        return self.judge(output, targets, denominator, key)[0]
+
+    @property
+    def choices(self) -> tuple[int, int]:
+        """See `Head.choices`: whether it is of each class."""
+        return self.num_classes, 2
+
+    def judge(
+        self,
+        output: FcosOutput,
+        targets: Targets,
+        denominator: FcosDenominator,
+        key: Key[Array, ""] | None = None,
+    ) -> tuple[dict[str, Float32[Array, ""]], Judged]:
+        """See `Head.judge`: the points that predict a box count."""
         index = self.assign(targets)
         positive = index >= 0
         index = jnp.maximum(index, 0)
@@ -218,7 +233,14 @@ class Fcos(Head):
         if weight:
             squared = jnp.mean((output.class_logits - PRIOR_LOGIT) ** 2, axis=(1, 2))
             terms["logits"] = weight * jnp.sum(squared) / denominator.images
-        return terms
+        places = jnp.tile(jnp.concatenate(points(self.shapes, self.strides)), 2)
+        return terms, Judged(
+            boxes=jnp.broadcast_to(places, (len(positive), *places.shape)),
+            points=True,
+            logits=jnp.stack([output.class_logits, jnp.zeros_like(output.class_logits)], axis=-1),
+            truth=jnp.where(true_classes > 0, 0, 1).astype(jnp.int32),
+            share=jnp.where(positive, 1 / count, 0.0),
+        )
 
     def detections(self, output: FcosOutput, image_sizes: Float32[Array, "b 2"]) -> Detected:
         """See `Head.detections`; a score is the geometric mean of class and fit probabilities."""

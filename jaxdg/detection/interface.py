@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from flax import nnx
-from jaxtyping import Array, Float, Float32, Key
+from jaxtyping import Array, Float, Float32, Int32, Key
 import numpy as np
 
 from jaxdg import backbones
@@ -33,6 +33,25 @@ class HeadContext(NamedTuple):
     strides: Sequence[int | float]
     image_size: tuple[int, int]
     dtype: str
+
+
+class Judged(NamedTuple):
+    """The places whose classes a head's losses compare with the truth.
+
+    Attributes:
+        boxes: in pixels, proposals; a point is a box without sides.
+        points: whether they are points.
+        logits: of each of c choices that are independent of one another, those of its o outcomes.
+        truth: the right outcome of each choice.
+        share: of a place in the mean that the loss is; 0 where it does not count. The shares of the
+            parts of a batch belong to one mean.
+    """
+
+    boxes: Float32[Array, "b p 4"]
+    points: bool
+    logits: Float32[Array, "b p c o"]
+    truth: Int32[Array, "b p c"]
+    share: Float32[Array, "b p"]
 
 
 class HeadConfig:
@@ -127,6 +146,34 @@ class Head(nnx.Module):
             key: for random draws, as of the anchors that count.
         """
         raise NotImplementedError
+
+    @property
+    def choices(self) -> tuple[int, int]:
+        """How many choices the class of a place consists of, and their outcomes; see `Judged`."""
+        raise NotImplementedError
+
+    def judge(
+        self, output: Any, targets: Targets, denominator: Any, key: Key[Array, ""]
+    ) -> tuple[dict[str, Float32[Array, ""]], Judged | None]:
+        """What `losses` returns, and the places that they judge; None if the head does not tell."""
+        return self.losses(output, targets, denominator, key), None
+
+    def reread(
+        self,
+        output: Any,
+        features: tuple[Float[Array, "b _ _ c"], ...],
+        key: Key[Array, ""] | None = None,
+        train: bool = False,
+    ) -> Any:
+        """An output whose boxes are read from other features; proposals stay.
+
+        Args:
+            output: of the head.
+            features: one map a level, finest first.
+            key: as in a call.
+            train: as in a call.
+        """
+        return self(features, key, train)
 
     def detections(self, output: Any, image_sizes: Float32[Array, "b 2"]) -> Detected:
         """The detected boxes.

@@ -26,5 +26,5 @@ def active(config: Any) -> tuple[Method, ...]:
 
 
 def lasting(config: Any) -> tuple[Method, ...]:
-    """The methods of a configuration whose modules stay in the trained model."""
-    return tuple(method for method in active(config) if method.lasts)
+    """What remains of the methods of a configuration whose modules stay in the trained model."""
+    return tuple(method.remains() for method in active(config) if method.lasts)

@@ -4,7 +4,7 @@ Training calls the hooks in this order:
 
     modules and parameters   observed, boundaries, extend, trains
     before a step            wants_pictures, preparation
-    in a step                images, drawing, targets, observe, losses
+    in a step                images, drawing, targets, observe, refine, losses, compare
     after the optimiser      transformation
     when training ends       finish
 
@@ -20,6 +20,8 @@ from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Key
 import optax
+
+from jaxdg.detection.interface import Judged
 
 Batch = dict[str, Array]
 Features = tuple[Float[Array, "b _ _ _"], ...]
@@ -74,8 +76,8 @@ class Method:
         wants_pictures: batches have `style` uint8 [b, h, w, 3], a picture from `data.pictures` for
             each image.
         changes_model: `finish` turns the trained model into another one.
-        lasts: the modules that `extend` adds stay in the model, which is built with them for
-            evaluation too.
+        lasts: modules that `extend` adds stay in the model, which is built with them for evaluation
+            too; see `remains`.
     """
 
     wants_pictures = False
@@ -85,8 +87,12 @@ class Method:
     @property
     def changes_rows(self) -> bool:
         """Whether it reads features, or the decoder gets other rows than those of the batch."""
-        hooks = ("targets", "observe")
+        hooks = ("targets", "observe", "refine")
         return any(getattr(type(self), hook) is not getattr(Method, hook) for hook in hooks)
+
+    def remains(self) -> "Method":
+        """The method whose `extend` adds to a new model what is left of this one's in the end."""
+        return self
 
     def observed(self, depth: int) -> tuple[int, ...]:
         """The blocks or stages whose features `observe` receives, ascending."""
@@ -170,6 +176,24 @@ class Method:
         """
         return features, {}
 
+    def refine(
+        self, model: Any, features: Features, places: Sequence[int], key: Key[Array, ""]
+    ) -> tuple[Features, Any]:
+        """Passes features through modules of `extend`, on their way to the decoder.
+
+        In evaluation the model does so by itself, see `Detector.refinement`.
+
+        Args:
+            model: of this step; running statistics are updated in place.
+            features: at all taps of the encoder.
+            places: of the observed blocks among the taps.
+            key: of this step.
+
+        Returns:
+            The features for the decoder, and whatever `compare` needs.
+        """
+        return features, None
+
     def losses(self, output: Any, batch: Batch, denominator: Any) -> dict[str, Float[Array, ""]]:
         """Computes loss terms from the output of the decoder or detector.
 
@@ -177,6 +201,32 @@ class Method:
             output: of the model.
             batch: of `targets`, or a part of it; its rows are those of the output.
             denominator: of the losses of the global batch, see `Task.loss_denominator`.
+
+        Returns:
+            Named loss terms; the terms of a batch are the sums over its parts.
+        """
+        return {}
+
+    def compare(
+        self,
+        model: Any,
+        kept: Any,
+        output: Any,
+        judged: Judged | None,
+        batch: Batch,
+        denominator: Any,
+        key: Key[Array, ""],
+    ) -> dict[str, Float[Array, ""]]:
+        """Computes loss terms of detection from features and what the head said of them.
+
+        Args:
+            model: of this step.
+            kept: of `refine`.
+            output: of the head.
+            judged: the places that its losses judge.
+            batch: as for `losses`.
+            denominator: as for `losses`.
+            key: with which the head's losses drew.
 
         Returns:
             Named loss terms; the terms of a batch are the sums over its parts.

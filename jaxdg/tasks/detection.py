@@ -105,10 +105,14 @@ class Detection(ImageTask):
     ) -> dict[str, Float[Array, ""]]:
         """See `Task.losses`; batch: `image` uint8 [b, h, w, 3] and boxes, see `train_batches`."""
         pixel_key, drop_key, sample_key = jax.random.split(key, 3)
-        output, terms = self.outputs(model, batch, pixel_key, drop_key)
+        output, terms, kept = self.outputs(model, batch, pixel_key, drop_key)
         with jax.named_scope("losses"):
             targets = self.targets(batch)
-            own = model.losses(output, targets, denominator, sample_key)
+            own, judged = model.judge(output, targets, denominator, sample_key)
+            for method, one in zip(self.methods, kept, strict=True):
+                terms |= method.compare(
+                    model, one, output, judged, targets, denominator, sample_key
+                )
             return {**own, **terms, **self.method_losses(output, targets, denominator)}
 
     def detect(

@@ -19,6 +19,7 @@ import numpy as np
 from jaxdg import config as config_lib
 from jaxdg import files, weights
 from jaxdg import methods as method_lib
+from jaxdg.backbones import StagedConfig
 from jaxdg.config import Config, MeshConfig, paths
 from jaxdg.config import workdir as workdir_lib
 from jaxdg.data.labels import LabelSet, join_names
@@ -85,11 +86,14 @@ class Blueprint:
         blueprint = cls.stored(task, boundaries, frozen)
         if any(method.changes_model for method in task.methods):
             plain = make_task(task.config)
-            taps = tuple(sorted({*boundaries, *first.backbone.config.taps}))
+            # Segments of a plain encoder end at its taps; those of a hierarchical one count stages.
+            encoder = first.backbone.config
+            taps = () if isinstance(encoder, StagedConfig) else encoder.taps
+            ends = tuple(sorted({*boundaries, *taps}))
             model: Any = nnx.eval_shape(lambda: extended(plain, key, ()))
             names = list(weights.slots(nnx.state(model, nnx.Param)))
             frozen = frozen_parameters(plain, freeze, model, names)
-            blueprint.finished = cls.stored(plain, taps, frozen)
+            blueprint.finished = cls.stored(plain, ends, frozen)
         return blueprint
 
     @classmethod

@@ -114,7 +114,7 @@ class Segmentation(ImageTask):
     ) -> dict[str, Float[Array, ""]]:
         """See `Task.losses`; batch: `image` uint8 [b, h, w, 3], `label` uint8 [b, h, w]."""
         pixel_key, drop_key, point_key = jax.random.split(key, 3)
-        output, terms = self.outputs(model, batch, pixel_key, drop_key)
+        output, terms, _ = self.outputs(model, batch, pixel_key, drop_key)
         with jax.named_scope("losses"):
             targets = self.targets(batch)
             own = model.head.loss(output, targets["label"], denominator, point_key)

@@ -234,8 +234,10 @@ class ImageTask:
 
     def outputs(
         self, model: Any, batch: Batch, pixel_key: Key[Array, ""], drop_key: Key[Array, ""]
-    ) -> tuple[Any, dict[str, Array]]:
-        """The model's output for a prepared batch, with the rows of `targets`, and loss terms."""
+    ) -> tuple[Any, dict[str, Array], list[Any]]:
+        """The model's output for a prepared batch, with the rows of `targets`; loss terms; and what
+        each method keeps for `Method.compare`.
+        """
         images = batch["image"]
         terms = {}
         with jax.named_scope("input"):
@@ -253,7 +255,15 @@ class ImageTask:
             with jax.named_scope("losses"):
                 features, new = method.observe(features, places, batch)
             terms |= new
-        return model.decode(features, drop_key, train=True), terms
+        kept = []
+        for i, method in enumerate(self.methods, 2):
+            places = method_lib.tap_places(model, method.observed(self.depth))
+            # Another key than that of `drawing`.
+            own_key = jax.random.fold_in(jax.random.fold_in(drop_key, i), 1)
+            with jax.named_scope("refinement"):
+                features, own = method.refine(model, features, places, own_key)
+            kept.append(own)
+        return model.decode(features, drop_key, train=True), terms, kept
 
     def method_losses(self, output: Any, targets: Batch, denominator: Any) -> dict[str, Array]:
         """The methods' loss terms from the model's output; see `Method.losses`."""

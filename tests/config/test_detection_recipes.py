@@ -5,7 +5,7 @@ import math
 import jax
 import pytest
 
-from configs import gnas, vltdet_clip_rn101
+from configs import gnas, sdgod, vltdet_clip_rn101
 from jaxdg.config import validated
 from jaxdg.detection.rcnn.genotype import drawn
 from jaxdg.tasks import run_state as tasks
@@ -27,6 +27,7 @@ RECIPES = {
     "vltdet_clip_rn101:clip_the_gap": lambda: vltdet_clip_rn101.get_config("clip_the_gap"),
     "gnas:search": lambda: small_cells("search"),
     "gnas:augment": lambda: small_cells("augment"),
+    "sdgod": sdgod.get_config,
 }
 
 

@@ -16,7 +16,7 @@ import numpy as np
 
 from jaxdg.backbones import ClipResnet, EncoderConfig
 from jaxdg.detection.arrays import Detected, Targets
-from jaxdg.detection.interface import Head, HeadConfig, HeadContext
+from jaxdg.detection.interface import Head, HeadConfig, HeadContext, Judged
 from jaxdg.detection.rcnn.roi_heads import (
     CASCADE,
     BoxHead,
@@ -27,7 +27,7 @@ from jaxdg.detection.rcnn.roi_heads import (
     RoiHeadsConfig,
     TextScore,
 )
-from jaxdg.detection.rcnn.rpn import Rpn, RpnConfig, RpnOutput
+from jaxdg.detection.rcnn.rpn import Proposals, Rpn, RpnConfig, RpnOutput
 from jaxdg.text.clip_text import TEMPLATES
 
 
@@ -159,10 +159,12 @@ class RcnnOutput(NamedTuple):
     Attributes:
         features: levels that boxes are pooled from.
         rpn: predictions of the proposal network.
+        proposals: made of them in training; None otherwise.
     """
 
     features: tuple[Float[Array, "b _ _ c"], ...]
     rpn: RpnOutput
+    proposals: Proposals | None = None
 
 
 class Rcnn(Head):
@@ -195,6 +197,7 @@ class Rcnn(Head):
         """
         kw: Any = dict(dtype=context.dtype, rngs=rngs)
         self.image_size = context.image_size
+        self.num_classes = context.num_classes
         self.pooled = pooled
         self.proposal_generator = Rpn(config.rpn, channels, context.shapes, context.strides, **kw)
         kw |= dict(class_agnostic=config.roi.class_agnostic, text=text)
@@ -207,8 +210,27 @@ class Rcnn(Head):
         key: Key[Array, ""] | None = None,
         train: bool = False,
     ) -> RcnnOutput:
-        """See `Head.__call__`; the same in training."""
-        return RcnnOutput(features[: self.pooled], self.proposal_generator(features))
+        """See `Head.__call__`; the same in training, with proposals."""
+        output = RcnnOutput(features[: self.pooled], self.proposal_generator(features))
+        return output._replace(proposals=self.proposals(output)) if train else output
+
+    def proposals(self, output: RcnnOutput) -> Proposals:
+        """Those for the losses, in whole images."""
+        if output.proposals is not None:
+            return output.proposals
+        images = len(output.features[0])
+        sizes = jnp.broadcast_to(jnp.asarray(self.image_size, jnp.float32), (images, 2))
+        return self.proposal_generator.proposals(output.rpn, sizes, train=True)
+
+    def reread(
+        self,
+        output: RcnnOutput,
+        features: tuple[Float[Array, "b _ _ c"], ...],
+        key: Key[Array, ""] | None = None,
+        train: bool = False,
+    ) -> RcnnOutput:
+        """See `Head.reread`."""
+        return output._replace(features=features[: self.pooled])
 
     def loss_denominator(self, targets: Targets) -> Float32[Array, ""]:
         """The number of images of the global batch."""
@@ -222,15 +244,29 @@ class Rcnn(Head):
         key: Key[Array, ""],
     ) -> dict[str, Float32[Array, ""]]:
         """The terms of `Rpn.losses` and `RoiHeads.losses`; `key` draws anchors and proposals."""
+        return self.judge(output, targets, denominator, key)[0]
+
+    @property
+    def choices(self) -> tuple[int, int]:
+        """See `Head.choices`: one class of all, or background."""
+        return 1, self.num_classes + 1
+
+    def judge(
+        self,
+        output: RcnnOutput,
+        targets: Targets,
+        denominator: Float32[Array, ""],
+        key: Key[Array, ""],
+    ) -> tuple[dict[str, Float32[Array, ""]], Judged]:
+        """See `Head.judge`: the sampled proposals, as the last stage sees them."""
         anchor_key, box_key = jax.random.split(key)
         sizes = jnp.broadcast_to(jnp.asarray(self.image_size, jnp.float32), (len(targets.valid), 2))
-        rpn = self.proposal_generator
-        proposals = rpn.proposals(output.rpn, sizes, train=True)
-        rpn_losses = rpn.losses(output.rpn, targets, denominator, anchor_key)
-        roi_losses = self.roi_heads.losses(
+        proposals = self.proposals(output)
+        rpn_losses = self.proposal_generator.losses(output.rpn, targets, denominator, anchor_key)
+        roi_losses, judged = self.roi_heads.judge(
             output.features, proposals, targets, sizes, denominator, box_key
         )
-        return rpn_losses | roi_losses
+        return rpn_losses | roi_losses, judged
 
     def detections(self, output: RcnnOutput, image_sizes: Float32[Array, "b 2"]) -> Detected:
         """See `Head.detections`."""

@@ -18,6 +18,7 @@ from jaxdg.backbones import ClipResnet
 from jaxdg.backbones.layers import Linear
 from jaxdg.detection import boxes as boxlib
 from jaxdg.detection.arrays import Detected, Targets, take
+from jaxdg.detection.interface import Judged
 from jaxdg.detection.losses import cross_entropy, masked_sum, minus_smaller, smooth_l1
 from jaxdg.detection.nms import nms
 from jaxdg.detection.pyramid import ConvNorm, msra, xavier
@@ -322,6 +323,18 @@ class RoiHeads(nnx.Module):
             images: of the global batch.
             key: samples the proposals, and is for what a head draws.
         """
+        return self.judge(features, proposals, targets, image_sizes, images, key)[0]
+
+    def judge(
+        self,
+        features: tuple[Float[Array, "b _ _ _"], ...],
+        proposals: Proposals,
+        targets: Targets,
+        image_sizes: Float32[Array, "b 2"],
+        images: Float32[Array, ""],
+        key: Key[Array, ""],
+    ) -> tuple[dict[str, Float32[Array, ""]], Judged]:
+        """What `losses` returns, and the sampled proposals as the last stage sees them."""
         c = self.config
         total = {"class": jnp.zeros(()), "box": jnp.zeros(())}
         if c.logit_penalty:
@@ -354,13 +367,20 @@ class RoiHeads(nnx.Module):
                 penalty = c.logit_penalty * squared / jnp.maximum(jnp.sum(positive), 1)
                 box = minus_smaller(box, penalty * (len(boxes) / images))
             total["box"] += box
+            judged = Judged(
+                boxes=boxes,
+                points=False,
+                logits=logits[:, :, None],
+                truth=classes[:, :, None],
+                share=jnp.where(counts, 1 / denominator, 0.0),
+            )
             if stage + 1 < len(c.stages):
                 boxes = self.move(stage, offsets, boxes, image_sizes)[:, :, 0]
                 counts &= boxlib.non_empty(boxes)
         for head in self.box_head:
             for name, value in head.terms(len(boxes) / images).items():
                 total[name] = total.get(name, 0.0) + value
-        return total
+        return total, judged
 
     def move(
         self,
