@@ -15,6 +15,7 @@ from jaxdg.detection.boxes import (
 from jaxdg.detection.detector import Detector, DetectorConfig
 from jaxdg.detection.fcos import FcosConfig
 from jaxdg.detection.nms import nms
+from jaxdg.detection.rcnn.cells import CellRcnnConfig
 from jaxdg.detection.rcnn.detectors import C4Config, RcnnConfig
 from jaxdg.detection.rcnn.roi_align import pyramid_level, roi_align
 from jaxdg.detection.rcnn.sampling import assign, sample
@@ -24,6 +25,7 @@ from jaxdg.evaluation.coco_format import read_coco, write_coco
 __all__ = [
     "AveragePrecision",
     "C4Config",
+    "CellRcnnConfig",
     "Detections",
     "Detector",
     "DetectorConfig",
