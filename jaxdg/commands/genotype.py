@@ -60,9 +60,12 @@ def searched(checkpoint: str | Path) -> tuple[Float[np.ndarray, "14 8"], int]:
 
 
 def write(out: Path, pairs: Genotype, **more: Any) -> None:
-    """Writes a genotype as JSON, with what else is known of it."""
+    """Writes a genotype as JSON, with what else is known of it, a line each."""
     out.parent.mkdir(parents=True, exist_ok=True)
-    files.write(out, json.dumps({KEY: pairs, **more}, indent=1) + "\n")
+    lines = [
+        f"{json.dumps(key)}: {json.dumps(value)}" for key, value in {KEY: pairs, **more}.items()
+    ]
+    files.write(out, "{\n" + ",\n".join(lines) + "\n}\n")
 
 
 def main(arguments: Sequence[str]) -> None:
