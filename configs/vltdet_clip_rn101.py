@@ -41,6 +41,7 @@ Data and hardware: as in configs/vltdet_eva02_l14.py.
 
 from configs import vltdet_eva02_l14
 from jaxdg.config import Config, ModelConfig, OptimizerConfig
+from jaxdg.studies.study import StudyOptions
 
 VARIANTS = ("c4", "c4_text", "fpn", "clip_the_gap", "clip_the_gap_720")
 
@@ -94,4 +95,15 @@ def clip_the_gap(c: Config) -> None:
         weight_decay=1e-4,
         weight_decay_factors=(),
         clip=0.0,
+    )
+
+
+def get_study() -> StudyOptions:
+    """What the studies compare: the size of the earlier methods, and that of the data."""
+    size = (720, 1280)
+    return StudyOptions(
+        encoders={
+            "CLIP R-101, 600 x 1067": {},
+            "CLIP R-101, 720 x 1280": {"data.crop": size, "data.resize": size},
+        }
     )

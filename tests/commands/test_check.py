@@ -10,6 +10,7 @@ from pathlib import Path
 import re
 import shutil
 import subprocess
+from xml.etree import ElementTree
 import zipfile
 
 import cv2
@@ -19,8 +20,9 @@ import pytest
 from rich.console import Console
 
 from jaxdg.commands import check
+from jaxdg.commands.check import rewritten
 from jaxdg.data import records
-from jaxdg.data.boxes import BoxOptions, open_boxes
+from jaxdg.data.boxes import COUNTS, BoxOptions, open_boxes
 from jaxdg.data.datasets import FolderOptions, StreetsOptions
 from jaxdg.data.domains import open_domain, open_files
 from jaxdg.data.labels import CITYSCAPES
@@ -962,3 +964,71 @@ def test_splits_that_hold_the_same_images_are_told(tmp_path):
     }
     (line,) = check.shared_images(opened, str(tmp_path))
     assert line.startswith("1 of the 3 images of a are images of b;")
+
+
+def moved(path: Path) -> None:
+    """What the loader of CLIP the Gap does to a file of Diverse Weather."""
+    tree = ElementTree.parse(path)
+    for thing in tree.findall("object"):
+        for key in ("pose", "truncated", "difficult"):
+            if thing.find(key) is None:
+                ElementTree.SubElement(thing, key).text = "0"
+        for corner in thing.find("bndbox"):
+            corner.text = str(int(max(0, float(corner.text) - 1)))
+    tree.write(path)
+
+
+def test_files_that_another_loader_wrote_back_are_noticed(tmp_path):
+    """Of five files three were, which the elements behind their boxes tell; the list that the
+    loader keeps tells it of a whole domain; a copy of neither kind is not suspected.
+    """
+    car = ("car", 5, 5, 20, 9)
+    root = tmp_path / "data"
+    night, dusk, fog = (
+        root / "diverse_weather" / name for name in ("night_rainy", "dusk_rainy", "daytime_foggy")
+    )
+    for folder in (night, dusk, fog):
+        voc(folder, {name: [car] if name != "e" else [] for name in "abcdef"}, "train")
+    sound, printed = run(root)
+    assert sound
+    assert "written back" not in printed
+    for name in "abc":
+        moved(night / f"VOC2007/Annotations/{name}.xml")
+    (fog / "cache").mkdir()
+    (fog / "cache/daytime_foggy_train.pkl").write_bytes(b"")
+    sound, printed = run(root, everything=True)
+    assert sound  # nothing is refused
+    (first, second) = [line for line in printed.splitlines() if "written back" in line]
+    assert first.startswith("warning: night_rainy/val was probably written back by the loader of")
+    assert "(3 of 5 files have what it adds to them)" in first
+    assert second.startswith("warning: daytime_foggy/val was probably written back by")
+    assert f"({fog}/cache/daytime_foggy_train.pkl is there)" in second
+
+
+def test_whole_corners_beside_decimals_are_noticed(tmp_path):
+    """The loader cuts decimals off: a domain without any beside one that has them."""
+    voc(tmp_path / "diverse_weather/night_rainy", {"a": [("car", 5, 5, 20, 9)]}, "train")
+    other = tmp_path / "diverse_weather/dusk_rainy"
+    voc(other, {name: [("car", 5.25, 5, 20, 9)] for name in "ab"}, "train")  # pyright: ignore
+    _, printed = run(tmp_path)
+    (line,) = [line for line in printed.splitlines() if "written back" in line]
+    assert "whole numbers in 1 of 3 files, most of them in night_rainy/val" in line
+
+
+def test_numbers_of_boxes_are_compared_with_the_published_ones(tmp_path, monkeypatch):
+    """Where no image is missing: in all from the index, by class where all were decoded; equal ones
+    are not spoken of.
+    """
+    things = {"a": [("car", 5, 5, 20, 9), ("bus", 1, 1, 8, 8)], "b": [("car", 5, 5, 9, 9)], "c": []}
+    voc(tmp_path / "diverse_weather/night_rainy", things, "train")
+    monkeypatch.setitem(COUNTS, ("night_rainy", False), 3)
+    monkeypatch.setitem(rewritten.BOXES, "night_rainy/val", ((1, 0, 2, 0, 0, 0, 0), 2))
+    assert "other annotations" not in run(tmp_path, everything=True)[1]
+    monkeypatch.setitem(rewritten.BOXES, "night_rainy/val", ((1, 0, 3, 0, 0, 0, 0), 3))
+    _, printed = run(tmp_path)
+    assert (
+        "warning: night_rainy/val has 3 boxes (published 4), 2 images with a box (published 3):"
+        " other annotations\n"
+    ) in printed
+    _, printed = run(tmp_path, everything=True)
+    assert "night_rainy/val has 2 of car (published 3), 2 images with a box" in printed

@@ -5,9 +5,11 @@ import math
 import jax
 import pytest
 
-from configs import gnas, sdgod, vltdet_clip_rn101
+from configs import gnas, sdgod, vltdet_clip_rn101, weather_dinov2
+from jaxdg import methods
 from jaxdg.config import validated
 from jaxdg.detection.rcnn.genotype import drawn
+from jaxdg.studies.study import configured
 from jaxdg.tasks import run_state as tasks
 from tests import small_recipes
 
@@ -44,6 +46,33 @@ def test_the_variants_of_clips_resnet_are_valid_experiments():
     assert own == common
     with pytest.raises(ValueError, match="allowed behind the colon: c4, c4_text, fpn, clip_the_ga"):
         vltdet_clip_rn101.get_config("clip_the_gap_600")
+
+
+def test_the_study_of_clips_resnet_has_two_sizes():
+    """Its own, and that of the data, so that a report shows both beside the published rows."""
+    found = [
+        validated(configured(vltdet_clip_rn101.get_config("clip_the_gap"), settings)).data.crop
+        for settings in vltdet_clip_rn101.get_study().encoders.values()
+    ]
+    assert found == [(600, 1067), (720, 1280)]
+
+
+def test_the_variants_of_dinov2_are_valid_experiments():
+    """Every METHOD and HEAD; adapters train what SoMA's paper counts of the encoder, 4 866 048, and
+    a frozen encoder trains nothing; a wrong name is told the right ones.
+    """
+    for method in weather_dinov2.METHODS:
+        for head in weather_dinov2.HEADS:
+            c = validated(weather_dinov2.get_config(f"{method},{head}"))
+            assert (c.model.decoder, c.low_rank.on) == (head, method == "soma")
+    for method, count in (("soma", 4_866_048), ("frozen", 0)):
+        c = validated(weather_dinov2.get_config(method))
+        task = tasks.make_task(c, methods.active(c))
+        trained, _, _ = tasks.Blueprint.of(task, c.model.freeze).abstract
+        encoder = trained.get("backbone", {})
+        assert sum(leaf.size for leaf in jax.tree.leaves(encoder)) == count, method
+    with pytest.raises(ValueError, match=r"weather_dinov2:lora; allowed: METHOD\[,HEAD\]"):
+        weather_dinov2.get_config("lora")
 
 
 def test_clip_the_gap_trains_what_its_code_trains():

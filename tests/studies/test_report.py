@@ -529,6 +529,39 @@ def test_published_tables_are_those_of_their_source():
                 ), row.name
 
 
+def test_rows_that_were_measured_otherwise_say_so(tmp_path):
+    """Diverse Weather: how each row was measured stands below its table, and what was judged by
+    another rule stands in a table that is not to be compared.
+    """
+    domains = ("night_sunny", "dusk_rainy", "night_rainy", "daytime_foggy")
+    weather = dict(source="daytime_clear", protocol="voc07", task="detection", seeds=(0,))
+    study = study_json.Study(
+        tmp_path,
+        {
+            "study": "pretraining",
+            "groups": [{"group": "ours"}],
+            "runs": [
+                {
+                    "group": "ours",
+                    "status": "finished",
+                    "source": "daytime_clear",
+                    "results": {"domains": {name: {"part_of": None} for name in domains}},
+                }
+            ],
+            **weather,
+        },
+    )
+    same, otherwise = study.published()
+    assert [study.comparable(table) for table in (same, otherwise)] == [True, False]
+    assert "CLIP the Gap: 600 x 1067 pixels; two runs" in same.remarks
+    assert same.remarks.startswith(same.note)
+    (table,) = study_tables.separate_tables(study, study_tables.Citations())
+    assert table.caption.startswith("Published, on other data or by another protocol: Diverse")
+    assert "PØDA, corrected: a model for each column" in table.note
+    assert "Cauvis: true boxes under 32 pixels do not count" in table.note
+    assert [row.head for row in table.rows] == [row.name for row in otherwise.rows]
+
+
 def test_page_is_well_formed_and_alone(everything):
     """Every element is closed, links within lead somewhere, nothing is loaded from elsewhere, no
     script; SVG is XML.

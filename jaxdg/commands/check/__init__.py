@@ -9,7 +9,7 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
-from jaxdg.commands.check import contact_sheet, skip_list_file, tables
+from jaxdg.commands.check import contact_sheet, rewritten, skip_list_file, tables
 from jaxdg.commands.check.decoding import SAMPLE, decode, open_splits, seen_classes
 from jaxdg.commands.check.selection import KNOWN, Subject, dataset_folders, subjects
 from jaxdg.commands.check.stored_records import check_records
@@ -123,6 +123,8 @@ def check(
         for o in opened
         if 0 < o.counts.sum() == o.flagged[0]
     ]
+    if os.path.basename(subject.folder) == "diverse_weather":
+        warnings += rewritten.warnings(opened, everything)
     broken += [defect for o in opened for defect in o.broken]
     broken += [Defect("", line) for line in absent]
     broken = list(dict.fromkeys(broken))

@@ -113,7 +113,7 @@ def score_tables(study: Study, citations: Citations) -> list[Table]:
         source |= {row.name: [row.source] for row in table.rows if row.source}
         notes.append(
             "Rows with a number in brackets are published, on the same data by the same protocol."
-            f" {table.note}".strip()
+            f" {table.remarks}".strip()
         )
     groups = {group["group"]: group for group in study.groups}
 
@@ -213,7 +213,7 @@ def separate_tables(study: Study, citations: Citations) -> list[Table]:
         ]
         caption = f"Published, on other data or by another protocol: {table.title}"
         columns = ("", *(MEANS.get(name, name) for name in table.columns))
-        note = f"Not to be compared with our figures above ({ours}). {table.note}".strip()
+        note = f"Not to be compared with our figures above ({ours}). {table.remarks}".strip()
         tables.append(Table(caption, columns, tuple(rows), note))
     return tables
 
