@@ -89,6 +89,7 @@ def get_study() -> StudyOptions:
             "MoCo-v3 L/16": encoder("mocov3_l16"),
             "DeiT-III L/16": encoder("deit3_l16"),
             "SAM L/16": encoder("sam_l16"),
+            "LDM": encoder("sd15_vpd", taps=(), pyramid="none", drop_path=0.0),
             "CLIP L/14": encoder("clip_l14"),
             "EVA-02-CLIP L/14": {},
             "DINOv2 L/14": encoder("dinov2_l14"),

@@ -43,6 +43,8 @@ ROWS = [
     *[("gta5_eva02", f"{BF16} --config.tldr.on", mesh) for mesh in BOTH],
     *[("gta5_eva02", f"{BF16} --config.model.freeze=all", mesh) for mesh in ONE],
     *[("gta5_eva02", f"{BF16} --config.model.remat=True", mesh) for mesh in ONE],
+    *[("gta5_ldm", BF16, mesh) for mesh in ONE],
+    *[("gta5_ldm", f"{BF16} --config.model.freeze=none", mesh) for mesh in ONE],
     *[("gta5_eva02_repro", BF16, mesh) for mesh in ALL],
     *[("cityscapes_eva02", BF16, mesh) for mesh in ALL],
     *[("gta5_eva02", "", mesh) for mesh in BOTH],

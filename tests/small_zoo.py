@@ -14,6 +14,16 @@ def reduced(config, depth=DEPTH):
     Sizes differ, so that shapes tell axes apart.
     """
     small = dict(mean=(0.5,) * 3, std=(0.5,) * 3)
+    if isinstance(config, backbones.LatentDiffusionConfig):
+        return dataclasses.replace(
+            config,
+            **small,
+            blocks=(depth // 2,) * 4,
+            widths=(32, 64, 96, 128),
+            heads=(2, 2, 2, 2),
+            vae_widths=(32, 64, 64, 32),
+            context=(3, 40),
+        )
     if isinstance(config, StagedConfig):
         return dataclasses.replace(
             config, **small, blocks=(depth // 2,) * 4, widths=(8, 16, 40, 64)

@@ -21,6 +21,7 @@ from jaxdg.backbones.encoder import (
 )
 from jaxdg.backbones.eva02 import Eva02, Eva02Config
 from jaxdg.backbones.eva_clip import EvaClip, EvaClipConfig
+from jaxdg.backbones.latent_diffusion import LatentDiffusion, LatentDiffusionConfig
 from jaxdg.backbones.mit import Mit, MitConfig
 from jaxdg.backbones.mocov3 import MocoV3Config
 from jaxdg.backbones.pyramid import Interpolation, Pyramid
@@ -63,6 +64,8 @@ __all__ = [
     "EvaClip",
     "EvaClipConfig",
     "Interpolation",
+    "LatentDiffusion",
+    "LatentDiffusionConfig",
     "Mit",
     "MitConfig",
     "MocoV3Config",

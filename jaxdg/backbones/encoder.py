@@ -145,7 +145,8 @@ class EncoderConfig:
 
 @dataclasses.dataclass(frozen=True)
 class StagedConfig(EncoderConfig):
-    """A hierarchical encoder: up to four stages of blocks, with strides of 4, 8, 16 and 32 pixels.
+    """A hierarchical encoder: up to four stages of blocks, with strides of 4, 8, 16 and 32 pixels
+    unless a family says otherwise.
 
     `depth` and `taps` count stages; `boundaries` count blocks through all stages.
 

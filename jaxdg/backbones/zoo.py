@@ -19,6 +19,7 @@ from jaxdg.backbones.dinov3 import Dinov3Config
 from jaxdg.backbones.encoder import Encoder, EncoderConfig, EncoderOptions
 from jaxdg.backbones.eva02 import Eva02Config
 from jaxdg.backbones.eva_clip import EvaClipConfig
+from jaxdg.backbones.latent_diffusion import LatentDiffusionConfig
 from jaxdg.backbones.mit import MitConfig
 from jaxdg.backbones.mocov3 import MocoV3Config
 from jaxdg.backbones.sam import SamConfig
@@ -91,6 +92,16 @@ def _mit(
         source,
         "NVIDIA, not commercial",
         megabytes,
+    )
+
+
+def _sd15(**options: Any) -> Entry:
+    return Entry(
+        LatentDiffusionConfig(image_size=(512, 512), **options),
+        "unet, vae and text_encoder of stable-diffusion-v1-5/stable-diffusion-v1-5, or its"
+        " v1-5-pruned-emaonly.safetensors; v1.1 to v1.4 of CompVis",
+        "CreativeML OpenRAIL-M",
+        4265,
     )
 
 
@@ -334,6 +345,16 @@ ZOO: dict[str, Entry] = {
     "mit_b3": _mit("b3", (3, 4, 18, 3), 178),
     "mit_b4": _mit("b4", (3, 8, 27, 3), 245),
     "mit_b5": _mit("b5", (3, 6, 40, 3), 328),
+    "sd15": _sd15(),
+    # As in VPD: a learned condition of Cityscapes' class names, and maps of the attention to it.
+    "sd15_vpd": _sd15(context=(19, 768), learned=True, maps=True, scale=1.0),
+    "sd21": Entry(
+        LatentDiffusionConfig(image_size=(768, 768), heads=(5, 10, 20, 20), context=(77, 1024)),
+        "unet, vae and text_encoder of stabilityai/stable-diffusion-2-1 or -2-1-base, or"
+        " v2-1_768-ema-pruned.safetensors",
+        "CreativeML OpenRAIL++-M",
+        5214,
+    ),
     # Small enough to learn from scratch on two CPU cores; patch 8 keeps poles and signs visible in
     # small pictures.
     "scratch_ti8": Entry(_vit(128, 4, 4, patch_size=8)),

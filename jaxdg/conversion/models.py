@@ -52,7 +52,12 @@ TYPES: dict[str, type] = {  # what transformers' config.json calls encoders that
 HEADS = {
     family.NAME: family for family in (mask2former, faster_rcnn)
 }  # converted without an encoder, of the sizes of the file's tensors
-PLANNED = backbones.EvaClipConfig, backbones.Dinov2GiantConfig  # for planning alone
+# For planning alone.
+PLANNED = (
+    backbones.EvaClipConfig,
+    backbones.Dinov2GiantConfig,
+    backbones.LatentDiffusionConfig,
+)
 # Converted to a workdir. Of the second no tensor tells what it was trained on.
 SOURCED = {family.NAME: family for family in (tqdm, vfmnet, mgrnet)}
 WHOLE = {family.NAME: family for family in (vltseg, vitdet, clip_the_gap)} | SOURCED

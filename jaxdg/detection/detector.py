@@ -65,7 +65,11 @@ class Detector(nnx.Module):
                 " ascending"
             )
         taps, self.read = backbones.join_taps(c.head.taps(encoder), c.observed)
-        patch = 16 if staged else c.patch_size or max(encoder.strides)
+        # The stride of level 2, from which those of the others follow.
+        if staged:
+            (patch,) = dataclasses.replace(encoder, taps=(2,)).strides
+        else:
+            patch = c.patch_size or max(encoder.strides)
         strides = [patch * 2.0 ** (level - 2) for level in levels]
         unit = max(patch, int(strides[-1]))
         height, width = (-(-side // unit) * unit for side in c.image_size)

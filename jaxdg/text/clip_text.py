@@ -122,8 +122,8 @@ class Projection(nnx.Module):
         return self.proj(self.norm(x))
 
 
-class TextTransformer(nnx.Module):
-    """Embedded tokens to embeddings of texts; all in float32."""
+class TokenTransformer(nnx.Module):
+    """Embedded tokens to their states after the last block; all in float32."""
 
     def __init__(self, config: ClipTextConfig, length: int, *, rngs: nnx.Rngs):
         """Builds the transformer with random parameters.
@@ -134,13 +134,33 @@ class TextTransformer(nnx.Module):
             rngs: initialises the parameters.
         """
         self.config = c = config
-        init = nnx.initializers.normal
-        self.positional_embedding = nnx.Param(init(0.01)(rngs.params(), (length, c.width)))
+        init = nnx.initializers.normal(0.01)
+        self.positional_embedding = nnx.Param(init(rngs.params(), (length, c.width)))
         self.blocks = stacking.Stack(
             lambda rngs, _: Block(c, rngs=rngs), c.depth, (), remat=False, rngs=rngs
         )
         self.ln_final = nnx.LayerNorm(c.width, epsilon=clip_vit.EPSILON, rngs=rngs)
-        self.text_projection = nnx.Param(init(c.width**-0.5)(rngs.params(), (c.width, c.embedding)))
+
+    def states(self, tokens: Float[Array, "b n c"]) -> Float[Array, "b n c"]:
+        """The states of tokens, before `ln_final`.
+
+        Args:
+            tokens: embedded, without positions.
+        """
+        x = tokens + self.positional_embedding[: tokens.shape[1]]
+        keep = stacking.drop_path_scales(None, 0.0, self.config.depth, len(x))
+        return self.blocks(x, keep)[self.config.depth - 1]
+
+
+class TextTransformer(TokenTransformer):
+    """Embedded tokens to embeddings of texts; all in float32."""
+
+    def __init__(self, config: ClipTextConfig, length: int, *, rngs: nnx.Rngs):
+        """Builds the transformer with random parameters; see `TokenTransformer`."""
+        super().__init__(config, length, rngs=rngs)
+        c = config
+        init = nnx.initializers.normal(c.width**-0.5)
+        self.text_projection = nnx.Param(init(rngs.params(), (c.width, c.embedding)))
 
     def encode(
         self, tokens: Float[Array, "b n c"], end: Int32[Array | np.ndarray, " b"]
@@ -151,9 +171,7 @@ class TextTransformer(nnx.Module):
             tokens: embedded, without positions.
             end: where each text's end token is.
         """
-        x = tokens + self.positional_embedding[: tokens.shape[1]]
-        keep = stacking.drop_path_scales(None, 0.0, self.config.depth, len(x))
-        x = self.blocks(x, keep)[self.config.depth - 1]
+        x = self.states(tokens)
         return self.ln_final(x[jnp.arange(len(x)), end]) @ self.text_projection[...]
 
 

@@ -18,13 +18,14 @@ import numpy as np
 from PIL import Image
 import pytest
 
-from configs import cityscapes_eva02, cityscapes_test_server, gta5_eva02, gta5_methods
+from configs import cityscapes_eva02, cityscapes_test_server, gta5_eva02, gta5_ldm, gta5_methods
 import jaxdg
 from jaxdg import methods, train
 from jaxdg.commands import command_line as cli
 from jaxdg.commands import prepare, submit
 from jaxdg.config import Config, DataConfig, validated
 from jaxdg.config.workdir import differences
+from jaxdg.studies.study import configured
 from jaxdg.tasks import run_state as tasks
 from jaxdg.training.metrics import read_metrics
 from tests.data import trees
@@ -191,6 +192,24 @@ def test_every_source_is_a_valid_experiment():
     assert {phrase.split(":")[0] for phrase in differences(first, second)} == {
         "steps", "data.source", "model.weights", "model.start", "evaluation.domains",
     }  # fmt: skip
+
+
+def test_every_latent_diffusion_encoder_is_a_valid_experiment():
+    """The encoders behind the colon, frozen and tuned, differ from the main recipe in the model
+    alone; the row of the study of pre-trainings has the same encoder.
+    """
+    base = validated(gta5_eva02.get_config())
+    for encoder in gta5_ldm.ENCODERS:
+        for freeze in ("all", "none"):
+            c = gta5_ldm.get_config(encoder)
+            c.model.freeze = freeze
+            changed = {phrase.split(":")[0] for phrase in differences(base, validated(c))}
+            assert {field.split(".")[0] for field in changed} == {"model"}
+    with pytest.raises(ValueError, match=r"gta5_ldm\.py:sd3; allowed behind the colon: sd15_vpd"):
+        gta5_ldm.get_config("sd3")
+    row = gta5_eva02.get_study().encoders["LDM"]
+    frozen = configured(gta5_eva02.get_config(), {**row, "model.freeze": "all"})
+    assert frozen == validated(gta5_ldm.get_config())
 
 
 def test_every_method_source_and_encoder_is_a_valid_experiment():

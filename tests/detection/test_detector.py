@@ -324,6 +324,7 @@ def test_c4_head_trains_the_last_stage_and_its_pool_through_proposals(small_resn
         ("sam_b16", RcnnConfig(), (4, 8, 16, 32, 64)),
         ("augreg_ti16", FcosConfig(), (8, 16, 32, 64)),
         ("mit_b0", FcosConfig(), (8, 16, 32, 64)),
+        ("sd15", FcosConfig(), (16, 32, 64, 128)),
         ("clip_rn101", RcnnConfig(), (4, 8, 16, 32, 64)),
         ("clip_rn101", C4Config(), (16,)),
     ],
