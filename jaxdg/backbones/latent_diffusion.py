@@ -185,7 +185,7 @@ class ResnetBlock(nnx.Module):
         y = self.conv1(activated(self.norm1, x))
         if self.time_emb_proj is not None and time is not None:
             added = self.time_emb_proj(jax.nn.silu(time))
-            y = y + spread(added[:, None, None].astype(jnp.float32), y)
+            y = y + spread(added.astype(jnp.float32)[:, None, None], y)
         y = self.conv2(activated(self.norm2, y))
         return y + (x if self.conv_shortcut is None else self.conv_shortcut(x))
 
