@@ -59,8 +59,9 @@ def make(make_run):
     return run
 
 
-@pytest.mark.parametrize("decoder", ["linear", "segformer", "mask2former"])
-@pytest.mark.parametrize("freeze", ["none", "all"])
+@pytest.mark.parametrize(
+    ("decoder", "freeze"), [("linear", "none"), ("segformer", "all"), ("mask2former", "none")]
+)
 def test_every_decoder_reads_its_levels(make, decoder, freeze):
     """A traced training step has the shapes of its state; without freezing the UNet and the learned
     part of the condition are trained, and never the VAE or the stored condition.
