@@ -21,6 +21,7 @@ WINDOWS = f"{BF16} --config.evaluation.batch_size=8 --config.evaluation.windows_
 BOXES = f"{BF16} --config.evaluation.batch_size=8 --image 1024x2048"
 DETECTORS = ("vltdet_eva02_l14", "vltdet_clip_rn101", "carla_vit_tiny")
 METHODS = ("tuned", "rein", "soma", "vfmnet", "mgrnet", "tqdm")
+WEATHER = ("frozen", "soma", "frozen,faster_rcnn", "soma,faster_rcnn")
 LARGER = "--config.model.taps=() --config.model.encoder"
 ONE = [(1, "data=1,fsdp=1")]
 EIGHT = [(8, "data=8,fsdp=1"), (8, "data=1,fsdp=8"), (8, "data=4,fsdp=2")]
@@ -37,6 +38,8 @@ ROWS = [
     *[("carla_vit_tiny", "", mesh) for mesh in ALL],
     *[("vltdet_clip_rn101", BF16, mesh) for mesh in ALL],
     *[("vltdet_clip_rn101:c4_text", "", mesh) for mesh in ONE],
+    ("vltdet_clip_rn101:clip_the_gap", "", ONE[0]),
+    *[(f"weather_dinov2:{choice}", "", ONE[0]) for choice in WEATHER],
     *[("sdgod", "", mesh) for mesh in ONE],
     *[("sdgod", BF16, mesh) for mesh in ONE],
     *[("gta5_clip", BF16, mesh) for mesh in ALL],
