@@ -47,6 +47,8 @@ PATHS = {
     "model.weights": "None or a file",
     "model.text_weights": "None or a file",
     "model.start": "None, a workdir or a packed model",
+    "model.gated_c4.gates.file": "None or a file",
+    "model.gated_rcnn.gates.file": "None or a file",
 }
 HUB = ("model.weights", "model.text_weights", "model.start")
 
@@ -228,11 +230,10 @@ def _check_task(config: Config) -> None:
     head.check(f"model.{m.decoder}")
     if m.text_weights:
         head.with_texts()
-    elif head.scenes and m.start is None:
+    elif head.scenes and head.scene_file is None and m.start is None:
         raise ValueError(
-            f"model.text_weights is None; the scenes of model.decoder {m.decoder} need the"
-            " converted text tower beside the encoder, see --model ENCODER_text of jaxdg convert,"
-            " or auto"
+            f"model.{m.decoder}.gates.scenes is {head.scenes}; allowed: () without"
+            " model.text_weights or gates.file, which embed them"
         )
 
 

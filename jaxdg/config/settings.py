@@ -17,7 +17,7 @@ from jaxdg.detection.fcos import FcosConfig
 from jaxdg.detection.interface import HeadConfig
 from jaxdg.detection.rcnn.cells import CellRcnnConfig
 from jaxdg.detection.rcnn.detectors import C4Config, RcnnConfig, single_stage
-from jaxdg.detection.rcnn.gated import GatedC4Config
+from jaxdg.detection.rcnn.gated import GatedC4Config, GatedRcnnConfig
 from jaxdg.evaluation import protocols
 from jaxdg.methods.average import AverageOptions
 from jaxdg.methods.low_rank import LowRankOptions
@@ -60,7 +60,7 @@ class ModelConfig(EncoderOptions):
             class names, without a step of training. Of detection fcos (light, one stage),
             faster_rcnn, cascade_rcnn, cell_rcnn, whose box head ends in cells that are searched or
             given, or faster_rcnn_c4, which looks at proposals with the last stage of a CLIP ResNet;
-            gated_c4 masks what it sees there. Default linear.
+            gated_c4 and gated_rcnn mask what faster_rcnn_c4 and faster_rcnn see. Default linear.
         freeze: what stays as loaded: none, all (the encoder), `first N` (embeddings and first N
             blocks), `last N` (last N blocks), or a regular expression searched in parameter names
             such as `backbone.blocks.3.attn.qkv.kernel`. N counts the stages of a hierarchical
@@ -78,6 +78,7 @@ class ModelConfig(EncoderOptions):
         cell_rcnn: settings of that detector.
         faster_rcnn_c4: settings of that detector.
         gated_c4: settings of that detector.
+        gated_rcnn: settings of that detector.
     """
 
     weights: str | None = None
@@ -100,6 +101,7 @@ class ModelConfig(EncoderOptions):
     cell_rcnn: CellRcnnConfig = dataclasses.field(default_factory=CellRcnnConfig)
     faster_rcnn_c4: C4Config = dataclasses.field(default_factory=C4Config)
     gated_c4: GatedC4Config = dataclasses.field(default_factory=GatedC4Config)
+    gated_rcnn: GatedRcnnConfig = dataclasses.field(default_factory=GatedRcnnConfig)
 
 
 @dataclasses.dataclass

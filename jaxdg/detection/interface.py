@@ -91,6 +91,11 @@ class HeadConfig:
         return ()
 
     @property
+    def scene_file(self) -> str | None:
+        """A file of vectors that stand in for the embeddings of `scenes`."""
+        return None
+
+    @property
     def pyramid_channels(self) -> int | None:
         """Channels of the pyramid before the head; None: it reads the encoder's own maps."""
         raise NotImplementedError

@@ -6,6 +6,7 @@ judged and written.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from flax import nnx
@@ -13,6 +14,7 @@ import jax
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Key
 import numpy as np
+from safetensors import safe_open
 
 from jaxdg import weights
 from jaxdg.backbones import text_embeddings
@@ -93,8 +95,11 @@ class Detection(ImageTask):
             texts = [name.replace("_", " ") for name in self.labels.names]
             head: Any = head_config(m)
             model.set_texts(text_embeddings(texts, m.text_weights, head.templates))
-            if scenes := model.config.head.scenes:
-                model.set_scenes(text_embeddings(scenes, m.text_weights, ("{}",)))
+        scenes, file = model.config.head.scenes, model.config.head.scene_file
+        if scenes and file is not None:
+            model.set_scenes(scene_vectors(scenes, file))
+        elif scenes and m.text_weights:
+            model.set_scenes(text_embeddings(scenes, m.text_weights, ("{}",)))
 
     def loss_denominator(self, model: Detector, batch: Batch) -> Any:
         """See `Task.loss_denominator`; batch: as for `losses`."""
@@ -291,6 +296,26 @@ def _truth(row: Mapping[str, np.ndarray]) -> Truth:
     """The true boxes of one image of a batch."""
     names = ("boxes", "classes", "difficult", "crowd", "areas")
     return Truth(*(row[name][row["valid"]] for name in names))
+
+
+def scene_vectors(names: Sequence[str], path: str) -> Float[np.ndarray, "p e"]:
+    """The vectors of these names in a safetensors file.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: it has no vector of a name, or they are of several sizes.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"{path} does not exist; scripts/scene_vectors.py makes such files")
+    with safe_open(path, "np") as file:
+        known = list(file.keys())
+        lacking = [name for name in names if name not in known]
+        if lacking:
+            raise ValueError(f"{path} has no scene {lacking[0]!r}; it has {', '.join(known)}")
+        vectors = [file.get_tensor(name) for name in names]
+    if {vector.shape for vector in vectors} != {(len(vectors[0]),)}:
+        raise ValueError(f"{path}: its scenes are of shapes {[v.shape for v in vectors]}")
+    return np.stack(vectors).astype(np.float32)
 
 
 def head_config(model: ModelConfig) -> HeadConfig:

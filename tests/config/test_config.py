@@ -23,7 +23,7 @@ from jaxdg.data.boxes import BoxOptions
 from jaxdg.data.datasets import FolderOptions, StreetsOptions
 from jaxdg.detection.fcos import FcosConfig
 from jaxdg.detection.rcnn.detectors import C4Config, RcnnConfig
-from jaxdg.detection.rcnn.gated import GatedC4Config
+from jaxdg.detection.rcnn.gated import GatedC4Config, GatedRcnnConfig
 from jaxdg.detection.rcnn.gates import GatesConfig
 from jaxdg.detection.rcnn.roi_heads import RoiHeadsConfig
 from jaxdg.detection.rcnn.rpn import RpnConfig
@@ -49,6 +49,7 @@ ALL = [
     RcnnConfig,
     C4Config,
     GatedC4Config,
+    GatedRcnnConfig,
     GatesConfig,
     RpnConfig,
     RoiHeadsConfig,

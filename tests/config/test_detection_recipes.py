@@ -5,7 +5,7 @@ import math
 import jax
 import pytest
 
-from configs import gnas, sdgod, vltdet_clip_rn101, weather_dinov2
+from configs import gnas, pddoc, sdgod, vltdet_clip_rn101, weather_dinov2
 from jaxdg import methods
 from jaxdg.config import validated
 from jaxdg.detection.rcnn.genotype import drawn
@@ -25,6 +25,8 @@ def small_cells(choice):
 
 
 RECIPES = {
+    "pddoc": pddoc.get_config,
+    "pddoc:released": lambda: pddoc.get_config("released"),
     "vltdet_clip_rn101:c4_text": lambda: vltdet_clip_rn101.get_config("c4_text"),
     "vltdet_clip_rn101:clip_the_gap": lambda: vltdet_clip_rn101.get_config("clip_the_gap"),
     "gnas:search": lambda: small_cells("search"),

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 import pytest
+from safetensors.numpy import save_file
 
 import jaxdg
 from jaxdg import config, evaluate, predict
@@ -636,3 +637,19 @@ def test_a_domain_without_boxes_scores_nothing():
         assert (result.metrics["mAP50"], result.score, result.metrics["classes"]) == (None, None, 0)
         assert result.metrics["without_truth"] == list(task.labels.names)
     assert isinstance(task.labels, LabelSet)
+
+
+def test_scenes_of_a_file_are_read_by_name(tmp_path):
+    """In the order of the settings; a missing file or name and sizes that differ are told."""
+    path = str(tmp_path / "scenes.safetensors")
+    with pytest.raises(FileNotFoundError, match="scene_vectors"):
+        detection_task.scene_vectors(("fog",), path)
+    save_file({"clear": np.zeros(3, np.float32), "fog": np.ones(3, np.float32)}, path)
+    np.testing.assert_array_equal(
+        detection_task.scene_vectors(("fog", "clear"), path), [[1, 1, 1], [0, 0, 0]]
+    )
+    with pytest.raises(ValueError, match="no scene 'snow'; it has clear, fog"):
+        detection_task.scene_vectors(("snow",), path)
+    save_file({"clear": np.zeros(3, np.float32), "fog": np.ones(2, np.float32)}, path)
+    with pytest.raises(ValueError, match=r"shapes \[\(2,\), \(3,\)\]"):
+        detection_task.scene_vectors(("fog", "clear"), path)

@@ -21,7 +21,7 @@ from jaxtyping import Array, Bool, Float, Float32, Key
 from jaxdg.backbones import ClipResnet
 from jaxdg.backbones.stacking import gathered, stores_product
 from jaxdg.detection.interface import HeadContext
-from jaxdg.detection.rcnn.detectors import C4Config
+from jaxdg.detection.rcnn.detectors import C4Config, Rcnn, RcnnConfig, single_stage
 from jaxdg.detection.rcnn.gates import (
     GatesConfig,
     SlotAttention,
@@ -29,7 +29,7 @@ from jaxdg.detection.rcnn.gates import (
     spatial_gate,
     spread_cells,
 )
-from jaxdg.detection.rcnn.roi_heads import Res5Head, TextScore, Vectors
+from jaxdg.detection.rcnn.roi_heads import BoxHead, Res5Head, RoiHeadsConfig, TextScore, Vectors
 
 
 @dataclasses.dataclass(unsafe_hash=True)
@@ -64,6 +64,11 @@ class GatedC4Config(C4Config):
         """See `HeadConfig.scenes`."""
         return self.gates.scenes
 
+    @property
+    def scene_file(self) -> str | None:
+        """See `HeadConfig.scene_file`."""
+        return self.gates.file
+
     def box_head(self, context: HeadContext, *, rngs: nnx.Rngs) -> "GatedRes5Head":
         """See `C4Config.box_head`."""
         return GatedRes5Head(self, context, rngs=rngs)
@@ -74,6 +79,50 @@ class GatedC4Config(C4Config):
         """See `C4Config.text_score`."""
         k = context.num_classes
         return AttendedTextScore(channels, k, self.class_attention, dtype=context.dtype, rngs=rngs)
+
+
+@dataclasses.dataclass(unsafe_hash=True)
+class GatedRcnnConfig(RcnnConfig):
+    """Sizes of `RcnnConfig` with one stage, and gates of a pyramid's box head.
+
+    The paper has none of these. Spatial gates switch the pooled features of a proposal, and channel
+    gates the units of the first linear layer.
+
+    Attributes:
+        rpn: see `RcnnConfig`.
+        roi: see `RcnnConfig`. Default: one stage, with a box for each class.
+        channels: see `RcnnConfig`.
+        levels: see `RcnnConfig`.
+        gates: their settings; scenes have vectors of the encoder's channels in `gates.file`.
+    """
+
+    roi: RoiHeadsConfig = dataclasses.field(default_factory=lambda: single_stage().roi)
+    gates: GatesConfig = dataclasses.field(default_factory=lambda: GatesConfig(cell=1))
+
+    def check(self, name: str) -> None:
+        """See `HeadConfig.check`."""
+        super().check(name)
+        self.gates.check(f"{name}.gates")
+        if len(self.roi.stages) > 1:
+            raise ValueError(f"{name}.roi.stages is {self.roi.stages}; allowed: one, with gates")
+        if not self.roi.fcs:
+            raise ValueError(f"{name}.roi.fcs is 0; allowed: at least 1, whose units have gates")
+
+    @property
+    def scenes(self) -> tuple[str, ...]:
+        """See `HeadConfig.scenes`."""
+        return self.gates.scenes
+
+    @property
+    def scene_file(self) -> str | None:
+        """See `HeadConfig.scene_file`."""
+        return self.gates.file
+
+    def build(self, context: HeadContext, *, rngs: nnx.Rngs) -> Rcnn:
+        """See `HeadConfig.build`."""
+        self.check("the gated head")
+        head = GatedBoxHead(self, context, rngs=rngs)
+        return Rcnn(self, [head], self.channels, len(self.levels), context, rngs=rngs)
 
 
 class Opened(NamedTuple):
@@ -334,6 +383,61 @@ class GatedRes5Head(Gated, Res5Head):
         x = cheap(block.join)(x, y)
         shares = cells.mean((1, 2, 3)), None if first is None else first.mean(1), second.mean(1)
         return x, shares
+
+
+class GatedBoxHead(Gated, BoxHead):
+    """`BoxHead`, masked before its first layer and behind its first linear one."""
+
+    def __init__(self, config: GatedRcnnConfig, context: HeadContext, *, rngs: nnx.Rngs):
+        """Args:
+        config: settings.
+        context: what it is built for.
+        rngs: initialises the parameters.
+        """
+        kw: Any = dict(dtype=context.dtype, rngs=rngs)
+        c = config.roi
+        channels = config.channels
+        encoder: Any = context.backbone
+        width = encoder.channels[-1]
+        BoxHead.__init__(self, c, channels, **kw)
+        self.gating = Gating(config.gates, 1, 1)
+        self.scenes = scene_room(config.gates, width)
+        self.mask_s = spatial_gate(config.gates, channels, c.size, **kw)
+        self.mask_c = channel_gate(config.gates, channels, channels, c.hidden, width, **kw)
+        positions = c.size**2
+        convs = [9 * positions * c.channels * channels] if c.convs else []
+        convs += [9 * positions * c.channels**2] * (c.convs - 1)
+        self.first = convs[0] if convs else 0
+        self.linear = positions * (c.channels if convs else channels) * c.hidden
+        self.last = c.hidden**2 if c.fcs > 1 else 0
+        self.always = sum(convs[1:]) + max(c.fcs - 2, 0) * c.hidden**2
+        if not config.gates.fixed:
+            cells = -(-c.size // config.gates.cell)
+            self.always += 9 * cells**2 * channels + channels**2 + channels * c.hidden
+
+    def run(
+        self,
+        x: Float[Array, "n s s _"],
+        key: Key[Array, ""] | None,
+        valid: Bool[Array, "n"] | None,
+    ) -> tuple[Vectors, Opened]:
+        """See `Gated.run`."""
+        keys = [None, None] if key is None else list(jax.random.split(key))
+        cells = spread_cells(self.mask_s(x, keys[0]), x.shape[1])
+        x = x * cells.astype(x.dtype)
+        channels = self.mask_c(x, keys[1], self.scenes[...], valid)
+        for i in range(self.convs):
+            x = jax.nn.relu(getattr(self, f"conv{i + 1}")(x))
+        x = x.reshape(len(x), -1)
+        for i in range(self.fcs):
+            x = jax.nn.relu(getattr(self, f"fc{i + 1}")(x))
+            if i == 0:
+                x = x * channels.astype(x.dtype)
+        space, channel = cells.mean((1, 2, 3)), channels.mean(1)
+        seen = 1.0 if self.convs else space  # norms fill what the first convolution left out
+        left = self.first * space + self.linear * seen * channel + self.last * channel + self.always
+        everything = self.first + self.linear + self.last + self.always
+        return (x, x), Opened(space[None], channel[None], left / everything)
 
 
 class AttendedTextScore(TextScore):

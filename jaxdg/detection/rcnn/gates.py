@@ -33,7 +33,9 @@ class GatesConfig:
 
     Attributes:
         scenes: names of the scenes whose embeddings guide the gates of channels: sentences for
-            CLIP's text tower. (): one constant scene. Default ().
+            CLIP's text tower, or names of vectors in `file`. (): one constant scene. Default ().
+        file: safetensors that hold a vector for each of `scenes`, in place of a text tower; read
+            when training starts. `scripts/scene_vectors.py` makes them of pictures. Default None.
         cell: rows, and columns, of features that one spatial gate switches. Default 8.
         norm: of the channel gates' logits before the last layer: batch (of all proposals of a batch
             that count, with running statistics for inference) or layer. Default batch.
@@ -50,6 +52,7 @@ class GatesConfig:
     """
 
     scenes: tuple[str, ...] = ()
+    file: str | None = None
     cell: Count = 8
     norm: Literal["batch", "layer"] = "batch"
     fixed: bool = False
@@ -78,6 +81,8 @@ class GatesConfig:
                 f"{name}.scenes is {self.scenes}; allowed: () with {name}.fixed, whose masks read"
                 " no scene"
             )
+        if self.file is not None and not self.scenes:
+            raise ValueError(f"{name}.file is {self.file}; allowed: None, as {name}.scenes is ()")
 
 
 def gate(logits: Float[Array, "*n"], key: Key[Array, ""] | None = None) -> Float32[Array, "*n"]:

@@ -14,9 +14,16 @@ from jaxdg.detection.detector import Detector, DetectorConfig
 from jaxdg.detection.interface import HeadContext
 from jaxdg.detection.rcnn import gates
 from jaxdg.detection.rcnn.detectors import C4Config
-from jaxdg.detection.rcnn.gated import AttendedTextScore, GatedC4Config, GatedRes5Head, Opened
+from jaxdg.detection.rcnn.gated import (
+    AttendedTextScore,
+    GatedBoxHead,
+    GatedC4Config,
+    GatedRcnnConfig,
+    GatedRes5Head,
+    Opened,
+)
 from jaxdg.detection.rcnn.gates import GatesConfig, SlotAttention
-from jaxdg.detection.rcnn.roi_heads import CASCADE, Res5Head, RoiHeadsConfig
+from jaxdg.detection.rcnn.roi_heads import CASCADE, BoxHead, Res5Head, RoiHeadsConfig
 from jaxdg.detection.rcnn.rpn import RpnConfig
 from jaxdg.training.step import shown
 from tests.detection import models
@@ -354,6 +361,44 @@ def test_a_detector_has_the_terms_and_scenes_of_its_gates(resnet):
         detector(C4Config(roi=ROI)).set_scenes(np.zeros((2, 6), np.float32))
 
 
+PYRAMID = RoiHeadsConfig(
+    stages=CASCADE[:1], size=5, channels=6, convs=0, fcs=2, hidden=16, class_agnostic=False
+)
+
+
+def on_pyramid(**options):
+    """A gated head on a pyramid of 8 channels, of an encoder of 12, and features for it."""
+    config = GatedRcnnConfig(roi=PYRAMID, channels=8, gates=GatesConfig(cell=1, **options))
+    backbone = nnx.Module()
+    backbone.channels = (12,)
+    context = HeadContext(backbone, 3, [], [], (64, 64), "float32")
+    head = nnx.jit(lambda: GatedBoxHead(config, context, rngs=nnx.Rngs(0)))()
+    return head, jnp.asarray(models.normal("pooled", (ROWS, 5, 5, 8)))
+
+
+def test_a_pyramid_has_gates_on_features_and_units():
+    """All open they are the plain head bit for bit and all work is done; all shut the first layer
+    has given 0, and what is left of the work is none; learned ones follow their scenes.
+    """
+    head, x = on_pyramid(fixed=True, density=1.0)
+    with jax.disable_jit():
+        vectors, opened = head.run(x, None, None)
+        np.testing.assert_array_equal(vectors[0], BoxHead.__call__(head, x)[0])
+    assert (np.asarray(opened.work) == 1).all()
+    head, _ = on_pyramid(fixed=True, density=0.0)
+    head.fc2.bias[...] = jnp.asarray(models.normal("bias", (16,)))
+    vectors, opened = head.run(x, None, None)
+    np.testing.assert_allclose(vectors[0], np.maximum(head.fc2.bias[...], 0)[None].repeat(ROWS, 0))
+    assert not np.asarray(opened.work).any()
+    head, _ = on_pyramid(scenes=SCENES)
+    open_by = []
+    for name in ("one", "two"):
+        head.scenes[...] = jnp.asarray(models.normal(name, (3, 12)))
+        _, opened = head.run(x, jax.random.key(0), jnp.ones(ROWS, bool))
+        open_by.append(np.asarray(opened.channel))
+    assert (open_by[0] != open_by[1]).any()
+
+
 def test_settings_that_do_not_go_together_are_refused():
     """Each with what is allowed."""
     for options, message in (
@@ -363,3 +408,10 @@ def test_settings_that_do_not_go_together_are_refused():
     ):
         with pytest.raises(ValueError, match=message):
             GatedC4Config(gates=GatesConfig(fixed=True, **options)).check("gated_c4")
+    for head, message in (
+        (GatedRcnnConfig(gates=GatesConfig(file="x")), r"gates\.file is x; allowed: None"),
+        (GatedRcnnConfig(roi=RoiHeadsConfig()), r"roi\.stages is .*; allowed: one"),
+        (GatedRcnnConfig(roi=RoiHeadsConfig(stages=CASCADE[:1], fcs=0)), r"roi\.fcs is 0"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            head.check("gated_rcnn")
