@@ -56,6 +56,8 @@ def get_config(method: str = "intended") -> Config:
     """The experiment by `method`, one of `CHOICES`."""
     if method not in CHOICES:
         raise ValueError(f"configs/pddoc.py:{method}; allowed behind the colon: intended, released")
+    if method == "carla":
+        return on_carla()
     c = vltdet_clip_rn101.get_config("clip_the_gap")
     c.steps = c.eval_every = 100_000
     c.optimizer.drops = (40_000,)

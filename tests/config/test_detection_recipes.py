@@ -50,6 +50,19 @@ def test_the_variants_of_clips_resnet_are_valid_experiments():
         vltdet_clip_rn101.get_config("clip_the_gap_600")
 
 
+def test_the_choices_of_gates_are_valid_experiments():
+    """Each with its own gates; a wrong name is told the right ones."""
+    configs = {name: validated(pddoc.get_config(name)) for name in pddoc.CHOICES}
+    decoders = [c.model.decoder for c in configs.values()]
+    assert decoders == ["gated_c4", "gated_c4", "gated_rcnn"]
+    intended, released = (configs[name].model.gated_c4 for name in ("intended", "released"))
+    assert (len(set(intended.scenes)), len(set(released.scenes))) == (15, 1)
+    assert (intended.first_mask, released.first_mask) == (True, False)
+    assert configs["carla"].data.source == "carla"
+    with pytest.raises(ValueError, match="allowed behind the colon: intended, released, carla"):
+        pddoc.get_config("both")
+
+
 def test_the_study_of_clips_resnet_has_two_sizes():
     """Its own, and that of the data, so that a report shows both beside the published rows."""
     found = [
