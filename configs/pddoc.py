@@ -55,7 +55,9 @@ CHOICES = ("intended", "released", "carla")
 def get_config(method: str = "intended") -> Config:
     """The experiment by `method`, one of `CHOICES`."""
     if method not in CHOICES:
-        raise ValueError(f"configs/pddoc.py:{method}; allowed behind the colon: intended, released")
+        raise ValueError(
+            f"configs/pddoc.py:{method}; allowed behind the colon: {', '.join(CHOICES)}"
+        )
     if method == "carla":
         return on_carla()
     c = vltdet_clip_rn101.get_config("clip_the_gap")
