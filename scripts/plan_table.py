@@ -38,7 +38,7 @@ ROWS = [
     *[("carla_vit_tiny", "", mesh) for mesh in ALL],
     *[("vltdet_clip_rn101", BF16, mesh) for mesh in ALL],
     *[("vltdet_clip_rn101:c4_text", "", mesh) for mesh in ONE],
-    ("vltdet_clip_rn101:clip_the_gap", "", ONE[0]),
+    *[(f"vltdet_clip_rn101:clip_the_gap{size}", "", ONE[0]) for size in ("", "_720")],
     *[(f"weather_dinov2:{choice}", "", ONE[0]) for choice in WEATHER],
     *[("sdgod", "", mesh) for mesh in ONE],
     *[("sdgod", BF16, mesh) for mesh in ONE],
