@@ -12,6 +12,7 @@ from jaxdg.backbones.deit3 import Deit3, Deit3Config
 from jaxdg.backbones.dinov2 import Dinov2, Dinov2Config, Dinov2GiantConfig
 from jaxdg.backbones.dinov3 import Dinov3, Dinov3Config
 from jaxdg.backbones.encoder import (
+    Edit,
     Encoder,
     EncoderConfig,
     EncoderOptions,
@@ -56,6 +57,7 @@ __all__ = [
     "Dinov2GiantConfig",
     "Dinov3",
     "Dinov3Config",
+    "Edit",
     "Encoder",
     "EncoderConfig",
     "EncoderOptions",

@@ -223,6 +223,13 @@ class ClipResnet(Encoder):
             outputs.append(x)
         return tuple(outputs[tap] for tap in c.taps)
 
+    def behind(self, unit: int) -> tuple[stacking.Stack, int]:
+        """See `Encoder.behind`."""
+        c = self.config
+        if not 0 <= unit < c.used:
+            raise ValueError(f"stage {unit} is not built; allowed: 0 to {c.used - 1}")
+        return getattr(self, f"layer{unit + 1}"), c.blocks[unit] - 1
+
     def pool(self, features: Float[Array, "b h w c"]) -> Float[Array, "b e"]:
         """The embedding of a map of the last stage, or of regions of it, in the joint space.
 

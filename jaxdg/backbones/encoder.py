@@ -1,9 +1,10 @@
 """The interface of all encoders: images to one feature map for each tap."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+import contextlib
 import dataclasses
 import math
-from typing import Literal
+from typing import Any, Literal
 
 from flax import nnx
 import jax
@@ -13,6 +14,9 @@ import numpy as np
 
 from jaxdg import weights
 from jaxdg.ranges import Count, CountOrZero, ShareBelowOne
+
+# Of a map float [b, h, w, c], a map that takes its place.
+Edit = Callable[[Array], Array]
 
 
 @dataclasses.dataclass(unsafe_hash=True, kw_only=True)
@@ -247,6 +251,59 @@ class Encoder(nnx.Module):
         Training would only let it decay, so it stays as loaded.
         """
         return False
+
+    @contextlib.contextmanager
+    def editing(self, edits: Mapping[int, Edit]) -> Iterator[None]:
+        """While this is open, edited features replace those behind blocks or stages.
+
+        Later blocks read them, and so does who reads a tap there. Class token and padding stay.
+
+        Args:
+            edits: by block or stage, from 0; several contexts edit one after another.
+
+        Raises:
+            ValueError: features of this encoder cannot be edited, or not there.
+        """
+        with contextlib.ExitStack() as doors:
+            for unit, edit in edits.items():
+                doors.enter_context(self.door(unit, self.of_map(edit)))
+            yield
+
+    @contextlib.contextmanager
+    def door(self, unit: int, change: Callable[[Array], Array]) -> Iterator[None]:
+        """As `editing` at one place, of all that the next block reads: the map, or all tokens."""
+        stack, block = self.behind(unit)
+        if block not in stack.ends:
+            raise ValueError(
+                f"features behind {self.config.unit} {unit} cannot be edited, as no segment ends"
+                " there; name it as a boundary or as a tap"
+            )
+        before = stack.edits or {}
+        first = before.get(block, lambda x: x)
+        stack.edits = {**before, block: lambda x: change(first(x))}
+        try:
+            yield
+        finally:
+            stack.edits = before
+
+    def behind(self, unit: int) -> tuple[Any, int]:
+        """The stack that a block or stage belongs to, and its last block in there, from 0.
+
+        Raises:
+            ValueError: features of this encoder cannot be edited, or it is not built so deep.
+        """
+        raise ValueError(
+            f"{type(self).__name__} does not let its features be edited; allowed: a plain ViT or a"
+            " CLIP ResNet"
+        )
+
+    def of_map(self, edit: Edit) -> Callable[[Array], Array]:
+        """An edit of the map as one of all that the next block reads."""
+        return edit
+
+    def map_of(self, x: Array) -> Float[Array, "b h w c"]:
+        """The map in what the next block reads."""
+        return x
 
     def check_size(self, images: Float[Array | np.ndarray, "b h w 3"]) -> None:
         """Refuses images of another size than the encoder was built for.

@@ -38,9 +38,12 @@ class Stack(nnx.Module):
         after: None, or a module whose output for (block, output of the block) replaces the latter
             after every block. A training method sets it; what differs from block to block it keeps
             in the block.
+        edits: None, or functions by the last blocks of segments: what one makes of the output of
+            its segment replaces it. `Encoder.editing` sets them.
     """
 
     after: Any = None
+    edits: Any = None
 
     def __init__(
         self,
@@ -117,6 +120,8 @@ class Stack(nnx.Module):
                 x, _ = body(x, jax.tree.map(lambda leaf: leaf[0], inputs))
             else:
                 x, _ = jax.lax.scan(body, x, inputs, unroll=self.unroll)
+            if self.edits and end in self.edits:
+                x = self.edits[end](x)
             outputs[end] = x
             start = end + 1
         return outputs

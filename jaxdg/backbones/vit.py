@@ -5,7 +5,9 @@ patch tokens after some blocks (`taps`) without the final norm, so this module h
 nor the classifier. Attribute names are timm's.
 """
 
+from collections.abc import Callable
 import dataclasses
+import math
 import re
 
 from flax import nnx
@@ -15,7 +17,7 @@ from jaxtyping import Array, Float, Key
 import numpy as np
 
 from jaxdg.backbones import attention, resizing, stacking
-from jaxdg.backbones.encoder import Encoder, EncoderConfig, EncoderOptions
+from jaxdg.backbones.encoder import Edit, Encoder, EncoderConfig, EncoderOptions
 from jaxdg.backbones.layers import Conv, Linear, spread
 
 
@@ -236,6 +238,28 @@ class Vit(Encoder):
         cls = jnp.broadcast_to(self.cls_token[...], (x.shape[0], 1, self.config.width))
         tokens = jnp.concatenate([cls.astype(x.dtype), x], axis=1)
         return tokens + spread(self.pos_embed[...], tokens)
+
+    def behind(self, unit: int) -> tuple[stacking.Stack, int]:
+        """See `Encoder.behind`."""
+        if not 0 <= unit < self.config.used:
+            raise ValueError(f"block {unit} is not built; allowed: 0 to {self.config.used - 1}")
+        return self.blocks, unit
+
+    def of_map(self, edit: Edit) -> Callable[[Array], Array]:
+        """See `Encoder.of_map`: class token and padding stay."""
+        first = self.config.prefix
+        last = first + math.prod(self.config.grid)
+
+        def change(x: Float[Array, "b n c"]) -> Float[Array, "b n c"]:
+            patches = edit(self.map_of(x)).reshape(x.shape[0], -1, x.shape[-1])
+            return jnp.concatenate([x[:, :first], patches, x[:, last:]], axis=1)
+
+        return change
+
+    def map_of(self, x: Float[Array, "b n c"]) -> Float[Array, "b gh gw c"]:
+        """See `Encoder.map_of`."""
+        (found,) = self.maps((x[:, : self.config.prefix + math.prod(self.config.grid)],))
+        return found
 
     def adapt(self, name: str, tensor: np.ndarray) -> np.ndarray | None:
         """See `Encoder.adapt`: resizes positions and patches, drops blocks past the last tap."""

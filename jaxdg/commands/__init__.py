@@ -14,6 +14,7 @@ COMMANDS = {
     "prepare": ("jaxdg.commands.prepare", "writes datasets as records"),
     "weights": ("jaxdg.hub.command", "fetches and lists published weights by name"),
     "convert": ("jaxdg.conversion.convert", "converts public checkpoints to ours and back"),
+    "mine": ("jaxdg.commands.mine", "finds edits of features that training draws from"),
     "submit": ("jaxdg.commands.submit", "writes predictions as the test servers expect them"),
     "pack": ("jaxdg.commands.pack", "writes a trained model as one file"),
     "push": ("jaxdg.commands.push", "puts a packed model into a shared folder, or on the hub"),

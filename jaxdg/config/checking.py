@@ -49,6 +49,8 @@ PATHS = {
     "model.start": "None, a workdir or a packed model",
     "model.gated_c4.gates.file": "None or a file",
     "model.gated_rcnn.gates.file": "None or a file",
+    "edits.file": "None or a file",
+    "edits.mining.text_weights": "None or a file",
 }
 HUB = ("model.weights", "model.text_weights", "model.start")
 

@@ -20,6 +20,7 @@ from jaxdg.detection.rcnn.detectors import C4Config, RcnnConfig, single_stage
 from jaxdg.detection.rcnn.gated import GatedC4Config, GatedRcnnConfig
 from jaxdg.evaluation import protocols
 from jaxdg.methods.average import AverageOptions
+from jaxdg.methods.edits import EditsOptions
 from jaxdg.methods.low_rank import LowRankOptions
 from jaxdg.methods.rein import ReinOptions
 from jaxdg.methods.sdgod import SdgodOptions
@@ -177,6 +178,7 @@ class Config:
             off by default.
         sdgod: of detection, features cleared of their domain that teach shallower ones, off by
             default.
+        edits: features edited as mined offsets or statistics say, off by default.
         evaluation: on what it is judged.
     """
 
@@ -200,6 +202,7 @@ class Config:
     rein: ReinOptions = dataclasses.field(default_factory=ReinOptions)
     visual_anchor: VisualAnchorOptions = dataclasses.field(default_factory=VisualAnchorOptions)
     sdgod: SdgodOptions = dataclasses.field(default_factory=SdgodOptions)
+    edits: EditsOptions = dataclasses.field(default_factory=EditsOptions)
     evaluation: EvaluationConfig = dataclasses.field(default_factory=EvaluationConfig)
 
     # How pydantic checks a configuration and the parts in it (`checking.typed`).

@@ -4,14 +4,14 @@ Training calls the hooks in this order:
 
     modules and parameters   observed, boundaries, extend, trains
     before a step            wants_pictures, preparation
-    in a step                images, drawing, targets, observe, refine, losses, compare
+    in a step                images, drawing, edits, targets, observe, refine, losses, compare
     after the optimiser      transformation
     when training ends       finish
 
 Several methods may be on at once: each gets what the hooks of the methods before it returned.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 import contextlib
 import dataclasses
 from typing import Any
@@ -21,6 +21,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Key
 import optax
 
+from jaxdg.backbones import Edit
 from jaxdg.detection.interface import Judged
 
 Batch = dict[str, Array]
@@ -86,8 +87,10 @@ class Method:
 
     @property
     def changes_rows(self) -> bool:
-        """Whether it reads features, or the decoder gets other rows than those of the batch."""
-        hooks = ("targets", "observe", "refine")
+        """Whether it reads or edits features, or the decoder gets other rows than those of the
+        batch.
+        """
+        hooks = ("targets", "observe", "refine", "edits")
         return any(getattr(type(self), hook) is not getattr(Method, hook) for hook in hooks)
 
     def remains(self) -> "Method":
@@ -99,7 +102,9 @@ class Method:
         return ()
 
     def boundaries(self, depth: int) -> tuple[int, ...]:
-        """Blocks that `extend` changes in another way than the next block: a segment ends there."""
+        """Blocks where a segment ends: `extend` changes them in another way than the next block, or
+        `edits` edits their features.
+        """
         return ()
 
     def extend(self, model: Any, rngs: nnx.Rngs) -> None:
@@ -155,6 +160,17 @@ class Method:
             key: of this step.
         """
         return contextlib.nullcontext()
+
+    def edits(self, batch: Batch) -> Mapping[int, Edit]:
+        """Edits of features behind blocks or stages, from 0, while the encoder runs in training.
+
+        An edit gets a map float [b, h, w, c] with a row for each row of the batch, and its result
+        takes the map's place; see `Encoder.editing`.
+
+        Args:
+            batch: prepared, or a part of it.
+        """
+        return {}
 
     def targets(self, batch: Batch) -> Batch:
         """The batch for the losses, with a row for each row of features that `observe` returns."""

@@ -249,6 +249,8 @@ class ImageTask:
         with contextlib.ExitStack() as drawn:
             for i, method in enumerate(self.methods, 2):  # the decoder takes 1
                 drawn.enter_context(method.drawing(model, jax.random.fold_in(drop_key, i)))
+                if edits := method.edits(batch):
+                    drawn.enter_context(model.backbone.editing(edits))
             features = model.encode(images, drop_key)
         for method in self.methods:
             places = method_lib.tap_places(model, method.observed(self.depth))

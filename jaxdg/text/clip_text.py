@@ -199,16 +199,21 @@ class ClipText(TextTransformer):
         return self.encode(self.token_embedding[...][ids], jnp.argmax(ids, axis=1))
 
     def embeddings(
-        self, names: Sequence[str], templates: Sequence[str] = TEMPLATES
+        self, names: Sequence[str], templates: Sequence[str] = TEMPLATES, unit: bool = True
     ) -> Float32[np.ndarray, "k e"]:
-        """See `text_embeddings`."""
+        """See `text_embeddings`; without `unit` the embeddings are averaged as they are."""
         if not names or not templates:
             raise ValueError("text_embeddings needs at least one name and one template")
         for template in templates:
             if "{}" not in template:
                 raise ValueError(f"the template {template!r} has no {{}}, where the name goes")
         graph, state = nnx.split(self)
-        embed = jax.jit(lambda state, ids: normalize(nnx.merge(graph, state)(ids)))
+
+        @jax.jit
+        def embed(state: nnx.State, ids: Int32[Array, "b n"]) -> Float[Array, "b e"]:
+            found = nnx.merge(graph, state)(ids)
+            return normalize(found) if unit else found
+
         rows = [
             embed(state, tokenizer.tokenize([template.replace("{}", name) for name in names]))
             for template in templates
