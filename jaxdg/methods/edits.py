@@ -27,8 +27,9 @@ import dataclasses
 import json
 import math
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
+from annotated_types import Interval
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
@@ -89,7 +90,7 @@ class MiningOptions:
     text_weights: str | None = None
     templates: tuple[str, ...] = ("{}",)
     pictures: Count = 64
-    severity: Literal[1, 2, 3, 4, 5] = 3
+    severity: Annotated[int, Interval(ge=1, le=5)] = 3
 
 
 @dataclasses.dataclass(unsafe_hash=True)

@@ -83,7 +83,7 @@ class C4Config(HeadConfig):
             which needs the attention pool. A run with `model.text_weights` turns it on. Default
             False.
         templates: sentences with {} in place of a class name, which the text tower reads; the
-            embeddings of a name are averaged. Default "a photo of a {}.".
+            embeddings of a name are averaged. Default: "a photo of a {}." alone.
     """
 
     rpn: RpnConfig = dataclasses.field(
