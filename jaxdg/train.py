@@ -314,6 +314,7 @@ def open_batches(task: Task, data: Data, start: int) -> Items:
         stop=config.steps,
         max_boxes=d.max_boxes,
         styles=any(method.wants_pictures for method in task.methods),
+        corruptions=methods.corruptions(task.methods),
         workers=d.workers,
         shard=(jax.process_index(), jax.process_count()),
     )

@@ -9,8 +9,8 @@ import argparse
 import cv2
 import numpy as np
 
+from jaxdg.data.augment.corruptions import ALL_KINDS, SEVERITIES, corrupt
 from jaxdg.data.images import read_image
-from jaxdg.evaluation.corruptions import KINDS, SEVERITIES, corrupt
 
 
 def main():
@@ -21,7 +21,7 @@ def main():
     parser.add_argument("--image", required=True, help="image to corrupt, at its own size")
     parser.add_argument("--out", required=True, help="PNG or JPEG file to write")
     parser.add_argument("--width", type=int, default=320, help="of a panel in pixels, default 320")
-    parser.add_argument("--kinds", default=",".join(KINDS), help="by comma, all if left out")
+    parser.add_argument("--kinds", default=",".join(ALL_KINDS), help="by comma, all if left out")
     args = parser.parse_args()
     image = read_image(args.image)
     rows = []

@@ -14,7 +14,7 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from jaxdg.commands import command_line as cli
-from jaxdg.evaluation.corruptions import corrupt
+from jaxdg.data.augment.corruptions import corrupt
 from jaxdg.tasks.detection import Detection
 
 CLEAR = "clear"

@@ -146,6 +146,8 @@ def abstract_batch(task: Task, mesh: Any) -> dict[str, Any]:
     batch = {"image": of(np.uint8, *c.data.crop, 3)}
     if any(method.wants_pictures for method in task.methods):
         batch["style"] = batch["image"]
+    if methods.corruptions(task.methods):
+        batch["corrupted"] = batch["image"]
     if c.data.padding == "corner":
         batch["inside"] = of(np.int32, 2)
     if c.task == "segmentation":

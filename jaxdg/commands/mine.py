@@ -38,9 +38,9 @@ from jaxdg import files, weights
 from jaxdg.commands import command_line as cli
 from jaxdg.commands import process as runtime
 from jaxdg.config import Config
+from jaxdg.data.augment.corruptions import Corrupted
 from jaxdg.data.augment.transforms import Augmentation, random_crop
 from jaxdg.data.datasets import Dataset
-from jaxdg.evaluation.corruptions import Corrupted
 from jaxdg.hub import runs as auto_weights
 from jaxdg.methods import edits as edits_lib
 from jaxdg.methods import mining

@@ -20,6 +20,7 @@ from jaxdg.detection.rcnn.detectors import C4Config, RcnnConfig, single_stage
 from jaxdg.detection.rcnn.gated import GatedC4Config, GatedRcnnConfig
 from jaxdg.evaluation import protocols
 from jaxdg.methods.average import AverageOptions
+from jaxdg.methods.divalign import DivalignOptions
 from jaxdg.methods.edits import EditsOptions
 from jaxdg.methods.low_rank import LowRankOptions
 from jaxdg.methods.rein import ReinOptions
@@ -179,6 +180,7 @@ class Config:
         sdgod: of detection, features cleared of their domain that teach shallower ones, off by
             default.
         edits: features edited as mined offsets or statistics say, off by default.
+        divalign: of detection, corrupted copies whose detections agree, off by default.
         evaluation: on what it is judged.
     """
 
@@ -203,6 +205,7 @@ class Config:
     visual_anchor: VisualAnchorOptions = dataclasses.field(default_factory=VisualAnchorOptions)
     sdgod: SdgodOptions = dataclasses.field(default_factory=SdgodOptions)
     edits: EditsOptions = dataclasses.field(default_factory=EditsOptions)
+    divalign: DivalignOptions = dataclasses.field(default_factory=DivalignOptions)
     evaluation: EvaluationConfig = dataclasses.field(default_factory=EvaluationConfig)
 
     # How pydantic checks a configuration and the parts in it (`checking.typed`).

@@ -12,6 +12,7 @@ from typing import Any, Protocol, runtime_checkable
 from jaxtyping import Int32, Int64, UInt8
 import numpy as np
 
+from jaxdg.data.augment.corruptions import random_corruption
 from jaxdg.data.augment.fractals import Pictures
 from jaxdg.data.augment.pixmix import pixmix
 from jaxdg.data.augment.randaugment import randaugment
@@ -47,6 +48,7 @@ def train_batches(
     stop: int,
     max_boxes: int = 0,
     styles: bool = False,
+    corruptions: tuple[str, ...] = (),
     workers: int = 0,
     shard: tuple[int, int] = (0, 1),
 ) -> Items:
@@ -62,6 +64,7 @@ def train_batches(
         stop: step to stop before.
         max_boxes: boxes are padded to so many an image.
         styles: draws a picture to go with each image.
+        corruptions: kinds of which one is drawn for a corrupted copy of each image; () for none.
         workers: worker processes; 0 reads with threads of this process.
         shard: this host's index and the number of hosts; host i gets the i-th block of rows.
 
@@ -69,9 +72,9 @@ def train_batches(
         An iterator over batches of `image` uint8 [b, crop height, crop width, 3], b = batch size /
         hosts, with `label` uint8 [b, crop height, crop width], or with `boxes` float32 [b, n, 4],
         `classes` int32, `areas` float32, `difficult`, `crowd` and `valid` bool, all [b, n], n =
-        max_boxes, `valid` False where padded; with `style` uint8 like `image`, if asked for; and
-        with `inside` int32 [b, 2] if crops are padded in the corner, see `random_crop`. Its
-        `close()`, or dropping it, ends the workers.
+        max_boxes, `valid` False where padded; with `style` and `corrupted` uint8 like `image`, if
+        asked for; and with `inside` int32 [b, 2] if crops are padded in the corner, see
+        `random_crop`. Its `close()`, or dropping it, ends the workers.
 
     Raises:
         FileNotFoundError: there are no pictures in the folder named.
@@ -82,7 +85,17 @@ def train_batches(
     pictures = Pictures.of(augmentation.pictures if styles or augmentation.pixmix[0] else None)
     first = start * batch_size + shard[0] * rows
     example = _TrainExample(
-        dataset, sampler, augmentation, pictures, seed, max_boxes, styles, first, rows, batch_size
+        dataset,
+        sampler,
+        augmentation,
+        pictures,
+        seed,
+        max_boxes,
+        styles,
+        corruptions,
+        first,
+        rows,
+        batch_size,
     )
     return read_ahead(example, (stop - start) * rows, workers, rows=rows)
 
@@ -164,6 +177,7 @@ class _TrainExample:
     seed: int
     max_boxes: int
     styles: bool
+    corruptions: tuple[str, ...]
     first: int
     rows: int
     batch_size: int
@@ -179,6 +193,8 @@ class _TrainExample:
         sample["image"] = pixmix(sample["image"], *self.augmentation.pixmix, self.pictures, rng)
         if self.styles:
             sample["style"] = self.pictures.draw(self.augmentation.crop, rng)
+        if self.corruptions:
+            sample["corrupted"] = random_corruption(sample["image"], self.corruptions, rng)
         return sample
 
 

@@ -240,6 +240,7 @@ class Fcos(Head):
             logits=jnp.stack([output.class_logits, jnp.zeros_like(output.class_logits)], axis=-1),
             truth=jnp.where(true_classes > 0, 0, 1).astype(jnp.int32),
             share=jnp.where(positive, 1 / count, 0.0),
+            offsets=output.offsets,
         )
 
     def detections(self, output: FcosOutput, image_sizes: Float32[Array, "b 2"]) -> Detected:

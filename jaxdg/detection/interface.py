@@ -45,6 +45,8 @@ class Judged(NamedTuple):
         truth: the right outcome of each choice.
         share: of a place in the mean that the loss is; 0 where it does not count. The shares of the
             parts of a batch belong to one mean.
+        offsets: of the box of each place from the place, in the head's own units; None if the head
+            does not tell.
     """
 
     boxes: Float32[Array, "b p 4"]
@@ -52,6 +54,7 @@ class Judged(NamedTuple):
     logits: Float32[Array, "b p c o"]
     truth: Int32[Array, "b p c"]
     share: Float32[Array, "b p"]
+    offsets: Float32[Array, "b p 4"] | None = None
 
 
 class HeadConfig:

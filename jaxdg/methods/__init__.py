@@ -6,12 +6,13 @@ its own by a subclass of `Config` with such a field. Training calls the methods 
 modules stay in the model lasts: whoever builds the model's task gets it by `lasting`.
 """
 
+from collections.abc import Iterable
 import dataclasses
 from typing import Any
 
 from jaxdg.methods.method import Method, MethodOptions, Preparation
 
-__all__ = ["Method", "MethodOptions", "Preparation", "active", "lasting", "settings"]
+__all__ = ["Method", "MethodOptions", "Preparation", "active", "corruptions", "lasting", "settings"]
 
 
 def settings(config: Any) -> dict[str, MethodOptions]:
@@ -23,6 +24,11 @@ def settings(config: Any) -> dict[str, MethodOptions]:
 def active(config: Any) -> tuple[Method, ...]:
     """The methods that a configuration turns on, in the order of its fields."""
     return tuple(options.build(config) for options in settings(config).values() if options.on)
+
+
+def corruptions(methods: Iterable[Method]) -> tuple[str, ...]:
+    """The kinds of corruption that methods show the model in training."""
+    return tuple(dict.fromkeys(kind for method in methods for kind in method.corruptions))
 
 
 def lasting(config: Any) -> tuple[Method, ...]:

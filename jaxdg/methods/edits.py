@@ -38,7 +38,7 @@ import numpy as np
 
 from jaxdg import files, weights
 from jaxdg.backbones import ClipResnetConfig, Edit, EncoderConfig, VitConfig, zoo
-from jaxdg.evaluation.corruptions import KINDS
+from jaxdg.data.augment.corruptions import KINDS
 from jaxdg.methods.method import Batch, Method, MethodOptions, Preparation
 from jaxdg.ranges import Count, CountOrZero, Positive, PositiveOrZero, Share
 from jaxdg.text.clip_text import TEXT_TOWERS

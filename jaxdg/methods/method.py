@@ -3,7 +3,7 @@
 Training calls the hooks in this order:
 
     modules and parameters   observed, boundaries, extend, trains
-    before a step            wants_pictures, preparation
+    before a step            wants_pictures, corruptions, preparation
     in a step                images, drawing, edits, targets, observe, refine, losses, compare
     after the optimiser      transformation
     when training ends       finish
@@ -17,8 +17,9 @@ import dataclasses
 from typing import Any
 
 from flax import nnx
+import jax.numpy as jnp
 from jax.sharding import Mesh
-from jaxtyping import Array, Float, Key
+from jaxtyping import Array, Float, Key, Shaped
 import optax
 
 from jaxdg.backbones import Edit
@@ -76,12 +77,15 @@ class Method:
     Attributes:
         wants_pictures: batches have `style` uint8 [b, h, w, 3], a picture from `data.pictures` for
             each image.
+        corruptions: of these kinds, see `data/augment/corruptions.py`, one is drawn for each image;
+            batches have `corrupted` uint8 [b, h, w, 3], the image under it. () for none.
         changes_model: `finish` turns the trained model into another one.
         lasts: modules that `extend` adds stay in the model, which is built with them for evaluation
             too; see `remains`.
     """
 
     wants_pictures = False
+    corruptions: tuple[str, ...] = ()
     changes_model = False
     lasts = False
 
@@ -266,3 +270,8 @@ def tap_places(model: Any, blocks: Sequence[int]) -> list[int]:
     """The places of blocks among a model's taps; blocks that are not built are left out."""
     taps = model.backbone.config.taps
     return [taps.index(block) for block in blocks if block in taps]
+
+
+def interleave(*arrays: Shaped[Array, "b *s"]) -> Shaped[Array, "n *s"]:
+    """The first rows of all arrays, then the second rows, ..; no row changes its device."""
+    return jnp.stack(arrays, axis=1).reshape(-1, *arrays[0].shape[1:])

@@ -31,7 +31,7 @@ from flax import nnx
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
-from jaxtyping import Array, Bool, Float, Key, Shaped
+from jaxtyping import Array, Bool, Float, Key
 
 from jaxdg import weights
 from jaxdg.methods.method import (
@@ -41,6 +41,7 @@ from jaxdg.methods.method import (
     Method,
     MethodOptions,
     Preparation,
+    interleave,
     tap_places,
 )
 from jaxdg.methods.stylize import stylize
@@ -153,11 +154,6 @@ def style_mask(
 ) -> Bool[Array, "b c c"]:
     """Entries of a stylised image's Gram matrix that belong to the style; has no gradient."""
     return jax.lax.stop_gradient(stylized - original) > threshold
-
-
-def interleave(*arrays: Shaped[Array, "b *s"]) -> Shaped[Array, "n *s"]:
-    """The first rows of all arrays, then the second rows, ..; no row changes its device."""
-    return jnp.stack(arrays, axis=1).reshape(-1, *arrays[0].shape[1:])
 
 
 def without_styles(

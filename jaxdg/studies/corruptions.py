@@ -5,18 +5,20 @@
 
 The first command trains the models of `get_study()` and then evaluates them; the second evaluates
 runs that exist. Images of all domains in `evaluation.domains` are corrupted at their own size,
-before any other step (`evaluation/corruptions.py`). A cell is one kind at one severity on one
+before any other step (`data/augment/corruptions.py`). A cell is one kind at one severity on one
 domain. It is stored in the run's workdir as `corruptions_STEP/DOMAIN/KIND_SEVERITY.json` and is
 evaluated once. In study.json a run has
 
     "severities":  the evaluated ones, such as [1, 3]
     "corruptions": {DOMAIN: {"clean": score, KIND: [score at severity 1, ..]}}, null where missing
+    "trained_under": the evaluated kinds that a method showed it in training, such as ["contrast"]
 
 Robustness in percent is the mean over all kinds and severities, relative to the clean images. A
 mean is reported only if none of its cells is missing.
 """
 
 from collections.abc import Mapping, Sequence
+import contextlib
 import dataclasses
 import json
 import os
@@ -31,18 +33,18 @@ from rich.console import Console
 from rich.table import Table
 
 from jaxdg import config as config_lib
-from jaxdg import files
+from jaxdg import files, methods
 from jaxdg.commands import command_line as cli
 from jaxdg.commands import process as runtime
 from jaxdg.commands.command_line import Interrupt
 from jaxdg.config import Config, MeshConfig, paths
 from jaxdg.config.overrides import text_of
+from jaxdg.data.augment.corruptions import KINDS, SEVERITIES, Corrupted
 from jaxdg.evaluate import open_domains
-from jaxdg.evaluation.corruptions import KINDS, SEVERITIES, Corrupted
 from jaxdg.evaluation.results import NO_TRUTH
 from jaxdg.studies.command import main
 from jaxdg.studies.study import Plan, Run, Settings, Study, StudyOptions, configured, local
-from jaxdg.tasks.run_state import Workdir, make_task
+from jaxdg.tasks.run_state import Workdir, make_task, opened
 from jaxdg.training import sharding
 
 Scores = dict[str, Any]  # {"clean": score, KIND: [score by severity]}, None where not judged
@@ -116,6 +118,11 @@ class Corruptions(Study):
             for kind in self.kinds
         }
         return {"clean": self.score(run, domain, "clean", 0), **by_kind}
+
+    def trained_under(self, run: Run) -> list[str]:
+        """The evaluated kinds that a run was trained under, or the run that it started from."""
+        shown = _shown(self.config(run))
+        return [kind for kind in self.kinds if kind in shown]
 
     def check(self) -> None:
         """Raises ValueError if a kind or a severity does not exist."""
@@ -192,6 +199,15 @@ class Trained(Corruptions):
 
     def command(self, run: Run, show: Any = str) -> list[str]:
         return ["-m", "jaxdg.evaluate", "--checkpoint", show(str(self.workdir(run)))]
+
+
+def _shown(config: Config) -> set[str]:
+    """The kinds of corruption that training showed; without those of a run that is gone."""
+    kinds = set(methods.corruptions(methods.active(config)))
+    if config.model.start is not None:
+        with contextlib.suppress(OSError, ValueError):
+            kinds |= _shown(opened(config.model.start).config)
+    return kinds
 
 
 def judge(study: Corruptions, runs: Sequence[Run], console: Console, interrupt: Interrupt) -> None:
@@ -299,6 +315,9 @@ def show(study: Corruptions, runs: Sequence[Run], console: Console) -> None:
             )
             table.add_row(run.name, *map(cell, figures))
         console.print(table)
+    for run in runs:
+        if kinds := study.trained_under(run):
+            console.print(f"{run.name} was trained under {', '.join(kinds)}: not unseen kinds")
 
 
 def entry(study: Corruptions, run: Run) -> dict[str, Any]:
@@ -306,6 +325,7 @@ def entry(study: Corruptions, run: Run) -> dict[str, Any]:
     domains = study.config(run).evaluation.domains
     return {
         "severities": list(study.options.severities),
+        "trained_under": study.trained_under(run),
         "corruptions": {domain: study.scores(run, domain) for domain in domains},
     }
 

@@ -16,7 +16,7 @@ from jaxdg.backbones import VitConfig, zoo
 from jaxdg.commands import command_line as cli
 from jaxdg.config import Config, MeshConfig, validated
 from jaxdg.config import workdir as workdir_lib
-from jaxdg.evaluation.corruptions import KINDS, Corrupted
+from jaxdg.data.augment.corruptions import KINDS, Corrupted
 from jaxdg.evaluation.overlap import TrainedOn
 from jaxdg.studies import corruptions
 from jaxdg.studies.corruptions import Trained, judge, summary
@@ -196,6 +196,34 @@ def test_detection_is_judged_too(trained, tmp_path):
     assert cell["AP50"] == judged.metrics["AP50"]
     written = json.loads(document(study))
     assert (written["score"], written["runs"][0]["severities"]) == ("mAP50", [5])
+
+
+def test_kinds_trained_under_are_told(trained, tmp_path, capsys):
+    """Of a run whose method showed it some of the judged kinds, in study.json and under the table;
+    and of one that started from that run. A run without corrupted copies has none.
+    """
+    plain = copied(trained, "detection", tmp_path)
+    config_file = json.loads((plain / "config.json").read_text())
+
+    def variant(name, changes):
+        workdir = tmp_path / f"{name}_seed0"
+        shutil.copytree(plain, workdir)
+        stored = json.loads(json.dumps(config_file))
+        for part, values in changes.items():
+            stored[part].update(values)
+        (workdir / "config.json").write_text(json.dumps(stored))
+        return workdir
+
+    shown = variant("shown", {"divalign": {"on": True, "corruptions": ["pixelate", "saturate"]}})
+    later = variant("later", {"model": {"start": str(shown)}})
+    study = study_of(tmp_path / "study", plain, shown, later)
+    found = [study.trained_under(run) for run in study.runs]
+    assert found == [[], ["pixelate"], ["pixelate"]]
+    assert corruptions.entry(study, study.runs[1])["trained_under"] == ["pixelate"]
+    corruptions.show(study, study.runs, cli.console())
+    said = capsys.readouterr().out
+    assert "shown_seed0 was trained under pixelate: not unseen kinds" in said
+    assert said.count("was trained under") == 2
 
 
 def test_a_stopped_study_comes_to_the_same_end(trained, tmp_path):

@@ -422,6 +422,22 @@ def test_a_gap_in_the_corruptions_is_not_averaged_over(tmp_path):
     assert table[1][8:] == ["missing", "missing"]
 
 
+def test_kinds_trained_under_are_named_beside_their_scores(tmp_path):
+    """Under each table of corrupted images, for the group that saw some of the judged kinds, and
+    for no other.
+    """
+    folder = tmp_path / "c"
+    content = write_study(folder, "corruptions", seeds=(0,))
+    content["runs"][0]["trained_under"] = ["jpeg_compression", "contrast", "gaussian_noise"]
+    (folder / "study.json").write_text(json.dumps(content))
+    report.write([folder], tmp_path / "out")
+    page = (tmp_path / "out" / "report.md").read_text()
+    said = f"†{content['runs'][0]['group']} was trained under gaussian noise, jpeg compression."
+    domains = len(content["runs"][0]["corruptions"])
+    assert page.count(said) == 2 * domains
+    assert page.count("was trained under") == 2 * domains
+
+
 def test_bold_is_the_best_alone():
     """Of each column the highest figure, all that print alike, none where it has no rival, and
     nothing that is no score.

@@ -139,6 +139,11 @@ class Study:
         ]
         return list(dict.fromkeys(kind for scores in cells for kind in scores if kind != "clean"))
 
+    def trained_under(self, group: Group) -> list[str]:
+        """The evaluated kinds that runs of a group were trained under."""
+        runs = [run.get("trained_under", ()) for run in self.finished(group)]
+        return [kind for kind in self.kinds() if any(kind in kinds for kinds in runs)]
+
     def severities(self) -> list[int]:
         """The evaluated severities."""
         return sorted(

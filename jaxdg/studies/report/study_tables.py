@@ -243,6 +243,11 @@ def cost_table(study: Study) -> Table:
 def corruption_tables(study: Study) -> list[Table]:
     tables = []
     severities = study.severities()
+    trained = [
+        f"{TRAINED}{group['group']} was trained under {', '.join(kinds).replace('_', ' ')}."
+        for group in study.groups
+        if (kinds := study.trained_under(group))
+    ]
     for domain in corrupted_domains(study):
         rows = []
         for group in study.groups:
@@ -259,7 +264,9 @@ def corruption_tables(study: Study) -> list[Table]:
             "kept: mean over all kinds and severities in % of clean. A mean with a gap among its"
             " parts is missing."
         )
-        note = " ".join([note, *(line for line in _remarks(study) if f"{domain}: " in line)])
+        note = " ".join(
+            [note, *trained, *(line for line in _remarks(study) if f"{domain}: " in line)]
+        )
         heads = ("", "n", "clean", *(f"severity {s}" for s in severities), "mean", "kept in %")
         tables.append(Table(caption, heads, tuple(embolden(rows)), note))
         rows = []
@@ -275,7 +282,8 @@ def corruption_tables(study: Study) -> list[Table]:
             " severities"
         )
         heads = ("", *(group["group"] for group in study.groups))
-        tables.append(Table(caption, heads, tuple(rows), "Bold: the best of a row."))
+        note = " ".join(["Bold: the best of a row.", *trained])
+        tables.append(Table(caption, heads, tuple(rows), note))
     return tables
 
 

@@ -1,11 +1,11 @@
-"""The 15 common corruptions of ImageNet-C at five severities, for images of any size.
+"""Corruptions of images at five severities: the 15 common ones of ImageNet-C, and five more.
 
-Defined by Hendrycks and Dietterich (2019, "Benchmarking Neural Network Robustness to Common
-Corruptions and Perturbations", github hendrycks/robustness) for 224 x 224 pixels, and by Michaelis
-et al. (2019, "Benchmarking Robustness in Object Detection", github bethgelab/imagecorruptions) for
-any size. This is the latter with the same constants, borders and order of random draws: given the
-same draws, images are equal to within one grey level. What one could not guess and published scores
-rest on:
+The common ones, `KINDS`, are defined by Hendrycks and Dietterich (2019, "Benchmarking Neural
+Network Robustness to Common Corruptions and Perturbations", github hendrycks/robustness) for
+224 x 224 pixels, and by Michaelis et al. (2019, "Benchmarking Robustness in Object Detection",
+github bethgelab/imagecorruptions) for any size. This is the latter with the same constants, borders
+and order of random draws: given the same draws, images are equal to within one grey level. What one
+could not guess and published scores rest on:
 
 - results are cut to whole grey values, not rounded;
 - glass blur copies pixels from their neighbours, one after another: both publications mean to swap
@@ -15,9 +15,15 @@ rest on:
 
 Frost differs: the photographs are replaced by five pictures of ice that are drawn here, of about
 the same colour, contrast and spectrum.
+
+The others are for augmentation: speckle noise, Gaussian blur and saturation from the same
+publications, a high-pass filter and scaled phases from DivAlign (Danish et al. 2024, github
+msohaildanish/DivAlign, `ACVCGenerator`). Different there: values outside of 0 to 255 are cut after
+the scaling of phases, where its code lets them wrap around; on odd sides the circle of the
+high-pass filter lies around frequency 0, and not half a frequency beside it.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 import functools
 import io
 import math
@@ -26,7 +32,7 @@ from typing import Any
 import zlib
 
 import cv2
-from jaxtyping import Float, Float32, Int64, UInt8
+from jaxtyping import Complex64, Float, Float32, Float64, Int64, UInt8
 import numpy as np
 from PIL import Image
 
@@ -48,13 +54,13 @@ class Corrupted:
     def __init__(self, dataset: Dataset, kind: str, severity: int):
         """Args:
         dataset: of images in their own colours.
-        kind: one of `KINDS`.
+        kind: one of `ALL_KINDS`.
         severity: 1 to 5.
 
         Raises:
             ValueError: no such kind or severity.
         """
-        _definition(kind, severity)  # or raises
+        definition(kind, severity)  # or raises
         self.dataset = dataset
         self.kind = kind
         self.severity = severity
@@ -82,7 +88,7 @@ def corrupt(image: Pixels, kind: str, severity: int, seed: int) -> Pixels:
 
     Args:
         image: RGB, of any size.
-        kind: one of `KINDS`.
+        kind: one of `ALL_KINDS`.
         severity: 1 to 5.
         seed: of what is random in it.
 
@@ -92,16 +98,41 @@ def corrupt(image: Pixels, kind: str, severity: int, seed: int) -> Pixels:
     Raises:
         ValueError: no such kind or severity.
     """
-    function, constants = _definition(kind, severity)
+    function, constants = definition(kind, severity)
     result = function(image, np.random.default_rng(seed), *constants)
     # Cut, not rounded; the hair's breadth keeps rounding errors from darkening what the corruption
     # leaves alone.
     return np.clip(result + 1e-3, 0, 255).astype(np.uint8) if result.dtype != np.uint8 else result
 
 
-def _definition(kind: str, severity: int) -> tuple[Callable[..., Result], tuple[Any, ...]]:
+def random_corruption(image: Pixels, kinds: Sequence[str], rng: np.random.Generator) -> Pixels:
+    """The image under one of `kinds` at any severity, each as often.
+
+    Args:
+        image: RGB, of any size.
+        kinds: some of `ALL_KINDS`.
+        rng: the source of all randomness.
+
+    Returns:
+        The image of the same size.
+    """
+    kind = kinds[int(rng.integers(len(kinds)))]
+    severity = int(rng.integers(1, len(SEVERITIES) + 1))
+    return corrupt(image, kind, severity, int(rng.integers(2**32)))
+
+
+def definition(kind: str, severity: int) -> tuple[Callable[..., Result], tuple[Any, ...]]:
+    """The function of a corruption, of (image, generator, *constants), and its constants.
+
+    Args:
+        kind: one of `ALL_KINDS`.
+        severity: 1 to 5.
+
+    Raises:
+        ValueError: no such kind or severity.
+    """
     if kind not in _KINDS:
-        raise ValueError(f"unknown corruption {kind!r}; known are {', '.join(KINDS)}")
+        raise ValueError(f"unknown corruption {kind!r}; known are {', '.join(ALL_KINDS)}")
     if severity not in SEVERITIES:
         raise ValueError(f"severity is {severity}; allowed: 1 to 5")
     function, constants = _KINDS[kind]
@@ -127,6 +158,11 @@ def _impulse_noise(image: Pixels, rng: np.random.Generator, share: float) -> Res
     return np.where(hit, np.where(white, np.uint8(255), np.uint8(0)), image)
 
 
+def _speckle_noise(image: Pixels, rng: np.random.Generator, deviation: float) -> Result:
+    """In proportion to the value."""
+    return image * (1 + rng.normal(scale=deviation, size=image.shape))
+
+
 # --- Blur -----------------------------------------------------------------------------------------
 
 
@@ -142,16 +178,7 @@ def _glass_blur(
     image: Pixels, rng: np.random.Generator, sigma: float, reach: int, rounds: int
 ) -> Result:
     """Pixels copied from near by, between two Gaussian blurs."""
-
-    def blur(x):
-        return cv2.GaussianBlur(
-            x.astype(np.float64),
-            (2 * int(4 * sigma + 0.5) + 1,) * 2,
-            sigma,
-            borderType=cv2.BORDER_REPLICATE,
-        )
-
-    x = (blur(image) + 1e-3).astype(np.uint8)
+    x = (_blurred(image, sigma) + 1e-3).astype(np.uint8)
     h, w = image.shape[:2]
     rows = image.shape[0] - 2 * reach
     columns = image.shape[1] - 2 * reach
@@ -159,7 +186,17 @@ def _glass_blur(
         for _ in range(rounds):
             source = _sources(h, w, reach, rng.integers(-reach, reach, (rows, columns, 2)))
             x = x.reshape(-1, 3)[source].reshape(x.shape)
-    return blur(x)
+    return _blurred(x, sigma)
+
+
+def _gaussian_blur(image: Pixels, rng: np.random.Generator, sigma: float) -> Result:
+    return _blurred(image, sigma)
+
+
+def _blurred(x: Pixels, sigma: float) -> Float64[np.ndarray, "h w 3"]:
+    """Gaussian blur as scikit-image's, four deviations wide."""
+    size = (2 * int(4 * sigma + 0.5) + 1,) * 2
+    return cv2.GaussianBlur(x.astype(np.float64), size, sigma, borderType=cv2.BORDER_REPLICATE)
 
 
 def _sources(
@@ -392,6 +429,18 @@ def _contrast(image: Pixels, rng: np.random.Generator, factor: float) -> Result:
     return (image - means) * factor + means
 
 
+def _saturate(image: Pixels, rng: np.random.Generator, factor: float, shift: float) -> Result:
+    """Scales and shifts the S of HSV; hue and value stay. The hue of grey is 0, which is red."""
+    value = image.max(axis=-1, keepdims=True).astype(np.float32)
+    spread = value - image.min(axis=-1, keepdims=True)
+    saturation = np.clip(spread / np.maximum(value, 1) * factor + shift, 0, 1)
+    # How far each channel lies below the highest, as a share of the way to the lowest.
+    below = np.where(
+        spread > 0, (value - image) / np.maximum(spread, 1), np.array((0, 1, 1), np.float32)
+    )
+    return value * (1 - saturation * below)
+
+
 def _elastic_transform(image: Pixels, rng: np.random.Generator, strength: float) -> Result:
     """Pixels moved by smooth random fields, of the scale of a hundredth of each side."""
     h, w = image.shape[:2]
@@ -428,9 +477,42 @@ def _jpeg_compression(image: Pixels, rng: np.random.Generator, quality: int) -> 
     return np.array(Image.open(file))
 
 
+# --- Frequencies ----------------------------------------------------------------------------------
+
+
+def _high_pass_filter(image: Pixels, rng: np.random.Generator, share: float) -> Result:
+    """The absolute value of what is left without long waves: those of which fewer fit into the
+    image than pixels into this share of its height.
+    """
+    h, w = image.shape[:2]
+    down = np.fft.fftfreq(h, 1 / h)[:, None]
+    across = np.fft.rfftfreq(w, 1 / w)
+    short = down**2 + across**2 >= int(share * h) ** 2
+    return np.abs(_image(_spectrum(image) * short[..., None], (h, w)))
+
+
+def _phase_scaling(image: Pixels, rng: np.random.Generator, factor: float) -> Result:
+    """The phase of every wave is multiplied by the factor; amplitudes stay."""
+    spectrum = _spectrum(image)
+    turned = np.exp(1j * (np.float32(factor) * np.angle(spectrum)))
+    return _image(np.abs(spectrum) * turned, image.shape[:2])
+
+
+def _spectrum(image: Pixels) -> Complex64[np.ndarray, "h w2 3"]:
+    """Waves along both axes; of a real image half of them tell all."""
+    return np.fft.rfft2(image.astype(np.float32), axes=(0, 1))
+
+
+def _image(
+    spectrum: Complex64[np.ndarray, "h w2 3"], size: tuple[int, ...]
+) -> Float32[np.ndarray, "h w 3"]:
+    """The inverse of `_spectrum`, for an image of `size`."""
+    return np.fft.irfft2(spectrum, size, axes=(0, 1))
+
+
 # By the publications' names and in their order: the function and its constants at severities 1 to
 # 5.
-_KINDS: dict[str, tuple[Callable[..., Result], tuple[tuple[Any, ...], ...]]] = {
+_COMMON: dict[str, tuple[Callable[..., Result], tuple[tuple[Any, ...], ...]]] = {
     "gaussian_noise": (_gaussian_noise, ((0.08,), (0.12,), (0.18,), (0.26,), (0.38,))),
     "shot_noise": (_shot_noise, ((60.0,), (25.0,), (12.0,), (5.0,), (3.0,))),
     "impulse_noise": (_impulse_noise, ((0.03,), (0.06,), (0.09,), (0.17,), (0.27,))),
@@ -459,4 +541,12 @@ _KINDS: dict[str, tuple[Callable[..., Result], tuple[tuple[Any, ...], ...]]] = {
     "pixelate": (_pixelate, ((0.6,), (0.5,), (0.4,), (0.3,), (0.25,))),
     "jpeg_compression": (_jpeg_compression, ((25,), (18,), (15,), (10,), (7,))),
 }
-KINDS = tuple(_KINDS)
+_KINDS = _COMMON | {
+    "speckle_noise": (_speckle_noise, ((0.15,), (0.2,), (0.35,), (0.45,), (0.6,))),
+    "gaussian_blur": (_gaussian_blur, ((1.0,), (2.0,), (3.0,), (4.0,), (6.0,))),
+    "saturate": (_saturate, ((0.3, 0.0), (0.1, 0.0), (2.0, 0.0), (5.0, 0.1), (20.0, 0.2))),
+    "high_pass_filter": (_high_pass_filter, ((0.01,), (0.02,), (0.03,), (0.04,), (0.05,))),
+    "phase_scaling": (_phase_scaling, ((0.9,), (0.8,), (0.7,), (0.6,), (0.5,))),
+}
+KINDS = tuple(_COMMON)
+ALL_KINDS = tuple(_KINDS)

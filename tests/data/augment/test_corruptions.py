@@ -2,16 +2,30 @@
 formulas say.
 """
 
+import colorsys
 import pickle
 
 import cv2
 import numpy as np
 import pytest
+import scipy.ndimage
 
+from jaxdg.data.augment import corruptions
+from jaxdg.data.augment.corruptions import (
+    ALL_KINDS,
+    KINDS,
+    SEVERITIES,
+    Corrupted,
+    corrupt,
+    frost_texture,
+    random_corruption,
+)
+from jaxdg.data.augment.transforms import Augmentation
+from jaxdg.data.boxes import open_boxes
 from jaxdg.data.datasets import Streets, StreetsOptions, Subset
 from jaxdg.data.images import read_image
-from jaxdg.evaluation import corruptions
-from jaxdg.evaluation.corruptions import KINDS, SEVERITIES, Corrupted, corrupt, frost_texture
+from jaxdg.data.pipeline import train_batches
+from jaxdg.data.samplers import make_sampler
 
 PAPER = {
     "gaussian_noise", "shot_noise", "impulse_noise", "defocus_blur", "glass_blur", "motion_blur",
@@ -52,6 +66,94 @@ def test_kinds():
         corrupt(flat(0), "rain", 1, 0)
     with pytest.raises(ValueError, match="severity is 6; allowed: 1 to 5"):
         corrupt(flat(0), "fog", 6, 0)
+
+
+def some_image(h: int = 120, w: int = 90) -> np.ndarray:
+    """Random pixels over a smooth ground, some of them grey or black."""
+    rng = np.random.default_rng(5)
+    x = scipy.ndimage.zoom(rng.uniform(0, 255, (6, 6, 3)), (h / 6, w / 6, 1), order=1)
+    x += rng.normal(0, 25, x.shape)
+    x[:9] = x[:9, :, :1]
+    x[9:12] = 0
+    return np.clip(x, 0, 255).astype(np.uint8)
+
+
+def low_pass(image: np.ndarray, radius: int) -> np.ndarray:
+    """The waves inside of a circle around frequency 0, in loops over the whole spectrum."""
+    h, w = image.shape[:2]
+    inside = np.zeros((h, w))
+    for i in range(h):
+        for j in range(w):
+            inside[i, j] = (i - h // 2) ** 2 + (j - w // 2) ** 2 < radius**2
+    spectrum = np.fft.fftshift(np.fft.fft2(image.astype(float), axes=(0, 1)), axes=(0, 1))
+    back = np.fft.ifftshift(spectrum * inside[..., None], axes=(0, 1))
+    return np.fft.ifft2(back, axes=(0, 1)).real
+
+
+def scaled_phases(image: np.ndarray, factor: float) -> np.ndarray:
+    spectrum = np.fft.fft2(image.astype(float), axes=(0, 1))
+    turned = np.abs(spectrum) * np.exp(1j * factor * np.angle(spectrum))
+    return np.fft.ifft2(turned, axes=(0, 1)).real
+
+
+def saturated(image: np.ndarray, factor: float, shift: float) -> np.ndarray:
+    """Pixel by pixel."""
+    pixels = []
+    for r, g, b in image.reshape(-1, 3) / 255:
+        hue, saturation, value = colorsys.rgb_to_hsv(r, g, b)
+        pixels.append(colorsys.hsv_to_rgb(hue, min(max(saturation * factor + shift, 0), 1), value))
+    return 255 * np.array(pixels).reshape(image.shape)
+
+
+def test_further_kinds_equal_their_formulas():
+    """At all severities to one grey level: SciPy's blur, Python's HSV, noise in proportion to the
+    value, waves inside and outside of a circle that add up to the image, and phases of the whole
+    spectrum.
+    """
+    image = some_image()
+    found = {
+        kind: [corrupt(image, kind, severity, 3).astype(int) for severity in SEVERITIES]
+        for kind in ALL_KINDS[len(KINDS) :]
+    }
+    noise = [np.random.default_rng(3).normal(size=image.shape) for _ in SEVERITIES]
+    expected = {
+        "speckle_noise": [
+            image + image * (c * n)
+            for c, n in zip((0.15, 0.2, 0.35, 0.45, 0.6), noise, strict=True)
+        ],
+        "gaussian_blur": [
+            scipy.ndimage.gaussian_filter(image.astype(float), (c, c, 0), mode="nearest")
+            for c in (1, 2, 3, 4, 6)
+        ],
+        "saturate": [
+            saturated(image, *c) for c in ((0.3, 0), (0.1, 0), (2, 0), (5, 0.1), (20, 0.2))
+        ],
+        # A hundredth to a twentieth of 120 pixels.
+        "high_pass_filter": [np.abs(image - low_pass(image, radius)) for radius in (1, 2, 3, 4, 6)],
+        "phase_scaling": [scaled_phases(image, c) for c in (0.9, 0.8, 0.7, 0.6, 0.5)],
+    }
+    assert found.keys() == expected.keys()
+    for kind, images in expected.items():
+        for got, want in zip(found[kind], images, strict=True):
+            difference = np.abs(got - np.floor(np.clip(want, 0, 255) + 1e-3))
+            assert difference.max() <= 1, kind
+            assert difference.mean() < 0.02, kind
+            assert np.abs(got - image).mean() > 2, kind
+
+
+def test_scaled_phases_keep_amplitudes():
+    """A factor of 1 is the image, to 1e-4 of the range; any other keeps the size of every wave but
+    of those that are their own mirror images, which a real image has in phase or against it.
+    """
+    image = some_image()
+    rng = np.random.default_rng(0)
+    np.testing.assert_allclose(corruptions._phase_scaling(image, rng, 1.0), image, atol=0.0255)
+    turned = corruptions._phase_scaling(image, rng, 0.5)
+    assert np.abs(turned - image).mean() > 2
+    before, after = (np.abs(np.fft.fft2(x.astype(float), axes=(0, 1))) for x in (image, turned))
+    for own in ((60, 0), (0, 45), (60, 45)):
+        before[own] = after[own]
+    np.testing.assert_allclose(after, before, atol=1e-5 * before.max())
 
 
 def test_glass_blur_follows_chains_of_copies():
@@ -204,7 +306,7 @@ def test_generated_ice_resembles_photographs_of_it():
 def test_images_of_any_size(size):
     """Every kind keeps size and type, down to a single pixel."""
     image = np.random.default_rng(0).integers(0, 256, (*size, 3), dtype=np.uint8)
-    for kind in KINDS:
+    for kind in ALL_KINDS:
         for severity in (1, 5):
             got = corrupt(image, kind, severity, 0)
             assert (got.shape, got.dtype) == (image.shape, np.uint8), kind
@@ -239,6 +341,70 @@ def test_damage_grows_with_severity(data_path):
         assert grows, (kind, errors)
 
 
+def test_batches_have_corrupted_copies():
+    """Threads and processes give the same copies, from any step; each kind comes up, and all else
+    is that of batches without copies. Copies of one image differ from epoch to epoch.
+    """
+    options = StreetsOptions(size=(32, 64), images=3)
+    dataset = open_boxes("clear", root="", train=True, own=None, streets=options)
+    sampler = make_sampler(dataset, seed=1)
+    kinds = ("contrast", "impulse_noise")
+
+    def run(start: int = 0, **more) -> list[dict[str, np.ndarray]]:
+        given = {"corruptions": kinds} | more
+        augmentation = Augmentation(crop=(32, 64), flip=0.0)
+        return list(
+            train_batches(
+                dataset,
+                sampler,
+                augmentation,
+                seed=1,
+                batch_size=2,
+                start=start,
+                stop=12,
+                max_boxes=50,
+                **given,
+            )
+        )
+
+    whole = run()
+    for batches in (run(7), run(7, workers=2)):
+        for batch, expected in zip(batches, whole[7:], strict=True):
+            assert batch.keys() == expected.keys()
+            for key in expected:
+                np.testing.assert_array_equal(batch[key], expected[key])
+    for batch, expected in zip(whole, run(corruptions=()), strict=True):
+        assert batch.keys() - expected.keys() == {"corrupted"}
+        for key in expected:
+            np.testing.assert_array_equal(batch[key], expected[key])
+    images, copies = (
+        np.concatenate([batch[key] for batch in whole]) for key in ("image", "corrupted")
+    )
+    # Impulses leave most values as they are, a contrast of 0.4 or less hardly any.
+    same = (images == copies).mean((1, 2, 3))
+    noisy = same > 0.6
+    assert (noisy | (same < 0.2)).all()
+    assert 6 < noisy.sum() < 18
+    severities = {
+        round(x, 2) for x in copies[~noisy].std((1, 2, 3)) / images[~noisy].std((1, 2, 3))
+    }
+    assert len(severities) >= 4
+    assert len({copy.tobytes() for copy in copies[noisy]}) == noisy.sum()
+
+
+def test_copies_are_drawn_from_the_generator_alone():
+    """The kind, the severity and its noise are those that the same generator draws again, and other
+    ones after that.
+    """
+    image = some_image(20, 30)
+    rng = np.random.default_rng((3, 5))
+    copies = [random_corruption(image, ALL_KINDS, rng) for _ in range(3)]
+    again = np.random.default_rng((3, 5))
+    for copy in copies:
+        np.testing.assert_array_equal(random_corruption(image, ALL_KINDS, again), copy)
+    assert len({copy.tobytes() for copy in copies}) == 3
+
+
 class Boxes:
     """Two images with a box each, in one of the forms a data root may have."""
 
@@ -259,7 +425,7 @@ class Boxes:
 
     def __getitem__(self, i: int) -> dict[str, np.ndarray]:
         return {
-            "image": flat(128, (40, 60)),
+            "image": np.full((40, 60, 3), 128, np.uint8),
             "boxes": np.array([[1, 2, 30, 20]], np.float32),
             "classes": np.array([i], np.int32),
         }
