@@ -15,7 +15,7 @@ Different from it:
 """
 
 import dataclasses
-from functools import partial
+from functools import partial, reduce
 from typing import Any, NamedTuple
 
 from flax import nnx
@@ -303,7 +303,7 @@ class Mixed(nnx.Module):
         self, x: Float[Array, "r n n c"], boxes: Boxes, weights: Float32[Array, " 8"]
     ) -> Float32[Array, "r m m c"]:
         terms = [weights[i] * apply(x, boxes) for i, apply in enumerate(self.operations, start=1)]
-        return sum(terms[1:], terms[0])
+        return reduce(jnp.add, terms)
 
 
 class Cell(nnx.Module):
