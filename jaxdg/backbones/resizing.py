@@ -1,10 +1,13 @@
-"""Resizing of learned positions and of the kernels that turn patches into tokens.
+"""Resizing of learned positions, of the kernels that turn patches into tokens, and of maps.
 
 `jax.image.resize` is another operation than torch's bicubic, which the published models use.
 """
 
 from collections.abc import Callable
 
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
 import numpy as np
 
 
@@ -43,6 +46,26 @@ def linear_matrix(source: int, target: int, corners: bool = False) -> np.ndarray
     else:
         at = ((steps + 0.5) * source / target - 0.5).clip(0, source - 1)
     return np.maximum(1 - np.abs(at[:, None] - np.arange(source)), 0.0)
+
+
+def adaptive_matrix(source: int, target: int) -> np.ndarray:
+    """Means [target, source] over the windows of torch's adaptive average pooling along one axis.
+
+    Windows may overlap.
+    """
+    index = np.arange(target)[:, None]
+    first = index * source // target
+    end = -(-(index + 1) * source // target)
+    at = np.arange(source)
+    inside = (at >= first) & (at < end)
+    return inside / inside.sum(axis=1, keepdims=True)
+
+
+def adaptive_pool(x: Float[Array, "b h w c"], side: int) -> Float[Array, "b side side c"]:
+    """Adaptive average pooling to `side` rows and columns, as torch's."""
+    down, across = (jnp.asarray(adaptive_matrix(n, side), x.dtype) for n in x.shape[1:3])
+    exact = jax.lax.Precision.HIGHEST
+    return jnp.einsum("iy,jx,byxc->bijc", down, across, x, precision=exact)
 
 
 def resize_positions(

@@ -113,8 +113,8 @@ class Divalign(Method):
         """See `Method.preparation`: augments image and copy with the same draws."""
         if not self.corruptions:
             return None
-        # Stream 4 of the seed; streams 2 and 3 are other methods'.
-        key = jax.random.fold_in(jax.random.key(self.config.seed), 2**31 + 3)
+        # Stream 5 of the seed; streams 2 to 4 are other methods'.
+        key = jax.random.fold_in(jax.random.key(self.config.seed), 2**31 + 4)
 
         @jax.jit(out_shardings=sharding.batch_sharding(mesh))
         def prepared(batch: Batch, step: Any) -> Batch:

@@ -25,6 +25,7 @@ import optax
 
 from jaxdg import backbones
 from jaxdg.backbones import ClipResnet, Edit, Encoder, Vit
+from jaxdg.backbones.resizing import adaptive_pool
 from jaxdg.methods.edits import EditsOptions, MiningOptions, own_statistics, restyled
 from jaxdg.text.clip_text import load_text_tower, normalize
 
@@ -217,23 +218,6 @@ def offset_step(
 
 
 # --- Statistics -----------------------------------------------------------------------------------
-
-
-def pooling_matrix(inputs: int, outputs: int) -> Float32[np.ndarray, "outputs inputs"]:
-    """Means over the windows of torch's adaptive average pooling, which may overlap."""
-    matrix = np.zeros((outputs, inputs), np.float32)
-    for i in range(outputs):
-        first = i * inputs // outputs
-        last = -(-(i + 1) * inputs // outputs)
-        matrix[i, first:last] = 1 / (last - first)
-    return matrix
-
-
-def adaptive_pool(x: Float[Array, "b h w c"], side: int) -> Float[Array, "b side side c"]:
-    """Adaptive average pooling to `side` rows and columns, as torch's."""
-    down, across = (jnp.asarray(pooling_matrix(n, side), x.dtype) for n in x.shape[1:3])
-    exact = jax.lax.Precision.HIGHEST
-    return jnp.einsum("iy,jx,byxc->bijc", down, across, x, precision=exact)
 
 
 def style_losses(

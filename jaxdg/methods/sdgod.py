@@ -47,7 +47,9 @@ from jaxdg.backbones import StagedConfig, zoo
 from jaxdg.backbones.layers import TORCH, Conv, dropout
 from jaxdg.detection.arrays import Targets
 from jaxdg.detection.interface import Judged
+from jaxdg.detection.rcnn.gated import OfGates
 from jaxdg.detection.rcnn.roi_align import roi_align
+from jaxdg.detection.rcnn.roi_heads import unit
 from jaxdg.methods.method import Batch, Features, Method, MethodOptions
 from jaxdg.methods.tldr import quarters
 from jaxdg.ranges import Positive, PositiveOrZero, ShareBelowOne
@@ -102,6 +104,11 @@ class SdgodOptions(MethodOptions):
                 f"{name}.on is True with model.encoder {m.encoder!r} and model.decoder"
                 f" {m.decoder!r}; allowed: False, a plain encoder or model.decoder faster_rcnn_c4,"
                 " as one map of the encoder is refined"
+            )
+        if self.base and isinstance(getattr(m, m.decoder), OfGates):
+            raise ValueError(
+                f"{name}.base is {self.base} with model.decoder {m.decoder!r}; allowed: 0, as gates"
+                " would count each step twice"
             )
         if config.tldr.on:
             raise ValueError(
@@ -488,12 +495,6 @@ def contrast(
     """
     anchor, same, other = (unit(x) for x in (anchor, same, other))
     return jax.nn.softplus(jnp.sum(other * anchor, axis=-1) - jnp.sum(same * anchor, axis=-1))
-
-
-def unit(x: Float[Array, "*n c"]) -> Float32[Array, "*n c"]:
-    """Vectors of length 1; 0 stays 0."""
-    x = x.astype(jnp.float32)
-    return x * jax.lax.rsqrt(jnp.sum(x * x, axis=-1, keepdims=True) + 1e-12)
 
 
 def distance(

@@ -81,7 +81,7 @@ def test_a_broken_note_is_no_obstacle(tmp_path, content):
     """What is in the file only serves messages."""
     (tmp_path / "lock").write_text(content)
     with locks.held(tmp_path / "lock", "the thing", pytest.fail):
-        pass
+        assert json.loads((tmp_path / "lock").read_text())["pid"] == os.getpid()
 
 
 def test_a_file_system_without_locks(other, tmp_path, monkeypatch):

@@ -15,8 +15,9 @@ import pytest
 import jaxdg
 from jaxdg import methods, weights
 from jaxdg.backbones import ClipResnetConfig, VitConfig, create, zoo
+from jaxdg.backbones.resizing import adaptive_pool
 from jaxdg.commands import command_line as cli
-from jaxdg.commands import mine
+from jaxdg.commands import mine, miner
 from jaxdg.commands.abstract_step import abstract_step
 from jaxdg.config import Config, MeshConfig, validated
 from jaxdg.detection.detector import Detector, DetectorConfig
@@ -170,7 +171,7 @@ def test_variance_and_pooling_are_torchs(golden):
         mean, deviation = jnp.moveaxis(edits.own_statistics(x), 1, 0)
         np.testing.assert_allclose(mean, stored[f"mean{i}"], rtol=1e-5, atol=1e-6)
         np.testing.assert_allclose(deviation**2 - 1e-5, stored[f"variance{i}"], rtol=1e-5)
-        pooled = mining.adaptive_pool(x, 5)
+        pooled = adaptive_pool(x, 5)
         np.testing.assert_allclose(pooled, stored[f"pooled{i}"], rtol=1e-5, atol=1e-6)
 
 
@@ -341,7 +342,7 @@ def test_the_command_goes_on_where_it_was_stopped(mined, tmp_path, monkeypatch, 
     """Stopped after one step or image, it writes the same numbers; it says what they are of; it
     refuses to go on with another mining, and to replace one.
     """
-    monkeypatch.setattr(mine, "SAVE_EVERY", 0.0)
+    monkeypatch.setattr(miner, "SAVE_EVERY", 0.0)
     for name, c in mined.items():
         out = tmp_path / f"{name}.safetensors"
         with pytest.raises(cli.Stop):

@@ -480,6 +480,10 @@ def test_parts_of_a_batch_add_up():
             {"model__encoder": "small_resnet"},
             r"sdgod\.on is True with model\.encoder 'small_resnet'",
         ),
+        (
+            {"model__decoder": "gated_rcnn"},
+            r"sdgod\.base is 1\.0 with model\.decoder 'gated_rcnn'; allowed: 0",
+        ),
         ({"sdgod__temperature": 0.0}, r"sdgod\.temperature is 0\.0; allowed"),
         ({"sdgod__norm": "layer"}, r"sdgod\.norm is 'layer'; allowed"),
         ({"tldr__on": True, "model__weights": "x"}, r"sdgod\.on and tldr\.on are True"),
@@ -490,7 +494,9 @@ def test_parts_of_a_batch_add_up():
     ],
 )
 def test_settings_that_do_not_fit_are_told(changes, message):
-    """A pyramid of many maps, another task, another method that changes rows, wrong values."""
+    """A pyramid of many maps, another task, another method that changes rows, a head that counts
+    its steps, wrong values.
+    """
     with pytest.raises(ValueError, match=message) as error:
         experiment("fcos", **changes)
     assert "\n" not in str(error.value)

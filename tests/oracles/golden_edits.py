@@ -6,7 +6,7 @@ python -m tests.oracles.golden_edits
 from pathlib import Path
 
 import numpy as np
-import torch
+import torch  # pyright: ignore[reportMissingImports]
 
 GOLDEN = Path(__file__).resolve().parents[1] / "golden" / "edits.npz"
 SIDES = ((19, 23), (12, 12), (5, 7))  # rows and columns, pooled to 5: uneven, overlapping windows

@@ -32,8 +32,24 @@ from jaxdg.detection.rcnn.gates import (
 from jaxdg.detection.rcnn.roi_heads import BoxHead, Res5Head, RoiHeadsConfig, TextScore, Vectors
 
 
+class OfGates:
+    """The part that the settings of gated heads share."""
+
+    gates: GatesConfig
+
+    @property
+    def scenes(self) -> tuple[str, ...]:
+        """See `HeadConfig.scenes`."""
+        return self.gates.scenes
+
+    @property
+    def scene_file(self) -> str | None:
+        """See `HeadConfig.scene_file`."""
+        return self.gates.file
+
+
 @dataclasses.dataclass(unsafe_hash=True)
-class GatedC4Config(C4Config):
+class GatedC4Config(OfGates, C4Config):
     """Sizes of `C4Config`, and the gates of the last stage.
 
     Attributes:
@@ -59,16 +75,6 @@ class GatedC4Config(C4Config):
         super().check(name)
         self.gates.check(f"{name}.gates")
 
-    @property
-    def scenes(self) -> tuple[str, ...]:
-        """See `HeadConfig.scenes`."""
-        return self.gates.scenes
-
-    @property
-    def scene_file(self) -> str | None:
-        """See `HeadConfig.scene_file`."""
-        return self.gates.file
-
     def box_head(self, context: HeadContext, *, rngs: nnx.Rngs) -> "GatedRes5Head":
         """See `C4Config.box_head`."""
         return GatedRes5Head(self, context, rngs=rngs)
@@ -82,7 +88,7 @@ class GatedC4Config(C4Config):
 
 
 @dataclasses.dataclass(unsafe_hash=True)
-class GatedRcnnConfig(RcnnConfig):
+class GatedRcnnConfig(OfGates, RcnnConfig):
     """Sizes of `RcnnConfig` with one stage, and gates of a pyramid's box head.
 
     The paper has none of these. Spatial gates switch the pooled features of a proposal, and channel
@@ -107,16 +113,6 @@ class GatedRcnnConfig(RcnnConfig):
             raise ValueError(f"{name}.roi.stages is {self.roi.stages}; allowed: one, with gates")
         if not self.roi.fcs:
             raise ValueError(f"{name}.roi.fcs is 0; allowed: at least 1, whose units have gates")
-
-    @property
-    def scenes(self) -> tuple[str, ...]:
-        """See `HeadConfig.scenes`."""
-        return self.gates.scenes
-
-    @property
-    def scene_file(self) -> str | None:
-        """See `HeadConfig.scene_file`."""
-        return self.gates.file
 
     def build(self, context: HeadContext, *, rngs: nnx.Rngs) -> Rcnn:
         """See `HeadConfig.build`."""

@@ -21,6 +21,7 @@ from jaxtyping import Array, Bool, Float, Float32, Key
 import numpy as np
 
 from jaxdg.backbones.layers import TORCH, Conv, Linear
+from jaxdg.backbones.resizing import adaptive_pool
 from jaxdg.ranges import Count, Positive, PositiveOrZero, Share
 
 TEMPERATURE = 2 / 3  # of a soft draw
@@ -210,8 +211,7 @@ class SpatialGate(nnx.Module):
         self, x: Float[Array, "n s s c"], key: Key[Array, ""] | None = None
     ) -> Float32[Array, "n g g 1"]:
         """The gates; a key draws them."""
-        pool = jnp.asarray(adaptive_matrix(x.shape[1], self.cells), x.dtype)
-        return gate(self.atten_s(jnp.einsum("iy,jx,nyxc->nijc", pool, pool, x)), key)
+        return gate(self.atten_s(adaptive_pool(x, self.cells)), key)
 
 
 class ChannelGate(nnx.Module):
@@ -296,16 +296,6 @@ def channel_gate(
     if config.fixed:
         return FixedMask((out,), config.density, rngs=rngs)
     return ChannelGate(config, channels, width, out, scenes, dtype=dtype, rngs=rngs)
-
-
-def adaptive_matrix(inside: int, outside: int) -> Float32[np.ndarray, "o i"]:
-    """The matrix of torch's adaptive average pool along one axis."""
-    at = np.arange(outside)[:, None]
-    first = at * inside // outside
-    end = -(-(at + 1) * inside // outside)
-    position = np.arange(inside)
-    chosen = (position >= first) & (position < end)
-    return (chosen / chosen.sum(1, keepdims=True)).astype(np.float32)
 
 
 def spread_cells(mask: Float[Array, "n g g 1"], side: int) -> Float[Array, "n s s 1"]:

@@ -184,6 +184,12 @@ class Res5Head(RoiHead):
         return (mean if self.attnpool is None else self.attnpool(x)), mean
 
 
+def unit(x: Float[Array, "*n c"]) -> Float32[Array, "*n c"]:
+    """Vectors of length 1; 0 stays 0."""
+    x = x.astype(jnp.float32)
+    return x * jax.lax.rsqrt(jnp.sum(x * x, axis=-1, keepdims=True) + 1e-12)
+
+
 class TextScore(nnx.Module):
     """Cosines to the class names' embeddings, times 100; background has 0 (Zhong et al. 2022)."""
 
@@ -191,10 +197,7 @@ class TextScore(nnx.Module):
         self.texts = nnx.BatchStat(jnp.zeros((num_classes, channels)))
 
     def __call__(self, x: Float[Array, "r c"]) -> Float32[Array, "r k1"]:
-        def unit(t):
-            return t * jax.lax.rsqrt(jnp.sum(t * t, axis=-1, keepdims=True) + 1e-12)
-
-        cosines = unit(x.astype(jnp.float32)) @ unit(self.texts[...]).T
+        cosines = unit(x) @ unit(self.texts[...]).T
         return jnp.pad(TEMPERATURE * cosines, ((0, 0), (0, 1)))
 
 

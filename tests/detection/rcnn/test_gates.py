@@ -10,6 +10,7 @@ import pytest
 
 from jaxdg import weights
 from jaxdg.backbones import ClipResnetConfig, zoo
+from jaxdg.backbones.resizing import adaptive_matrix
 from jaxdg.detection.detector import Detector, DetectorConfig
 from jaxdg.detection.interface import HeadContext
 from jaxdg.detection.rcnn import gates
@@ -107,7 +108,7 @@ def test_pooling_and_resizing_of_cells_equal_torch(golden):
     with np.load(golden / "gates.npz") as file:
         for inside, outside in ((14, 2), (7, 1), (7, 4), (5, 2)):
             image = models.normal("map", (inside, inside))
-            matrix = gates.adaptive_matrix(inside, outside)
+            matrix = adaptive_matrix(inside, outside)
             small = matrix @ image @ matrix.T
             np.testing.assert_allclose(small, file[f"pool_{inside}_{outside}"], atol=1e-6)
             large = gates.spread_cells(jnp.asarray(small)[None, ..., None], inside)[0, ..., 0]
