@@ -8,7 +8,7 @@ PTDiffSeg (arXiv 2307.02138), which trains a decoder on a frozen Stable Diffusio
 as VPD (arXiv 2303.02153) has them. Its decoder, schedule and prompts are not known here, nor
 whether 49.2 is its result without the prompts of scenes.
 Differs from VPD's code: Mask2Former reads the features, of strides 8 to 64, where VPD has an FPN;
-nothing of the encoder is trained; class names are put in one sentence, not in 80.
+nothing of the encoder is trained.
 
 Expected, mIoU % on Cityscapes val, BDD100K val, Mapillary val, ACDC val, mean:
     published, GTA5                                49.2 /   -  /   -  /   -

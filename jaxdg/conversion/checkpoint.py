@@ -8,6 +8,7 @@ Nothing here runs code that a file holds: see `pickled`, `torchfile`.
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 import contextlib
+import functools
 import json
 import os
 from pathlib import Path
@@ -33,7 +34,11 @@ WHOLE = (
     "pytorch_model.bin",
     "diffusion_pytorch_model.safetensors",
     "open_clip_model.safetensors",
+    "diffusion_pytorch_model.bin",
+    "model.fp16.safetensors",
+    "diffusion_pytorch_model.fp16.safetensors",
 )  # of a folder
+PARTS = ("unet", "vae", "text_encoder")  # folders of a diffusion model
 BROKEN = (
     SafetensorError,
     zipfile.BadZipFile,
@@ -90,7 +95,8 @@ class Checkpoint(NamedTuple):
 
     def digest(self) -> str:
         """The sha256 of the file; of several one a file, as JSON."""
-        found = {path.name: files.sha256(path) for path in self.files}
+        folder = os.path.commonpath([path.parent for path in self.files]) if self.files else ""
+        found = {path.relative_to(folder).as_posix(): files.sha256(path) for path in self.files}
         return json.dumps(found) if len(found) > 1 else next(iter(found.values()), "")
 
 
@@ -100,7 +106,8 @@ def opened(path: str | Path, wanted: str | None = None) -> Iterator[Checkpoint]:
 
     Args:
         path: a file, the index of a model in several files, one of these, or a folder that holds a
-            model as it is downloaded.
+            model as it is downloaded; also a diffusion model's, whose tensors are then called
+            by the folder that they are in: `unet.`, `vae.`, `text_encoder.`.
         wanted: of several sets of weights in a file, "ema", "raw" or the keys that lead to one.
 
     Raises:
@@ -108,20 +115,47 @@ def opened(path: str | Path, wanted: str | None = None) -> Iterator[Checkpoint]:
         ValueError: a kind of file that is not read, a damaged file, one that would run code of its
             own, or one of several sets of weights of which none was chosen; also while reading.
     """
-    path = _file(Path(path))
+    path = Path(path)
     with contextlib.ExitStack() as stack:
-        if path.name.endswith(INDEX):
-            yield _shards(path, wanted, stack)
-        elif match := SHARD.fullmatch(path.name):
-            index = path.with_name(f"{match[1]}{match[2]}{INDEX}")
-            if not index.is_file():
-                raise ValueError(
-                    f"{path} is one of several files of a model; put all and {index.name} into its"
-                    " folder and give that index"
-                )
-            yield _shards(index, wanted, stack)
-        else:
-            yield _one(path, wanted, stack)
+        parts = (path / PARTS[0]).is_dir()
+        yield _parts(path, wanted, stack) if parts else _model(path, wanted, stack)
+
+
+def _parts(folder: Path, wanted: str | None, stack: contextlib.ExitStack) -> Checkpoint:
+    """The diffusion model whose folder is given."""
+    if missing := [name for name in PARTS if not (folder / name).is_dir()]:
+        raise FileNotFoundError(
+            f"{folder} holds a diffusion model without {' and '.join(missing)}; download that too"
+        )
+    parts = {name: _model(folder / name, wanted, stack) for name in PARTS}
+    read = {
+        f"{part}.{name}": functools.partial(file.read, name)
+        for part, file in parts.items()
+        for name in file.names
+    }
+    return Checkpoint(
+        list(read),
+        lambda name: read[name](),
+        notes=(f"read from the folders {', '.join(PARTS)}",),
+        files=tuple(path for file in parts.values() for path in file.files),
+        wanted=wanted,
+    )
+
+
+def _model(path: Path, wanted: str | None, stack: contextlib.ExitStack) -> Checkpoint:
+    """The model of a path; see `opened`."""
+    path = _file(path)
+    if path.name.endswith(INDEX):
+        return _shards(path, wanted, stack)
+    if match := SHARD.fullmatch(path.name):
+        index = path.with_name(f"{match[1]}{match[2]}{INDEX}")
+        if not index.is_file():
+            raise ValueError(
+                f"{path} is one of several files of a model; put all and {index.name} into its"
+                " folder and give that index"
+            )
+        return _shards(index, wanted, stack)
+    return _one(path, wanted, stack)
 
 
 def _file(path: Path) -> Path:

@@ -30,7 +30,7 @@ def layouts(config: ClipTextConfig) -> tuple[Layout, ...]:
     authors publish.
     """
     if config.image_projection is None:
-        return _openai("CLIP", "", ()), _openai("open_clip", "text.", ())
+        return openai("CLIP", "", ()), openai("open_clip", "text.", ())
     if config.image_projection.bias:
 
         def eva(image):
@@ -39,7 +39,7 @@ def layouts(config: ClipTextConfig) -> tuple[Layout, ...]:
                 *_pair(PROJECTION, f"{image}head.", LINEAR),
             )
 
-        return _openai("EVA-CLIP", "text.", eva("visual.")), _openai(
+        return openai("EVA-CLIP", "text.", eva("visual.")), openai(
             "open_clip", "text.", eva("visual.trunk.")
         )
     # Theirs is a matrix that rows of features are multiplied with, as ours.
@@ -47,10 +47,10 @@ def layouts(config: ClipTextConfig) -> tuple[Layout, ...]:
         *_pair(NORM, "visual.ln_post.", SAME),
         Row(("visual.proj",), f"{PROJECTION}.kernel", SAME),
     )
-    return _openai("CLIP", "", clip), _openai("open_clip", "text.", clip), _transformers()
+    return openai("CLIP", "", clip), openai("open_clip", "text.", clip), transformers()
 
 
-def _openai(name: str, prefix: str, projection: Sequence[Row]) -> Layout:
+def openai(name: str, prefix: str, projection: Sequence[Row]) -> Layout:
     """OpenAI's names behind a prefix, and the rows of the projection."""
     block = f"{prefix}transformer.resblocks.*."
     rows = (
@@ -72,7 +72,7 @@ def _openai(name: str, prefix: str, projection: Sequence[Row]) -> Layout:
     )
 
 
-def _transformers() -> Layout:
+def transformers() -> Layout:
     """The names of `openai/clip-vit-*`, where queries, keys and values are apart."""
     block = "text_model.encoder.layers.*."
     rows = (

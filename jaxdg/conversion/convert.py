@@ -42,7 +42,6 @@ from jaxdg.conversion import (
     report,
     vitdet,
     workdirs,
-    wrappers,
 )
 
 
@@ -63,7 +62,7 @@ def convert(name: str, source: Path, out: Path, wanted: str | None = None) -> st
         ValueError: a file that cannot be read, or does not fit, with the offenders named by kind;
             nothing is written.
     """
-    known = models.layouts(name)
+    models.layouts(name)  # says what is wrong with the name
     if out.suffix != ".safetensors":
         raise ValueError(f"--out {out} must end in .safetensors")
     report.free(out, source, name)
@@ -81,13 +80,16 @@ def convert(name: str, source: Path, out: Path, wanted: str | None = None) -> st
                 " the encoders for it"
             )
         with report.telling(name, source, file):
-            view = wrappers.unwrapped(file, known)
+            view, known = models.viewed(file, name)
             if view.names != file.names:
                 models.check_names(file, name)
             models.check_config(file, name)
             sizes = head.of_checkpoint(view.names, view.read) if head else ()
             module = head.abstract(*sizes) if head else models.abstract(name)
             converted = mapping.to_flax(module, known, view.names, view.read)
+            if isinstance(config, backbones.LatentDiffusionConfig):
+                # Computed now, so that a text tower that does not fit is told before anything else.
+                _ = converted.tensors["context"]
         left_out = report.left_out_of(converted, view)
         about = {
             "model": name,

@@ -316,21 +316,30 @@ def source_shapes(module: nnx.Module, layout: Layout) -> dict[str, tuple[int, ..
 
 def _plan(layout: Layout, wanted: Iterable[str]) -> dict[str, Use]:
     """What every target is made of."""
-    patterns = [
-        (re.compile(re.escape(row.target).replace(r"\*", r"(\d+)")), row) for row in layout.rows
-    ]
+    named: dict[str, list[tuple[Row, tuple[str, ...]]]] = defaultdict(list)
+    patterns = []
+    for row in layout.rows:
+        if "*" in row.target:
+            pattern = re.compile(re.escape(row.target).replace(r"\*", r"(\d+)"))
+            patterns.append((pattern, row))
+        else:
+            named[row.target].append((row, ()))
     plan: dict[str, Use] = {}
     users: dict[str, str] = {}  # target by source
     for target in wanted:
-        found = [(row, match) for pattern, row in patterns if (match := pattern.fullmatch(target))]
+        found = named.get(target, []) + [
+            (row, match.groups())
+            for pattern, row in patterns
+            if (match := pattern.fullmatch(target))
+        ]
         if len(found) != 1:
             raise ValueError(
                 f"{len(found)} rows of the table {layout.name} make {target}; there must be one"
             )
-        row, match = found[0]
-        sources = [source.replace("*", "{}").format(*match.groups()) for source in row.source]
+        row, numbers = found[0]
+        sources = [source.replace("*", "{}").format(*numbers) for source in row.source]
         stacked = "*" in row.target and not any("*" in source for source in row.source)
-        plan[target] = Use(row, sources, int(match[1]) if stacked else None)
+        plan[target] = Use(row, sources, int(numbers[0]) if stacked else None)
         for source in sources:
             user = row.target if stacked else target
             if users.setdefault(source, user) != user:

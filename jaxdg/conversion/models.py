@@ -16,6 +16,7 @@ from jaxdg.conversion import (
     dinov3,
     eva02,
     faster_rcnn,
+    latent_diffusion,
     mapping,
     mask2former,
     mgrnet,
@@ -53,11 +54,7 @@ HEADS = {
     family.NAME: family for family in (mask2former, faster_rcnn)
 }  # converted without an encoder, of the sizes of the file's tensors
 # For planning alone.
-PLANNED = (
-    backbones.EvaClipConfig,
-    backbones.Dinov2GiantConfig,
-    backbones.LatentDiffusionConfig,
-)
+PLANNED = (backbones.EvaClipConfig, backbones.Dinov2GiantConfig)
 # Converted to a workdir. Of the second no tensor tells what it was trained on.
 SOURCED = {family.NAME: family for family in (tqdm, vfmnet, mgrnet)}
 WHOLE = {family.NAME: family for family in (vltseg, vitdet, clip_the_gap)} | SOURCED
@@ -117,7 +114,23 @@ def layouts(name: str) -> tuple[mapping.Layout, ...]:
             return siglip.layouts(entry.config)
         case backbones.VitConfig():
             return vit.layouts(entry.config)
+        case backbones.LatentDiffusionConfig():
+            return latent_diffusion.layouts(entry.config)
     raise NotImplementedError(f"no table for {type(entry.config).__name__}")
+
+
+def viewed(file: Checkpoint, name: str) -> tuple[Checkpoint, tuple[mapping.Layout, ...]]:
+    """A file by the names of that layout of the model called `name` which fits it best, and the
+    layouts as they are for this file.
+
+    Raises:
+        ValueError: as `layouts` and `wrappers.unwrapped` do.
+    """
+    known = layouts(name)
+    entry = backbones.ZOO.get(name)
+    if entry and isinstance(entry.config, backbones.LatentDiffusionConfig):
+        file, known = latent_diffusion.prepared(file, entry.config)
+    return wrappers.unwrapped(file, known), known
 
 
 def abstract(name: str) -> nnx.Module:
@@ -203,12 +216,12 @@ def _best(file: Checkpoint) -> tuple[list[str], wrappers.Undecided | None]:
     undecided = None
     for name in converted_encoders():
         try:
-            view = wrappers.unwrapped(file, layouts(name))
+            view, known = viewed(file, name)
         except wrappers.Undecided as error:
             undecided = error
             continue
         as_told = view.names == file.names
-        for layout in layouts(name):
+        for layout in known:
             if (
                 _may_be(name, layout, view)
                 and _may_be_by_config(file, name)
@@ -281,12 +294,10 @@ def check_config(file: Checkpoint, name: str) -> None:
 
 def _fits(file: Checkpoint, name: str) -> bool:
     try:
-        view = wrappers.unwrapped(file, layouts(name))
+        view, known = viewed(file, name)
     except wrappers.Undecided:
         return False
-    return any(
-        _may_be(name, layout, view) and _converted(name, layout, view) for layout in layouts(name)
-    )
+    return any(_may_be(name, layout, view) and _converted(name, layout, view) for layout in known)
 
 
 def _may_be_by_config(file: Checkpoint, name: str) -> bool:

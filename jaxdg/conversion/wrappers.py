@@ -136,24 +136,30 @@ def _candidates(layout: Layout, names: Iterable[str]) -> list[Candidate]:
     fixed = fixed or [
         source[len(own) :].replace("*", "1") for source in sources if source.count("*") == 1
     ]  # NVlabs' stages
-    there = [
-        {name[: -len(tail)] for name in names if name == tail or name.endswith(f".{tail}")}
-        for tail in fixed
-    ]
+    there: dict[str, set[str]] = {tail: set() for tail in fixed}
+    for name in names:
+        for at in (0, *(i + 1 for i, sign in enumerate(name) if sign == ".")):
+            if name[at:] in there:
+                there[name[at:]].add(name[:at])
+    exact = {source[len(own) :] for source in sources if "*" not in source}
     rows = re.compile(
         "|".join(
-            f"(?:{re.escape(source[len(own) :])})".replace(r"\*", r"\d+") for source in sources
+            f"(?:{re.escape(source[len(own) :])})".replace(r"\*", r"\d+")
+            for source in sources
+            if "*" in source
         )
+        or r"(?!)"
     )
     found = []
-    for prefix in {own}.union(*there):
-        hits = sum(prefix in one for one in there)
-        if prefix == own or hits * 2 >= len(fixed):
+    for prefix in {own}.union(*there.values()):
+        hits = sum(prefix in one for one in there.values())
+        if prefix == own or hits * 2 >= len(there):
             fit = sum(
-                name.startswith(prefix) and bool(rows.fullmatch(name, len(prefix)))
+                name.startswith(prefix)
+                and (name[len(prefix) :] in exact or bool(rows.fullmatch(name, len(prefix))))
                 for name in names
             )
-            found.append(Candidate(hits == len(fixed), fit, prefix == own, layout, prefix, own))
+            found.append(Candidate(hits == len(there), fit, prefix == own, layout, prefix, own))
     return found
 
 

@@ -22,11 +22,14 @@ META = "https://dl.fbaipublicfiles.com"
 GOOGLE = "https://storage.googleapis.com"
 GENERIC = ("model.safetensors", "pytorch_model.bin", "open_clip_pytorch_model.bin")
 
+_HARM = "the harmful uses of its Attachment A, to whoever gets the model on too; read it"
 # What a licence forbids; it is shown before the download.
 FORBIDS = {
     "CC-BY-NC-4.0": "commercial use",
     "NVIDIA, not commercial": "any use but research and evaluation, and commercial use",
     "DINOv3 License": "military and some other uses; read it",
+    "CreativeML OpenRAIL-M": _HARM,
+    "CreativeML OpenRAIL++-M": _HARM,
 }
 
 
@@ -93,6 +96,7 @@ def _mmselfsup(name: str, date: str, digits: str) -> Published:
 
 _EVA_CLIP = "QuanSun/EVA-CLIP"
 _EVA02 = "Yuxin-CV/EVA-02"
+_SD15 = "stable-diffusion-v1-5/stable-diffusion-v1-5"
 _DATACOMP = "laion/CLIP-ViT-{}-DataComp.XL-s13B-b90K"
 
 # Encoders and heads by name; a text tower is in the file of its encoder.
@@ -151,6 +155,9 @@ FILES: dict[str, Published] = {
     "mit_b3": _hub("nvidia/mit-b3", "pytorch_model.bin"),
     "mit_b4": _hub("nvidia/mit-b4", "pytorch_model.bin"),
     "mit_b5": _hub("nvidia/mit-b5", "pytorch_model.bin"),
+    "sd15": _hub(_SD15, "v1-5-pruned-emaonly.safetensors"),
+    "sd15_vpd": _hub(_SD15, "v1-5-pruned-emaonly.safetensors"),
+    "sd21": _hub("stabilityai/stable-diffusion-2-1", "v2-1_768-ema-pruned.safetensors", gated=True),
     "faster_rcnn": Published(
         "https://download.pytorch.org/models/fasterrcnn_resnet50_fpn_coco-258fb6c6.pth", "258fb6c6"
     ),

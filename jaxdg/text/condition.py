@@ -5,7 +5,7 @@ block. Each token's state is normalised by `ln_final`; nothing is projected into
 with images. In 1.x the end token fills a text up to 77 tokens, in 2.x zeros do.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 import dataclasses
 
 from flax import nnx
@@ -56,7 +56,7 @@ class Condition(TokenTransformer):
         ids = tokenizer.tokenize([""])
         if self.config.fills_with_end:
             ids[0, 2:] = ids[0, 1]
-        return self._states(ids)[0]
+        return self._run()(ids)[0]
 
     def class_names(
         self, names: Sequence[str], templates: Sequence[str] = TEMPLATES
@@ -68,13 +68,16 @@ class Condition(TokenTransformer):
             templates: sentences with {} in place of the name, of whose states the mean is taken;
                 VPD has the 80 of CLIP's authors.
         """
-        rows = []
-        for template in templates:
-            ids = tokenizer.tokenize([template.replace("{}", name) for name in names])
-            rows.append(self._states(ids)[np.arange(len(ids)), ids.argmax(1)])
-        return np.mean(rows, axis=0)
+        texts = [template.replace("{}", name) for template in templates for name in names]
+        ids = tokenizer.tokenize(texts)
+        # No state depends on what follows it, so all are cut where the longest one ends.
+        ids = ids[:, : ids.argmax(1).max() + 1].reshape(len(templates), len(names), -1)
+        run = self._run()
+        ends = [run(some)[np.arange(len(some)), some.argmax(1)] for some in ids]
+        return np.mean(ends, axis=0)
 
-    def _states(self, ids: Int32[np.ndarray, "b n"]) -> Float32[np.ndarray, "b n c"]:
+    def _run(self) -> Callable[[np.ndarray], np.ndarray]:
+        """From token ids [b, n] to states [b, n, c], compiled once for each size."""
         graph, state = nnx.split(self)
         run = jax.jit(lambda state, ids: nnx.merge(graph, state)(ids))
-        return np.asarray(run(state, jnp.asarray(ids)))
+        return lambda ids: np.asarray(run(state, jnp.asarray(ids)))

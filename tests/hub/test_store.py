@@ -200,7 +200,7 @@ def test_urls_are_those_of_the_files_that_the_list_names():
         assert any(names_a_file(word) and bare(word) in bare(file.url) for word in words), name
         assert file.url.startswith("https://")
         assert file.sha256 is None or file.sha256 in file.url
-        assert file.gated == ("dinov3" in name)
+        assert file.gated == ("dinov3" in name or name == "sd21")
 
 
 def test_mirrors_take_the_place_of_hosts(monkeypatch):
