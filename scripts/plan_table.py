@@ -42,6 +42,8 @@ ROWS = [
     *[(f"weather_dinov2:{choice}", "", ONE[0]) for choice in WEATHER],
     *[("sdgod", "", mesh) for mesh in ONE],
     *[("sdgod", BF16, mesh) for mesh in ONE],
+    *[("divalign", "", mesh) for mesh in ALL[:2]],
+    *[("divalign", "--config.optimizer.accumulate=8", mesh) for mesh in ONE],
     *[("gta5_clip", BF16, mesh) for mesh in ALL],
     *[("gta5_eva02", f"{BF16} --config.tldr.on", mesh) for mesh in BOTH],
     *[("gta5_eva02", f"{BF16} --config.model.freeze=all", mesh) for mesh in ONE],

@@ -233,14 +233,16 @@ class Fcos(Head):
         if weight:
             squared = jnp.mean((output.class_logits - PRIOR_LOGIT) ** 2, axis=(1, 2))
             terms["logits"] = weight * jnp.sum(squared) / denominator.images
+        share = jnp.where(positive, 1 / count, 0.0)
         places = jnp.tile(jnp.concatenate(points(self.shapes, self.strides)), 2)
         return terms, Judged(
             boxes=jnp.broadcast_to(places, (len(positive), *places.shape)),
             points=True,
             logits=jnp.stack([output.class_logits, jnp.zeros_like(output.class_logits)], axis=-1),
             truth=jnp.where(true_classes > 0, 0, 1).astype(jnp.int32),
-            share=jnp.where(positive, 1 / count, 0.0),
+            share=share,
             offsets=output.offsets,
+            box_share=share,
         )
 
     def detections(self, output: FcosOutput, image_sizes: Float32[Array, "b 2"]) -> Detected:

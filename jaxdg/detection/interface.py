@@ -45,8 +45,9 @@ class Judged(NamedTuple):
         truth: the right outcome of each choice.
         share: of a place in the mean that the loss is; 0 where it does not count. The shares of the
             parts of a batch belong to one mean.
-        offsets: of the box of each place from the place, in the head's own units; None if the head
-            does not tell.
+        offsets: of the box of each place from the place, in the head's own units; where there are
+            several, those of the right class.
+        box_share: of a place in the mean over the places that have a box; 0 where it has none.
     """
 
     boxes: Float32[Array, "b p 4"]
@@ -54,7 +55,8 @@ class Judged(NamedTuple):
     logits: Float32[Array, "b p c o"]
     truth: Int32[Array, "b p c"]
     share: Float32[Array, "b p"]
-    offsets: Float32[Array, "b p 4"] | None = None
+    offsets: Float32[Array, "b p 4"]
+    box_share: Float32[Array, "b p"]
 
 
 class HeadConfig:
@@ -165,6 +167,15 @@ class Head(nnx.Module):
     ) -> tuple[dict[str, Float32[Array, ""]], Judged | None]:
         """What `losses` returns, and the places that they judge; None if the head does not tell."""
         return self.losses(output, targets, denominator, key), None
+
+    def rejudge(self, output: Any, judged: Judged) -> Judged:
+        """The same proposals judged in other features, in training; for a head that has proposals.
+
+        Args:
+            output: of the head, for the other features.
+            judged: of `judge`, a row for each of the output. Truth and shares stay.
+        """
+        raise NotImplementedError
 
     def reread(
         self,

@@ -1,16 +1,20 @@
 """DivAlign (Danish et al., CVPR 2024): each image beside a corrupted copy, whose detections agree.
 
-The detection losses are means over both views. Two more terms compare the views in the places that
-the image itself learns from: the divergence KL(copy || image) of class probabilities, and smooth L1
-between the offsets of the boxes of positive places. Gradients flow into both views. Corruptions,
-weights and terms follow the authors' code (msohaildanish/DivAlign, `ROIBoxHead`). Differences:
+The detection losses are means over both views; a two-stage detector makes and samples proposals of
+its own for each. Two more terms compare the views in the places that the image itself learns from:
+the divergence KL(copy || image) of class probabilities, and smooth L1 between the offsets of the
+boxes of positive places. In two stages these places are the proposals sampled for the image, which
+the box head judges in the copy's features too. Gradients flow into both views. Corruptions, weights
+and terms follow the authors' code (msohaildanish/DivAlign, `ROIBoxHead`). Differences:
 
 - The crop is corrupted, and not the image of the file, which is resized afterwards there.
 - Both views get the photometric augmentation of the run, with the same draws; theirs has none.
 - FCOS, for which no code was published, compares the points that predict a box: the divergence is
   summed over its classes, which are independent of one another.
-- The two terms of a two-stage detector, the authors' own, are missing: our box heads sample other
-  proposals in each view. Such a detector trains on copies alone, with both weights 0.
+- In two stages the divergence is divided by the number of proposals to sample, as the losses are,
+  even where fewer exist. The distance of boxes is a mean over the positive proposals of each image,
+  and then over images, also over those without any; theirs is one over those of the two images on a
+  GPU. A cascade, which they do not have, compares what its last stage says.
 - The divergence is a sum of p log(p / q) - p + q. The part p - q sums up to 0. With it no summand
   is negative, and equal views have no gradient at all.
 """
@@ -22,11 +26,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
-from jaxtyping import Array, Float, Float32, Key
+from jaxtyping import Array, Float, Float32, Key, Shaped
 
 from jaxdg.data.augment.corruptions import ALL_KINDS
 from jaxdg.detection.interface import Judged
 from jaxdg.detection.losses import smooth_l1
+from jaxdg.detection.rcnn.gated import OfGates
 from jaxdg.methods.method import Batch, Method, MethodOptions, interleave
 from jaxdg.ranges import PositiveOrZero
 from jaxdg.training import sharding
@@ -82,6 +87,13 @@ class DivalignOptions(MethodOptions):
         if self.on and config.task != "detection":
             raise ValueError(
                 f"{name}.on is True with task {config.task!r}; allowed: False, as it compares boxes"
+            )
+        decoder = config.model.decoder
+        aligned = self.on and bool(self.class_weight or self.box_weight)
+        if aligned and isinstance(getattr(config.model, decoder), OfGates):
+            raise ValueError(
+                f"{name}.class_weight is {self.class_weight} and box_weight {self.box_weight} with"
+                f" model.decoder {decoder!r}; allowed: both 0, as gates are drawn for each view"
             )
         for other in ("tldr", "sdgod"):
             if self.on and getattr(config, other).on:
@@ -149,31 +161,45 @@ class Divalign(Method):
         """See `Method.compare`: the two terms.
 
         Raises:
-            ValueError: the head does not tell, or its places are others in each view.
+            ValueError: the head does not tell what it says of places.
         """
         o = self.options
         if not (o.class_weight or o.box_weight):
             return {}
-        if judged is None or judged.offsets is None or not judged.points:
+        if judged is None:
             raise ValueError(
-                f"divalign: model.decoder {self.config.model.decoder!r} does not predict classes"
-                " and boxes in the same places of an image and its copy; allowed: fcos, or"
-                " divalign.class_weight and divalign.box_weight 0"
+                f"divalign: model.decoder {self.config.model.decoder!r} does not tell what it says"
+                " of places (`Head.judge`); allowed: one that does, or divalign.class_weight and"
+                " divalign.box_weight 0"
             )
-        image, copy = by_view(jax.nn.log_softmax(judged.logits))
-        image_offsets, copy_offsets = by_view(judged.offsets)
-        distance = jnp.mean(smooth_l1(copy_offsets, image_offsets, BETA), axis=-1)
+        image, copy = views(normalised(judged))
+        if not judged.points:
+            of_copies = jax.tree.map(lambda x: by_view(x)[1], output)
+            copy = normalised(model.head.rejudge(of_copies, image))
+        distance = jnp.mean(smooth_l1(copy.offsets, image.offsets, BETA), axis=-1)
+        apart = divergence(copy.logits, image.logits)
         # Shares are of a mean over the places of both views.
-        share = 2 * by_view(judged.share)[0]
         return {
-            "class_alignment": o.class_weight * jnp.sum(share * divergence(copy, image)),
-            "box_alignment": o.box_weight * jnp.sum(share * distance),
+            "class_alignment": o.class_weight * jnp.sum(2 * image.share * apart),
+            "box_alignment": o.box_weight * jnp.sum(2 * image.box_share * distance),
         }
 
 
-def by_view(x: Float32[Array, "n *s"]) -> Float32[Array, "2 b *s"]:
+def by_view(x: Shaped[Array, "n *s"]) -> Shaped[Array, "2 b *s"]:
     """The rows of images, and those of their copies."""
     return jnp.moveaxis(x.reshape(-1, 2, *x.shape[1:]), 1, 0)
+
+
+def views(judged: Judged) -> tuple[Judged, Judged]:
+    """The places in images, and those in their copies."""
+    arrays = {name: by_view(x) for name, x in judged._asdict().items() if name != "points"}
+    image, copy = ({name: x[view] for name, x in arrays.items()} for view in (0, 1))
+    return judged._replace(**image), judged._replace(**copy)
+
+
+def normalised(judged: Judged) -> Judged:
+    """With logarithms of probabilities as logits."""
+    return judged._replace(logits=jax.nn.log_softmax(judged.logits))
 
 
 def divergence(p: Float32[Array, "*n c o"], q: Float32[Array, "*n c o"]) -> Float32[Array, "*n"]:

@@ -5,7 +5,7 @@ import math
 import jax
 import pytest
 
-from configs import gnas, pddoc, sdgod, vltdet_clip_rn101, weather_dinov2
+from configs import divalign, gnas, pddoc, sdgod, vltdet_clip_rn101, weather_dinov2
 from jaxdg import methods
 from jaxdg.config import validated
 from jaxdg.detection.rcnn.genotype import drawn
@@ -32,6 +32,7 @@ RECIPES = {
     "gnas:search": lambda: small_cells("search"),
     "gnas:augment": lambda: small_cells("augment"),
     "sdgod": sdgod.get_config,
+    "divalign": divalign.get_config,
 }
 
 

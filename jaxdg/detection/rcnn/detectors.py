@@ -268,6 +268,10 @@ class Rcnn(Head):
         )
         return rpn_losses | roi_losses, judged
 
+    def rejudge(self, output: RcnnOutput, judged: Judged) -> Judged:
+        """See `Head.rejudge`."""
+        return self.roi_heads.rejudge(output.features, judged)
+
     def detections(self, output: RcnnOutput, image_sizes: Float32[Array, "b 2"]) -> Detected:
         """See `Head.detections`."""
         proposals = self.proposal_generator.proposals(output.rpn, image_sizes, train=False)

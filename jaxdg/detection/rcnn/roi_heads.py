@@ -11,7 +11,7 @@ from functools import partial
 from flax import nnx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Float32, Key
+from jaxtyping import Array, Bool, Float, Float32, Int32, Key
 import numpy as np
 
 from jaxdg.backbones import ClipResnet
@@ -357,8 +357,7 @@ class RoiHeads(nnx.Module):
             background = logits.shape[-1] - 1
             classes = jnp.where(positive, take(targets.classes, index), background)
             wanted = boxlib.encode(take(targets.boxes, index), boxes, self.weights(stage))
-            which = jnp.zeros_like(classes) if c.class_agnostic else jnp.where(positive, classes, 0)
-            own = jnp.take_along_axis(offsets, which[..., None, None], axis=2)[:, :, 0]
+            own = self.of_class(offsets, classes)
             distance = jnp.sum(smooth_l1(own, wanted), axis=-1)
             total["class"] += masked_sum(cross_entropy(logits, classes), counts) / denominator
             box = masked_sum(distance, positive) / denominator
@@ -376,6 +375,8 @@ class RoiHeads(nnx.Module):
                 logits=logits[:, :, None],
                 truth=classes[:, :, None],
                 share=jnp.where(counts, 1 / denominator, 0.0),
+                offsets=own,
+                box_share=positive / (jnp.maximum(jnp.sum(positive, 1, keepdims=True), 1) * images),
             )
             if stage + 1 < len(c.stages):
                 boxes = self.move(stage, offsets, boxes, image_sizes)[:, :, 0]
@@ -384,6 +385,22 @@ class RoiHeads(nnx.Module):
             for name, value in head.terms(len(boxes) / images).items():
                 total[name] = total.get(name, 0.0) + value
         return total, judged
+
+    def rejudge(self, features: tuple[Float[Array, "b _ _ _"], ...], judged: Judged) -> Judged:
+        """The boxes of `judge` as the last stage sees them in other features."""
+        last = len(self.config.stages) - 1
+        logits, offsets = self.predict(
+            last, features, judged.boxes, train=True, valid=judged.share > 0
+        )
+        own = self.of_class(offsets, judged.truth[..., 0])
+        return judged._replace(logits=logits[:, :, None], offsets=own)
+
+    def of_class(
+        self, offsets: Float32[Array, "b r o 4"], classes: Int32[Array, "b r"]
+    ) -> Float32[Array, "b r 4"]:
+        """The offsets that belong to a class; for background, some."""
+        which = jnp.where(classes < offsets.shape[2], classes, 0)
+        return jnp.take_along_axis(offsets, which[..., None, None], axis=2)[:, :, 0]
 
     def move(
         self,

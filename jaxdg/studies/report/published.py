@@ -270,6 +270,12 @@ _DETECTION_WEATHER = Published(
             remark="within 800 x 1333 pixels; trained on corruptions",
         ),
         Row(
+            "DivAlign, copies alone",
+            (50.6, 39.4, 37.0, 22.0, 35.6, 33.5),
+            DIVALIGN,
+            remark="within 800 x 1333 pixels; trained on corruptions",
+        ),
+        Row(
             "PØDA",
             (None, 43.4, 40.2, 20.5, 44.4, 37.1),
             POSTER,
