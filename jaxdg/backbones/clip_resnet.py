@@ -18,7 +18,7 @@ import numpy as np
 
 from jaxdg.backbones import resizing, stacking
 from jaxdg.backbones.encoder import Encoder, StagedConfig
-from jaxdg.backbones.layers import Linear, spread
+from jaxdg.backbones.layers import Linear, scanned_convolution, spread
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,6 +71,7 @@ def convolution(
         use_bias=False,
         kernel_init=init,
         dtype=jnp.dtype(config.dtype),
+        conv_general_dilated=scanned_convolution,
         rngs=rngs,
     )
 

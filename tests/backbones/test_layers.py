@@ -10,7 +10,7 @@ import pytest
 
 from jaxdg import backbones
 from jaxdg.backbones.deit3 import LayerScale
-from jaxdg.backbones.layers import Conv, Linear
+from jaxdg.backbones.layers import Conv, Linear, scanned_convolution
 from jaxdg.backbones.pyramid import Double
 from tests.small_zoo import reduced
 
@@ -126,3 +126,52 @@ def test_no_encoder_sums_in_half_precision():
         found = [shape for shape, _ in bfloat16_sums(program.jaxpr)]
         rows = isinstance(config, backbones.Eva02Config)
         assert all(rows and shape[0] in (1, 8) and len(shape) == 2 for shape in found), config
+
+
+@pytest.mark.parametrize(
+    ("side", "stride", "padding"),
+    [(3, 1, (1, 1)), (3, 1, (0, 2)), (1, 1, (0, 0)), (2, 1, (1, 0)), (3, 2, (1, 1))],
+)
+def test_a_convolution_for_scans_is_jaxs(side, stride, padding):
+    """The same numbers and, by float64, the same gradients of everything as that of JAX, without a
+    pass through JAX's own gradient on CPU.
+    """
+    draw = np.random.default_rng(0).normal
+    with jax.enable_x64(True):
+        x = jnp.asarray(draw(size=(2, 5, 7, 3)))
+        kernel = jnp.asarray(draw(size=(side, side, 3, 4)))
+        options = dict(dimension_numbers=("NHWC", "HWIO", "NHWC"))
+
+        def run(convolution):
+            def loss(x, kernel):
+                y = convolution(x, kernel, (stride, stride), (padding, padding), **options)
+                return jnp.sum(y**2 / 3), y
+
+            return jax.jit(jax.value_and_grad(loss, (0, 1), has_aux=True))(x, kernel)
+
+        (_, got), got_slopes = run(scanned_convolution)
+        (_, want), want_slopes = run(jax.lax.conv_general_dilated)
+        np.testing.assert_array_equal(got, want)
+        for one, other in zip(got_slopes, want_slopes, strict=True):
+            assert one.dtype == jnp.float64
+            np.testing.assert_allclose(one, other, rtol=1e-12, atol=1e-12)
+
+
+def test_the_gradients_of_scanned_convolutions_are_in_the_order_that_is_fast_on_cpu():
+    """The compiled scan of a CLIP ResNet's stage holds no convolution in another order of axes."""
+    config = dataclasses.replace(
+        reduced(backbones.entry("clip_rn50").config), blocks=(3, 1, 1, 1), taps=(0,)
+    )
+    graph, state = nnx.split(config.build(rngs=nnx.Rngs(0)))
+    images = jnp.zeros((1, *config.image_size, 3))
+
+    def loss(state):
+        return sum(jnp.sum(y) for y in nnx.merge(graph, state)(images))
+
+    program = jax.jit(jax.grad(loss)).lower(state).compile().as_text()
+    orders = {
+        line.split("dim_labels=")[1].split(",")[0]
+        for line in program.splitlines()
+        if "/while/body/" in line and "dim_labels=" in line
+    }
+    assert orders == {"b01f_01io->b01f"}
