@@ -135,7 +135,8 @@ def write_clip(folder: Path, name: str, patch: pytest.MonkeyPatch, full: bool) -
 
 
 def shrunk(c: Config, **fields: Any) -> Config:
-    """A recipe of detection with small images, few proposals and 20 steps; else as it is.
+    """A recipe of detection with small images, few proposals, 20 steps and two of mining; else as
+    it is.
 
     Args:
         c: the recipe.
@@ -163,6 +164,9 @@ def shrunk(c: Config, **fields: Any) -> Config:
         head.rpn.samples = 32
         head.roi.proposals = 16
         head.roi.detections = 20
+    mining = c.edits.mining
+    mining.steps = mining.batch = mining.crops = mining.images = 2
+    mining.crop = 64
     for name, value in fields.items():
         holder, _, last = name.replace("__", ".").rpartition(".")
         setattr(config_lib.get(c, holder) if holder else c, last, value)

@@ -1,17 +1,33 @@
 """The shipped recipes of detection, shrunk, with random weights, from files to results."""
 
+import dataclasses
 import math
+from pathlib import Path
 
+from flax import nnx
 import jax
 import pytest
 
-from configs import divalign, gnas, pddoc, sdgod, vltdet_clip_rn101, weather_dinov2
-from jaxdg import methods
+from configs import (
+    clip_the_gap,
+    divalign,
+    gnas,
+    pddoc,
+    poda_detection,
+    sdgod,
+    vltdet_clip_rn101,
+    weather_dinov2,
+    weather_methods,
+)
+from jaxdg import backbones, methods, weights
+from jaxdg.commands import command_line as cli
+from jaxdg.commands import mine
 from jaxdg.config import validated
 from jaxdg.detection.rcnn.genotype import drawn
 from jaxdg.studies.study import configured
 from jaxdg.tasks import run_state as tasks
 from tests import small_recipes
+from tests.small_recipes import DOMAINS
 
 
 def small_cells(choice):
@@ -91,6 +107,28 @@ def test_the_variants_of_dinov2_are_valid_experiments():
         weather_dinov2.get_config("lora")
 
 
+def test_every_method_of_the_table_has_two_sizes():
+    """Its own, which is the recipe that the header names, and a common one, which changes size and
+    protocol alone; a wrong name is told the right ones.
+    """
+    for method in weather_methods.METHODS:
+        own, common = (weather_methods.get_config(method + size) for size in ("", ",common"))
+        assert own == weather_methods.METHODS[method]()
+        assert (common.data.crop, common.data.resize) == ((720, 1280), (720, 1280))
+        assert common.evaluation.protocol == "voc07"
+        assert common.evaluation.domains == DOMAINS
+        if method == "gnas":
+            own.model.cell_rcnn.genotype = common.model.cell_rcnn.genotype = drawn(0)
+        validated(own)
+        validated(common)
+        common.data.crop, common.data.resize = own.data.crop, own.data.resize
+        common.evaluation.protocol = own.evaluation.protocol
+        assert common == own
+    for wrong in ("srcd", "pddoc,600", "pddoc,common,1"):
+        with pytest.raises(ValueError, match=rf"weather_methods:{wrong}; allowed: METHOD"):
+            weather_methods.get_config(wrong)
+
+
 def test_clip_the_gap_trains_what_its_code_trains():
     """By shapes: third and last stage, attention pool, proposals and box regressor, 64 368 231
     numbers in its code, of which the scales and biases of BatchNorm are none here.
@@ -111,9 +149,9 @@ def test_clip_the_gap_trains_what_its_code_trains():
 
 @pytest.fixture(scope="module")
 def here(tmp_path_factory):
-    """A folder with data and weights, the working directory."""
+    """A folder with data and weights of CLIP's RN101 in its own size, the working directory."""
     with pytest.MonkeyPatch.context() as patch:
-        yield small_recipes.prepare(tmp_path_factory.mktemp("weather"), patch)
+        yield small_recipes.prepare(tmp_path_factory.mktemp("weather"), patch, full=True)
 
 
 @pytest.mark.slow
@@ -123,6 +161,46 @@ def test_a_recipe_runs_from_files_to_results(here, name):
     domains.
     """
     small_recipes.check(small_recipes.shrunk(RECIPES[name]()), here / name.replace(":", "_"))
+
+
+def mined(c):
+    """A shrunk recipe, whose edits were mined into its file."""
+    mine.mine(c, Path(c.edits.file), cli.console(), cli.Interrupt())
+    return c
+
+
+@pytest.mark.slow
+def test_clip_the_gap_mines_and_trains(here):
+    """From files to offsets, and from offsets to results, as above."""
+    c = mined(small_recipes.shrunk(clip_the_gap.get_config()))
+    small_recipes.check(c, here / "clip_the_gap")
+
+
+@pytest.mark.slow
+def test_the_phases_of_poda_follow_one_another(here):
+    """The detector, the encoder's last stages, styles: each from the model of the one before."""
+    start = None
+    for phase in ("1", "2", "night_rainy"):
+        c = small_recipes.shrunk(poda_detection.get_config(phase), model__start=start)
+        if c.edits.on:
+            c = mined(c)
+        small_recipes.check(c, here / f"poda_{phase}")
+        start = str(here / f"poda_{phase}" / "whole")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("choice", ["soma", "frozen", "frozen,faster_rcnn"])
+def test_the_recipes_of_dinov2_run(here, choice, monkeypatch):
+    """As above, with a DINOv2 of the small size and random weights in place of the large one."""
+    large, small = (backbones.entry(f"dinov2_{size}14") for size in "ls")
+    monkeypatch.setitem(
+        backbones.ZOO, "dinov2_l14", dataclasses.replace(large, config=small.config)
+    )
+    encoder = backbones.create("dinov2_l14", rngs=nnx.Rngs(0))
+    file = Path("weights/dinov2_l14.safetensors")
+    weights.save(weights.tensors(encoder), file, {"model": "dinov2_l14"})
+    c = small_recipes.shrunk(weather_dinov2.get_config(choice), data__scale=(0.5, 2.0))
+    small_recipes.check(c, here / f"dinov2_{choice}")
 
 
 def test_every_choice_of_gnas_is_a_run():
