@@ -319,7 +319,13 @@ def test_two_processes_in_one_workdir(runs):
     """The second is told who works there; judging beside it is fine; the lock of a process that was
     killed stops nobody.
     """
-    first = runs.start_program("shared", "--config.steps=4000", "--config.eval_every=0")
+    # No checkpoint goes while it is judged, however slowly.
+    first = runs.start_program(
+        "shared",
+        "--config.steps=4000",
+        "--config.eval_every=0",
+        "--config.keep_checkpoints=1000",
+    )
     runs.wait_for("shared", first, lambda rows: any(row["step"] >= 4 for row in rows))
     other = runs.run("shared", "--config.steps=4000", "--config.eval_every=0")
     assert other.returncode == 1

@@ -233,7 +233,7 @@ def test_the_command_of_a_run_is_its_configuration(path, name):
 
 def test_shipped_studies_are_found():
     """The parametrisation above has them all."""
-    shipped = {"cityscapes_eva02", "gta5_eva02", "study_tiny", "vltdet_clip_rn101"}
+    shipped = {"carla_methods", "cityscapes_eva02", "gta5_eva02", "study_tiny", "vltdet_clip_rn101"}
     assert {path.stem for path in FILES} == shipped
 
 
