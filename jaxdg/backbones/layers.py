@@ -61,7 +61,7 @@ class Conv(nnx.Conv):
 
 def scanned_convolution(
     x: Float[Array, "b h w c"],
-    kernel: Float[Array, "m n c d"],
+    kernel: Float[Array, "m n _ d"],
     strides: Sequence[int],
     padding: Sequence[tuple[int, int]],
     **options: Any,
@@ -76,9 +76,10 @@ def scanned_convolution(
         kernel: in the order of `nnx.Conv`.
         strides: 1, as in the blocks of a scan, or the gradients are JAX's.
         padding: before and behind, by axis.
-        options: what `nnx.Conv` says beside; it has no groups and no dilation.
+        options: what `nnx.Conv` says beside; with groups or dilation the gradients are JAX's too.
     """
-    if tuple(strides) != (1, 1):
+    dilations = (*(options.get("lhs_dilation") or ()), *(options.get("rhs_dilation") or ()))
+    if {*strides, *dilations, options.get("feature_group_count", 1)} != {1}:
         return jax.lax.conv_general_dilated(x, kernel, strides, padding, **options)
     return _convolved(x, kernel, tuple(padding))
 

@@ -129,18 +129,28 @@ def test_no_encoder_sums_in_half_precision():
 
 
 @pytest.mark.parametrize(
-    ("side", "stride", "padding"),
-    [(3, 1, (1, 1)), (3, 1, (0, 2)), (1, 1, (0, 0)), (2, 1, (1, 0)), (3, 2, (1, 1))],
+    ("side", "stride", "padding", "more"),
+    [
+        (3, 1, (1, 1), {}),
+        (3, 1, (0, 2), {}),
+        (1, 1, (0, 0), {}),
+        (2, 1, (1, 0), {}),
+        (3, 2, (1, 1), {}),
+        (3, 1, (1, 1), {"feature_group_count": 3}),
+        (3, 1, (1, 1), {"rhs_dilation": (2, 1)}),
+        (2, 1, (1, 1), {"lhs_dilation": (1, 2)}),
+    ],
 )
-def test_a_convolution_for_scans_is_jaxs(side, stride, padding):
+def test_a_convolution_for_scans_is_jaxs(side, stride, padding, more):
     """The same numbers and, by float64, the same gradients of everything as that of JAX, without a
     pass through JAX's own gradient on CPU.
     """
     draw = np.random.default_rng(0).normal
     with jax.enable_x64(True):
         x = jnp.asarray(draw(size=(2, 5, 7, 3)))
-        kernel = jnp.asarray(draw(size=(side, side, 3, 4)))
-        options = dict(dimension_numbers=("NHWC", "HWIO", "NHWC"))
+        groups = more.get("feature_group_count", 1)
+        kernel = jnp.asarray(draw(size=(side, side, 3 // groups, 6)))
+        options = dict(dimension_numbers=("NHWC", "HWIO", "NHWC"), **more)
 
         def run(convolution):
             def loss(x, kernel):
