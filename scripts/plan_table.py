@@ -3,7 +3,8 @@
     python scripts/plan_table.py --out FOLDER [--card h100] [--only TEXT]
 
 Each row is one `jaxdg plan --compile_for`, whose JSON is kept in the folder and not made again, so
-an interrupted table goes on. A large model takes some minutes. The extra `plan-cuda` is needed.
+an interrupted table goes on. A large model takes some minutes. The extra `plan-cuda` is needed, and
+for `gnas:augment` a genotype: `jaxdg genotype --random 0 --out genotype.json`.
 """
 
 import argparse
@@ -22,6 +23,14 @@ BOXES = f"{BF16} --config.evaluation.batch_size=8 --image 1024x2048"
 DETECTORS = ("vltdet_eva02_l14", "vltdet_clip_rn101", "carla_vit_tiny")
 METHODS = ("tuned", "rein", "soma", "vfmnet", "mgrnet", "tqdm")
 WEATHER = ("frozen", "soma", "frozen,faster_rcnn", "soma,faster_rcnn")
+GNAS = ("gnas", "gnas:augment", "gnas:fc")
+PODA = (
+    "poda_detection:1",
+    "poda_detection:2",
+    "poda_detection:all",
+    "poda_segmentation:source",
+    "poda_segmentation:night",
+)
 LARGER = "--config.model.taps=() --config.model.encoder"
 ONE = [(1, "data=1,fsdp=1")]
 EIGHT = [(8, "data=8,fsdp=1"), (8, "data=1,fsdp=8"), (8, "data=4,fsdp=2")]
@@ -40,6 +49,7 @@ ROWS = [
     *[("vltdet_clip_rn101:c4_text", "", mesh) for mesh in ONE],
     *[(f"vltdet_clip_rn101:clip_the_gap{size}", "", ONE[0]) for size in ("", "_720")],
     *[(f"weather_dinov2:{choice}", "", ONE[0]) for choice in WEATHER],
+    *[(recipe, "", ONE[0]) for recipe in ("clip_the_gap", *GNAS, *PODA)],
     *[("sdgod", "", mesh) for mesh in ONE],
     *[("sdgod", BF16, mesh) for mesh in ONE],
     *[("divalign", "", mesh) for mesh in ALL[:2]],

@@ -643,6 +643,14 @@ def test_fingerprint(meshes):
         flipped = kernel.copy()
         flipped.view(np.uint32)[1, 2, 3] ^= np.uint32(1 << bit)
         assert int(fingerprint(jax.tree.map(jnp.asarray, {**tree, "a": flipped}))) != expected
+    assert int(fingerprint({})) == 0
+
+
+def test_a_fingerprint_of_many_arrays_has_no_chain_of_additions():
+    """XLA for CPUs compiles such a chain in a time that grows with the cube of its length."""
+    arrays = [np.full(3, i, np.float32) for i in range(100)]
+    assert int(fingerprint([jnp.asarray(a) for a in arrays])) == slow_fingerprint(arrays)
+    assert "u32[] = add" not in str(jax.make_jaxpr(fingerprint)(arrays))
 
 
 def test_a_checkpoint_that_vanishes_while_it_is_listed_is_no_error(tmp_path, monkeypatch):

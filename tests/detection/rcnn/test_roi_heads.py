@@ -331,7 +331,7 @@ def penalised_losses(scene, **options):
                 return logits, offsets
 
         heads = Scored(config, [], [], (8.0,))
-        inputs = proposals, targets, jnp.asarray(SIZES)
+        inputs = proposals, targets, jnp.asarray(SIZES[: len(logits)])
         return heads.losses((), *inputs, jnp.asarray(2.0), jax.random.key(0))
 
     return losses
@@ -381,6 +381,30 @@ def test_a_box_penalty_is_subtracted_where_the_loss_is_larger(scene):
     below, above = 1.0, np.nextafter(np.float32(1), np.float32(2))
     assert float(minus_smaller(jnp.float32(below), jnp.float32(1))) == 1
     assert float(minus_smaller(jnp.float32(above), jnp.float32(1))) < 1e-6
+
+
+@pytest.mark.parametrize("image", [0, 1])
+def test_a_part_of_a_batch_compares_its_own_box_penalty(scene, image):
+    """One image of a batch of two counts with half of its penalty, and subtracts it where its own
+    loss is larger.
+    """
+    _, proposals, targets = scene
+    part = slice(image, image + 1)
+    scene = None, *jax.tree.map(lambda x: x[part], (proposals, targets))
+    logits = jnp.zeros((1, 8, 4))
+    plain = penalised_losses(scene)
+    penalised = penalised_losses(scene, logit_penalty=0.5, penalty_box=True)
+    fixed = jnp.asarray(models.normal("offsets", (2, 8, 3, 4)))[part]
+    own = np.asarray(jax.jit(jax.grad(lambda o: plain(logits, o)["box"]))(fixed)) != 0
+    assert own.any()
+    seen = set()
+    for factor in (0.01, 3.0):
+        loss = float(plain(logits, factor * fixed)["box"])
+        penalty = 0.5 * np.mean(np.square(factor * np.asarray(fixed))[own]) / 2
+        want = loss - penalty if loss > penalty else loss
+        seen.add(loss > penalty)
+        np.testing.assert_allclose(penalised(logits, factor * fixed)["box"], want, rtol=1e-4)
+    assert seen == {True, False}
 
 
 def test_a_head_is_told_which_boxes_count(scene):
