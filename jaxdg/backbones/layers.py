@@ -65,7 +65,7 @@ def scanned_convolution(
     strides: Sequence[int],
     padding: Sequence[tuple[int, int]],
     **options: Any,
-) -> Float[Array, "b _ _ d"]:
+) -> Float[Array, "_ _ _ d"]:
     """`jax.lax.conv_general_dilated` for an `nnx.Conv` in a scan, with fast gradients on CPU.
 
     XLA for CPUs computes convolutions fast in one order of axes. Outside of loops it brings others
@@ -76,10 +76,15 @@ def scanned_convolution(
         kernel: in the order of `nnx.Conv`.
         strides: 1, as in the blocks of a scan, or the gradients are JAX's.
         padding: before and behind, by axis.
-        options: what `nnx.Conv` says beside; with groups or dilation the gradients are JAX's too.
+        options: what `nnx.Conv` says beside. Where one is not the default (groups, dilation,
+            precision, another type of sums), the gradients are JAX's too.
     """
-    dilations = (*(options.get("lhs_dilation") or ()), *(options.get("rhs_dilation") or ()))
-    if {*strides, *dilations, options.get("feature_group_count", 1)} != {1}:
+    plain = {"lhs_dilation": (1, 1), "rhs_dilation": (1, 1), "feature_group_count": 1}
+    if tuple(strides) != (1, 1) or any(
+        value is not None and (name not in plain or value != plain[name])
+        for name, value in options.items()
+        if name != "dimension_numbers"
+    ):
         return jax.lax.conv_general_dilated(x, kernel, strides, padding, **options)
     return _convolved(x, kernel, tuple(padding))
 

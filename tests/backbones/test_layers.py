@@ -139,6 +139,7 @@ def test_no_encoder_sums_in_half_precision():
         (3, 1, (1, 1), {"feature_group_count": 3}),
         (3, 1, (1, 1), {"rhs_dilation": (2, 1)}),
         (2, 1, (1, 1), {"lhs_dilation": (1, 2)}),
+        (3, 1, (1, 1), {"batch_group_count": 2}),
     ],
 )
 def test_a_convolution_for_scans_is_jaxs(side, stride, padding, more):
@@ -161,7 +162,7 @@ def test_a_convolution_for_scans_is_jaxs(side, stride, padding, more):
 
         (_, got), got_slopes = run(scanned_convolution)
         (_, want), want_slopes = run(jax.lax.conv_general_dilated)
-        np.testing.assert_array_equal(got, want)
+        np.testing.assert_array_equal(got, want, strict=True)
         for one, other in zip(got_slopes, want_slopes, strict=True):
             assert one.dtype == jnp.float64
             np.testing.assert_allclose(one, other, rtol=1e-12, atol=1e-12)
