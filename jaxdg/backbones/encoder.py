@@ -14,6 +14,7 @@ import numpy as np
 
 from jaxdg import weights
 from jaxdg.ranges import Count, CountOrZero, ShareBelowOne
+from jaxdg.tracing import Rngs
 
 # Of a map float [b, h, w, c], a map that takes its place.
 Edit = Callable[[Array], Array]
@@ -340,7 +341,7 @@ def at_size(encoder: Encoder, image_size: tuple[int, int]) -> Encoder:
     config = dataclasses.replace(encoder.config, image_size=image_size)
     # Whatever differs between two new encoders of both sizes depends on the size.
     before, after = (
-        nnx.eval_shape(lambda c=c: c.build(rngs=nnx.Rngs(0))) for c in (encoder.config, config)
+        nnx.eval_shape(lambda c=c: c.build(rngs=Rngs(0))) for c in (encoder.config, config)
     )
     fitted = nnx.merge(*nnx.split(encoder), copy=True)
     modules = dict(nnx.iter_modules(fitted))

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jaxdg.backbones.layers import is_half, spread
+from jaxdg.tracing import BatchNorm
 
 
 class Double(nnx.Module):
@@ -64,7 +65,7 @@ class Pyramid(nnx.Module):
         """
         self.fpn1_up1 = Double(channels, dtype=dtype, rngs=rngs)
         self.fpn1_norm = (
-            nnx.BatchNorm(channels, momentum=0.9, rngs=rngs)
+            BatchNorm(channels, momentum=0.9, rngs=rngs)
             if norm == "batch"
             else nnx.LayerNorm(channels, rngs=rngs)
         )

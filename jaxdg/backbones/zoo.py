@@ -25,6 +25,7 @@ from jaxdg.backbones.mocov3 import MocoV3Config
 from jaxdg.backbones.sam import SamConfig
 from jaxdg.backbones.siglip import SiglipConfig
 from jaxdg.backbones.vit import VitConfig
+from jaxdg.tracing import Rngs
 
 IMAGENET: dict[str, Any] = dict(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
 CLIP: dict[str, Any] = dict(
@@ -424,10 +425,10 @@ def create(
     if rngs is not None:
         backbone = config.build(rngs=rngs)
     else:
-        graph, state = nnx.split(nnx.eval_shape(lambda: config.build(rngs=nnx.Rngs(0))))
+        graph, state = nnx.split(nnx.eval_shape(lambda: config.build(rngs=Rngs(0))))
         if weights is None:  # else the file fills everything
             # One compiled initialisation replaces one dispatch a parameter.
-            state = jax.jit(lambda: nnx.split(config.build(rngs=nnx.Rngs(0)))[1])()
+            state = jax.jit(lambda: nnx.split(config.build(rngs=Rngs(0)))[1])()
         backbone = nnx.merge(graph, state)
     if weights is not None:
         weights_io.load(backbone, weights)

@@ -24,6 +24,7 @@ from jaxdg.conversion.faster_rcnn import CONVOLUTION
 from jaxdg.conversion.mapping import SAME, Layout, Misfit, Row
 from jaxdg.conversion.mask2former import DENSE
 from jaxdg.data.boxes import DIVERSE_WEATHER, BoxOptions
+from jaxdg.tracing import Rngs
 
 NAME = "clip_the_gap"
 LISTED = (
@@ -157,7 +158,7 @@ def prepared(file: Checkpoint, config: Config) -> Checkpoint:
         Misfit: the text tower in it is not whole.
     """
     tower = nnx.eval_shape(
-        lambda: backbones.ClipText(backbones.TEXT_TOWERS[f"{ENCODER}_text"], rngs=nnx.Rngs(0))
+        lambda: backbones.ClipText(backbones.TEXT_TOWERS[f"{ENCODER}_text"], rngs=Rngs(0))
     )
     theirs = clip_text.layouts(tower.config)[0]
     rows = tuple(

@@ -20,6 +20,7 @@ from jaxdg.detection.pyramid import Fpn
 from jaxdg.detection.rcnn.detectors import RcnnConfig
 from jaxdg.detection.rcnn.roi_heads import CASCADE, RoiHeadsConfig
 from jaxdg.detection.rcnn.rpn import RpnConfig
+from jaxdg.tracing import Rngs
 
 NAME = "faster_rcnn"
 LISTED = (
@@ -169,7 +170,7 @@ def of_tensors(tensors: Mapping[str, np.ndarray]) -> tuple[int]:
 def abstract(num_classes: int) -> nnx.Module:
     """Pyramid and heads, shapes without numbers."""
     return nnx.eval_shape(
-        lambda: heads(CONFIG, max(num_classes, 1), STAGES, (800, 1344), rngs=nnx.Rngs(0))
+        lambda: heads(CONFIG, max(num_classes, 1), STAGES, (800, 1344), rngs=Rngs(0))
     )
 
 

@@ -27,6 +27,7 @@ from jaxdg.conversion.names import renamed
 from jaxdg.data.labels import CITYSCAPES
 from jaxdg.text.condition import CONDITIONS, Condition, ConditionConfig
 from jaxdg.text.templates import IMAGENET
+from jaxdg.tracing import Rngs
 
 # A 1x1 convolution, which is a linear layer here.
 POINT = Transform(lambda w: w[:, :, 0, 0].T, lambda k: (k.T[:, :, None, None],))
@@ -338,7 +339,7 @@ def _computed(file: Checkpoint, config: LatentDiffusionConfig) -> np.ndarray:
     names = [name for name in file.names if TOWER.search(name)]
     if not names:
         raise ValueError(f"{where} there is none; take a file that holds the whole model")
-    tower = nnx.eval_shape(lambda: Condition(c, rngs=nnx.Rngs(0)))
+    tower = nnx.eval_shape(lambda: Condition(c, rngs=Rngs(0)))
     known = _towers(c)
     view = wrappers.unwrapped(file._replace(names=names, wanted=None), known)
     try:

@@ -16,6 +16,7 @@ import numpy as np
 
 from jaxdg.conversion.mapping import CONV, LINEAR, SAME, Layout, Misfit, Row, Transform
 from jaxdg.segmentation import Mask2Former, Mask2FormerConfig
+from jaxdg.tracing import Rngs
 
 NAME = "mask2former"
 LISTED = (  # megabytes, licence, source: of whole models, 44 to 216 M parameters
@@ -218,7 +219,7 @@ def abstract(config: Mask2FormerConfig, channels: tuple[int, ...]) -> nnx.Module
         Misfit: sizes that do not fit together.
     """
     try:
-        return nnx.eval_shape(lambda: Mask2Former(config, channels, rngs=nnx.Rngs(0)))
+        return nnx.eval_shape(lambda: Mask2Former(config, channels, rngs=Rngs(0)))
     except ValueError as error:
         raise Misfit(f"the sizes of its tensors do not fit together: {error}") from error
 

@@ -34,6 +34,7 @@ from jaxdg.conversion import (
     wrappers,
 )
 from jaxdg.conversion.checkpoint import Checkpoint
+from jaxdg.tracing import Rngs
 
 TYPES: dict[str, type] = {  # what transformers' config.json calls encoders that are here
     "clip": backbones.ClipVitConfig,
@@ -136,9 +137,7 @@ def viewed(file: Checkpoint, name: str) -> tuple[Checkpoint, tuple[mapping.Layou
 def abstract(name: str) -> nnx.Module:
     """The encoder or text tower called `name` at full depth, shapes without numbers."""
     if name in backbones.TEXT_TOWERS:
-        return nnx.eval_shape(
-            lambda: backbones.ClipText(backbones.TEXT_TOWERS[name], rngs=nnx.Rngs(0))
-        )
+        return nnx.eval_shape(lambda: backbones.ClipText(backbones.TEXT_TOWERS[name], rngs=Rngs(0)))
     return nnx.eval_shape(lambda: backbones.create(name))
 
 

@@ -30,6 +30,7 @@ from jaxdg.segmentation.tqdm.head import ANCHOR, name_ids
 from jaxdg.tasks.run_state import make_task
 from jaxdg.text import tokenizer
 from jaxdg.text.clip_text import TEXT_TOWERS, ClipTextConfig, TextTransformer, normalize
+from jaxdg.tracing import Rngs
 
 NAME = "tqdm"
 LISTED = (
@@ -290,7 +291,7 @@ def text_anchors(file: Checkpoint, config: Config) -> np.ndarray:
     tower = tower_of(config.model.encoder)
     names = class_names(config)
     (rows, *_) = file.read(ROWS).shape
-    encoder = nnx.eval_shape(lambda: TextTransformer(tower, rows, rngs=nnx.Rngs(0)))
+    encoder = nnx.eval_shape(lambda: TextTransformer(tower, rows, rngs=Rngs(0)))
     table = (*text_rows(config.model.encoder), Row((ROWS,), "positional_embedding", SAME))
     layout = Layout("the text tower", table, ())
     known = layout.known()

@@ -47,6 +47,7 @@ from jaxdg.backbones.layers import Linear, dropout
 from jaxdg.backbones.vit import VitConfig
 from jaxdg.methods.method import Method, MethodOptions
 from jaxdg.ranges import Count, CountOrZero, Positive, ShareBelowOne
+from jaxdg.tracing import Rngs
 
 THIRDS = ("q", "k", "v")  # of a fused layer's columns, in this order
 # Biases that stand beside a layer instead of in it, by the last word of its name.
@@ -315,7 +316,7 @@ class LowRank(Method):
 def linears(encoder: VitConfig) -> dict[str, nnx.Linear]:
     """The linear layers of an encoder's block by name, abstract and stacked; one is as all."""
     one = dataclasses.replace(encoder, taps=(0,), boundaries=())
-    model: Any = nnx.eval_shape(lambda: one.build(rngs=nnx.Rngs(0)))
+    model: Any = nnx.eval_shape(lambda: one.build(rngs=Rngs(0)))
     return {
         ".".join(map(str, path)): module
         for path, module in nnx.iter_graph(model.blocks.segments["0"])

@@ -53,6 +53,7 @@ from jaxdg.detection.rcnn.roi_heads import unit
 from jaxdg.methods.method import Batch, Features, Method, MethodOptions
 from jaxdg.methods.tldr import quarters
 from jaxdg.ranges import Positive, PositiveOrZero, ShareBelowOne
+from jaxdg.tracing import BatchNorm
 from jaxdg.training import sharding
 
 PART = 0.15  # of each of the students' terms
@@ -469,9 +470,7 @@ class Student(nnx.Module):
 def normalisation(kind: str, channels: int, rngs: nnx.Rngs) -> nnx.BatchNorm | nnx.GroupNorm:
     """A layer that normalises channels, in float32: over the batch, or in groups of an image."""
     if kind == "batch":
-        return nnx.BatchNorm(
-            channels, momentum=0.9, epsilon=1e-5, use_fast_variance=False, rngs=rngs
-        )
+        return BatchNorm(channels, momentum=0.9, epsilon=1e-5, use_fast_variance=False, rngs=rngs)
     groups = math.gcd(GROUPS, channels)
     return nnx.GroupNorm(channels, groups, epsilon=1e-5, use_fast_variance=False, rngs=rngs)
 

@@ -19,6 +19,7 @@ from jaxdg.evaluation.sliding_window import resize_scores
 from jaxdg.ranges import Count
 from jaxdg.segmentation.decoder import DecoderConfig, DecoderOptions
 from jaxdg.segmentation.linear import PixelHead, drop_channels
+from jaxdg.tracing import BatchNorm
 
 
 @dataclasses.dataclass(unsafe_hash=True, kw_only=True)
@@ -71,7 +72,7 @@ class SegformerHead(PixelHead):
             [Linear(n, c.hidden, dtype=self.dtype, rngs=rngs) for n in channels]
         )
         self.linear_fuse = Linear(len(channels) * c.hidden, c.hidden, use_bias=False, rngs=rngs)
-        self.batch_norm = nnx.BatchNorm(c.hidden, momentum=0.9, dtype=jnp.float32, rngs=rngs)
+        self.batch_norm = BatchNorm(c.hidden, momentum=0.9, dtype=jnp.float32, rngs=rngs)
         self.classifier = Linear(
             c.hidden,
             c.num_classes,

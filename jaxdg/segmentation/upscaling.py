@@ -21,6 +21,7 @@ from jaxdg.backbones.pyramid import Double
 from jaxdg.ranges import Count
 from jaxdg.segmentation.decoder import DecoderConfig, DecoderOptions
 from jaxdg.segmentation.linear import PixelHead, drop_channels
+from jaxdg.tracing import BatchNorm
 
 GROUPS = 32  # of the GroupNorm
 
@@ -87,9 +88,7 @@ class UpscalingHead(PixelHead):
         self.fusion_conv = linear(sum(channels), c.width, use_bias=False, kernel_init=start)
         self.fusion_norm = group_norm(c.width, rngs=rngs)
         self.upscaling1 = Double(c.width, c.width // 2, dtype=c.dtype, rngs=rngs)
-        self.upscaling1_norm = nnx.BatchNorm(
-            c.width // 2, momentum=0.9, dtype=jnp.float32, rngs=rngs
-        )
+        self.upscaling1_norm = BatchNorm(c.width // 2, momentum=0.9, dtype=jnp.float32, rngs=rngs)
         self.upscaling2 = Double(c.width // 2, c.width // 4, dtype=c.dtype, rngs=rngs)
         self.classifier = linear(
             c.width // 4, c.num_classes, kernel_init=nnx.initializers.normal(0.01)

@@ -29,6 +29,7 @@ from jaxdg.tasks import packed
 from jaxdg.tasks.detection import Detection
 from jaxdg.tasks.segmentation import Segmentation
 from jaxdg.tasks.task import ModelState, Task
+from jaxdg.tracing import Rngs
 from jaxdg.training import optimizer as optimizer_lib
 from jaxdg.training import sharding
 from jaxdg.training.step import TrainState
@@ -109,7 +110,7 @@ class Blueprint:
             return tuple(nnx.split(model, is_trained, is_frozen, ...)[1:])  # pyright: ignore
 
         return cls(
-            make=lambda key: task.model(nnx.Rngs(key), boundaries),
+            make=lambda key: task.model(Rngs(key), boundaries),
             extend=lambda model, key: extend(task, model, key),
             graph=nnx.split(model, nnx.Param, ...)[0],
             split=split,
@@ -129,7 +130,7 @@ class Blueprint:
 
 def extended(task: Task, key: Key[Array, ""], boundaries: Sequence[int]) -> nnx.Module:
     """The model with the methods' modules."""
-    model = task.model(nnx.Rngs(key), boundaries)
+    model = task.model(Rngs(key), boundaries)
     extend(task, model, key)
     return model
 
@@ -137,7 +138,7 @@ def extended(task: Task, key: Key[Array, ""], boundaries: Sequence[int]) -> nnx.
 def extend(task: Task, model: Any, key: Key[Array, ""]) -> None:
     """Adds the methods' modules to a model; each method has its own random stream."""
     for i, method in enumerate(extending(task)):
-        method.extend(model, nnx.Rngs(jax.random.fold_in(key, i)))
+        method.extend(model, Rngs(jax.random.fold_in(key, i)))
 
 
 def extending(task: Task) -> list[Method]:

@@ -20,6 +20,7 @@ from jaxdg.data.labels import LabelSet, join_names
 from jaxdg.evaluation import protocols
 from jaxdg.methods import method as method_lib
 from jaxdg.methods.method import Method, Preparation
+from jaxdg.tracing import Rngs
 from jaxdg.training import photometric
 from jaxdg.training.step import Batch
 
@@ -216,7 +217,7 @@ class ImageTask:
         """See `Task.preparations`."""
         if not self.methods:
             return []
-        model = nnx.eval_shape(lambda: self.model(nnx.Rngs(0)))  # pyright: ignore[reportAttributeAccessIssue]  tasks have one
+        model = nnx.eval_shape(lambda: self.model(Rngs(0)))  # pyright: ignore[reportAttributeAccessIssue]  tasks have one
         found = [method.preparation(self, model, mesh) for method in self.methods]
 
         def part(prepare: Callable[[Batch, int], Batch] | Preparation) -> Preparation:

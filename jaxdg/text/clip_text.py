@@ -23,6 +23,7 @@ from jaxdg import weights as weights_io
 from jaxdg.backbones import clip_vit, stacking
 from jaxdg.backbones.vit import Attention
 from jaxdg.text import tokenizer
+from jaxdg.tracing import Rngs
 
 TEMPLATES = ("a photo of a {}.",)
 
@@ -243,7 +244,7 @@ def load_text_tower(weights: str | Path) -> ClipText:
             f"{weights} holds {name}, no text tower; convert one with --model"
             f" {', '.join(TEXT_TOWERS)}"
         )
-    tower = nnx.eval_shape(lambda: ClipText(TEXT_TOWERS[name], rngs=nnx.Rngs(0)))
+    tower = nnx.eval_shape(lambda: ClipText(TEXT_TOWERS[name], rngs=Rngs(0)))
     weights_io.load(tower, weights)
     return tower
 

@@ -27,6 +27,7 @@ import optax
 
 from jaxdg import weights
 from jaxdg.ranges import Count, CountOrZero, Positive, PositiveOrZero, Share, ShareBelowOne
+from jaxdg.tracing import Rngs
 
 ENCODER = "backbone."
 DROP = 0.1  # factor of the rate at each of `OptimizerConfig.drops`
@@ -268,7 +269,7 @@ def layer_factors(layer_decay: float, encoder: Any) -> Callable[[str], float]:
     """
     if layer_decay == 1:
         return lambda name: 1.0
-    plain = nnx.eval_shape(lambda: encoder.config.build(rngs=nnx.Rngs(0)))
+    plain = nnx.eval_shape(lambda: encoder.config.build(rngs=Rngs(0)))
     units = {name: plain.unit_of(name) for name in weights.shapes(plain) if not plain.unused(name)}
     depth = max((unit for unit in units.values() if unit is not None), default=-1) + 1
 

@@ -30,6 +30,7 @@ from jaxdg.detection.rcnn.detectors import Rcnn, RcnnConfig
 from jaxdg.detection.rcnn.genotype import EDGES, NODES, OPERATIONS, Genotype, resolved
 from jaxdg.detection.rcnn.roi_heads import CASCADE, BoxHead, RoiHeadsConfig, Vectors
 from jaxdg.ranges import Count
+from jaxdg.tracing import BatchNorm
 
 SIDE = 4  # rows and columns of the map before the cells; each cell halves them
 
@@ -107,7 +108,7 @@ class Boxes(NamedTuple):
 
 def batch_norm(channels: int, affine: bool, rngs: nnx.Rngs) -> nnx.BatchNorm:
     """As torch's, in float32."""
-    return nnx.BatchNorm(
+    return BatchNorm(
         channels,
         momentum=0.9,
         epsilon=1e-5,

@@ -30,6 +30,7 @@ from jaxdg.detection.rcnn.gates import (
     spread_cells,
 )
 from jaxdg.detection.rcnn.roi_heads import BoxHead, Res5Head, RoiHeadsConfig, TextScore, Vectors
+from jaxdg.tracing import Statistic
 
 
 class OfGates:
@@ -153,10 +154,10 @@ class Gating(nnx.Module):
         channel: number of channel gates.
         """
         self.config = config
-        self.steps = nnx.BatchStat(jnp.zeros(()))
-        self.space = nnx.BatchStat(jnp.ones(spatial), metric="open_space")
-        self.channel = nnx.BatchStat(jnp.ones(channel), metric="open_channel")
-        self.work = nnx.BatchStat(jnp.ones(()), metric="work")
+        self.steps = Statistic(jnp.zeros(()))
+        self.space = Statistic(jnp.ones(spatial), metric="open_space")
+        self.channel = Statistic(jnp.ones(channel), metric="open_channel")
+        self.work = Statistic(jnp.ones(()), metric="work")
 
     def note(self, opened: Opened, valid: Bool[Array, "n"]) -> None:
         """Keeps the mean shares of the proposals that count, at least one."""

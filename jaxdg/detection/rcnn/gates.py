@@ -23,6 +23,7 @@ import numpy as np
 from jaxdg.backbones.layers import TORCH, Conv, Linear
 from jaxdg.backbones.resizing import adaptive_pool
 from jaxdg.ranges import Count, Positive, PositiveOrZero, Share
+from jaxdg.tracing import BatchNorm
 
 TEMPERATURE = 2 / 3  # of a soft draw
 ROUNDS = 3  # of slot attention
@@ -241,7 +242,7 @@ class ChannelGate(nnx.Module):
         self.atten_c_fc1 = linear(channels, width)
         self.slot_attention = SlotAttention(width, scenes, dtype=dtype, rngs=rngs)
         self.atten_c_norm = (
-            nnx.BatchNorm(width, momentum=0.9, rngs=rngs)
+            BatchNorm(width, momentum=0.9, rngs=rngs)
             if config.norm == "batch"
             else nnx.LayerNorm(width, epsilon=1e-5, rngs=rngs)
         )
