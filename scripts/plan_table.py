@@ -22,8 +22,10 @@ WINDOWS = f"{BF16} --config.evaluation.batch_size=8 --config.evaluation.windows_
 BOXES = f"{BF16} --config.evaluation.batch_size=8 --image 1024x2048"
 DETECTORS = ("vltdet_eva02_l14", "vltdet_clip_rn101", "carla_vit_tiny")
 METHODS = ("tuned", "rein", "soma", "vfmnet", "mgrnet", "tqdm")
+# "plain" at the common size is vltdet_clip_rn101:clip_the_gap_720.
 COMMON = ("clip_the_gap", "pddoc", "sdgod", "divalign", "gnas", "poda", "soma")
 WEATHER = ("frozen", "soma", "frozen,faster_rcnn", "soma,faster_rcnn")
+PDDOC = ("pddoc", "pddoc:released")
 GNAS = ("gnas", "gnas:augment", "gnas:fc")
 PODA = (
     "poda_detection:1",
@@ -50,7 +52,7 @@ ROWS = [
     *[("vltdet_clip_rn101:c4_text", "", mesh) for mesh in ONE],
     *[(f"vltdet_clip_rn101:clip_the_gap{size}", "", ONE[0]) for size in ("", "_720")],
     *[(f"weather_dinov2:{choice}", "", ONE[0]) for choice in WEATHER],
-    *[(recipe, "", ONE[0]) for recipe in ("clip_the_gap", *GNAS, *PODA)],
+    *[(recipe, "", ONE[0]) for recipe in ("clip_the_gap", *PDDOC, *GNAS, *PODA)],
     *[(f"weather_methods:{method},common", "", ONE[0]) for method in COMMON],
     *[("sdgod", "", mesh) for mesh in ONE],
     *[("sdgod", BF16, mesh) for mesh in ONE],
